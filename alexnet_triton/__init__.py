@@ -1,0 +1,18 @@
+"""AlexNet on hand-written Triton kernels: a drop-in for the ``nn.Sequential`` everybody writes."""
+
+import kernels as _kernels
+
+if getattr(_kernels, "DISTRIBUTION", None) != "alexnet-triton":
+    raise ImportError(
+        "alexnet_triton needs its own package `kernels` (distribution alexnet-triton), but `import kernels` found "
+        f"{getattr(_kernels, '__file__', None) or list(getattr(_kernels, '__path__', []))}, most likely Hugging Face's "
+        "distribution `kernels`. The two cannot be installed side by side: uninstall `kernels` and reinstall "
+        "`alexnet-triton`, or use separate environments."
+    )
+
+from .fused import FusedSequential, fuse
+from .models import AlexNet, reference_alexnet, reference_lenet
+
+__version__ = "0.1.0"
+
+__all__ = ["AlexNet", "FusedSequential", "fuse", "reference_alexnet", "reference_lenet"]

@@ -1,0 +1,207 @@
+"""An ``nn.Sequential`` that runs the layers it knows on fused Triton kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, cast
+
+import kernels
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+#: Attributes of a module in which hooks on its forward or backward pass live.
+_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOK_DICTS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring layers of a :class:`FusedSequential` that are run by one call.
+
+    Attributes:
+        operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
+        layers: the layers, in order.
+    """
+
+    operation: str
+    layers: tuple[nn.Module, ...]
+
+    def __call__(self, input: Any) -> Any:
+        """The output of the last layer."""
+        return _OPERATIONS[self.operation](input, *self.layers)
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``layer`` does what ``kind`` does and nothing else: no subclass, no hook, no replaced forward."""
+    if type(layer) is not kind or "forward" in vars(layer):
+        return False
+    return not any(getattr(layer, hooks) for hooks in _HOOK_DICTS)
+
+
+def _is_fusable_conv(layer: nn.Module) -> bool:
+    return _is_plain(layer, nn.Conv2d) and cast(nn.Conv2d, layer).padding_mode == "zeros"
+
+
+def _is_fusable_pool_after_relu(layer: nn.Module) -> bool:
+    if not _is_plain(layer, nn.MaxPool2d):
+        return False
+    pool = cast(nn.MaxPool2d, layer)
+    return not pool.return_indices and pool.dilation in (1, (1, 1), [1, 1])
+
+
+def plan(layers: Sequence[nn.Module]) -> list[Run]:
+    """Cut a sequence of layers into the longest runs that one operation can do, first to last.
+
+    Known: Conv2d [ReLU [MaxPool2d]], MaxPool2d, Linear [ReLU [Dropout]], Dropout. Anything else, and any layer that carries
+    a hook, is a run of its own.
+    """
+    if any(getattr(torch_module, hooks, None) for hooks in _GLOBAL_HOOK_DICTS):
+        return [Run("module", (layer,)) for layer in layers]
+    runs = []
+    i = 0
+    while i < len(layers):
+        run = _longest_run(layers[i : i + 3])
+        runs.append(run)
+        i += len(run.layers)
+    return runs
+
+
+def _longest_run(layers: Sequence[nn.Module]) -> Run:
+    """The run that starts with the first of the next (at most three) layers."""
+    first = layers[0]
+    has_relu = len(layers) > 1 and _is_plain(layers[1], nn.ReLU)
+    if _is_fusable_conv(first):
+        if has_relu and len(layers) > 2 and _is_fusable_pool_after_relu(layers[2]):
+            return Run("conv2d_relu_max_pool2d", tuple(layers[:3]))
+        return Run("conv2d", tuple(layers[: 1 + has_relu]))
+    if _is_plain(first, nn.Linear):
+        if has_relu and len(layers) > 2 and _is_plain(layers[2], nn.Dropout):
+            return Run("linear_relu_dropout", tuple(layers[:3]))
+        return Run("linear", tuple(layers[: 1 + has_relu]))
+    if _is_plain(first, nn.MaxPool2d):
+        return Run("max_pool2d", (first,))
+    # An in-place dropout writes into its input, which its caller may hold on to.
+    if _is_plain(first, nn.Dropout) and not cast(nn.Dropout, first).inplace:
+        return Run("dropout", (first,))
+    return Run("module", (first,))
+
+
+def _conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None) -> Tensor:
+    return kernels.conv2d(input, *_conv_arguments(conv), activation="relu" if relu is not None else None)
+
+
+def _run_conv2d_relu_max_pool2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> Tensor:
+    return kernels.conv2d_relu_max_pool2d(
+        input,
+        *_conv_arguments(conv),
+        pool_kernel_size=pool.kernel_size,
+        pool_stride=pool.stride,
+        pool_padding=pool.padding,
+        ceil_mode=pool.ceil_mode,
+    )
+
+
+def _run_max_pool2d(input: Tensor, pool: nn.MaxPool2d) -> Tensor | tuple[Tensor, Tensor]:
+    return kernels.max_pool2d(
+        input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+    )
+
+
+def _run_linear(input: Tensor, linear: nn.Linear, relu: nn.ReLU | None = None) -> Tensor:
+    return kernels.linear(input, linear.weight, linear.bias, activation="relu" if relu is not None else None)
+
+
+def _run_linear_relu_dropout(input: Tensor, linear: nn.Linear, relu: nn.ReLU, dropout: nn.Dropout) -> Tensor:
+    return kernels.linear_relu_dropout(input, linear.weight, linear.bias, dropout.p, dropout.training)
+
+
+def _run_dropout(input: Tensor, dropout: nn.Dropout) -> Tensor:
+    return kernels.dropout(input, dropout.p, dropout.training)
+
+
+def _run_module(input: Any, layer: nn.Module) -> Any:
+    return layer(input)
+
+
+_OPERATIONS: dict[str, Any] = {
+    "conv2d": _run_conv2d,
+    "conv2d_relu_max_pool2d": _run_conv2d_relu_max_pool2d,
+    "max_pool2d": _run_max_pool2d,
+    "linear": _run_linear,
+    "linear_relu_dropout": _run_linear_relu_dropout,
+    "dropout": _run_dropout,
+    "module": _run_module,
+}
+
+
+class FusedSequential(nn.Sequential):
+    """An ``nn.Sequential`` whose forward pass runs known runs of layers as one fused operation each.
+
+    Its children are the ordinary modules, so everything done with an ``nn.Sequential`` (iterating and calling each layer,
+    ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) means the same. The
+    runs are looked up at each forward pass. Shapes, dtypes and errors are those of the operations in :mod:`kernels`.
+    """
+
+    def forward(self, input: Any) -> Any:
+        """The output of the last layer for ``input``, the first layer's input."""
+        for run in plan(list(self)):
+            input = run(input)
+        return input
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """A layer, or for a slice a :class:`FusedSequential` of the same layers under the same keys."""
+        if isinstance(index, slice):
+            return FusedSequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        return super().__getitem__(index)
+
+
+def fuse(module: nn.Module) -> nn.Module:
+    """The same module tree with every ``nn.Sequential`` in it made a :class:`FusedSequential`.
+
+    Containers on the way to one are new objects; layers, Parameters and buffers are the same objects, state-dict keys are
+    unchanged, and ``module`` itself is left as it was. A subclass of ``nn.Sequential`` is made a plain
+    :class:`FusedSequential` (with its attributes) unless it has a ``forward`` of its own; then it stays what it is, and the
+    containers inside it are fused.
+
+    Args:
+        module: any module. Without an ``nn.Sequential`` inside it comes back as it is.
+    """
+    return _fuse(module, {})
+
+
+def _is_fusable_container(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Sequential)
+        and not isinstance(module, FusedSequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+    )
+
+
+def _fuse(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in done:  # one container used in two places stays one
+        return done[id(module)]
+    children = {name: child and _fuse(child, done) for name, child in module._modules.items()}
+    changed = any(children[name] is not child for name, child in module._modules.items())
+    result = module
+    if changed or _is_fusable_container(module):
+        kind = FusedSequential if _is_fusable_container(module) else type(module)
+        result = kind.__new__(kind)
+        # Its own dictionaries of children, parameters, buffers and hooks: a later change to one tree leaves the other be.
+        result.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
+        result.__dict__["_modules"] = children
+    done[id(module)] = result
+    return result
+
+

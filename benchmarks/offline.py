@@ -1,0 +1,159 @@
+"""Compile what a piece of code launches, for a GPU that is not there.
+
+``python -m benchmarks.offline --arch sm_90 --dtype bfloat16`` walks one training step of each operation at AlexNet's shapes
+on CPU tensors, hands every launch to Triton's compiler instead of a GPU, and prints what came out as JSON lines. Must run
+without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from kernels import backend, launch
+
+#: Instructions of the tensor cores in PTX, by generation.
+_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+
+
+class OfflineDriver(DriverBase):  # type: ignore[misc]
+    """A driver whose target is any NVIDIA GPU and that can do nothing but say so: enough to compile."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__()
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("the offline driver compiles, it does not launch")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("the offline driver compiles, it does not run")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledLaunch:
+    """What is known of one launch from its compiled code."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arch: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack_bytes: int  # spills, and arrays that did not fit registers
+    local_bytes: int
+    shared_bytes: int
+    tensor_core_ops: dict[str, int]
+    float_atomics: int
+    has_dot: bool
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes of a compiled kernel, read by the ``cuobjdump`` that Triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", output)}
+
+
+def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledLaunch]:
+    """Run ``step`` on CPU tensors, compile each of its launches for an NVIDIA GPU of ``capability`` (80, 90, 100).
+
+    Raises:
+        RuntimeError: the process runs Triton's interpreter, so there is no compiler.
+    """
+    if backend.INTERPRETED:
+        raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET")
+    launches: list[CompiledLaunch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        compiled = kernel.warmup(grid=grid, **arguments)
+        usage = _resource_usage(compiled.asm["cubin"])
+        ptx = compiled.asm["ptx"]
+        found = _TENSOR_CORE.findall(ptx)
+        launches.append(
+            CompiledLaunch(
+                kernel=kernel.fn.__name__,
+                grid=grid,
+                arch=f"sm_{capability}",
+                num_warps=compiled.metadata.num_warps,
+                num_stages=compiled.metadata.num_stages,
+                registers=usage["REG"],
+                stack_bytes=usage["STACK"],
+                local_bytes=usage["LOCAL"],
+                shared_bytes=compiled.metadata.shared,
+                tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
+                float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
+                has_dot="tt.dot" in compiled.asm["ttir"],
+            )
+        )
+
+    triton.runtime.driver.set_active(OfflineDriver(capability))
+    try:
+        with launch.record_launches(record):
+            step()
+    finally:
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+            triton.runtime.driver.reset_active()
+    return launches
+
+
+def training_step(dtype: torch.dtype, batch: int = 2) -> None:
+    """Forward and backward of every operation at the shapes that AlexNet gives it."""
+    from alexnet_triton import AlexNet
+
+    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)
+    images = torch.empty(batch, 1, 224, 224, dtype=dtype, requires_grad=True)
+    net(images).sum().backward()
+
+
+def main() -> None:
+    """Compile a training step and print a JSON line a launch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90 or sm_100")
+    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16")
+    parser.add_argument("--batch", type=int, default=2)
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("unset TRITON_INTERPRET: the interpreter replaces the compiler")
+    dtype = getattr(torch, arguments.dtype)
+    for record in compile_launches(lambda: training_step(dtype, arguments.batch), int(arguments.arch[3:])):
+        print(json.dumps(dataclasses.asdict(record)))
+
+
+if __name__ == "__main__":
+    main()

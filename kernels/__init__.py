@@ -1,0 +1,26 @@
+"""Triton kernels for convolutional networks, as differentiable PyTorch operations.
+
+Each operation has the meaning of its PyTorch counterpart, one file with its kernels, launch functions, autograd Function and
+public function, and a ``*_reference`` beside it in PyTorch's own operations.
+"""
+
+from .backend import use_backend
+from .conv2d import conv2d
+from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+from .dropout import dropout, dropout_mask
+from .linear import linear, linear_relu_dropout
+from .max_pool2d import max_pool2d
+
+#: Tells this package from the other one on PyPI that imports as ``kernels`` (Hugging Face's).
+DISTRIBUTION = "alexnet-triton"
+
+__all__ = [
+    "conv2d",
+    "conv2d_relu_max_pool2d",
+    "dropout",
+    "dropout_mask",
+    "linear",
+    "linear_relu_dropout",
+    "max_pool2d",
+    "use_backend",
+]

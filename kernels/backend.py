@@ -1,0 +1,68 @@
+"""Which implementation runs: the Triton kernels or the PyTorch reference."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+
+from . import launch
+
+Backend = Literal["auto", "triton", "torch"]
+
+#: True when ``TRITON_INTERPRET=1`` was set before this package was imported: Triton decides at decoration time.
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+_BACKENDS = ("auto", "triton", "torch")
+_current: ContextVar[str] = ContextVar("alexnet_triton_backend", default="auto")
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Choose the implementation of every operation of this package inside a ``with`` block.
+
+    Args:
+        backend: ``"auto"``: CUDA tensors run the Triton kernels; CPU tensors run the PyTorch reference, or the Triton
+            kernels in Triton's interpreter when ``TRITON_INTERPRET=1`` was set before the import.
+            ``"triton"``: the Triton kernels, or a ``RuntimeError`` where they cannot run.
+            ``"torch"``: the PyTorch reference, on any device.
+
+    The choice holds for the forward call; a backward pass runs what its forward recorded.
+
+    Raises:
+        ValueError: ``backend`` is none of the three.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
+    token = _current.set(backend)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_backend() -> str:
+    """The name that the innermost :func:`use_backend` gave, ``"auto"`` outside of any."""
+    return _current.get()
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether an operation on ``tensor`` runs the Triton kernels under the current backend.
+
+    Raises:
+        RuntimeError: the backend is ``"triton"`` and the tensor is where no Triton kernel can run.
+    """
+    backend = _current.get()
+    if backend == "torch":
+        return False
+    can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.is_recording()))
+    if backend == "triton" and not can_run:
+        raise RuntimeError(
+            f"the Triton kernels cannot run on a tensor on {tensor.device}: move it to a CUDA device, "
+            "or set TRITON_INTERPRET=1 before importing kernels to run them on the CPU in Triton's interpreter"
+        )
+    return can_run

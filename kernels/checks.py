@@ -1,0 +1,67 @@
+"""Argument checks: raise before any kernel is launched, name the argument, say what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backend import INTERPRETED
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """All strided floating-point tensors of one dtype on one device, of a dtype that the kernels run."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    (first_name, first), *rest = given.items()
+    allowed = (*_KERNEL_DTYPES, torch.float64) if INTERPRETED or first.device.type != "cuda" else _KERNEL_DTYPES
+    for name, tensor in given.items():
+        if tensor.dtype not in allowed:
+            extra = "" if torch.float64 in allowed else " (float64 runs on the CPU: in the interpreter or the reference)"
+            raise TypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}: {first_name} is on {first.device}, {name} on "
+                f"{tensor.device}"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}: {first_name} is {first.dtype}, {name} is {tensor.dtype}"
+            )
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """``value`` as two ints, each at least ``minimum``."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values = (values[0], values[0])
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+    if min(values) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return values[0], values[1]
+
+
+def check_activation(activation: str | None) -> bool:
+    """Whether the activation is ReLU; raises on any but None and "relu"."""
+    if activation not in (None, "relu"):
+        raise ValueError(f'activation must be None or "relu", got {activation!r}')
+    return activation == "relu"
+
+
+def check_probability(p: float) -> None:
+    """``p`` in [0, 1]."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")

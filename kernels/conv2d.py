@@ -1,0 +1,708 @@
+"""2-D convolution with fused bias and ReLU: forward, input gradient, weight gradient.
+
+All three are implicit matrix products: the patches that a matrix-product convolution would copy out (im2col) are gathered
+through pointers, tile by tile, and never stored.
+
+    forward          y[m, k]  = sum over j  x_patch[m, j] w[k, j]       m = (n, p, q)  j = (r, s, c)
+    input gradient   dx[m, c] = sum over j  dz_patch[m, j] w[j, c]      m = (n, h, w)  j = (r, s, k)
+    weight gradient  dw[k, j] = sum over m  dz[m, k] x_patch[m, j]      m = (n, p, q)  j = (r, s, c)
+
+N, C, H, W: input; K, R, S: filters; P, Q: output; a C or K per group ends in G. These general kernels take any stride,
+padding, dilation, groups and memory layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .autocast import autocast_inputs
+from .backend import runs_triton
+from .checks import check_activation, check_tensors, pair
+from .config import matmul_config, split_count
+from .device import cast, dot, relu
+from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
+from .precision import conv_input_precision
+from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _conv2d_fprop_kernel(
+    x_ptr,  # [N, G*CG, H, W] through its strides
+    w_ptr,  # [G*KG, CG, R, S] through its strides
+    bias_ptr,  # [G*KG], or unused
+    y_ptr,  # out: [N, P, Q, G*KG] contiguous
+    M,  # N * P * Q output pixels
+    G,
+    CG,
+    KG,
+    H,
+    W,
+    P,
+    Q,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program computes BLOCK_M output pixels x BLOCK_N filters of one group.
+
+    Neighbouring programs share the pixels and differ in the filters, so that the input tile is still in L2.
+    """
+    pid = tl.program_id(0)
+    blocks_n = tl.cdiv(KG, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid_n = pid % blocks_n
+    pid_m = (pid // blocks_n) % blocks_m
+    group = pid // (blocks_n * blocks_m)
+
+    o_m = tl.arange(0, BLOCK_M)
+    if WIDE:
+        o_m = o_m.to(tl.int64)
+        group = group.to(tl.int64)
+    o_m += pid_m * BLOCK_M
+    m_m = o_m < M
+    o_h = (o_m // Q) % P * stride_h - pad_h  # [BLOCK_M], input row under the filter's first row
+    o_w = o_m % Q * stride_w - pad_w
+    o_xn = o_m // (P * Q) * stride_xn + group * CG * stride_xc
+    o_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_k = o_k < KG
+    o_wk = (group * KG + o_k) * stride_wk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for i_j in range(0, CG * R * S, BLOCK_K):
+        o_j = i_j + tl.arange(0, BLOCK_K)
+        m_j = o_j < CG * R * S
+        o_c = o_j % CG
+        o_s = (o_j // CG) % S
+        o_r = o_j // (CG * S)
+        h = o_h[:, None] + (o_r * dilation_h)[None, :]  # [BLOCK_M, BLOCK_K]
+        w = o_w[:, None] + (o_s * dilation_w)[None, :]
+        m_x = m_m[:, None] & m_j[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        if WIDE:
+            o_c = o_c.to(tl.int64)
+        p_x = x_ptr + o_xn[:, None] + (o_c * stride_xc)[None, :] + h * stride_xh + w * stride_xw
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+        p_w = w_ptr + o_wk[None, :] + (o_c * stride_wc + o_r * stride_wr + o_s * stride_ws)[:, None]
+        b_w = tl.load(p_w, mask=m_j[:, None] & m_k[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = dot(b_x, b_w, acc, INPUT_PRECISION)
+
+    if HAS_BIAS:
+        b_bias = tl.load(bias_ptr + group * KG + o_k, mask=m_k, other=0.0)
+        acc += b_bias.to(ACC)[None, :]
+    if RELU:
+        acc = relu(acc)
+    p_y = y_ptr + o_m[:, None] * (G * KG) + (group * KG + o_k)[None, :]
+    tl.store(p_y, cast(acc, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
+
+
+@triton.jit
+def _conv2d_dgrad_kernel(
+    dz_ptr,  # [N, G*KG, P, Q] through its strides
+    w_ptr,  # [G*KG, CG, R, S] through its strides
+    dx_ptr,  # out: [N, H, W, G*CG] contiguous
+    N,
+    G,
+    CG,
+    KG,
+    H,
+    W,
+    P,
+    Q,
+    stride_zn,
+    stride_zk,
+    stride_zp,
+    stride_zq,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    pad_h,
+    pad_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_R: tl.constexpr,  # STRIDE_H / gcd(STRIDE_H, DILATION_H): distance of the filter rows that meet one phase
+    STEP_S: tl.constexpr,
+    INVERSE_R: tl.constexpr,  # of DILATION_H / gcd modulo STEP_R
+    INVERSE_S: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program computes BLOCK_M input pixels of one phase x BLOCK_N channels of one group.
+
+    Output row p meets input row h in filter row r where h + pad = p * stride + r * dilation. So an input row only meets
+    the filter rows with r * dilation = h + pad (mod stride): every STEP_R-th. A phase holds the pixels with equal
+    (h + pad) mod stride and equal (w + pad) mod stride, which all meet the same filter positions; no product with the
+    zeros between strided outputs is ever formed.
+    """
+    pid = tl.program_id(0)
+    blocks_n = tl.cdiv(CG, BLOCK_N)
+    blocks_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)  # of the largest phase
+    pid_n = pid % blocks_n
+    pid_m = (pid // blocks_n) % blocks_m
+    group = pid // (blocks_n * blocks_m) % G
+    phase = pid // (blocks_n * blocks_m * G)
+    phase_h = phase // STRIDE_W
+    phase_w = phase % STRIDE_W
+
+    # First pixel of the phase and how many it has: h = h_first, h_first + stride, ...
+    h_first = (phase_h + STRIDE_H * tl.cdiv(pad_h, STRIDE_H) - pad_h) % STRIDE_H
+    w_first = (phase_w + STRIDE_W * tl.cdiv(pad_w, STRIDE_W) - pad_w) % STRIDE_W
+    rows = tl.cdiv(H - h_first, STRIDE_H)
+    columns = tl.cdiv(W - w_first, STRIDE_W)
+    # First filter row that meets the phase and how many do: r = r_first, r_first + STEP_R, ...; none if gcd does not divide.
+    GCD_R: tl.constexpr = STRIDE_H // STEP_R
+    GCD_S: tl.constexpr = STRIDE_W // STEP_S
+    r_first = (phase_h // GCD_R) * INVERSE_R % STEP_R
+    s_first = (phase_w // GCD_S) * INVERSE_S % STEP_S
+    r_count = tl.where((phase_h % GCD_R == 0) & (r_first < R), tl.cdiv(R - r_first, STEP_R), 0)
+    s_count = tl.where((phase_w % GCD_S == 0) & (s_first < S), tl.cdiv(S - s_first, STEP_S), 0)
+
+    o_m = tl.arange(0, BLOCK_M)
+    if WIDE:
+        o_m = o_m.to(tl.int64)
+        group = group.to(tl.int64)
+    o_m += pid_m * BLOCK_M
+    m_m = (o_m < N * rows * columns) & (rows > 0) & (columns > 0)
+    o_w = o_m % tl.maximum(columns, 1) * STRIDE_W + w_first
+    o_h = o_m // tl.maximum(columns, 1) % tl.maximum(rows, 1) * STRIDE_H + h_first
+    o_n = o_m // tl.maximum(rows * columns, 1)
+    o_zn = o_n * stride_zn + group * KG * stride_zk
+    o_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_c = o_c < CG
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for i_j in range(0, r_count * s_count * KG, BLOCK_K):
+        o_j = i_j + tl.arange(0, BLOCK_K)
+        m_j = o_j < r_count * s_count * KG
+        o_k = o_j % KG
+        o_s = s_first + (o_j // KG) % tl.maximum(s_count, 1) * STEP_S
+        o_r = r_first + o_j // (KG * tl.maximum(s_count, 1)) * STEP_R
+        # Exact divisions where they matter; a negative numerator must not be rounded towards zero, so it is masked first.
+        hp = (o_h + pad_h)[:, None] - (o_r * DILATION_H)[None, :]  # [BLOCK_M, BLOCK_K]
+        wq = (o_w + pad_w)[:, None] - (o_s * DILATION_W)[None, :]
+        p = hp // STRIDE_H
+        q = wq // STRIDE_W
+        m_z = m_m[:, None] & m_j[None, :] & (hp >= 0) & (p < P) & (wq >= 0) & (q < Q)
+        if WIDE:
+            o_k = o_k.to(tl.int64)
+        p_z = dz_ptr + o_zn[:, None] + (o_k * stride_zk)[None, :] + p * stride_zp + q * stride_zq
+        b_z = tl.load(p_z, mask=m_z, other=0.0)
+        o_wj = (group * KG + o_k) * stride_wk + o_r * stride_wr + o_s * stride_ws
+        p_w = w_ptr + o_wj[:, None] + (o_c * stride_wc)[None, :]
+        b_w = tl.load(p_w, mask=m_j[:, None] & m_c[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = dot(b_z, b_w, acc, INPUT_PRECISION)
+
+    p_dx = dx_ptr + ((o_n * H + o_h) * W + o_w)[:, None] * (G * CG) + (group * CG + o_c)[None, :]
+    tl.store(p_dx, cast(acc, dx_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+
+
+@triton.jit
+def _conv2d_wgrad_kernel(
+    dz_ptr,  # [N, G*KG, P, Q] through its strides
+    x_ptr,  # [N, G*CG, H, W] through its strides
+    partial_ptr,  # out: [SPLIT, G*KG, R*S*CG] contiguous, in the accumulator's type
+    M,  # N * P * Q output pixels, the reduction
+    G,
+    CG,
+    KG,
+    H,
+    W,
+    P,
+    Q,
+    stride_zn,
+    stride_zk,
+    stride_zp,
+    stride_zq,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    blocks_per_split,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program sums BLOCK_M filters x BLOCK_N positions (r, s, c) of one group over one split's share of the pixels."""
+    pid = tl.program_id(0)
+    pid_split = tl.program_id(1)
+    blocks_n = tl.cdiv(CG * R * S, BLOCK_N)
+    blocks_m = tl.cdiv(KG, BLOCK_M)
+    pid_n = pid % blocks_n
+    pid_m = (pid // blocks_n) % blocks_m
+    group = pid // (blocks_n * blocks_m)
+    if WIDE:
+        group = group.to(tl.int64)
+        pid_split = pid_split.to(tl.int64)
+
+    o_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_k = o_k < KG
+    o_j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_j = o_j < CG * R * S
+    o_c = group * CG + o_j % CG
+    o_hj = o_j // (CG * S) * dilation_h - pad_h
+    o_wj = (o_j // CG) % S * dilation_w - pad_w
+    o_zk = (group * KG + o_k) * stride_zk
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):
+        o_m = tl.arange(0, BLOCK_K)
+        if WIDE:
+            o_m = o_m.to(tl.int64)
+        o_m += i_block * BLOCK_K
+        m_m = o_m < M
+        o_q = o_m % Q
+        o_p = (o_m // Q) % P
+        o_n = o_m // (P * Q)
+        o_z = o_n * stride_zn + o_p * stride_zp + o_q * stride_zq
+        b_z = tl.load(dz_ptr + o_z[:, None] + o_zk[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        h = (o_p * stride_h)[:, None] + o_hj[None, :]  # [BLOCK_K, BLOCK_N]
+        w = (o_q * stride_w)[:, None] + o_wj[None, :]
+        m_x = m_m[:, None] & m_j[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        p_x = x_ptr + (o_n * stride_xn)[:, None] + (o_c * stride_xc)[None, :] + h * stride_xh + w * stride_xw
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
+        acc = dot(tl.trans(b_z), b_x, acc, INPUT_PRECISION)
+
+    o_row = pid_split * (G * KG) + group * KG + o_k
+    p_out = partial_ptr + o_row[:, None] * (CG * R * S) + o_j[None, :]
+    tl.store(p_out, acc, mask=m_k[:, None] & m_j[None, :])
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def empty_channels_last(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    """An uninitialised (n, c, h, w) tensor whose memory is NHWC, also where a size of 1 makes strides ambiguous."""
+    return poisonable_empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
+def conv2d_fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_size: list[int],
+    relu: bool,
+) -> Tensor:
+    """Convolution, bias, ReLU: (N, C, H, W) and (K, C/groups, R, S) to channels-last (N, K, P, Q).
+
+    ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches.
+    """
+    n, _, h, w = input.shape
+    k, cg, r, s = weight.shape
+    p, q = output_size
+    y = empty_channels_last(n, k, p, q, input)
+    precision = conv_input_precision(input.dtype)
+    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision)
+    grid = groups * triton.cdiv(n * p * q, config["BLOCK_M"]) * triton.cdiv(k // groups, config["BLOCK_N"])
+    launch(
+        _conv2d_fprop_kernel,
+        (grid,),
+        x_ptr=input,
+        w_ptr=weight,
+        bias_ptr=weight if bias is None else bias.contiguous(),
+        y_ptr=y,
+        M=n * p * q,
+        G=groups,
+        CG=cg,
+        KG=k // groups,
+        H=h,
+        W=w,
+        P=p,
+        Q=q,
+        **_strides("stride_x", "nchw", input),
+        **_strides("stride_w", "kcrs", weight),
+        stride_h=stride[0],
+        stride_w=stride[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        R=r,
+        S=s,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        WIDE=needs_int64(input, weight, y),
+        ACC=triton_accumulator(input.dtype),
+        INPUT_PRECISION=precision,
+        **config,
+    )
+    return y
+
+
+@conv2d_fprop.register_fake
+def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu):  # type: ignore[no-untyped-def]
+    return empty_channels_last(input.shape[0], weight.shape[0], *output_size, input)
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_dgrad", mutates_args=())
+def conv2d_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of the input, channels-last ``input_size``, from that of the output before the activation."""
+    n, c, h, w = input_size
+    k, cg, r, s = weight.shape
+    _, _, p, q = dz.shape
+    dx = empty_channels_last(n, c, h, w, dz)
+    precision = conv_input_precision(dz.dtype)
+    phase_pixels = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
+    config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision)
+    phases = stride[0] * stride[1]
+    grid = phases * groups * triton.cdiv(phase_pixels, config["BLOCK_M"]) * triton.cdiv(cg, config["BLOCK_N"])
+    step_r, inverse_r = _filter_step(stride[0], dilation[0])
+    step_s, inverse_s = _filter_step(stride[1], dilation[1])
+    launch(
+        _conv2d_dgrad_kernel,
+        (grid,),
+        dz_ptr=dz,
+        w_ptr=weight,
+        dx_ptr=dx,
+        N=n,
+        G=groups,
+        CG=cg,
+        KG=k // groups,
+        H=h,
+        W=w,
+        P=p,
+        Q=q,
+        **_strides("stride_z", "nkpq", dz),
+        **_strides("stride_w", "kcrs", weight),
+        pad_h=padding[0],
+        pad_w=padding[1],
+        R=r,
+        S=s,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        STEP_R=step_r,
+        STEP_S=step_s,
+        INVERSE_R=inverse_r,
+        INVERSE_S=inverse_s,
+        WIDE=needs_int64(dz, weight, dx),
+        ACC=triton_accumulator(dz.dtype),
+        INPUT_PRECISION=precision,
+        **config,
+    )
+    return dx
+
+
+@conv2d_dgrad.register_fake
+def _(dz, weight, input_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return empty_channels_last(*input_size, dz)
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_wgrad", mutates_args=())
+def conv2d_wgrad(
+    dz: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
+    n, _, h, w = input.shape
+    k, cg, r, s = weight.shape
+    _, _, p, q = dz.shape
+    dw = poisonable_empty_like(weight)
+    precision = conv_input_precision(dz.dtype)
+    pixels = n * p * q
+    config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision)
+    programs = groups * triton.cdiv(k // groups, config["BLOCK_M"]) * triton.cdiv(cg * r * s, config["BLOCK_N"])
+    blocks = triton.cdiv(pixels, config["BLOCK_K"])
+    split = split_count(programs, max(blocks, 1))
+    partial = poisonable_empty(split, dw.numel(), dtype=accumulator_dtype(dz.dtype), device=dz.device)
+    launch(
+        _conv2d_wgrad_kernel,
+        (programs, split),
+        dz_ptr=dz,
+        x_ptr=input,
+        partial_ptr=partial,
+        M=pixels,
+        G=groups,
+        CG=cg,
+        KG=k // groups,
+        H=h,
+        W=w,
+        P=p,
+        Q=q,
+        **_strides("stride_z", "nkpq", dz),
+        **_strides("stride_x", "nchw", input),
+        stride_h=stride[0],
+        stride_w=stride[1],
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        blocks_per_split=triton.cdiv(blocks, split),
+        R=r,
+        S=s,
+        WIDE=needs_int64(dz, input, partial),
+        ACC=triton_accumulator(dz.dtype),
+        INPUT_PRECISION=precision,
+        **config,
+    )
+    sum_parts(partial, dw)
+    return dw
+
+
+@conv2d_wgrad.register_fake
+def _(dz, input, weight, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_epilogue_backward", mutates_args=())
+def conv2d_epilogue_backward(
+    grad_output: Tensor, output: Tensor | None, write_dz: bool, sum_columns: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.reduction.epilogue_backward` of a convolution: channels-last gradient before the ReLU, bias gradient."""
+    return epilogue_backward(grad_output, output, write_dz=write_dz, sum_columns=sum_columns)
+
+
+@conv2d_epilogue_backward.register_fake
+def _(grad_output, output, write_dz, sum_columns):  # type: ignore[no-untyped-def]
+    n, c, p, q = grad_output.shape
+    dz = empty_channels_last(n, c, p, q, grad_output) if write_dz else grad_output.new_empty(0)
+    return dz, grad_output.new_empty(c if sum_columns else 0)
+
+
+def _strides(prefix: str, axes: str, tensor: Tensor) -> dict[str, int]:
+    return {prefix + axis: stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
+def _filter_step(stride: int, dilation: int) -> tuple[int, int]:
+    """Distance of the filter rows that meet one phase of the input, and the inverse that finds the first of them."""
+    step = stride // _gcd(stride, dilation)
+    return step, pow(dilation // _gcd(stride, dilation), -1, step) if step > 1 else 0
+
+
+def _gcd(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+# ------------------------------------------------------------------------------------------------- autograd Function
+
+
+def conv2d_gradients(
+    dz: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    geometry: tuple[list[int], list[int], list[int], int],
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input and weight from that before the activation; only what is needed is launched."""
+    dx = conv2d_dgrad(dz, weight, list(input.shape), *geometry) if needs_input else None
+    dw = conv2d_wgrad(dz, input, weight, *geometry) if needs_weight else None
+    return dx, dw
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, output_size, relu):  # type: ignore[no-untyped-def]
+        output = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu)
+        ctx.save_for_backward(input, weight, output if relu else None)
+        ctx.geometry = (stride, padding, dilation, groups)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        input, weight, output = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dz, d_bias = grad_output, None
+        masked = output is not None and (needs_input or needs_weight)
+        if masked or needs_bias:
+            written, column_sums = conv2d_epilogue_backward(grad_output, output, masked, needs_bias)
+            dz = written if masked else dz
+            d_bias = column_sums if needs_bias else None
+        dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
+        return dx, dw, d_bias, None, None, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- public function
+
+
+def conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """What :func:`conv2d` means, in PyTorch's own operations."""
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.relu(output) if activation == "relu" else output
+
+
+def conv2d_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Check the arguments of a convolution; its stride, padding (top, left), dilation and output size."""
+    check_tensors(input=input, weight=weight, bias=bias)
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight.shape)}")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be a positive int, got {groups!r}")
+    k, cg, r, s = weight.shape
+    if input.shape[1] != cg * groups:
+        raise ValueError(
+            f"input has {input.shape[1]} channels, but weight of shape {tuple(weight.shape)} with groups={groups} wants "
+            f"{cg} x {groups} = {cg * groups}"
+        )
+    if k == 0 or k % groups != 0:
+        raise ValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
+    if bias is not None and bias.shape != (k,):
+        raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias.shape)}")
+    if min(cg, r, s) < 1:
+        raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight.shape)}")
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    totals, before = _padding(padding, strides, dilations, (r, s))
+    sizes = []
+    for name, size, total, dil, filter_size, step in zip(
+        ("height", "width"), input.shape[2:], totals, dilations, (r, s), strides, strict=True
+    ):
+        span = dil * (filter_size - 1) + 1
+        if size + total < span:
+            raise ValueError(
+                f"input's {name} {size} with {total} of padding is smaller than the filter's span of {span} "
+                f"(weight {tuple(weight.shape)}, dilation {dilations}): the output would be empty"
+            )
+        sizes.append((size + total - span) // step + 1)
+    return list(strides), list(before), list(dilations), sizes
+
+
+def _padding(
+    padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int], filter_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Total padding of each axis, and the part of it before the first element."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
+        total = (dilation[0] * (filter_size[0] - 1), dilation[1] * (filter_size[1] - 1))
+        return total, (total[0] // 2, total[1] // 2)
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
+    before = pair("padding", padding, 0)
+    return (2 * before[0], 2 * before[1]), before
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """2-D convolution, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides.
+        weight: (K, C / groups, R, S), dtype and device of ``input``.
+        bias: (K,) or None.
+        stride: int or (vertical, horizontal), in pixels.
+        padding: zeros on each side, int or (vertical, horizontal), or ``"same"`` or ``"valid"``.
+        dilation: distance of filter elements, int or (vertical, horizontal), in pixels.
+        groups: number of groups that input and output channels are cut into.
+        activation: None or ``"relu"``.
+
+    Returns:
+        (N, K, P, Q) or (K, P, Q) with P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, in ``input``'s dtype,
+        channels-last in memory. Products are summed in float32 (float64 for float64). float32 products follow
+        ``torch.backends.cudnn.conv.fp32_precision`` (TF32 by PyTorch's default). Under autocast, inputs are cast as
+        ``F.conv2d`` casts them.
+
+    Raises:
+        TypeError: a dtype that the kernels do not run, or dtypes that differ.
+        ValueError: ranks, channels, devices, sizes or options that do not fit.
+    """
+    fuse_relu = check_activation(activation)
+    input, weight, bias = autocast_inputs(input, weight, bias)
+    batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
+    strides, before, dilations, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
+    if not runs_triton(input):
+        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation)
+    output = Conv2dFunction.apply(batched, weight, bias, strides, before, dilations, groups, size, fuse_relu)
+    return output.squeeze(0) if input.dim() == 3 else output

@@ -1,0 +1,54 @@
+"""Pieces shared by the kernels, as Triton device functions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .backend import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """``acc + a @ b``, accumulated in the type of ``acc``."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as raw uint16 and would multiply those; float32 holds both half types exactly.
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """``x`` (an accumulator) rounded to the nearest ``DTYPE``, ties to even."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter truncates; round in integers first, so that its truncation is exact. NaN is left alone.
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def relu(x):
+    """ReLU as PyTorch has it: NaN stays NaN (``tl.maximum(x, 0)`` loses it) and -0.0 stays -0.0."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def relu_grad(grad, output):
+    """Gradient of ReLU from its output: zero where the output is <= 0, so it passes where the output is NaN."""
+    return tl.where(output <= 0, 0.0, grad)
+
+
+@triton.jit
+def dropout_factor(seed, index, p, scale):
+    """What dropout multiplies element ``index`` (row-major, over the whole tensor) by: ``scale`` or 0.
+
+    One Philox4x32-10 stream: key = seed, counter = index, first of the four words. The counter's high word is zero below
+    2^32 whether the index is int32 or int64, so the stream does not depend on the width of the offsets.
+    """
+    keep = tl.rand(seed, index) >= p
+    return tl.where(keep, scale, 0.0)

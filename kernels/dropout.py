@@ -1,0 +1,231 @@
+"""Dropout from a counter-based random stream: no mask is stored, the backward pass draws the same numbers again.
+
+Element i (row-major) of a call with seed s is kept when u(s, i) >= p, where u is the first word of Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key s and counter i, as a float32 in [0, 1). The stream is a
+function of seed and index alone: the same on every device, in the kernels and in the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backend import runs_triton
+from .checks import check_probability, check_tensors
+from .config import elementwise_config
+from .device import cast, dropout_factor
+from .launch import launch, needs_int64, poisonable_empty
+from .reduction import dropout_scale, triton_accumulator
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _dropout_kernel(
+    x_ptr,  # [elements] contiguous, or unused
+    seed_ptr,  # int64 scalar
+    y_ptr,  # out: [elements] contiguous; bool when only the mask is wanted
+    elements,
+    p,
+    scale,
+    MASK_ONLY: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = x * (scale or 0), or the keep-mask itself. One program owns BLOCK elements. Its own backward pass, with x = dy."""
+    o_e = tl.arange(0, BLOCK)
+    if WIDE:
+        o_e = o_e.to(tl.int64)
+    o_e += tl.program_id(0) * BLOCK
+    m_e = o_e < elements
+    b_factor = dropout_factor(tl.load(seed_ptr), o_e, p, scale)
+    if MASK_ONLY:
+        b_y = b_factor != 0.0
+    else:
+        # A product, not a selection: a dropped NaN or infinity stays NaN, as in PyTorch.
+        b_y = tl.load(x_ptr + o_e, mask=m_e, other=0.0).to(ACC) * b_factor
+    tl.store(y_ptr + o_e, cast(b_y, y_ptr.dtype.element_ty), mask=m_e)
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
+    """The seed as an int64 scalar on ``device``: drawn from torch's generator there unless given.
+
+    Drawing never synchronises with the host; in a captured CUDA graph it draws anew at every replay.
+    """
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
+        return seed.to(device).reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an int64 integer or an int64 tensor of one element, got {seed!r}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("alexnet_triton::dropout_apply", mutates_args=())
+def dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``input`` times 1 / (1 - p) where kept, times 0 where dropped; contiguous."""
+    input = input.contiguous()
+    output = poisonable_empty(*input.shape, dtype=input.dtype, device=input.device)
+    _launch_dropout(input, seed, output, p, mask_only=False)
+    return output
+
+
+@dropout_apply.register_fake
+def _(input, seed, p):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape)
+
+
+@torch.library.custom_op("alexnet_triton::dropout_keep_mask", mutates_args=())
+def dropout_keep_mask(size: list[int], seed: Tensor, p: float) -> Tensor:
+    """The keep-mask alone, bool."""
+    mask = torch.empty(size, dtype=torch.bool, device=seed.device)
+    _launch_dropout(mask, seed, mask, p, mask_only=True)
+    return mask
+
+
+@dropout_keep_mask.register_fake
+def _(size, seed, p):  # type: ignore[no-untyped-def]
+    return torch.empty(size, dtype=torch.bool, device=seed.device)
+
+
+def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: bool) -> None:
+    config = elementwise_config(y.numel())
+    launch(
+        _dropout_kernel,
+        (triton.cdiv(y.numel(), config["BLOCK"]),),
+        x_ptr=x,
+        seed_ptr=seed,
+        y_ptr=y,
+        elements=y.numel(),
+        p=float(p),
+        scale=1.0 if mask_only else dropout_scale(p),
+        MASK_ONLY=mask_only,
+        WIDE=needs_int64(y),
+        ACC=triton_accumulator(x.dtype),
+        **config,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- autograd Function
+
+
+class DropoutFunction(torch.autograd.Function):
+    """Dropout. Saves its seed; the gradient is the same product again."""
+
+    @staticmethod
+    def forward(ctx: Any, input, seed, p):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        return dropout_apply(input, seed, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        (seed,) = ctx.saved_tensors
+        return dropout_apply(grad_output, seed, ctx.p), None, None
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def philox_uniform_reference(seed: Tensor, count: int) -> Tensor:
+    """The first ``count`` uniform float32 numbers of the stream of ``seed``, in PyTorch's integer operations.
+
+    Words are kept as int64 in [0, 2^32), since PyTorch has no full set of uint32 operations.
+    """
+    low = 0xFFFFFFFF
+    counter = torch.arange(count, dtype=torch.int64, device=seed.device)
+    c0, c1 = counter & low, counter >> 32
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        high_a, low_a = _multiply_32(0xD2511F53, c0)
+        high_b, low_b = _multiply_32(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    # As tl.rand: the word as int32, mirrored to be non-negative, over 2^31.
+    signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)
+    return signed.to(torch.float32) * 4.6566127342e-10
+
+
+def _multiply_32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product; formed in 16-bit halves because int64 is signed."""
+    product_low = a * (b & 0xFFFF)  # < 2^48
+    product_high = a * (b >> 16) + (product_low >> 16)  # < 2^49
+    return product_high >> 16, ((product_high & 0xFFFF) << 16) | (product_low & 0xFFFF)
+
+
+def dropout_mask_reference(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """What :func:`dropout_mask` means, in PyTorch's own operations."""
+    size = torch.Size(shape)
+    return (philox_uniform_reference(seed, size.numel()) >= torch.tensor(p, dtype=torch.float32)).view(size)
+
+
+def dropout_reference(input: Tensor, p: float, seed: Tensor) -> Tensor:
+    """What :func:`dropout` in training means, in PyTorch's own operations."""
+    keep = dropout_mask_reference(input.shape, p, seed)
+    return input * keep.to(input.dtype) * dropout_scale(p)
+
+
+def dropout_mask(
+    shape: Sequence[int], p: float, seed: int | Tensor, *, device: torch.device | str | None = None
+) -> Tensor:
+    """The keep-mask that :func:`dropout` and :func:`linear_relu_dropout` use for an output of ``shape``.
+
+    Args:
+        shape: of the dropped-out tensor; elements are counted row-major whatever its strides.
+        p: probability of dropping an element, in [0, 1].
+        seed: int, or int64 tensor of one element.
+        device: of the mask; the seed tensor's, or the CPU.
+
+    Returns:
+        A bool tensor, True where the element is kept.
+
+    Raises:
+        ValueError: p outside [0, 1], or a seed that is no int64.
+    """
+    check_probability(p)
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    seed = draw_seed(torch.device(device), seed)
+    if runs_triton(seed):
+        return dropout_keep_mask(list(shape), seed, p)
+    return dropout_mask_reference(shape, p, seed)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None) -> Tensor:
+    """Dropout with the mask ``dropout_mask(input.shape, p, seed)``; the meaning of :func:`torch.nn.functional.dropout`.
+
+    Args:
+        input: any shape and strides; float32, float16 or bfloat16 (float64 on the CPU).
+        p: probability of dropping an element, in [0, 1].
+        training: False returns ``input`` itself.
+        seed: int, or int64 tensor of one element; by default drawn from torch's generator on ``input``'s device, so
+            ``torch.manual_seed`` governs it.
+
+    Returns:
+        ``input`` / (1 - p) where kept, 0 where dropped, contiguous, in ``input``'s dtype.
+
+    Raises:
+        TypeError: a dtype that the kernels do not run.
+        ValueError: p outside [0, 1], or a seed that is no int64.
+    """
+    check_tensors(input=input)
+    check_probability(p)
+    if not training:
+        return input
+    use_triton = runs_triton(input)
+    seed = draw_seed(input.device, seed)
+    return DropoutFunction.apply(input, seed, p) if use_triton else dropout_reference(input, p, seed)

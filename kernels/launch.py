@@ -1,0 +1,84 @@
+"""The one place where kernels are launched, and where a launch can be recorded instead of run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+#: ``(kernel, grid, arguments) -> None``; what :func:`record_launches` hands each launch to.
+Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
+
+# A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
+_recorder: Recorder | None = None
+
+_INT32_MAX = 2**31 - 1
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _recorder is not None:
+        _recorder(kernel, grid, arguments)
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    # Triton launches on the current device, which need not be the tensors' own.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)
+
+
+@contextlib.contextmanager
+def record_launches(recorder: Recorder) -> Iterator[None]:
+    """Hand every launch in the block to ``recorder`` instead of running it; outputs stay uninitialised.
+
+    CPU tensors count as able to run Triton kernels meanwhile, so that the real code path can be walked, and its kernels
+    compiled for any target, on a machine without a GPU.
+    """
+    global _recorder
+    previous, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = previous
+
+
+def is_recording() -> bool:
+    """Whether a :func:`record_launches` block is active."""
+    return _recorder is not None
+
+
+def needs_int64(*tensors: torch.Tensor | None) -> bool:
+    """Whether an element offset into any of the tensors, or their number of elements, can pass 2^31 - 1."""
+    for tensor in tensors:
+        if tensor is None or tensor.numel() == 0:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        # Tile offsets run past the last element by less than a tile before the mask cuts them off.
+        if max(last, tensor.numel()) > _INT32_MAX - 2**20:
+            return True
+    return False
+
+
+#: Set by the suite: fills whatever a kernel must write with NaN (or the largest integer) before the launch.
+poison_outputs = False
+
+
+def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    if not poison_outputs or tensor.numel() == 0:
+        return tensor
+    if tensor.dtype == torch.bool:
+        return tensor.fill_(True)
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def poisonable_empty(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty`` for what a kernel will write."""
+    return _poisoned(torch.empty(size, dtype=dtype, device=device))
+
+
+def poisonable_empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """``torch.empty_like`` (dense, strides kept) for what a kernel will write."""
+    return _poisoned(torch.empty_like(tensor))

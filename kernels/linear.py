@@ -1,0 +1,329 @@
+"""Linear layer with fused bias, ReLU and dropout: forward, input gradient, weight gradient.
+
+The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet; the name ``linear_relu_dropout`` says it. All three passes are
+one matrix kernel over different strides; the epilogue runs on the accumulators before they leave the registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .autocast import autocast_inputs
+from .backend import runs_triton
+from .checks import check_activation, check_probability, check_tensors
+from .config import matmul_config
+from .device import cast, dot, dropout_factor, relu
+from .dropout import draw_seed, dropout_reference
+from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
+from .precision import matmul_input_precision
+from .reduction import dropout_scale, epilogue_backward, triton_accumulator
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _matmul_kernel(
+    a_ptr,  # [M, K] through its strides
+    b_ptr,  # [K, N] through its strides
+    bias_ptr,  # [N], or unused
+    seed_ptr,  # int64 scalar, or unused
+    c_ptr,  # out: [M, N] through its strides
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_cm,
+    stride_cn,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """c = dropout(relu(a @ b + bias)). One program computes a BLOCK_M x BLOCK_N tile of c."""
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid_m = pid % blocks_m  # neighbours share the columns of b, the weights, which are what a small batch has to read
+    pid_n = pid // blocks_m
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        o_m = o_m.to(tl.int64)
+        o_n = o_n.to(tl.int64)
+        o_k = o_k.to(tl.int64)
+    o_m += pid_m * BLOCK_M
+    o_n += pid_n * BLOCK_N
+    m_m = o_m < M
+    m_n = o_n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for _ in range(0, K, BLOCK_K):
+        m_k = o_k < K
+        p_a = a_ptr + o_m[:, None] * stride_am + o_k[None, :] * stride_ak
+        p_b = b_ptr + o_k[:, None] * stride_bk + o_n[None, :] * stride_bn
+        b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        acc = dot(b_a, b_b, acc, INPUT_PRECISION)
+        o_k += BLOCK_K
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
+    if RELU:
+        acc = relu(acc)
+    if DROPOUT:
+        # Rounded to the output's type first, as the layer before the dropout would store it.
+        acc = cast(acc, c_ptr.dtype.element_ty).to(ACC)
+        acc *= dropout_factor(tl.load(seed_ptr), o_m[:, None] * N + o_n[None, :], p, scale)
+    p_c = c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    fuse_relu: bool = False,
+) -> None:
+    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides."""
+    (m, k), n = a.shape, b.shape[1]
+    precision = matmul_input_precision(a.dtype)
+    config = matmul_config(m, n, k, a.dtype, precision, random_epilogue=seed is not None)
+    launch(
+        _matmul_kernel,
+        (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),),
+        a_ptr=a,
+        b_ptr=b,
+        bias_ptr=a if bias is None else bias.contiguous(),
+        seed_ptr=a if seed is None else seed,
+        c_ptr=out,
+        M=m,
+        N=n,
+        K=k,
+        stride_am=a.stride(0),
+        stride_ak=a.stride(1),
+        stride_bk=b.stride(0),
+        stride_bn=b.stride(1),
+        stride_cm=out.stride(0),
+        stride_cn=out.stride(1),
+        p=float(p),
+        scale=dropout_scale(p),
+        HAS_BIAS=bias is not None,
+        RELU=fuse_relu,
+        DROPOUT=seed is not None,
+        WIDE=needs_int64(a, b, out),
+        ACC=triton_accumulator(a.dtype),
+        INPUT_PRECISION=precision,
+        **config,
+    )
+
+
+@torch.library.custom_op("alexnet_triton::linear_fprop", mutates_args=())
+def linear_fprop(
+    input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
+) -> Tensor:
+    """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
+    output = poisonable_empty(input.shape[0], weight.shape[0], dtype=input.dtype, device=input.device)
+    _matmul(input, weight.t(), output, bias, seed, p, relu)
+    return output
+
+
+@linear_fprop.register_fake
+def _(input, weight, bias, seed, p, relu):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("alexnet_triton::linear_dgrad", mutates_args=())
+def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the input, (M, in)."""
+    dx = poisonable_empty(dz.shape[0], weight.shape[1], dtype=dz.dtype, device=dz.device)
+    _matmul(dz, weight, dx)
+    return dx
+
+
+@linear_dgrad.register_fake
+def _(dz, weight):  # type: ignore[no-untyped-def]
+    return dz.new_empty(dz.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("alexnet_triton::linear_wgrad", mutates_args=())
+def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
+    dw = poisonable_empty_like(weight)
+    _matmul(dz.t(), input, dw)
+    return dw
+
+
+@linear_wgrad.register_fake
+def _(dz, input, weight):  # type: ignore[no-untyped-def]
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("alexnet_triton::linear_epilogue_backward", mutates_args=())
+def linear_epilogue_backward(
+    grad_output: Tensor, output: Tensor | None, seed: Tensor | None, p: float, write_dz: bool, sum_columns: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.reduction.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
+    m, n = grad_output.shape
+    dz, column_sums = epilogue_backward(
+        grad_output.view(m, n, 1, 1), output, seed, p, write_dz=write_dz, sum_columns=sum_columns
+    )
+    return dz.view(m, n) if write_dz else dz, column_sums
+
+
+@linear_epilogue_backward.register_fake
+def _(grad_output, output, seed, p, write_dz, sum_columns):  # type: ignore[no-untyped-def]
+    m, n = grad_output.shape
+    return grad_output.new_empty((m, n) if write_dz else (0,)), grad_output.new_empty(n if sum_columns else 0)
+
+
+# ------------------------------------------------------------------------------------------------- autograd Function
+
+
+class LinearFunction(torch.autograd.Function):
+    """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, input, weight, bias, seed, p, relu):  # type: ignore[no-untyped-def]
+        output = linear_fprop(input, weight, bias, seed, p, relu)
+        ctx.save_for_backward(input, weight, output if relu else None, seed)
+        ctx.p = p
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+        input, weight, output, seed = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dz, dx, dw, d_bias = grad_output, None, None, None
+        changed = (output is not None or seed is not None) and (needs_input or needs_weight)
+        if changed or needs_bias:
+            written, column_sums = linear_epilogue_backward(grad_output, output, seed, ctx.p, changed, needs_bias)
+            dz = written if changed else dz
+            d_bias = column_sums if needs_bias else None
+        if needs_input:
+            dx = linear_dgrad(dz, weight)
+        if needs_weight:
+            dw = linear_wgrad(dz, input, weight)
+        return dx, dw, d_bias, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def linear_reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """What :func:`linear` means, in PyTorch's own operations."""
+    output = F.linear(input, weight, bias)
+    return F.relu(output) if activation == "relu" else output
+
+
+def linear_relu_dropout_reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor
+) -> Tensor:
+    """What :func:`linear_relu_dropout` in training means, in PyTorch's own operations."""
+    return dropout_reference(linear_reference(input, weight, bias, activation="relu"), p, seed)
+
+
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(input=input, weight=weight, bias=bias)
+    if input.dim() < 1:
+        raise ValueError("input must be (..., in_features), got a scalar")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (out_features, in_features), got shape {tuple(weight.shape)}")
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} wants "
+            f"{weight.shape[1]}"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _apply_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool
+) -> Tensor:
+    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    output = LinearFunction.apply(rows, weight, bias, seed, p, fuse_relu)
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """Linear layer, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.linear`.
+
+    Args:
+        input: (..., in_features); float32, float16 or bfloat16 (float64 on the CPU), any strides.
+        weight: (out_features, in_features), dtype and device of ``input``.
+        bias: (out_features,) or None.
+        activation: None or ``"relu"``.
+
+    Returns:
+        (..., out_features) in ``input``'s dtype. Products are summed in float32 (float64 for float64). float32 products
+        follow ``torch.backends.cuda.matmul.fp32_precision`` (IEEE by PyTorch's default). Under autocast, inputs are cast
+        as ``F.linear`` casts them.
+
+    Raises:
+        TypeError: a dtype that the kernels do not run, or dtypes that differ.
+        ValueError: ranks, features, devices or options that do not fit.
+    """
+    fuse_relu = check_activation(activation)
+    input, weight, bias = autocast_inputs(input, weight, bias)
+    _check_linear(input, weight, bias)
+    if not runs_triton(input):
+        return linear_reference(input, weight, bias, activation=activation)
+    return _apply_linear(input, weight, bias, None, 0.0, fuse_relu)
+
+
+def linear_relu_dropout(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Linear layer, bias, ReLU and dropout, in this order, in one kernel.
+
+    Args:
+        input, weight, bias: as :func:`kernels.linear`.
+        p, training, seed: as :func:`kernels.dropout`; the mask is that of ``dropout_mask(output.shape, p, seed)``.
+
+    Returns:
+        (..., out_features) in ``input``'s dtype. Without ``training`` it is ``linear(..., activation="relu")``.
+
+    Raises:
+        TypeError, ValueError: as :func:`kernels.linear` and :func:`kernels.dropout`.
+    """
+    check_probability(p)
+    if not training:
+        return linear(input, weight, bias, activation="relu")
+    input, weight, bias = autocast_inputs(input, weight, bias)
+    _check_linear(input, weight, bias)
+    use_triton = runs_triton(input)
+    seed = draw_seed(input.device, seed)
+    if not use_triton:
+        return linear_relu_dropout_reference(input, weight, bias, p, seed)
+    return _apply_linear(input, weight, bias, seed, float(p), True)

@@ -1,0 +1,446 @@
+"""2-D max-pooling: forward with a one-byte window position, backward as a gather.
+
+The forward pass stores, beside each maximum, where in its window it was found (r * S + s). The backward pass asks, for each
+input element, the few windows that hold it whether they point at it: no scatter, no atomics, a fixed order of addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backend import runs_triton
+from .checks import check_tensors, pair
+from .config import elementwise_config
+from .device import cast, relu_grad
+from .launch import launch, needs_int64, poisonable_empty
+from .reduction import triton_accumulator
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _split_index(o_e, C, H, W, CHANNELS_LAST: tl.constexpr):
+    """Element number in memory order to (n, c, h, w)."""
+    if CHANNELS_LAST:
+        o_c = o_e % C
+        o_w = (o_e // C) % W
+        o_h = (o_e // C // W) % H
+    else:
+        o_w = o_e % W
+        o_h = (o_e // W) % H
+        o_c = (o_e // W // H) % C
+    o_n = o_e // C // H // W
+    return o_n, o_c, o_h, o_w
+
+
+@triton.jit
+def _max_pool2d_fprop_kernel(
+    x_ptr,  # [N, C, H, W] through its strides
+    y_ptr,  # out: [N, C, P, Q], dense in the order CHANNELS_LAST says
+    position_ptr,  # out: window positions, as y, or unused
+    index_ptr,  # out: int64 h * W + w, as y, or unused
+    elements,
+    C,
+    H,
+    W,
+    P,
+    Q,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WRITE_POSITION: tl.constexpr,
+    WRITE_INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program computes BLOCK outputs, neighbours in memory."""
+    o_e = tl.arange(0, BLOCK)
+    if WIDE:
+        o_e = o_e.to(tl.int64)
+    o_e += tl.program_id(0) * BLOCK
+    m_e = o_e < elements
+    o_n, o_c, o_p, o_q = _split_index(o_e, C, P, Q, CHANNELS_LAST)
+    o_h = o_p * STRIDE_H - PAD_H
+    o_w = o_q * STRIDE_W - PAD_W
+    p_x = x_ptr + o_n * stride_xn + o_c * stride_xc
+
+    # The first element of the window inside the image stands until something larger comes, as in PyTorch: a window of
+    # -inf points at it. After a NaN nothing is larger, but a later NaN takes over.
+    first_r = tl.where(o_h < 0, (DILATION_H - 1 - o_h) // DILATION_H, 0)
+    first_s = tl.where(o_w < 0, (DILATION_W - 1 - o_w) // DILATION_W, 0)
+    b_best = tl.full((BLOCK,), float("-inf"), dtype=ACC)
+    b_position = first_r * S + first_s
+    for r in range(R):
+        for s in range(S):
+            h = o_h + r * DILATION_H
+            w = o_w + s * DILATION_W
+            inside = m_e & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            b_x = tl.load(p_x + h * stride_xh + w * stride_xw, mask=inside, other=0.0).to(ACC)
+            takes = inside & ((b_x > b_best) | (b_x != b_x))
+            b_best = tl.where(takes, b_x, b_best)
+            b_position = tl.where(takes, r * S + s, b_position)
+
+    tl.store(y_ptr + o_e, cast(b_best, y_ptr.dtype.element_ty), mask=m_e)
+    if WRITE_POSITION:
+        tl.store(position_ptr + o_e, b_position.to(position_ptr.dtype.element_ty), mask=m_e)
+    if WRITE_INDEX:
+        h = o_h + b_position // S * DILATION_H
+        w = o_w + b_position % S * DILATION_W
+        tl.store(index_ptr + o_e, h.to(tl.int64) * W + w, mask=m_e)
+
+
+@triton.jit
+def _max_pool2d_dgrad_kernel(
+    dy_ptr,  # [N, C, P, Q] through its strides
+    position_ptr,  # [N, C, P, Q] through its strides
+    y_ptr,  # pooled values, in the order of the positions, or unused
+    dx_ptr,  # out: [N, C, H, W], dense in the order CHANNELS_LAST says
+    elements,
+    C,
+    H,
+    W,
+    P,
+    Q,
+    stride_dyn,
+    stride_dyc,
+    stride_dyp,
+    stride_dyq,
+    stride_pn,
+    stride_pc,
+    stride_pp,
+    stride_pq,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it.
+
+    With RELU, the pool's input was a ReLU's output: a window whose maximum is <= 0 passes nothing.
+    """
+    WINDOWS_H: tl.constexpr = (DILATION_H * (R - 1)) // STRIDE_H + 1  # the most windows that hold one row
+    WINDOWS_W: tl.constexpr = (DILATION_W * (S - 1)) // STRIDE_W + 1
+    o_e = tl.arange(0, BLOCK)
+    if WIDE:
+        o_e = o_e.to(tl.int64)
+    o_e += tl.program_id(0) * BLOCK
+    m_e = o_e < elements
+    o_n, o_c, o_h, o_w = _split_index(o_e, C, H, W, CHANNELS_LAST)
+    p_dy = dy_ptr + o_n * stride_dyn + o_c * stride_dyc
+    o_position = o_n * stride_pn + o_c * stride_pc
+
+    acc = tl.zeros((BLOCK,), dtype=ACC)
+    for i in range(WINDOWS_H):
+        p = (o_h + PAD_H) // STRIDE_H - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
+        h_offset = o_h + PAD_H - p * STRIDE_H
+        m_h = (p >= 0) & (p < P) & (h_offset % DILATION_H == 0) & (h_offset <= DILATION_H * (R - 1))
+        for j in range(WINDOWS_W):
+            q = (o_w + PAD_W) // STRIDE_W - (WINDOWS_W - 1 - j)
+            w_offset = o_w + PAD_W - q * STRIDE_W
+            mask = m_e & m_h & (q >= 0) & (q < Q) & (w_offset % DILATION_W == 0) & (w_offset <= DILATION_W * (S - 1))
+            o_window = o_position + p * stride_pp + q * stride_pq
+            b_position = tl.load(position_ptr + o_window, mask=mask, other=0).to(tl.int32)
+            mask &= b_position == h_offset // DILATION_H * S + w_offset // DILATION_W
+            b_dy = tl.load(p_dy + p * stride_dyp + q * stride_dyq, mask=mask, other=0.0).to(ACC)
+            if RELU:
+                b_dy = relu_grad(b_dy, tl.load(y_ptr + o_window, mask=mask, other=0.0).to(ACC))
+            acc += b_dy
+    tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor is NHWC in memory, so that what is made from it should be too."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _empty(n: int, c: int, h: int, w: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if channels_last:
+        return poisonable_empty(n, h, w, c, dtype=dtype, device=device).permute(0, 3, 1, 2)
+    return poisonable_empty(n, c, h, w, dtype=dtype, device=device)
+
+
+def position_dtype(kernel_size: Sequence[int]) -> torch.dtype:
+    """uint8 where the window's positions fit a byte (up to 256 of them), else int32."""
+    return torch.uint8 if kernel_size[0] * kernel_size[1] <= 256 else torch.int32
+
+
+@torch.library.custom_op("alexnet_triton::max_pool2d_fprop", mutates_args=())
+def max_pool2d_fprop(
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_size: list[int],
+    channels_last: bool,
+    write_position: bool,
+    write_index: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted."""
+    n, c, h, w = input.shape
+    p, q = output_size
+    y = _empty(n, c, p, q, channels_last, input.dtype, input.device)
+    position, index = _position_and_index(y, kernel_size, channels_last, write_position, write_index)
+    config = elementwise_config(y.numel())
+    launch(
+        _max_pool2d_fprop_kernel,
+        (triton.cdiv(y.numel(), config["BLOCK"]),),
+        x_ptr=input,
+        y_ptr=y,
+        position_ptr=position,
+        index_ptr=index,
+        elements=y.numel(),
+        C=c,
+        H=h,
+        W=w,
+        P=p,
+        Q=q,
+        stride_xn=input.stride(0),
+        stride_xc=input.stride(1),
+        stride_xh=input.stride(2),
+        stride_xw=input.stride(3),
+        **_window(kernel_size, stride, padding, dilation),
+        CHANNELS_LAST=channels_last,
+        WRITE_POSITION=write_position,
+        WRITE_INDEX=write_index,
+        WIDE=needs_int64(input, y),
+        ACC=triton_accumulator(input.dtype),
+        **config,
+    )
+    return y, position, index
+
+
+def _position_and_index(
+    y: Tensor, kernel_size: Sequence[int], channels_last: bool, write_position: bool, write_index: bool
+) -> tuple[Tensor, Tensor]:
+    n, c, p, q = y.shape
+    nothing = y.new_empty(0, dtype=torch.uint8)
+    dtype = position_dtype(kernel_size)
+    position = _empty(n, c, p, q, channels_last, dtype, y.device) if write_position else nothing
+    index = _empty(n, c, p, q, channels_last, torch.int64, y.device) if write_index else nothing.to(torch.int64)
+    return position, index
+
+
+@max_pool2d_fprop.register_fake
+def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, write_position, write_index):  # type: ignore[no-untyped-def]
+    y = _empty(input.shape[0], input.shape[1], *output_size, channels_last, input.dtype, input.device)
+    return y, *_position_and_index(y, kernel_size, channels_last, write_position, write_index)
+
+
+@torch.library.custom_op("alexnet_triton::max_pool2d_dgrad", mutates_args=())
+def max_pool2d_dgrad(
+    grad_output: Tensor,
+    position: Tensor,
+    relu_output: Tensor | None,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    channels_last: bool,
+) -> Tensor:
+    """Gradient of the pool's input; with ``relu_output`` (the pooled values), of the ReLU's input before the pool."""
+    n, c, h, w = input_size
+    dx = _empty(n, c, h, w, channels_last, grad_output.dtype, grad_output.device)
+    config = elementwise_config(dx.numel())
+    launch(
+        _max_pool2d_dgrad_kernel,
+        (triton.cdiv(dx.numel(), config["BLOCK"]),),
+        dy_ptr=grad_output,
+        position_ptr=position,
+        y_ptr=grad_output if relu_output is None else relu_output,
+        dx_ptr=dx,
+        elements=dx.numel(),
+        C=c,
+        H=h,
+        W=w,
+        P=position.shape[2],
+        Q=position.shape[3],
+        stride_dyn=grad_output.stride(0),
+        stride_dyc=grad_output.stride(1),
+        stride_dyp=grad_output.stride(2),
+        stride_dyq=grad_output.stride(3),
+        stride_pn=position.stride(0),
+        stride_pc=position.stride(1),
+        stride_pp=position.stride(2),
+        stride_pq=position.stride(3),
+        **_window(kernel_size, stride, padding, dilation),
+        RELU=relu_output is not None,
+        CHANNELS_LAST=channels_last,
+        WIDE=needs_int64(dx, grad_output, position),
+        ACC=triton_accumulator(dx.dtype),
+        **config,
+    )
+    return dx
+
+
+@max_pool2d_dgrad.register_fake
+def _(grad_output, position, relu_output, input_size, kernel_size, stride, padding, dilation, channels_last):  # type: ignore[no-untyped-def]
+    return _empty(*input_size, channels_last, grad_output.dtype, grad_output.device)
+
+
+def _window(
+    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, int]:
+    (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = kernel_size, stride, padding, dilation
+    return {
+        "R": r,
+        "S": s,
+        "STRIDE_H": stride_h,
+        "STRIDE_W": stride_w,
+        "PAD_H": pad_h,
+        "PAD_W": pad_w,
+        "DILATION_H": dilation_h,
+        "DILATION_W": dilation_w,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- autograd Function
+
+
+class MaxPool2dFunction(torch.autograd.Function):
+    """Max-pool. Saves one byte an output: the position in its window."""
+
+    @staticmethod
+    def forward(ctx: Any, input, kernel_size, stride, padding, dilation, output_size, want_grad, want_index):  # type: ignore[no-untyped-def]
+        channels_last = is_channels_last(input)
+        y, position, index = max_pool2d_fprop(
+            input, kernel_size, stride, padding, dilation, output_size, channels_last, want_grad, want_index
+        )
+        ctx.save_for_backward(position)
+        ctx.window = (kernel_size, stride, padding, dilation, channels_last)
+        ctx.input_size = list(input.shape)
+        ctx.mark_non_differentiable(index)
+        return y, index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, _: Any):  # type: ignore[no-untyped-def]
+        (position,) = ctx.saved_tensors
+        dx = max_pool2d_dgrad(grad_output, position, None, ctx.input_size, *ctx.window)
+        return dx, None, None, None, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- public function
+
+
+def max_pool2d_reference(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What :func:`max_pool2d` means, in PyTorch's own operation."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[arg-type]
+
+
+def pool_arguments(
+    size: Sequence[int],
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    ceil_mode: bool,
+    prefix: str = "",
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Check the arguments of a pool over (height, width) = ``size``; its window, stride, padding, dilation, output size."""
+    window = pair(f"{prefix}kernel_size", kernel_size, 1)
+    no_stride = stride is None or (not isinstance(stride, int) and len(stride) == 0)
+    steps = window if no_stride else pair(f"{prefix}stride", stride, 1)  # type: ignore[arg-type]
+    pads = pair(f"{prefix}padding", padding, 0)
+    dilations = pair(f"{prefix}dilation", dilation, 1)
+    output = []
+    for axis, name in enumerate(("height", "width")):
+        if pads[axis] > window[axis] // 2:
+            raise ValueError(
+                f"{prefix}padding must be at most half of {prefix}kernel_size: {pads} with {prefix}kernel_size {window}"
+            )
+        span = dilations[axis] * (window[axis] - 1) + 1
+        free = size[axis] + 2 * pads[axis] - span
+        count = (-(-free // steps[axis]) if ceil_mode else free // steps[axis]) + 1
+        # A window that would start beyond the image and its left padding is dropped.
+        if ceil_mode and (count - 1) * steps[axis] >= size[axis] + pads[axis]:
+            count -= 1
+        if count < 1:
+            raise ValueError(
+                f"the pool's input {name} {size[axis]} with padding {pads[axis]} is smaller than the window's span of "
+                f"{span} ({prefix}kernel_size {window}, {prefix}dilation {dilations}): the output would be empty"
+            )
+        output.append(count)
+    return list(window), list(steps), list(pads), list(dilations), output
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """2-D max-pooling; the meaning of :func:`torch.nn.functional.max_pool2d`, ties and NaN included.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides.
+        kernel_size: int or (rows, columns) of the window, in elements.
+        stride: int or two ints, in elements; ``kernel_size`` by default.
+        padding: of -inf on each side, at most half of ``kernel_size``.
+        dilation: distance of window elements.
+        ceil_mode: count the last, partial window too.
+        return_indices: return PyTorch's int64 indices (h * W + w in the input's plane) as well.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q) in ``input``'s dtype and memory format (NHWC or NCHW); a pair with the indices if asked.
+        The gradient needs one byte an output (four for windows of more than 256 elements).
+
+    Raises:
+        TypeError: a dtype that the kernels do not run.
+        ValueError: ranks, sizes or options that do not fit.
+    """
+    check_tensors(input=input)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
+    window = pool_arguments(input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
+    if not runs_triton(input):
+        return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    want_grad = torch.is_grad_enabled() and input.requires_grad
+    y, index = MaxPool2dFunction.apply(batched, *window, want_grad, return_indices)
+    if input.dim() == 3:
+        y, index = y.squeeze(0), index.squeeze(0) if return_indices else index
+    return (y, index) if return_indices else y

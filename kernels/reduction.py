@@ -1,0 +1,219 @@
+"""What backward passes share: the gradient of an epilogue (dropout, ReLU, bias) and sums over split parts.
+
+Every sum has a fixed order (within a program, then over the parts in order), so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import column_sum_config, elementwise_config, split_count
+from .device import cast, dropout_factor, relu_grad
+from .launch import launch, needs_int64, poisonable_empty
+
+
+def dropout_scale(p: float) -> float:
+    """What dropout multiplies kept elements by, 1 / (1 - p); 0 where p = 1 keeps none."""
+    return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over elements of ``dtype`` are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """:func:`accumulator_dtype` as Triton's type."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _epilogue_backward_kernel(
+    dy_ptr,  # gradient of the output, [N, C, P, Q] through its strides
+    y_ptr,  # the epilogue's output, channels-last, or unused
+    seed_ptr,  # int64 scalar, or unused
+    dz_ptr,  # out: gradient before the activation, channels-last, or unused
+    partial_ptr,  # out: [SPLIT, C] column sums of dz over each split's rows, or unused
+    rows,  # N * P * Q
+    C,
+    P,
+    Q,
+    stride_dyn,
+    stride_dyc,
+    stride_dyp,
+    stride_dyq,
+    blocks_per_split,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """dz = dy through dropout and ReLU, and its sum over pixels.
+
+    One program owns BLOCK_COLUMNS channels and walks down one split's share of the rows (pixels).
+    """
+    pid_column = tl.program_id(0)
+    pid_split = tl.program_id(1)
+    o_c = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    m_c = o_c < C
+    if WIDE:
+        o_c = o_c.to(tl.int64)
+    b_sum = tl.zeros((BLOCK_COLUMNS,), dtype=ACC)
+    for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):
+        o_row = tl.arange(0, BLOCK_ROWS)
+        if WIDE:
+            o_row = o_row.to(tl.int64)
+        o_row += i_block * BLOCK_ROWS
+        mask = (o_row < rows)[:, None] & m_c[None, :]
+        o_q = o_row % Q
+        o_p = (o_row // Q) % P
+        o_n = o_row // (P * Q)
+        o_dy = o_n * stride_dyn + o_p * stride_dyp + o_q * stride_dyq
+        b_dz = tl.load(dy_ptr + o_dy[:, None] + o_c[None, :] * stride_dyc, mask=mask, other=0.0).to(ACC)
+        o_flat = o_row[:, None] * C + o_c[None, :]
+        if DROPOUT:
+            b_dz *= dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
+        if RELU:
+            # A dropped output is 0 and masks too, where the gradient is 0 anyway.
+            b_y = tl.load(y_ptr + o_flat, mask=mask, other=0.0).to(ACC)
+            b_dz = relu_grad(b_dz, b_y)
+        if WRITE_DZ:
+            tl.store(dz_ptr + o_flat, cast(b_dz, dz_ptr.dtype.element_ty), mask=mask)
+        if SUM_COLUMNS:
+            b_sum += tl.sum(b_dz, axis=0)
+    if SUM_COLUMNS:
+        tl.store(partial_ptr + pid_split * C + o_c, b_sum, mask=m_c)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    partial_ptr,  # [SPLIT, elements] contiguous; an element is (k, r, s, c), c fastest
+    out_ptr,  # out: [K, C, R, S] through its strides
+    elements,
+    SPLIT,
+    C,
+    R,
+    S,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = partial summed over the parts, first to last. One program owns BLOCK elements."""
+    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < elements
+    o_part = o_e
+    if WIDE:
+        o_part = o_part.to(tl.int64)
+    b_sum = tl.zeros((BLOCK,), dtype=ACC)
+    for _ in range(0, SPLIT):
+        b_sum += tl.load(partial_ptr + o_part, mask=m_e, other=0.0)
+        o_part += elements
+    o_c = o_e % C
+    o_s = (o_e // C) % S
+    o_r = (o_e // (C * S)) % R
+    o_k = o_e // (C * S * R)
+    p_out = out_ptr + o_k * stride_k + o_c * stride_c + o_r * stride_r + o_s * stride_s
+    tl.store(p_out, cast(b_sum, out_ptr.dtype.element_ty), mask=m_e)
+
+
+def sum_parts(partial: Tensor, out: Tensor) -> None:
+    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in order."""
+    elements = out.numel()
+    config = elementwise_config(elements)
+    launch(
+        _sum_parts_kernel,
+        (triton.cdiv(elements, config["BLOCK"]),),
+        partial_ptr=partial,
+        out_ptr=out,
+        elements=elements,
+        SPLIT=partial.shape[0],
+        C=out.shape[1],
+        R=out.shape[2],
+        S=out.shape[3],
+        stride_k=out.stride(0),
+        stride_c=out.stride(1),
+        stride_r=out.stride(2),
+        stride_s=out.stride(3),
+        WIDE=needs_int64(partial, out),
+        ACC=triton_accumulator(partial.dtype),
+        **config,
+    )
+
+
+def epilogue_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    *,
+    write_dz: bool,
+    sum_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient before the epilogue, and its sum over everything but the channels (the bias gradient), in one pass.
+
+    Args:
+        grad_output: (N, C, P, Q), any strides.
+        output: what the ReLU (and the dropout after it) gave, channels-last; None for no activation.
+        seed: of the dropout after the activation, an int64 scalar; None for no dropout.
+        p: the dropout's probability of dropping an element.
+        write_dz: whether the first result is wanted.
+        sum_columns: whether the second is.
+
+    Returns:
+        dz, channels-last (N, C, P, Q), and the column sums (C,), both in ``grad_output``'s dtype; what is not wanted comes
+        back empty.
+    """
+    n, c, height, width = grad_output.shape
+    rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
+    dz = poisonable_empty(n, height, width, c, dtype=dtype, device=device).permute(0, 3, 1, 2) if write_dz else None
+    column_sums = poisonable_empty(c if sum_columns else 0, dtype=dtype, device=device)
+    config = column_sum_config(rows, c)
+    row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
+    columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
+    split = split_count(columns, max(row_blocks, 1))
+    partial = poisonable_empty(
+        split if sum_columns else 0, c, dtype=accumulator_dtype(dtype), device=device
+    )
+    launch(
+        _epilogue_backward_kernel,
+        (columns, split),
+        dy_ptr=grad_output,
+        y_ptr=grad_output if output is None else output,
+        seed_ptr=grad_output if seed is None else seed,
+        dz_ptr=grad_output if dz is None else dz,
+        partial_ptr=partial,
+        rows=rows,
+        C=c,
+        P=height,
+        Q=width,
+        stride_dyn=grad_output.stride(0),
+        stride_dyc=grad_output.stride(1),
+        stride_dyp=grad_output.stride(2),
+        stride_dyq=grad_output.stride(3),
+        blocks_per_split=triton.cdiv(row_blocks, split),
+        p=float(p),
+        scale=dropout_scale(p),
+        RELU=output is not None,
+        DROPOUT=seed is not None,
+        WRITE_DZ=write_dz,
+        SUM_COLUMNS=sum_columns,
+        WIDE=needs_int64(grad_output, output),
+        ACC=triton_accumulator(dtype),
+        **config,
+    )
+    if sum_columns:
+        sum_parts(partial, column_sums.view(c, 1, 1, 1))
+    return grad_output.new_empty(0) if dz is None else dz, column_sums
