@@ -1,0 +1,268 @@
+"""The command line: ``alexnet-triton train | evaluate | summary``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import kernels
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .data import DataError, load_fashion_mnist
+from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
+from .plot import plot_curves
+from .training import (
+    LEARNING_RATE,
+    CheckpointError,
+    EpochMetrics,
+    describe_backend,
+    evaluate,
+    load_checkpoint,
+    measure_speed,
+    new_model,
+    train,
+)
+
+app = typer.Typer(
+    help="AlexNet on hand-written Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Model(StrEnum):
+    """The networks that can be trained."""
+
+    alexnet = "alexnet"
+    lenet = "lenet"
+
+
+class BackendChoice(StrEnum):
+    """See :func:`kernels.use_backend`."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of Fashion-MNIST's IDX files, or 'sample' for the small sample inside the package. "
+        "Default: the usual places, else torchvision's download.",
+        show_default=False,
+    ),
+]
+BackendOption = Annotated[BackendChoice, typer.Option(help="auto: Triton kernels on CUDA, PyTorch on the CPU.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use at most the first N training and N test images.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+
+
+def _fail(message: object) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
+    return typer.Exit(1)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{name!r} is no usable device: {str(error).splitlines()[0]}") from error
+
+
+def _runs_on(device: torch.device, backend: str) -> str:
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"the CPU ({torch.get_num_threads()} threads)"
+    return f"{describe_backend(device, backend)} on {hardware}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class _Bar:
+    """The progress bar of an epoch; nothing where the output is no terminal."""
+
+    def __init__(self, images: int, epochs: int) -> None:
+        self.images, self.epochs = images, epochs
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("train", total=images, epoch=0, loss=0.0, speed=0.0)
+
+    def epoch(self, epoch: int) -> Any:
+        """The progress callback of one epoch; None where nothing is shown, so that no step waits for its loss."""
+        if self.progress.disable:
+            return None
+        self.progress.reset(self.task, total=self.images, epoch=epoch, loss=0.0, speed=0.0)
+        return lambda seen, loss, speed: self.progress.update(self.task, completed=seen, loss=loss, speed=speed)
+
+
+def _print_epoch(metrics: EpochMetrics) -> None:
+    console.print(
+        f"epoch {metrics.epoch:3d}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "
+        f"test acc {metrics.test_acc:.4f}  {metrics.images_per_s:.1f} images/s  {metrics.seconds:.1f} s"
+    )
+
+
+@app.command("train")
+def train_command(
+    model: Annotated[Model, typer.Option(help="The network.")] = Model.alexnet,
+    backend: BackendOption = BackendChoice.auto,
+    data: DataOption = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: BatchOption = 128,
+    lr: Annotated[
+        float | None, typer.Option(min=0.0, help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
+    ] = None,
+    limit: LimitOption = None,
+    seed: Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")] = 0,
+    device: DeviceOption = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")
+    ] = None,
+) -> None:
+    """Train on Fashion-MNIST; write metrics.jsonl, curves.png and checkpoint.pt."""
+    where = _device(device)
+    lr = LEARNING_RATE[model] if lr is None else lr
+    out = out or Path("runs") / f"{model.value}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (out / "metrics.jsonl").exists():
+        raise typer.BadParameter(f"{out} already holds a run; choose another folder", param_hint="--out")
+    try:
+        dataset = load_fashion_mnist(data)
+        with kernels.use_backend(backend.value):
+            runs_on = _runs_on(where, backend.value)
+            training, test = dataset.train.limited(limit), dataset.test.limited(limit)
+            net = new_model(model, seed, where)
+            speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
+            console.print(
+                f"{model.value} on {runs_on}: about {_duration(len(training) / speed)} an epoch "
+                f"of {len(training)} images ({speed:.1f} images/s)"
+            )
+            console.print(
+                f"data {dataset.source} ({len(training)} train, {len(test)} test), batch {batch_size}, lr {lr}, seed {seed}"
+            )
+            out.mkdir(parents=True, exist_ok=True)
+            bar = _Bar(len(training), epochs)
+            with bar.progress:
+                history = train(
+                    net,
+                    training,
+                    test,
+                    model=model.value,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    lr=lr,
+                    seed=seed,
+                    device=where,
+                    out=out,
+                    on_batch=bar.epoch,
+                    on_epoch=_print_epoch,
+                )
+        plot_curves(history, out / "curves.png", title=f"{model.value} on Fashion-MNIST, {runs_on}")
+    except (DataError, FloatingPointError, OSError, RuntimeError) as error:
+        raise _fail(error) from error
+    last = history[-1]
+    console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
+    console.print(f"curve {out / 'curves.png'}  metrics {out / 'metrics.jsonl'}  checkpoint {out / 'checkpoint.pt'}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt of `train`.")],
+    backend: BackendOption = BackendChoice.auto,
+    data: DataOption = None,
+    batch_size: BatchOption = 128,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Accuracy and loss of a checkpoint on the test images."""
+    where = _device(device)
+    try:
+        net, model, _ = load_checkpoint(checkpoint, where)
+        test = load_fashion_mnist(data).test.limited(limit)
+        with kernels.use_backend(backend.value):
+            console.print(f"{model} on {_runs_on(where, backend.value)}, {len(test)} test images")
+            loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)
+    except (CheckpointError, DataError, OSError, RuntimeError) as error:
+        raise _fail(error) from error
+    console.print(f"test accuracy {accuracy:.4f}  test loss {loss:.4f}")
+
+
+def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[str, Any]]:
+    """For each layer: index, layer, output shape, parameters, FLOPs of a forward pass (a multiply and an add are two).
+
+    FLOPs are counted by PyTorch's ``FlopCounterMode``, which counts the matrix products; nothing is computed.
+    """
+    rows = []
+    x = torch.empty(input_size, device="meta")
+    for index, layer in enumerate(net.to("meta")):
+        with FlopCounterMode(display=False) as counter:
+            x = layer(x)
+        parameters = sum(p.numel() for p in layer.parameters())
+        rows.append(
+            {
+                "index": index,
+                "layer": str(layer),
+                "output": tuple(x.shape),
+                "parameters": parameters,
+                "flops": counter.get_total_flops(),
+            }
+        )
+    return rows
+
+
+@app.command("summary")
+def summary_command(
+    model: Annotated[Model, typer.Option(help="The network.")] = Model.alexnet,
+    batch_size: BatchOption = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """The layer table: output shapes, parameters, FLOPs of a forward pass."""
+    net = reference_alexnet() if model is Model.alexnet else reference_lenet()
+    side = IMAGE_SIZE[model]
+    rows = layer_table(net, (batch_size, 1, side, side))
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{model.value}, input {batch_size} x 1 x {side} x {side}", show_footer=True)
+    table.add_column("#", justify="right")
+    table.add_column("layer")
+    table.add_column("output", footer="total")
+    table.add_column("parameters", justify="right", footer=f"{sum(r['parameters'] for r in rows):,}")
+    table.add_column("MFLOP", justify="right", footer=f"{sum(r['flops'] for r in rows) / 1e6:,.1f}")
+    for row in rows:
+        table.add_row(
+            str(row["index"]),
+            row["layer"],
+            " x ".join(map(str, row["output"])),
+            f"{row['parameters']:,}" if row["parameters"] else "",
+            f"{row['flops'] / 1e6:,.1f}" if row["flops"] else "",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    sys.exit(app(prog_name="alexnet-triton"))

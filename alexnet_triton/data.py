@@ -1,0 +1,182 @@
+"""Fashion-MNIST from its IDX files: 28 x 28 grey images of ten kinds of clothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+#: The data set's own files, with or without ``.gz``: (images, labels) of each split.
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+SAMPLE = Path(__file__).parent / "sample"
+
+#: Where the files usually are: torchvision's folder under its usual roots, Debian's package dataset-fashion-mnist.
+USUAL_PLACES = (
+    Path("data/FashionMNIST/raw"),
+    Path("../data/FashionMNIST/raw"),
+    Path.home() / ".cache/alexnet-triton/FashionMNIST/raw",
+    Path("/usr/share/datasets/fashion-mnist"),
+)
+
+_SIDE = 28
+#: Far above any real file: a header that claims more is wrong, and nothing of that size is ever allocated.
+_MOST_ITEMS = 10_000_000
+
+
+class DataError(ValueError):
+    """A data set that is missing or broken; the message names the file or folder and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def limited(self, limit: int | None) -> Split:
+        """The first ``limit`` images, or all."""
+        return self if limit is None else Split(self.images[:limit], self.labels[:limit])
+
+
+@dataclasses.dataclass(frozen=True)
+class FashionMNIST:
+    """Both splits and the folder they were read from."""
+
+    train: Split
+    test: Split
+    source: Path
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array of an IDX file (Y. LeCun's format: magic 0x0000 08 DD, DD big-endian int32 sizes, then bytes).
+
+    Raises:
+        DataError: not such a file, unreadable, shorter or longer than its header says.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions:
+                raise DataError(f"{path}: truncated: {len(header)} bytes where the header alone has {4 + 4 * dimensions}")
+            magic = int.from_bytes(header[:4], "big")
+            if magic != 0x0800 + dimensions:
+                raise DataError(f"{path}: wrong magic number 0x{magic:08x}, expected 0x{0x0800 + dimensions:08x}")
+            shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4))
+            size = math.prod(shape)
+            if shape[0] > _MOST_ITEMS or shape[1:] != (_SIDE,) * (dimensions - 1):
+                raise DataError(
+                    f"{path}: header claims shape {shape}, expected at most {_MOST_ITEMS} items"
+                    + (f" of {_SIDE} x {_SIDE}" if dimensions == 3 else "")
+                )
+            chunks: list[bytes] = []
+            got = 0
+            # In chunks, and one byte further than announced: memory follows the file, not its header.
+            while got <= size and (chunk := file.read(min(1 << 20, size + 1 - got))):
+                chunks.append(chunk)
+                got += len(chunk)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if got != size:
+        raise DataError(
+            f"{path}: header announces {size} bytes of data (shape {shape}), the file has "
+            + (f"only {got}: it is truncated" if got < size else "more")
+        )
+    return np.frombuffer(b"".join(chunks), dtype=np.uint8).reshape(shape)
+
+
+def _find_file(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise DataError(f"{folder}: no file {name} or {name}.gz in it")
+
+
+def _read_split(folder: Path, split: str) -> Split:
+    images_path, labels_path = (_find_file(folder, name) for name in FILES[split])
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if len(images) != len(labels):
+        raise DataError(f"{images_path} has {len(images)} images, but {labels_path} has {len(labels)} labels")
+    if len(labels) == 0:
+        raise DataError(f"{labels_path}: holds no labels")
+    if labels.max() >= len(CLASSES):
+        raise DataError(f"{labels_path}: label {labels.max()} is outside 0..{len(CLASSES) - 1}")
+    return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
+
+
+def read_folder(folder: Path) -> FashionMNIST:
+    """Both splits from a folder of the four IDX files, gzipped or not.
+
+    Raises:
+        DataError: a file is missing or broken.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return FashionMNIST(_read_split(folder, "train"), _read_split(folder, "test"), folder)
+
+
+def load_fashion_mnist(data: str | Path | None = None) -> FashionMNIST:
+    """Fashion-MNIST.
+
+    Args:
+        data: a folder of the IDX files; ``"sample"`` for the small balanced sample inside this package (1,000 training and
+            500 test images); None to look in :data:`USUAL_PLACES` and else download with torchvision.
+
+    Raises:
+        DataError: nothing found, or a broken file.
+    """
+    if data is not None:
+        return read_folder(SAMPLE if str(data) == "sample" else Path(data).expanduser())
+    for folder in USUAL_PLACES:
+        if folder.is_dir():
+            return read_folder(folder)
+    return read_folder(_download())
+
+
+def _download() -> Path:
+    root = Path.home() / ".cache/alexnet-triton"
+    hint = "give the folder of its IDX files with --data PATH, or use the small sample with --data sample"
+    try:
+        from torchvision.datasets import FashionMNIST as Download
+    except ImportError as error:
+        raise DataError(f"Fashion-MNIST is not here, and downloading it needs torchvision: {hint}") from error
+    try:
+        Download(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"Fashion-MNIST is not here and could not be downloaded ({error}): {hint}") from error
+    return root / "FashionMNIST/raw"
+
+
+def to_input(images: Tensor, image_size: int) -> Tensor:
+    """uint8 (N, 28, 28) to float32 (N, 1, image_size, image_size) in [0, 1], resized bilinearly as torchvision does."""
+    scaled = images.unsqueeze(1).to(torch.float32) / 255
+    if image_size == images.shape[-1]:
+        return scaled
+    return F.interpolate(scaled, size=(image_size, image_size), mode="bilinear", align_corners=False)
+
+
+def batches(
+    split: Split, batch_size: int, image_size: int, device: torch.device, shuffle_with: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (input, labels) on ``device``, the last one possibly smaller; shuffled if a generator is given."""
+    order = torch.arange(len(split)) if shuffle_with is None else torch.randperm(len(split), generator=shuffle_with)
+    for index in order.split(batch_size):
+        images, labels = split.images[index].to(device), split.labels[index].to(device)
+        yield to_input(images, image_size), labels
