@@ -44,7 +44,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """``value`` as two ints, each at least ``minimum``."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(values) == 1:
         values = (values[0], values[0])
     if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in values):

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
 from .config import matmul_config, split_count
 from .device import cast, dot, relu
+from .differentiation import once_differentiable
 from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
 from .precision import conv_input_precision
 from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import autocast_inputs
 from .backend import runs_triton
@@ -23,6 +22,7 @@ from .conv2d import (
     conv2d_gradients,
     conv2d_reference,
 )
+from .differentiation import once_differentiable
 from .max_pool2d import max_pool2d_dgrad, max_pool2d_fprop, max_pool2d_reference, pool_arguments
 
 

@@ -32,6 +32,17 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def compensated_add(total, lost, value):
+    """One step of Kahan's summation: the new total, and what it lost to rounding, which the next step gives back.
+
+    A long chain of additions then errs like a single one. Once the total is infinite or NaN there is nothing to give back.
+    """
+    value -= lost
+    new = total + value
+    return new, tl.where(new - new == 0, (new - total) - value, 0.0)
+
+
+@triton.jit
 def relu(x):
     """ReLU as PyTorch has it: NaN stays NaN (``tl.maximum(x, 0)`` loses it) and -0.0 stays -0.0."""
     return tl.where(x < 0, 0.0, x)

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import runs_triton
 from .checks import check_probability, check_tensors
 from .config import elementwise_config
 from .device import cast, dropout_factor
+from .differentiation import once_differentiable
 from .launch import launch, needs_int64, poisonable_empty
 from .reduction import dropout_scale, triton_accumulator
 

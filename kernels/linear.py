@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import autocast_inputs
 from .backend import runs_triton
@@ -21,6 +20,7 @@ from .checks import check_activation, check_probability, check_tensors
 from .config import matmul_config
 from .device import cast, dot, dropout_factor, relu
 from .dropout import draw_seed, dropout_reference
+from .differentiation import once_differentiable
 from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
 from .precision import matmul_input_precision
 from .reduction import dropout_scale, epilogue_backward, triton_accumulator

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import runs_triton
 from .checks import check_tensors, pair
 from .config import elementwise_config
 from .device import cast, relu_grad
+from .differentiation import once_differentiable
 from .launch import launch, needs_int64, poisonable_empty
 from .reduction import triton_accumulator
 

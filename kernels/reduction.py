@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import column_sum_config, elementwise_config, split_count
-from .device import cast, dropout_factor, relu_grad
+from .device import cast, compensated_add, dropout_factor, relu_grad
 from .launch import launch, needs_int64, poisonable_empty
 
 
@@ -67,7 +67,8 @@ def _epilogue_backward_kernel(
     m_c = o_c < C
     if WIDE:
         o_c = o_c.to(tl.int64)
-    b_sum = tl.zeros((BLOCK_COLUMNS,), dtype=ACC)
+    b_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACC)
+    b_lost = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACC)
     for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):
         o_row = tl.arange(0, BLOCK_ROWS)
         if WIDE:
@@ -89,9 +90,10 @@ def _epilogue_backward_kernel(
         if WRITE_DZ:
             tl.store(dz_ptr + o_flat, cast(b_dz, dz_ptr.dtype.element_ty), mask=mask)
         if SUM_COLUMNS:
-            b_sum += tl.sum(b_dz, axis=0)
+            b_sum, b_lost = compensated_add(b_sum, b_lost, b_dz)
     if SUM_COLUMNS:
-        tl.store(partial_ptr + pid_split * C + o_c, b_sum, mask=m_c)
+        # Rows are only added up across threads once, after the loop.
+        tl.store(partial_ptr + pid_split * C + o_c, tl.sum(b_sum, axis=0), mask=m_c)
 
 
 @triton.jit
@@ -118,8 +120,10 @@ def _sum_parts_kernel(
     if WIDE:
         o_part = o_part.to(tl.int64)
     b_sum = tl.zeros((BLOCK,), dtype=ACC)
+    b_lost = tl.zeros((BLOCK,), dtype=ACC)
     for _ in range(0, SPLIT):
-        b_sum += tl.load(partial_ptr + o_part, mask=m_e, other=0.0)
+        b_part = tl.load(partial_ptr + o_part, mask=m_e, other=0.0)
+        b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
         o_part += elements
     o_c = o_e % C
     o_s = (o_e // C) % S

@@ -1,0 +1,133 @@
+"""The command line, end to end in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..conftest import DEVICE
+
+
+def run(*arguments: str, interpret: bool = False, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m alexnet_triton ARGUMENTS``."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    environment |= {"PYTHONPATH": str(root), "COLUMNS": "120"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    return subprocess.run(
+        [sys.executable, "-m", "alexnet_triton", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd or root,
+    )
+
+
+SHORT = ("--data", "sample", "--limit", "48", "--batch-size", "16", "--epochs", "2", "--device", "cpu")
+
+
+def test_train_evaluate_lenet(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("train", "--model", "lenet", *SHORT, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first.startswith("lenet on PyTorch reference on the CPU")
+    assert "an epoch of 48 images" in first
+    assert result.stdout.count("test acc ") == 2
+    assert str(out / "curves.png") in result.stdout
+    assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "curves.png", "checkpoint.pt"}
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    again = run("evaluate", str(out / "checkpoint.pt"), "--data", "sample", "--limit", "48", "--device", "cpu")
+    assert again.returncode == 0, again.stderr
+    assert f"test accuracy {last['test_acc']:.4f}" in again.stdout
+
+    overwrite = run("train", "--model", "lenet", *SHORT, "--out", str(out))
+    assert overwrite.returncode == 2
+    assert "already holds a run" in overwrite.stderr
+
+
+@pytest.mark.slow
+def test_train_alexnet(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    short = ("--data", "sample", "--limit", "16", "--batch-size", "8", "--epochs", "1", "--device", "cpu")
+    result = run("train", *short, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("alexnet on PyTorch reference on the CPU")
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+    assert sum(w.numel() for w in weights.values()) == 46_764_746
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA the kernels run without the interpreter")
+def test_training_on_the_kernels_equals_training_on_pytorch(tmp_path: Path) -> None:
+    """The same run on both backends, in the interpreter: the same losses."""
+    losses = {}
+    for backend in ("triton", "torch"):
+        out = tmp_path / backend
+        limits = ("--data", "sample", "--limit", "24", "--batch-size", "8", "--epochs", "1")
+        result = run("train", "--model", "lenet", "--backend", backend, *limits, "--out", str(out), interpret=True)
+        assert result.returncode == 0, result.stderr
+        assert ("Triton kernels in Triton's interpreter" in result.stdout) == (backend == "triton")
+        losses[backend] = json.loads((out / "metrics.jsonl").read_text())["loss"]
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("model", ["alexnet", "lenet"])
+def test_train_on_the_gpu(model: str, tmp_path: Path) -> None:
+    result = run("train", "--model", model, "--data", "sample", "--epochs", "1", "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{model} on Triton kernels on ")
+
+
+def test_default_out_folder(tmp_path: Path) -> None:
+    result = run("train", "--model", "lenet", *SHORT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("lenet-")
+
+
+def test_summary() -> None:
+    result = run("summary", "--json")
+    rows = json.loads(result.stdout)
+    assert len(rows) == 21
+    assert sum(r["parameters"] for r in rows) == 46_764_746
+    assert rows[0]["output"] == [1, 96, 54, 54]
+    assert rows[0]["flops"] == 2 * 54 * 54 * 96 * 121
+    assert rows[17]["flops"] == 2 * 4096 * 4096
+    table = run("summary", "--model", "lenet").stdout
+    assert "Conv2d(6, 16" in table
+    assert "61,706" in table
+
+
+BAD = {
+    "no_folder": (["train", "--data", "/nowhere"], 1, "/nowhere: no such folder"),
+    "device": (["train", "--data", "sample", "--device", "gpu"], 2, "'gpu' is no usable device"),
+    "model": (["train", "--model", "vgg"], 2, "vgg"),
+    "batch_size": (["train", "--batch-size", "0"], 2, "--batch-size"),
+    "limit": (["train", "--limit", "0"], 2, "--limit"),
+    "checkpoint": (["evaluate", "/nowhere.pt"], 1, "/nowhere.pt: no such file"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_errors_are_one_line_and_no_traceback(bad: str, tmp_path: Path) -> None:
+    arguments, code, message = BAD[bad]
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a GPU")
+def test_triton_backend_without_a_gpu_says_what_to_do(tmp_path: Path) -> None:
+    result = run("train", "--backend", "triton", "--data", "sample", "--model", "lenet", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "TRITON_INTERPRET=1" in result.stderr
+    assert "Traceback" not in result.stderr

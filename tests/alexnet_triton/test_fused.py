@@ -1,0 +1,307 @@
+"""FusedSequential and fuse: everything done with an nn.Sequential means the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import kernels
+from alexnet_triton import FusedSequential, fuse, reference_lenet
+from alexnet_triton.fused import plan
+
+from ..conftest import DEVICE
+
+
+def small_layers(dropout: float = 0.5) -> list[nn.Module]:
+    """Every kind of run, for images of 3 x 18 x 18."""
+    return [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 1),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(54, 20),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(20, 16),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 5),
+    ]
+
+
+def images(n: int = 4) -> torch.Tensor:
+    return torch.randn(n, 3, 18, 18, device=DEVICE)
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Sequential, FusedSequential]:
+    """The plain network in eval mode and the fused one over the same layers."""
+    layers = small_layers()
+    return nn.Sequential(*layers).to(DEVICE).eval(), FusedSequential(*layers).to(DEVICE).eval()
+
+
+def operations(net: FusedSequential) -> list[str]:
+    return [run.operation for run in plan(list(net))]
+
+
+FUSED = ["conv2d_relu_max_pool2d", "conv2d", "conv2d", "max_pool2d", "module", *["linear_relu_dropout"] * 2, "linear"]
+
+
+def test_runs(pair: tuple[nn.Sequential, FusedSequential], launches: list[str]) -> None:
+    plain, fused = pair
+    assert operations(fused) == FUSED
+    x = images()
+    torch.testing.assert_close(fused(x), plain(x))
+    assert launches == [
+        "_conv2d_fprop_kernel",
+        "_max_pool2d_fprop_kernel",
+        "_conv2d_fprop_kernel",
+        "_conv2d_fprop_kernel",
+        "_max_pool2d_fprop_kernel",
+        *["_matmul_kernel"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([nn.Dropout(), nn.Linear(3, 3), nn.ReLU()], ["dropout", "linear"]),  # torchvision's order
+        ([nn.Dropout(inplace=True)], ["module"]),
+        ([nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2)], ["conv2d_relu_max_pool2d"]),
+        ([nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.ReLU()], ["module", "module"]),
+        ([nn.Conv2d(3, 3, 1), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)], ["conv2d", "max_pool2d"]),
+        ([nn.Conv2d(3, 3, 1), nn.ReLU(), nn.MaxPool2d(2, dilation=2)], ["conv2d", "max_pool2d"]),
+        ([nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()], ["conv2d", "module", "module"]),
+        ([nn.Conv2d(3, 3, 1), nn.MaxPool2d(2)], ["conv2d", "max_pool2d"]),
+        ([nn.ReLU(), nn.Sigmoid(), nn.AvgPool2d(2)], ["module"] * 3),
+        ([nn.Linear(3, 3), nn.Dropout()], ["linear", "dropout"]),
+        ([nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.ReLU()], ["module", "module"]),
+        ([nn.LazyConv2d(3, 1), nn.ReLU()], ["module", "module"]),
+        ([], []),
+    ],
+)
+def test_what_is_fused_and_what_is_not(layers: list[nn.Module], expected: list[str]) -> None:
+    assert operations(FusedSequential(*layers)) == expected
+
+
+def test_children_are_the_ordinary_modules(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    plain, fused = pair
+    assert type(fused[0]) is nn.Conv2d
+    assert [type(layer) for layer in fused] == [type(layer) for layer in plain]
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert isinstance(fused, nn.Sequential)
+
+
+def test_iterating_layer_by_layer(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    plain, fused = pair
+    x = images()
+    y = x
+    for layer in fused:
+        y = layer(y)
+    torch.testing.assert_close(y, plain(x))
+
+
+def test_apply_and_parameters(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    _, fused = pair
+
+    def init_weights(m: nn.Module) -> None:
+        if type(m) == nn.Linear or type(m) == nn.Conv2d:  # noqa: E721 (as d2l writes it)
+            nn.init.ones_(m.weight)
+
+    fused.apply(init_weights)
+    assert all(bool((m.weight == 1).all()) for m in fused if hasattr(m, "weight"))
+
+
+def test_slicing(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    plain, fused = pair
+    part = fused[:4]
+    assert type(part) is FusedSequential
+    assert list(part.state_dict()) == list(plain[:4].state_dict())
+    assert part[0] is fused[0]
+    x = images()
+    torch.testing.assert_close(part(x), plain[:4](x))
+    assert list(fused[5:].state_dict()) == list(plain[5:].state_dict())
+
+
+def test_replacing_inserting_and_deleting_a_layer(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    _, fused = pair
+    fused[1] = nn.Sigmoid()
+    assert operations(fused)[:3] == ["conv2d", "module", "max_pool2d"]
+    fused[1] = nn.ReLU()
+    assert operations(fused) == FUSED
+    fused.insert(1, nn.BatchNorm2d(8).to(DEVICE))
+    assert operations(fused)[:2] == ["conv2d", "module"]
+    del fused[1]
+    assert operations(fused) == FUSED
+
+
+def test_hooks_see_what_they_would_see(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    plain, fused = pair
+    seen: list[torch.Tensor] = []
+    x = images()
+    handle = fused[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    assert operations(fused)[:3] == ["conv2d", "module", "max_pool2d"]
+    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(seen[0], torch.relu(plain[0](x)))
+    handle.remove()
+    assert operations(fused) == FUSED
+    fused[3].register_full_backward_hook(lambda *_: None)
+    assert operations(fused)[1:3] == ["module", "module"]
+
+
+def test_a_global_hook_sees_every_layer(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    _, fused = pair
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        fused(images())
+    finally:
+        handle.remove()
+    assert seen == [*fused, fused]
+
+
+def test_train_and_eval(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    _, fused = pair
+    x = images()
+    assert torch.equal(fused(x), fused(x))
+    fused.train()
+    assert not torch.equal(fused(x), fused(x))
+
+
+def test_copies_and_pickles(pair: tuple[nn.Sequential, FusedSequential]) -> None:
+    _, fused = pair
+    x = images()
+    expected = fused(x)
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(copied) is FusedSequential
+        assert torch.equal(copied(x), expected)
+        assert copied[0].weight is not fused[0].weight
+
+
+def test_named_layers_and_empty() -> None:
+    net = FusedSequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU())).to(DEVICE)
+    assert list(net.state_dict()) == ["conv.weight", "conv.bias"]
+    x = images()
+    assert torch.equal(net(x), kernels.conv2d(x, net.conv.weight, net.conv.bias, activation="relu"))
+    assert FusedSequential()(x) is x
+
+
+def test_a_network_trains_alike_on_both_backends() -> None:
+    """Five SGD steps with dropout: the seeds come from torch's generator, so both backends drop the same elements."""
+    losses = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(1)
+        net = FusedSequential(*small_layers()).to(DEVICE)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        x, labels = images(8), torch.randint(0, 5, (8,), device=DEVICE)
+        with kernels.use_backend(backend):
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(net(x), labels)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-4)
+    assert losses[4] < losses[0]
+
+
+def test_dropout_layers_and_steps_draw_their_own_masks() -> None:
+    net = FusedSequential(nn.Linear(4, 1000), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1000, 1000), nn.ReLU(), nn.Dropout(0.5))
+    for layer in (net[0], net[3]):
+        nn.init.zeros_(layer.weight)
+        nn.init.ones_(layer.bias)
+    net.to(DEVICE)
+    x = torch.randn(8, 4, device=DEVICE)
+    first = net[:3](x) > 0
+    torch.manual_seed(5)
+    masks = [first, net[:3](x) > 0, net(x) > 0, net(x) > 0]
+    for i, a in enumerate(masks):
+        assert abs(a.double().mean().item() - 0.5) < 0.03
+        for b in masks[:i]:
+            assert abs((a == b).double().mean().item() - 0.5) < 0.03
+
+
+class Branching(nn.Module):
+    """Sequentials inside other modules, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True))
+        self.heads = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU()) for _ in range(2)])
+        self.shared = self.heads[0]
+        self.alone = nn.Conv2d(2, 2, 1)
+        self.register_buffer("shift", torch.ones(2, 1, 1))
+        self.empty = None
+        self.register_module("nothing", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.trunk(x)
+        return self.alone(sum(head(x) for head in self.heads) + self.shared(x)) + self.shift
+
+
+def test_fuse_keeps_everything_but_the_containers() -> None:
+    net = Branching().to(DEVICE).eval()
+    before = {name: type(m) for name, m in net.named_modules()}
+    fused = fuse(net)
+    assert type(fused) is Branching
+    assert type(fused.trunk) is type(fused.heads[1]) is FusedSequential
+    assert fused.shared is fused.heads[0]
+    assert fused.alone is net.alone
+    assert fused.trunk[0] is net.trunk[0]
+    assert not fused.training
+    assert list(fused.state_dict()) == list(net.state_dict())
+    assert [id(p) for p in fused.parameters()] == [id(p) for p in net.parameters()]
+    assert {name: type(m) for name, m in net.named_modules()} == before
+    x = images()
+    torch.testing.assert_close(fused(x), net(x))
+
+
+def test_fuse_shares_nothing_but_layers_and_parameters() -> None:
+    net = Branching()
+    fused = fuse(net)
+    fused.trunk[1] = nn.Sigmoid()
+    fused.trunk.register_forward_hook(lambda *_: None)
+    fused.extra = nn.Linear(1, 1)
+    assert type(net.trunk[1]) is nn.ReLU
+    assert not net.trunk._forward_hooks
+    assert not hasattr(net, "extra")
+
+
+def test_fuse_of_subclasses_and_of_what_has_no_container() -> None:
+    class Named(nn.Sequential):
+        pass
+
+    class OwnForward(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    named = Named(nn.Conv2d(3, 4, 3), nn.ReLU())
+    named.note = "kept"
+    fused = fuse(named)
+    assert type(fused) is FusedSequential
+    assert fused.note == "kept"
+    own = OwnForward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ReLU())
+    fused = fuse(own)
+    assert type(fused) is OwnForward
+    assert type(fused[0]) is FusedSequential
+    layer = nn.Conv2d(3, 4, 3)
+    assert fuse(layer) is layer
+    already = FusedSequential(layer)
+    assert fuse(already) is already
+
+
+def test_lenet_runs_its_convolutions_and_linears_on_kernels(launches: list[str]) -> None:
+    net = reference_lenet().to(DEVICE)
+    fused = fuse(net)
+    x = torch.randn(2, 1, 28, 28, device=DEVICE)
+    torch.testing.assert_close(fused(x), net(x))
+    assert launches == [*["_conv2d_fprop_kernel"] * 2, *["_matmul_kernel"] * 3]

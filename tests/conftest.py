@@ -1,0 +1,80 @@
+"""Where the suite runs, and what every test has: poisoned outputs, IEEE float32 products, a seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+# Triton decides when a kernel is decorated, so this comes before anything imports ``kernels``.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from kernels import config, launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: Tiles so small that a shape of a few dozen elements spans several programs with ragged edges.
+SMALL_TILES = {
+    "BLOCK_M": 32,
+    "BLOCK_N": 16,
+    "BLOCK_K": 32,
+    "BLOCK": 128,
+    "BLOCK_ROWS": 16,
+    "BLOCK_COLUMNS": 16,
+    "SPLIT": 3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An element that a kernel should write and does not is NaN, not whatever the allocator left there."""
+    monkeypatch.setattr(launch, "poison_outputs", True)
+
+
+@pytest.fixture(autouse=True)
+def _ieee_and_seed() -> Iterator[None]:
+    """Float32 products exact, so that float32 is held to float32's tolerance; TF32 has tests of its own."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
+    torch.manual_seed(0)
+    yield
+    conv.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[None]:
+    """Run every kernel with :data:`SMALL_TILES`."""
+    with config.override(**SMALL_TILES):
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched from here on, in order."""
+    names: list[str] = []
+
+    class Counting:
+        """Stands before a kernel and notes each launch."""
+
+        def __init__(self, kernel: object) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            names.append(self.kernel.fn.__name__)  # type: ignore[attr-defined]
+            return self.kernel[grid]  # type: ignore[index]
+
+    real = launch.launch
+
+    def counting(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
+        real(Counting(kernel), grid, **arguments)
+
+    import sys
+
+    for name in ("conv2d", "dropout", "linear", "max_pool2d", "reduction"):
+        monkeypatch.setattr(sys.modules[f"kernels.{name}"], "launch", counting)
+    return names

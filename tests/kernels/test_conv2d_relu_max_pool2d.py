@@ -1,0 +1,138 @@
+"""conv2d_relu_max_pool2d against the three PyTorch operations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import kernels
+from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
+
+from ..conftest import DEVICE
+from ..oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A block; ``why`` says what it is here for."""
+
+    why: str
+    x: tuple[int, int, int, int] = (2, 3, 13, 11)
+    w: tuple[int, int, int, int] = (4, 3, 3, 3)
+    bias: bool = True
+    conv: tuple = (1, 1)
+    pool: dict = dataclasses.field(default_factory=lambda: {"pool_kernel_size": 3, "pool_stride": 2})
+
+    @property
+    def id(self) -> str:
+        return f"{self.why}-{'x'.join(map(str, self.x))}-{'x'.join(map(str, self.w))}"
+
+
+CASES = (
+    Case("alexnet"),
+    Case("conv1", x=(1, 1, 27, 23), w=(9, 1, 11, 11), conv=(4, 1)),
+    Case("no_bias", bias=False),
+    Case("grouped", x=(2, 4, 9, 8), w=(6, 2, 3, 3), conv=(1, 1, 1, 2)),
+    Case("padded_pool", pool={"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}),
+    Case("ceil", x=(1, 3, 12, 12), pool={"pool_kernel_size": 3, "pool_stride": 2, "ceil_mode": True}),
+    Case("own_stride", pool={"pool_kernel_size": (2, 3)}),
+)
+
+
+@pytest.mark.parametrize(("case", "dtype"), each_with_dtypes(CASES))
+@pytest.mark.usefixtures("small_tiles")
+def test_exact_on_integers(case: Case, dtype: torch.dtype) -> None:
+    """Small integers: every sum is exact in every dtype and ties are many, so results must be equal, bit for bit.
+
+    Of one sign in the filter so that sums stay below 256, the last integer that bfloat16 counts to.
+    """
+    x = integers(*case.x, dtype=dtype, high=1)
+    w = integers(*case.w, dtype=dtype, high=1)
+    b = integers(case.w[0], dtype=dtype) if case.bias else None
+    leaves = [t for t in (x, w, b) if t is not None]
+    results = []
+    for operation in (kernels.conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_reference):
+        y = operation(x, w, b, *case.conv, **case.pool)
+        grad = (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(dtype)
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for name, ours, theirs in zip(("output", "input", "weight", "bias"), *results, strict=False):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize >= 4], ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
+@pytest.mark.usefixtures("small_tiles")
+def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    """Half types are left to the exact test: where rounding makes a tie, float64 has none and points elsewhere."""
+    tensors = [
+        randn(*case.x, dtype=dtype),
+        randn(*case.w, dtype=dtype),
+        randn(case.w[0], dtype=dtype) if case.bias else None,
+    ]
+    output = check(
+        lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, *case.conv, **case.pool),
+        lambda x, w, b: conv2d_relu_max_pool2d_reference(x, w, b, *case.conv, **case.pool),
+        tensors,
+        names="input weight bias",
+    )
+    assert output.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="float64 kernels run in the interpreter only")
+def test_gradcheck() -> None:
+    tensors = [randn(1, 2, 6, 5, dtype=torch.float64), randn(2, 2, 3, 3, dtype=torch.float64), randn(2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(
+        lambda *t: kernels.conv2d_relu_max_pool2d(*t, padding=1, pool_kernel_size=3, pool_stride=2), tensors, fast_mode=True
+    )
+
+
+def test_the_unpooled_activation_is_not_kept() -> None:
+    x, w = randn(2, 3, 13, 11, dtype=torch.float32), randn(4, 3, 3, 3, dtype=torch.float32)
+    y = kernels.conv2d_relu_max_pool2d(x, w, padding=1, pool_kernel_size=3, pool_stride=2)
+    saved = y.grad_fn.saved_tensors
+    assert [(t.shape, t.dtype) for t in saved] == [
+        (x.shape, x.dtype),
+        (w.shape, w.dtype),
+        (y.shape, y.dtype),
+        (y.shape, torch.uint8),
+    ]
+
+
+def test_nan_propagates() -> None:
+    x, w = randn(1, 2, 9, 9, dtype=torch.float32, grad=False), randn(3, 2, 3, 3, dtype=torch.float32, grad=False)
+    x[0, 1, 4, 4] = torch.nan
+    pool = {"pool_kernel_size": 3, "pool_stride": 2}
+    ours, theirs = (f(x, w, **pool) for f in (kernels.conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_reference))
+    assert ours.isnan().any()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+def test_empty_batch_and_unbatched() -> None:
+    w = randn(4, 3, 3, 3, dtype=torch.float32)
+    x = randn(3, 13, 11, dtype=torch.float32)
+    pool = {"pool_kernel_size": 3, "pool_stride": 2}
+    assert kernels.conv2d_relu_max_pool2d(x.new_empty(0, 3, 13, 11), w, **pool).shape == (0, 4, 5, 4)
+    y = kernels.conv2d_relu_max_pool2d(x, w, **pool)
+    assert torch.equal(y, kernels.conv2d_relu_max_pool2d(x[None], w, **pool)[0])
+
+
+X, W = torch.zeros(2, 3, 13, 11), torch.zeros(4, 3, 3, 3)
+BAD = {
+    "channels": ({"input": X[:, :2]}, ValueError, "input has 2 channels"),
+    "pool_kernel_size": ({"pool_kernel_size": 0}, ValueError, "pool_kernel_size must be at least 1"),
+    "pool_padding": ({"pool_padding": 2}, ValueError, "pool_padding must be at most half of pool_kernel_size"),
+    "pool_stride": ({"pool_stride": 0}, ValueError, "pool_stride must be at least 1"),
+    "empty_output": ({"pool_kernel_size": 12}, ValueError, "the output would be empty"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_refused_before_any_launch(bad: str, launches: list[str]) -> None:
+    changed, kind, message = BAD[bad]
+    arguments = {"input": X, "weight": W, "pool_kernel_size": 3} | changed
+    for backend in ("auto", "torch"):
+        with kernels.use_backend(backend), pytest.raises(kind, match=message):
+            kernels.conv2d_relu_max_pool2d(**arguments)
+    assert launches == []
