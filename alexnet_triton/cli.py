@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import kernels
 import torch
 import typer
 from rich.console import Console
@@ -17,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
 
 from .data import DataError, load_fashion_mnist
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
@@ -139,9 +140,7 @@ def train_command(
     limit: LimitOption = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")] = 0,
     device: DeviceOption = "auto",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
 ) -> None:
     """Train on Fashion-MNIST; write metrics.jsonl, curves.png and checkpoint.pt."""
     where = _device(device)

@@ -7,9 +7,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
-import kernels
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+import kernels
 
 #: Attributes of a module in which hooks on its forward or backward pass live.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -162,7 +163,7 @@ class FusedSequential(nn.Sequential):
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or for a slice a :class:`FusedSequential` of the same layers under the same keys."""
         if isinstance(index, slice):
-            return FusedSequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return FusedSequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
 
@@ -203,5 +204,3 @@ def _fuse(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
         result.__dict__["_modules"] = children
     done[id(module)] = result
     return result
-
-

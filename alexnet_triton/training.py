@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kernels
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+import kernels
 
 from .data import CLASSES, Split, batches, to_input
 from .fused import fuse
@@ -64,7 +65,7 @@ def new_model(model: str, seed: int, device: torch.device) -> nn.Module:
     torch.manual_seed(seed)
     net = build_model(model)
     net.apply(init_xavier_uniform)
-    return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -112,9 +113,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(
-    net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device
-) -> tuple[float, float]:
+def evaluate(net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on ``split``, in eval mode."""
     net.eval()
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -239,5 +238,3 @@ def describe_backend(device: torch.device, backend: str) -> str:
     if not triton:
         return "PyTorch reference"
     return "Triton kernels" if device.type == "cuda" else "Triton kernels in Triton's interpreter (for checking, slow)"
-
-

@@ -1,8 +1,8 @@
 """Compile what a piece of code launches, for a GPU that is not there.
 
-``python -m benchmarks.offline --arch sm_90 --dtype bfloat16`` walks one training step of each operation at AlexNet's shapes
-on CPU tensors, hands every launch to Triton's compiler instead of a GPU, and prints what came out as JSON lines. Must run
-without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
+``python -m benchmarks.offline --arch sm_90 --dtype bfloat16`` walks a training step of AlexNet, and single operations that it
+does not use, on CPU tensors, hands every launch to Triton's compiler instead of a GPU, and prints what came out as JSON lines.
+Must run without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+import kernels
+from alexnet_triton import AlexNet
 from kernels import backend, launch
 
 #: Instructions of the tensor cores in PTX, by generation.
@@ -133,26 +135,51 @@ def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledL
 
 
 def training_step(dtype: torch.dtype, batch: int = 2) -> None:
-    """Forward and backward of every operation at the shapes that AlexNet gives it."""
-    from alexnet_triton import AlexNet
-
+    """Forward and backward of AlexNet at 224 x 224, with dropout and with the input's gradient."""
     net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)
     images = torch.empty(batch, 1, 224, 224, dtype=dtype, requires_grad=True)
     net(images).sum().backward()
 
 
+def single_operations(dtype: torch.dtype) -> None:
+    """Forward and backward of what AlexNet does not use: no activation, groups, dilation, indices, dropout by itself."""
+    x = torch.empty(2, 96, 27, 29, dtype=dtype, requires_grad=True)
+    filters = torch.empty(256, 48, 3, 3, dtype=dtype, requires_grad=True)
+    bias = torch.empty(256, dtype=dtype, requires_grad=True)
+    kernels.conv2d(x, filters, bias, stride=2, padding=1, dilation=2, groups=2).sum().backward()
+    pooled, _ = kernels.max_pool2d(x, 3, 2, 1, return_indices=True)
+    pooled.sum().backward()
+    features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
+    weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
+    kernels.dropout(kernels.linear(features, weight)).sum().backward()
+    kernels.dropout_mask((1000,), 0.5, 1)
+
+
 def main() -> None:
-    """Compile a training step and print a JSON line a launch."""
+    """Compile for each architecture and dtype; print a JSON line a launch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90 or sm_100")
-    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16")
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], help="sm_80, sm_90, sm_100")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="float32, float16, bfloat16")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, help="for float32; PyTorch's own switches if not given"
+    )
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET"):
+    if backend.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter replaces the compiler")
-    dtype = getattr(torch, arguments.dtype)
-    for record in compile_launches(lambda: training_step(dtype, arguments.batch), int(arguments.arch[3:])):
-        print(json.dumps(dataclasses.asdict(record)))
+    if arguments.tf32 is not None:
+        precision = "tf32" if arguments.tf32 else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = precision
+
+    for arch, name in itertools.product(arguments.arch, arguments.dtype):
+        dtype = getattr(torch, name)
+
+        def everything(dtype: torch.dtype = dtype) -> None:
+            training_step(dtype, arguments.batch)
+            single_operations(dtype)
+
+        for launched in compile_launches(everything, int(arch.removeprefix("sm_"))):
+            print(json.dumps({"dtype": name, **dataclasses.asdict(launched)}))
 
 
 if __name__ == "__main__":

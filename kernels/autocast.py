@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor, get_autocast_dtype, is_autocast_enabled
 import torch
+from torch import Tensor
 
 
-def autocast_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_inputs(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors as autocast hands them to a convolution or linear layer.
 
-    Inside an enabled autocast region of their device, floating-point tensors (but float64, as in PyTorch) become its
+    Inside an enabled autocast region of the input's device, floating-point tensors (but float64, as in PyTorch) become its
     dtype; elsewhere they come back as they are.
     """
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
-    if first is None or not is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = get_autocast_dtype(first.device.type)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(input.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if castable else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)

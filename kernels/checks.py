@@ -33,8 +33,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
     for name, tensor in rest:
         if tensor.device != first.device:
             raise ValueError(
-                f"{name} must be on the device of {first_name}: {first_name} is on {first.device}, {name} on "
-                f"{tensor.device}"
+                f"{name} must be on the device of {first_name}: {first_name} is on {first.device}, {name} on {tensor.device}"
             )
         if tensor.dtype != first.dtype:
             raise TypeError(

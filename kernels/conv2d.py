@@ -383,8 +383,8 @@ def conv2d_fprop(
 
 
 @conv2d_fprop.register_fake
-def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu):  # type: ignore[no-untyped-def]
-    return empty_channels_last(input.shape[0], weight.shape[0], *output_size, input)
+def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu):
+    return empty_channels_last(input.shape[0], weight.shape[0], output_size[0], output_size[1], input)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_dgrad", mutates_args=())
@@ -446,8 +446,9 @@ def conv2d_dgrad(
 
 
 @conv2d_dgrad.register_fake
-def _(dz, weight, input_size, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
-    return empty_channels_last(*input_size, dz)
+def _(dz, weight, input_size, stride, padding, dilation, groups):
+    n, c, h, w = input_size
+    return empty_channels_last(n, c, h, w, dz)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_wgrad", mutates_args=())
@@ -507,7 +508,7 @@ def conv2d_wgrad(
 
 
 @conv2d_wgrad.register_fake
-def _(dz, input, weight, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _(dz, input, weight, stride, padding, dilation, groups):
     return torch.empty_like(weight)
 
 
@@ -520,7 +521,7 @@ def conv2d_epilogue_backward(
 
 
 @conv2d_epilogue_backward.register_fake
-def _(grad_output, output, write_dz, sum_columns):  # type: ignore[no-untyped-def]
+def _(grad_output, output, write_dz, sum_columns):
     n, c, p, q = grad_output.shape
     dz = empty_channels_last(n, c, p, q, grad_output) if write_dz else grad_output.new_empty(0)
     return dz, grad_output.new_empty(c if sum_columns else 0)
@@ -563,7 +564,7 @@ class Conv2dFunction(torch.autograd.Function):
     """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, output_size, relu):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, output_size, relu):
         output = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu)
         ctx.save_for_backward(input, weight, output if relu else None)
         ctx.geometry = (stride, padding, dilation, groups)
@@ -571,7 +572,7 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor):
         input, weight, output = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dz, d_bias = grad_output, None
@@ -599,7 +600,7 @@ def conv2d_reference(
     activation: str | None = None,
 ) -> Tensor:
     """What :func:`conv2d` means, in PyTorch's own operations."""
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return F.relu(output) if activation == "relu" else output
 
 

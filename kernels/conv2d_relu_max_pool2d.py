@@ -30,9 +30,7 @@ class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
     """Convolution (+bias), ReLU, max-pool. Saves input, weight, pooled output and window positions."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, input, weight, bias, stride, padding, dilation, groups, conv_size, window, pool_size, want_grad
-    ):
+    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, conv_size, window, pool_size, want_grad):
         unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
         pooled, position, _ = max_pool2d_fprop(unpooled, *window, pool_size, True, want_grad, False)
         ctx.save_for_backward(input, weight, pooled, position)
@@ -43,7 +41,7 @@ class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor):
         input, weight, pooled, position = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = d_bias = None

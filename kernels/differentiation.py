@@ -13,12 +13,12 @@ class _RefuseFunction(torch.autograd.Function):
     """Passes a gradient through, hanging in the graph on all that it was computed from; differentiating it raises."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, gradient, *computed_from):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, name: str, gradient, *computed_from):
         ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *_: Any):
         raise RuntimeError(
             f"{ctx.name} cannot be differentiated twice (its backward pass is a Triton kernel): for a gradient of a gradient "
             'use the PyTorch operation, or kernels.use_backend("torch")'

@@ -83,7 +83,7 @@ def dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 @dropout_apply.register_fake
-def _(input, seed, p):  # type: ignore[no-untyped-def]
+def _(input, seed, p):
     return input.new_empty(input.shape)
 
 
@@ -96,7 +96,7 @@ def dropout_keep_mask(size: list[int], seed: Tensor, p: float) -> Tensor:
 
 
 @dropout_keep_mask.register_fake
-def _(size, seed, p):  # type: ignore[no-untyped-def]
+def _(size, seed, p):
     return torch.empty(size, dtype=torch.bool, device=seed.device)
 
 
@@ -125,14 +125,14 @@ class DropoutFunction(torch.autograd.Function):
     """Dropout. Saves its seed; the gradient is the same product again."""
 
     @staticmethod
-    def forward(ctx: Any, input, seed, p):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, input, seed, p):
         ctx.save_for_backward(seed)
         ctx.p = p
         return dropout_apply(input, seed, p)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor):
         (seed,) = ctx.saved_tensors
         return dropout_apply(grad_output, seed, ctx.p), None, None
 
@@ -179,9 +179,7 @@ def dropout_reference(input: Tensor, p: float, seed: Tensor) -> Tensor:
     return input * keep.to(input.dtype) * dropout_scale(p)
 
 
-def dropout_mask(
-    shape: Sequence[int], p: float, seed: int | Tensor, *, device: torch.device | str | None = None
-) -> Tensor:
+def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:
     """The keep-mask that :func:`dropout` and :func:`linear_relu_dropout` use for an output of ``shape``.
 
     Args:

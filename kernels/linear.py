@@ -19,8 +19,8 @@ from .backend import runs_triton
 from .checks import check_activation, check_probability, check_tensors
 from .config import matmul_config
 from .device import cast, dot, dropout_factor, relu
-from .dropout import draw_seed, dropout_reference
 from .differentiation import once_differentiable
+from .dropout import draw_seed, dropout_reference
 from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
 from .precision import matmul_input_precision
 from .reduction import dropout_scale, epilogue_backward, triton_accumulator
@@ -93,7 +93,6 @@ def _matmul_kernel(
     tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
@@ -140,9 +139,7 @@ def _matmul(
 
 
 @torch.library.custom_op("alexnet_triton::linear_fprop", mutates_args=())
-def linear_fprop(
-    input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
-) -> Tensor:
+def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
     """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
     output = poisonable_empty(input.shape[0], weight.shape[0], dtype=input.dtype, device=input.device)
     _matmul(input, weight.t(), output, bias, seed, p, relu)
@@ -150,7 +147,7 @@ def linear_fprop(
 
 
 @linear_fprop.register_fake
-def _(input, weight, bias, seed, p, relu):  # type: ignore[no-untyped-def]
+def _(input, weight, bias, seed, p, relu):
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
@@ -163,7 +160,7 @@ def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
 
 
 @linear_dgrad.register_fake
-def _(dz, weight):  # type: ignore[no-untyped-def]
+def _(dz, weight):
     return dz.new_empty(dz.shape[0], weight.shape[1])
 
 
@@ -176,7 +173,7 @@ def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
 
 
 @linear_wgrad.register_fake
-def _(dz, input, weight):  # type: ignore[no-untyped-def]
+def _(dz, input, weight):
     return torch.empty_like(weight)
 
 
@@ -193,7 +190,7 @@ def linear_epilogue_backward(
 
 
 @linear_epilogue_backward.register_fake
-def _(grad_output, output, seed, p, write_dz, sum_columns):  # type: ignore[no-untyped-def]
+def _(grad_output, output, seed, p, write_dz, sum_columns):
     m, n = grad_output.shape
     return grad_output.new_empty((m, n) if write_dz else (0,)), grad_output.new_empty(n if sum_columns else 0)
 
@@ -205,7 +202,7 @@ class LinearFunction(torch.autograd.Function):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, seed, p, relu):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, input, weight, bias, seed, p, relu):
         output = linear_fprop(input, weight, bias, seed, p, relu)
         ctx.save_for_backward(input, weight, output if relu else None, seed)
         ctx.p = p
@@ -213,7 +210,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor):
         input, weight, output, seed = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dz, dx, dw, d_bias = grad_output, None, None, None
@@ -232,17 +229,13 @@ class LinearFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def linear_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
-) -> Tensor:
+def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """What :func:`linear` means, in PyTorch's own operations."""
     output = F.linear(input, weight, bias)
     return F.relu(output) if activation == "relu" else output
 
 
-def linear_relu_dropout_reference(
-    input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor
-) -> Tensor:
+def linear_relu_dropout_reference(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor) -> Tensor:
     """What :func:`linear_relu_dropout` in training means, in PyTorch's own operations."""
     return dropout_reference(linear_reference(input, weight, bias, activation="relu"), p, seed)
 
@@ -262,9 +255,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _apply_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool
-) -> Tensor:
+def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool) -> Tensor:
     rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     output = LinearFunction.apply(rows, weight, bias, seed, p, fuse_relu)
     return output.view(*input.shape[:-1], weight.shape[0])

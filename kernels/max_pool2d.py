@@ -253,8 +253,9 @@ def _position_and_index(
 
 
 @max_pool2d_fprop.register_fake
-def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, write_position, write_index):  # type: ignore[no-untyped-def]
-    y = _empty(input.shape[0], input.shape[1], *output_size, channels_last, input.dtype, input.device)
+def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, write_position, write_index):
+    p, q = output_size
+    y = _empty(input.shape[0], input.shape[1], p, q, channels_last, input.dtype, input.device)
     return y, *_position_and_index(y, kernel_size, channels_last, write_position, write_index)
 
 
@@ -306,8 +307,9 @@ def max_pool2d_dgrad(
 
 
 @max_pool2d_dgrad.register_fake
-def _(grad_output, position, relu_output, input_size, kernel_size, stride, padding, dilation, channels_last):  # type: ignore[no-untyped-def]
-    return _empty(*input_size, channels_last, grad_output.dtype, grad_output.device)
+def _(grad_output, position, relu_output, input_size, kernel_size, stride, padding, dilation, channels_last):
+    n, c, h, w = input_size
+    return _empty(n, c, h, w, channels_last, grad_output.dtype, grad_output.device)
 
 
 def _window(
@@ -333,7 +335,7 @@ class MaxPool2dFunction(torch.autograd.Function):
     """Max-pool. Saves one byte an output: the position in its window."""
 
     @staticmethod
-    def forward(ctx: Any, input, kernel_size, stride, padding, dilation, output_size, want_grad, want_index):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, input, kernel_size, stride, padding, dilation, output_size, want_grad, want_index):
         channels_last = is_channels_last(input)
         y, position, index = max_pool2d_fprop(
             input, kernel_size, stride, padding, dilation, output_size, channels_last, want_grad, want_index
@@ -346,7 +348,7 @@ class MaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Any):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor, _: Any):
         (position,) = ctx.saved_tensors
         dx = max_pool2d_dgrad(grad_output, position, None, ctx.input_size, *ctx.window)
         return dx, None, None, None, None, None, None, None
@@ -365,7 +367,7 @@ def max_pool2d_reference(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What :func:`max_pool2d` means, in PyTorch's own operation."""
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[arg-type]
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
 
 
 def pool_arguments(

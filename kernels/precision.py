@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -15,7 +17,7 @@ def conv_input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` in a convolution: "tf32" or "ieee"; only float32 depends on the switch."""
     if dtype != torch.float32:
         return "ieee"
-    backends = torch.backends
+    backends: Any = torch.backends  # some of its attributes are made at run time
     return _resolve(backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)
 
 
@@ -23,5 +25,5 @@ def matmul_input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` in a linear layer: "tf32" or "ieee"; only float32 depends on the switch."""
     if dtype != torch.float32:
         return "ieee"
-    backends = torch.backends
+    backends: Any = torch.backends  # some of its attributes are made at run time
     return _resolve(backends.cuda.matmul.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)

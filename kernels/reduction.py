@@ -121,7 +121,7 @@ def _sum_parts_kernel(
         o_part = o_part.to(tl.int64)
     b_sum = tl.zeros((BLOCK,), dtype=ACC)
     b_lost = tl.zeros((BLOCK,), dtype=ACC)
-    for _ in range(0, SPLIT):
+    for _ in range(SPLIT):
         b_part = tl.load(partial_ptr + o_part, mask=m_e, other=0.0)
         b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
         o_part += elements
@@ -188,9 +188,7 @@ def epilogue_backward(
     row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
     columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
     split = split_count(columns, max(row_blocks, 1))
-    partial = poisonable_empty(
-        split if sum_columns else 0, c, dtype=accumulator_dtype(dtype), device=device
-    )
+    partial = poisonable_empty(split if sum_columns else 0, c, dtype=accumulator_dtype(dtype), device=device)
     launch(
         _epilogue_backward_kernel,
         (columns, split),

@@ -44,7 +44,10 @@ def test_nests_and_restores() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"), kernels.use_backend("cuda"):  # type: ignore[arg-type]
+    with (
+        pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        kernels.use_backend("cuda"),
+    ):  # type: ignore[arg-type]
         pass
 
 

@@ -115,7 +115,11 @@ LAYOUTS = {
 def test_any_strides(layout: str) -> None:
     """Input, weight and output gradient in every layout mean what their values mean."""
     change = LAYOUTS[layout]
-    x, w, b = randn(2, 4, 7, 9, dtype=torch.float32), randn(5, 4, 3, 3, dtype=torch.float32), randn(5, dtype=torch.float32)
+    x, w, b = (
+        randn(2, 4, 7, 9, dtype=torch.float32),
+        randn(5, 4, 3, 3, dtype=torch.float32),
+        randn(5, dtype=torch.float32),
+    )
     grad = randn(2, 5, 7, 9, dtype=torch.float32, grad=False)
 
     def run(convolve, dtype):
@@ -141,9 +145,7 @@ def test_weight_gradient_has_the_weights_strides(memory_format: torch.memory_for
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 kernels run in the interpreter only")
-@pytest.mark.parametrize(
-    "arguments", [(1, 1, 1, 1), (2, 1, 1, 2), ((3, 2), (0, 2), (2, 1), 1)], ids=["plain", "groups", "all"]
-)
+@pytest.mark.parametrize("arguments", [(1, 1, 1, 1), (2, 1, 1, 2), ((3, 2), (0, 2), (2, 1), 1)], ids=["plain", "groups", "all"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_gradcheck(arguments: tuple, activation: str | None) -> None:
     tensors = [
@@ -167,7 +169,11 @@ def test_nan_and_infinity_propagate(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_empty_batch(activation: str | None) -> None:
-    x, w, b = randn(0, 4, 7, 9, dtype=torch.float32), randn(5, 4, 3, 3, dtype=torch.float32), randn(5, dtype=torch.float32)
+    x, w, b = (
+        randn(0, 4, 7, 9, dtype=torch.float32),
+        randn(5, 4, 3, 3, dtype=torch.float32),
+        randn(5, dtype=torch.float32),
+    )
     y = kernels.conv2d(x, w, b, activation=activation)
     assert y.shape == (0, 5, 5, 7)
     dx, dw, db = torch.autograd.grad(y.sum(), (x, w, b))

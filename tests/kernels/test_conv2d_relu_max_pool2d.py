@@ -82,9 +82,15 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 kernels run in the interpreter only")
 def test_gradcheck() -> None:
-    tensors = [randn(1, 2, 6, 5, dtype=torch.float64), randn(2, 2, 3, 3, dtype=torch.float64), randn(2, dtype=torch.float64)]
+    tensors = [
+        randn(1, 2, 6, 5, dtype=torch.float64),
+        randn(2, 2, 3, 3, dtype=torch.float64),
+        randn(2, dtype=torch.float64),
+    ]
     assert torch.autograd.gradcheck(
-        lambda *t: kernels.conv2d_relu_max_pool2d(*t, padding=1, pool_kernel_size=3, pool_stride=2), tensors, fast_mode=True
+        lambda *t: kernels.conv2d_relu_max_pool2d(*t, padding=1, pool_kernel_size=3, pool_stride=2),
+        tensors,
+        fast_mode=True,
     )
 
 

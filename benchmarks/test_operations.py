@@ -1,0 +1,40 @@
+"""``pytest benchmarks``: each operation at AlexNet's shapes, forward and backward, ours against PyTorch.
+
+Needs a CUDA GPU. Compare runs with pytest-benchmark's own options: ``--benchmark-json=FILE``, ``--benchmark-compare``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from .cases import CASES, IMPLEMENTATIONS, PASSES, Case, runner, verify
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="timing needs a CUDA GPU")
+
+BATCHES = (128,)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_operation(case: Case, batch: int, dtype: str, which: str, implementation: str, benchmark: Any) -> None:
+    benchmark.group = f"{case.name}-N{batch}-{dtype}-{which}"
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    tensors = case.tensors(batch, DTYPES[dtype], "cuda")
+    if implementation == "triton":
+        verify(case, tensors)
+    run = runner(case, implementation, which, tensors)
+
+    def synchronized() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    synchronized()
+    benchmark(synchronized)

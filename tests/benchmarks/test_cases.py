@@ -1,0 +1,41 @@
+"""The benchmarks' code path on tiny shapes, so that it never rots where there is no GPU to time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, IMPLEMENTATIONS, PASSES, Case, runner, verify
+
+from ..conftest import DEVICE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case_verifies_and_runs(case: Case, launches: list[str]) -> None:
+    small = case.shrunk()
+    tensors = small.tensors(2, torch.float32, DEVICE)
+    verify(small, tensors)
+    for which in PASSES:
+        for implementation in IMPLEMENTATIONS:
+            run = runner(small, implementation, which, tensors)
+            launches.clear()
+            result = run()
+            assert bool(launches) == (implementation == "triton")
+            assert (len(result) == len(tensors)) == (which == "backward") or len(tensors) == 2
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    case = dataclasses.replace(CASES[2].shrunk(), ours=lambda x, w, b: CASES[2].theirs(x, w, b) * 1.01)
+    with pytest.raises(AssertionError, match="conv3: wrong result"):
+        verify(case, case.tensors(2, torch.float32, DEVICE))
+
+
+def test_shapes_are_alexnets() -> None:
+    """What a layer puts out is what the next takes in."""
+    for a, b in itertools.pairwise(CASES[:5]):
+        x = torch.empty(1, *a.input, device="meta")
+        weights = [torch.empty(s, device="meta") for s in (a.weight, a.weight[:1])]
+        assert a.theirs(x, *weights).shape[1:] == b.input

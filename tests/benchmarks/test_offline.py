@@ -1,0 +1,81 @@
+"""What the compiler makes of every kernel for GPUs that are not here: no spills, tensor cores, no float atomics."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("sm_80", "sm_90")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _compile(*arguments: str) -> list[dict]:
+    """In a process of its own, since this one may run the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.offline", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def launches(request: pytest.FixtureRequest) -> list[dict]:
+    """Every launch of a training step and of the single operations, compiled."""
+    return _compile("--arch", request.param, "--dtype", *DTYPES)
+
+
+def kernel_names() -> set[str]:
+    """Every ``_..._kernel`` in the package."""
+    names = set()
+    for module in pkgutil.iter_modules(kernels.__path__):
+        names |= {n for n in vars(importlib.import_module(f"kernels.{module.name}")) if n.endswith("_kernel")}
+    return names
+
+
+def test_every_kernel_is_compiled_in_every_dtype(launches: list[dict]) -> None:
+    for dtype in DTYPES:
+        assert {r["kernel"] for r in launches if r["dtype"] == dtype} == kernel_names()
+
+
+def test_no_spills(launches: list[dict]) -> None:
+    assert [r for r in launches if r["stack_bytes"] or r["local_bytes"]] == []
+
+
+def test_half_precision_products_run_on_tensor_cores(launches: list[dict]) -> None:
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
+    products = [r for r in launches if r["has_dot"] and r["dtype"] != "float32"]
+    assert {r["kernel"] for r in products} == {
+        "_conv2d_fprop_kernel",
+        "_conv2d_dgrad_kernel",
+        "_conv2d_wgrad_kernel",
+        "_matmul_kernel",
+    }
+    assert [r for r in products if not r["tensor_core_ops"].get(wanted[r["arch"]])] == []
+
+
+def test_shared_memory_fits(launches: list[dict]) -> None:
+    limit = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+    assert [r for r in launches if r["shared_bytes"] > limit[r["arch"]]] == []
+
+
+def test_no_float_atomics(launches: list[dict]) -> None:
+    assert [r for r in launches if r["float_atomics"]] == []
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_the_tf32_switch_reaches_the_code(tf32: bool) -> None:
+    records = _compile("--arch", "sm_90", "--dtype", "float32", "--tf32" if tf32 else "--no-tf32")
+    products = [r for r in records if r["has_dot"]]
+    assert products
+    assert all(bool(r["tensor_core_ops"]) == tf32 for r in products)
+    assert not any(r["stack_bytes"] or r["local_bytes"] for r in records)
