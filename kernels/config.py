@@ -46,12 +46,21 @@ def _tile(n: int, low: int, high: int) -> int:
 
 
 def matmul_config(
-    m: int, n: int, k: int, dtype: torch.dtype, input_precision: str, *, random_epilogue: bool = False
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    input_precision: str,
+    *,
+    random_epilogue: bool = False,
+    irregular_gather: bool = False,
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a matrix kernel of M x N outputs and K products each.
 
     ``tl.dot`` wants at least 16 in every dimension. With ``random_epilogue`` (Philox draws on the accumulators) the tile is
-    64 x 64: beside the accumulators of a larger one, the ten rounds' state does not fit the registers.
+    64 x 64: beside the accumulators of a larger one, the ten rounds' state does not fit the registers. With
+    ``irregular_gather`` (a strided, dilated or grouped convolution, whose pointers are recomputed element by element) tiles
+    are small for the same reason.
     """
     if INTERPRETED:
         config = {
@@ -61,11 +70,15 @@ def matmul_config(
             "num_warps": 4,
             "num_stages": 1,
         }
+    elif dtype == torch.float32 and irregular_gather:
+        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 32), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    elif irregular_gather:
+        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     elif dtype == torch.float32 and input_precision == "ieee":
         # No tensor core multiplies float32 exactly: FMA on registers, so the tile is what registers hold.
-        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     elif dtype == torch.float32:
-        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     elif random_epilogue:
         config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
     else:

@@ -345,7 +345,9 @@ def conv2d_fprop(
     p, q = output_size
     y = empty_channels_last(n, k, p, q, input)
     precision = conv_input_precision(input.dtype)
-    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision)
+    config = matmul_config(
+        n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
+    )
     grid = groups * triton.cdiv(n * p * q, config["BLOCK_M"]) * triton.cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -404,7 +406,9 @@ def conv2d_dgrad(
     dx = empty_channels_last(n, c, h, w, dz)
     precision = conv_input_precision(dz.dtype)
     phase_pixels = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
-    config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision)
+    config = matmul_config(
+        phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
+    )
     phases = stride[0] * stride[1]
     grid = phases * groups * triton.cdiv(phase_pixels, config["BLOCK_M"]) * triton.cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
@@ -468,7 +472,9 @@ def conv2d_wgrad(
     dw = poisonable_empty_like(weight)
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
-    config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision)
+    config = matmul_config(
+        k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
+    )
     programs = groups * triton.cdiv(k // groups, config["BLOCK_M"]) * triton.cdiv(cg * r * s, config["BLOCK_N"])
     blocks = triton.cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
@@ -529,6 +535,10 @@ def _(grad_output, output, write_dz, sum_columns):
 
 def _strides(prefix: str, axes: str, tensor: Tensor) -> dict[str, int]:
     return {prefix + axis: stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
+def _is_irregular(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    return groups > 1 or max(*stride, *dilation) > 1
 
 
 def _filter_step(stride: int, dilation: int) -> tuple[int, int]:

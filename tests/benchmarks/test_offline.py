@@ -30,8 +30,8 @@ def _compile(*arguments: str) -> list[dict]:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def launches(request: pytest.FixtureRequest) -> list[dict]:
-    """Every launch of a training step and of the single operations, compiled."""
-    return _compile("--arch", request.param, "--dtype", *DTYPES)
+    """Every launch of a training step at batch 128 and of the single operations, compiled."""
+    return _compile("--arch", request.param, "--dtype", *DTYPES, "--batch", "128")
 
 
 def kernel_names() -> set[str]:
