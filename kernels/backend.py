@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -18,7 +17,9 @@ Backend = Literal["auto", "triton", "torch"]
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 _BACKENDS = ("auto", "triton", "torch")
-_current: ContextVar[str] = ContextVar("alexnet_triton_backend", default="auto")
+# A plain global, as torch.backends' switches are: torch.compile can guard on it, and a checkpointed forward pass that autograd
+# runs again in a thread of its own sees it.
+_current: str = "auto"
 
 
 @contextlib.contextmanager
@@ -31,23 +32,25 @@ def use_backend(backend: Backend) -> Iterator[None]:
             ``"triton"``: the Triton kernels, or a ``RuntimeError`` where they cannot run.
             ``"torch"``: the PyTorch reference, on any device.
 
-    The choice holds for the forward call; a backward pass runs what its forward recorded.
+    The choice is the process's, not the thread's, and holds for the forward call; a backward pass runs what its forward
+    recorded.
 
     Raises:
         ValueError: ``backend`` is none of the three.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
-    token = _current.set(backend)
+    global _current
+    previous, _current = _current, backend
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = previous
 
 
 def current_backend() -> str:
     """The name that the innermost :func:`use_backend` gave, ``"auto"`` outside of any."""
-    return _current.get()
+    return _current
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -56,11 +59,10 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the backend is ``"triton"`` and the tensor is where no Triton kernel can run.
     """
-    backend = _current.get()
-    if backend == "torch":
+    if _current == "torch":
         return False
     can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.is_recording()))
-    if backend == "triton" and not can_run:
+    if _current == "triton" and not can_run:
         raise RuntimeError(
             f"the Triton kernels cannot run on a tensor on {tensor.device}: move it to a CUDA device, "
             "or set TRITON_INTERPRET=1 before importing kernels to run them on the CPU in Triton's interpreter"

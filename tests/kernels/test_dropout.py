@@ -98,7 +98,8 @@ def test_seed_tensor_and_strides() -> None:
 
 
 def test_no_mask_is_stored() -> None:
-    saved = kernels.dropout(randn(100, dtype=torch.float32)).grad_fn.saved_tensors
+    y = kernels.dropout(randn(100, dtype=torch.float32))
+    saved = y.grad_fn.saved_tensors
     assert [(t.dtype, t.numel()) for t in saved] == [(torch.int64, 1)]
 
 
