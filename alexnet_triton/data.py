@@ -102,11 +102,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(b"".join(chunks), dtype=np.uint8).reshape(shape)
 
 
+def _candidate(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
 def _find_file(folder: Path, name: str) -> Path:
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
-            return candidate
-    raise DataError(f"{folder}: no file {name} or {name}.gz in it")
+    path = _candidate(folder, name)
+    if path is None:
+        raise DataError(f"{folder}: no file {name} or {name}.gz in it")
+    return path
 
 
 def _read_split(folder: Path, split: str) -> Split:
@@ -145,7 +149,7 @@ def load_fashion_mnist(data: str | Path | None = None) -> FashionMNIST:
     if data is not None:
         return read_folder(SAMPLE if str(data) == "sample" else Path(data).expanduser())
     for folder in USUAL_PLACES:
-        if folder.is_dir():
+        if all(_candidate(folder, name) is not None for names in FILES.values() for name in names):
             return read_folder(folder)
     return read_folder(_download())
 

@@ -68,14 +68,14 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
     runs = []
     i = 0
     while i < len(layers):
-        run = _longest_run(layers[i : i + 3])
+        run = _longest_run(layers[i : i + 4])
         runs.append(run)
         i += len(run.layers)
     return runs
 
 
 def _longest_run(layers: Sequence[nn.Module]) -> Run:
-    """The run that starts with the first of the next (at most three) layers."""
+    """The run that starts with the first of the next (at most four) layers; the fourth is only looked at."""
     first = layers[0]
     has_relu = len(layers) > 1 and _is_plain(layers[1], nn.ReLU)
     if _is_fusable_conv(first):
@@ -83,7 +83,9 @@ def _longest_run(layers: Sequence[nn.Module]) -> Run:
             return Run("conv2d_relu_max_pool2d", tuple(layers[:3]))
         return Run("conv2d", tuple(layers[: 1 + has_relu]))
     if _is_plain(first, nn.Linear):
-        if has_relu and len(layers) > 2 and _is_plain(layers[2], nn.Dropout):
+        # The fused operation's backward pass needs its output, which a next layer that works in place would overwrite.
+        overwritten = len(layers) > 3 and getattr(layers[3], "inplace", False)
+        if has_relu and len(layers) > 2 and _is_plain(layers[2], nn.Dropout) and not overwritten:
             return Run("linear_relu_dropout", tuple(layers[:3]))
         return Run("linear", tuple(layers[: 1 + has_relu]))
     if _is_plain(first, nn.MaxPool2d):
@@ -166,14 +168,47 @@ class FusedSequential(nn.Sequential):
             return FusedSequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
+    def __add__(self, other: nn.Sequential) -> FusedSequential:
+        """The layers of both."""
+        return FusedSequential(*super().__add__(other))
+
+    def __mul__(self, times: int) -> FusedSequential:
+        """The layers ``times`` times over; the same layers, not copies."""
+        return FusedSequential(*super().__mul__(times))
+
+    def __rmul__(self, times: int) -> FusedSequential:
+        """As :meth:`__mul__`."""
+        return self * times
+
+
+_fused_classes: dict[type[nn.Sequential], type[FusedSequential]] = {nn.Sequential: FusedSequential}
+
+
+def _fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
+    """:class:`FusedSequential` for an ``nn.Sequential``; for a subclass of it, a class that is both."""
+    if kind not in _fused_classes:
+        body = {"__reduce_ex__": _reduce_fused, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _fused_classes[kind] = type(f"Fused{kind.__name__}", (FusedSequential, kind), body)
+    return _fused_classes[kind]
+
+
+def _reduce_fused(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle and deepcopy by the class that was fused: the one made by :func:`_fused_class` has no name to import."""
+    return _new_fused, (type(module).__mro__[2],), module.__dict__
+
+
+def _new_fused(kind: type[nn.Sequential]) -> FusedSequential:
+    fused = _fused_class(kind)
+    return fused.__new__(fused)
+
 
 def fuse(module: nn.Module) -> nn.Module:
     """The same module tree with every ``nn.Sequential`` in it made a :class:`FusedSequential`.
 
     Containers on the way to one are new objects; layers, Parameters and buffers are the same objects, state-dict keys are
-    unchanged, and ``module`` itself is left as it was. A subclass of ``nn.Sequential`` is made a plain
-    :class:`FusedSequential` (with its attributes) unless it has a ``forward`` of its own; then it stays what it is, and the
-    containers inside it are fused.
+    unchanged, and ``module`` itself is left as it was. An instance of a subclass of ``nn.Sequential`` becomes an instance of
+    both, with the subclass's methods; one with a ``forward`` of its own keeps its class, and the containers inside it are
+    fused.
 
     Args:
         module: any module. Without an ``nn.Sequential`` inside it comes back as it is.
@@ -193,12 +228,14 @@ def _is_fusable_container(module: nn.Module) -> bool:
 def _fuse(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) in done:  # one container used in two places stays one
         return done[id(module)]
-    children = {name: child and _fuse(child, done) for name, child in module._modules.items()}
+    children = {name: None if child is None else _fuse(child, done) for name, child in module._modules.items()}
     changed = any(children[name] is not child for name, child in module._modules.items())
     result = module
-    if changed or _is_fusable_container(module):
-        kind = FusedSequential if _is_fusable_container(module) else type(module)
-        result = kind.__new__(kind)
+    if isinstance(module, nn.Sequential) and _is_fusable_container(module):
+        result = _new_fused(type(module))
+    elif changed:
+        result = type(module).__new__(type(module))
+    if result is not module:
         # Its own dictionaries of children, parameters, buffers and hooks: a later change to one tree leaves the other be.
         result.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
         result.__dict__["_modules"] = children

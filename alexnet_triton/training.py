@@ -125,11 +125,11 @@ def evaluate(net: nn.Module, split: Split, *, batch_size: int, image_size: int, 
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
-    """Images a second of a forward and backward pass, timed on one small batch after a first one.
+    """Images a second of a forward and backward pass, timed on one batch (on the CPU a small one) after a first one.
 
     Leaves parameters, gradients and random state as they were.
     """
-    few = min(batch_size, 8, len(split))
+    few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
     inputs, labels = to_input(split.images[:few].to(device), image_size), split.labels[:few].to(device)
     net.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -223,12 +223,15 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, l
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train")
-    net = build_model(content["model"])
+    model = content.get("model")
+    if model not in IMAGE_SIZE:
+        raise CheckpointError(f"{path}: holds an unknown model {model!r}, known are {', '.join(IMAGE_SIZE)}")
+    net = build_model(model)
     try:
         net.load_state_dict(content["state_dict"], strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit {content['model']}: {error}") from error
-    return net.to(device=device, memory_format=torch.channels_last), content["model"], content["metrics"]  # type: ignore[call-overload]
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit {model}: {error}") from error
+    return net.to(device=device, memory_format=torch.channels_last), model, content.get("metrics", [])  # type: ignore[call-overload]
 
 
 def describe_backend(device: torch.device, backend: str) -> str:

@@ -78,6 +78,32 @@ class CompiledLaunch:
     tensor_core_ops: dict[str, int]
     float_atomics: int
     has_dot: bool
+    int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
+
+
+_OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
+
+
+def int32_program_products(ttir: str) -> int:
+    """How many int32 products in a kernel's Triton IR have an operand that is computed from a program id.
+
+    With a tile's size as the other factor such a product overflows from 2^31 elements on, however wide what is added later.
+    """
+    from_program: set[str] = set()
+    products = 0
+    for line in ttir.splitlines():
+        match = _OPERATION.match(line)
+        if match is None:
+            continue
+        result, name, rest = match.groups()
+        operands = set(re.findall(r"%[\w#]+", rest))
+        types = rest.rsplit(" : ", 1)[-1].split(" loc(")[0]
+        is_int32 = re.search(r"\bi32\b|xi32>", types.split("->")[-1].split(" to ")[-1]) is not None
+        if not is_int32 or (name != "tt.get_program_id" and not operands & from_program):
+            continue
+        from_program.add(result)
+        products += name == "arith.muli"
+    return products
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -121,6 +147,7 @@ def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledL
                 tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
                 float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
                 has_dot="tt.dot" in compiled.asm["ttir"],
+                int32_program_products=int32_program_products(compiled.asm["ttir"]),
             )
         )
 
@@ -164,7 +191,9 @@ def main() -> None:
     parser.add_argument(
         "--tf32", action=argparse.BooleanOptionalAction, help="for float32; PyTorch's own switches if not given"
     )
+    parser.add_argument("--wide", action="store_true", help="the kernels for tensors of more than 2^31 elements")
     arguments = parser.parse_args()
+    launch.force_int64 = arguments.wide
     if backend.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter replaces the compiler")
     if arguments.tf32 is not None:

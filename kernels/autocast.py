@@ -12,9 +12,12 @@ def autocast_inputs(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     Inside an enabled autocast region of the input's device, floating-point tensors (but float64, as in PyTorch) become its
     dtype; elsewhere they come back as they are.
     """
-    if not isinstance(input, Tensor) or not torch.is_autocast_enabled(input.device.type):
+    if not isinstance(input, Tensor):
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(input.device.type)
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor) -> Tensor:
         castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64

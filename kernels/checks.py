@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -43,14 +44,16 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """``value`` as two ints, each at least ``minimum``."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) == 1:
-        values = (values[0], values[0])
-    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    given = tuple(value) if isinstance(value, Sequence) else (value,)
+    try:
+        values = [operator.index(v) for v in given]
+    except TypeError:
+        values = []
+    if len(values) not in (1, 2):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return values[0], values[1]
+    return values[0], values[-1]
 
 
 def check_activation(activation: str | None) -> bool:
@@ -62,5 +65,7 @@ def check_activation(activation: str | None) -> bool:
 
 def check_probability(p: float) -> None:
     """``p`` in [0, 1]."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"p (the probability of dropping an element) must be a number, got {p!r}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")

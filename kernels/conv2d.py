@@ -26,11 +26,11 @@ from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
 from .config import matmul_config, split_count
-from .device import cast, dot, relu
+from .device import cast, dot, program_id, relu
 from .differentiation import once_differentiable
-from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
+from .launch import launch, needs_int64, new_output, new_output_like
 from .precision import conv_input_precision
-from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator
+from .reduction import accumulator_dtype, epilogue_backward, new_epilogue_gradients, sum_parts, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -78,22 +78,18 @@ def _conv2d_fprop_kernel(
 
     Neighbouring programs share the pixels and differ in the filters, so that the input tile is still in L2.
     """
-    pid = tl.program_id(0)
+    pid = program_id(0, WIDE)
     blocks_n = tl.cdiv(KG, BLOCK_N)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid_n = pid % blocks_n
     pid_m = (pid // blocks_n) % blocks_m
     group = pid // (blocks_n * blocks_m)
 
-    o_m = tl.arange(0, BLOCK_M)
-    if WIDE:
-        o_m = o_m.to(tl.int64)
-        group = group.to(tl.int64)
-    o_m += pid_m * BLOCK_M
+    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
     o_h = (o_m // Q) % P * stride_h - pad_h  # [BLOCK_M], input row under the filter's first row
     o_w = o_m % Q * stride_w - pad_w
-    o_xn = o_m // (P * Q) * stride_xn + group * CG * stride_xc
+    o_xn = o_m // Q // P * stride_xn + group * CG * stride_xc
     o_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_k = o_k < KG
     o_wk = (group * KG + o_k) * stride_wk
@@ -131,6 +127,7 @@ def _conv2d_dgrad_kernel(
     w_ptr,  # [G*KG, CG, R, S] through its strides
     dx_ptr,  # out: [N, H, W, G*CG] contiguous
     N,
+    M,  # pixels of the largest phase
     G,
     CG,
     KG,
@@ -172,9 +169,9 @@ def _conv2d_dgrad_kernel(
     (h + pad) mod stride and equal (w + pad) mod stride, which all meet the same filter positions; no product with the
     zeros between strided outputs is ever formed.
     """
-    pid = tl.program_id(0)
+    pid = program_id(0, WIDE)
     blocks_n = tl.cdiv(CG, BLOCK_N)
-    blocks_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)  # of the largest phase
+    blocks_m = tl.cdiv(M, BLOCK_M)
     pid_n = pid % blocks_n
     pid_m = (pid // blocks_n) % blocks_m
     group = pid // (blocks_n * blocks_m) % G
@@ -195,12 +192,8 @@ def _conv2d_dgrad_kernel(
     r_count = tl.where((phase_h % GCD_R == 0) & (r_first < R), tl.cdiv(R - r_first, STEP_R), 0)
     s_count = tl.where((phase_w % GCD_S == 0) & (s_first < S), tl.cdiv(S - s_first, STEP_S), 0)
 
-    o_m = tl.arange(0, BLOCK_M)
-    if WIDE:
-        o_m = o_m.to(tl.int64)
-        group = group.to(tl.int64)
-    o_m += pid_m * BLOCK_M
-    m_m = (o_m < N * rows * columns) & (rows > 0) & (columns > 0)
+    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = (o_m < rows * columns * N) & (rows > 0) & (columns > 0)
     o_w = o_m % tl.maximum(columns, 1) * STRIDE_W + w_first
     o_h = o_m // tl.maximum(columns, 1) % tl.maximum(rows, 1) * STRIDE_H + h_first
     o_n = o_m // tl.maximum(rows * columns, 1)
@@ -272,16 +265,13 @@ def _conv2d_wgrad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program sums BLOCK_M filters x BLOCK_N positions (r, s, c) of one group over one split's share of the pixels."""
-    pid = tl.program_id(0)
-    pid_split = tl.program_id(1)
+    pid = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
     blocks_n = tl.cdiv(CG * R * S, BLOCK_N)
     blocks_m = tl.cdiv(KG, BLOCK_M)
     pid_n = pid % blocks_n
     pid_m = (pid // blocks_n) % blocks_m
     group = pid // (blocks_n * blocks_m)
-    if WIDE:
-        group = group.to(tl.int64)
-        pid_split = pid_split.to(tl.int64)
 
     o_k = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_k = o_k < KG
@@ -294,14 +284,11 @@ def _conv2d_wgrad_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):
-        o_m = tl.arange(0, BLOCK_K)
-        if WIDE:
-            o_m = o_m.to(tl.int64)
-        o_m += i_block * BLOCK_K
+        o_m = i_block * BLOCK_K + tl.arange(0, BLOCK_K)
         m_m = o_m < M
         o_q = o_m % Q
         o_p = (o_m // Q) % P
-        o_n = o_m // (P * Q)
+        o_n = o_m // Q // P
         o_z = o_n * stride_zn + o_p * stride_zp + o_q * stride_zq
         b_z = tl.load(dz_ptr + o_z[:, None] + o_zk[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         h = (o_p * stride_h)[:, None] + o_hj[None, :]  # [BLOCK_K, BLOCK_N]
@@ -317,11 +304,6 @@ def _conv2d_wgrad_kernel(
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
-
-
-def empty_channels_last(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
-    """An uninitialised (n, c, h, w) tensor whose memory is NHWC, also where a size of 1 makes strides ambiguous."""
-    return poisonable_empty(n, h, w, c, dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
@@ -343,7 +325,7 @@ def conv2d_fprop(
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     p, q = output_size
-    y = empty_channels_last(n, k, p, q, input)
+    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
     precision = conv_input_precision(input.dtype)
     config = matmul_config(
         n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
@@ -386,7 +368,8 @@ def conv2d_fprop(
 
 @conv2d_fprop.register_fake
 def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu):
-    return empty_channels_last(input.shape[0], weight.shape[0], output_size[0], output_size[1], input)
+    size = (input.shape[0], weight.shape[0], *output_size)
+    return new_output(size, input.dtype, input.device, channels_last=True)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_dgrad", mutates_args=())
@@ -403,7 +386,7 @@ def conv2d_dgrad(
     n, c, h, w = input_size
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
-    dx = empty_channels_last(n, c, h, w, dz)
+    dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
     precision = conv_input_precision(dz.dtype)
     phase_pixels = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
     config = matmul_config(
@@ -420,6 +403,7 @@ def conv2d_dgrad(
         w_ptr=weight,
         dx_ptr=dx,
         N=n,
+        M=phase_pixels,
         G=groups,
         CG=cg,
         KG=k // groups,
@@ -451,8 +435,7 @@ def conv2d_dgrad(
 
 @conv2d_dgrad.register_fake
 def _(dz, weight, input_size, stride, padding, dilation, groups):
-    n, c, h, w = input_size
-    return empty_channels_last(n, c, h, w, dz)
+    return new_output(input_size, dz.dtype, dz.device, channels_last=True)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_wgrad", mutates_args=())
@@ -469,7 +452,7 @@ def conv2d_wgrad(
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
-    dw = poisonable_empty_like(weight)
+    dw = new_output_like(weight)
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
     config = matmul_config(
@@ -478,7 +461,7 @@ def conv2d_wgrad(
     programs = groups * triton.cdiv(k // groups, config["BLOCK_M"]) * triton.cdiv(cg * r * s, config["BLOCK_N"])
     blocks = triton.cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
-    partial = poisonable_empty(split, dw.numel(), dtype=accumulator_dtype(dz.dtype), device=dz.device)
+    partial = new_output((split, dw.numel()), accumulator_dtype(dz.dtype), dz.device)
     launch(
         _conv2d_wgrad_kernel,
         (programs, split),
@@ -528,9 +511,7 @@ def conv2d_epilogue_backward(
 
 @conv2d_epilogue_backward.register_fake
 def _(grad_output, output, write_dz, sum_columns):
-    n, c, p, q = grad_output.shape
-    dz = empty_channels_last(n, c, p, q, grad_output) if write_dz else grad_output.new_empty(0)
-    return dz, grad_output.new_empty(c if sum_columns else 0)
+    return new_epilogue_gradients(grad_output, write_dz, sum_columns)
 
 
 def _strides(prefix: str, axes: str, tensor: Tensor) -> dict[str, int]:
@@ -582,8 +563,8 @@ class Conv2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        input, weight, output = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor):
+        input, weight, output = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dz, d_bias = grad_output, None
         masked = output is not None and (needs_input or needs_weight)

@@ -1,8 +1,8 @@
 """Convolution, bias, ReLU and max-pool as one operation that keeps no unpooled activation for its backward pass.
 
 The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and lets the unpooled
-output go. What it saves is the input, the pooled output and one byte of window position an output. That is enough: the
-gradient only reaches the element that a window points at, and that element's ReLU mask is the sign of the pooled value.
+output go. What it saves is its input and one byte of window position an output. That is enough: the gradient only reaches the
+element that a window points at, and where the ReLU stopped that element too the position says so.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .max_pool2d import max_pool2d_dgrad, max_pool2d_fprop, max_pool2d_reference
 
 
 class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
-    """Convolution (+bias), ReLU, max-pool. Saves input, weight, pooled output and window positions."""
+    """Convolution (+bias), ReLU, max-pool. Saves input, weight and window positions."""
 
     @staticmethod
     def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, conv_size, window, pool_size, want_grad):
         unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
-        pooled, position, _ = max_pool2d_fprop(unpooled, *window, pool_size, True, want_grad, False)
-        ctx.save_for_backward(input, weight, pooled, position)
+        pooled, position, _ = max_pool2d_fprop(unpooled, *window, pool_size, True, True, want_grad, False)
+        ctx.save_for_backward(input, weight, position)
         ctx.geometry = (stride, padding, dilation, groups)
         ctx.window = window
         ctx.unpooled_size = list(unpooled.shape)
@@ -41,15 +41,15 @@ class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        input, weight, pooled, position = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor], grad_output: Tensor):
+        input, weight, position = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = d_bias = None
         if needs_bias:
             # Every pooled gradient reaches exactly one unpooled element, so the sum over either is the same.
-            _, d_bias = conv2d_epilogue_backward(grad_output, pooled, False, True)
+            _, d_bias = conv2d_epilogue_backward(grad_output, position, False, True)
         if needs_input or needs_weight:
-            dz = max_pool2d_dgrad(grad_output, position, pooled, ctx.unpooled_size, *ctx.window, True)
+            dz = max_pool2d_dgrad(grad_output, position, ctx.unpooled_size, *ctx.window, True)
             dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
         return dx, dw, d_bias, None, None, None, None, None, None, None, None
 
@@ -89,7 +89,7 @@ def conv2d_relu_max_pool2d(
     pool_padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """``max_pool2d(relu(conv2d(...)))`` that keeps only its input, the pooled output and one byte an output.
+    """``max_pool2d(relu(conv2d(...)))`` that keeps only its input and one byte an output.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as :func:`kernels.conv2d`.

@@ -11,6 +11,15 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 
 @triton.jit
+def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """``tl.program_id``, in int64 where offsets can pass 2^31: what is computed from it then is in int64 too."""
+    pid = tl.program_id(AXIS)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    return pid
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """``acc + a @ b``, accumulated in the type of ``acc``."""
     if INTERPRETED:

@@ -26,7 +26,9 @@ class _RefuseFunction(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """For the ``backward`` of an autograd Function: a double backward is a clear error.
+    """For the ``backward(ctx, saved_tensors, *grads)`` of an autograd Function: a double backward is a clear error.
+
+    The saved tensors are handed over because a checkpointed graph lets each be unpacked only once.
 
     PyTorch's own decorator of this name only notices when the incoming gradient requires a gradient; for the common
     ``grad(loss, x, create_graph=True)`` it does not, and the second derivative silently lacks this term.
@@ -34,11 +36,12 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return results
-        computed_from = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, torch.Tensor) and t.requires_grad]
+        computed_from = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
         name = type(ctx).__name__.removesuffix("FunctionBackward")
         return tuple(r if r is None else _RefuseFunction.apply(name, r, *computed_from) for r in results)
 

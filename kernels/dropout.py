@@ -18,9 +18,9 @@ from torch import Tensor
 from .backend import runs_triton
 from .checks import check_probability, check_tensors
 from .config import elementwise_config
-from .device import cast, dropout_factor
+from .device import cast, dropout_factor, program_id
 from .differentiation import once_differentiable
-from .launch import launch, needs_int64, poisonable_empty
+from .launch import launch, needs_int64, new_output
 from .reduction import dropout_scale, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -40,10 +40,7 @@ def _dropout_kernel(
     BLOCK: tl.constexpr,
 ):
     """y = x * (scale or 0), or the keep-mask itself. One program owns BLOCK elements. Its own backward pass, with x = dy."""
-    o_e = tl.arange(0, BLOCK)
-    if WIDE:
-        o_e = o_e.to(tl.int64)
-    o_e += tl.program_id(0) * BLOCK
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     b_factor = dropout_factor(tl.load(seed_ptr), o_e, p, scale)
     if MASK_ONLY:
@@ -77,7 +74,7 @@ def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
 def dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
     """``input`` times 1 / (1 - p) where kept, times 0 where dropped; contiguous."""
     input = input.contiguous()
-    output = poisonable_empty(*input.shape, dtype=input.dtype, device=input.device)
+    output = new_output(input.shape, input.dtype, input.device)
     _launch_dropout(input, seed, output, p, mask_only=False)
     return output
 
@@ -90,7 +87,7 @@ def _(input, seed, p):
 @torch.library.custom_op("alexnet_triton::dropout_keep_mask", mutates_args=())
 def dropout_keep_mask(size: list[int], seed: Tensor, p: float) -> Tensor:
     """The keep-mask alone, bool."""
-    mask = torch.empty(size, dtype=torch.bool, device=seed.device)
+    mask = new_output(size, torch.bool, seed.device)
     _launch_dropout(mask, seed, mask, p, mask_only=True)
     return mask
 
@@ -132,8 +129,8 @@ class DropoutFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        (seed,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor):
+        (seed,) = saved
         return dropout_apply(grad_output, seed, ctx.p), None, None
 
 
@@ -195,6 +192,8 @@ def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: 
         ValueError: p outside [0, 1], or a seed that is no int64.
     """
     check_probability(p)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     seed = draw_seed(torch.device(device), seed)
@@ -214,7 +213,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
             ``torch.manual_seed`` governs it.
 
     Returns:
-        ``input`` / (1 - p) where kept, 0 where dropped, contiguous, in ``input``'s dtype.
+        ``input`` / (1 - p) where kept, 0 where dropped, contiguous, in ``input``'s dtype. The kernels take 1 / (1 - p) as a
+        float32, also for float64.
 
     Raises:
         TypeError: a dtype that the kernels do not run.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,14 @@ def is_recording() -> bool:
     return _recorder is not None
 
 
+#: Set by tests: compile and run every kernel as for tensors of more than 2^31 elements.
+force_int64 = False
+
+
 def needs_int64(*tensors: torch.Tensor | None) -> bool:
     """Whether an element offset into any of the tensors, or their number of elements, can pass 2^31 - 1."""
+    if force_int64:
+        return True
     for tensor in tensors:
         if tensor is None or tensor.numel() == 0:
             continue
@@ -74,11 +80,18 @@ def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
 
-def poisonable_empty(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``torch.empty`` for what a kernel will write."""
-    return _poisoned(torch.empty(size, dtype=dtype, device=device))
+def new_output(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, channels_last: bool = False) -> torch.Tensor:
+    """An uninitialised tensor that a kernel will write; ``channels_last``: (N, C, H, W) that is NHWC in memory.
+
+    Not a permuted view: autograd forbids in-place operations on a view that a Function returns. The strides are NHWC's also
+    where a size of 1 leaves them open.
+    """
+    if not channels_last:
+        return _poisoned(torch.empty(size, dtype=dtype, device=device))
+    n, c, h, w = size
+    return _poisoned(torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype, device=device))
 
 
-def poisonable_empty_like(tensor: torch.Tensor) -> torch.Tensor:
+def new_output_like(tensor: torch.Tensor) -> torch.Tensor:
     """``torch.empty_like`` (dense, strides kept) for what a kernel will write."""
     return _poisoned(torch.empty_like(tensor))

@@ -18,10 +18,10 @@ from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_probability, check_tensors
 from .config import matmul_config
-from .device import cast, dot, dropout_factor, relu
+from .device import cast, dot, dropout_factor, program_id, relu
 from .differentiation import once_differentiable
 from .dropout import draw_seed, dropout_reference
-from .launch import launch, needs_int64, poisonable_empty, poisonable_empty_like
+from .launch import launch, needs_int64, new_output, new_output_like
 from .precision import matmul_input_precision
 from .reduction import dropout_scale, epilogue_backward, triton_accumulator
 
@@ -57,19 +57,15 @@ def _matmul_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """c = dropout(relu(a @ b + bias)). One program computes a BLOCK_M x BLOCK_N tile of c."""
-    pid = tl.program_id(0)
+    pid = program_id(0, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid_m = pid % blocks_m  # neighbours share the columns of b, the weights, which are what a small batch has to read
     pid_n = pid // blocks_m
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
+    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     if WIDE:
-        o_m = o_m.to(tl.int64)
-        o_n = o_n.to(tl.int64)
         o_k = o_k.to(tl.int64)
-    o_m += pid_m * BLOCK_M
-    o_n += pid_n * BLOCK_N
     m_m = o_m < M
     m_n = o_n < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
@@ -141,7 +137,7 @@ def _matmul(
 @torch.library.custom_op("alexnet_triton::linear_fprop", mutates_args=())
 def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
     """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
-    output = poisonable_empty(input.shape[0], weight.shape[0], dtype=input.dtype, device=input.device)
+    output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
     _matmul(input, weight.t(), output, bias, seed, p, relu)
     return output
 
@@ -154,7 +150,7 @@ def _(input, weight, bias, seed, p, relu):
 @torch.library.custom_op("alexnet_triton::linear_dgrad", mutates_args=())
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the input, (M, in)."""
-    dx = poisonable_empty(dz.shape[0], weight.shape[1], dtype=dz.dtype, device=dz.device)
+    dx = new_output((dz.shape[0], weight.shape[1]), dz.dtype, dz.device)
     _matmul(dz, weight, dx)
     return dx
 
@@ -167,7 +163,7 @@ def _(dz, weight):
 @torch.library.custom_op("alexnet_triton::linear_wgrad", mutates_args=())
 def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
-    dw = poisonable_empty_like(weight)
+    dw = new_output_like(weight)
     _matmul(dz.t(), input, dw)
     return dw
 
@@ -186,13 +182,13 @@ def linear_epilogue_backward(
     dz, column_sums = epilogue_backward(
         grad_output.view(m, n, 1, 1), output, seed, p, write_dz=write_dz, sum_columns=sum_columns
     )
-    return dz.view(m, n) if write_dz else dz, column_sums
+    return dz.view(-1, n), column_sums
 
 
 @linear_epilogue_backward.register_fake
 def _(grad_output, output, seed, p, write_dz, sum_columns):
     m, n = grad_output.shape
-    return grad_output.new_empty((m, n) if write_dz else (0,)), grad_output.new_empty(n if sum_columns else 0)
+    return grad_output.new_empty(m if write_dz else 0, n), grad_output.new_empty(n if sum_columns else 0)
 
 
 # ------------------------------------------------------------------------------------------------- autograd Function
@@ -210,8 +206,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        input, weight, output, seed = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_output: Tensor):
+        input, weight, output, seed = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dz, dx, dw, d_bias = grad_output, None, None, None
         changed = (output is not None or seed is not None) and (needs_input or needs_weight)

@@ -18,9 +18,9 @@ from torch import Tensor
 from .backend import runs_triton
 from .checks import check_tensors, pair
 from .config import elementwise_config
-from .device import cast, relu_grad
+from .device import cast, program_id
 from .differentiation import once_differentiable
-from .launch import launch, needs_int64, poisonable_empty
+from .launch import launch, needs_int64, new_output
 from .reduction import triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -66,17 +66,19 @@ def _max_pool2d_fprop_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    RELU: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
     WRITE_INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program computes BLOCK outputs, neighbours in memory."""
-    o_e = tl.arange(0, BLOCK)
-    if WIDE:
-        o_e = o_e.to(tl.int64)
-    o_e += tl.program_id(0) * BLOCK
+    """One program computes BLOCK outputs, neighbours in memory.
+
+    With RELU, the input is a ReLU's output: a window whose maximum is <= 0 gets NO_GRADIENT for its position.
+    """
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     o_n, o_c, o_p, o_q = _split_index(o_e, C, P, Q, CHANNELS_LAST)
     o_h = o_p * STRIDE_H - PAD_H
@@ -100,19 +102,20 @@ def _max_pool2d_fprop_kernel(
             b_position = tl.where(takes, r * S + s, b_position)
 
     tl.store(y_ptr + o_e, cast(b_best, y_ptr.dtype.element_ty), mask=m_e)
-    if WRITE_POSITION:
-        tl.store(position_ptr + o_e, b_position.to(position_ptr.dtype.element_ty), mask=m_e)
     if WRITE_INDEX:
         h = o_h + b_position // S * DILATION_H
         w = o_w + b_position % S * DILATION_W
         tl.store(index_ptr + o_e, h.to(tl.int64) * W + w, mask=m_e)
+    if WRITE_POSITION:
+        if RELU:
+            b_position = tl.where(b_best <= 0, NO_GRADIENT, b_position)
+        tl.store(position_ptr + o_e, b_position.to(position_ptr.dtype.element_ty), mask=m_e)
 
 
 @triton.jit
 def _max_pool2d_dgrad_kernel(
     dy_ptr,  # [N, C, P, Q] through its strides
     position_ptr,  # [N, C, P, Q] through its strides
-    y_ptr,  # pooled values, in the order of the positions, or unused
     dx_ptr,  # out: [N, C, H, W], dense in the order CHANNELS_LAST says
     elements,
     C,
@@ -136,22 +139,15 @@ def _max_pool2d_dgrad_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it.
-
-    With RELU, the pool's input was a ReLU's output: a window whose maximum is <= 0 passes nothing.
-    """
+    """One program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it."""
     WINDOWS_H: tl.constexpr = (DILATION_H * (R - 1)) // STRIDE_H + 1  # the most windows that hold one row
     WINDOWS_W: tl.constexpr = (DILATION_W * (S - 1)) // STRIDE_W + 1
-    o_e = tl.arange(0, BLOCK)
-    if WIDE:
-        o_e = o_e.to(tl.int64)
-    o_e += tl.program_id(0) * BLOCK
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     o_n, o_c, o_h, o_w = _split_index(o_e, C, H, W, CHANNELS_LAST)
     p_dy = dy_ptr + o_n * stride_dyn + o_c * stride_dyc
@@ -169,10 +165,7 @@ def _max_pool2d_dgrad_kernel(
             o_window = o_position + p * stride_pp + q * stride_pq
             b_position = tl.load(position_ptr + o_window, mask=mask, other=0).to(tl.int32)
             mask &= b_position == h_offset // DILATION_H * S + w_offset // DILATION_W
-            b_dy = tl.load(p_dy + p * stride_dyp + q * stride_dyq, mask=mask, other=0.0).to(ACC)
-            if RELU:
-                b_dy = relu_grad(b_dy, tl.load(y_ptr + o_window, mask=mask, other=0.0).to(ACC))
-            acc += b_dy
+            acc += tl.load(p_dy + p * stride_dyp + q * stride_dyq, mask=mask, other=0.0).to(ACC)
     tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)
 
 
@@ -184,15 +177,14 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def _empty(n: int, c: int, h: int, w: int, channels_last: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if channels_last:
-        return poisonable_empty(n, h, w, c, dtype=dtype, device=device).permute(0, 3, 1, 2)
-    return poisonable_empty(n, c, h, w, dtype=dtype, device=device)
-
-
 def position_dtype(kernel_size: Sequence[int]) -> torch.dtype:
-    """uint8 where the window's positions fit a byte (up to 256 of them), else int32."""
-    return torch.uint8 if kernel_size[0] * kernel_size[1] <= 256 else torch.int32
+    """uint8 where the window's positions and the mark for no gradient fit a byte (up to 255 elements), else int32."""
+    return torch.uint8 if kernel_size[0] * kernel_size[1] <= 255 else torch.int32
+
+
+def no_gradient(dtype: torch.dtype) -> int:
+    """In place of a position of ``dtype``: this window's maximum is a ReLU's zero, which no gradient passes."""
+    return torch.iinfo(dtype).max
 
 
 @torch.library.custom_op("alexnet_triton::max_pool2d_fprop", mutates_args=())
@@ -204,15 +196,20 @@ def max_pool2d_fprop(
     dilation: list[int],
     output_size: list[int],
     channels_last: bool,
+    relu: bool,
     write_position: bool,
     write_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted."""
+    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted.
+
+    With ``relu``, the input is a ReLU's output and positions say :func:`no_gradient` where it lets none pass.
+    """
     n, c, h, w = input.shape
     p, q = output_size
-    y = _empty(n, c, p, q, channels_last, input.dtype, input.device)
+    y = new_output((n, c, p, q), input.dtype, input.device, channels_last=channels_last)
     position, index = _position_and_index(y, kernel_size, channels_last, write_position, write_index)
-    config = elementwise_config(y.numel())
+    wide = needs_int64(input, y)
+    config = elementwise_config(y.numel(), wide)
     launch(
         _max_pool2d_fprop_kernel,
         (triton.cdiv(y.numel(), config["BLOCK"]),),
@@ -232,9 +229,11 @@ def max_pool2d_fprop(
         stride_xw=input.stride(3),
         **_window(kernel_size, stride, padding, dilation),
         CHANNELS_LAST=channels_last,
+        RELU=relu,
+        NO_GRADIENT=no_gradient(position_dtype(kernel_size)),
         WRITE_POSITION=write_position,
         WRITE_INDEX=write_index,
-        WIDE=needs_int64(input, y),
+        WIDE=wide,
         ACC=triton_accumulator(input.dtype),
         **config,
     )
@@ -244,18 +243,16 @@ def max_pool2d_fprop(
 def _position_and_index(
     y: Tensor, kernel_size: Sequence[int], channels_last: bool, write_position: bool, write_index: bool
 ) -> tuple[Tensor, Tensor]:
-    n, c, p, q = y.shape
     nothing = y.new_empty(0, dtype=torch.uint8)
     dtype = position_dtype(kernel_size)
-    position = _empty(n, c, p, q, channels_last, dtype, y.device) if write_position else nothing
-    index = _empty(n, c, p, q, channels_last, torch.int64, y.device) if write_index else nothing.to(torch.int64)
+    position = new_output(y.shape, dtype, y.device, channels_last=channels_last) if write_position else nothing
+    index = new_output(y.shape, torch.int64, y.device, channels_last=channels_last) if write_index else nothing.long()
     return position, index
 
 
 @max_pool2d_fprop.register_fake
-def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, write_position, write_index):
-    p, q = output_size
-    y = _empty(input.shape[0], input.shape[1], p, q, channels_last, input.dtype, input.device)
+def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index):
+    y = new_output((*input.shape[:2], *output_size), input.dtype, input.device, channels_last=channels_last)
     return y, *_position_and_index(y, kernel_size, channels_last, write_position, write_index)
 
 
@@ -263,7 +260,6 @@ def _(input, kernel_size, stride, padding, dilation, output_size, channels_last,
 def max_pool2d_dgrad(
     grad_output: Tensor,
     position: Tensor,
-    relu_output: Tensor | None,
     input_size: list[int],
     kernel_size: list[int],
     stride: list[int],
@@ -271,16 +267,16 @@ def max_pool2d_dgrad(
     dilation: list[int],
     channels_last: bool,
 ) -> Tensor:
-    """Gradient of the pool's input; with ``relu_output`` (the pooled values), of the ReLU's input before the pool."""
-    n, c, h, w = input_size
-    dx = _empty(n, c, h, w, channels_last, grad_output.dtype, grad_output.device)
-    config = elementwise_config(dx.numel())
+    """Gradient of the pool's input, or of the ReLU's input before it where the positions were made with ``relu``."""
+    _, c, h, w = input_size
+    dx = new_output(input_size, grad_output.dtype, grad_output.device, channels_last=channels_last)
+    wide = needs_int64(dx, grad_output, position)
+    config = elementwise_config(dx.numel(), wide)
     launch(
         _max_pool2d_dgrad_kernel,
         (triton.cdiv(dx.numel(), config["BLOCK"]),),
         dy_ptr=grad_output,
         position_ptr=position,
-        y_ptr=grad_output if relu_output is None else relu_output,
         dx_ptr=dx,
         elements=dx.numel(),
         C=c,
@@ -297,9 +293,8 @@ def max_pool2d_dgrad(
         stride_pp=position.stride(2),
         stride_pq=position.stride(3),
         **_window(kernel_size, stride, padding, dilation),
-        RELU=relu_output is not None,
         CHANNELS_LAST=channels_last,
-        WIDE=needs_int64(dx, grad_output, position),
+        WIDE=wide,
         ACC=triton_accumulator(dx.dtype),
         **config,
     )
@@ -307,9 +302,8 @@ def max_pool2d_dgrad(
 
 
 @max_pool2d_dgrad.register_fake
-def _(grad_output, position, relu_output, input_size, kernel_size, stride, padding, dilation, channels_last):
-    n, c, h, w = input_size
-    return _empty(n, c, h, w, channels_last, grad_output.dtype, grad_output.device)
+def _(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last):
+    return new_output(input_size, grad_output.dtype, grad_output.device, channels_last=channels_last)
 
 
 def _window(
@@ -338,7 +332,7 @@ class MaxPool2dFunction(torch.autograd.Function):
     def forward(ctx: Any, input, kernel_size, stride, padding, dilation, output_size, want_grad, want_index):
         channels_last = is_channels_last(input)
         y, position, index = max_pool2d_fprop(
-            input, kernel_size, stride, padding, dilation, output_size, channels_last, want_grad, want_index
+            input, kernel_size, stride, padding, dilation, output_size, channels_last, False, want_grad, want_index
         )
         ctx.save_for_backward(position)
         ctx.window = (kernel_size, stride, padding, dilation, channels_last)
@@ -348,9 +342,9 @@ class MaxPool2dFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Any):
-        (position,) = ctx.saved_tensors
-        dx = max_pool2d_dgrad(grad_output, position, None, ctx.input_size, *ctx.window)
+    def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, _: Any):
+        (position,) = saved
+        dx = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window)
         return dx, None, None, None, None, None, None, None
 
 
@@ -381,7 +375,7 @@ def pool_arguments(
 ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Check the arguments of a pool over (height, width) = ``size``; its window, stride, padding, dilation, output size."""
     window = pair(f"{prefix}kernel_size", kernel_size, 1)
-    no_stride = stride is None or (not isinstance(stride, int) and len(stride) == 0)
+    no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
     steps = window if no_stride else pair(f"{prefix}stride", stride, 1)  # type: ignore[arg-type]
     pads = pair(f"{prefix}padding", padding, 0)
     dilations = pair(f"{prefix}dilation", dilation, 1)
@@ -428,7 +422,7 @@ def max_pool2d(
 
     Returns:
         (N, C, P, Q) or (C, P, Q) in ``input``'s dtype and memory format (NHWC or NCHW); a pair with the indices if asked.
-        The gradient needs one byte an output (four for windows of more than 256 elements).
+        The gradient needs one byte an output (four for windows of more than 255 elements).
 
     Raises:
         TypeError: a dtype that the kernels do not run.

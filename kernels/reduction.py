@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import column_sum_config, elementwise_config, split_count
-from .device import cast, compensated_add, dropout_factor, relu_grad
-from .launch import launch, needs_int64, poisonable_empty
+from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
+from .launch import launch, needs_int64, new_output
 
 
 def dropout_scale(p: float) -> float:
@@ -33,7 +33,7 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 @triton.jit
 def _epilogue_backward_kernel(
     dy_ptr,  # gradient of the output, [N, C, P, Q] through its strides
-    y_ptr,  # the epilogue's output, channels-last, or unused
+    y_ptr,  # channels-last: the epilogue's output, or with POSITIONS the pool's window positions; or unused
     seed_ptr,  # int64 scalar, or unused
     dz_ptr,  # out: gradient before the activation, channels-last, or unused
     partial_ptr,  # out: [SPLIT, C] column sums of dz over each split's rows, or unused
@@ -49,6 +49,8 @@ def _epilogue_backward_kernel(
     p,  # probability of dropping an output
     scale,  # 1 / (1 - p)
     RELU: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
     DROPOUT: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
@@ -61,32 +63,35 @@ def _epilogue_backward_kernel(
 
     One program owns BLOCK_COLUMNS channels and walks down one split's share of the rows (pixels).
     """
-    pid_column = tl.program_id(0)
-    pid_split = tl.program_id(1)
+    pid_column = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
     o_c = pid_column * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_c = o_c < C
-    if WIDE:
-        o_c = o_c.to(tl.int64)
     b_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACC)
     b_lost = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACC)
     for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):
-        o_row = tl.arange(0, BLOCK_ROWS)
-        if WIDE:
-            o_row = o_row.to(tl.int64)
-        o_row += i_block * BLOCK_ROWS
+        o_row = i_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (o_row < rows)[:, None] & m_c[None, :]
         o_q = o_row % Q
         o_p = (o_row // Q) % P
-        o_n = o_row // (P * Q)
+        o_n = o_row // Q // P
         o_dy = o_n * stride_dyn + o_p * stride_dyp + o_q * stride_dyq
         b_dz = tl.load(dy_ptr + o_dy[:, None] + o_c[None, :] * stride_dyc, mask=mask, other=0.0).to(ACC)
         o_flat = o_row[:, None] * C + o_c[None, :]
+        if POSITIONS:
+            b_position = tl.load(y_ptr + o_flat, mask=mask, other=NO_GRADIENT)
+            b_dz = tl.where(b_position == NO_GRADIENT, 0.0, b_dz)
         if DROPOUT:
-            b_dz *= dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
+            b_factor = dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
+            b_dz *= b_factor
         if RELU:
-            # A dropped output is 0 and masks too, where the gradient is 0 anyway.
             b_y = tl.load(y_ptr + o_flat, mask=mask, other=0.0).to(ACC)
-            b_dz = relu_grad(b_dz, b_y)
+            b_masked = relu_grad(b_dz, b_y)
+            if DROPOUT:
+                # A dropped output is 0 whatever the ReLU gave, so it is no mask. The gradient there is 0 already, or NaN
+                # where infinity came in, which must not be hidden.
+                b_masked = tl.where(b_factor == 0, b_dz, b_masked)
+            b_dz = b_masked
         if WRITE_DZ:
             tl.store(dz_ptr + o_flat, cast(b_dz, dz_ptr.dtype.element_ty), mask=mask)
         if SUM_COLUMNS:
@@ -114,11 +119,9 @@ def _sum_parts_kernel(
     BLOCK: tl.constexpr,
 ):
     """out = partial summed over the parts, first to last. One program owns BLOCK elements."""
-    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     o_part = o_e
-    if WIDE:
-        o_part = o_part.to(tl.int64)
     b_sum = tl.zeros((BLOCK,), dtype=ACC)
     b_lost = tl.zeros((BLOCK,), dtype=ACC)
     for _ in range(SPLIT):
@@ -127,8 +130,8 @@ def _sum_parts_kernel(
         o_part += elements
     o_c = o_e % C
     o_s = (o_e // C) % S
-    o_r = (o_e // (C * S)) % R
-    o_k = o_e // (C * S * R)
+    o_r = (o_e // C // S) % R
+    o_k = o_e // C // S // R
     p_out = out_ptr + o_k * stride_k + o_c * stride_c + o_r * stride_r + o_s * stride_s
     tl.store(p_out, cast(b_sum, out_ptr.dtype.element_ty), mask=m_e)
 
@@ -157,6 +160,14 @@ def sum_parts(partial: Tensor, out: Tensor) -> None:
     )
 
 
+def new_epilogue_gradients(grad_output: Tensor, write_dz: bool, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of :func:`epilogue_backward`."""
+    dtype, device = grad_output.dtype, grad_output.device
+    size = tuple(grad_output.shape) if write_dz else (0, *grad_output.shape[1:])
+    column_sums = new_output((grad_output.shape[1] if sum_columns else 0,), dtype, device)
+    return new_output(size, dtype, device, channels_last=True), column_sums
+
+
 def epilogue_backward(
     grad_output: Tensor,
     output: Tensor | None,
@@ -170,7 +181,8 @@ def epilogue_backward(
 
     Args:
         grad_output: (N, C, P, Q), any strides.
-        output: what the ReLU (and the dropout after it) gave, channels-last; None for no activation.
+        output: what the ReLU (and the dropout after it) gave, channels-last; or an integer tensor, the positions of a pool
+            after the ReLU; None for no activation.
         seed: of the dropout after the activation, an int64 scalar; None for no dropout.
         p: the dropout's probability of dropping an element.
         write_dz: whether the first result is wanted.
@@ -181,21 +193,21 @@ def epilogue_backward(
         back empty.
     """
     n, c, height, width = grad_output.shape
+    positions = output is not None and not output.is_floating_point()
     rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
-    dz = poisonable_empty(n, height, width, c, dtype=dtype, device=device).permute(0, 3, 1, 2) if write_dz else None
-    column_sums = poisonable_empty(c if sum_columns else 0, dtype=dtype, device=device)
+    dz, column_sums = new_epilogue_gradients(grad_output, write_dz, sum_columns)
     config = column_sum_config(rows, c)
     row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
     columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
     split = split_count(columns, max(row_blocks, 1))
-    partial = poisonable_empty(split if sum_columns else 0, c, dtype=accumulator_dtype(dtype), device=device)
+    partial = new_output((split if sum_columns else 0, c), accumulator_dtype(dtype), device)
     launch(
         _epilogue_backward_kernel,
         (columns, split),
         dy_ptr=grad_output,
         y_ptr=grad_output if output is None else output,
         seed_ptr=grad_output if seed is None else seed,
-        dz_ptr=grad_output if dz is None else dz,
+        dz_ptr=dz,
         partial_ptr=partial,
         rows=rows,
         C=c,
@@ -208,7 +220,9 @@ def epilogue_backward(
         blocks_per_split=triton.cdiv(row_blocks, split),
         p=float(p),
         scale=dropout_scale(p),
-        RELU=output is not None,
+        RELU=output is not None and not positions,
+        POSITIONS=positions,
+        NO_GRADIENT=torch.iinfo(output.dtype).max if output is not None and positions else 0,
         DROPOUT=seed is not None,
         WRITE_DZ=write_dz,
         SUM_COLUMNS=sum_columns,
@@ -218,4 +232,4 @@ def epilogue_backward(
     )
     if sum_columns:
         sum_parts(partial, column_sums.view(c, 1, 1, 1))
-    return grad_output.new_empty(0) if dz is None else dz, column_sums
+    return dz, column_sums

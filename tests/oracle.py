@@ -59,6 +59,9 @@ def assert_within_tolerance(name: str, ours: Tensor, peer: Tensor, exact: Tensor
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == peer.dtype, f"{name}: dtype {ours.dtype}, expected {peer.dtype}"
     assert torch.equal(ours.isnan(), exact.isnan()), f"{name}: {int(ours.isnan().sum())} NaN, {int(exact.isnan().sum())} due"
+    expected = exact.to(ours.dtype)
+    assert torch.equal(ours.isposinf(), expected.isposinf()), f"{name}: +infinity where none is due, or none where it is"
+    assert torch.equal(ours.isneginf(), expected.isneginf()), f"{name}: -infinity where none is due, or none where it is"
     ours, peer, exact = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (ours, peer, exact))
     largest = exact.abs().max().item() if exact.numel() else 0.0
     allowed = 2 * error(peer, exact) + _HALF_UNITS[ours.dtype] * 0.5 * torch.finfo(ours.dtype).eps * largest

@@ -72,6 +72,19 @@ def test_no_float_atomics(launches: list[dict]) -> None:
     assert [r for r in launches if r["float_atomics"]] == []
 
 
+def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
+    """Also no spills there: twice as wide offsets need twice the registers."""
+    records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide")
+    assert {r["kernel"] for r in records} == kernel_names()
+    assert [r for r in records if r["int32_program_products"]] == []
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []
+
+
+def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:
+    """The kernels for small tensors multiply program ids in int32, and the check says so of each."""
+    assert all(r["int32_program_products"] for r in launches)
+
+
 @pytest.mark.parametrize("tf32", [True, False])
 def test_the_tf32_switch_reaches_the_code(tf32: bool) -> None:
     records = _compile("--arch", "sm_90", "--dtype", "float32", "--tf32" if tf32 else "--no-tf32")

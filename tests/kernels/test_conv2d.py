@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import config
+from kernels import config, launch
 from kernels.conv2d import conv2d_reference
 
 from ..conftest import DEVICE
@@ -222,8 +221,7 @@ def test_only_what_is_asked_for_is_launched(wanted: str, kernels_launched: list[
 @pytest.mark.usefixtures("small_tiles")
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for tensors of more than 2^31 elements give the same results on small ones."""
-    for module in ("conv2d", "reduction"):
-        monkeypatch.setattr(sys.modules[f"kernels.{module}"], "needs_int64", lambda *_: True)
+    monkeypatch.setattr(launch, "force_int64", True)
     case = Case("", c=6, k=9, groups=3, stride=2, padding=1)
     check(
         lambda *t: kernels.conv2d(*t, *case.arguments(), activation="relu"),

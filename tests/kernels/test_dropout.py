@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
+from kernels import launch
 from kernels.dropout import philox_uniform_reference
 
 from ..conftest import DEVICE
@@ -110,7 +110,7 @@ def test_empty() -> None:
 
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = kernels.dropout_mask((999,), 0.5, 4, device=DEVICE)
-    monkeypatch.setattr(sys.modules["kernels.dropout"], "needs_int64", lambda *_: True)
+    monkeypatch.setattr(launch, "force_int64", True)
     assert torch.equal(kernels.dropout_mask((999,), 0.5, 4, device=DEVICE), narrow)
 
 

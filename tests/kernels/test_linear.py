@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import launch
 from kernels.linear import linear_reference
 
 from ..conftest import DEVICE
@@ -154,8 +153,7 @@ def test_only_what_is_asked_for_is_launched(wanted: str, kernels_launched: list[
 
 @pytest.mark.usefixtures("small_tiles")
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("linear", "reduction", "dropout"):
-        monkeypatch.setattr(sys.modules[f"kernels.{module}"], "needs_int64", lambda *_: True)
+    monkeypatch.setattr(launch, "force_int64", True)
     mask = kernels.dropout_mask((37, 45), 0.5, 11, device=DEVICE)
     check(
         lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=11),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import launch
 from kernels.max_pool2d import position_dtype
 
 from ..conftest import DEVICE
@@ -153,7 +153,7 @@ def test_empty_batch() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["kernels.max_pool2d"], "needs_int64", lambda *_: True)
+    monkeypatch.setattr(launch, "force_int64", True)
     x = integers(2, 5, 13, 11, dtype=torch.float32)
     ours, theirs = (pool(x, 3, 2, 1) for pool in (kernels.max_pool2d, F.max_pool2d))
     _same(ours, theirs)
