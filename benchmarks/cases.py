@@ -27,8 +27,9 @@ class Case:
         input: its shape without the batch.
         weight: shape of the weight, or None; a bias of ``weight[0]`` goes with it.
         ours: the operation of ``kernels``, called with input, weight, bias.
-        theirs: the same from PyTorch.
-        shrink: a smaller case of the same kind, for a check that does not time.
+        theirs: the same from PyTorch, as it is timed.
+        shrink: shapes of a smaller case of the same kind, for a check that does not time.
+        reference: the values of ours in PyTorch's operations, where ``theirs`` draws other random numbers.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Case:
     ours: Callable[..., Tensor]
     theirs: Callable[..., Tensor]
     shrink: tuple[tuple[int, ...], tuple[int, ...] | None]
+    reference: Callable[..., Tensor] | None = None
+
+    def meaning(self, *tensors: Tensor) -> Tensor:
+        """What ours should give, in PyTorch's operations and in the tensors' dtype."""
+        return (self.reference or self.theirs)(*tensors)
 
     def shrunk(self) -> Case:
         """The same operation on tensors small enough for the interpreter."""
@@ -78,6 +84,11 @@ def _max_pool(x: Tensor) -> Tensor:
     return y
 
 
+def _dropped(y: Tensor) -> Tensor:
+    """Dropout of seed 1, as ours draws it."""
+    return y * kernels.dropout_mask(y.shape, 0.5, 1, device=y.device) * 2
+
+
 def _linear_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return kernels.linear(x, w, b, activation="relu")
 
@@ -102,6 +113,7 @@ CASES = (
         lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=1),
         lambda x, w, b: F.dropout(F.relu(F.linear(x, w, b)), 0.5),
         _SMALL_LINEAR,
+        lambda x, w, b: _dropped(F.relu(F.linear(x, w, b))),
     ),
     Case(
         "dropout",
@@ -110,38 +122,31 @@ CASES = (
         lambda x: kernels.dropout(x, 0.5, seed=1),
         lambda x: F.dropout(x, 0.5),
         ((20,), None),
+        _dropped,
     ),
 )
 
 
-def exact(case: Case, tensors: list[Tensor]) -> Tensor:
-    """The case's output in float64, dropout with our own mask."""
-    doubles = [t.detach().double() for t in tensors]
-    if "dropout" not in case.name:
-        return case.theirs(*doubles)
-    y = doubles[0] if case.weight is None else F.relu(F.linear(*doubles))
-    mask = kernels.dropout_mask(y.shape, 0.5, 1, device=y.device)
-    return y * mask * 2
-
-
 def verify(case: Case, tensors: list[Tensor]) -> None:
-    """Before anything is timed: our output against float64, at most twice PyTorch's own error.
-
-    PyTorch's dropout draws another mask, so its error there is taken without it.
+    """Before anything is timed: our output and gradients against float64, at most twice PyTorch's own error.
 
     Raises:
-        AssertionError: the result is wrong.
+        AssertionError: a result is wrong.
     """
-    truth = exact(case, tensors)
-    ours = case.ours(*tensors)
-    error = (ours.double() - truth).abs().max().item()
-    if "dropout" in case.name:
-        peer_error = torch.finfo(ours.dtype).eps * truth.abs().max().item()
-    else:
-        peer_error = (case.theirs(*tensors).double() - truth).abs().max().item()
-    allowed = 2 * peer_error + 0.5 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
-    if not error <= allowed:
-        raise AssertionError(f"{case.name}: wrong result: error {error:.3e} against float64, allowed {allowed:.3e}")
+    output = case.ours(*tensors)
+    grad = torch.randn_like(output)
+    ours = [output, *torch.autograd.grad(output, tensors, grad)]
+    runs = []
+    for dtype in (output.dtype, torch.float64):
+        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        result = case.meaning(*copies)
+        runs.append([result, *torch.autograd.grad(result, copies, grad.to(dtype))])
+    names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
+    for name, got, peer, exact in zip(names, ours, *runs, strict=False):
+        error, peer_error = ((t.double() - exact).abs().max().item() for t in (got, peer))
+        allowed = 2 * peer_error + 0.5 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+        if not error <= allowed:
+            raise AssertionError(f"{case.name}: wrong {name}: error {error:.3e} against float64, allowed {allowed:.3e}")
 
 
 def runner(case: Case, implementation: str, which: str, tensors: list[Tensor]) -> Callable[[], object]:

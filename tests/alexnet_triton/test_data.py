@@ -122,7 +122,8 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
 
 def test_usual_places_come_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "found")
-    monkeypatch.setattr(data, "USUAL_PLACES", (tmp_path / "nothing", folder))
+    (tmp_path / "empty").mkdir()  # as a download that failed leaves it
+    monkeypatch.setattr(data, "USUAL_PLACES", (tmp_path / "nothing", tmp_path / "empty", folder))
     assert load_fashion_mnist().source == folder
     monkeypatch.setattr(data, "USUAL_PLACES", ())
     monkeypatch.setattr(data, "_download", lambda: folder)

@@ -86,6 +86,7 @@ def test_runs(pair: tuple[nn.Sequential, FusedSequential], launches: list[str]) 
         ([nn.Linear(3, 3), nn.Dropout()], ["linear", "dropout"]),
         ([nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.ReLU()], ["module", "module"]),
         ([nn.LazyConv2d(3, 1), nn.ReLU()], ["module", "module"]),
+        ([nn.Linear(3, 3), nn.ReLU(), nn.Dropout(), nn.ReLU(inplace=True)], ["linear", "dropout", "module"]),
         ([], []),
     ],
 )
@@ -195,23 +196,77 @@ def test_named_layers_and_empty() -> None:
     assert FusedSequential()(x) is x
 
 
-def test_a_network_trains_alike_on_both_backends() -> None:
-    """Five SGD steps with dropout: the seeds come from torch's generator, so both backends drop the same elements."""
+def _losses(net: nn.Sequential, backend: str) -> list[float]:
+    """Of five SGD steps on the same images, with the same random numbers."""
+    torch.manual_seed(1)
+    net = net.to(DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, labels = images(8), torch.randint(0, 5, (8,), device=DEVICE)
     losses = []
-    for backend in ("triton", "torch"):
-        torch.manual_seed(1)
-        net = FusedSequential(*small_layers()).to(DEVICE)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        x, labels = images(8), torch.randint(0, 5, (8,), device=DEVICE)
-        with kernels.use_backend(backend):
-            for _ in range(5):
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(net(x), labels)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-    assert losses[:5] == pytest.approx(losses[5:], rel=1e-4)
-    assert losses[4] < losses[0]
+    with kernels.use_backend(backend):  # type: ignore[arg-type]
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def test_a_network_trains_as_its_nn_sequential() -> None:
+    plain = nn.Sequential(*small_layers(dropout=0.0))
+    fused = fuse(copy.deepcopy(plain))
+    ours, theirs = _losses(fused, "triton"), _losses(plain, "torch")
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[4] < ours[0]
+
+
+def test_a_network_with_dropout_trains_alike_on_both_backends() -> None:
+    """The seeds come from torch's generator, so both backends drop the same elements."""
+    net = FusedSequential(*small_layers())
+    copied = copy.deepcopy(net)
+    ours = _losses(net, "triton")
+    assert ours == pytest.approx(_losses(copied, "torch"), rel=1e-5)
+    again = FusedSequential(*small_layers())
+    again.load_state_dict(copied.state_dict())
+    assert ours != pytest.approx(_losses(again, "triton"), rel=1e-2)
+
+
+def test_two_runs_of_training_give_the_same_bits() -> None:
+    net = FusedSequential(*small_layers())
+    copied = copy.deepcopy(net)
+    assert _losses(net, "triton") == _losses(copied, "triton")
+    for first, second in zip(net.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2, inplace=True)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish(inplace=True)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(inplace=True)],
+        [nn.MaxPool2d(2), nn.ReLU6(inplace=True)],
+        [nn.Flatten(), nn.Linear(972, 8), nn.ReLU(), nn.Dropout(0.0), nn.ReLU(inplace=True)],
+        [nn.Flatten(), nn.Linear(972, 8), nn.Hardtanh(inplace=True)],
+        [nn.Flatten(), nn.Dropout(0.0), nn.ELU(inplace=True)],
+    ],
+    ids=lambda layers: "-".join(type(m).__name__ for m in layers),
+)
+def test_a_next_layer_may_work_in_place(tail: list[nn.Module]) -> None:
+    plain, fused = nn.Sequential(*tail).to(DEVICE), FusedSequential(*tail).to(DEVICE)
+    x = images().requires_grad_()
+    grads = [torch.autograd.grad(net(x.clone()).square().sum(), x)[0] for net in (plain, fused)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_hook_between_in_place_layers() -> None:
+    net = FusedSequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)).to(DEVICE)
+    seen: list[torch.Tensor] = []
+    net[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    net(images()).sum().backward()
+    assert seen[0].min() >= 0
+    assert net[0].weight.grad is not None
 
 
 def test_dropout_layers_and_steps_draw_their_own_masks() -> None:
@@ -276,27 +331,82 @@ def test_fuse_shares_nothing_but_layers_and_parameters() -> None:
     assert not hasattr(net, "extra")
 
 
-def test_fuse_of_subclasses_and_of_what_has_no_container() -> None:
-    class Named(nn.Sequential):
-        pass
+class Features(nn.Sequential):
+    """A subclass with a method and a ``train`` of its own."""
 
-    class OwnForward(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) + 1
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        return self[0](x)
 
-    named = Named(nn.Conv2d(3, 4, 3), nn.ReLU())
-    named.note = "kept"
-    fused = fuse(named)
-    assert type(fused) is FusedSequential
+    def train(self, mode: bool = True) -> Features:
+        return super().train(False)
+
+
+class OwnForward(nn.Sequential):
+    """A subclass that does something else than its layers in turn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def test_fuse_of_a_subclass_keeps_what_it_adds(launches: list[str]) -> None:
+    net = Features(nn.Conv2d(3, 4, 3), nn.ReLU()).to(DEVICE)
+    net.note = "kept"
+    fused = fuse(net)
+    assert isinstance(fused, FusedSequential)
+    assert isinstance(fused, Features)
+    assert type(net) is Features
     assert fused.note == "kept"
-    own = OwnForward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ReLU())
+    fused.train()
+    assert not fused.training
+    x = images()
+    expected = net(x)
+    torch.testing.assert_close(fused.first(x), net[0](x))
+    assert launches == []
+    for same in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(same) is type(fused)
+        torch.testing.assert_close(same(x), expected)
+    assert launches == ["_conv2d_fprop_kernel"] * 3
+
+
+def test_fuse_leaves_a_forward_of_its_own_alone() -> None:
+    own = OwnForward(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ReLU()).to(DEVICE)
     fused = fuse(own)
     assert type(fused) is OwnForward
     assert type(fused[0]) is FusedSequential
+    x = images()
+    torch.testing.assert_close(fused(x), own(x))
+
+
+def test_fuse_of_what_has_no_container_and_of_empty_ones() -> None:
     layer = nn.Conv2d(3, 4, 3)
     assert fuse(layer) is layer
     already = FusedSequential(layer)
     assert fuse(already) is already
+    net = nn.Sequential(layer, nn.Sequential())
+    fused = fuse(net)
+    assert type(fused[1]) is FusedSequential
+    assert type(net[1]) is nn.Sequential
+
+
+def test_sums_and_multiples_stay_fused() -> None:
+    net = FusedSequential(nn.Conv2d(3, 3, 3), nn.ReLU())
+    for combined in (net + net, net * 2, 2 * net):
+        assert type(combined) is FusedSequential
+        assert list(combined) == list(net) * 2
+
+
+def test_torchvision_alexnet_trains_fused() -> None:
+    from torchvision.models import alexnet
+
+    net = alexnet(num_classes=5, dropout=0.0).to(DEVICE)
+    small = nn.Sequential(net.features[:6], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(768, 5)).to(DEVICE)
+    fused = fuse(small)
+    assert operations(fused[0]) == ["conv2d_relu_max_pool2d"] * 2
+    x = torch.randn(1, 3, 47, 47, device=DEVICE)
+    results = [torch.autograd.grad(n(x).square().sum(), list(small.parameters())) for n in (fused, small)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert [type(m) for _, m in fuse(net).named_children()] == [FusedSequential, nn.AdaptiveAvgPool2d, FusedSequential]
 
 
 def test_lenet_runs_its_convolutions_and_linears_on_kernels(launches: list[str]) -> None:

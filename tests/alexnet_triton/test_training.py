@@ -143,6 +143,14 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, CPU)
 
 
+@pytest.mark.parametrize("content", [{}, {"model": "vgg"}, {"model": "lenet"}, {"model": "lenet", "state_dict": {}}], ids=str)
+def test_an_incomplete_checkpoint_is_refused(content: dict, tmp_path: Path) -> None:
+    path = tmp_path / "part.pt"
+    torch.save({"format": training.CHECKPOINT_FORMAT, **content}, path)
+    with pytest.raises(CheckpointError, match=r"unknown model|do not fit lenet"):
+        load_checkpoint(path, CPU)
+
+
 def test_curves_are_a_picture(tmp_path: Path) -> None:
     history = [EpochMetrics(i, 2.0 / i, 0.1 * i, 0.1 * i, 100.0, 1.0) for i in (1, 2, 3)]
     plot_curves(history, tmp_path / "curves.png", "title")

@@ -24,12 +24,20 @@ def test_every_case_verifies_and_runs(case: Case, launches: list[str]) -> None:
             launches.clear()
             result = run()
             assert bool(launches) == (implementation == "triton")
-            assert (len(result) == len(tensors)) == (which == "backward") or len(tensors) == 2
+            assert isinstance(result, torch.Tensor) == (which == "forward")
+            if which == "backward":
+                assert [g.shape for g in result] == [t.shape for t in tensors]
 
 
-def test_a_wrong_result_is_not_timed() -> None:
+def test_a_wrong_output_is_not_timed() -> None:
     case = dataclasses.replace(CASES[2].shrunk(), ours=lambda x, w, b: CASES[2].theirs(x, w, b) * 1.01)
-    with pytest.raises(AssertionError, match="conv3: wrong result"):
+    with pytest.raises(AssertionError, match="conv3: wrong output"):
+        verify(case, case.tensors(2, torch.float32, DEVICE))
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    case = dataclasses.replace(CASES[2].shrunk(), ours=lambda x, w, b: CASES[2].theirs(x, w, b.detach()) + 0 * b.sum())
+    with pytest.raises(AssertionError, match="conv3: wrong gradient of bias"):
         verify(case, case.tensors(2, torch.float32, DEVICE))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import kernels
 from kernels import config, launch
@@ -199,6 +201,26 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
+def test_an_output_can_be_changed_in_place() -> None:
+    x, w, b = Case("").tensors(torch.float32)
+    ours, theirs = (
+        torch.autograd.grad(F.leaky_relu_(convolve(x, w, b).add_(1), 0.2).sum(), (x, w, b))
+        for convolve in (kernels.conv2d, F.conv2d)
+    )
+    for got, exact in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_meta_tensors_have_the_shape() -> None:
+    x, w = torch.empty(2, 6, 9, 7, device="meta"), torch.empty(8, 6, 3, 3, device="meta")
+    assert kernels.conv2d(x, w).shape == (2, 8, 7, 5)
+
+
+def test_numpy_integers_are_integers() -> None:
+    x, w = randn(1, 2, 5, 5, dtype=torch.float32, grad=False), randn(3, 2, 3, 3, dtype=torch.float32, grad=False)
+    assert torch.equal(kernels.conv2d(x, w, stride=np.int64(2)), kernels.conv2d(x, w, stride=2))
+
+
 @pytest.mark.parametrize(
     ("wanted", "kernels_launched"),
     [
@@ -279,6 +301,17 @@ def test_compiles_as_one_graph() -> None:
     ours = torch.autograd.grad(compiled(x, w, b), (x, w, b))
     for got, exact in zip(ours, torch.autograd.grad(step(x, w, b), (x, w, b)), strict=True):
         assert torch.equal(got, exact)
+
+
+def test_checkpointed_with_create_graph() -> None:
+    x, w, b = Case("").tensors(torch.float32)
+
+    def step(x):
+        return kernels.conv2d(x, w, b, activation="relu")
+
+    y = torch.utils.checkpoint.checkpoint(step, x, use_reentrant=False)
+    (ours,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert torch.equal(ours, torch.autograd.grad(step(x).sum(), x)[0])
 
 
 def test_double_backward_is_refused() -> None:

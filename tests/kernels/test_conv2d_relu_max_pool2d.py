@@ -101,9 +101,43 @@ def test_the_unpooled_activation_is_not_kept() -> None:
     assert [(t.shape, t.dtype) for t in saved] == [
         (x.shape, x.dtype),
         (w.shape, w.dtype),
-        (y.shape, y.dtype),
         (y.shape, torch.uint8),
     ]
+
+
+def test_an_output_can_be_changed_in_place() -> None:
+    """Nothing of it is needed for the gradient, as in PyTorch."""
+    x, w = integers(2, 3, 9, 9, dtype=torch.float32), integers(4, 3, 3, 3, dtype=torch.float32)
+    ours, theirs = (
+        torch.autograd.grad(block(x, w, pool_kernel_size=3, pool_stride=2).mul_(3).sum(), (x, w))
+        for block in (kernels.conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_reference)
+    )
+    for got, exact in zip(ours, theirs, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("kernel_size", [15, 16])
+def test_windows_of_more_positions_than_a_byte_tells(kernel_size: int) -> None:
+    x, w = integers(1, 1, 18, 17, dtype=torch.float32), integers(2, 1, 1, 1, dtype=torch.float32)
+    b = torch.tensor([0.0, -9.0], device=DEVICE).requires_grad_()  # the second channel is dead
+    results = []
+    for block in (kernels.conv2d_relu_max_pool2d, conv2d_relu_max_pool2d_reference):
+        y = block(x, w, b, pool_kernel_size=kernel_size, pool_stride=1)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, w, b))])
+    for got, exact in zip(*results, strict=True):
+        assert torch.equal(got, exact)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_two_runs_give_the_same_bits() -> None:
+    x, w, b = (randn(*s, dtype=torch.bfloat16) for s in ((2, 3, 13, 11), (4, 3, 3, 3), (4,)))
+
+    def run():
+        y = kernels.conv2d_relu_max_pool2d(x, w, b, padding=1, pool_kernel_size=3, pool_stride=2)
+        return [y, *torch.autograd.grad(y, (x, w, b), torch.ones_like(y))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_nan_propagates() -> None:

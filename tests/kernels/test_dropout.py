@@ -122,6 +122,13 @@ def test_bad_probability_is_refused(p: float, launches: list[str]) -> None:
     assert launches == []
 
 
+def test_bad_types_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"p .* must be a number"):
+        kernels.dropout(torch.ones(3), "half")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="shape must be a sequence of ints, got 5"):
+        kernels.dropout_mask(5, 0.5, 1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("seed", [2**63, 1.5, True, torch.tensor([1, 2]), torch.tensor(1.0)], ids=str)
 def test_bad_seed_is_refused(seed: object) -> None:
     with pytest.raises(ValueError, match="seed must be an int"):

@@ -65,6 +65,30 @@ def test_dropout_is_exactly_the_mask(dtype: torch.dtype) -> None:
     )
 
 
+def test_an_infinite_gradient_is_not_hidden_by_dropout() -> None:
+    """Where PyTorch gives NaN or infinity, so do we: a gradient scaler looks for them."""
+    x, w, b = _tensors((9, 7, 33), torch.float32)
+    y = kernels.linear_relu_dropout(x, w, b, 0.5, seed=7)
+    mask = kernels.dropout_mask(y.shape, 0.5, 7, device=DEVICE)
+    theirs = F.relu(F.linear(x, w, b)) * mask * 2
+    grad = torch.full_like(y, torch.inf)
+    (ours,), (exact,) = (torch.autograd.grad(out, b, grad) for out in (y, theirs))
+    assert exact.isnan().any()
+    assert not ours[~exact.isfinite()].isfinite().any()
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_two_runs_give_the_same_bits() -> None:
+    tensors = _tensors((37, 50, 45), torch.bfloat16)
+
+    def run():
+        y = kernels.linear_relu_dropout(*tensors, 0.5, seed=1)
+        return [y, *torch.autograd.grad(y, tensors, torch.ones_like(y))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7, 1.0])
 @pytest.mark.usefixtures("small_tiles")
 def test_dropout_probabilities(p: float) -> None:

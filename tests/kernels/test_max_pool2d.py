@@ -51,7 +51,7 @@ CASES = (
     Case("dilated_rectangular", kernel_size=(2, 3), stride=(1, 2), dilation=(3, 2)),
     Case("window_is_image", shape=(3, 2, 4, 5), kernel_size=(4, 5)),
     Case("one_pixel", shape=(1, 1, 1, 1), kernel_size=1, stride=1),
-    Case("over_256_positions", shape=(1, 1, 18, 18), kernel_size=17, stride=1),
+    Case("over_255_positions", shape=(1, 1, 18, 18), kernel_size=17, stride=1),
     Case("unbatched", shape=(5, 13, 11)),
 )
 
@@ -119,6 +119,24 @@ def test_any_strides(layout: str) -> None:
         _same(ours, theirs)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_two_runs_give_the_same_bits() -> None:
+    x = randn(2, 5, 13, 11, dtype=torch.bfloat16)
+
+    def run():
+        y = kernels.max_pool2d(x, 3, 2)
+        return y, torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_an_output_can_be_changed_in_place() -> None:
+    x = randn(2, 5, 13, 11, dtype=torch.float32, grad=False).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = (torch.autograd.grad(pool(x, 3, 2).mul_(2).sum(), x)[0] for pool in (kernels.max_pool2d, F.max_pool2d))
+    _same(ours, theirs)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 kernels run in the interpreter only")
 def test_gradcheck() -> None:
     x = torch.randperm(2 * 2 * 6 * 5).double().view(2, 2, 6, 5).requires_grad_()
@@ -133,8 +151,8 @@ def test_what_is_saved_is_a_byte_an_output() -> None:
 
 
 def test_positions_that_do_not_fit_a_byte_are_not_squeezed_into_one() -> None:
-    assert position_dtype((16, 16)) == torch.uint8
-    assert position_dtype((17, 16)) == torch.int32
+    assert position_dtype((15, 17)) == torch.uint8  # 255 positions, and a value left that says "none"
+    assert position_dtype((16, 16)) == torch.int32
 
 
 def test_no_positions_without_a_gradient(launches: list[str]) -> None:
@@ -165,6 +183,7 @@ BAD = {
     "rank": ((X[0, 0], 3), ValueError, "input must be"),
     "dtype": ((X.int(), 3), TypeError, "input must be one of"),
     "kernel_size": ((X, 0), ValueError, "kernel_size must be at least 1"),
+    "stride_type": ((X, 3, 1.5), TypeError, "stride must be an int"),
     "stride": ((X, 3, 0), ValueError, "stride must be at least 1"),
     "padding": ((X, 3, 2, 2), ValueError, "padding must be at most half of kernel_size"),
     "dilation": ((X, 3, 2, 0, 0), ValueError, "dilation must be at least 1"),
