@@ -29,6 +29,6 @@ def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None
     loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis.set(ylabel="accuracy", ylim=(0, 1))
     loss_axis.grid(alpha=0.3)
-    loss_axis.legend(handles=lines, loc="center right")
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     loss_axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
