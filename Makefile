@@ -6,12 +6,13 @@ INSTALLED := $(VENV)/installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench clean
+.PHONY: help train test lint format audit bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
 	@echo "make lint    ruff and mypy"
+	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
 	@echo "make bench   time every operation against PyTorch (needs a CUDA GPU)"
 
 $(INSTALLED): pyproject.toml
@@ -37,6 +38,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: $(INSTALLED)
+	$(BIN)/python -m benchmarks.audit $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class CompiledLaunch:
     local_bytes: int
     shared_bytes: int
     tensor_core_ops: dict[str, int]
+    tma_loads: int
     float_atomics: int
     has_dot: bool
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
@@ -118,46 +119,52 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", output)}
 
 
-def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledLaunch]:
-    """Run ``step`` on CPU tensors, compile each of its launches for an NVIDIA GPU of ``capability`` (80, 90, 100).
+@contextlib.contextmanager
+def offline_target(capability: int) -> Iterator[None]:
+    """Compile for an NVIDIA GPU of ``capability`` (80, 90, 100) inside the block; nothing can be run there.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter, so there is no compiler.
     """
     if backend.INTERPRETED:
         raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET")
-    launches: list[CompiledLaunch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        compiled = kernel.warmup(grid=grid, **arguments)
-        usage = _resource_usage(compiled.asm["cubin"])
-        ptx = compiled.asm["ptx"]
-        found = _TENSOR_CORE.findall(ptx)
-        launches.append(
-            CompiledLaunch(
-                kernel=kernel.fn.__name__,
-                grid=grid,
-                arch=f"sm_{capability}",
-                num_warps=compiled.metadata.num_warps,
-                num_stages=compiled.metadata.num_stages,
-                registers=usage["REG"],
-                stack_bytes=usage["STACK"],
-                local_bytes=usage["LOCAL"],
-                shared_bytes=compiled.metadata.shared,
-                tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
-                float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
-                has_dot="tt.dot" in compiled.asm["ttir"],
-                int32_program_products=int32_program_products(compiled.asm["ttir"]),
-            )
-        )
-
     triton.runtime.driver.set_active(OfflineDriver(capability))
     try:
-        with launch.record_launches(record):
-            step()
+        yield
     finally:
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             triton.runtime.driver.reset_active()
+
+
+def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
+    """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
+    compiled = kernel.warmup(grid=grid, **arguments)
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    found = _TENSOR_CORE.findall(ptx)
+    return CompiledLaunch(
+        kernel=kernel.fn.__name__,
+        grid=grid,
+        arch=f"sm_{triton.runtime.driver.active.get_current_target().arch}",
+        num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        local_bytes=usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
+        tma_loads=ptx.count("cp.async.bulk.tensor"),
+        float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        int32_program_products=int32_program_products(compiled.asm["ttir"]),
+    )
+
+
+def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledLaunch]:
+    """Run ``step`` on CPU tensors and compile each of its launches for an NVIDIA GPU of ``capability``."""
+    launches: list[CompiledLaunch] = []
+    with offline_target(capability), launch.record_launches(lambda *launched: launches.append(compile_launch(*launched))):
+        step()
     return launches
 
 

@@ -1,0 +1,458 @@
+"""What one training step of AlexNet launches, compiled for a GPU that is not there, and what that must cost at least.
+
+``python -m benchmarks.audit --arch sm_90 --batch 128 --dtype bfloat16`` walks the real code path (forward, loss, backward,
+optimizer) on CPU tensors. Each Triton launch is recorded with its arguments and compiled for the target instead of run; each
+PyTorch operator that would launch something is counted beside it. Beside the totals stand those of the same step of
+``nn.Sequential`` under bfloat16 or float16 autocast (float32: without), walked on fake tensors.
+
+Everything printed is static: read from compiled code and counted from tensors. No time is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from alexnet_triton import AlexNet, reference_alexnet
+from alexnet_triton.fused import plan
+from kernels import launch
+
+from .offline import compile_launch, offline_target
+from .work import fewest_bytes, flops
+
+#: Totals that a change may not make worse without changing this file; ``--update`` rewrites it.
+COMMITTED = Path(__file__).parent / "audit.json"
+
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "flatten", "fc1", "fc2", "fc3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU, as far as occupancy and floors need it.
+
+    Attributes:
+        name: of the product the numbers are of.
+        multiprocessors, registers, shared_bytes, warps, blocks: how many, and what each multiprocessor has.
+        tflops, tbps: measured ceilings of half-precision products and of copies, where this project has them.
+    """
+
+    name: str
+    multiprocessors: int
+    registers: int
+    shared_bytes: int
+    warps: int
+    blocks: int
+    tflops: float | None = None
+    tbps: float | None = None
+
+
+#: Multiprocessors from NVIDIA's architecture papers, limits from the CUDA programming guide's table of compute capabilities,
+#: the H100's ceilings as measured for DESIGN.md section 6.
+TARGETS = {
+    "sm_80": Target("A100 SXM", 108, 65536, 164 * 1024, 64, 32),
+    "sm_90": Target("H100 SXM", 132, 65536, 228 * 1024, 64, 32, tflops=798.0, tbps=3.0),
+    "sm_100": Target("B200", 148, 65536, 228 * 1024, 64, 32),
+}
+
+#: Operators that launch nothing: they allocate, ask, or annotate.
+_FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::alias", "aten::_unsafe_view", "prim::", "profiler::")
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the PyTorch operators that would launch something, and the bytes of their tensors.
+
+    Operators of this project are not counted, their launches are recorded; ``current`` names the one that runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.bytes = 0
+        self.current: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.startswith("alexnet_triton::"):
+            self.current = name.removeprefix("alexnet_triton::")
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.current = None
+        result = func(*args, **(kwargs or {}))
+        if self.current is None and not func.is_view and not name.startswith(_FREE):
+            self.calls += 1
+            self.bytes += _operator_bytes(func, args, kwargs or {}, result)
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _operator_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Each input read once, each output written once; what is changed in place is both."""
+    read = {id(t): _size(t) for t in _tensors((args, kwargs))}
+    written = {id(t): _size(t) for t in _tensors(result)}
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written |= {id(t): _size(t) for t in _tensors(value)}
+    return sum(read.values()) + sum(written.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One Triton launch of the step."""
+
+    layer: str
+    pass_: str
+    kernel: str
+    arch: str
+    dtype: str
+    batch: int
+    regs: int
+    spill_bytes: int
+    smem_bytes: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int
+    grid: tuple[int, ...]
+    waves: float
+    has_dot: bool
+    tensor_core_ops: int
+    tma_loads: int
+    useful_flops: int
+    issued_flops: int
+    min_bytes: int
+    floor_us: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """With ``pass`` under its own name, which Python reserves."""
+        return {key.removesuffix("_"): value for key, value in dataclasses.asdict(self).items()}
+
+
+def programs_per_multiprocessor(target: Target, registers: int, shared_bytes: int, warps: int) -> int:
+    """How many programs fit one multiprocessor, by registers (allotted by warp in units of 256), shared memory and warps.
+
+    A program's shared memory is what its code asks for and 1 KiB that CUDA keeps for each block.
+    """
+    by_registers = target.registers // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = target.shared_bytes // (shared_bytes + 1024)
+    return max(0, min(by_registers, by_shared, target.warps // warps, target.blocks))
+
+
+def floor_us(target: Target, useful_flops: int, moved_bytes: int) -> float | None:
+    """Microseconds that neither the products nor the bytes can be done in less; None without measured ceilings."""
+    if target.tflops is None or target.tbps is None:
+        return None
+    return max(useful_flops / (target.tflops * 1e6), moved_bytes / (target.tbps * 1e6))
+
+
+def _pass(operator: str | None) -> str:
+    """``conv2d_dgrad`` -> ``dgrad``; a pool's passes are ``pool``, those of an epilogue ``epilogue``."""
+    name = operator or "other"
+    if name.startswith("max_pool2d"):
+        return "pool"
+    return "epilogue" if "epilogue" in name else name.rsplit("_", 1)[-1]
+
+
+class _Layer:
+    """Which layer is running: set before each run of the forward pass, and by a hook before its node of the backward pass."""
+
+    def __init__(self) -> None:
+        self.name = "other"
+
+    def forward(self, net: nn.Sequential, x: Tensor) -> Tensor:
+        """``net(x)``, run by run, as :meth:`FusedSequential.forward` does it."""
+        for name, run in zip(LAYERS, plan(list(net)), strict=True):
+            self.name = name
+            x = run(x)
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(lambda _, name=name: self._set(name))
+        self.name = "loss"
+        return x
+
+    def _set(self, name: str) -> None:
+        self.name = name
+
+
+def _step(
+    net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, mode: str, on_optimizer: Callable[[], None]
+) -> None:
+    """One training step, or one forward pass in eval mode."""
+    if mode == "infer":
+        net.eval()
+        with torch.no_grad():
+            forward(x)
+        return
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, foreach=True)
+    F.cross_entropy(forward(x), labels).backward()
+    on_optimizer()
+    optimizer.step()
+
+
+def _saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes of the distinct storages that a forward pass saves for its backward pass."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(x)
+    return sum(storages.values())
+
+
+def _saved_bytes_an_image(forward: Callable[[Tensor], Tensor], images: Callable[[int], Tensor]) -> int:
+    """The part that grows with the batch: parameters, and their casts, are saved whatever the batch."""
+    return (_saved_bytes(forward, images(4)) - _saved_bytes(forward, images(2))) // 2
+
+
+def _images(dtype: torch.dtype) -> Callable[[int], Tensor]:
+    return lambda batch: torch.empty(batch, 1, 224, 224, dtype=dtype)
+
+
+def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[list[Record], dict[str, Any]]:
+    """The step on the Triton kernels: a record a launch, and totals."""
+    target = TARGETS[arch]
+    layer = _Layer()
+    count = OperatorCount()
+    records: list[Record] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        compiled = compile_launch(kernel, grid, arguments)
+        useful, issued = flops(compiled.kernel, grid, arguments)
+        moved = fewest_bytes(a for a in arguments.values() if isinstance(a, Tensor))
+        fits = programs_per_multiprocessor(target, compiled.registers, compiled.shared_bytes, compiled.num_warps)
+        programs = int(torch.Size(grid).numel())
+        records.append(
+            Record(
+                layer=layer.name,
+                pass_=_pass(count.current),
+                kernel=compiled.kernel,
+                arch=arch,
+                dtype=str(dtype).removeprefix("torch."),
+                batch=batch,
+                regs=compiled.registers,
+                spill_bytes=compiled.stack_bytes + compiled.local_bytes,
+                smem_bytes=compiled.shared_bytes,
+                num_warps=compiled.num_warps,
+                num_stages=compiled.num_stages,
+                programs_per_multiprocessor=fits,
+                grid=grid,
+                waves=programs / (target.multiprocessors * max(fits, 1)),
+                has_dot=compiled.has_dot,
+                tensor_core_ops=sum(compiled.tensor_core_ops.values()),
+                tma_loads=compiled.tma_loads,
+                useful_flops=useful,
+                issued_flops=issued,
+                min_bytes=moved,
+                floor_us=floor_us(target, useful, moved),
+            )
+        )
+
+    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.long)
+    with offline_target(int(arch.removeprefix("sm_"))), launch.record_launches(record), count:
+        _step(
+            net,
+            lambda x: layer.forward(net, x),
+            _images(dtype)(batch),
+            labels,
+            mode,
+            lambda: layer._set("optimizer"),
+        )
+    with launch.record_launches(lambda *_: None):
+        saved = _saved_bytes_an_image(net.train(), _images(dtype)) if mode == "train" else 0
+    return records, _totals(records, count, saved)
+
+
+def _totals(records: list[Record], count: OperatorCount, saved: int) -> dict[str, Any]:
+    useful, issued = (sum(getattr(r, name) for r in records) for name in ("useful_flops", "issued_flops"))
+    floors = [r.floor_us for r in records]
+    return {
+        "launches": len(records) + count.calls,
+        "triton_launches": len(records),
+        "torch_operators": count.calls,
+        "useful_flops": useful,
+        "issued_flops": issued,
+        "useful_over_issued": round(useful / issued, 4),
+        "bytes": sum(r.min_bytes for r in records) + count.bytes,
+        "saved_bytes_per_image": saved,
+        "spill_bytes": sum(r.spill_bytes for r in records),
+        "floor_us": None if None in floors else round(sum(f for f in floors if f is not None), 1),
+    }
+
+
+def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
+    """The same step of ``nn.Sequential`` in float32, under autocast for a half type: operator calls and their bytes.
+
+    On fake CPU tensors, where dropout is three operators (on CUDA one) and a convolution's backward pass is one.
+    """
+    count = OperatorCount()
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+
+    with FakeTensorMode():
+        net = reference_alexnet()
+
+        def forward(x: Tensor) -> Tensor:
+            with autocast():
+                return net(x)
+
+        images = _images(torch.float32)
+        with count:
+            _step(net, forward, images(batch), torch.zeros(batch, dtype=torch.long), mode, lambda: None)
+        saved = _saved_bytes_an_image(forward, images) if mode == "train" else 0
+    return {"launches": count.calls, "bytes": count.bytes, "saved_bytes_per_image": saved}
+
+
+def audit(arch: str, dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
+    """The whole audit as JSON: ``records`` and ``totals``, the latter with ``nn.Sequential``'s beside ours."""
+    records, ours = audit_ours(arch, dtype, batch, mode)
+    peer = audit_peer(dtype, batch, mode)
+    ratios = {key: round(ours[key] / peer[key], 4) for key in ("launches", "bytes", "saved_bytes_per_image") if peer[key]}
+    return {
+        "arch": arch,
+        "gpu": TARGETS[arch].name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
+        "mode": mode,
+        "records": [r.as_json() for r in records],
+        "totals": ours | {"nn_sequential": peer, "ratio_to_nn_sequential": ratios},
+    }
+
+
+def case_name(arch: str, dtype: str, batch: int, mode: str) -> str:
+    """Key of an audit in the committed file."""
+    return f"{arch}-{dtype}-N{batch}-{mode}"
+
+
+#: The totals that are held, and whether more is worse.
+HELD = {"launches": True, "useful_over_issued": False, "bytes": True, "saved_bytes_per_image": True, "spill_bytes": True}
+
+
+def worse(totals: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """In words, each held total that is worse than the committed one."""
+    complaints = []
+    for key, more_is_worse in HELD.items():
+        now, before = totals[key], committed[key]
+        if (now > before) if more_is_worse else (now < before):
+            complaints.append(f"{key}: {now}, committed {before}")
+    return complaints
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """The launches grouped by layer and pass, and the totals."""
+    title = (
+        f"{result['mode']} step, {result['dtype']}, batch {result['batch']}, compiled for {result['arch']} ({result['gpu']})"
+    )
+    table = Table(title=title + "; static, nothing measured", title_justify="left")
+    for name in ("layer", "pass", "kernel"):
+        table.add_column(name, no_wrap=True)
+    numbers = (
+        "regs",
+        "spill",
+        "smem",
+        "warps",
+        "stages",
+        "fit",
+        "tc ops",
+        "tma",
+        "grid",
+        "waves",
+        "GFLOP",
+        "useful",
+        "MB",
+        "floor us",
+    )
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    order = [*LAYERS, "loss", "optimizer", "other"]
+    for r in sorted(result["records"], key=lambda r: order.index(r["layer"])):
+        issued = r["issued_flops"]
+        table.add_row(
+            r["layer"],
+            r["pass"],
+            r["kernel"].strip("_").removesuffix("_kernel"),
+            *(str(r[key]) for key in ("regs", "spill_bytes", "smem_bytes", "num_warps", "num_stages")),
+            str(r["programs_per_multiprocessor"]),
+            str(r["tensor_core_ops"]),
+            str(r["tma_loads"]),
+            "x".join(map(str, r["grid"])),
+            f"{r['waves']:.2f}",
+            f"{r['useful_flops'] / 1e9:.1f}" if issued else "",
+            f"{r['useful_flops'] / issued:.2f}" if issued else "",
+            f"{r['min_bytes'] / 1e6:.1f}",
+            "" if r["floor_us"] is None else f"{r['floor_us']:.1f}",
+        )
+    console.print(table)
+    summary = Table(title="totals a step", title_justify="left")
+    for name in ("", "ours", "nn.Sequential", "ratio"):
+        summary.add_column(name, justify="right" if name else "left")
+    for row in total_rows(result["totals"]):
+        summary.add_row(*row)
+    console.print(summary)
+
+
+def total_rows(totals: dict[str, Any]) -> Iterable[tuple[str, str, str, str]]:
+    """The totals as (name, ours, nn.Sequential's, ratio)."""
+    peer, ratio = totals["nn_sequential"], totals["ratio_to_nn_sequential"]
+    launches = f"{totals['launches']} ({totals['triton_launches']} Triton, {totals['torch_operators']} PyTorch)"
+    yield "launches", launches, str(peer["launches"]), f"{ratio['launches']:.2f}"
+    yield "fewest bytes moved, MB", f"{totals['bytes'] / 1e6:.0f}", f"{peer['bytes'] / 1e6:.0f}", f"{ratio['bytes']:.2f}"
+    if totals["saved_bytes_per_image"]:
+        saved = (f"{t['saved_bytes_per_image'] / 1e6:.2f}" for t in (totals, peer))
+        yield "saved for backward, MB an image", *saved, f"{ratio['saved_bytes_per_image']:.2f}"
+    yield "useful / issued FLOPs", f"{totals['useful_over_issued']:.3f}", "", ""
+    yield "spilled bytes", str(totals["spill_bytes"]), "", ""
+    if totals["floor_us"] is not None:
+        yield "floor of the Triton launches, us", f"{totals['floor_us']:.0f}", "", ""
+
+
+def main() -> None:
+    """Audit, print, and optionally write or update files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", default="sm_90", choices=list(TARGETS))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--mode", default="train", choices=["train", "infer"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--update", action="store_true", help=f"write the totals into {COMMITTED.name}")
+    arguments = parser.parse_args()
+    try:
+        result = audit(arguments.arch, getattr(torch, arguments.dtype), arguments.batch, arguments.mode)
+    except RuntimeError as error:
+        sys.exit(f"audit: {error}")
+    print_table(result, Console(width=None if sys.stdout.isatty() else 200))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.update:
+        committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+        key = case_name(arguments.arch, arguments.dtype, arguments.batch, arguments.mode)
+        committed[key] = result["totals"]
+        COMMITTED.write_text(json.dumps(committed, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The static audit: it sees the whole step, counts right, and its totals do not get worse unnoticed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.audit import (
+    COMMITTED,
+    LAYERS,
+    TARGETS,
+    OperatorCount,
+    audit_peer,
+    case_name,
+    programs_per_multiprocessor,
+    worse,
+)
+from benchmarks.work import _meeting, fewest_bytes, flops
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_audit(path: Path, *arguments: str) -> tuple[dict, str]:
+    """The audit in a process without the interpreter: its JSON and what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.audit", "--json", str(path), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(path.read_text()), result.stdout
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """A training step at batch 128 in bfloat16 for sm_90."""
+    return run_audit(tmp_path_factory.mktemp("audit") / "a.json")
+
+
+FIELDS = {
+    *("layer", "pass", "kernel", "arch", "dtype", "batch", "regs", "spill_bytes", "smem_bytes", "num_warps", "num_stages"),
+    *("grid", "waves", "tensor_core_ops", "tma_loads", "useful_flops", "issued_flops", "min_bytes", "floor_us"),
+}
+    "layer",
+    "pass",
+    "kernel",
+    "arch",
+    "dtype",
+    "batch",
+    "regs",
+    "spill_bytes",
+    "smem_bytes",
+    "num_warps",
+    "num_stages",
+    "grid",
+    "waves",
+    "tensor_core_ops",
+    "tma_loads",
+    "useful_flops",
+    "issued_flops",
+    "min_bytes",
+    "floor_us",
+]
+
+
+def test_records_have_every_field(step: tuple[dict, str]) -> None:
+    result, printed = step
+    assert all(FIELDS <= set(record) for record in result["records"])
+    assert printed.count("conv2d_wgrad") == 5
+    assert "static, nothing measured" in printed
+
+
+def test_every_layer_and_pass_is_there(step: tuple[dict, str]) -> None:
+    """The input image asks for no gradient, so conv1 has no dgrad."""
+    passes = {(r["layer"], r["pass"]) for r in step[0]["records"] if r["has_dot"]}
+    layers = [name for name in LAYERS if name != "flatten"]
+    assert passes == {(layer, which) for layer in layers for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
+    pools = sorted(r["layer"] for r in step[0]["records"] if r["pass"] == "pool")
+    assert pools == sorted(["conv1", "conv2", "conv5"] * 2)
+    assert {r["layer"] for r in step[0]["records"]} == set(layers)
+
+
+def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
+    """Of three passes, less conv1's input gradient; DESIGN.md section 6 counts 240 GFLOP forward and 712 a step."""
+    forward = {r["layer"]: r["useful_flops"] for r in step[0]["records"] if r["pass"] == "fprop"}
+    assert forward["conv2"] == 2 * 128 * 26 * 26 * 256 * 96 * 25
+    assert forward["fc1"] == 2 * 128 * 6400 * 4096
+    total = 3 * sum(forward.values()) - forward["conv1"]
+    assert step[0]["totals"]["useful_flops"] == total
+    assert total == pytest.approx(712e9, rel=0.01)
+    assert all(r["issued_flops"] >= r["useful_flops"] for r in step[0]["records"])
+
+
+def test_no_spills_and_tensor_cores_everywhere(step: tuple[dict, str]) -> None:
+    assert [r for r in step[0]["records"] if r["spill_bytes"]] == []
+    assert [r for r in step[0]["records"] if r["has_dot"] and not r["tensor_core_ops"]] == []
+
+
+def test_totals_are_not_worse_than_the_committed_ones(step: tuple[dict, str]) -> None:
+    """A change that makes them worse on purpose says so: python -m benchmarks.audit --update."""
+    result, _ = step
+    committed = json.loads(COMMITTED.read_text())
+    key = case_name(result["arch"], result["dtype"], result["batch"], result["mode"])
+    assert worse(result["totals"], committed[key]) == []
+
+
+def test_what_counts_as_worse() -> None:
+    totals = {"launches": 50, "useful_over_issued": 0.9, "bytes": 100, "saved_bytes_per_image": 10, "spill_bytes": 0}
+    assert worse(totals, totals) == []
+    assert worse(totals | {"launches": 49, "useful_over_issued": 0.95}, totals) == []
+    assert worse(totals | {"launches": 51}, totals) == ["launches: 51, committed 50"]
+    assert worse(totals | {"useful_over_issued": 0.8}, totals) == ["useful_over_issued: 0.8, committed 0.9"]
+
+
+def test_the_committed_file_covers_the_targets_and_batches() -> None:
+    committed = json.loads(COMMITTED.read_text())
+    wanted = {case_name(arch, "bfloat16", 128, "train") for arch in TARGETS}
+    wanted |= {case_name("sm_90", "bfloat16", batch, "train") for batch in (1, 1024)}
+    assert wanted | {case_name("sm_90", "bfloat16", 128, "infer")} == set(committed)
+
+
+@pytest.mark.parametrize("arguments", [("--mode", "infer"), ("--arch", "sm_80", "--batch", "1", "--dtype", "float32")], ids=str)
+def test_other_modes_targets_and_dtypes(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result, _ = run_audit(tmp_path / "a.json", *arguments)
+    assert result["totals"]["spill_bytes"] == 0
+    if "infer" in arguments:
+        assert {r["pass"] for r in result["records"]} == {"fprop", "pool"}
+        assert result["totals"]["saved_bytes_per_image"] == 0
+    else:
+        assert result["totals"]["floor_us"] is None  # no ceiling has been measured on that GPU
+        assert {r["arch"] for r in result["records"]} == {"sm_80"}
+
+
+def test_issued_flops_against_a_walk_over_the_programs() -> None:
+    """Written out: every program of each phase adds its steps along the reduction."""
+    a = {"N": 2, "P": 5, "Q": 4, "G": 2, "KG": 6, "CG": 3, "R": 5, "S": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
+    a |= {"STRIDE_H": 2, "STRIDE_W": 3, "DILATION_H": 1, "DILATION_W": 2}
+    programs = 7
+    issued = 0
+    for phase_h, phase_w in itertools.product(range(2), range(3)):
+        taps = [(r, s) for r in range(5) for s in range(3) if r % 2 == phase_h and 2 * s % 3 == phase_w]
+        for _ in range(programs):
+            issued += sum(2 * 16 * 16 * 16 for _ in range(0, len(taps) * 6, 16))
+    assert flops("_conv2d_dgrad_kernel", (programs * 6,), a) == (2 * 2 * 5 * 4 * 12 * 3 * 15, issued)
+    assert sum(_meeting(5, 4, 6, phase) for phase in range(4)) == 5
+    assert flops("_max_pool2d_fprop_kernel", (3,), {}) == (0, 0)
+
+
+def test_fewest_bytes_counts_a_tensor_once_and_an_expanded_one_as_stored() -> None:
+    x, y = torch.zeros(10, 10), torch.zeros(3)
+    assert fewest_bytes([x, x, x[:], y]) == 400 + 12
+    assert fewest_bytes([y[:1].expand(1000)]) == 12
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (128, 0, 8, 2),
+        (32, 0, 4, 16),
+        (64, 100 * 1024, 4, 2),
+        (255, 0, 8, 1),
+        (16, 0, 1, 32),
+        (32, 0, 8, 8),
+        (64, 227 * 1024, 4, 1),
+    ],
+)
+def test_programs_per_multiprocessor(registers: int, shared: int, warps: int, expected: int) -> None:
+    """Checked against NVIDIA's occupancy rules for compute capability 9.0."""
+    assert programs_per_multiprocessor(TARGETS["sm_90"], registers, shared, warps) == expected
+
+
+def test_operators_are_counted_with_their_bytes() -> None:
+    x, w = torch.ones(4, 8), nn.Parameter(torch.ones(2, 8))
+    with OperatorCount() as count:
+        F.linear(x, w).t().relu_()
+    assert count.calls == 2  # mm and relu_; the two transpositions are views
+    assert count.bytes == 4 * (32 + 16 + 8) + 4 * (8 + 8)
+
+
+def test_the_peer_is_counted_as_a_written_out_step() -> None:
+    peer = audit_peer(torch.float32, 2, "train")
+    assert peer["saved_bytes_per_image"] == pytest.approx(4.0e6, rel=0.03)  # DESIGN.md section 4
+    assert audit_peer(torch.float32, 2, "infer")["launches"] == 5 + 7 + 3 + 1 + 3
