@@ -48,26 +48,6 @@ FIELDS = {
     *("layer", "pass", "kernel", "arch", "dtype", "batch", "regs", "spill_bytes", "smem_bytes", "num_warps", "num_stages"),
     *("grid", "waves", "tensor_core_ops", "tma_loads", "useful_flops", "issued_flops", "min_bytes", "floor_us"),
 }
-    "layer",
-    "pass",
-    "kernel",
-    "arch",
-    "dtype",
-    "batch",
-    "regs",
-    "spill_bytes",
-    "smem_bytes",
-    "num_warps",
-    "num_stages",
-    "grid",
-    "waves",
-    "tensor_core_ops",
-    "tma_loads",
-    "useful_flops",
-    "issued_flops",
-    "min_bytes",
-    "floor_us",
-]
 
 
 def test_records_have_every_field(step: tuple[dict, str]) -> None:
