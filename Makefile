@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format audit bench clean
+.PHONY: help train test lint format audit report render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
+	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
 	@echo "make bench   time every operation against PyTorch (needs a CUDA GPU)"
 
 $(INSTALLED): pyproject.toml
@@ -41,6 +42,12 @@ format: $(INSTALLED)
 
 audit: $(INSTALLED)
 	$(BIN)/python -m benchmarks.audit $(ARGS)
+
+report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+render: $(INSTALLED)
+	$(BIN)/python -m benchmarks.render --readme $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)

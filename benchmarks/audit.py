@@ -343,6 +343,20 @@ def audit(arch: str, dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any
     }
 
 
+def by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records summed over each layer and pass, in the order of the step."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["layer"], record["pass"]), []).append(record)
+    rows = []
+    for (layer, which), group in groups.items():
+        row = {"layer": layer, "pass": which, "launches": len(group), "regs": max(r["regs"] for r in group)}
+        row |= {key: sum(r[key] for r in group) for key in ("useful_flops", "issued_flops", "min_bytes")}
+        floors = [r["floor_us"] for r in group]
+        rows.append(row | {"floor_us": None if None in floors else round(sum(floors), 1)})
+    return rows
+
+
 def case_name(arch: str, dtype: str, batch: int, mode: str) -> str:
     """Key of an audit in the committed file."""
     return f"{arch}-{dtype}-N{batch}-{mode}"
@@ -450,7 +464,7 @@ def main() -> None:
     if arguments.update:
         committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
         key = case_name(arguments.arch, arguments.dtype, arguments.batch, arguments.mode)
-        committed[key] = result["totals"]
+        committed[key] = result["totals"] | {"layers": by_layer(result["records"])}
         COMMITTED.write_text(json.dumps(committed, indent=1, sort_keys=True) + "\n")
 
 

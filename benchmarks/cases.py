@@ -11,11 +11,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
 IMPLEMENTATIONS = ("triton", "torch")
-PASSES = ("forward", "backward")
+#: ``backward`` is all gradients, ``dgrad`` and ``wgrad`` the input's and the weight's alone.
+PASSES = ("forward", "backward", "dgrad", "wgrad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Case:
         """Random input, weight and bias that ask for gradients; channels-last where they have four dimensions."""
         shapes = [(batch, *self.input)] + ([] if self.weight is None else [self.weight, self.weight[:1]])
         tensors = []
-        for shape in shapes:
-            scale = 1.0 if shape[0] == batch or len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5
+        for i, shape in enumerate(shapes):
+            # Weights so that outputs are of the input's size, as a trained network's are.
+            scale = torch.Size(shape[1:]).numel() ** -0.5 if i == 1 else 1.0
             tensor = (torch.randn(shape, device=device) * scale).to(dtype)
             if tensor.dim() == 4:
                 tensor = tensor.contiguous(memory_format=torch.channels_last)
@@ -96,25 +99,46 @@ def _linear_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 _SMALL_CONV = ((6, 9, 9), (8, 6, 3, 3))
 _SMALL_LINEAR = ((20,), (24, 20))
 
-CASES = (
-    Case("conv1", (1, 224, 224), (96, 1, 11, 11), *_conv_block(4, 1, True), ((1, 27, 27), (8, 1, 11, 11))),
-    Case("conv2", (96, 26, 26), (256, 96, 5, 5), *_conv_block(1, 2, True), ((6, 9, 9), (8, 6, 5, 5))),
-    Case("conv3", (256, 12, 12), (384, 256, 3, 3), *_conv_block(1, 1, False), _SMALL_CONV),
-    Case("conv4", (384, 12, 12), (384, 384, 3, 3), *_conv_block(1, 1, False), _SMALL_CONV),
-    Case("conv5", (384, 12, 12), (256, 384, 3, 3), *_conv_block(1, 1, True), _SMALL_CONV),
+_POOL_BLOCK = "relu_pool"
+_SHAPES = {
+    "conv1": ((1, 224, 224), (96, 1, 11, 11), (4, 1), ((1, 27, 27), (8, 1, 11, 11))),
+    "conv2": ((96, 26, 26), (256, 96, 5, 5), (1, 2), ((6, 9, 9), (8, 6, 5, 5))),
+    "conv3": ((256, 12, 12), (384, 256, 3, 3), (1, 1), _SMALL_CONV),
+    "conv4": ((384, 12, 12), (384, 384, 3, 3), (1, 1), _SMALL_CONV),
+    "conv5": ((384, 12, 12), (256, 384, 3, 3), (1, 1), _SMALL_CONV),
+}
+_POOLED = ("conv1", "conv2", "conv5")
+
+
+def _conv_case(layer: str) -> Case:
+    input, weight, geometry, small = _SHAPES[layer]
+    return Case(
+        layer,
+        input,
+        weight,
+        lambda x, w, b: kernels.conv2d(x, w, b, *geometry),
+        lambda x, w, b: F.conv2d(x, w, b, *geometry),
+        small,
+    )
+
+
+def _conv_block_case(layer: str) -> Case:
+    input, weight, geometry, small = _SHAPES[layer]
+    pool = layer in _POOLED
+    return Case(f"{layer}_{_POOL_BLOCK if pool else 'relu'}", input, weight, *_conv_block(*geometry, pool), small)
+
+
+def _linear_case(layer: str, weight: tuple[int, int]) -> Case:
+    return Case(layer, weight[1:], weight, kernels.linear, F.linear, _SMALL_LINEAR)
+
+
+#: One operation each, as PyTorch has it.
+PLAIN_CASES = (
+    *map(_conv_case, _SHAPES),
     Case("pool1", (96, 54, 54), None, _max_pool, lambda x: F.max_pool2d(x, 3, 2), ((6, 9, 9), None)),
-    Case("fc1", (6400,), (4096, 6400), _linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b)), _SMALL_LINEAR),
-    Case("fc2", (4096,), (4096, 4096), _linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b)), _SMALL_LINEAR),
-    Case("fc3", (4096,), (10, 4096), kernels.linear, F.linear, _SMALL_LINEAR),
-    Case(
-        "fc2_dropout",
-        (4096,),
-        (4096, 4096),
-        lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=1),
-        lambda x, w, b: F.dropout(F.relu(F.linear(x, w, b)), 0.5),
-        _SMALL_LINEAR,
-        lambda x, w, b: _dropped(F.relu(F.linear(x, w, b))),
-    ),
+    _linear_case("fc1", (4096, 6400)),
+    _linear_case("fc2", (4096, 4096)),
+    _linear_case("fc3", (10, 4096)),
     Case(
         "dropout",
         (4096,),
@@ -125,6 +149,23 @@ CASES = (
         _dropped,
     ),
 )
+
+#: Fused operations, against the run of separate ones that they stand for.
+FUSED_CASES = (
+    *map(_conv_block_case, _SHAPES),
+    Case("fc1_relu", (6400,), (4096, 6400), _linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b)), _SMALL_LINEAR),
+    Case(
+        "fc2_relu_dropout",
+        (4096,),
+        (4096, 4096),
+        lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=1),
+        lambda x, w, b: F.dropout(F.relu(F.linear(x, w, b)), 0.5),
+        _SMALL_LINEAR,
+        lambda x, w, b: _dropped(F.relu(F.linear(x, w, b))),
+    ),
+)
+
+CASES = PLAIN_CASES + FUSED_CASES
 
 
 def verify(case: Case, tensors: list[Tensor]) -> None:
@@ -149,9 +190,39 @@ def verify(case: Case, tensors: list[Tensor]) -> None:
             raise AssertionError(f"{case.name}: wrong {name}: error {error:.3e} against float64, allowed {allowed:.3e}")
 
 
-def runner(case: Case, implementation: str, which: str, tensors: list[Tensor]) -> Callable[[], object]:
-    """What is timed: the forward pass without a graph, or the backward pass of one recorded before."""
-    function = case.function(implementation)
+def passes(case: Case) -> tuple[str, ...]:
+    """The passes that a case has: without a weight, the input's gradient is the backward pass."""
+    return PASSES if case.weight is not None else ("forward", "backward")
+
+
+def case_flops(case: Case, batch: int) -> int:
+    """FLOPs of the forward pass, and of each gradient; 0 where nothing is multiplied. Counted by PyTorch on meta tensors."""
+    if case.weight is None:
+        return 0
+    shapes = ((batch, *case.input), case.weight, case.weight[:1])
+    with FlopCounterMode(display=False) as counter:
+        case.theirs(*(torch.empty(shape, device="meta") for shape in shapes))
+    return int(counter.get_total_flops())
+
+
+def pass_bytes(case: Case, batch: int, which: str, like: Tensor) -> int:
+    """Fewest bytes of a pass in the dtype of ``like``: what it reads once and writes once."""
+    size = like.element_size()
+    shapes = [(batch, *case.input)] + ([] if case.weight is None else [case.weight, case.weight[:1]])
+    input, *weights = (torch.Size(shape).numel() for shape in shapes)
+    output = case.theirs(*(torch.empty(shape, device="meta") for shape in shapes)).numel()
+    weight = sum(weights)
+    read_and_written = {
+        "forward": input + weight + output,
+        "dgrad": output + weight + input,
+        "wgrad": output + input + weight,
+        "backward": output + 2 * input + 2 * weight,
+    }
+    return size * read_and_written[which]
+
+
+def runner(function: Callable[..., Tensor], which: str, tensors: list[Tensor]) -> Callable[[], object]:
+    """What is timed: the forward pass without a graph, or one pass over the graph of a forward pass recorded before."""
     if which == "forward":
 
         def forward() -> Tensor:
@@ -159,6 +230,10 @@ def runner(case: Case, implementation: str, which: str, tensors: list[Tensor]) -
                 return function(*tensors)
 
         return forward
-    output = function(*tensors)
+    wanted = {"backward": tensors, "dgrad": tensors[:1], "wgrad": tensors[1:2]}[which]
+    # Only what is wanted may ask for a gradient: PyTorch computes what its graph needs, whatever grad() is asked for.
+    leaves = [t.detach().requires_grad_(any(t is w for w in wanted)) for t in tensors]
+    output = function(*leaves)
     grad = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)

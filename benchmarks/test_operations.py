@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES, IMPLEMENTATIONS, PASSES, Case, runner, verify
+from .cases import CASES, IMPLEMENTATIONS, Case, passes, runner, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="timing needs a CUDA GPU")
 
@@ -19,10 +19,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(("case", "which"), [pytest.param(c, p, id=f"{c.name}-{p}") for c in CASES for p in passes(c)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda n: f"N{n}")
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_operation(case: Case, batch: int, dtype: str, which: str, implementation: str, benchmark: Any) -> None:
     benchmark.group = f"{case.name}-N{batch}-{dtype}-{which}"
     torch.manual_seed(0)
@@ -30,7 +29,7 @@ def test_operation(case: Case, batch: int, dtype: str, which: str, implementatio
     tensors = case.tensors(batch, DTYPES[dtype], "cuda")
     if implementation == "triton":
         verify(case, tensors)
-    run = runner(case, implementation, which, tensors)
+    run = runner(case.function(implementation), which, tensors)
 
     def synchronized() -> None:
         run()

@@ -1,0 +1,278 @@
+"""Tables and plots from stored results alone.
+
+``python -m benchmarks.render [--results FILE ...] [--out DIR]`` writes, for each ``<gpu>.json`` of ``benchmarks.report``, a
+Markdown table, a bar plot and a roofline; ``--readme`` rewrites what stands between the markers in README.md from the
+committed audit and the stored results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .audit import COMMITTED, total_rows
+from .networks import OURS
+from .report import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+
+Row = dict[str, Any]
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; None is an empty cell."""
+    lines = [list(header), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def is_fake(content: dict[str, Any]) -> bool:
+    """Whether the results come from a timer that timed nothing."""
+    return str(content["environment"]["timer"]).startswith("FAKE")
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a row is of our implementation, eager or as a graph."""
+    return str(row["impl"]).removesuffix("_graph") == OURS
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows of the same work, whoever did it."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in ("section", "case", "dtype", "batch", "pass")), []).append(row)
+    return groups
+
+
+def best(rows: Iterable[Row], ours: bool) -> Row | None:
+    """The fastest of ours, or of the peers, that has a time."""
+    timed = [r for r in rows if r["ms"] is not None and is_ours(r) == ours]
+    return min(timed, key=lambda r: float(r["ms"])) if timed else None
+
+
+def floor_ms(content: dict[str, Any], batch: int, mode: str) -> float:
+    """What the measured ceilings allow for a whole step of the network in bfloat16.
+
+    Training: its FLOPs at the product's rate, then twelve bytes a parameter at the copy's (a float32 master read and written, a
+    half gradient read, a half parameter written). Inference: its FLOPs, or reading two bytes a parameter, whichever is longer.
+    """
+    network, ceilings = content["network"], content["ceilings"]
+    parameters = network["parameters"] / (ceilings["copy_tbps"] * 1e9)
+    if mode == "train":
+        return batch * network["step_flops"] / (ceilings["bf16_tflops"] * 1e9) + 12 * parameters
+    return max(batch * network["forward_flops"] / (ceilings["bf16_tflops"] * 1e9), 2 * parameters)
+
+
+def _ratio(peer: Row | None, ours: Row | None) -> str | None:
+    return None if peer is None or ours is None else f"{peer['ms'] / ours['ms']:.2f}"
+
+
+def step_table(content: dict[str, Any]) -> str:
+    """Every implementation of the training step and of inference."""
+    lines = []
+    for (_, _, _, batch, mode), rows in _groups(r for r in content["rows"] if r["section"] == "step").items():
+        peer, floor = best(rows, ours=False), floor_ms(content, batch, mode)
+        for row in sorted(rows, key=lambda r: (r["ms"] is None, r["ms"])):
+            timed = row["ms"] is not None
+            lines.append(
+                (
+                    mode,
+                    batch,
+                    f"**{row['impl']}**" if is_ours(row) else row["impl"],
+                    f"{row['ms']:.3f}" if timed else None,
+                    f"{row['images_per_s']:,.0f}" if timed else None,
+                    _ratio(peer, row) if timed else None,
+                    f"{floor / row['ms']:.0%}" if timed else None,
+                    f"{row['peak_mb']:,.0f}" if timed and row["peak_mb"] is not None else None,
+                    row.get("note"),
+                )
+            )
+    header = ("mode", "batch", "implementation", "ms", "images/s", "speed, best peer = 1", "of the floor", "peak MB", "note")
+    return markdown_table(header, lines)
+
+
+def operation_table(content: dict[str, Any], section: str) -> str:
+    """Each operation and pass: ours, the best peer, how many times faster."""
+    lines = []
+    for (_, case, dtype, batch, which), rows in _groups(r for r in content["rows"] if r["section"] == section).items():
+        ours, peer = best(rows, ours=True), best(rows, ours=False)
+        notes = [r["note"] for r in rows if is_ours(r) and r.get("note")]
+        lines.append(
+            (
+                case,
+                which,
+                dtype,
+                batch,
+                f"{ours['ms']:.4f}" if ours else None,
+                f"{peer['ms']:.4f}" if peer else None,
+                peer["impl"] if peer else None,
+                _ratio(peer, ours),
+                "; ".join(notes),
+            )
+        )
+    header = ("operation", "pass", "dtype", "batch", "ours, ms", "best peer, ms", "best peer", "times faster", "note")
+    return markdown_table(header, lines)
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    environment, ceilings = content["environment"], content["ceilings"]
+    parts = [f"# {environment['gpu']}"]
+    if is_fake(content):
+        parts.append("**FAKE: nothing was timed. These numbers only show that the report runs.**")
+    parts.append(markdown_table(("environment", ""), environment.items()))
+    parts.append(
+        f"Measured ceilings: {ceilings['bf16_tflops']:.1f} TFLOP/s (bfloat16 product), {ceilings['copy_tbps']:.3f} TB/s (copy)."
+    )
+    parts += ["## Whole network", step_table(content)]
+    for section, title in (("fused", "Fused operations against separate ones"), ("plain", "Single operations")):
+        parts += [f"## {title}", operation_table(content, section)]
+    if content["left_out"]:
+        parts.append(f"Left out for lack of time: {len(content['left_out'])} measurements: " + ", ".join(content["left_out"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_bars(content: dict[str, Any], path: Path) -> None:
+    """Images a second of every implementation of the training step, by batch size."""
+    groups = {k: v for k, v in _groups(r for r in content["rows"] if r["section"] == "step").items() if k[4] == "train"}
+    figure = Figure(figsize=(9, 1.5 + 2.6 * max(len(groups), 1)), layout="constrained")
+    axes = figure.subplots(max(len(groups), 1), 1, squeeze=False)[:, 0]
+    for axis, ((_, _, dtype, batch, _), rows) in zip(axes, groups.items(), strict=False):
+        timed = sorted((r for r in rows if r["ms"] is not None), key=lambda r: float(r["images_per_s"]))
+        colours = ["tab:green" if is_ours(r) else "tab:gray" for r in timed]
+        bars = axis.barh([r["impl"] for r in timed], [r["images_per_s"] for r in timed], color=colours)
+        axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axis.axvline(batch / floor_ms(content, batch, "train") * 1e3, color="tab:red", linestyle="--", label="floor")
+        axis.set(xlabel="images/s", title=f"training step, batch {batch}, {dtype}")
+        axis.legend(loc="lower right")
+        axis.margins(x=0.12)
+    figure.suptitle(_title(content))
+    figure.savefig(path, dpi=140)
+
+
+def plot_roofline(content: dict[str, Any], path: Path) -> None:
+    """Each matrix operation of ours and of the best peer under the measured ceilings, by FLOPs a byte."""
+    tflops, tbps = content["ceilings"]["bf16_tflops"], content["ceilings"]["copy_tbps"]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    intensities = [2.0**i for i in range(14)]
+    axis.loglog(intensities, [min(tflops, tbps * i) for i in intensities], color="black", label="measured ceilings")
+    for ours, marker, colour in ((True, "o", "tab:green"), (False, "x", "tab:gray")):
+        points = []
+        for rows in _groups(r for r in content["rows"] if r["section"] == "plain" and r.get("flops")).values():
+            row = best(rows, ours)
+            if row is not None and row["dtype"] in ("bfloat16", "float16") and row["pass"] != "backward":
+                points.append((row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9))
+        if points:
+            axis.scatter(*zip(*points, strict=True), marker=marker, color=colour, label="ours" if ours else "best peer")
+    axis.set(xlabel="FLOPs a byte", ylabel="TFLOP/s", title=_title(content))
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=140)
+
+
+def _title(content: dict[str, Any]) -> str:
+    environment = content["environment"]
+    title = f"{environment['gpu']}, torch {environment['torch']}, Triton {environment['triton']}"
+    return "FAKE TIMES: " + title if is_fake(content) else title
+
+
+def render_results(path: Path, out: Path) -> list[Path]:
+    """Write ``<gpu>.md``, ``<gpu>-steps.png`` and ``<gpu>-roofline.png`` from a JSON of the report; their paths."""
+    content = json.loads(path.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    table, bars, roofline = (out / f"{path.stem}{suffix}" for suffix in (".md", "-steps.png", "-roofline.png"))
+    table.write_text(markdown(content))
+    plot_bars(content, bars)
+    plot_roofline(content, roofline)
+    return [table, bars, roofline]
+
+
+def audit_markdown(committed: dict[str, Any]) -> str:
+    """The committed audit's totals as Markdown."""
+    parts = []
+    for key, totals in committed.items():
+        parts.append(f"`{key}`\n\n" + markdown_table(("a step", "ours", "`nn.Sequential`", "ratio"), total_rows(totals)))
+        parts.append(f"<details><summary>by layer and pass</summary>\n\n{_layer_table(totals['layers'])}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _layer_table(layers: list[Row]) -> str:
+    lines = []
+    for row in layers:
+        issued = row["issued_flops"]
+        lines.append(
+            (
+                row["layer"],
+                row["pass"],
+                row["launches"],
+                row["regs"],
+                f"{row['useful_flops'] / 1e9:.1f}" if issued else None,
+                f"{row['useful_flops'] / issued:.2f}" if issued else None,
+                f"{row['min_bytes'] / 1e6:.1f}",
+                row["floor_us"],
+            )
+        )
+    header = ("layer", "pass", "launches", "registers", "GFLOP", "useful / issued", "MB", "floor, us")
+    return markdown_table(header, lines)
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """``text`` with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"no {begin} ... {end} in the text")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+#: The audit's cases that the README shows.
+README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-infer")
+
+
+def readme(text: str, results: Iterable[Path]) -> str:
+    """The README with its tables rebuilt: the audit's, and the whole-network table of each real result."""
+    committed = json.loads(COMMITTED.read_text())
+    text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in README_AUDIT}))
+    tables = []
+    for path in results:
+        content = json.loads(path.read_text())
+        if is_fake(content):
+            raise ValueError(f"{path}: its times are fake and belong into no README")
+        tables.append(f"{_title(content)} (`{path.name}`):\n\n{step_table(content)}")
+    nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
+    return replace_between(text, "results", "\n\n".join(tables) or nothing)
+
+
+def stored_results() -> list[Path]:
+    """The results in the repository."""
+    return sorted(RESULTS.glob("*.json"))
+
+
+def main() -> None:
+    """Render."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--results", type=Path, nargs="*", help="JSON files of the report; all stored ones by default")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--readme", action="store_true", help="rebuild README.md's tables too")
+    arguments = parser.parse_args()
+    paths = stored_results() if arguments.results is None else arguments.results
+    for path in paths:
+        for written in render_results(path, arguments.out):
+            print(written)
+    if arguments.readme:
+        README.write_text(readme(README.read_text(), paths))
+        print(README)
+
+
+if __name__ == "__main__":
+    main()

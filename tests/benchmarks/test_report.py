@@ -1,0 +1,245 @@
+"""The report's whole code path without a GPU: tiny shapes, a timer that times nothing and says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+from torch import nn
+
+from alexnet_triton import fuse
+from benchmarks import render, report
+from benchmarks.cases import FUSED_CASES, PLAIN_CASES, case_flops, pass_bytes
+from benchmarks.networks import ALEXNET, PEERS, TINY, network_flops, verify_network
+from benchmarks.report import RESULTS, Settings, quick, run
+from benchmarks.timing import FakeTimer, NoGraph, captured
+
+from ..conftest import DEVICE
+
+QUIET = Console(quiet=True)
+
+
+def tiny_settings(**changes: object) -> Settings:
+    """Everything there is, on shapes for the interpreter."""
+    settings = Settings(
+        device=torch.device(DEVICE),
+        timer=FakeTimer(),
+        minutes=10,
+        batches=(2,),
+        dtypes=("float32",),
+        step_batches=(2,),
+        plain_cases=(PLAIN_CASES[2].shrunk(), PLAIN_CASES[5].shrunk()),
+        fused_cases=(FUSED_CASES[0].shrunk(), FUSED_CASES[-1].shrunk()),
+        network=TINY,
+        compile_backend="eager",
+    )
+    return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
+
+
+def run_tiny(out: Path, **changes: object) -> dict:
+    return json.loads(run(tiny_settings(**changes), out, QUIET, ceiling_size=64, copy_bytes=1024).read_text())
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A whole report."""
+    return run_tiny(tmp_path_factory.mktemp("report"))
+
+
+def rows(content: dict, **wanted: object) -> list[dict]:
+    return [r for r in content["rows"] if all(r[key] == value for key, value in wanted.items())]
+
+
+def test_environment_and_ceilings(content: dict) -> None:
+    environment = content["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["commit"] == "unknown" or len(environment["commit"]) == 40
+    assert environment["timer"].startswith("FAKE")
+    assert content["ceilings"] == {"bf16_tflops": 2 * 64**3 / 1e9, "copy_tbps": 2048 / 1e9}
+
+
+def test_every_operation_pass_and_peer_has_a_row(content: dict) -> None:
+    conv = {(r["impl"], r["pass"]) for r in rows(content, section="plain", case="conv3")}
+    assert conv == {
+        (impl, which)
+        for impl in ("ours", "torch_nchw", "torch_channels_last")
+        for which in ("forward", "backward", "dgrad", "wgrad")
+    }
+    assert {r["pass"] for r in rows(content, case="pool1")} == {"forward", "backward"}
+    linear = {r["impl"] for r in rows(content, section="fused", case="fc2_relu_dropout")}
+    assert linear == {"ours", "torch", "torch_compile"}
+    assert all(r["ms"] == 1.0 and r["images_per_s"] == 2000 for r in content["rows"] if r["ms"] is not None)
+    assert all(r["verified"] for r in content["rows"] if r["impl"] == "ours")
+
+
+def test_every_network_and_mode_has_a_row(content: dict) -> None:
+    expected = {(name + suffix, mode) for name in ("ours", *PEERS) for suffix in ("", "_graph") for mode in ("train", "infer")}
+    steps = rows(content, section="step")
+    assert {(r["impl"], r["pass"]) for r in steps} == expected
+    graphs = [r for r in steps if r["impl"].endswith("_graph")]
+    if DEVICE == "cpu":
+        assert all(r["ms"] is None and "no CUDA graphs on cpu" in r["note"] for r in graphs)
+    assert all(r["ms"] is not None for r in steps if not r["impl"].endswith("_graph"))
+
+
+def test_a_wrong_operation_gets_no_time(tmp_path: Path) -> None:
+    right = FUSED_CASES[2].shrunk()
+    wrong = dataclasses.replace(right, ours=lambda x, w, b: right.theirs(x, w, b) * 1.01)
+    content = run_tiny(tmp_path, plain_cases=(), fused_cases=(wrong,), step_batches=())
+    ours = rows(content, impl="ours")
+    assert len(ours) == 4
+    assert all(r["ms"] is None and r["verified"] is False and r["note"].startswith("WRONG: ") for r in ours)
+    assert all(r["ms"] is not None for r in content["rows"] if r["impl"] != "ours")
+    assert "WRONG" in render.markdown(content)
+
+
+class Doubled(nn.Sequential):
+    """A network whose logits are wrong."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 1.01
+
+
+def test_a_wrong_network_gets_no_time(tmp_path: Path) -> None:
+    network = dataclasses.replace(TINY, fused=lambda: fuse(Doubled(*TINY.reference())))
+    with pytest.raises(AssertionError, match="logits: error"):
+        verify_network(network, torch.float32, torch.device(DEVICE))
+    content = run_tiny(tmp_path, network=network, plain_cases=(), fused_cases=())
+    ours = rows(content, impl="ours")
+    assert len(ours) == 2
+    assert all(r["ms"] is None and r["note"].startswith("WRONG: logits") for r in ours)
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    content = run_tiny(tmp_path, minutes=0)
+    assert content["rows"] == []
+    assert "fused conv1_relu_pool float32 2" in content["left_out"]
+    assert "step ours train 2" in content["left_out"]
+    assert "Left out for lack of time: 16 measurements" in render.markdown(content)
+
+
+def test_a_run_that_is_cut_off_leaves_its_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(report: object, section: str, cases: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "measure_operations", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    assert {r["section"] for r in content["rows"]} == {"step"}
+
+
+def test_fake_times_never_land_among_results() -> None:
+    with pytest.raises(ValueError, match="fake times do not belong"):
+        run(tiny_settings(), RESULTS / "x", QUIET)
+    assert not [path for path in render.stored_results() if render.is_fake(json.loads(path.read_text()))]
+
+
+def test_quick_is_a_part_of_the_whole() -> None:
+    full = tiny_settings(batches=(128, 1024), dtypes=("bfloat16", "float32"), minutes=8)
+    assert quick(full).minutes < 3
+    assert (quick(full).batches, quick(full).dtypes) == ((128,), ("bfloat16",))
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["report"])
+    with pytest.raises(SystemExit, match="no CUDA GPU here"):
+        report.main()
+
+
+def test_rendering_from_the_json_alone(content: dict, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(content))
+    table, bars, roofline = render.render_results(path, tmp_path / "out")
+    text = table.read_text()
+    assert "FAKE: nothing was timed" in text
+    assert "| **ours** |" in text
+    assert "torch_nchw" in text
+    for picture in (bars, roofline):
+        assert imread(picture)[..., :3].std() > 0.03
+
+
+def real(content: dict, **times: float) -> dict:
+    """The same report as if a real timer had said ``times`` for the training step."""
+    steps = []
+    for row in rows(content, section="step", **{"pass": "train"}):
+        if row["impl"] in times:
+            ms = times[row["impl"]]
+            steps.append(row | {"ms": ms, "images_per_s": 2 / ms * 1e3})
+    environment = content["environment"] | {"timer": "a clock", "gpu": "Some GPU"}
+    return content | {"rows": steps, "environment": environment, "ceilings": {"bf16_tflops": 100.0, "copy_tbps": 1.0}}
+
+
+def test_ratio_to_the_best_peer_and_fraction_of_the_floor(content: dict) -> None:
+    changed = real(content, ours=2.0, eager_nchw=4.0, compile_default=3.0)
+    floor = render.floor_ms(changed, 2, "train")
+    network = changed["network"]
+    assert floor == pytest.approx(2 * network["step_flops"] / 1e11 + 12 * network["parameters"] / 1e9)
+    lines = render.step_table(changed).splitlines()[2:]
+    assert [line.split("|")[3].strip() for line in lines] == ["**ours**", "compile_default", "eager_nchw"]
+    assert [line.split("|")[6].strip() for line in lines] == ["1.50", "1.00", "0.75"]
+    assert f"{floor / 2.0:.0%}" in lines[0]
+
+
+def test_the_readme_is_what_the_stored_results_give() -> None:
+    """After a change of audit.json or of results/: python -m benchmarks.render --readme."""
+    text = render.README.read_text()
+    assert render.readme(text, render.stored_results()) == text
+
+
+def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path: Path) -> None:
+    text = "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n"
+    path = tmp_path / "some-gpu.json"
+    path.write_text(json.dumps(real(content, ours=2.0, eager_nchw=4.0)))
+    result = render.readme(text, [path])
+    assert "Some GPU" in result
+    assert "2.00" in result
+    assert "old" not in result
+    assert "saved for backward" in result
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="fake"):
+        render.readme(text, [path])
+    with pytest.raises(ValueError, match="no <!-- audit -->"):
+        render.readme("nothing", [])
+
+
+def test_flops_and_bytes_of_cases() -> None:
+    conv = PLAIN_CASES[1]
+    assert case_flops(conv, 128) == 2 * 128 * 26 * 26 * 256 * 96 * 25
+    assert case_flops(PLAIN_CASES[5], 128) == 0
+    like = torch.empty(0, dtype=torch.bfloat16)
+    x, y, w = 128 * 96 * 26 * 26, 128 * 256 * 26 * 26, 256 * 96 * 25 + 256
+    assert pass_bytes(conv, 128, "forward", like) == 2 * (x + y + w)
+    assert pass_bytes(conv, 128, "backward", like) == 2 * (2 * x + y + 2 * w)
+    forward, step = network_flops(ALEXNET, 128)
+    assert forward == pytest.approx(240e9, rel=0.01)
+    assert step == pytest.approx(712e9, rel=0.01)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a GPU")
+def test_no_graph_without_cuda() -> None:
+    with pytest.raises(NoGraph, match="no CUDA graphs on cpu"):
+        captured(lambda: None, torch.device("cpu"))
+
+
+def test_quantiles_come_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.testing
+
+    from benchmarks.timing import CudaTimer, Timing
+
+    calls: list[dict] = []
+
+    def do_bench(function: object, **options: object) -> list[float]:
+        calls.append(options)
+        return [2.0, 1.0, 3.0]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert CudaTimer(5, 7)(lambda: None) == Timing(2.0, 1.0, 3.0)
+    assert calls == [{"warmup": 5, "rep": 7, "quantiles": [0.5, 0.2, 0.8]}]
