@@ -270,7 +270,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
             )
         )
 
-    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)
+    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = torch.zeros(batch, dtype=torch.long)
     with offline_target(int(arch.removeprefix("sm_"))), launch.record_launches(record), count:
         _step(
@@ -436,8 +436,8 @@ def total_rows(totals: dict[str, Any]) -> Iterable[tuple[str, str, str, str]]:
     yield "launches", launches, str(peer["launches"]), f"{ratio['launches']:.2f}"
     yield "fewest bytes moved, MB", f"{totals['bytes'] / 1e6:.0f}", f"{peer['bytes'] / 1e6:.0f}", f"{ratio['bytes']:.2f}"
     if totals["saved_bytes_per_image"]:
-        saved = (f"{t['saved_bytes_per_image'] / 1e6:.2f}" for t in (totals, peer))
-        yield "saved for backward, MB an image", *saved, f"{ratio['saved_bytes_per_image']:.2f}"
+        ours, theirs = (f"{t['saved_bytes_per_image'] / 1e6:.2f}" for t in (totals, peer))
+        yield "saved for backward, MB an image", ours, theirs, f"{ratio['saved_bytes_per_image']:.2f}"
     yield "useful / issued FLOPs", f"{totals['useful_over_issued']:.3f}", "", ""
     yield "spilled bytes", str(totals["spill_bytes"]), "", ""
     if totals["floor_us"] is not None:

@@ -170,7 +170,7 @@ def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledL
 
 def training_step(dtype: torch.dtype, batch: int = 2) -> None:
     """Forward and backward of AlexNet at 224 x 224, with dropout and with the input's gradient."""
-    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)
+    net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.empty(batch, 1, 224, 224, dtype=dtype, requires_grad=True)
     net(images).sum().backward()
 
@@ -205,7 +205,8 @@ def main() -> None:
         parser.error("unset TRITON_INTERPRET: the interpreter replaces the compiler")
     if arguments.tf32 is not None:
         precision = "tf32" if arguments.tf32 else "ieee"
-        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # made at run time
+        torch.backends.cuda.matmul.fp32_precision = precision
 
     for arch, name in itertools.product(arguments.arch, arguments.dtype):
         dtype = getattr(torch, name)

@@ -155,19 +155,25 @@ def plot_bars(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def roofline_points(content: dict[str, Any], ours: bool) -> list[tuple[float, float]]:
+    """(FLOPs a byte, TFLOP/s) of each pass of each single operation with a product, in half precision."""
+    points = []
+    for rows in _groups(r for r in content["rows"] if r["section"] == "plain" and r["flops"]).values():
+        row = best(rows, ours)
+        if row is not None and row["dtype"] in ("bfloat16", "float16") and row["pass"] != "backward":
+            points.append((row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9))
+    return points
+
+
 def plot_roofline(content: dict[str, Any], path: Path) -> None:
     """Each matrix operation of ours and of the best peer under the measured ceilings, by FLOPs a byte."""
     tflops, tbps = content["ceilings"]["bf16_tflops"], content["ceilings"]["copy_tbps"]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
-    intensities = [2.0**i for i in range(14)]
-    axis.loglog(intensities, [min(tflops, tbps * i) for i in intensities], color="black", label="measured ceilings")
+    ridge = tflops / tbps
+    axis.loglog([ridge / 1000, ridge, ridge * 100], [tflops / 1000, tflops, tflops], color="black", label="measured ceilings")
     for ours, marker, colour in ((True, "o", "tab:green"), (False, "x", "tab:gray")):
-        points = []
-        for rows in _groups(r for r in content["rows"] if r["section"] == "plain" and r.get("flops")).values():
-            row = best(rows, ours)
-            if row is not None and row["dtype"] in ("bfloat16", "float16") and row["pass"] != "backward":
-                points.append((row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9))
+        points = roofline_points(content, ours)
         if points:
             axis.scatter(*zip(*points, strict=True), marker=marker, color=colour, label="ours" if ours else "best peer")
     axis.set(xlabel="FLOPs a byte", ylabel="TFLOP/s", title=_title(content))

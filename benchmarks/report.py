@@ -138,7 +138,8 @@ def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**
 @contextmanager
 def _float32_on_tensor_cores() -> Iterator[None]:
     """TF32 for both implementations, and cuDNN free to choose its fastest algorithm."""
-    conv, matmul, benchmark = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn.benchmark
+    backends: Any = torch.backends  # some of its attributes are made at run time
+    conv, matmul, benchmark = backends.cudnn.conv, backends.cuda.matmul, backends.cudnn.benchmark
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True

@@ -188,6 +188,17 @@ def test_ratio_to_the_best_peer_and_fraction_of_the_floor(content: dict) -> None
     assert f"{floor / 2.0:.0%}" in lines[0]
 
 
+def test_roofline_points(content: dict) -> None:
+    forward = rows(content, section="plain", case="conv3", **{"pass": "forward"})
+    times = {"ours": 0.5, "torch_nchw": 3.0, "torch_channels_last": 2.0}
+    timed = [r | {"dtype": "bfloat16", "ms": times[r["impl"]]} for r in forward]
+    changed = content | {"rows": timed + rows(content, case="pool1")}
+    row = timed[0]
+    intensity = row["flops"] / row["bytes"]
+    assert render.roofline_points(changed, ours=True) == [(intensity, row["flops"] / 0.5 / 1e9)]
+    assert render.roofline_points(changed, ours=False) == [(intensity, row["flops"] / 2.0 / 1e9)]
+
+
 def test_the_readme_is_what_the_stored_results_give() -> None:
     """After a change of audit.json or of results/: python -m benchmarks.render --readme."""
     text = render.README.read_text()
