@@ -14,10 +14,22 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels.precision import conv_input_precision, matmul_input_precision
 
 IMPLEMENTATIONS = ("triton", "torch")
 #: ``backward`` is all gradients, ``dgrad`` and ``wgrad`` the input's and the weight's alone.
 PASSES = ("forward", "backward", "dgrad", "wgrad")
+
+
+def to_channels_last(tensor: Tensor) -> Tensor:
+    """A copy that is NHWC in memory and says so by its strides.
+
+    With one channel ``contiguous(memory_format=torch.channels_last)`` changes nothing, and PyTorch would take the tensor, and
+    all that it makes of it, for NCHW.
+    """
+    n, c, h, w = tensor.shape
+    copy = torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Case:
         theirs: the same from PyTorch, as it is timed.
         shrink: shapes of a smaller case of the same kind, for a check that does not time.
         reference: the values of ours in PyTorch's operations, where ``theirs`` draws other random numbers.
+        single: whether it is a single operation of PyTorch, whose gradients are timed one by one.
     """
 
     name: str
@@ -41,6 +54,7 @@ class Case:
     theirs: Callable[..., Tensor]
     shrink: tuple[tuple[int, ...], tuple[int, ...] | None]
     reference: Callable[..., Tensor] | None = None
+    single: bool = False
 
     def meaning(self, *tensors: Tensor) -> Tensor:
         """What ours should give, in PyTorch's operations and in the tensors' dtype."""
@@ -59,7 +73,7 @@ class Case:
             scale = torch.Size(shape[1:]).numel() ** -0.5 if i == 1 else 1.0
             tensor = (torch.randn(shape, device=device) * scale).to(dtype)
             if tensor.dim() == 4:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
+                tensor = to_channels_last(tensor)
             tensors.append(tensor.requires_grad_())
         return tensors
 
@@ -132,8 +146,7 @@ def _linear_case(layer: str, weight: tuple[int, int]) -> Case:
     return Case(layer, weight[1:], weight, kernels.linear, F.linear, _SMALL_LINEAR)
 
 
-#: One operation each, as PyTorch has it.
-PLAIN_CASES = (
+_PLAIN = (
     *map(_conv_case, _SHAPES),
     Case("pool1", (96, 54, 54), None, _max_pool, lambda x: F.max_pool2d(x, 3, 2), ((6, 9, 9), None)),
     _linear_case("fc1", (4096, 6400)),
@@ -149,6 +162,9 @@ PLAIN_CASES = (
         _dropped,
     ),
 )
+
+#: One operation each, as PyTorch has it.
+PLAIN_CASES = tuple(dataclasses.replace(case, single=True) for case in _PLAIN)
 
 #: Fused operations, against the run of separate ones that they stand for.
 FUSED_CASES = (
@@ -168,41 +184,69 @@ FUSED_CASES = (
 CASES = PLAIN_CASES + FUSED_CASES
 
 
-def verify(case: Case, tensors: list[Tensor]) -> None:
-    """Before anything is timed: our output and gradients against float64, at most twice PyTorch's own error.
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What a case should give on some tensors: in float64, and how far PyTorch is off in the tensors' dtype.
+
+    Attributes:
+        grad: the output's gradient.
+        exact: output and gradients in float64.
+        peer: the same of PyTorch in the dtype under test.
+    """
+
+    grad: Tensor
+    exact: list[Tensor]
+    peer: list[Tensor]
+
+
+def truth(case: Case, tensors: list[Tensor]) -> Truth:
+    """The case's values and gradients by its meaning."""
+    runs = []
+    grad = None
+    for dtype in (tensors[0].dtype, torch.float64):
+        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        result = case.meaning(*copies)
+        grad = torch.randn_like(result) if grad is None else grad
+        runs.append([result.detach(), *torch.autograd.grad(result, copies, grad.to(dtype))])
+    assert grad is not None
+    return Truth(grad, exact=runs[1], peer=runs[0])
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Distance of 1 and the next number of the type in which products are formed: for float32 on tensor cores TF32's."""
+    tf32 = dtype == torch.float32 and "tf32" in (conv_input_precision(dtype), matmul_input_precision(dtype))
+    return 2.0**-10 if tf32 else torch.finfo(dtype).eps
+
+
+def verify(case: Case, function: Callable[..., Tensor], tensors: list[Tensor], expected: Truth) -> None:
+    """Before anything is timed: output and gradients against float64, at most twice PyTorch's own error.
 
     Raises:
         AssertionError: a result is wrong.
     """
-    output = case.ours(*tensors)
-    grad = torch.randn_like(output)
-    ours = [output, *torch.autograd.grad(output, tensors, grad)]
-    runs = []
-    for dtype in (output.dtype, torch.float64):
-        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        result = case.meaning(*copies)
-        runs.append([result, *torch.autograd.grad(result, copies, grad.to(dtype))])
+    output = function(*tensors)
+    results = [output.detach(), *torch.autograd.grad(output, tensors, expected.grad)]
     names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
-    for name, got, peer, exact in zip(names, ours, *runs, strict=False):
+    for name, got, peer, exact in zip(names, results, expected.peer, expected.exact, strict=False):
         error, peer_error = ((t.double() - exact).abs().max().item() for t in (got, peer))
-        allowed = 2 * peer_error + 0.5 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+        allowed = 2 * peer_error + 0.5 * unit(got.dtype) * exact.abs().max().item()
         if not error <= allowed:
             raise AssertionError(f"{case.name}: wrong {name}: error {error:.3e} against float64, allowed {allowed:.3e}")
 
 
 def passes(case: Case) -> tuple[str, ...]:
-    """The passes that a case has: without a weight, the input's gradient is the backward pass."""
-    return PASSES if case.weight is not None else ("forward", "backward")
+    """The passes that a case is timed in: a single operation's gradients one by one, a fused one's together."""
+    return ("forward", "dgrad", "wgrad") if case.single and case.weight is not None else ("forward", "backward")
 
 
-def case_flops(case: Case, batch: int) -> int:
-    """FLOPs of the forward pass, and of each gradient; 0 where nothing is multiplied. Counted by PyTorch on meta tensors."""
+def pass_flops(case: Case, batch: int, which: str) -> int:
+    """FLOPs of a pass, of which ``backward`` has two products; 0 where nothing is multiplied. Counted by PyTorch."""
     if case.weight is None:
         return 0
     shapes = ((batch, *case.input), case.weight, case.weight[:1])
     with FlopCounterMode(display=False) as counter:
         case.theirs(*(torch.empty(shape, device="meta") for shape in shapes))
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) * (2 if which == "backward" else 1)
 
 
 def pass_bytes(case: Case, batch: int, which: str, like: Tensor) -> int:
@@ -216,7 +260,7 @@ def pass_bytes(case: Case, batch: int, which: str, like: Tensor) -> int:
         "forward": input + weight + output,
         "dgrad": output + weight + input,
         "wgrad": output + input + weight,
-        "backward": output + 2 * input + 2 * weight,
+        "backward": output + input + (input + 2 * weight if weights else 0),
     }
     return size * read_and_written[which]
 

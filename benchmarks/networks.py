@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_triton import AlexNet, fuse, reference_alexnet
+
+from .cases import to_channels_last
 
 #: name -> (memory format, autocast over float32 parameters, torch.compile mode or None). Peers without autocast have
 #: parameters in the dtype itself, as ours have: the faster choice is the peer to beat.
@@ -63,45 +66,62 @@ def batch_of(network: Network, batch: int, dtype: torch.dtype, device: torch.dev
     return images, torch.randint(network.classes, (batch,), device=device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A network to be timed.
+
+    Attributes:
+        net: what is called, compiled where the implementation says so.
+        module: the module under it.
+        autocast: whether it runs under autocast, with float32 parameters.
+        images: the memory format of its images.
+    """
+
+    net: Callable[[Tensor], Tensor]
+    module: nn.Module
+    autocast: bool
+    images: torch.memory_format
+
+
 def build(
     network: Network, implementation: str, dtype: torch.dtype, device: torch.device, compile_backend: str = "inductor"
-) -> tuple[nn.Module, bool]:
-    """The network of an implementation, and whether it runs under autocast.
-
-    ``compile_backend`` replaces Inductor, for tests.
-    """
+) -> Built:
+    """The network of an implementation. ``compile_backend`` replaces Inductor, for tests."""
     if implementation == OURS:
-        return network.fused().to(device=device, dtype=dtype, memory_format=torch.channels_last), False  # type: ignore[call-overload]
+        module = network.fused().to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Built(module, module, False, torch.channels_last)
     memory_format, autocast, mode = PEERS[implementation]
-    net = network.reference().to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    module = network.reference().to(device)
     if not autocast:
-        net = net.to(dtype)
+        module = module.to(dtype)
+    if memory_format == torch.channels_last:
+        for parameter in module.parameters():
+            if parameter.dim() == 4:
+                parameter.data = to_channels_last(parameter.data)
+    net: Callable[[Tensor], Tensor] = module
     if mode is not None:
         # Only Inductor has modes.
-        net = torch.compile(net, backend=compile_backend, mode=mode if compile_backend == "inductor" else None)
-    return net, autocast
+        net = torch.compile(module, backend=compile_backend, mode=mode if compile_backend == "inductor" else None)
+    return Built(net, module, autocast, memory_format)
 
 
-def step_function(
-    net: nn.Module, autocast: bool, dtype: torch.dtype, mode: str, images: Tensor, labels: Tensor
-) -> Callable[[], object]:
+def step_function(built: Built, dtype: torch.dtype, mode: str, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """A training step (forward, loss, backward, plain SGD) or a forward pass without gradients, on fixed tensors."""
-    device = images.device.type
 
     def forward() -> Tensor:
-        with torch.autocast(device, dtype=dtype, enabled=autocast):
-            return net(images)
+        with torch.autocast(images.device.type, dtype=dtype, enabled=built.autocast):
+            return built.net(images)
 
     if mode == "infer":
-        net.eval()
+        built.module.eval()
 
         def infer() -> Tensor:
             with torch.no_grad():
                 return forward()
 
         return infer
-    net.train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, foreach=True)
+    built.module.train()
+    optimizer = torch.optim.SGD(built.module.parameters(), lr=1e-3, foreach=True)
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -113,42 +133,57 @@ def step_function(
     return train
 
 
-def _without_dropout(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return net
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """p = 0 in every dropout layer: the same kernels run, and drop nothing."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, p in zip(layers, before, strict=True):
+            layer.p = p
 
 
-def _gradients(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    logits = net(images)
-    names, parameters = zip(*net.named_parameters(), strict=True)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-    grads = torch.autograd.grad(loss, parameters)
+def _results(
+    net: Callable[[Tensor], Tensor], module: nn.Module, mode: str, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Logits, and for training every parameter's gradient of the loss."""
+    module.train(mode == "train")
+    if mode == "infer":
+        with torch.no_grad():
+            return {"logits": net(images)}
+    with _without_dropout(module):
+        logits = net(images)
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        grads = torch.autograd.grad(loss, parameters)
     return {"logits": logits.detach(), **dict(zip(names, grads, strict=True))}
 
 
-def verify_network(network: Network, dtype: torch.dtype, device: torch.device, batch: int = 8) -> None:
-    """Logits and every parameter gradient of ours against float64: the error's norm at most twice PyTorch's own.
+def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str, images: Tensor, labels: Tensor) -> None:
+    """What is to be timed, on the batch it is timed on, against float64: the error's norm at most twice PyTorch's own.
 
-    The norm, not the largest error: where two elements of a pool's window round to a tie, one gradient moves to a neighbour in
-    either implementation.
+    The logits; for a training step of a network that is not compiled also every parameter's gradient, with nothing dropped (a
+    compiled one would have to be compiled again for that). The norm, not the largest error: where two elements of a pool's
+    window round to a tie, one gradient moves to a neighbour in either implementation.
 
     Raises:
         AssertionError: a result is wrong.
     """
-    torch.manual_seed(0)
-    exact = _without_dropout(network.reference()).to(device).to(torch.float64)
-    peer, ours = (_without_dropout(make()).to(device).to(dtype) for make in (network.reference, network.fused))
-    for net in (peer, ours):
-        net.load_state_dict(exact.state_dict())
-    # The parameters' rounding to dtype is not an error of either.
-    exact.load_state_dict({key: value.double() for key, value in peer.state_dict().items()})
-    images, labels = batch_of(network, batch, dtype, device)
-    truth = _gradients(exact, images.double(), labels)
-    results = [_gradients(net, images, labels) for net in (ours, peer)]
+    compared = mode if built.net is built.module else "infer"
+    weights = built.module.state_dict()
+    exact, peer = (network.reference().to(device=images.device, dtype=t) for t in (torch.float64, dtype))
+    for other in (exact, peer):
+        other.load_state_dict(weights)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=built.autocast):
+        ours = _results(built.net, built.module, compared, images, labels)
+    truth = _results(exact, exact, compared, images.double(), labels)
+    theirs = _results(peer, peer, compared, images.to(dtype), labels)
     for name, value in truth.items():
-        error, peer_error = ((r[name].double() - value).norm().item() for r in results)
+        error, peer_error = ((r[name].double() - value).norm().item() for r in (ours, theirs))
         allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * value.norm().item()
         if not error <= allowed:
             raise AssertionError(f"{name}: error {error:.3e} in norm against float64, allowed {allowed:.3e}")

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; None is an empty cell."""
-    lines = [list(header), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    lines = [list(header), *([("" if cell is None else str(cell).replace("|", "\\|")) for cell in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -58,13 +58,13 @@ def best(rows: Iterable[Row], ours: bool) -> Row | None:
 def floor_ms(content: dict[str, Any], batch: int, mode: str) -> float:
     """What the measured ceilings allow for a whole step of the network in bfloat16.
 
-    Training: its FLOPs at the product's rate, then twelve bytes a parameter at the copy's (a float32 master read and written, a
-    half gradient read, a half parameter written). Inference: its FLOPs, or reading two bytes a parameter, whichever is longer.
+    Training: its FLOPs at the product's rate, then plain SGD's six bytes a half-precision parameter at the copy's (parameter
+    and gradient read, parameter written). Inference: its FLOPs, or reading two bytes a parameter, whichever is longer.
     """
     network, ceilings = content["network"], content["ceilings"]
     parameters = network["parameters"] / (ceilings["copy_tbps"] * 1e9)
     if mode == "train":
-        return batch * network["step_flops"] / (ceilings["bf16_tflops"] * 1e9) + 12 * parameters
+        return batch * network["step_flops"] / (ceilings["bf16_tflops"] * 1e9) + 6 * parameters
     return max(batch * network["forward_flops"] / (ceilings["bf16_tflops"] * 1e9), 2 * parameters)
 
 
@@ -217,7 +217,7 @@ def _layer_table(layers: list[Row]) -> str:
                 row["layer"],
                 row["pass"],
                 row["launches"],
-                row["regs"],
+                row["regs"] or None,
                 f"{row['useful_flops'] / 1e9:.1f}" if issued else None,
                 f"{row['useful_flops'] / issued:.2f}" if issued else None,
                 f"{row['min_bytes'] / 1e6:.1f}",

@@ -23,11 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import triton
 from rich.console import Console
 from torch import Tensor
 
-from .cases import FUSED_CASES, PLAIN_CASES, Case, case_flops, pass_bytes, passes, runner, verify
+from .cases import (
+    FUSED_CASES,
+    PLAIN_CASES,
+    Case,
+    Truth,
+    pass_bytes,
+    pass_flops,
+    passes,
+    runner,
+    to_channels_last,
+    truth,
+    verify,
+)
 from .networks import ALEXNET, OURS, PEERS, TUNED, Network, batch_of, build, network_flops, step_function, verify_network
 from .timing import CudaTimer, FakeTimer, NoGraph, Timer, captured, own_stream
 
@@ -42,6 +55,8 @@ class Settings:
 
     Attributes:
         minutes: after how long no new measurement is begun.
+        tuned: whether to let Inductor tune the whole step.
+        compiled_operations: whether to compile single and fused operations with Inductor, in the first dtype and batch size.
         compile_backend: in place of Inductor, for tests.
     """
 
@@ -55,11 +70,21 @@ class Settings:
     fused_cases: tuple[Case, ...] = FUSED_CASES
     network: Network = ALEXNET
     compile_backend: str = "inductor"
+    tuned: bool = True
+    compiled_operations: bool = True
 
 
 def quick(settings: Settings) -> Settings:
-    """The same at one batch size and in one dtype."""
-    return dataclasses.replace(settings, minutes=2.7, batches=(128,), dtypes=("bfloat16",), step_batches=(128,))
+    """The same at one batch size and in one dtype, without what Inductor takes minutes for."""
+    return dataclasses.replace(
+        settings,
+        minutes=2.5,
+        tuned=False,
+        compiled_operations=False,
+        batches=settings.batches[:1],
+        dtypes=settings.dtypes[:1],
+        step_batches=settings.step_batches[:1],
+    )
 
 
 class Report:
@@ -99,16 +124,19 @@ class Report:
         self.console.print(f"{labels}: {value}{note}", markup=False)
 
 
-def _command(*arguments: str) -> str:
+def _command(*arguments: str) -> str | None:
+    """What a command prints, run in the repository; None if it cannot."""
     try:
-        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+        result = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+    return result.stdout.strip()
 
 
 def environment(settings: Settings) -> dict[str, Any]:
     """The machine, the versions, the commit, the timer."""
     cuda = settings.device.type == "cuda"
+    changes = _command("git", "status", "--porcelain")
     return {
         "gpu": torch.cuda.get_device_name(settings.device) if cuda else f"no GPU ({platform.machine()})",
         "multiprocessors": torch.cuda.get_device_properties(settings.device).multi_processor_count if cuda else None,
@@ -119,7 +147,7 @@ def environment(settings: Settings) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "commit": _command("git", "rev-parse", "HEAD"),
-        "changed_files": len([line for line in _command("git", "status", "--porcelain").splitlines() if line != "unknown"]),
+        "changed_files": None if changes is None else len(changes.splitlines()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "timer": settings.timer.name,
     }
@@ -127,6 +155,13 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
     """What this GPU does at best: a large bfloat16 product in TFLOP/s, a large copy in TB/s (bytes read and written)."""
+    # A GPU that has just been idle runs at a low clock: work for a second first.
+    if settings.device.type == "cuda":
+        warm = torch.randn(4096, 4096, device=settings.device)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            warm = (warm @ warm).clamp_(-1, 1)
+            torch.cuda.synchronize(settings.device)
     a, b = (torch.randn(size, size, device=settings.device).to(torch.bfloat16) for _ in range(2))
     product = settings.timer(lambda: a @ b)
     source = torch.randint(0, 255, (copy_bytes,), dtype=torch.uint8, device=settings.device)
@@ -141,60 +176,58 @@ def _float32_on_tensor_cores() -> Iterator[None]:
     backends: Any = torch.backends  # some of its attributes are made at run time
     conv, matmul, benchmark = backends.cudnn.conv, backends.cuda.matmul, backends.cudnn.benchmark
     before = conv.fp32_precision, matmul.fp32_precision
-    conv.fp32_precision = matmul.fp32_precision = "tf32"
+    conv.fp32_precision = "tf32"
+    # By the older switch, which Inductor reads: torch 2.11 refuses to answer it where only the newer one was set.
+    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision("highest")
         conv.fp32_precision, matmul.fp32_precision = before
         torch.backends.cudnn.benchmark = benchmark
 
 
-def _peak_mb(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _add_timed(report: Report, prepare: Callable[[], tuple[Callable[[], object], str | None]], row: dict[str, Any]) -> None:
-    """Time what ``prepare`` makes, which may come with a note, and add its row; a failure is a row with its reason."""
-    settings = report.settings
-    if settings.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(settings.device)
-    try:
-        function, note = prepare()
-        function()
-        timing = settings.timer(function)
-    except RuntimeError as error:
-        report.add(**row, ms=None, p20=None, p80=None, images_per_s=None, peak_mb=None, note=str(error).splitlines()[0])
-        return
-    images_per_s = row["batch"] / timing.ms * 1e3
-    numbers = dataclasses.asdict(timing) | {"images_per_s": images_per_s, "peak_mb": _peak_mb(settings.device)}
-    report.add(**row, **numbers, note=note)
-
-
-def _add_wrong(report: Report, row: dict[str, Any], why: str) -> None:
+def _add_failed(report: Report, row: dict[str, Any], why: str) -> None:
     report.add(**row, ms=None, p20=None, p80=None, images_per_s=None, peak_mb=None, note=why)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"WRONG: {(str(error).splitlines() or [type(error).__name__])[0]}"
+def _add_timed(
+    report: Report, row: dict[str, Any], function: Callable[[], object], peak_mb: float | None, note: str | None
+) -> None:
+    timing = report.settings.timer(function)
+    numbers = dataclasses.asdict(timing) | {"images_per_s": row["batch"] / timing.ms * 1e3, "peak_mb": peak_mb}
+    report.add(**row, **numbers, note=note)
+
+
+def _peak_mb(function: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory allocated during a second call: what a first call searches, compiles and tunes with does not count."""
+    function()
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 #: (name, function, its tensors)
 Implementation = tuple[str, Callable[..., Tensor], list[Tensor]]
 
 
-def _implementations(report: Report, case: Case, tensors: list[Tensor], compiled: bool) -> Iterator[Implementation]:
-    """Ours and each peer of an operation."""
+def _implementations(case: Case, tensors: list[Tensor]) -> Iterator[Implementation]:
+    """Ours and each eager peer of an operation."""
     yield OURS, case.ours, tensors
     if tensors[0].dim() == 4:
         yield "torch_nchw", case.theirs, [t.detach().contiguous().requires_grad_() for t in tensors]
         yield "torch_channels_last", case.theirs, tensors
     else:
         yield "torch", case.theirs, tensors
-    if compiled:
-        torch.compiler.reset()
-        yield "torch_compile", torch.compile(case.theirs, backend=report.settings.compile_backend), tensors
     if importlib.util.find_spec("flag_gems") is not None:
         import flag_gems  # type: ignore[import-not-found]
 
@@ -202,50 +235,78 @@ def _implementations(report: Report, case: Case, tensors: list[Tensor], compiled
             with flag_gems.use_gems():
                 return case.theirs(*arguments)
 
-        yield "flag_gems", gems, tensors
+        yield "flag_gems_forward", gems, tensors
 
 
-def measure_operations(report: Report, section: str, cases: tuple[Case, ...]) -> None:
-    """Every case in every dtype and batch, each pass, against each peer; nothing of a case whose results are wrong."""
+def _compiled(settings: Settings, case: Case, tensors: list[Tensor]) -> Iterator[Implementation]:
+    """The peer from Inductor."""
+    torch.compiler.reset()
+    yield "torch_compile", torch.compile(case.theirs, backend=settings.compile_backend), tensors
+
+
+def measure_operations(
+    report: Report, section: str, cases: Sequence[Case], dtype_name: str, batch: int, compiled: bool = False
+) -> None:
+    """Each case and pass, ours against each eager peer, or the compiled peer alone; nothing whose results are wrong."""
     settings = report.settings
-    for dtype_name in settings.dtypes:
-        for batch in settings.batches:
-            for case in cases:
-                label = {"section": section, "case": case.name, "dtype": dtype_name, "batch": batch}
-                if not report.in_time(" ".join(map(str, label.values()))):
-                    continue
-                torch.manual_seed(0)
-                tensors = case.tensors(batch, DTYPES[dtype_name], settings.device)
-                wrong = None
-                try:
-                    verify(case, tensors)
-                except (AssertionError, RuntimeError) as error:
-                    wrong = _first_line(error)
-                # Inductor takes seconds a case: only where the fused operations are to be judged, and in one dtype.
-                compiled = section == "fused" and dtype_name == settings.dtypes[0]
-                for impl, function, own in _implementations(report, case, tensors, compiled):
-                    for which in passes(case):
-                        row = label | {"impl": impl, "pass": which, "verified": wrong is None if impl == OURS else None}
-                        row |= {"flops": case_flops(case, batch), "bytes": pass_bytes(case, batch, which, tensors[0])}
-                        if impl == OURS and wrong is not None:
-                            _add_wrong(report, row, wrong)
-                        else:
-                            _add_timed(report, _operation(settings.device, function, which, own), row)
-
-
-def _operation(
-    device: torch.device, function: Callable[..., Tensor], which: str, tensors: list[Tensor]
-) -> Callable[[], tuple[Callable[[], object], str | None]]:
-    """Prepares one pass of an operation: from a CUDA graph where it can be captured, so that only the GPU's work is timed."""
-
-    def prepare() -> tuple[Callable[[], object], str | None]:
-        eager = runner(function, which, tensors)
+    for case in cases:
+        label = {"section": section, "case": case.name, "dtype": dtype_name, "batch": batch}
+        what = " ".join(map(str, label.values())) + (" torch_compile" if compiled else "")
+        if not report.in_time(what):
+            continue
         try:
-            return captured(eager, device), None
-        except NoGraph as error:
-            return eager, f"timed without a CUDA graph: {error}"
+            torch.manual_seed(0)
+            tensors = case.tensors(batch, DTYPES[dtype_name], settings.device)
+            expected = truth(case, tensors)
+            implementations = _compiled(settings, case, tensors) if compiled else _implementations(case, tensors)
+            for name, function, own in implementations:
+                _measure_operation(report, label | {"impl": name}, case, function, own, expected)
+            del tensors, expected
+        except Exception as error:  # whatever one case raises, the others are measured
+            _add_failed(
+                report, label | {"impl": "all", "pass": "all", "verified": None, "flops": 0, "bytes": 0}, _reason(error)
+            )
+        report.write()
 
-    return prepare
+
+def _measure_operation(
+    report: Report,
+    label: dict[str, Any],
+    case: Case,
+    function: Callable[..., Tensor],
+    tensors: list[Tensor],
+    expected: Truth,
+) -> None:
+    """Verify one implementation, then time its passes, from a CUDA graph where one can be captured."""
+    settings = report.settings
+    wrong = None
+    verified: bool | None = None
+    # A peer that draws random numbers of its own has no truth to be held to.
+    if label["impl"] == OURS or case.reference is None:
+        try:
+            verify(case, function, tensors, expected)
+        except Exception as error:  # a kernel that cannot be compiled or launched is as wrong as a wrong number
+            wrong = f"WRONG: {_reason(error)}"
+        verified = wrong is None
+    for which in passes(case):
+        work = {
+            "flops": pass_flops(case, label["batch"], which),
+            "bytes": pass_bytes(case, label["batch"], which, tensors[0]),
+        }
+        row = label | {"pass": which, "verified": verified} | work
+        if wrong is not None:
+            _add_failed(report, row, wrong)
+            continue
+        try:
+            eager = runner(function, which, tensors)
+            peak = _peak_mb(eager, settings.device)
+            try:
+                timed, note = captured(eager, settings.device), None
+            except NoGraph as error:
+                timed, note = eager, f"timed without a CUDA graph: {error}"
+            _add_timed(report, row, timed, peak, note)
+        except Exception as error:
+            _add_failed(report, row, _reason(error))
 
 
 #: Seconds that Inductor takes to tune a step of AlexNet, roughly: none is begun with less time left.
@@ -255,36 +316,69 @@ _TUNING_SECONDS = 100.0
 def measure_steps(report: Report, implementations: Sequence[str], batches: Sequence[int]) -> None:
     """The training step and inference in the first dtype: each implementation, eager and as a CUDA graph."""
     settings = report.settings
-    dtype = DTYPES[settings.dtypes[0]]
-    wrong = None
-    if OURS in implementations:
-        try:
-            verify_network(settings.network, dtype, settings.device)
-        except (AssertionError, RuntimeError) as error:
-            wrong = _first_line(error)
     for implementation in implementations:
         seconds = _TUNING_SECONDS if implementation == TUNED and settings.compile_backend == "inductor" else 0.0
         for batch in batches:
             for mode in ("train", "infer"):
-                if not report.in_time(f"step {implementation} {mode} {batch}", seconds):
-                    continue
-                label = {"section": "step", "case": "network", "dtype": settings.dtypes[0], "batch": batch, "pass": mode}
-                label["verified"] = wrong is None if implementation == OURS else None
-                if implementation == OURS and wrong is not None:
-                    _add_wrong(report, label | {"impl": OURS}, wrong)
-                else:
-                    _measure_step(report, implementation, label, dtype)
+                if report.in_time(f"step {implementation} {mode} {batch}", seconds):
+                    label = {"section": "step", "case": "network", "dtype": settings.dtypes[0], "batch": batch, "pass": mode}
+                    _measure_step(report, implementation, label)
+                    report.write()
 
 
-def _measure_step(report: Report, implementation: str, label: dict[str, Any], dtype: torch.dtype) -> None:
+def _measure_step(report: Report, implementation: str, label: dict[str, Any]) -> None:
+    """Verify one implementation on the batch it is timed on, then time it eager and as a CUDA graph."""
+    settings, mode = report.settings, label["pass"]
+    dtype = DTYPES[label["dtype"]]
+    eager, graph = (label | {"impl": implementation + suffix, "verified": None} for suffix in ("", "_graph"))
+    try:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        built = build(settings.network, implementation, dtype, settings.device, settings.compile_backend)
+        images, labels = batch_of(settings.network, label["batch"], torch.float32 if built.autocast else dtype, settings.device)
+        if built.images == torch.channels_last:
+            images = to_channels_last(images)
+        verify_network(settings.network, built, dtype, mode, images, labels)
+        eager["verified"] = graph["verified"] = True
+        step = step_function(built, dtype, mode, images, labels)
+        peak = _peak_mb(step, settings.device)
+        _add_timed(report, eager, step, peak, None)
+    except Exception as error:  # whatever one implementation raises, the others are measured
+        wrong = isinstance(error, AssertionError)
+        eager["verified"] = False if wrong else eager["verified"]
+        _add_failed(report, eager, f"WRONG: {_reason(error)}" if wrong else _reason(error))
+        return
+    try:
+        _add_timed(report, graph, captured(step, settings.device), peak, None)
+    except Exception as error:
+        _add_failed(report, graph, _reason(error))
+
+
+def sections(report: Report) -> list[Callable[[], None]]:
+    """What is measured, in order: what tells most first, what Inductor takes minutes for last."""
     settings = report.settings
-    torch.compiler.reset()
-    net, autocast = build(settings.network, implementation, dtype, settings.device, settings.compile_backend)
-    image_dtype = torch.float32 if autocast else dtype
-    images, labels = batch_of(settings.network, label["batch"], image_dtype, settings.device)
-    step = step_function(net, autocast, dtype, label["pass"], images, labels)
-    _add_timed(report, lambda: (step, None), label | {"impl": implementation})
-    _add_timed(report, lambda: (captured(step, settings.device), None), label | {"impl": f"{implementation}_graph"})
+    eager = [name for name in (OURS, *PEERS) if not name.startswith("compile")]
+    compiled = [name for name in PEERS if name.startswith("compile") and name != TUNED]
+    groups = (("plain", settings.plain_cases), ("fused", settings.fused_cases))
+    combinations = [(dtype, batch) for dtype in settings.dtypes for batch in settings.batches]
+
+    def operations(dtype: str, batch: int, compiled: bool = False) -> Callable[[], None]:
+        def measure() -> None:
+            for section, cases in groups:
+                measure_operations(report, section, cases, dtype, batch, compiled)
+
+        return measure
+
+    first, others = settings.step_batches[:1], settings.step_batches[1:]
+    tuned = [TUNED] if settings.tuned else []
+    result: list[Callable[[], None]] = [lambda: measure_steps(report, eager, settings.step_batches)]
+    result += [operations(*combination) for combination in combinations[:1]]
+    result += [lambda: measure_steps(report, compiled, first), lambda: measure_steps(report, tuned, first)]
+    result += [operations(*combination) for combination in combinations[1:]]
+    result += [lambda: measure_steps(report, compiled, others)]
+    if settings.compiled_operations:
+        result += [operations(*combination, compiled=True) for combination in combinations[:1]]
+    return [*result, lambda: measure_steps(report, tuned, others)]
 
 
 def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 8192, copy_bytes: int = 2**30) -> Path:
@@ -297,24 +391,17 @@ def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 819
         raise ValueError(f"fake times do not belong into {out}")
     report = Report(settings, out, console)
     console.print_json(json.dumps(report.content["environment"]))
-    cheap = [name for name in (OURS, *PEERS) if name != TUNED]
-    first, *others = settings.step_batches or (None,)
-    # What tells most comes first; Inductor's tuning takes longest, so all but its first batch size come last.
-    sections: list[Callable[[], None]] = [
-        lambda: measure_steps(report, cheap, settings.step_batches),
-        lambda: measure_steps(report, [TUNED], [] if first is None else [first]),
-        lambda: measure_operations(report, "fused", settings.fused_cases),
-        lambda: measure_operations(report, "plain", settings.plain_cases),
-        lambda: measure_steps(report, [TUNED], others),
-    ]
-    with _float32_on_tensor_cores(), own_stream(settings.device):
+    # Inductor may free what a backward pass needs as it runs; here one is run many times over.
+    with _float32_on_tensor_cores(), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
         report.content["ceilings"] = measure_ceilings(settings, ceiling_size, copy_bytes)
         forward, step = network_flops(settings.network, 1)
         parameters = sum(p.numel() for p in settings.network.reference().parameters())
         report.content["network"] = {"forward_flops": forward, "step_flops": step, "parameters": parameters}
         report.write()
-        for section in sections:
-            section()
+        try:
+            for section in sections(report):
+                section()
+        finally:
             report.write()
     return report.path
 

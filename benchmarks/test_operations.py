@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES, IMPLEMENTATIONS, Case, passes, runner, verify
+from .cases import CASES, IMPLEMENTATIONS, Case, passes, runner, truth, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="timing needs a CUDA GPU")
 
@@ -28,7 +28,7 @@ def test_operation(case: Case, batch: int, dtype: str, which: str, implementatio
     torch.backends.cudnn.benchmark = True
     tensors = case.tensors(batch, DTYPES[dtype], "cuda")
     if implementation == "triton":
-        verify(case, tensors)
+        verify(case, case.ours, tensors, truth(case, tensors))
     run = runner(case.function(implementation), which, tensors)
 
     def synchronized() -> None:

@@ -64,7 +64,9 @@ def test_every_layer_and_pass_is_there(step: tuple[dict, str]) -> None:
     assert passes == {(layer, which) for layer in layers for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
     pools = sorted(r["layer"] for r in step[0]["records"] if r["pass"] == "pool")
     assert pools == sorted(["conv1", "conv2", "conv5"] * 2)
-    assert {r["layer"] for r in step[0]["records"]} == set(layers)
+    assert {r["layer"] for r in step[0]["records"]} == {*layers, "flatten", "loss", "optimizer"}
+    (optimizer,) = [r for r in step[0]["records"] if r["pass"] == "optimizer"]
+    assert optimizer["min_bytes"] == 6 * 46_764_746  # bfloat16 parameter and gradient read, parameter written
 
 
 def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
@@ -83,12 +85,19 @@ def test_no_spills_and_tensor_cores_everywhere(step: tuple[dict, str]) -> None:
     assert [r for r in step[0]["records"] if r["has_dot"] and not r["tensor_core_ops"]] == []
 
 
-def test_totals_are_not_worse_than_the_committed_ones(step: tuple[dict, str]) -> None:
-    """A change that makes them worse on purpose says so: python -m benchmarks.audit --update."""
-    result, _ = step
-    committed = json.loads(COMMITTED.read_text())
-    key = case_name(result["arch"], result["dtype"], result["batch"], result["mode"])
-    assert worse(result["totals"], committed[key]) == []
+@pytest.mark.parametrize("key", json.loads(COMMITTED.read_text()))
+def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) -> None:
+    """A change that makes them worse on purpose says so: python -m benchmarks.audit --update.
+
+    And where they are better the file, from which the README takes its table, is brought up to date the same way.
+    """
+    arch, dtype, batch, mode = key.split("-")
+    arguments = ("--arch", arch, "--dtype", dtype, "--batch", batch.removeprefix("N"), "--mode", mode)
+    result, _ = run_audit(tmp_path / "a.json", *arguments)
+    committed = json.loads(COMMITTED.read_text())[key]
+    assert worse(result["totals"], committed) == []
+    assert worse(committed, result["totals"]) == []
+    assert [r for r in result["records"] if r["has_dot"] and not r["tensor_core_ops"]] == []
 
 
 def test_what_counts_as_worse() -> None:
@@ -106,16 +115,12 @@ def test_the_committed_file_covers_the_targets_and_batches() -> None:
     assert wanted | {case_name("sm_90", "bfloat16", 128, "infer")} == set(committed)
 
 
-@pytest.mark.parametrize("arguments", [("--mode", "infer"), ("--arch", "sm_80", "--batch", "1", "--dtype", "float32")], ids=str)
-def test_other_modes_targets_and_dtypes(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    result, _ = run_audit(tmp_path / "a.json", *arguments)
+def test_float32(tmp_path: Path) -> None:
+    result, _ = run_audit(tmp_path / "a.json", "--batch", "1", "--dtype", "float32", "--mode", "infer")
     assert result["totals"]["spill_bytes"] == 0
-    if "infer" in arguments:
-        assert {r["pass"] for r in result["records"]} == {"fprop", "pool"}
-        assert result["totals"]["saved_bytes_per_image"] == 0
-    else:
-        assert result["totals"]["floor_us"] is None  # no ceiling has been measured on that GPU
-        assert {r["arch"] for r in result["records"]} == {"sm_80"}
+    assert {r["pass"] for r in result["records"]} == {"fprop", "pool", "torch"}
+    assert result["totals"]["saved_bytes_per_image"] == 0
+    assert result["totals"]["floor_us"] is None  # no ceiling of float32 products has been measured
 
 
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
@@ -167,4 +172,4 @@ def test_operators_are_counted_with_their_bytes() -> None:
 def test_the_peer_is_counted_as_a_written_out_step() -> None:
     peer = audit_peer(torch.float32, 2, "train")
     assert peer["saved_bytes_per_image"] == pytest.approx(4.0e6, rel=0.03)  # DESIGN.md section 4
-    assert audit_peer(torch.float32, 2, "infer")["launches"] == 5 + 7 + 3 + 1 + 3
+    assert audit_peer(torch.float32, 2, "infer")["launches"] == 5 + 7 + 3 + 3
