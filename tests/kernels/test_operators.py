@@ -1,0 +1,91 @@
+"""The operators under the autograd Functions, by PyTorch's own check: schema, fake implementation, dynamic shapes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from ..conftest import DEVICE
+
+# By name: the package's own functions hide the modules of the same name.
+conv, drop, lin, pool = (import_module(f"kernels.{name}") for name in ("conv2d", "dropout", "linear", "max_pool2d"))
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+GEOMETRY = ([2, 1], [1, 0], [1, 2], 2)
+
+
+def _pooled() -> tuple[torch.Tensor, torch.Tensor]:
+    y, position, _ = pool.max_pool2d_fprop(_randn(2, 4, 7, 9), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], True, True, True, False)
+    return y, position
+
+
+SAMPLES = {
+    "conv2d_fprop": lambda: (
+        conv.conv2d_fprop,
+        (_randn(2, 4, 7, 9), _randn(6, 2, 3, 3), _randn(6), *GEOMETRY, [4, 5], True),
+    ),
+    "conv2d_dgrad": lambda: (conv.conv2d_dgrad, (_randn(2, 6, 4, 5), _randn(6, 2, 3, 3), [2, 4, 7, 9], *GEOMETRY)),
+    "conv2d_wgrad": lambda: (
+        conv.conv2d_wgrad,
+        (_randn(2, 6, 4, 5), _randn(2, 4, 7, 9), _randn(6, 2, 3, 3), *GEOMETRY),
+    ),
+    "conv2d_epilogue_backward": lambda: (
+        conv.conv2d_epilogue_backward,
+        (_randn(2, 6, 4, 5), _randn(2, 4, 5, 6).permute(0, 3, 1, 2), True, True),
+    ),
+    "conv2d_epilogue_backward_of_a_pool": lambda: (conv.conv2d_epilogue_backward, (*_pooled(), False, True)),
+    "max_pool2d_fprop": lambda: (
+        pool.max_pool2d_fprop,
+        (_randn(2, 4, 7, 9), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
+    ),
+    "max_pool2d_dgrad": lambda: (
+        pool.max_pool2d_dgrad,
+        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True),
+    ),
+    "linear_fprop": lambda: (
+        lin.linear_fprop,
+        (_randn(5, 7), _randn(3, 7), _randn(3), torch.tensor(5, device=DEVICE), 0.5, True),
+    ),
+    "linear_dgrad": lambda: (lin.linear_dgrad, (_randn(5, 3), _randn(3, 7))),
+    "linear_wgrad": lambda: (lin.linear_wgrad, (_randn(5, 3), _randn(5, 7), _randn(3, 7))),
+    "linear_epilogue_backward": lambda: (
+        lin.linear_epilogue_backward,
+        (_randn(5, 3), _randn(5, 3), torch.tensor(5, device=DEVICE), 0.5, True, True),
+    ),
+    "dropout_apply": lambda: (drop.dropout_apply, (_randn(5, 3), torch.tensor(5, device=DEVICE), 0.5)),
+    "dropout_keep_mask": lambda: (drop.dropout_keep_mask, ([5, 3], torch.tensor(5, device=DEVICE), 0.5)),
+}
+
+
+def test_every_operator_has_a_sample() -> None:
+    modules = (conv, drop, lin, pool)
+    operators = {n for m in modules for n, v in vars(m).items() if isinstance(v, torch.library.CustomOpDef)}
+    assert operators == {name.split("_of_")[0] for name in SAMPLES}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    operator, arguments = SAMPLES[name]()
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:
+    """Forward and backward, every kind of run; the compiled gradients are those of the eager network."""
+    from alexnet_triton import FusedSequential
+
+    from ..alexnet_triton.test_fused import small_layers
+
+    net = FusedSequential(*small_layers(dropout=0.0)).to(DEVICE)
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (2, 3):
+        x = _randn(batch, 3, 18, 18)
+        results = [torch.autograd.grad(f(x).square().sum(), list(net.parameters())) for f in (compiled, net)]
+        for ours, eager in zip(*results, strict=True):
+            assert torch.equal(ours, eager)
