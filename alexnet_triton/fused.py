@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -22,8 +21,7 @@ _GLOBAL_HOOK_DICTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring layers of a :class:`FusedSequential` that are run by one call.
 
     Attributes:
@@ -34,9 +32,10 @@ class Run:
     operation: str
     layers: tuple[nn.Module, ...]
 
-    def __call__(self, input: Any) -> Any:
-        """The output of the last layer."""
-        return _OPERATIONS[self.operation](input, *self.layers)
+
+def call(run: Run, input: Any) -> Any:
+    """The output of the last layer of a run."""
+    return _OPERATIONS[run.operation](input, *run.layers)
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -159,7 +158,7 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         """The output of the last layer for ``input``, the first layer's input."""
         for run in plan(list(self)):
-            input = run(input)
+            input = call(run, input)
         return input
 
     def __getitem__(self, index: slice | int) -> Any:
