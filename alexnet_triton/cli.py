@@ -83,12 +83,12 @@ def _device(name: str) -> torch.device:
         raise typer.BadParameter(f"{name!r} is no usable device: {str(error).splitlines()[0]}") from error
 
 
-def _runs_on(device: torch.device, backend: str) -> str:
+def _runs_on(device: torch.device) -> str:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"the CPU ({torch.get_num_threads()} threads)"
-    return f"{describe_backend(device, backend)} on {hardware}"
+    return f"{describe_backend(device)} on {hardware}"
 
 
 def _duration(seconds: float) -> str:
@@ -151,7 +151,7 @@ def train_command(
     try:
         dataset = load_fashion_mnist(data)
         with kernels.use_backend(backend.value):
-            runs_on = _runs_on(where, backend.value)
+            runs_on = _runs_on(where)
             training, test = dataset.train.limited(limit), dataset.test.limited(limit)
             net = new_model(model, seed, where)
             speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
@@ -202,7 +202,7 @@ def evaluate_command(
         net, model, _ = load_checkpoint(checkpoint, where)
         test = load_fashion_mnist(data).test.limited(limit)
         with kernels.use_backend(backend.value):
-            console.print(f"{model} on {_runs_on(where, backend.value)}, {len(test)} test images")
+            console.print(f"{model} on {_runs_on(where)}, {len(test)} test images")
             loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise _fail(error) from error

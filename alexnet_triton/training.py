@@ -234,10 +234,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, l
     return net.to(device=device, memory_format=torch.channels_last), model, content.get("metrics", [])  # type: ignore[call-overload]
 
 
-def describe_backend(device: torch.device, backend: str) -> str:
-    """In words, what the operations run on."""
-    with kernels.use_backend(backend):  # type: ignore[arg-type]
-        triton = kernels.backend.runs_triton(torch.empty(0, device=device))
-    if not triton:
+def describe_backend(device: torch.device) -> str:
+    """In words, what the operations run on under the current backend."""
+    if not kernels.backend.runs_triton(torch.empty(0, device=device)):
         return "PyTorch reference"
     return "Triton kernels" if device.type == "cuda" else "Triton kernels in Triton's interpreter (for checking, slow)"

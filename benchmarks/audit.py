@@ -62,7 +62,7 @@ class Target:
 
 
 #: Multiprocessors from NVIDIA's architecture papers, limits from the CUDA programming guide's table of compute capabilities,
-#: the H100's ceilings as measured for DESIGN.md section 6.
+#: the H100's ceilings as DESIGN.md section 6 gives them.
 TARGETS = {
     "sm_80": Target("A100 SXM", 108, 65536, 164 * 1024, 64, 32),
     "sm_90": Target("H100 SXM", 132, 65536, 228 * 1024, 64, 32, tflops=798.0, tbps=3.0),

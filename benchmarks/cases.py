@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels.launch import new_output
 from kernels.precision import conv_input_precision, matmul_input_precision
 
 IMPLEMENTATIONS = ("triton", "torch")
@@ -27,9 +28,7 @@ def to_channels_last(tensor: Tensor) -> Tensor:
     With one channel ``contiguous(memory_format=torch.channels_last)`` changes nothing, and PyTorch would take the tensor, and
     all that it makes of it, for NCHW.
     """
-    n, c, h, w = tensor.shape
-    copy = torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
+    return new_output(tensor.shape, tensor.dtype, tensor.device, channels_last=True).copy_(tensor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import triton
 from torch import Tensor
 
 
@@ -18,13 +19,9 @@ def fewest_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _tile_flops(a: dict[str, Any], reduction: int) -> int:
     """FLOPs of one program: whole tiles, whole steps along the reduction."""
-    return 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"] * _cdiv(reduction, a["BLOCK_K"])
+    return 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"] * triton.cdiv(reduction, a["BLOCK_K"])
 
 
 def _conv2d_fprop(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import triton
 
 from .backend import INTERPRETED
 
@@ -36,13 +37,8 @@ def _apply_overrides(config: dict[str, int]) -> dict[str, int]:
     return {key: _overrides.get(key, value) for key, value in config.items()}
 
 
-def next_power_of_2(n: int) -> int:
-    """The least power of two >= ``n`` (1 for n <= 1)."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _tile(n: int, low: int, high: int) -> int:
-    return max(low, min(high, next_power_of_2(n)))
+    return max(low, min(high, triton.next_power_of_2(n)))
 
 
 def matmul_config(

@@ -13,6 +13,7 @@ padding, dilation, groups and memory layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from .checks import check_activation, check_tensors, pair
 from .config import matmul_config, split_count
 from .device import cast, dot, program_id, relu
 from .differentiation import once_differentiable
-from .launch import launch, needs_int64, new_output, new_output_like
+from .launch import launch, needs_int64, new_output, new_output_like, strides
 from .precision import conv_input_precision
 from .reduction import accumulator_dtype, epilogue_backward, new_epilogue_gradients, sum_parts, triton_accumulator
 
@@ -346,8 +347,8 @@ def conv2d_fprop(
         W=w,
         P=p,
         Q=q,
-        **_strides("stride_x", "nchw", input),
-        **_strides("stride_w", "kcrs", weight),
+        **strides("stride_x", "nchw", input),
+        **strides("stride_w", "kcrs", weight),
         stride_h=stride[0],
         stride_w=stride[1],
         pad_h=padding[0],
@@ -411,8 +412,8 @@ def conv2d_dgrad(
         W=w,
         P=p,
         Q=q,
-        **_strides("stride_z", "nkpq", dz),
-        **_strides("stride_w", "kcrs", weight),
+        **strides("stride_z", "nkpq", dz),
+        **strides("stride_w", "kcrs", weight),
         pad_h=padding[0],
         pad_w=padding[1],
         R=r,
@@ -476,8 +477,8 @@ def conv2d_wgrad(
         W=w,
         P=p,
         Q=q,
-        **_strides("stride_z", "nkpq", dz),
-        **_strides("stride_x", "nchw", input),
+        **strides("stride_z", "nkpq", dz),
+        **strides("stride_x", "nchw", input),
         stride_h=stride[0],
         stride_w=stride[1],
         pad_h=padding[0],
@@ -514,24 +515,15 @@ def _(grad_output, output, write_dz, sum_columns):
     return new_epilogue_gradients(grad_output, write_dz, sum_columns)
 
 
-def _strides(prefix: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    return {prefix + axis: stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
 def _is_irregular(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     return groups > 1 or max(*stride, *dilation) > 1
 
 
 def _filter_step(stride: int, dilation: int) -> tuple[int, int]:
     """Distance of the filter rows that meet one phase of the input, and the inverse that finds the first of them."""
-    step = stride // _gcd(stride, dilation)
-    return step, pow(dilation // _gcd(stride, dilation), -1, step) if step > 1 else 0
-
-
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
+    common = math.gcd(stride, dilation)
+    step = stride // common
+    return step, pow(dilation // common, -1, step) if step > 1 else 0
 
 
 # ------------------------------------------------------------------------------------------------- autograd Function

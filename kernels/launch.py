@@ -50,6 +50,11 @@ def is_recording() -> bool:
     return _recorder is not None
 
 
+def strides(prefix: str, axes: str, tensor: torch.Tensor) -> dict[str, int]:
+    """Kernel arguments for a tensor's strides: ``strides("stride_x", "nchw", x)`` gives ``stride_xn``, ``stride_xc``, ..."""
+    return {prefix + axis: stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
+
+
 #: Set by tests: compile and run every kernel as for tensors of more than 2^31 elements.
 force_int64 = False
 

@@ -20,7 +20,7 @@ from .checks import check_tensors, pair
 from .config import elementwise_config
 from .device import cast, program_id
 from .differentiation import once_differentiable
-from .launch import launch, needs_int64, new_output
+from .launch import launch, needs_int64, new_output, strides
 from .reduction import triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -223,10 +223,7 @@ def max_pool2d_fprop(
         W=w,
         P=p,
         Q=q,
-        stride_xn=input.stride(0),
-        stride_xc=input.stride(1),
-        stride_xh=input.stride(2),
-        stride_xw=input.stride(3),
+        **strides("stride_x", "nchw", input),
         **_window(kernel_size, stride, padding, dilation),
         CHANNELS_LAST=channels_last,
         RELU=relu,
@@ -284,14 +281,8 @@ def max_pool2d_dgrad(
         W=w,
         P=position.shape[2],
         Q=position.shape[3],
-        stride_dyn=grad_output.stride(0),
-        stride_dyc=grad_output.stride(1),
-        stride_dyp=grad_output.stride(2),
-        stride_dyq=grad_output.stride(3),
-        stride_pn=position.stride(0),
-        stride_pc=position.stride(1),
-        stride_pp=position.stride(2),
-        stride_pq=position.stride(3),
+        **strides("stride_dy", "ncpq", grad_output),
+        **strides("stride_p", "ncpq", position),
         **_window(kernel_size, stride, padding, dilation),
         CHANNELS_LAST=channels_last,
         WIDE=wide,

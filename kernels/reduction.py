@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import column_sum_config, elementwise_config, split_count
 from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
-from .launch import launch, needs_int64, new_output
+from .launch import launch, needs_int64, new_output, strides
 
 
 def dropout_scale(p: float) -> float:
@@ -150,10 +150,7 @@ def sum_parts(partial: Tensor, out: Tensor) -> None:
         C=out.shape[1],
         R=out.shape[2],
         S=out.shape[3],
-        stride_k=out.stride(0),
-        stride_c=out.stride(1),
-        stride_r=out.stride(2),
-        stride_s=out.stride(3),
+        **strides("stride_", "kcrs", out),
         WIDE=needs_int64(partial, out),
         ACC=triton_accumulator(partial.dtype),
         **config,
@@ -213,10 +210,7 @@ def epilogue_backward(
         C=c,
         P=height,
         Q=width,
-        stride_dyn=grad_output.stride(0),
-        stride_dyc=grad_output.stride(1),
-        stride_dyp=grad_output.stride(2),
-        stride_dyq=grad_output.stride(3),
+        **strides("stride_dy", "ncpq", grad_output),
         blocks_per_split=triton.cdiv(row_blocks, split),
         p=float(p),
         scale=dropout_scale(p),
