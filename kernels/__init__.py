@@ -4,6 +4,7 @@ Each operation has the meaning of its PyTorch counterpart, one file with its ker
 public function, and a ``*_reference`` beside it in PyTorch's own operations.
 """
 
+from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
 from .backend import use_backend
 from .conv2d import conv2d
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d

@@ -28,8 +28,9 @@ from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
 from .config import matmul_config, split_count
 from .device import cast, dot, program_id, relu
-from .differentiation import once_differentiable
+from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .launch import launch, needs_int64, new_output, new_output_like, strides
+from .overrides import overridable
 from .precision import conv_input_precision
 from .reduction import accumulator_dtype, epilogue_backward, new_epilogue_gradients, sum_parts, triton_accumulator
 
@@ -533,25 +534,31 @@ def conv2d_gradients(
     dz: Tensor,
     input: Tensor,
     weight: Tensor,
-    geometry: tuple[list[int], list[int], list[int], int],
+    geometry: Sequence[Any],
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input and weight from that before the activation; only what is needed is launched."""
+    """Gradients of input and weight from that before the activation; only what is needed is launched.
+
+    ``geometry``: stride, padding, dilation, groups.
+    """
     dx = conv2d_dgrad(dz, weight, list(input.shape), *geometry) if needs_input else None
     dw = conv2d_wgrad(dz, input, weight, *geometry) if needs_weight else None
     return dx, dw
 
 
-class Conv2dFunction(torch.autograd.Function):
+class Conv2dFunction(OperatorFunction):
     """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, output_size, relu):
-        output = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu)
+    def forward(input, weight, bias, stride, padding, dilation, groups, output_size, relu):
+        return conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, weight, _, *geometry, _, relu = inputs
         ctx.save_for_backward(input, weight, output if relu else None)
-        ctx.geometry = (stride, padding, dilation, groups)
-        return output
+        ctx.geometry = geometry
 
     @staticmethod
     @once_differentiable
@@ -567,6 +574,8 @@ class Conv2dFunction(torch.autograd.Function):
         dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
         return dx, dw, d_bias, None, None, None, None, None, None
 
+
+register_autograd(Conv2dFunction, conv2d_fprop)
 
 # --------------------------------------------------------------------------------------------------- public function
 
@@ -604,6 +613,7 @@ def conv2d_arguments(
         raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight.shape)}")
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
+    n, _, height, width = input.shape
     k, cg, r, s = weight.shape
     if input.shape[1] != cg * groups:
         raise ValueError(
@@ -614,6 +624,8 @@ def conv2d_arguments(
         raise ValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
     if bias is not None and bias.shape != (k,):
         raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias.shape)}")
+    if min(height, width) < 1 and n > 0:
+        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
     if min(cg, r, s) < 1:
         raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight.shape)}")
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -649,6 +661,7 @@ def _padding(
     return (2 * before[0], 2 * before[1]), before
 
 
+@overridable
 def conv2d(
     input: Tensor,
     weight: Tensor,

@@ -22,26 +22,115 @@ from .conv2d import (
     conv2d_gradients,
     conv2d_reference,
 )
-from .differentiation import once_differentiable
-from .max_pool2d import max_pool2d_dgrad, max_pool2d_fprop, max_pool2d_reference, pool_arguments
+from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
+from .launch import new_output
+from .max_pool2d import (
+    check_positions_written,
+    max_pool2d_dgrad,
+    max_pool2d_fprop,
+    max_pool2d_reference,
+    new_position_and_index,
+    pool_arguments,
+)
+from .overrides import overridable
 
 
-class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
+@torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
+def conv2d_relu_max_pool2d_fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    conv_size: list[int],
+    kernel_size: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+    pool_size: list[int],
+    write_position: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pooled values and window positions, each channels-last (N, K, P, Q); positions empty where not wanted."""
+    unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
+    pooled, position, _ = max_pool2d_fprop(
+        unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, True, True, write_position, False
+    )
+    return pooled, position
+
+
+@conv2d_relu_max_pool2d_fprop.register_fake
+def _(
+    input,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    groups,
+    conv_size,
+    kernel_size,
+    pool_stride,
+    pool_padding,
+    pool_size,
+    write_position,
+):
+    size = (input.shape[0], weight.shape[0], *pool_size)
+    pooled = new_output(size, input.dtype, input.device, channels_last=True)
+    position, _ = new_position_and_index(pooled, kernel_size, True, write_position, False)
+    return pooled, position
+
+
+class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input, weight and window positions."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, stride, padding, dilation, groups, conv_size, window, pool_size, want_grad):
-        unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
-        pooled, position, _ = max_pool2d_fprop(unpooled, *window, pool_size, True, True, want_grad, False)
+    def forward(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        conv_size,
+        kernel_size,
+        pool_stride,
+        pool_padding,
+        pool_size,
+        write_position,
+    ):
+        return conv2d_relu_max_pool2d_fprop(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            conv_size,
+            kernel_size,
+            pool_stride,
+            pool_padding,
+            pool_size,
+            write_position,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        input, weight, _, stride, padding, dilation, groups, conv_size, *window, _, write_position = inputs
+        position = output[1]
         ctx.save_for_backward(input, weight, position)
+        ctx.mark_non_differentiable(position)
         ctx.geometry = (stride, padding, dilation, groups)
-        ctx.window = window
-        ctx.unpooled_size = list(unpooled.shape)
-        return pooled
+        ctx.window = (*window, [1, 1])
+        ctx.unpooled_size = [input.shape[0], weight.shape[0], *conv_size]
+        ctx.write_position = write_position
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor], grad_output: Tensor):
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, _: Any):
+        check_positions_written(ctx.write_position)
         input, weight, position = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = d_bias = None
@@ -51,7 +140,10 @@ class Conv2dReLUMaxPool2dFunction(torch.autograd.Function):
         if needs_input or needs_weight:
             dz = max_pool2d_dgrad(grad_output, position, ctx.unpooled_size, *ctx.window, True)
             dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
-        return dx, dw, d_bias, None, None, None, None, None, None, None, None
+        return dx, dw, d_bias, *[None] * 10
+
+
+register_autograd(Conv2dReLUMaxPool2dFunction, conv2d_relu_max_pool2d_fprop)
 
 
 def conv2d_relu_max_pool2d_reference(
@@ -75,6 +167,7 @@ def conv2d_relu_max_pool2d_reference(
     return pooled
 
 
+@overridable
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -119,8 +212,20 @@ def conv2d_relu_max_pool2d(
             pool_padding=pool_padding,
             ceil_mode=ceil_mode,
         )
-    want_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    pooled = Conv2dReLUMaxPool2dFunction.apply(
-        batched, weight, bias, strides, before, dilations, groups, conv_size, window, pool_size, want_grad
+    kernel_size, steps, pads, _ = window
+    pooled, _ = Conv2dReLUMaxPool2dFunction.apply(
+        batched,
+        weight,
+        bias,
+        strides,
+        before,
+        dilations,
+        groups,
+        conv_size,
+        kernel_size,
+        steps,
+        pads,
+        pool_size,
+        wants_grad(input, weight, bias),
     )
     return pooled.squeeze(0) if input.dim() == 3 else pooled

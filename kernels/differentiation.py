@@ -1,4 +1,5 @@
-"""A backward pass that refuses to be differentiated itself."""
+"""What the autograd Functions share: their registration with their operator, and a backward pass that refuses to be
+differentiated itself."""
 
 from __future__ import annotations
 
@@ -7,15 +8,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.library import CustomOpDef  # type: ignore[attr-defined]
+
+
+class OperatorFunction(torch.autograd.Function):
+    """An autograd Function over one custom operator, with the operator's own inputs and outputs.
+
+    Being in the form with ``setup_context``, it works under ``torch.func``; where ``vmap`` meets an operator, PyTorch calls the
+    operator once for each entry.
+    """
+
+    generate_vmap_rule = True
+
+
+def register_autograd(function: type[OperatorFunction], operator: CustomOpDef) -> None:
+    """Give ``operator`` the gradient of ``function``.
+
+    Eager and compiled code go through the Function and never need it. A graph of operators does, when it is differentiated
+    later: what ``torch.export`` wrote can be trained.
+    """
+    operator.register_autograd(function.backward, setup_context=function.setup_context)
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether an operation on ``tensors`` may be asked for a gradient later."""
+    if not torch.is_grad_enabled():
+        return False
+    # Inside vmap a tensor does not say that an outer torch.func.grad watches it.
+    return any(t is not None and t.requires_grad for t in tensors) or torch._C._are_functorch_transforms_active()
 
 
 class _RefuseFunction(torch.autograd.Function):
     """Passes a gradient through, hanging in the graph on all that it was computed from; differentiating it raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, gradient, *computed_from):
-        ctx.name = name
+    def forward(name: str, gradient, *computed_from):
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any):
@@ -34,6 +68,8 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     ``grad(loss, x, create_graph=True)`` it does not, and the second derivative silently lacks this term.
     """
 
+    name = backward.__qualname__.split(".")[0].removesuffix("Function")
+
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple:
         saved = ctx.saved_tensors
@@ -42,7 +78,6 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         if not torch.is_grad_enabled():
             return results
         computed_from = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
-        name = type(ctx).__name__.removesuffix("FunctionBackward")
         return tuple(r if r is None else _RefuseFunction.apply(name, r, *computed_from) for r in results)
 
     return wrapper

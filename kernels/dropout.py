@@ -19,8 +19,9 @@ from .backend import runs_triton
 from .checks import check_probability, check_tensors
 from .config import elementwise_config
 from .device import cast, dropout_factor, program_id
-from .differentiation import once_differentiable
+from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .launch import launch, needs_int64, new_output
+from .overrides import overridable
 from .reduction import dropout_scale, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -118,20 +119,26 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
-class DropoutFunction(torch.autograd.Function):
+class DropoutFunction(OperatorFunction):
     """Dropout. Saves its seed; the gradient is the same product again."""
 
     @staticmethod
-    def forward(ctx: Any, input, seed, p):
-        ctx.save_for_backward(seed)
-        ctx.p = p
+    def forward(input, seed, p):
         return dropout_apply(input, seed, p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, seed, ctx.p = inputs
+        ctx.save_for_backward(seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor):
         (seed,) = saved
         return dropout_apply(grad_output, seed, ctx.p), None, None
+
+
+register_autograd(DropoutFunction, dropout_apply)
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -202,6 +209,7 @@ def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: 
     return dropout_mask_reference(shape, p, seed)
 
 
+@overridable
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None) -> Tensor:
     """Dropout with the mask ``dropout_mask(input.shape, p, seed)``; the meaning of :func:`torch.nn.functional.dropout`.
 

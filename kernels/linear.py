@@ -6,6 +6,7 @@ one matrix kernel over different strides; the epilogue runs on the accumulators 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from .backend import runs_triton
 from .checks import check_activation, check_probability, check_tensors
 from .config import matmul_config
 from .device import cast, dot, dropout_factor, program_id, relu
-from .differentiation import once_differentiable
+from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
 from .launch import launch, needs_int64, new_output, new_output_like
+from .overrides import overridable
 from .precision import matmul_input_precision
 from .reduction import dropout_scale, epilogue_backward, triton_accumulator
 
@@ -194,15 +196,18 @@ def _(grad_output, output, seed, p, write_dz, sum_columns):
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(OperatorFunction):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, seed, p, relu):
-        output = linear_fprop(input, weight, bias, seed, p, relu)
+    def forward(input, weight, bias, seed, p, relu):
+        return linear_fprop(input, weight, bias, seed, p, relu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, weight, _, seed, p, relu = inputs
         ctx.save_for_backward(input, weight, output if relu else None, seed)
         ctx.p = p
-        return output
 
     @staticmethod
     @once_differentiable
@@ -222,6 +227,8 @@ class LinearFunction(torch.autograd.Function):
         return dx, dw, d_bias, None, None, None
 
 
+register_autograd(LinearFunction, linear_fprop)
+
 # --------------------------------------------------------------------------------------------------- public functions
 
 
@@ -240,36 +247,47 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensors(input=input, weight=weight, bias=bias)
     if input.dim() < 1:
         raise ValueError("input must be (..., in_features), got a scalar")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be (out_features, in_features), got shape {tuple(weight.shape)}")
-    if input.shape[-1] != weight.shape[1]:
+    if weight.dim() not in (1, 2):
+        raise ValueError(f"weight must be (out_features, in_features) or (in_features,), got shape {tuple(weight.shape)}")
+    if input.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} wants "
-            f"{weight.shape[1]}"
+            f"{weight.shape[-1]}"
         )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is None:
+        return
+    if weight.dim() == 1:
+        raise ValueError(f"bias must be None with a weight of shape (in_features,), got shape {tuple(bias.shape)}")
+    features = weight.shape[0]
+    if bias.dim() > input.dim() or bias.numel() not in (1, features) or (bias.dim() > 0 and bias.shape[-1] != bias.numel()):
+        raise ValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
 
 
 def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool) -> Tensor:
-    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
+    if weight.dim() == 1:
+        return _apply_linear(input, weight.unsqueeze(0), bias, seed, p, fuse_relu).squeeze(-1)
+    if bias is not None:
+        bias = bias.reshape(-1).expand(weight.shape[0])
+    # math.prod, not Size.numel(): that would pin a dynamic batch size to what it was while tracing.
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     output = LinearFunction.apply(rows, weight, bias, seed, p, fuse_relu)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 
+@overridable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """Linear layer, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.linear`.
 
     Args:
         input: (..., in_features); float32, float16 or bfloat16 (float64 on the CPU), any strides.
-        weight: (out_features, in_features), dtype and device of ``input``.
-        bias: (out_features,) or None.
+        weight: (out_features, in_features), dtype and device of ``input``; or (in_features,), without a bias.
+        bias: (out_features,), one value as (1,) or (), or None.
         activation: None or ``"relu"``.
 
     Returns:
-        (..., out_features) in ``input``'s dtype. Products are summed in float32 (float64 for float64). float32 products
-        follow ``torch.backends.cuda.matmul.fp32_precision`` (IEEE by PyTorch's default). Under autocast, inputs are cast
-        as ``F.linear`` casts them.
+        (..., out_features), or (...) for a 1-D weight, in ``input``'s dtype. Products are summed in float32 (float64 for
+        float64). float32 products follow ``torch.backends.cuda.matmul.fp32_precision`` (IEEE by PyTorch's default). Under
+        autocast, inputs are cast as ``F.linear`` casts them.
 
     Raises:
         TypeError: a dtype that the kernels do not run, or dtypes that differ.
@@ -283,6 +301,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     return _apply_linear(input, weight, bias, None, 0.0, fuse_relu)
 
 
+@overridable
 def linear_relu_dropout(
     input: Tensor,
     weight: Tensor,

@@ -19,8 +19,9 @@ from .backend import runs_triton
 from .checks import check_tensors, pair
 from .config import elementwise_config
 from .device import cast, program_id
-from .differentiation import once_differentiable
+from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import launch, needs_int64, new_output, strides
+from .overrides import overridable
 from .reduction import triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -207,7 +208,7 @@ def max_pool2d_fprop(
     n, c, h, w = input.shape
     p, q = output_size
     y = new_output((n, c, p, q), input.dtype, input.device, channels_last=channels_last)
-    position, index = _position_and_index(y, kernel_size, channels_last, write_position, write_index)
+    position, index = new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
     wide = needs_int64(input, y)
     config = elementwise_config(y.numel(), wide)
     launch(
@@ -237,9 +238,10 @@ def max_pool2d_fprop(
     return y, position, index
 
 
-def _position_and_index(
+def new_position_and_index(
     y: Tensor, kernel_size: Sequence[int], channels_last: bool, write_position: bool, write_index: bool
 ) -> tuple[Tensor, Tensor]:
+    """Uninitialised window positions and int64 indices for the outputs ``y``; empty where not wanted."""
     nothing = y.new_empty(0, dtype=torch.uint8)
     dtype = position_dtype(kernel_size)
     position = new_output(y.shape, dtype, y.device, channels_last=channels_last) if write_position else nothing
@@ -250,7 +252,7 @@ def _position_and_index(
 @max_pool2d_fprop.register_fake
 def _(input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index):
     y = new_output((*input.shape[:2], *output_size), input.dtype, input.device, channels_last=channels_last)
-    return y, *_position_and_index(y, kernel_size, channels_last, write_position, write_index)
+    return y, *new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
 
 
 @torch.library.custom_op("alexnet_triton::max_pool2d_dgrad", mutates_args=())
@@ -316,27 +318,44 @@ def _window(
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
-class MaxPool2dFunction(torch.autograd.Function):
+def check_positions_written(written: bool) -> None:
+    """Refuse the backward pass of a pool whose forward pass was not asked for positions."""
+    if not written:
+        raise RuntimeError(
+            "this max-pool was recorded without the window positions that its gradient needs: its graph was made under "
+            "torch.no_grad() or from tensors that require no gradient"
+        )
+
+
+class MaxPool2dFunction(OperatorFunction):
     """Max-pool. Saves one byte an output: the position in its window."""
 
     @staticmethod
-    def forward(ctx: Any, input, kernel_size, stride, padding, dilation, output_size, want_grad, want_index):
-        channels_last = is_channels_last(input)
-        y, position, index = max_pool2d_fprop(
-            input, kernel_size, stride, padding, dilation, output_size, channels_last, False, want_grad, want_index
+    def forward(input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index):
+        return max_pool2d_fprop(
+            input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, *window, _, channels_last, _, write_position, _ = inputs
+        _, position, index = output
         ctx.save_for_backward(position)
-        ctx.window = (kernel_size, stride, padding, dilation, channels_last)
+        ctx.mark_non_differentiable(position, index)
+        ctx.window = (*window, channels_last)
         ctx.input_size = list(input.shape)
-        ctx.mark_non_differentiable(index)
-        return y, index
+        ctx.write_position = write_position
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, _: Any):
+    def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
+        check_positions_written(ctx.write_position)
         (position,) = saved
         dx = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window)
-        return dx, None, None, None, None, None, None, None
+        return dx, *[None] * 9
+
+
+register_autograd(MaxPool2dFunction, max_pool2d_fprop)
 
 
 # --------------------------------------------------------------------------------------------------- public function
@@ -391,6 +410,7 @@ def pool_arguments(
     return list(window), list(steps), list(pads), list(dilations), output
 
 
+@overridable
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -422,12 +442,13 @@ def max_pool2d(
     check_tensors(input=input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
+    if input.shape[-3] == 0:
+        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
     window = pool_arguments(input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
     if not runs_triton(input):
         return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    want_grad = torch.is_grad_enabled() and input.requires_grad
-    y, index = MaxPool2dFunction.apply(batched, *window, want_grad, return_indices)
+    y, _, index = MaxPool2dFunction.apply(batched, *window, is_channels_last(batched), False, wants_grad(input), return_indices)
     if input.dim() == 3:
         y, index = y.squeeze(0), index.squeeze(0) if return_indices else index
     return (y, index) if return_indices else y

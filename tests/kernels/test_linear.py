@@ -210,7 +210,9 @@ def test_compiles_as_one_graph() -> None:
 X, W, B = torch.zeros(5, 7), torch.zeros(11, 7), torch.zeros(11)
 BAD = {
     "scalar": ((torch.tensor(1.0), W, B), {}, ValueError, "input must be"),
-    "weight_rank": ((X, W[0], B), {}, ValueError, "weight must be"),
+    "weight_rank": ((X, W[None], B), {}, ValueError, "weight must be"),
+    "bias_of_a_vector": ((X, W[0], B[0]), {}, ValueError, "bias must be None with a weight of shape"),
+    "bias_matrix": ((X, W, B.expand(5, 11)), {}, ValueError, r"bias must have shape \(11,\)"),
     "features": ((X[:, :6], W, B), {}, ValueError, "input has 6 features"),
     "bias": ((X, W, B[:5]), {}, ValueError, r"bias must have shape \(11,\)"),
     "dtype": ((X, W.half(), B), {}, TypeError, "weight must have the dtype of input"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from ..conftest import DEVICE
 
 # By name: the package's own functions hide the modules of the same name.
-conv, drop, lin, pool = (import_module(f"kernels.{name}") for name in ("conv2d", "dropout", "linear", "max_pool2d"))
+conv, block, drop, lin, pool = (
+    import_module(f"kernels.{name}") for name in ("conv2d", "conv2d_relu_max_pool2d", "dropout", "linear", "max_pool2d")
+)
 
 
-def _randn(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE)
+def _randn(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, requires_grad=grad)
 
 
 GEOMETRY = ([2, 1], [1, 0], [1, 2], 2)
@@ -28,7 +31,18 @@ def _pooled() -> tuple[torch.Tensor, torch.Tensor]:
 SAMPLES = {
     "conv2d_fprop": lambda: (
         conv.conv2d_fprop,
-        (_randn(2, 4, 7, 9), _randn(6, 2, 3, 3), _randn(6), *GEOMETRY, [4, 5], True),
+        (_randn(2, 4, 7, 9, grad=True), _randn(6, 2, 3, 3, grad=True), _randn(6, grad=True), *GEOMETRY, [4, 5], True),
+    ),
+    "conv2d_fprop_without_a_gradient": lambda: (
+        conv.conv2d_fprop,
+        (_randn(2, 4, 7, 9), _randn(6, 2, 3, 3), None, *GEOMETRY, [4, 5], False),
+    ),
+    "conv2d_relu_max_pool2d_fprop": lambda: (
+        block.conv2d_relu_max_pool2d_fprop,
+        (
+            *(_randn(2, 4, 7, 9, grad=True), _randn(6, 2, 3, 3, grad=True), _randn(6, grad=True), *GEOMETRY, [4, 5]),
+            *([3, 3], [2, 2], [1, 1], [2, 3], True),
+        ),
     ),
     "conv2d_dgrad": lambda: (conv.conv2d_dgrad, (_randn(2, 6, 4, 5), _randn(6, 2, 3, 3), [2, 4, 7, 9], *GEOMETRY)),
     "conv2d_wgrad": lambda: (
@@ -42,7 +56,7 @@ SAMPLES = {
     "conv2d_epilogue_backward_of_a_pool": lambda: (conv.conv2d_epilogue_backward, (*_pooled(), False, True)),
     "max_pool2d_fprop": lambda: (
         pool.max_pool2d_fprop,
-        (_randn(2, 4, 7, 9), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
+        (_randn(2, 4, 7, 9, grad=True), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
     ),
     "max_pool2d_dgrad": lambda: (
         pool.max_pool2d_dgrad,
@@ -50,7 +64,10 @@ SAMPLES = {
     ),
     "linear_fprop": lambda: (
         lin.linear_fprop,
-        (_randn(5, 7), _randn(3, 7), _randn(3), torch.tensor(5, device=DEVICE), 0.5, True),
+        (
+            *(_randn(5, 7, grad=True), _randn(3, 7, grad=True), _randn(3, grad=True)),
+            *(torch.tensor(5, device=DEVICE), 0.5, True),
+        ),
     ),
     "linear_dgrad": lambda: (lin.linear_dgrad, (_randn(5, 3), _randn(3, 7))),
     "linear_wgrad": lambda: (lin.linear_wgrad, (_randn(5, 3), _randn(5, 7), _randn(3, 7))),
@@ -58,15 +75,15 @@ SAMPLES = {
         lin.linear_epilogue_backward,
         (_randn(5, 3), _randn(5, 3), torch.tensor(5, device=DEVICE), 0.5, True, True),
     ),
-    "dropout_apply": lambda: (drop.dropout_apply, (_randn(5, 3), torch.tensor(5, device=DEVICE), 0.5)),
+    "dropout_apply": lambda: (drop.dropout_apply, (_randn(5, 3, grad=True), torch.tensor(5, device=DEVICE), 0.5)),
     "dropout_keep_mask": lambda: (drop.dropout_keep_mask, ([5, 3], torch.tensor(5, device=DEVICE), 0.5)),
 }
 
 
 def test_every_operator_has_a_sample() -> None:
-    modules = (conv, drop, lin, pool)
+    modules = (conv, block, drop, lin, pool)
     operators = {n for m in modules for n, v in vars(m).items() if isinstance(v, torch.library.CustomOpDef)}
-    assert operators == {name.split("_of_")[0] for name in SAMPLES}
+    assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -83,8 +100,9 @@ def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:
     from ..alexnet_triton.test_fused import small_layers
 
     net = FusedSequential(*small_layers(dropout=0.0)).to(DEVICE)
+    torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for batch in (2, 3):
+    for batch in (2, 3, 5):
         x = _randn(batch, 3, 18, 18)
         results = [torch.autograd.grad(f(x).square().sum(), list(net.parameters())) for f in (compiled, net)]
         for ours, eager in zip(*results, strict=True):
