@@ -1,7 +1,8 @@
-"""The command line: ``alexnet-triton train | evaluate | summary``."""
+"""The command line: ``alexnet-triton train | evaluate | summary | explain``."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 from .data import DataError, load_fashion_mnist
+from .explain import explain
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from .plot import plot_curves
 from .training import (
@@ -260,6 +262,39 @@ def summary_command(
             f"{row['flops'] / 1e6:,.1f}" if row["flops"] else "",
         )
     console.print(table)
+
+
+def _import_model(target: str) -> nn.Module:
+    """``package.module:function`` called without arguments, on the meta device: no weight is drawn or stored."""
+    module_name, _, function_name = target.partition(":")
+    sys.path.insert(0, "")  # the user's own modules, as `python -m` finds them
+    try:
+        make = getattr(importlib.import_module(module_name), function_name)
+        with torch.device("meta"):
+            net = make()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise typer.BadParameter(f"cannot make a network by {target!r}: {error}", param_hint="MODEL") from error
+    if not isinstance(net, nn.Module):
+        raise typer.BadParameter(f"{target!r} returned a {type(net).__name__}, not an nn.Module", param_hint="MODEL")
+    return net
+
+
+@app.command("explain")
+def explain_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="alexnet, lenet, or package.module:function that returns a network, such as torchvision.models:vgg16."
+        ),
+    ] = "alexnet",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Which runs of layers fuse() hands to which operation, and why the others are called as they stand."""
+    known = {"alexnet": "alexnet_triton:reference_alexnet", "lenet": "alexnet_triton:reference_lenet"}
+    if model not in known and ":" not in model:
+        raise typer.BadParameter(f"{model!r} is neither alexnet nor lenet nor package.module:function", param_hint="MODEL")
+    explanation = explain(_import_model(known.get(model, model)))
+    print(json.dumps([run._asdict() for run in explanation.runs]) if as_json else explanation)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ class Run(NamedTuple):
     Attributes:
         operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
         layers: the layers, in order.
+        note: why the run is not longer, or why the layer is called as it stands; empty where there is nothing to say.
     """
 
     operation: str
     layers: tuple[nn.Module, ...]
+    note: str = ""
 
 
 def call(run: Run, input: Any) -> Any:
@@ -38,22 +40,40 @@ def call(run: Run, input: Any) -> Any:
     return _OPERATIONS[run.operation](input, *run.layers)
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``layer`` does what ``kind`` does and nothing else: no subclass, no hook, no replaced forward."""
-    if type(layer) is not kind or "forward" in vars(layer):
-        return False
-    return not any(getattr(layer, hooks) for hooks in _HOOK_DICTS)
+def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why calling ``layer`` may do something else than what ``kind`` does; None if it does just that."""
+    if type(layer) is not kind:
+        return f"{type(layer).__name__} is a subclass of {kind.__name__}" if isinstance(layer, kind) else "another layer"
+    if "forward" in vars(layer):
+        return f"the {kind.__name__}'s forward was replaced"
+    if any(getattr(layer, hooks) for hooks in _HOOK_DICTS):
+        return f"the {kind.__name__} carries a hook"
+    return None
 
 
-def _is_fusable_conv(layer: nn.Module) -> bool:
-    return _is_plain(layer, nn.Conv2d) and cast(nn.Conv2d, layer).padding_mode == "zeros"
+def _conv_obstacle(layer: nn.Module) -> str | None:
+    obstacle = _obstacle(layer, nn.Conv2d)
+    if obstacle is None and cast(nn.Conv2d, layer).padding_mode != "zeros":
+        return f"padding_mode={cast(nn.Conv2d, layer).padding_mode!r}: the kernels pad with zeros"
+    return obstacle
 
 
-def _is_fusable_pool_after_relu(layer: nn.Module) -> bool:
-    if not _is_plain(layer, nn.MaxPool2d):
-        return False
+def _pool_after_relu_obstacle(layer: nn.Module) -> str | None:
+    obstacle = _obstacle(layer, nn.MaxPool2d)
+    if obstacle is not None:
+        return obstacle
     pool = cast(nn.MaxPool2d, layer)
-    return not pool.return_indices and pool.dilation in (1, (1, 1), [1, 1])
+    if pool.return_indices:
+        return "the MaxPool2d returns indices"
+    return None if pool.dilation in (1, (1, 1), [1, 1]) else "the MaxPool2d is dilated"
+
+
+def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
+    """Of the first layer; the second, if there is one, comes after the dropout."""
+    obstacle = _obstacle(layers[0], nn.Dropout)
+    if obstacle is None and len(layers) > 1 and getattr(layers[1], "inplace", False):
+        return f"the {type(layers[1]).__name__} after the Dropout works in place, on what the fused backward pass needs"
+    return obstacle
 
 
 def plan(layers: Sequence[nn.Module]) -> list[Run]:
@@ -63,7 +83,7 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
     a hook, is a run of its own.
     """
     if any(getattr(torch_module, hooks, None) for hooks in _GLOBAL_HOOK_DICTS):
-        return [Run("module", (layer,)) for layer in layers]
+        return [Run("module", (layer,), "a hook on all modules is registered") for layer in layers]
     runs = []
     i = 0
     while i < len(layers):
@@ -76,23 +96,50 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
 def _longest_run(layers: Sequence[nn.Module]) -> Run:
     """The run that starts with the first of the next (at most four) layers; the fourth is only looked at."""
     first = layers[0]
-    has_relu = len(layers) > 1 and _is_plain(layers[1], nn.ReLU)
-    if _is_fusable_conv(first):
-        if has_relu and len(layers) > 2 and _is_fusable_pool_after_relu(layers[2]):
-            return Run("conv2d_relu_max_pool2d", tuple(layers[:3]))
-        return Run("conv2d", tuple(layers[: 1 + has_relu]))
-    if _is_plain(first, nn.Linear):
-        # The fused operation's backward pass needs its output, which a next layer that works in place would overwrite.
-        overwritten = len(layers) > 3 and getattr(layers[3], "inplace", False)
-        if has_relu and len(layers) > 2 and _is_plain(layers[2], nn.Dropout) and not overwritten:
-            return Run("linear_relu_dropout", tuple(layers[:3]))
-        return Run("linear", tuple(layers[: 1 + has_relu]))
-    if _is_plain(first, nn.MaxPool2d):
-        return Run("max_pool2d", (first,))
-    # An in-place dropout writes into its input, which its caller may hold on to.
-    if _is_plain(first, nn.Dropout) and not cast(nn.Dropout, first).inplace:
-        return Run("dropout", (first,))
-    return Run("module", (first,))
+    for kind, start_obstacle in STARTS.items():
+        if isinstance(first, kind):
+            obstacle = start_obstacle(first)
+            return Run("module", (first,), obstacle) if obstacle is not None else _extended_run(layers)
+    if isinstance(first, nn.ReLU):
+        return Run("module", (first,), "a ReLU is only fused into a Conv2d or Linear right before it")
+    if isinstance(first, nn.Sequential):
+        return Run("module", (first,), "a container of its own: runs do not cross its border")
+    return Run("module", (first,), f"no operation for {type(first).__name__}")
+
+
+def _extended_run(layers: Sequence[nn.Module]) -> Run:
+    """The longest run that starts with the first layer, which an operation can do by itself."""
+    first, *rest = layers
+    if isinstance(first, (nn.MaxPool2d, nn.Dropout)):
+        return Run("max_pool2d" if isinstance(first, nn.MaxPool2d) else "dropout", (first,))
+    operation = "conv2d" if isinstance(first, nn.Conv2d) else "linear"
+    obstacle = _obstacle(rest[0], nn.ReLU) if rest else None
+    if not rest or obstacle is not None:
+        return Run(operation, (first,), (obstacle or "") if rest and isinstance(rest[0], nn.ReLU) else "")
+    relu, *rest = rest
+    last_kind = nn.MaxPool2d if operation == "conv2d" else nn.Dropout
+    if not rest or not isinstance(rest[0], last_kind):
+        return Run(operation, (first, relu))
+    obstacle = _pool_after_relu_obstacle(rest[0]) if operation == "conv2d" else _dropout_after_relu_obstacle(rest)
+    if obstacle is not None:
+        return Run(operation, (first, relu), obstacle)
+    return Run("conv2d_relu_max_pool2d" if operation == "conv2d" else "linear_relu_dropout", (first, relu, rest[0]))
+
+
+def _dropout_obstacle(layer: nn.Module) -> str | None:
+    obstacle = _obstacle(layer, nn.Dropout)
+    if obstacle is None and cast(nn.Dropout, layer).inplace:
+        return "the Dropout works in place, on a tensor that its caller may hold on to"
+    return obstacle
+
+
+#: Layers that a run can start with, and what says why one does not.
+STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
+    nn.Conv2d: _conv_obstacle,
+    nn.Linear: lambda layer: _obstacle(layer, nn.Linear),
+    nn.MaxPool2d: lambda layer: _obstacle(layer, nn.MaxPool2d),
+    nn.Dropout: _dropout_obstacle,
+}
 
 
 def _conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -201,7 +248,7 @@ def _new_fused(kind: type[nn.Sequential]) -> FusedSequential:
     return fused.__new__(fused)
 
 
-def fuse(module: nn.Module) -> nn.Module:
+def fuse(module: nn.Module, *, report: bool = False) -> nn.Module:
     """The same module tree with every ``nn.Sequential`` in it made a :class:`FusedSequential`.
 
     Containers on the way to one are new objects; layers, Parameters and buffers are the same objects, state-dict keys are
@@ -211,7 +258,12 @@ def fuse(module: nn.Module) -> nn.Module:
 
     Args:
         module: any module. Without an ``nn.Sequential`` inside it comes back as it is.
+        report: print what :func:`alexnet_triton.explain` says of it.
     """
+    if report:
+        from .explain import explain
+
+        print(explain(module))
     return _fuse(module, {})
 
 
