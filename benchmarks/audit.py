@@ -176,10 +176,10 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
     return max(useful_flops / (target.tflops * 1e6), moved_bytes / (target.tbps * 1e6))
 
 
-def _pass(operator: str | None) -> str:
-    """``conv2d_dgrad`` -> ``dgrad``; a pool's passes are ``pool``, those of an epilogue ``epilogue``."""
+def _pass(operator: str | None, kernel: str) -> str:
+    """``conv2d_dgrad`` -> ``dgrad``; a pool's kernels are ``pool`` in whatever operator, those of an epilogue ``epilogue``."""
     name = operator or "other"
-    if name.startswith("max_pool2d"):
+    if "max_pool2d" in kernel:
         return "pool"
     return "epilogue" if "epilogue" in name else name.rsplit("_", 1)[-1]
 
@@ -276,7 +276,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
         records.append(
             Record(
                 layer=layer.name,
-                pass_=_pass(count.current),
+                pass_=_pass(count.current, compiled.kernel),
                 kernel=compiled.kernel,
                 arch=arch,
                 dtype=name,

@@ -36,12 +36,13 @@ def _meeting(size: int, stride: int, dilation: int, phase: int) -> int:
 
 def _conv2d_dgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["G"] * a["KG"] * a["CG"] * a["R"] * a["S"]
-    programs = grid[0] // (a["STRIDE_H"] * a["STRIDE_W"])
+    phases_h, phases_w = min(a["STRIDE_H"], a["H"]), min(a["STRIDE_W"], a["W"])
+    programs = grid[0] // (phases_h * phases_w)
     issued = 0
-    for phase_h in range(a["STRIDE_H"]):
-        for phase_w in range(a["STRIDE_W"]):
-            rows = _meeting(a["R"], a["STRIDE_H"], a["DILATION_H"], phase_h)
-            columns = _meeting(a["S"], a["STRIDE_W"], a["DILATION_W"], phase_w)
+    for h_first in range(phases_h):
+        for w_first in range(phases_w):
+            rows = _meeting(a["R"], a["STRIDE_H"], a["DILATION_H"], (h_first + a["pad_h"]) % a["STRIDE_H"])
+            columns = _meeting(a["S"], a["STRIDE_W"], a["DILATION_W"], (w_first + a["pad_w"]) % a["STRIDE_W"])
             issued += programs * _tile_flops(a, rows * columns * a["KG"])
     return useful, issued
 

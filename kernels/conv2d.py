@@ -177,15 +177,14 @@ def _conv2d_dgrad_kernel(
     pid_n = pid % blocks_n
     pid_m = (pid // blocks_n) % blocks_m
     group = pid // (blocks_n * blocks_m) % G
-    phase = pid // (blocks_n * blocks_m * G)
-    phase_h = phase // STRIDE_W
-    phase_w = phase % STRIDE_W
-
     # First pixel of the phase and how many it has: h = h_first, h_first + stride, ...
-    h_first = (phase_h + STRIDE_H * tl.cdiv(pad_h, STRIDE_H) - pad_h) % STRIDE_H
-    w_first = (phase_w + STRIDE_W * tl.cdiv(pad_w, STRIDE_W) - pad_w) % STRIDE_W
+    phases_w = tl.minimum(STRIDE_W, W)
+    h_first = pid // (blocks_n * blocks_m * G) // phases_w
+    w_first = pid // (blocks_n * blocks_m * G) % phases_w
     rows = tl.cdiv(H - h_first, STRIDE_H)
     columns = tl.cdiv(W - w_first, STRIDE_W)
+    phase_h = (h_first + pad_h) % STRIDE_H
+    phase_w = (w_first + pad_w) % STRIDE_W
     # First filter row that meets the phase and how many do: r = r_first, r_first + STEP_R, ...; none if gcd does not divide.
     GCD_R: tl.constexpr = STRIDE_H // STEP_R
     GCD_S: tl.constexpr = STRIDE_W // STEP_S
@@ -195,10 +194,10 @@ def _conv2d_dgrad_kernel(
     s_count = tl.where((phase_w % GCD_S == 0) & (s_first < S), tl.cdiv(S - s_first, STEP_S), 0)
 
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = (o_m < rows * columns * N) & (rows > 0) & (columns > 0)
-    o_w = o_m % tl.maximum(columns, 1) * STRIDE_W + w_first
-    o_h = o_m // tl.maximum(columns, 1) % tl.maximum(rows, 1) * STRIDE_H + h_first
-    o_n = o_m // tl.maximum(rows * columns, 1)
+    m_m = o_m < rows * columns * N
+    o_w = o_m % columns * STRIDE_W + w_first
+    o_h = o_m // columns % rows * STRIDE_H + h_first
+    o_n = o_m // (rows * columns)
     o_zn = o_n * stride_zn + group * KG * stride_zk
     o_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = o_c < CG
@@ -394,7 +393,7 @@ def conv2d_dgrad(
     config = matmul_config(
         phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
     )
-    phases = stride[0] * stride[1]
+    phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * triton.cdiv(phase_pixels, config["BLOCK_M"]) * triton.cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
     step_s, inverse_s = _filter_step(stride[1], dilation[1])

@@ -122,6 +122,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         position = output[1]
         ctx.save_for_backward(input, weight, position)
         ctx.mark_non_differentiable(position)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.geometry = (stride, padding, dilation, groups)
         ctx.window = (*window, [1, 1])
         ctx.unpooled_size = [input.shape[0], weight.shape[0], *conv_size]

@@ -72,6 +72,8 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple:
+        if all(grad is None for grad in grads):  # no gradient reached any output
+            return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         with torch.no_grad():
             results = backward(ctx, saved, *grads)

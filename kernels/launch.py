@@ -24,6 +24,11 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if _recorder is not None:
         _recorder(kernel, grid, arguments)
         return
+    run_launch(kernel, grid, arguments)
+
+
+def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -184,7 +184,7 @@ def linear_epilogue_backward(
     dz, column_sums = epilogue_backward(
         grad_output.view(m, n, 1, 1), output, seed, p, write_dz=write_dz, sum_columns=sum_columns
     )
-    return dz.view(-1, n), column_sums
+    return dz.view(dz.shape[0], n), column_sums
 
 
 @linear_epilogue_backward.register_fake
@@ -259,7 +259,11 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() == 1:
         raise ValueError(f"bias must be None with a weight of shape (in_features,), got shape {tuple(bias.shape)}")
     features = weight.shape[0]
-    if bias.dim() > input.dim() or bias.numel() not in (1, features) or (bias.dim() > 0 and bias.shape[-1] != bias.numel()):
+    if (
+        bias.dim() > max(input.dim(), 2)
+        or bias.numel() not in (1, features)
+        or (bias.dim() > 0 and bias.shape[-1] != bias.numel())
+    ):
         raise ValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
 
 

@@ -342,6 +342,7 @@ class MaxPool2dFunction(OperatorFunction):
         _, position, index = output
         ctx.save_for_backward(position)
         ctx.mark_non_differentiable(position, index)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.window = (*window, channels_last)
         ctx.input_size = list(input.shape)
         ctx.write_position = write_position

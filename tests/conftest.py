@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
 import pytest
 
 from kernels import config, launch
+from kernels.backend import INTERPRETED
+
+from .guard import guard_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,6 +36,13 @@ SMALL_TILES = {
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """An element that a kernel should write and does not is NaN, not whatever the allocator left there."""
     monkeypatch.setattr(launch, "poison_outputs", True)
+
+
+@pytest.fixture(autouse=True)
+def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address outside of a kernel's tensors is an error in the interpreter too."""
+    if INTERPRETED:
+        guard_memory(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

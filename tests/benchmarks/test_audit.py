@@ -126,7 +126,7 @@ def test_float32(tmp_path: Path) -> None:
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
     """Written out: every program of each phase adds its steps along the reduction."""
     a = {"N": 2, "P": 5, "Q": 4, "G": 2, "KG": 6, "CG": 3, "R": 5, "S": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
-    a |= {"STRIDE_H": 2, "STRIDE_W": 3, "DILATION_H": 1, "DILATION_W": 2}
+    a |= {"STRIDE_H": 2, "STRIDE_W": 3, "DILATION_H": 1, "DILATION_W": 2, "H": 9, "W": 8, "pad_h": 1, "pad_w": 2}
     programs = 7
     issued = 0
     for phase_h, phase_w in itertools.product(range(2), range(3)):

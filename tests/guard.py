@@ -1,0 +1,61 @@
+"""Out-of-bounds accesses of interpreted kernels as errors: Triton's interpreter itself would corrupt the heap in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+
+from kernels import launch
+
+
+class GuardedMemory:
+    """Stands before the interpreter's loads and stores and lets only addresses inside the launch's tensors pass."""
+
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self.first, self.end = np.empty(0, np.uint64), np.empty(0, np.uint64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+    def watch(self, tensors: list[torch.Tensor]) -> None:
+        """Allow the storages of ``tensors``, and nothing else."""
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+        self.first = np.array(sorted(storages), dtype=np.uint64)
+        self.end = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
+
+    def _check(self, what: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        used = pointers[mask.astype(bool)].astype(np.uint64)
+        if not used.size:
+            return
+        inside = np.searchsorted(self.first, used, side="right")
+        bad = inside == 0
+        bad |= used + np.uint64(itemsize) > self.end[np.maximum(inside, 1) - 1] if self.first.size else True
+        if np.any(bad):
+            raise IndexError(f"{int(np.sum(bad))} of {used.size} addresses of a {what} are outside of every tensor")
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
+        """As the interpreter's."""
+        self._check("load", pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
+        """As the interpreter's."""
+        self._check("store", pointers, mask, value.dtype.itemsize)
+        return self.memory.store(pointers, value, mask)
+
+
+def guard_memory(monkeypatch: Any) -> None:
+    """Check every address that a kernel of this package loads or stores from here on."""
+    guarded = GuardedMemory(interpreter._interpreter)
+    monkeypatch.setattr(interpreter, "_interpreter", guarded)
+    run = launch.run_launch
+
+    def watching(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        guarded.watch([a for a in arguments.values() if isinstance(a, torch.Tensor)])
+        run(kernel, grid, arguments)
+
+    monkeypatch.setattr(launch, "run_launch", watching)
