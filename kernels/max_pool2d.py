@@ -174,8 +174,16 @@ def _max_pool2d_dgrad_kernel(
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor is NHWC in memory, so that what is made from it should be too."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """Whether a 4-D tensor is NHWC in memory, so that what is made from it should be too.
+
+    By its strides: inside ``torch.func.vmap`` a tensor does not answer for its memory format.
+    """
+    _, c, h, w = tensor.shape
+
+    def has(wanted: tuple[int, ...]) -> bool:
+        return all(n == 1 or is_ == want for n, is_, want in zip(tensor.shape, tensor.stride(), wanted, strict=True))
+
+    return has((h * w * c, 1, w * c, c)) and not has((c * h * w, h * w, w, 1))
 
 
 def position_dtype(kernel_size: Sequence[int]) -> torch.dtype:
