@@ -1,0 +1,47 @@
+"""The code in README.md and the guide runs as it is printed, and the guide prints what explain prints."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_triton import explain
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(path: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and code of each fenced block."""
+    text = path.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+@pytest.fixture
+def _one_process_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_one_process_of_torchrun")
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_snippets_run(name: str) -> None:
+    torch._dynamo.reset()
+    namespace: dict[str, object] = {}
+    snippets = blocks(ROOT / name, "python")
+    assert len(snippets) >= 2
+    for line, code in snippets:
+        # Padded with empty lines, so that a traceback names the page's own line.
+        exec(compile("\n" * line + code, str(ROOT / name), "exec"), namespace)
+        if "print(explain(net))" in code:
+            (_, printed), *_ = blocks(ROOT / name, "text")
+            assert printed.rstrip("\n") == str(explain(namespace["net"]))  # type: ignore[arg-type]
