@@ -1,0 +1,189 @@
+"""explain: which layers run on what, and why the others do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from alexnet_triton import Explanation, FusedSequential, explain, fuse, reference_alexnet
+
+
+class Custom(nn.Conv2d):
+    """A convolution that someone changed."""
+
+
+class Trunk(nn.Module):
+    """A Sequential beside layers that ``forward`` calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU()
+        self.rest = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+
+
+class OwnForward(nn.Sequential):
+    """A Sequential that is more than its layers in turn."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def hooked(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def replaced(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: x
+    return layer
+
+
+def lines(module: nn.Module) -> list[tuple[str, str | None, str]]:
+    """(layers, operation, note) of each run."""
+    paths = [".".join(filter(None, (run.container, "-".join(run.layers)))) for run in explain(module).runs]
+    return [(path, run.operation, run.note) for path, run in zip(paths, explain(module).runs, strict=True)]
+
+
+def test_alexnet() -> None:
+    explanation = explain(reference_alexnet())
+    assert isinstance(explanation, Explanation)
+    assert (explanation.fused_layers, explanation.layers) == (20, 21)
+    assert [run.operation for run in explanation.runs] == [
+        *["conv2d_relu_max_pool2d"] * 2,
+        *["conv2d"] * 2,
+        "conv2d_relu_max_pool2d",
+        None,
+        *["linear_relu_dropout"] * 2,
+        "linear",
+    ]
+    assert explanation.runs[0].kinds == ("Conv2d", "ReLU", "MaxPool2d")
+
+
+REASONS = {
+    "unknown": ([nn.Sigmoid()], [("0", None, "no operation for Sigmoid")]),
+    "lone_relu": ([nn.ReLU()], [("0", None, "a ReLU is only fused into a Conv2d or Linear right before it")]),
+    "subclass": ([Custom(3, 3, 1)], [("0", None, "Custom is a subclass of Conv2d")]),
+    "parametrized": (
+        [nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))],
+        [("0", None, "ParametrizedLinear is a subclass of Linear")],
+    ),
+    "padding_mode": (
+        [nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")],
+        [("0", None, "padding_mode='reflect': the kernels pad with zeros")],
+    ),
+    "hook": (
+        [hooked(nn.Conv2d(3, 3, 1)), nn.ReLU()],
+        [
+            ("0", None, "the Conv2d carries a hook"),
+            ("1", None, "a ReLU is only fused into a Conv2d or Linear right before it"),
+        ],
+    ),
+    "hook_on_the_relu": (
+        [nn.Linear(2, 2), hooked(nn.ReLU())],
+        [
+            ("0", "linear", "the ReLU carries a hook"),
+            ("1", None, "a ReLU is only fused into a Conv2d or Linear right before it"),
+        ],
+    ),
+    "replaced": ([replaced(nn.MaxPool2d(2))], [("0", None, "the MaxPool2d's forward was replaced")]),
+    "indices": (
+        [nn.Conv2d(3, 3, 1), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)],
+        [("0-1", "conv2d", "the MaxPool2d returns indices"), ("2", "max_pool2d", "")],
+    ),
+    "dilated": (
+        [nn.Conv2d(3, 3, 1), nn.ReLU(), nn.MaxPool2d(2, dilation=2)],
+        [("0-1", "conv2d", "the MaxPool2d is dilated"), ("2", "max_pool2d", "")],
+    ),
+    "in_place_dropout": (
+        [nn.Dropout(inplace=True)],
+        [("0", None, "the Dropout works in place, on a tensor that its caller may hold on to")],
+    ),
+    "in_place_after_dropout": (
+        [nn.Linear(2, 2), nn.ReLU(), nn.Dropout(), nn.Hardswish(inplace=True)],
+        [
+            ("0-1", "linear", "the Hardswish after the Dropout works in place, on what the fused backward pass needs"),
+            ("2", "dropout", ""),
+            ("3", None, "no operation for Hardswish"),
+        ],
+    ),
+    "border": (
+        [nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), nn.Dropout())],
+        [
+            ("0", "conv2d", ""),
+            ("1.0", None, "a ReLU is only fused into a Conv2d or Linear right before it"),
+            ("1.1", "dropout", ""),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons(name: str) -> None:
+    layers, expected = REASONS[name]
+    assert lines(nn.Sequential(*layers)) == lines(FusedSequential(*layers)) == expected
+
+
+def test_a_hook_on_all_modules() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert lines(nn.Sequential(nn.Conv2d(3, 3, 1))) == [("0", None, "a hook on all modules is registered")]
+    finally:
+        handle.remove()
+
+
+def test_layers_outside_of_a_sequential() -> None:
+    note = "{}.forward calls it, not a Sequential that fuse may change"
+    assert lines(Trunk()) == [
+        ("first-act", None, note.format("Trunk")),
+        ("rest.0", "conv2d", ""),
+        ("rest.1.0", None, "a ReLU is only fused into a Conv2d or Linear right before it"),
+        ("rest.1.1", "linear", ""),
+    ]
+    assert lines(OwnForward(nn.Conv2d(3, 3, 1))) == [("0", None, note.format("OwnForward"))]
+    assert lines(nn.Linear(2, 2)) == [("", None, "a layer by itself: fuse looks into nn.Sequential only")]
+    assert lines(nn.Sequential()) == []
+
+
+def test_fuse_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    net = reference_alexnet()
+    fused = fuse(net, report=True)
+    printed = capsys.readouterr().out
+    assert printed == f"{explain(net)}\n"
+    assert printed.startswith("Sequential: 20 of 21 layers in 8 calls of kernels\n  0 - 2 ")
+    assert type(fused) is FusedSequential
+    fuse(net)
+    assert capsys.readouterr().out == ""
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "alexnet_triton", "explain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command() -> None:
+    assert _command().stdout == f"{explain(reference_alexnet())}\n"
+    runs = json.loads(_command("torchvision.models:squeezenet1_0", "--json").stdout)
+    assert runs[0]["operation"] == "conv2d_relu_max_pool2d"
+    assert runs[1]["container"] == "features.3"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet", "neither alexnet nor lenet nor package.module:function"),
+        ("torchvision.models:nothing", "has no attribute 'nothing'"),
+        ("nowhere:net", "No module named 'nowhere'"),
+        ("json:loads", "missing 1 required positional argument"),
+        ("os:getcwd", "returned a str, not an nn.Module"),
+    ],
+)
+def test_command_refuses_what_is_no_network(model: str, message: str) -> None:
+    result = _command(model)
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
