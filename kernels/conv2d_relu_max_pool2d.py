@@ -60,23 +60,9 @@ def conv2d_relu_max_pool2d_fprop(
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
-def _(
-    input,
-    weight,
-    bias,
-    stride,
-    padding,
-    dilation,
-    groups,
-    conv_size,
-    kernel_size,
-    pool_stride,
-    pool_padding,
-    pool_size,
-    write_position,
-):
-    size = (input.shape[0], weight.shape[0], *pool_size)
-    pooled = new_output(size, input.dtype, input.device, channels_last=True)
+def _(input, weight, *arguments):
+    *_, kernel_size, _, _, pool_size, write_position = arguments
+    pooled = new_output((input.shape[0], weight.shape[0], *pool_size), input.dtype, input.device, channels_last=True)
     position, _ = new_position_and_index(pooled, kernel_size, True, write_position, False)
     return pooled, position
 
@@ -85,36 +71,8 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input, weight and window positions."""
 
     @staticmethod
-    def forward(
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        conv_size,
-        kernel_size,
-        pool_stride,
-        pool_padding,
-        pool_size,
-        write_position,
-    ):
-        return conv2d_relu_max_pool2d_fprop(
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            conv_size,
-            kernel_size,
-            pool_stride,
-            pool_padding,
-            pool_size,
-            write_position,
-        )
+    def forward(*inputs):
+        return conv2d_relu_max_pool2d_fprop(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
