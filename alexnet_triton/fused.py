@@ -227,6 +227,9 @@ class FusedSequential(nn.Sequential):
         return self * times
 
 
+# torch.fx copies annotations into its graph, and PyTorch 2.11's cannot pickle a graph with one that is still a string.
+FusedSequential.forward.__annotations__.clear()
+
 _fused_classes: dict[type[nn.Sequential], type[FusedSequential]] = {nn.Sequential: FusedSequential}
 
 
