@@ -265,14 +265,17 @@ def summary_command(
 
 
 def _import_model(target: str) -> nn.Module:
-    """``package.module:function`` called without arguments, on the meta device: no weight is drawn or stored."""
+    """``package.module:function`` called without arguments; on the meta device where it can, so that no weight is drawn."""
     module_name, _, function_name = target.partition(":")
     sys.path.insert(0, "")  # the user's own modules, as `python -m` finds them
     try:
         make = getattr(importlib.import_module(module_name), function_name)
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                net = make()
+        except (NotImplementedError, RuntimeError):  # it looks at values, which meta tensors do not have
             net = make()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(f"cannot make a network by {target!r}: {error}", param_hint="MODEL") from error
     if not isinstance(net, nn.Module):
         raise typer.BadParameter(f"{target!r} returned a {type(net).__name__}, not an nn.Module", param_hint="MODEL")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from .fused import STARTS, FusedSequential, fuse, plan
+from .fused import FusedSequential, fuse, plan
 
 
 class ExplainedRun(NamedTuple):
@@ -73,7 +74,7 @@ def explain(module: nn.Module) -> Explanation:
         module: any module, fused or not; it is left as it is.
     """
     fused = fuse(module)
-    if not fused._modules and not isinstance(fused, nn.Sequential):
+    if _is_leaf(fused) and not isinstance(fused, nn.Sequential):
         alone = ExplainedRun("", ("",), (type(fused).__name__,), None, "a layer by itself: fuse looks into nn.Sequential only")
         return Explanation(type(module).__name__, (alone,))
     return Explanation(type(module).__name__, tuple(_explain(fused, "")))
@@ -88,14 +89,16 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
             for run in plan([child for _, child in children])
         ]
     else:
-        note = f"{type(container).__name__}.forward calls it, not a Sequential that fuse may change"
+        kind = type(container).__name__
+        holds = isinstance(container, (nn.ModuleList, nn.ModuleDict))
+        note = f"held in a {kind}" if holds else f"{kind}.forward calls it"
+        note += ", not a Sequential that fuse may change"
         runs = [
             (tuple(name for name, _ in group), tuple(child for _, child in group), "module", note)
             for group in _neighbouring_leaves(children)
         ]
     for names_of_run, layers, operation, note in runs:
-        # A layer of a known kind is one layer, whatever hangs on it (a parametrization is a child module).
-        if layers[0]._modules and not isinstance(layers[0], tuple(STARTS)):
+        if not _is_leaf(layers[0]):
             yield from _explain(layers[0], f"{path}.{names_of_run[0]}" if path else names_of_run[0])
         elif not isinstance(layers[0], nn.Sequential):
             kinds = tuple(type(layer).__name__ for layer in layers)
@@ -104,6 +107,11 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
 
 def _neighbouring_leaves(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:
     """Children without children of their own together with their neighbours, others by themselves."""
-    groups = itertools.groupby(children, key=lambda child: bool(child[1]._modules))
-    for has_children, group in [(key, list(members)) for key, members in groups]:
-        yield from ([child] for child in group) if has_children else [group]
+    groups = itertools.groupby(children, key=lambda child: _is_leaf(child[1]))
+    for are_leaves, group in [(key, list(members)) for key, members in groups]:
+        yield from [group] if are_leaves else ([child] for child in group)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it is one layer: without children, or with none but its parametrizations (as weight_norm hangs them on)."""
+    return not module._modules or is_parametrized(module)

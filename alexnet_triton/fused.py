@@ -96,7 +96,7 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
 def _longest_run(layers: Sequence[nn.Module]) -> Run:
     """The run that starts with the first of the next (at most four) layers; the fourth is only looked at."""
     first = layers[0]
-    for kind, start_obstacle in STARTS.items():
+    for kind, start_obstacle in _STARTS.items():
         if isinstance(first, kind):
             obstacle = start_obstacle(first)
             return Run("module", (first,), obstacle) if obstacle is not None else _extended_run(layers)
@@ -134,7 +134,7 @@ def _dropout_obstacle(layer: nn.Module) -> str | None:
 
 
 #: Layers that a run can start with, and what says why one does not.
-STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
+_STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
     nn.Conv2d: _conv_obstacle,
     nn.Linear: lambda layer: _obstacle(layer, nn.Linear),
     nn.MaxPool2d: lambda layer: _obstacle(layer, nn.MaxPool2d),

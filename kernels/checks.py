@@ -49,7 +49,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         values = [operator.index(v) for v in given]
     except TypeError:
         values = []
-    if len(values) not in (1, 2) or any(isinstance(v, bool) for v in given):
+    if len(values) not in (1, 2) or isinstance(given[0], bool):  # of a pair, PyTorch looks at the first only
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")

@@ -610,7 +610,9 @@ def conv2d_arguments(
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"groups must be a positive int, got {groups!r}")
+    if groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
     n, _, height, width = input.shape
     k, cg, r, s = weight.shape

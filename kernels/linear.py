@@ -259,11 +259,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() == 1:
         raise ValueError(f"bias must be None with a weight of shape (in_features,), got shape {tuple(bias.shape)}")
     features = weight.shape[0]
-    if (
-        bias.dim() > max(input.dim(), 2)
-        or bias.numel() not in (1, features)
-        or (bias.dim() > 0 and bias.shape[-1] != bias.numel())
-    ):
+    if bias.dim() > 2 or bias.numel() not in (1, features) or (bias.dim() > 0 and bias.shape[-1] != bias.numel()):
         raise ValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
 
 

@@ -50,13 +50,12 @@ def _ieee_and_seed() -> Iterator[None]:
     """Float32 products exact, so that float32 is held to float32's tolerance; TF32 has tests of its own."""
     # By the older switch: torch.export asks it, and it refuses to answer once only the newer one of convolutions was set.
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    before = cudnn.allow_tf32, matmul.fp32_precision
     cudnn.allow_tf32 = False
     matmul.fp32_precision = "ieee"
     torch.manual_seed(0)
     yield
-    cudnn.allow_tf32 = True
-    matmul.fp32_precision = before
+    cudnn.allow_tf32, matmul.fp32_precision = before
 
 
 @pytest.fixture

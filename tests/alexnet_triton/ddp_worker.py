@@ -17,13 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 from alexnet_triton import FusedSequential
 
+kernels.use_backend("triton").__enter__()  # for all that follows: an error where the kernels cannot run
+device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 net = FusedSequential(
     *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
-)
-x, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+).to(device)
+x, labels = torch.randn(4, 3, 8, 8, device=device), torch.tensor([0, 1, 2, 0], device=device)
 alone = copy.deepcopy(net)
 nn.functional.cross_entropy(alone(x), labels).backward()
 

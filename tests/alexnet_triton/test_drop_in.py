@@ -246,6 +246,12 @@ def test_fake_tensors(device: str, launches: list[str]) -> None:
     assert launches == []
 
 
+def test_forward_mode_is_refused(net: FusedSequential) -> None:
+    x = images()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(net.eval(), (x,), (x,))
+
+
 def test_jit_trace_of_the_reference(net: FusedSequential) -> None:
     """TorchScript cannot record the operators; under the torch backend it records PyTorch's."""
     net.eval()
@@ -289,21 +295,21 @@ def test_double_backward_is_one_clear_error(name: str, how: str) -> None:
 
 
 def test_flops_are_counted_as_pytorchs() -> None:
+    """But for groups, whose weight gradient PyTorch counts as if there were none."""
     x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 6, 9, 9), (4, 3, 3, 3)))
     rows, matrix = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((5, 7), (3, 7)))
 
-    def total(convolve: Callable[..., Tensor], block: Callable[..., Tensor], linear: Callable[..., Tensor]) -> int:
+    def total(operation: Callable[..., Tensor], *tensors: Tensor, **arguments: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            (convolve(x, w, groups=2).sum() + block(x, w, groups=2).sum() + linear(rows, matrix).sum()).backward()
+            operation(*tensors, **arguments).sum().backward()
         return int(counter.get_total_flops())
 
-    def block(x: Tensor, w: Tensor, groups: int) -> Tensor:
-        return kernels.conv2d_relu_max_pool2d(x, w, groups=groups, pool_kernel_size=2)
-
-    one_pass = 2 * (2 * 4 * 7 * 7) * 3 * 9
-    assert total(kernels.conv2d, block, kernels.linear) == 6 * one_pass + 3 * 2 * 5 * 7 * 3
-    forward = F.conv2d(x, w, groups=2).numel() * 2 * 27
-    assert forward == one_pass
+    whole = torch.randn(4, 6, 3, 3, device=DEVICE, requires_grad=True)
+    convolution = total(F.conv2d, x, whole)
+    assert total(kernels.conv2d, x, whole) == convolution > 0
+    assert total(kernels.conv2d_relu_max_pool2d, x, whole, pool_kernel_size=2) == convolution
+    assert total(kernels.linear, rows, matrix) == total(F.linear, rows, matrix) > 0
+    assert total(kernels.conv2d, x, w, groups=2) == 3 * 2 * (2 * 4 * 7 * 7) * 3 * 9
 
 
 # ------------------------------------------------------------------------------------------------------- training

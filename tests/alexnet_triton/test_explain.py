@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -147,6 +149,17 @@ def test_layers_outside_of_a_sequential() -> None:
     assert lines(OwnForward(nn.Conv2d(3, 3, 1))) == [("0", None, note.format("OwnForward"))]
     assert lines(nn.Linear(2, 2)) == [("", None, "a layer by itself: fuse looks into nn.Sequential only")]
     assert lines(nn.Sequential()) == []
+    assert lines(nn.ModuleList([nn.Linear(2, 2)])) == [
+        ("0", None, "held in a ModuleList, not a Sequential that fuse may change")
+    ]
+
+
+def test_a_parametrized_layer_is_one_layer() -> None:
+    norm = nn.utils.parametrizations.spectral_norm
+    assert [run.kinds for run in explain(norm(nn.Linear(2, 2))).runs] == [("ParametrizedLinear",)]
+    assert lines(nn.Sequential(norm(nn.ConvTranspose2d(2, 2, 3)))) == [
+        ("0", None, "no operation for ParametrizedConvTranspose2d")
+    ]
 
 
 def test_fuse_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,9 +173,10 @@ def test_fuse_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "alexnet_triton", "explain", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_command() -> None:
@@ -170,6 +184,14 @@ def test_command() -> None:
     runs = json.loads(_command("torchvision.models:squeezenet1_0", "--json").stdout)
     assert runs[0]["operation"] == "conv2d_relu_max_pool2d"
     assert runs[1]["container"] == "features.3"
+
+
+def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
+    """One that looks at its weights, which it cannot do on the meta device."""
+    code = "import torch\nfrom torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(int(torch.tensor(3)), 2))\n"
+    (tmp_path / "mine.py").write_text(code)
+    result = _command("mine:net", cwd=tmp_path)
+    assert result.stdout == "Sequential: 1 of 1 layers in 1 calls of kernels\n  0  Linear  linear\n"
 
 
 @pytest.mark.parametrize(

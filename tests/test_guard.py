@@ -1,0 +1,42 @@
+"""The interpreter's guard itself: what it must let pass and what it must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from kernels import launch
+
+from .conftest import DEVICE
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, offset, elements, BLOCK: tl.constexpr):
+    """y[i] = x[i + offset]."""
+    o_e = tl.arange(0, BLOCK)
+    tl.store(y_ptr + o_e, tl.load(x_ptr + o_e + offset, mask=o_e < elements), mask=o_e < elements)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compute-sanitizer does this on a GPU")
+@pytest.mark.parametrize(("offset", "elements", "what"), [(0, 16, ""), (-1, 16, "load"), (1, 16, "load"), (0, 17, "load")])
+def test_an_address_outside_is_an_error(offset: int, elements: int, what: str) -> None:
+    x, y = torch.randn(16), torch.empty(16)
+
+    def run() -> None:
+        launch.launch(_copy_kernel, (1,), x_ptr=x, y_ptr=y, offset=offset, elements=elements, BLOCK=32)
+
+    if not what:
+        run()
+        assert torch.equal(x, y)
+        return
+    with pytest.raises(Exception, match=f"1 of {elements} addresses of a {what} are outside of every tensor"):
+        run()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compute-sanitizer does this on a GPU")
+def test_a_store_outside_is_an_error() -> None:
+    x, y = torch.randn(32), torch.empty(16)
+    with pytest.raises(Exception, match="4 of 20 addresses of a store are outside of every tensor"):
+        launch.launch(_copy_kernel, (1,), x_ptr=x, y_ptr=y, offset=0, elements=20, BLOCK=32)
