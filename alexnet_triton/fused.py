@@ -41,9 +41,9 @@ def call(run: Run, input: Any) -> Any:
 
 
 def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why calling ``layer`` may do something else than what ``kind`` does; None if it does just that."""
+    """Why calling ``layer``, a ``kind``, may do something else than what ``kind`` does; None if it does just that."""
     if type(layer) is not kind:
-        return f"{type(layer).__name__} is a subclass of {kind.__name__}" if isinstance(layer, kind) else "another layer"
+        return f"{type(layer).__name__} is a subclass of {kind.__name__}"
     if "forward" in vars(layer):
         return f"the {kind.__name__}'s forward was replaced"
     if any(getattr(layer, hooks) for hooks in _HOOK_DICTS):
@@ -113,10 +113,12 @@ def _extended_run(layers: Sequence[nn.Module]) -> Run:
     if isinstance(first, (nn.MaxPool2d, nn.Dropout)):
         return Run("max_pool2d" if isinstance(first, nn.MaxPool2d) else "dropout", (first,))
     operation = "conv2d" if isinstance(first, nn.Conv2d) else "linear"
-    obstacle = _obstacle(rest[0], nn.ReLU) if rest else None
-    if not rest or obstacle is not None:
-        return Run(operation, (first,), (obstacle or "") if rest and isinstance(rest[0], nn.ReLU) else "")
+    if not rest or not isinstance(rest[0], nn.ReLU):
+        return Run(operation, (first,))
     relu, *rest = rest
+    obstacle = _obstacle(relu, nn.ReLU)
+    if obstacle is not None:
+        return Run(operation, (first,), obstacle)
     last_kind = nn.MaxPool2d if operation == "conv2d" else nn.Dropout
     if not rest or not isinstance(rest[0], last_kind):
         return Run(operation, (first, relu))

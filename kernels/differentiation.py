@@ -1,5 +1,4 @@
-"""What the autograd Functions share: their registration with their operator, and a backward pass that refuses to be
-differentiated itself."""
+"""What the autograd Functions share: registration with their operator, and a refusal to be differentiated twice."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """FLOPs of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`, counted as it counts PyTorch's own.
 
-A multiply and an add are two; bias, activation and pool count nothing.
+A multiply and an add are two; bias, activation and pool count nothing. One difference: the weight gradient of a grouped
+convolution, which PyTorch counts as if there were no groups.
 """
 
 from __future__ import annotations
