@@ -270,7 +270,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
     def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         compiled = compile_launch(kernel, grid, arguments)
         useful, issued = flops(compiled.kernel, grid, arguments)
-        moved = fewest_bytes(a for a in arguments.values() if isinstance(a, Tensor))
+        moved = fewest_bytes(launch.tensors_of(arguments))
         fits = programs_per_multiprocessor(target, compiled.registers, compiled.shared_bytes, compiled.num_warps)
         programs = int(torch.Size(grid).numel())
         records.append(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import triton
 
 from . import launch
 
@@ -68,3 +70,23 @@ def runs_triton(tensor: torch.Tensor) -> bool:
             "or set TRITON_INTERPRET=1 before importing kernels to run them on the CPU in Triton's interpreter"
         )
     return can_run
+
+
+@functools.cache
+def _cuda_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability that kernels on ``device`` are made for, 90 for an H100.
+
+    Of the GPU; while launches are recorded, of the target they are compiled for; in the interpreter Hopper's, whose descriptors
+    it runs.
+    """
+    if INTERPRETED:
+        return 90
+    if device.type == "cuda":
+        return _cuda_capability(torch.cuda.current_device() if device.index is None else device.index)
+    target = triton.runtime.driver.active.get_current_target()
+    return int(target.arch)

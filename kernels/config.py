@@ -85,6 +85,137 @@ def matmul_config(
     return _apply_overrides(config)
 
 
+def _largest_divisor(n: int, high: int) -> int:
+    """The largest power of 2, at most ``high``, that divides ``n``."""
+    return min(n & -n, high)
+
+
+def _two_blocks(n: int, high: int) -> tuple[int, int]:
+    """Powers of 2 whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96; the second may be 0."""
+    candidates = [(high, 0)] if n >= high else [(_tile(n, 16, high), 0)]
+    if n % 96 == 0 and n % high:
+        candidates.append((64, 32))
+    if n % 48 == 0 and n < 96:
+        candidates.append((32, 16))
+    return min(candidates, key=lambda blocks: (triton.cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
+
+
+def _box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
+    """Images x rows x columns, powers of 2 with the product ``pixels``, that waste the least; of these the squarest."""
+    shapes = [(pixels // th // tw, th, tw) for th in _powers(pixels) for tw in _powers(pixels // th)]
+
+    def cost(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered = 1
+        for size, tile in zip((n, p, q), shape, strict=True):
+            covered *= triton.cdiv(size, tile) * tile
+        _, th, tw = shape
+        return covered, -th * tw, abs(th - tw)
+
+    return min(shapes, key=cost)
+
+
+def _powers(high: int) -> list[int]:
+    return [1 << i for i in range(high.bit_length())]
+
+
+def conv2d_tile(operation: str, n: int, p: int, q: int, c: int, k: int) -> str:
+    """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
+
+    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 64 make its
+    loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
+    """
+    few_images = n < (3 if INTERPRETED else 48)
+    narrow = c % 64 != 0 and k % 256 == 0 and not INTERPRETED
+    return "images" if _apply_overrides({"IMAGES": int(not few_images and not narrow)})["IMAGES"] else "box"
+
+
+def conv2d_images_config(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
+    if INTERPRETED:
+        block_n, block_n2 = _two_blocks(k, 128)
+        config = {"PIXELS": 1, "BLOCK_M": _tile(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
+        config |= {"num_warps": 4, "num_stages": 1}
+    else:
+        block_m = 128 if n > 64 else 64
+        block_n, block_n2 = _two_blocks(k, 128)
+        # A narrow block of filters is read for two pixels at once: else the copy engine brings too little work.
+        pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
+        warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
+        config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}
+        config |= {"num_warps": warps, "num_stages": 4}
+    config = _apply_overrides(config)
+    return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
+
+
+def conv2d_box_config(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: pixels and filters so small that every multiprocessor has some."""
+    if INTERPRETED:
+        pixels, config = 64, {"BLOCK_N": _tile(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
+    else:
+        choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % 64 != 0 else []
+        choices += [(256, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
+        for pixels, block_n, warps, stages in choices:  # noqa: B007
+            nb, th, tw = _box(pixels, n, p, q)
+            programs = triton.cdiv(n, nb) * triton.cdiv(p, th) * triton.cdiv(q, tw) * triton.cdiv(k, block_n)
+            if programs >= _MULTIPROCESSORS:
+                break
+        config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
+    nb, th, tw = _box(pixels, n, p, q)
+    config = _apply_overrides({"NB": nb, "TH": th, "TW": tw} | config)
+    return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
+
+
+def conv2d_images_wgrad_config(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles of the images kernel's weight gradient: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
+    block_m, positions = 128, 1
+    block_n, block_n2 = _largest_divisor(c, 256 if k % 128 == 0 else 128), 0
+    if c % 96 == 0 and block_n < 64:
+        block_n, block_n2 = 64, 32
+    if block_n + block_n2 < 128:
+        positions = 2
+        block_m = 256 if k % 256 == 0 else 128
+    area = block_m * (block_n + block_n2) * positions
+    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
+    config |= {"BLOCK_K": _tile(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
+    if INTERPRETED:
+        config |= {"BLOCK_M": _tile(k, 16, 128), "num_stages": 1}
+    config = _apply_overrides(config)
+    if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
+        config |= {"BLOCK_N": _largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
+    programs = triton.cdiv(k, config["BLOCK_M"]) * triton.cdiv(r * s, config["POSITIONS"])
+    programs *= c // (config["BLOCK_N"] + config["BLOCK_N2"])
+    at_once = _MULTIPROCESSORS * (2 if config["num_warps"] == 4 else 1)
+    steps = p * q * triton.cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else at_once // programs
+    return config | _apply_overrides({"SPLIT": max(1, min(wanted, steps))})
+
+
+def conv2d_stem_config(n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters."""
+    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    config |= {"COLUMNS": triton.cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
+    if INTERPRETED:
+        config |= {"BLOCK_M": _tile(n, 16, 64), "num_stages": 1}
+    applied = _apply_overrides(config)
+    return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
+
+
+def conv2d_stem_wgrad_config(n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
+    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128 if n > 64 else 64, "num_warps": 4}
+    config |= {"num_stages": 3}
+    if INTERPRETED:
+        config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
+    config = _apply_overrides(config)
+    programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    steps = p * q * triton.cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else max(1, _MULTIPROCESSORS // programs)
+    return config | _apply_overrides({"SPLIT": min(wanted, steps)})
+
+
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     """BLOCK and num_warps of a kernel over a flat range of elements; ``wide``: with int64 offsets, twice the registers."""
     block = 512 if wide else 1024
@@ -101,8 +232,10 @@ def column_sum_config(rows: int, columns: int) -> dict[str, int]:
     return _apply_overrides(config)
 
 
-#: Programs that a split reduction aims at: about four for each of an H100's 132 multiprocessors.
-_TARGET_PROGRAMS = 528
+#: Of an H100 SXM.
+_MULTIPROCESSORS = 132
+#: Programs that a split reduction aims at: about four for each multiprocessor.
+_TARGET_PROGRAMS = 4 * _MULTIPROCESSORS
 
 
 def split_count(programs: int, blocks: int) -> int:

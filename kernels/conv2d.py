@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import conv2d_descriptor
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
@@ -323,6 +324,10 @@ def conv2d_fprop(
 
     ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches.
     """
+    if conv2d_descriptor.takes(input, weight, stride, dilation, groups):
+        return conv2d_descriptor.fprop(input, weight, bias, padding, output_size, relu)
+    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups):
+        return conv2d_descriptor.stem_fprop(input, weight, bias, stride[0], padding, output_size, relu)
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     p, q = output_size
@@ -384,6 +389,8 @@ def conv2d_dgrad(
     groups: int,
 ) -> Tensor:
     """Gradient of the input, channels-last ``input_size``, from that of the output before the activation."""
+    if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
+        return conv2d_descriptor.dgrad(dz, weight, input_size, padding)
     n, c, h, w = input_size
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
@@ -454,6 +461,12 @@ def conv2d_wgrad(
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
     dw = new_output_like(weight)
+    if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_descriptor.takes_wgrad(n):
+        conv2d_descriptor.wgrad(dz, input, dw, padding)
+        return dw
+    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups) and conv2d_descriptor.takes_wgrad(n):
+        conv2d_descriptor.stem_wgrad(dz, input, dw, stride[0], padding)
+        return dw
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
     config = matmul_config(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: ``(kernel, grid, arguments) -> None``; what :func:`record_launches` hands each launch to.
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
@@ -27,9 +28,15 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     run_launch(kernel, grid, arguments)
 
 
+def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among a launch's arguments, those under tensor descriptors too, in order."""
+    bases = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    return [a for a in bases if isinstance(a, torch.Tensor)]
+
+
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
-    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    device = tensors_of(arguments)[0].device
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments)

@@ -87,6 +87,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     import sys
 
-    for name in ("conv2d", "dropout", "linear", "max_pool2d", "reduction"):
+    for name in ("conv2d", "conv2d_descriptor", "dropout", "linear", "max_pool2d", "reduction"):
         monkeypatch.setattr(sys.modules[f"kernels.{name}"], "launch", counting)
     return names

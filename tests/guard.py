@@ -28,7 +28,8 @@ class GuardedMemory:
         self.end = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
 
     def _check(self, what: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
-        used = pointers[mask.astype(bool)].astype(np.uint64)
+        # A descriptor load hands the mask over as a plain buffer.
+        used = pointers[np.asarray(mask).astype(bool)].astype(np.uint64)
         if not used.size:
             return
         inside = np.searchsorted(self.first, used, side="right")
@@ -55,7 +56,7 @@ def guard_memory(monkeypatch: Any) -> None:
     run = launch.run_launch
 
     def watching(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        guarded.watch([a for a in arguments.values() if isinstance(a, torch.Tensor)])
+        guarded.watch(launch.tensors_of(arguments))
         run(kernel, grid, arguments)
 
     monkeypatch.setattr(launch, "run_launch", watching)

@@ -1,0 +1,160 @@
+"""conv2d through tensor descriptors: every kernel of it, and that it is the one that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import config
+
+from ..oracle import check, dtype_id, randn
+
+IMAGES = {"_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
+BOX = {"_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
+STEM = {"_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_unfold_filter_kernel"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution, the configuration values forced for it, and the kernels that must run; ``why`` says what it is here for."""
+
+    why: str
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    padding: int | tuple[int, int] | str = 1
+    stride: int = 1
+    bias: bool = True
+    tiles: dict[str, int] = dataclasses.field(default_factory=dict)
+    runs: frozenset[str] = frozenset(IMAGES)
+
+    @property
+    def id(self) -> str:
+        return f"{self.why}-N{self.n}-C{self.c}-H{self.h}-W{self.w}-K{self.k}-R{self.r}-S{self.s}"
+
+
+def images(why: str, *shape: int, **values) -> Case:
+    tiles = {"IMAGES": 1, "BLOCK_M": 16, **values.pop("tiles", {})}
+    return Case(why, *shape, tiles=tiles, **values)
+
+
+def box(why: str, *shape: int, **values) -> Case:
+    tiles = {"IMAGES": 0, "NB": 2, "TH": 2, "TW": 4, "BLOCK_N": 16, **values.pop("tiles", {})}
+    return Case(why, *shape, tiles=tiles, runs=frozenset(BOX), **values)
+
+
+CASES = (
+    images("own_tiles", 5, 32, 6, 5, 48, 3, 3, tiles={"BLOCK_M": 16}),
+    images("ragged_images", 19, 16, 4, 3, 16, 3, 3, tiles={"BLOCK_K": 16}),
+    images("several_filter_blocks", 3, 16, 4, 4, 80, 3, 3, tiles={"BLOCK_N": 32, "BLOCK_N2": 16}),
+    images("several_channel_blocks", 3, 80, 4, 4, 16, 3, 3, tiles={"BLOCK_K": 16, "BLOCK_N": 16}),
+    images("two_pixels", 3, 32, 4, 5, 32, 3, 3, tiles={"PIXELS": 2, "BLOCK_N": 16, "BLOCK_N2": 16}),
+    images("two_pixels_wide_filter", 2, 16, 5, 6, 16, 5, 5, padding=2, tiles={"PIXELS": 2, "BLOCK_N": 16}),
+    images("two_positions", 18, 16, 4, 3, 32, 3, 2, tiles={"POSITIONS": 2, "BLOCK_N": 16, "BLOCK_N2": 0, "SPLIT": 3}),
+    images("two_positions_two_blocks", 17, 48, 3, 4, 32, 2, 2, tiles={"POSITIONS": 2, "BLOCK_N": 32, "BLOCK_N2": 16}),
+    images("split_beyond_steps", 2, 16, 2, 2, 16, 1, 1, padding=0, tiles={"SPLIT": 7}),
+    images("no_padding", 3, 16, 5, 4, 16, 3, 2, padding=0, bias=False),
+    images("padding_over_filter", 2, 16, 3, 4, 16, 2, 3, padding=4),
+    images("rectangular", 2, 16, 5, 3, 32, 1, 3, padding=(0, 2)),
+    images("same_of_even_filter", 2, 16, 5, 4, 16, 4, 2, padding="same"),
+    images("one_pixel", 3, 16, 1, 1, 16, 1, 1, padding=0),
+    box("own_box", 3, 32, 6, 5, 48, 3, 3, tiles={"NB": 1, "TH": 4, "TW": 4}),
+    box("ragged_box", 3, 16, 5, 7, 16, 3, 3),
+    box("several_blocks", 2, 48, 4, 5, 48, 3, 3, tiles={"BLOCK_K": 16}),
+    box("no_padding_one_image", 1, 16, 5, 6, 16, 3, 2, padding=0, bias=False),
+    box("padding_over_filter", 2, 16, 3, 4, 16, 2, 3, padding=4),
+    box("same_of_even_filter", 2, 16, 5, 4, 16, 4, 2, padding="same"),
+    Case("alexnet_one_channel", 3, 1, 27, 23, 32, 11, 11, stride=4, runs=frozenset(STEM)),
+    Case("alexnet_three_channels", 2, 3, 23, 27, 16, 11, 11, stride=4, padding=2, runs=frozenset(STEM)),
+    Case("stem_two_filter_blocks", 17, 1, 19, 23, 96, 11, 11, stride=4, tiles={"BLOCK_M": 64, "COLUMNS": 2}, runs=frozenset(STEM)),
+    Case("stem_zero_filled", 2, 1, 19, 19, 16, 12, 12, stride=4, tiles={"BLOCK_K": 64, "BLOCK_K2": 0}, runs=frozenset(STEM)),
+    Case("stem_split", 18, 1, 19, 19, 8, 9, 10, stride=4, padding=0, tiles={"SPLIT": 3, "BLOCK_K": 32}, runs=frozenset(STEM)),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
+    tensors = [
+        randn(case.n, case.c, case.h, case.w, dtype=dtype).to(memory_format=torch.channels_last).detach().requires_grad_(),
+        randn(case.k, case.c, case.r, case.s, dtype=dtype),
+        randn(case.k, dtype=dtype) if case.bias else None,
+    ]
+
+    def ours(x, w, b):
+        return kernels.conv2d(x, w, b, case.stride, case.padding, activation="relu")
+
+    def reference(x, w, b):
+        return F.relu(F.conv2d(x, w, b, case.stride, case.padding))
+
+    with config.override(**case.tiles):
+        output = check(ours, reference, tensors, names="input weight bias")
+    assert output.permute(0, 2, 3, 1).is_contiguous()
+    assert case.runs <= set(launches)
+    if case.runs != STEM:
+        assert not {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"} & set(launches)
+
+
+@pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
+def test_nan_and_infinity_stay_where_they_belong(images: int) -> None:
+    """A zero that the copy engine fills in is no element of the image: what lies beside it must not be multiplied."""
+    x = randn(2, 16, 4, 4, dtype=torch.bfloat16, grad=False).to(memory_format=torch.channels_last)
+    x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
+    tensors = [x.requires_grad_(), randn(16, 16, 3, 3, dtype=torch.bfloat16), randn(16, dtype=torch.bfloat16)]
+    with config.override(IMAGES=images, NB=1, TH=2, TW=2, BLOCK_M=16, BLOCK_K=16):
+        check(
+            lambda x, w, b: kernels.conv2d(x, w, b, padding=1),
+            lambda x, w, b: F.conv2d(x, w, b, padding=1),
+            tensors,
+            names="input weight bias",
+        )
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "every_other": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "unaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape).contiguous(),
+    "part_of_a_batch": lambda t: torch.cat([t, t])[: t.shape[0]],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout: str, images: int) -> None:
+    """What is not dense channels-last is made so first."""
+    x = LAYOUTS[layout](randn(3, 16, 5, 4, dtype=torch.float16, grad=False)).detach().requires_grad_()
+    w = LAYOUTS[layout](randn(32, 16, 3, 3, dtype=torch.float16, grad=False)).detach().requires_grad_()
+    with config.override(IMAGES=images):
+        check(lambda x, w: kernels.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1), [x, w], names="input weight")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 128, 1024])
+@pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 160, 192, 256, 384])
+@pytest.mark.parametrize("c", [16, 48, 64, 96, 256])
+def test_configurations_fit(c: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks tile the channels they must tile exactly, within what one multiprocessor of an H100 can hold."""
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    shared = 227 * 1024
+    for tiles in (
+        config.conv2d_images_config("conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        config.conv2d_box_config("conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+    ):
+        assert c % tiles["BLOCK_K"] == 0
+        pixels = tiles["BLOCK_M"] * tiles["PIXELS"] if "BLOCK_M" in tiles else tiles["NB"] * tiles["TH"] * tiles["TW"]
+        filters = tiles["BLOCK_N"] + tiles.get("BLOCK_N2", 0)
+        assert tiles["num_stages"] * (pixels + filters) * tiles["BLOCK_K"] * 2 < shared
+        assert pixels * filters / (32 * tiles["num_warps"]) <= 128, "accumulators must leave registers for the rest"
+    tiles = config.conv2d_images_wgrad_config(batch, 12, 12, c, k, 3, 3)
+    channels = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+    assert c % channels == 0
+    assert tiles["num_stages"] * (tiles["BLOCK_M"] + channels * tiles["POSITIONS"]) * tiles["BLOCK_K"] * 2 < shared
+    assert tiles["BLOCK_M"] * channels * tiles["POSITIONS"] / (32 * tiles["num_warps"]) <= 192
