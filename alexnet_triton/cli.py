@@ -1,4 +1,4 @@
-"""The command line: ``alexnet-triton train | evaluate | summary | explain``."""
+"""The command line: ``alexnet-triton train | evaluate | summary | explain | tune``."""
 
 from __future__ import annotations
 
@@ -303,3 +303,34 @@ def explain_command(
 def main() -> None:
     """Run the command line."""
     sys.exit(app(prog_name="alexnet-triton"))
+
+
+@app.command(name="tune")
+def tune_command(
+    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes to tune for; give the option several times.")] = [128],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    out: Annotated[
+        Path | None, typer.Option(help="The table. Default: the one that the kernels read.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure every kernel configuration on this GPU and keep the fastest that is right."""
+    from . import tune
+
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter("must be bfloat16 or float16", param_hint="--dtype")
+    if not torch.cuda.is_available():
+        raise _fail("tune needs a CUDA GPU")
+    path = out or kernels.config.TABLES / f"{kernels.config.gpu_slug(torch.cuda.get_device_name())}.json"
+
+    def show(result: tune.Tuned) -> None:
+        job = result.job
+        console.print(
+            f"{job.layer} {job.pass_} batch {job.batch}: {1e3 * result.best_ms:.1f} us, the rule {1e3 * result.rule_ms:.1f}, "
+            f"PyTorch {1e3 * result.peer_ms:.1f}; {result.tried} candidates, {len(result.wrong)} wrong; {result.best}",
+            markup=False,
+        )
+        for line in result.wrong[:3]:
+            console.print(f"  wrong: {line}", markup=False)
+
+    results = tune.tune(tuple(batch), getattr(torch, dtype), path, show)
+    console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

@@ -7,12 +7,15 @@ overhead per operation, so tiles are as large as the problem, up to a cap.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import triton
 
-from .backend import INTERPRETED
+from .backend import INTERPRETED, capability
 
 # A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
 _overrides: dict[str, int] = {}
@@ -35,6 +38,70 @@ def override(**values: int) -> Iterator[None]:
 
 def _apply_overrides(config: dict[str, int]) -> dict[str, int]:
     return {key: _overrides.get(key, value) for key, value in config.items()}
+
+
+#: Where ``alexnet-triton tune`` writes ``<gpu>.json``.
+TABLES = Path(__file__).parent / "configs"
+
+
+def gpu_slug(name: str) -> str:
+    """A GPU's name as a file name: ``h100-80gb-hbm3``."""
+    return name.lower().replace("nvidia ", "").replace(" ", "-").replace("/", "-")
+
+
+@functools.cache
+def _table_name(index: int) -> str:
+    return gpu_slug(torch.cuda.get_device_name(index))
+
+
+@functools.cache
+def read_table(name: str) -> dict[str, dict[str, int]]:
+    """The tuned configurations of a GPU, operation and shape -> values; empty if there is no file.
+
+    Raises:
+        ValueError: the file is not what ``alexnet-triton tune`` writes.
+    """
+    path = TABLES / f"{name}.json"
+    if not path.is_file():
+        return {}
+    try:
+        configs = json.loads(path.read_text())["configs"]
+        return {key: {name: int(value) for name, value in config.items()} for key, config in configs.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a table of tuned configurations: {error}") from error
+
+
+_use_tables = True
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Follow the rules alone inside the block, whatever was measured: for tuning and its tests."""
+    global _use_tables
+    previous, _use_tables = _use_tables, False
+    try:
+        yield
+    finally:
+        _use_tables = previous
+
+
+def tuned(device: torch.device, key: str) -> dict[str, int]:
+    """What was measured to be fastest on this GPU for an operation and shape; nothing where nothing was measured.
+
+    While launches are recorded for a Hopper GPU that is not there, it is an H100.
+    """
+    if INTERPRETED or not _use_tables:
+        return {}
+    if device.type == "cuda":
+        name = _table_name(torch.cuda.current_device() if device.index is None else device.index)
+    else:
+        name = "h100-80gb-hbm3" if capability(device) == 90 else ""
+    return read_table(name).get(key, {})
+
+
+def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
+    """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written."""
+    return f"{operation} n{n} p{p} q{q} c{c} k{k} r{r} s{s}"
 
 
 def _tile(n: int, low: int, high: int) -> int:
@@ -100,7 +167,7 @@ def _two_blocks(n: int, high: int) -> tuple[int, int]:
     return min(candidates, key=lambda blocks: (triton.cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
 
 
-def _box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
+def conv2d_box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     """Images x rows x columns, powers of 2 with the product ``pixels``, that waste the least; of these the squarest."""
     shapes = [(pixels // th // tw, th, tw) for th in _powers(pixels) for tw in _powers(pixels // th)]
 
@@ -118,7 +185,7 @@ def _powers(high: int) -> list[int]:
     return [1 << i for i in range(high.bit_length())]
 
 
-def conv2d_tile(operation: str, n: int, p: int, q: int, c: int, k: int) -> str:
+def conv2d_tile(device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
     """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
 
     One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 64 make its
@@ -126,28 +193,43 @@ def conv2d_tile(operation: str, n: int, p: int, q: int, c: int, k: int) -> str:
     """
     few_images = n < (3 if INTERPRETED else 48)
     narrow = c % 64 != 0 and k % 256 == 0 and not INTERPRETED
-    return "images" if _apply_overrides({"IMAGES": int(not few_images and not narrow)})["IMAGES"] else "box"
+    config = {"IMAGES": int(not few_images and not narrow)}
+    config |= _known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    return "images" if _apply_overrides(config)["IMAGES"] else "box"
 
 
-def conv2d_images_config(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+def conv2d_wgrad_by_images(n: int) -> bool:
+    """Whether ``n`` images are enough for a weight gradient whose steps are one pixel of 64 images."""
+    return bool(_apply_overrides({"IMAGES_WGRAD": int(n >= (1 if INTERPRETED else 32))})["IMAGES_WGRAD"])
+
+
+def _known(config: dict[str, int], values: dict[str, int]) -> dict[str, int]:
+    return {key: value for key, value in values.items() if key in config}
+
+
+def conv2d_images_config(
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
     """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
+    block_n, block_n2 = _two_blocks(k, 128)
     if INTERPRETED:
-        block_n, block_n2 = _two_blocks(k, 128)
         config = {"PIXELS": 1, "BLOCK_M": _tile(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
         config |= {"num_warps": 4, "num_stages": 1}
     else:
         block_m = 128 if n > 64 else 64
-        block_n, block_n2 = _two_blocks(k, 128)
         # A narrow block of filters is read for two pixels at once: else the copy engine brings too little work.
         pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
         warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}
         config |= {"num_warps": warps, "num_stages": 4}
+    config |= _known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
     config = _apply_overrides(config)
     return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
 
 
-def conv2d_box_config(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+def conv2d_box_config(
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
     """Tiles of the box kernel, as :func:`conv2d_images_config`: pixels and filters so small that every multiprocessor has some."""
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": _tile(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
@@ -155,17 +237,19 @@ def conv2d_box_config(operation: str, n: int, p: int, q: int, c: int, k: int, r:
         choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % 64 != 0 else []
         choices += [(256, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
         for pixels, block_n, warps, stages in choices:  # noqa: B007
-            nb, th, tw = _box(pixels, n, p, q)
+            nb, th, tw = conv2d_box(pixels, n, p, q)
             programs = triton.cdiv(n, nb) * triton.cdiv(p, th) * triton.cdiv(q, tw) * triton.cdiv(k, block_n)
             if programs >= _MULTIPROCESSORS:
                 break
         config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
-    nb, th, tw = _box(pixels, n, p, q)
-    config = _apply_overrides({"NB": nb, "TH": th, "TW": tw} | config)
+    nb, th, tw = conv2d_box(pixels, n, p, q)
+    config = {"NB": nb, "TH": th, "TW": tw} | config
+    config |= _known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    config = _apply_overrides(config)
     return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
 
 
-def conv2d_images_wgrad_config(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
     """Tiles of the images kernel's weight gradient: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
     block_m, positions = 128, 1
     block_n, block_n2 = _largest_divisor(c, 256 if k % 128 == 0 else 128), 0
@@ -179,7 +263,8 @@ def conv2d_images_wgrad_config(n: int, p: int, q: int, c: int, k: int, r: int, s
     config |= {"BLOCK_K": _tile(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(k, 16, 128), "num_stages": 1}
-    config = _apply_overrides(config)
+    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s))
+    config = _apply_overrides(config | _known(config, measured))
     if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
         config |= {"BLOCK_N": _largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
     programs = triton.cdiv(k, config["BLOCK_M"]) * triton.cdiv(r * s, config["POSITIONS"])
@@ -187,10 +272,10 @@ def conv2d_images_wgrad_config(n: int, p: int, q: int, c: int, k: int, r: int, s
     at_once = _MULTIPROCESSORS * (2 if config["num_warps"] == 4 else 1)
     steps = p * q * triton.cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else at_once // programs
-    return config | _apply_overrides({"SPLIT": max(1, min(wanted, steps))})
+    return config | _apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
 
-def conv2d_stem_config(n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters."""
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
     block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
@@ -198,22 +283,24 @@ def conv2d_stem_config(n: int, p: int, q: int, fold: int, k: int) -> dict[str, i
     config |= {"COLUMNS": triton.cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(n, 16, 64), "num_stages": 1}
+    config |= _known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
     applied = _apply_overrides(config)
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_wgrad_config(n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128 if n > 64 else 64, "num_warps": 4}
     config |= {"num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
-    config = _apply_overrides(config)
+    measured = tuned(device, conv2d_key("conv2d_stem_wgrad", n, p, q, fold, k, 3, 1))
+    config = _apply_overrides(config | _known(config, measured))
     programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
     steps = p * q * triton.cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, _MULTIPROCESSORS // programs)
-    return config | _apply_overrides({"SPLIT": min(wanted, steps)})
+    return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:

@@ -27,7 +27,7 @@ from . import conv2d_descriptor
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
-from .config import matmul_config, split_count
+from .config import conv2d_wgrad_by_images, matmul_config, split_count
 from .device import cast, dot, program_id, relu
 from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .launch import launch, needs_int64, new_output, new_output_like, strides
@@ -461,10 +461,10 @@ def conv2d_wgrad(
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
     dw = new_output_like(weight)
-    if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_descriptor.takes_wgrad(n):
+    if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
         conv2d_descriptor.wgrad(dz, input, dw, padding)
         return dw
-    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups) and conv2d_descriptor.takes_wgrad(n):
+    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
         conv2d_descriptor.stem_wgrad(dz, input, dw, stride[0], padding)
         return dw
     precision = conv_input_precision(dz.dtype)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backend import INTERPRETED, capability
+from .backend import capability
 from .config import (
     conv2d_box_config,
     conv2d_images_config,
@@ -622,11 +622,6 @@ def conv2d_stem_fold(channels: int, filter_width: int, stride: int) -> int:
     return triton.cdiv(filter_width, stride) * stride * stride * channels
 
 
-def takes_wgrad(images: int) -> bool:
-    """Whether there are images enough for a weight gradient whose steps are one pixel of many images."""
-    return images >= (1 if INTERPRETED else 32)
-
-
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
@@ -708,8 +703,8 @@ def _convolve(
         "INPUT_PRECISION": "ieee",
     }
     operation = "conv2d_dgrad" if dgrad else "conv2d_fprop"
-    if conv2d_tile(operation, n, p, q, c, k) == "images":
-        config = conv2d_images_config(operation, n, p, q, c, k, r, s)
+    if conv2d_tile(input.device, operation, n, p, q, c, k, r, s) == "images":
+        config = conv2d_images_config(input.device, operation, n, p, q, c, k, r, s)
         n2 = config["BLOCK_N2"]
 
         def filter_blocks(columns: int) -> list[int]:
@@ -730,7 +725,7 @@ def _convolve(
             **config,
         )
         return y
-    config = conv2d_box_config(operation, n, p, q, c, k, r, s)
+    config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s)
     tile = [config["NB"], config["TH"], config["TW"]]
     tiles = triton.cdiv(n, tile[0]) * triton.cdiv(p, tile[1]) * triton.cdiv(q, tile[2])
     block = [config["BLOCK_K"], config["BLOCK_N"]] if dgrad else [config["BLOCK_N"], config["BLOCK_K"]]
@@ -752,7 +747,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int]) -> None
     n, c, h, w = input.shape
     k, _, r, s = dw.shape
     p, q = dz.shape[2:]
-    config = conv2d_images_wgrad_config(n, p, q, c, k, r, s)
+    config = conv2d_images_wgrad_config(input.device, n, p, q, c, k, r, s)
     split = config.pop("SPLIT")
     n2 = config["BLOCK_N2"]
     z, x = _nhwc(dz), _nhwc(input)
@@ -820,7 +815,9 @@ def _patches(cells: Tensor, fold: int, columns: int, block: Sequence[int]) -> Te
     return TensorDescriptor(cells, [rows, columns, n, fold], [row, depth, image, 1], [1, 1, *block])
 
 
-def _cells(input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]) -> Tensor:
+def _cells(
+    input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
+) -> Tensor:
     size = [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
     return space_to_depth(input, stride, padding, size)
 
@@ -858,7 +855,7 @@ def stem_fprop(
         **config,
     )
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
-    config = conv2d_stem_config(n, p, q, fold, k)
+    config = conv2d_stem_config(input.device, n, p, q, fold, k)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
@@ -896,7 +893,7 @@ def stem_wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequ
     k, _, r, s = dw.shape
     p, q = dz.shape[2:]
     fold = conv2d_stem_fold(c, s, stride)
-    config = conv2d_stem_wgrad_config(n, p, q, fold, k)
+    config = conv2d_stem_wgrad_config(input.device, n, p, q, fold, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     fold_blocks = triton.cdiv(fold, m)

@@ -11,11 +11,18 @@ import torch.nn.functional as F
 import kernels
 from kernels import config
 
+from ..conftest import DEVICE
 from ..oracle import check, dtype_id, randn
 
 IMAGES = {"_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
 BOX = {"_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
-STEM = {"_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_unfold_filter_kernel"}
+STEM = {
+    "_space_to_depth_kernel",
+    "_fold_filter_kernel",
+    "_conv2d_stem_kernel",
+    "_conv2d_stem_wgrad_kernel",
+    "_unfold_filter_kernel",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,9 @@ CASES = (
     box("same_of_even_filter", 2, 16, 5, 4, 16, 4, 2, padding="same"),
     Case("alexnet_one_channel", 3, 1, 27, 23, 32, 11, 11, stride=4, runs=frozenset(STEM)),
     Case("alexnet_three_channels", 2, 3, 23, 27, 16, 11, 11, stride=4, padding=2, runs=frozenset(STEM)),
-    Case("stem_two_filter_blocks", 17, 1, 19, 23, 96, 11, 11, stride=4, tiles={"BLOCK_M": 64, "COLUMNS": 2}, runs=frozenset(STEM)),
+    Case(
+        "stem_two_filter_blocks", 17, 1, 19, 23, 96, 11, 11, stride=4, tiles={"BLOCK_M": 64, "COLUMNS": 2}, runs=frozenset(STEM)
+    ),
     Case("stem_zero_filled", 2, 1, 19, 19, 16, 12, 12, stride=4, tiles={"BLOCK_K": 64, "BLOCK_K2": 0}, runs=frozenset(STEM)),
     Case("stem_split", 18, 1, 19, 19, 8, 9, 10, stride=4, padding=0, tiles={"SPLIT": 3, "BLOCK_K": 32}, runs=frozenset(STEM)),
 )
@@ -95,7 +104,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
     def reference(x, w, b):
         return F.relu(F.conv2d(x, w, b, case.stride, case.padding))
 
-    with config.override(**case.tiles):
+    with config.override(IMAGES_WGRAD=1, **case.tiles):
         output = check(ours, reference, tensors, names="input weight bias")
     assert output.permute(0, 2, 3, 1).is_contiguous()
     assert case.runs <= set(launches)
@@ -109,7 +118,7 @@ def test_nan_and_infinity_stay_where_they_belong(images: int) -> None:
     x = randn(2, 16, 4, 4, dtype=torch.bfloat16, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
     tensors = [x.requires_grad_(), randn(16, 16, 3, 3, dtype=torch.bfloat16), randn(16, dtype=torch.bfloat16)]
-    with config.override(IMAGES=images, NB=1, TH=2, TW=2, BLOCK_M=16, BLOCK_K=16):
+    with config.override(IMAGES=images, IMAGES_WGRAD=1, NB=1, TH=2, TW=2, BLOCK_M=16, BLOCK_K=16):
         check(
             lambda x, w, b: kernels.conv2d(x, w, b, padding=1),
             lambda x, w, b: F.conv2d(x, w, b, padding=1),
@@ -133,8 +142,10 @@ def test_any_layout(layout: str, images: int) -> None:
     """What is not dense channels-last is made so first."""
     x = LAYOUTS[layout](randn(3, 16, 5, 4, dtype=torch.float16, grad=False)).detach().requires_grad_()
     w = LAYOUTS[layout](randn(32, 16, 3, 3, dtype=torch.float16, grad=False)).detach().requires_grad_()
-    with config.override(IMAGES=images):
-        check(lambda x, w: kernels.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1), [x, w], names="input weight")
+    with config.override(IMAGES=images, IMAGES_WGRAD=1):
+        check(
+            lambda x, w: kernels.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1), [x, w], names="input weight"
+        )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 128, 1024])
@@ -143,17 +154,18 @@ def test_any_layout(layout: str, images: int) -> None:
 def test_configurations_fit(c: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks tile the channels they must tile exactly, within what one multiprocessor of an H100 can hold."""
     monkeypatch.setattr(config, "INTERPRETED", False)
+    monkeypatch.setattr(config, "tuned", lambda device, key: {})
     shared = 227 * 1024
     for tiles in (
-        config.conv2d_images_config("conv2d_fprop", batch, 12, 12, c, k, 3, 3),
-        config.conv2d_box_config("conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        config.conv2d_images_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        config.conv2d_box_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
     ):
         assert c % tiles["BLOCK_K"] == 0
         pixels = tiles["BLOCK_M"] * tiles["PIXELS"] if "BLOCK_M" in tiles else tiles["NB"] * tiles["TH"] * tiles["TW"]
         filters = tiles["BLOCK_N"] + tiles.get("BLOCK_N2", 0)
         assert tiles["num_stages"] * (pixels + filters) * tiles["BLOCK_K"] * 2 < shared
         assert pixels * filters / (32 * tiles["num_warps"]) <= 128, "accumulators must leave registers for the rest"
-    tiles = config.conv2d_images_wgrad_config(batch, 12, 12, c, k, 3, 3)
+    tiles = config.conv2d_images_wgrad_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, 3)
     channels = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
     assert c % channels == 0
     assert tiles["num_stages"] * (tiles["BLOCK_M"] + channels * tiles["POSITIONS"]) * tiles["BLOCK_K"] * 2 < shared

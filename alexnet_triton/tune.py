@@ -1,0 +1,330 @@
+"""Find the fastest configuration of each kernel on the GPU at hand: ``alexnet-triton tune``.
+
+Each candidate runs its operation on random tensors, is held to the same operation in float32, and only then is timed. The
+winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.config` reads; what was not measured follows its rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from kernels import config, conv2d_descriptor, launch
+
+Candidate = dict[str, int]
+
+#: name: channels, image size, filters, filter size, stride, padding
+LAYERS = {
+    "conv1": (1, 224, 96, 11, 4, 1),
+    "conv2": (96, 26, 256, 5, 1, 2),
+    "conv3": (256, 12, 384, 3, 1, 1),
+    "conv4": (384, 12, 384, 3, 1, 1),
+    "conv5": (384, 12, 256, 3, 1, 1),
+}
+
+_SHARED_BYTES = 227 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pass of one layer at one batch size: what is tuned."""
+
+    layer: str
+    pass_: str
+    batch: int
+
+    @property
+    def size(self) -> int:
+        """Height and width of the convolution's output."""
+        _, size, _, r, stride, padding = LAYERS[self.layer]
+        return (size + 2 * padding - r) // stride + 1
+
+    @property
+    def key(self) -> str:
+        """Its name in the table."""
+        c, size, k, r, stride, _ = LAYERS[self.layer]
+        if stride > 1:
+            fold = conv2d_descriptor.conv2d_stem_fold(c, r, stride)
+            return config.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
+        if self.pass_ == "dgrad":
+            return config.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
+        return config.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
+
+    def candidates(self) -> list[Candidate]:
+        """All that are worth a measurement."""
+        c, size, k, r, stride, _ = LAYERS[self.layer]
+        if stride > 1:
+            found = _stem_fprop(self.size) if self.pass_ == "fprop" else _stem_wgrad(self.batch)
+        elif self.pass_ == "fprop":
+            found = itertools.chain(_images(self.batch, c, k), _boxes(self.batch, self.size, c, k))
+        elif self.pass_ == "dgrad":
+            found = itertools.chain(_images(self.batch, k, c), _boxes(self.batch, size, k, c))
+        else:
+            found = _images_wgrad(c, k, r * r)
+        return list(found)
+
+
+def jobs(batches: tuple[int, ...]) -> list[Job]:
+    """All passes that a training step runs, the largest first batch first."""
+    return [
+        Job(layer, pass_, batch)
+        for batch in batches
+        for layer in LAYERS
+        for pass_ in ("fprop", "dgrad", "wgrad")
+        if (layer, pass_) != ("conv1", "dgrad")
+    ]
+
+
+def _fits(elements: int, stages: int, accumulators: int, warps: int) -> bool:
+    """Whether ``stages`` of so many half-precision elements fit shared memory, and the accumulators the registers."""
+    return stages * elements * 2 <= _SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
+
+
+def _images(n: int, c: int, k: int) -> Iterator[Candidate]:
+    if n < 64:
+        return
+    filters = [(64, 32), (128, 0)] if k == 96 else [(128, 0), (256, 0)] if k % 256 == 0 else [(128, 0)]
+    block_k = min(c & -c, 64)
+    for block_m, (n1, n2), pixels, warps, stages in itertools.product((64, 128), filters, (1, 2), (4, 8), (3, 4, 5)):
+        accumulators = block_m * (n1 + n2) * pixels
+        if _fits((block_m * pixels + n1 + n2) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
+            values = {"IMAGES": 1, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "PIXELS": pixels, "BLOCK_K": block_k}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def _boxes(n: int, size: int, c: int, k: int) -> Iterator[Candidate]:
+    block_k = min(c & -c, 64)
+    small = n * size * size * k < 2**22
+    for pixels, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6)):
+        if k % block_n and block_n > 128 or block_n > 2 * k or (pixels * block_n < 128 * 128 and not small):
+            continue
+        accumulators = pixels * block_n
+        if _fits((pixels + block_n) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
+            nb, th, tw = config.conv2d_box(pixels, n, size, size)
+            values = {"IMAGES": 0, "NB": nb, "TH": th, "TW": tw, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
+    channels = [(64, 32)] if c == 96 else [(128, 0), (256, 0)] if c % 256 == 0 else [(128, 0)]
+    rows = (128, 256) if k % 256 == 0 else (128,)
+    for block_m, (n1, n2), together, block_k, warps, stages in itertools.product(
+        rows, channels, (1, 2), (64, 128), (4, 8), (3, 4, 5)
+    ):
+        accumulators = block_m * (n1 + n2) * together
+        elements = (block_m + (n1 + n2) * together) * block_k
+        if not _fits(elements, stages, accumulators, warps) or (stages > 3 and block_k > 64):
+            continue
+        programs = triton.cdiv(k, block_m) * (c // (n1 + n2)) * triton.cdiv(positions, together)
+        values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+        # How many programs one multiprocessor holds at once, and a little more and less than that.
+        held = min(2, _SHARED_BYTES // (stages * elements * 2))
+        for split in sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)}):
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
+def _stem_fprop(columns: int) -> Iterator[Candidate]:
+    for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
+        ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
+    ):
+        values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
+        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < _SHARED_BYTES - 2**15:
+            yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+
+
+def _stem_wgrad(n: int) -> Iterator[Candidate]:
+    for block_k, (n1, n2), warps, stages, split in itertools.product(
+        (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
+    ):
+        shared = stages * (3 * 64 + n1 + n2) * block_k * 2
+        if shared * (split // 132) < _SHARED_BYTES and block_k <= max(64, n):
+            values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+@functools.cache
+def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random input, weight, bias and output gradient of a layer, channels-last."""
+    c, size, k, r, stride, padding = LAYERS[layer]
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+    out = (size + 2 * padding - r) // stride + 1
+    x, w, dz = randn(batch, c, size, size), randn(k, c, r, r) / (c * r * r) ** 0.5, randn(batch, k, out, out)
+    x, w, dz = (t.to(memory_format=torch.channels_last) for t in (x, w, dz))
+    return x, w, randn(k), dz
+
+
+def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The operation itself."""
+    x, w, b, dz = tensors
+    *_, r, stride, padding = LAYERS[job.layer]
+    ops, step, pad = torch.ops.alexnet_triton, [stride] * 2, [padding] * 2
+    if job.pass_ == "fprop":
+        return ops.conv2d_fprop(x, w, b, step, pad, [1, 1], 1, [job.size] * 2, True)
+    if job.pass_ == "dgrad":
+        return ops.conv2d_dgrad(dz, w, list(x.shape), step, pad, [1, 1], 1)
+    return ops.conv2d_wgrad(dz, x, w, step, pad, [1, 1], 1)
+
+
+def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The same by PyTorch, in the dtype of ``tensors``."""
+    x, w, b, dz = tensors
+    *_, stride, padding = LAYERS[job.layer]
+    if job.pass_ == "fprop":
+        return F.relu(F.conv2d(x, w, b, stride, padding))
+    wanted = [job.pass_ == "dgrad", job.pass_ == "wgrad", False]
+    step, pad = [stride] * 2, [padding] * 2
+    dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, w, None, step, pad, [1, 1], False, [0, 0], 1, wanted)
+    return dx if job.pass_ == "dgrad" else dw
+
+
+def _milliseconds(function: Callable[[], object], milliseconds: int) -> float:
+    """Median time of ``function`` as a CUDA graph, with a cold L2 cache: the host's part is not what is tuned."""
+    import triton.testing
+
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return float(triton.testing.do_bench(graph.replay, warmup=2, rep=milliseconds, quantiles=[0.5]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What came out of a job.
+
+    Attributes:
+        rule_ms, best_ms, peer_ms: milliseconds of the rule's configuration, of the fastest candidate and of PyTorch.
+        best: the fastest candidate.
+        wrong: how many candidates gave wrong results or could not run.
+    """
+
+    job: Job
+    rule_ms: float
+    best_ms: float
+    peer_ms: float
+    best: Candidate
+    wrong: list[str]
+    tried: int
+
+
+def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
+    """Verify and time every candidate of ``job``.
+
+    A candidate's largest error against float32 must be at most twice PyTorch's own in ``dtype``, plus half a unit.
+    """
+    tensors = _tensors(job.layer, job.batch, dtype)
+    exact = _reference(job, tuple(t.float() for t in tensors))
+    peer = _reference(job, tensors)
+    peer_error = (peer.float() - exact).abs().max().item()
+    allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * exact.abs().max().item()
+    wrong: list[str] = []
+    times: list[tuple[float, Candidate]] = []
+    with config.untuned():
+        candidates = [{}, *job.candidates()]
+        for candidate in candidates:
+            with config.override(**candidate):
+                try:
+                    for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
+                        error = (_run(job, tensors).float() - exact).abs().max().item()
+                        if not error <= allowed:
+                            raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
+                    times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
+                except Exception as error:  # whatever a candidate cannot do, another may
+                    wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
+        rule_ms = times[0][0]
+        # The best few again, longer: a median over a dozen runs is not sure enough.
+        finalists = sorted(times[1:], key=lambda timed: timed[0])[:3]
+        again = []
+        for _, candidate in finalists:
+            with config.override(**candidate):
+                again.append((_milliseconds(lambda: _run(job, tensors), 4 * milliseconds), candidate))
+        best_ms, best = min(again, key=lambda timed: timed[0])
+    return Tuned(job, rule_ms, best_ms, _milliseconds(lambda: _reference(job, tensors), milliseconds), best, wrong, len(times))
+
+
+def _compile_share(share: int, shares: int, batches: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Compile every ``shares``-th candidate into Triton's cache on disk, launching nothing."""
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        kernel.warmup(grid=grid, **arguments)
+
+    every = [(job, candidate) for job in jobs(batches) for candidate in job.candidates()]
+    with config.untuned(), launch.record_launches(compile_only):
+        for job, candidate in every[share::shares]:
+            with config.override(**candidate):
+                try:
+                    _run(job, _tensors(job.layer, job.batch, dtype))
+                except Exception:  # noqa: BLE001  # it fails again, and is reported, when it is its turn
+                    continue
+
+
+def compile_all(batches: tuple[int, ...], dtype: torch.dtype, processes: int | None = None) -> None:
+    """Compile all candidates, with as many processes as there are processors."""
+    shares = processes or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_compile_share, args=(i, shares, batches, dtype)) for i in range(shares)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
+    """Write or update a table; other entries of the file stay. Whole: a reader never sees half a file."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"configs": {}, "measured": {}}
+    content["gpu"] = torch.cuda.get_device_name()
+    content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    for result in results:
+        content["configs"][result.job.key] = result.best
+        content["measured"][result.job.key] = {
+            "layer": result.job.layer,
+            "ms": round(result.best_ms, 5),
+            "rule_ms": round(result.rule_ms, 5),
+            "pytorch_ms": round(result.peer_ms, 5),
+            "candidates": result.tried,
+            "wrong": len(result.wrong),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def tune(batches: tuple[int, ...], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
+    """Tune every job at ``batches`` and write the table to ``path`` after each."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
+    compile_all(batches, dtype)
+    results = []
+    for job in jobs(batches):
+        result = tune_job(job, dtype)
+        results.append(result)
+        write_table(results, dtype, path)
+        report(result)
+        _tensors.cache_clear()
+    return results
+
+
+def speedup(results: list[Tuned]) -> float:
+    """Geometric mean of PyTorch's time over ours."""
+    return statistics.geometric_mean(r.peer_ms / r.best_ms for r in results)
