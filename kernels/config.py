@@ -303,10 +303,64 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
+def linear_key(m: int, n: int, k: int) -> str:
+    """Name of a matrix product in the tables: m x n outputs of k products each."""
+    return f"linear m{m} n{n} k{k}"
+
+
+def linear_config(device: torch.device, m: int, n: int, k: int, *, random_epilogue: bool = False) -> dict[str, int]:
+    """Tiles of the descriptor matrix kernel for M x N outputs of K products each, and into how many parts K is split.
+
+    The tiles that all multiprocessors can hold at once bound the split: for a small batch what costs is reading the weights,
+    each once, and any multiprocessor that has no tile reads none. With ``random_epilogue`` and no split (Philox draws on the
+    accumulators) the tile is smaller, for the registers.
+    """
+    if INTERPRETED:
+        config = {"BLOCK_M": _tile(m, 16, 128), "BLOCK_N": _tile(n, 16, 128), "BLOCK_K": _tile(k, 16, 128)}
+        config |= {"num_warps": 4, "num_stages": 1}
+    else:
+        config = {"BLOCK_M": 128 if m > 64 else 64, "BLOCK_N": _tile(n, 16, 128), "BLOCK_K": 64}
+        # No more stages than there are blocks, so that several programs fit: a weight gradient has two, and is all stores.
+        stages = max(2, min(4, triton.cdiv(k, 64)))
+        config |= {"num_warps": 8 if config["BLOCK_M"] * config["BLOCK_N"] > 64 * 128 else 4, "num_stages": stages}
+    measured = tuned(device, linear_key(m, n, k))
+    config |= _known(config, measured)
+    config = _apply_overrides(config)
+    tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+    blocks = triton.cdiv(k, config["BLOCK_K"])
+    # A part of less than four blocks is all prologue.
+    wanted = 2 if INTERPRETED else min(_MULTIPROCESSORS // tiles, blocks // 4)
+    config |= _apply_overrides({"SPLIT": max(1, min(measured.get("SPLIT", wanted), blocks))})
+    if config["SPLIT"] == 1 and random_epilogue and not INTERPRETED:
+        config |= {"BLOCK_M": min(config["BLOCK_M"], 64), "BLOCK_N": min(config["BLOCK_N"], 64), "num_warps": 4}
+    return config
+
+
+def sum_splits_config(m: int, n: int) -> dict[str, int]:
+    """BLOCK_M x BLOCK_N outputs of a program that adds up the parts of a split product."""
+    if INTERPRETED:
+        config = {"BLOCK_M": _tile(m, 16, 128), "BLOCK_N": _tile(n, 16, 128), "num_warps": 4}
+    else:
+        config = {"BLOCK_M": 4 if n > 64 else 16, "BLOCK_N": _tile(n, 16, 256), "num_warps": 4}
+    return _apply_overrides(config)
+
+
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     """BLOCK and num_warps of a kernel over a flat range of elements; ``wide``: with int64 offsets, twice the registers."""
     block = 512 if wide else 1024
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
+
+
+def parts_config(elements: int, parts: int) -> dict[str, int]:
+    """BLOCK elements and BLOCK_PARTS parts at once of a kernel that sums the parts of each element."""
+    if INTERPRETED:
+        config = {"BLOCK_PARTS": 1, "BLOCK": _tile(elements, 16, 2**17), "num_warps": 4}
+    elif elements < 2**16:
+        # A bias or a small filter: as many programs as there are, each with many loads under way.
+        config = {"BLOCK_PARTS": _tile(parts, 1, 64), "BLOCK": 16, "num_warps": 4}
+    else:
+        config = {"BLOCK_PARTS": 1, "BLOCK": 512, "num_warps": 4}
+    return _apply_overrides(config)
 
 
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:

@@ -1,7 +1,9 @@
 """Linear layer with fused bias, ReLU and dropout: forward, input gradient, weight gradient.
 
 The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet; the name ``linear_relu_dropout`` says it. All three passes are
-one matrix kernel over different strides; the epilogue runs on the accumulators before they leave the registers.
+one matrix kernel over different strides; the epilogue runs on the accumulators before they leave the registers. On Hopper and
+later, half-precision operands come through tensor descriptors, and a small batch, whose outputs are few tiles, is split along
+the reduction so that every multiprocessor reads its share of the weights; the parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autocast import autocast_inputs
-from .backend import runs_triton
+from .backend import capability, runs_triton
 from .checks import check_activation, check_probability, check_tensors
-from .config import matmul_config
+from .config import linear_config, matmul_config, sum_splits_config
 from .device import cast, dot, dropout_factor, program_id, relu
 from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
@@ -28,6 +31,33 @@ from .precision import matmul_input_precision
 from .reduction import dropout_scale, epilogue_backward, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    bias_ptr,
+    seed_ptr,
+    c_ptr,
+    o_m,
+    o_n,
+    N,
+    p,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """dropout(relu(acc + bias)) of the outputs (o_m, o_n)."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(acc.dtype)[None, :]
+    if RELU:
+        acc = relu(acc)
+    if DROPOUT:
+        # Rounded to the output's type first, as the layer before the dropout would store it.
+        acc = cast(acc, c_ptr.dtype.element_ty).to(acc.dtype)
+        acc *= dropout_factor(tl.load(seed_ptr), o_m[:, None] * N + o_n[None, :], p, scale)
+    return acc
 
 
 @triton.jit
@@ -79,19 +109,108 @@ def _matmul_kernel(
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
         o_k += BLOCK_K
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
-    if RELU:
-        acc = relu(acc)
-    if DROPOUT:
-        # Rounded to the output's type first, as the layer before the dropout would store it.
-        acc = cast(acc, c_ptr.dtype.element_ty).to(ACC)
-        acc *= dropout_factor(tl.load(seed_ptr), o_m[:, None] * N + o_n[None, :], p, scale)
+    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
     p_c = c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
     tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
+@triton.jit
+def _matmul_descriptor_kernel(
+    a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_TRANSPOSED: [K, M], blocks [BLOCK_K, BLOCK_M]
+    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]
+    bias_ptr,  # [N], or unused
+    seed_ptr,  # int64 scalar, or unused
+    c_ptr,  # out: [M, N] through its strides; with more than one split [SPLIT, M, N] float32
+    M,
+    N,
+    K,
+    stride_cs,
+    stride_cm,
+    stride_cn,
+    blocks_per_split,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """c = dropout(relu(a @ b + bias)), or one split's part of a @ b. One program computes a BLOCK_M x BLOCK_N tile of c.
+
+    The copy engine brings the tiles, zeros where they stick out, and the tensor cores read them from shared memory.
+    """
+    pid = program_id(0, WIDE)
+    pid_split = tl.program_id(1)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    m0 = (pid % blocks_m * BLOCK_M).to(tl.int32)
+    n0 = (pid // blocks_m * BLOCK_N).to(tl.int32)
+    first = pid_split * blocks_per_split
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))):
+        k0 = i * BLOCK_K
+        b_a = a_desc.load([k0, m0]).T if A_TRANSPOSED else a_desc.load([m0, k0])
+        b_b = b_desc.load([n0, k0]).T if B_TRANSPOSED else b_desc.load([k0, n0])
+        acc = dot(b_a, b_b, acc, INPUT_PRECISION)
+    o_m = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = pid // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
+    p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,  # [SPLIT, M, N] float32
+    bias_ptr,  # [N], or unused
+    seed_ptr,  # int64 scalar, or unused
+    c_ptr,  # out: [M, N] through its strides
+    M,
+    N,
+    SPLIT,
+    stride_cm,
+    stride_cn,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """c = dropout(relu(sum of the parts + bias)), the parts first to last. One program owns BLOCK_M x BLOCK_N outputs."""
+    pid = program_id(0, WIDE)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    o_m = pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (o_m < M)[:, None] & (o_n < N)[None, :]
+    p_part = partial_ptr + o_m[:, None] * N + o_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(SPLIT):
+        acc += tl.load(p_part, mask=mask, other=0.0)
+        p_part += M * N
+    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
+    tl.store(c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn, cast(acc, c_ptr.dtype.element_ty), mask=mask)
+
+
 # ------------------------------------------------------------------------------------------------- launch functions
+
+
+def _dense_side(tensor: Tensor) -> tuple[Tensor, bool] | None:
+    """A 2-D tensor whose rows the copy engine can read, and whether it is ``tensor`` transposed; None if neither is."""
+    for candidate, transposed in ((tensor, False), (tensor.t(), True)):
+        rows, columns = candidate.stride()
+        bytes_a_row = rows * candidate.element_size()
+        dense = columns == 1 and rows >= candidate.shape[1] and bytes_a_row % 16 == 0
+        if dense and candidate.data_ptr() % 16 == 0:
+            return candidate, transposed
+    return None
 
 
 def _matmul(
@@ -104,6 +223,12 @@ def _matmul(
     fuse_relu: bool = False,
 ) -> None:
     """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides."""
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if half and min(*a.shape, b.shape[1]) > 0 and capability(a.device) >= 90:
+        dense_a, dense_b = _dense_side(a), _dense_side(b)
+        if dense_a is not None and dense_b is not None:
+            _matmul_descriptor(dense_a, dense_b, out, bias, seed, p, fuse_relu)
+            return
     (m, k), n = a.shape, b.shape[1]
     precision = matmul_input_precision(a.dtype)
     config = matmul_config(m, n, k, a.dtype, precision, random_epilogue=seed is not None)
@@ -133,6 +258,78 @@ def _matmul(
         ACC=triton_accumulator(a.dtype),
         INPUT_PRECISION=precision,
         **config,
+    )
+
+
+def _matmul_descriptor(
+    dense_a: tuple[Tensor, bool],
+    dense_b: tuple[Tensor, bool],
+    out: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    fuse_relu: bool,
+) -> None:
+    """:func:`_matmul` of operands that the copy engine can read, split along K where the tiles of ``out`` are few.
+
+    The operands are as :func:`_dense_side` gives them.
+    """
+    (a, a_transposed), (b, b_transposed) = dense_a, dense_b
+    m, n = out.shape
+    k = a.shape[0] if a_transposed else a.shape[1]
+    config = linear_config(a.device, m, n, k, random_epilogue=seed is not None)
+    split = config.pop("SPLIT")
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    blocks_per_split = triton.cdiv(triton.cdiv(k, block_k), split)
+    split = triton.cdiv(triton.cdiv(k, block_k), blocks_per_split)
+    partial = new_output((split, m, n), torch.float32, out.device) if split > 1 else None
+    target = out if partial is None else partial[0]
+    epilogue = {
+        "bias_ptr": out if bias is None else bias.contiguous(),
+        "seed_ptr": out if seed is None else seed,
+        "p": float(p),
+        "scale": dropout_scale(p),
+        "HAS_BIAS": bias is not None,
+        "RELU": fuse_relu,
+        "DROPOUT": seed is not None,
+    }
+    nothing = {"HAS_BIAS": False, "RELU": False, "DROPOUT": False}
+    launch(
+        _matmul_descriptor_kernel,
+        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split),
+        a_desc=TensorDescriptor.from_tensor(a, [block_k, block_m] if a_transposed else [block_m, block_k]),
+        b_desc=TensorDescriptor.from_tensor(b, [block_n, block_k] if b_transposed else [block_k, block_n]),
+        c_ptr=target,
+        M=m,
+        N=n,
+        K=k,
+        stride_cs=m * n,
+        stride_cm=target.stride(0),
+        stride_cn=target.stride(1),
+        blocks_per_split=blocks_per_split,
+        A_TRANSPOSED=a_transposed,
+        B_TRANSPOSED=b_transposed,
+        WIDE=needs_int64(out, partial),
+        INPUT_PRECISION="ieee",
+        **(epilogue if partial is None else epilogue | nothing),
+        **config,
+    )
+    if partial is None:
+        return
+    tile = sum_splits_config(m, n)
+    launch(
+        _sum_splits_kernel,
+        (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),),
+        partial_ptr=partial,
+        c_ptr=out,
+        M=m,
+        N=n,
+        SPLIT=split,
+        stride_cm=out.stride(0),
+        stride_cn=out.stride(1),
+        WIDE=needs_int64(out, partial),
+        **epilogue,
+        **tile,
     )
 
 
