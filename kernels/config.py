@@ -345,6 +345,21 @@ def sum_splits_config(m: int, n: int) -> dict[str, int]:
     return _apply_overrides(config)
 
 
+def pool_config(columns: int, channels: int) -> dict[str, int]:
+    """BLOCK_W outputs of a row x BLOCK_C channels of a channels-last pool."""
+    block_c = _two_blocks(channels, 64)[0]
+    config = {"BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+    return _apply_overrides(config)
+
+
+def pool_backward_config(rows: int, columns: int, channels: int) -> dict[str, int]:
+    """BLOCK_H rows of an image, BLOCK_W columns at once, BLOCK_C channels of its gradient."""
+    block_c = _two_blocks(channels, 64)[0]
+    config = {"BLOCK_H": min(rows, 6), "BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c)}
+    config |= {"BLOCK_C": block_c, "num_warps": 4}
+    return _apply_overrides(config)
+
+
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     """BLOCK and num_warps of a kernel over a flat range of elements; ``wide``: with int64 offsets, twice the registers."""
     block = 512 if wide else 1024

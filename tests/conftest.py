@@ -31,6 +31,9 @@ SMALL_TILES = {
     "BLOCK_PARTS": 2,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
+    "BLOCK_H": 5,
+    "BLOCK_W": 8,
+    "BLOCK_C": 16,
     "SPLIT": 3,
 }
 
