@@ -345,16 +345,22 @@ def sum_splits_config(m: int, n: int) -> dict[str, int]:
     return _apply_overrides(config)
 
 
+def _pool_channels(channels: int) -> int:
+    """Channels of a block: as many as divide them, since an idle lane costs as much as a busy one."""
+    divisor = _largest_divisor(channels, 64)
+    return divisor if divisor >= 16 else _tile(channels, 16, 64)
+
+
 def pool_config(columns: int, channels: int) -> dict[str, int]:
     """BLOCK_W outputs of a row x BLOCK_C channels of a channels-last pool."""
-    block_c = _two_blocks(channels, 64)[0]
+    block_c = _pool_channels(channels)
     config = {"BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
     return _apply_overrides(config)
 
 
 def pool_backward_config(rows: int, columns: int, channels: int) -> dict[str, int]:
     """BLOCK_H rows of an image, BLOCK_W columns at once, BLOCK_C channels of its gradient."""
-    block_c = _two_blocks(channels, 64)[0]
+    block_c = _pool_channels(channels)
     config = {"BLOCK_H": min(rows, 6), "BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c)}
     config |= {"BLOCK_C": block_c, "num_warps": 4}
     return _apply_overrides(config)
