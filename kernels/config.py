@@ -384,6 +384,14 @@ def parts_config(elements: int, parts: int) -> dict[str, int]:
     return _apply_overrides(config)
 
 
+def sgd_config(elements: int) -> dict[str, int]:
+    """BLOCK and num_warps of the optimizer's kernel; ``elements``: of the largest tensor.
+
+    Sixteen elements a thread: enough loads under way at once, and few programs that look for their tensor.
+    """
+    return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else 4096, "num_warps": 8})
+
+
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:
     """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
     if INTERPRETED:
