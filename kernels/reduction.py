@@ -119,7 +119,7 @@ def _sum_parts_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = partial summed over the parts in a fixed order. One program owns BLOCK elements and takes BLOCK_PARTS parts at once.
+    """out = partial summed over the parts in a fixed order. One program owns BLOCK elements, BLOCK_PARTS parts at once.
 
     Many parts of few elements, as a bias gradient has, would otherwise be one long chain of loads in a handful of programs.
     """

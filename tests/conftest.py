@@ -45,7 +45,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _mend_ttsem() -> None:
-    """Let ttsem 0.1.0 run a descriptor load whose block loses dimensions of size 1 (``load(...).reshape(...)`` in one operation).
+    """Let ttsem 0.1.0 run a descriptor load whose block loses dimensions of size 1.
 
     Triton folds that reshape into the load's result type; ttsem returns the block as the descriptor has it.
     """
