@@ -1,7 +1,16 @@
 """Linear layer with fused bias, ReLU and dropout: forward, input gradient, weight gradient.
 
 The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet; the name ``linear_relu_dropout`` says it. All three passes are
-one matrix kernel over different strides; the epilogue runs on the accumulators before they leave the registers.
+one matrix product over different strides:
+
+    forward          y[m, n]  = sum over k  x[m, k] w[n, k]      M = batch  N = out  K = in
+    input gradient   dx[m, n] = sum over k  dz[m, k] w[k, n]     M = batch  N = in   K = out
+    weight gradient  dw[m, n] = sum over k  dz[k, m] x[k, n]     M = out    N = in   K = batch
+
+A small batch has few tiles, and the time goes into reading the weights. So K is split among as many programs as keep all
+multiprocessors reading; each stores its part of the sum in float32, and a second kernel adds the parts in order and applies the
+epilogue. Without a split bias and ReLU are applied to the accumulators before they leave the registers. Dropout is the second
+kernel's in any case: beside the accumulators of a large tile, the ten rounds of its random numbers do not fit the registers.
 """
 
 from __future__ import annotations
@@ -14,20 +23,31 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autocast import autocast_inputs
-from .backend import runs_triton
+from .backend import capability, runs_triton
 from .checks import check_activation, check_probability, check_tensors
-from .config import matmul_config
+from .config import linear_config, matmul_finish_config
 from .device import cast, dot, dropout_factor, program_id, relu
 from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
 from .launch import launch, needs_int64, new_output, new_output_like
 from .overrides import overridable
 from .precision import matmul_input_precision
-from .reduction import dropout_scale, epilogue_backward, triton_accumulator
+from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """relu(acc + bias); ``o_n`` are the columns of ``acc``, in a shape that broadcasts to its."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(acc.dtype)
+    if RELU:
+        acc = relu(acc)
+    return acc
 
 
 @triton.jit
@@ -35,8 +55,7 @@ def _matmul_kernel(
     a_ptr,  # [M, K] through its strides
     b_ptr,  # [K, N] through its strides
     bias_ptr,  # [N], or unused
-    seed_ptr,  # int64 scalar, or unused
-    c_ptr,  # out: [M, N] through its strides
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
     N,
     K,
@@ -44,13 +63,12 @@ def _matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_cs,  # from one split's part to the next
     stride_cm,
     stride_cn,
-    p,  # probability of dropping an output
-    scale,  # 1 / (1 - p)
+    blocks_per_split,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -58,20 +76,24 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = dropout(relu(a @ b + bias)). One program computes a BLOCK_M x BLOCK_N tile of c."""
+    """c = relu(a @ b + bias). One program computes a BLOCK_M x BLOCK_N tile of c over one split's share of K.
+
+    Through pointers: any strides, any GPU.
+    """
     pid = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid_m = pid % blocks_m  # neighbours share the columns of b, the weights, which are what a small batch has to read
     pid_n = pid // blocks_m
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        o_k = o_k.to(tl.int64)
     m_m = o_m < M
     m_n = o_n < N
+    first = pid_split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
+    o_k = first * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for _ in range(0, K, BLOCK_K):
+    for _ in range(first, last):
         m_k = o_k < K
         p_a = a_ptr + o_m[:, None] * stride_am + o_k[None, :] * stride_ak
         p_b = b_ptr + o_k[:, None] * stride_bk + o_n[None, :] * stride_bn
@@ -79,22 +101,136 @@ def _matmul_kernel(
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
         o_k += BLOCK_K
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
-    if RELU:
-        acc = relu(acc)
+    acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
+    p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def _matmul_descriptor_kernel(
+    a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_BY_K: [K, M], blocks [BLOCK_K, BLOCK_M]
+    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_BY_N: [N, K], blocks [BLOCK_N, BLOCK_K]
+    bias_ptr,  # [N], or unused
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
+    M,
+    N,
+    K,
+    stride_cs,  # from one split's part to the next
+    stride_cm,
+    stride_cn,
+    blocks_per_split,
+    A_BY_K: tl.constexpr,
+    B_BY_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`_matmul_kernel`, for matrices that the copy engine can read: Hopper and later.
+
+    Blocks go from memory to shared memory to the tensor cores, and no register sees them. What lies outside of a matrix comes
+    as zeros, so that nothing is masked but the store.
+    """
+    pid = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid_m = pid % blocks_m
+    pid_n = pid // blocks_m
+    m0 = (pid_m * BLOCK_M).to(tl.int32)  # a descriptor's coordinates are int32 whatever the matrix's size
+    n0 = (pid_n * BLOCK_N).to(tl.int32)
+    first = tl.program_id(1) * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i_block in range(first, last):
+        k0 = i_block * BLOCK_K
+        if A_BY_K:
+            b_a = a_desc.load([k0, m0]).T
+        else:
+            b_a = a_desc.load([m0, k0])
+        if B_BY_N:
+            b_b = b_desc.load([n0, k0]).T
+        else:
+            b_b = b_desc.load([k0, n0])
+        acc = dot(b_a, b_b, acc, INPUT_PRECISION)
+    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
+    p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & m_n[None, :])
+
+
+@triton.jit
+def _matmul_finish_kernel(
+    part_ptr,  # [SPLIT, M, N]: sums in the accumulator's type, contiguous; or with a SPLIT of 1 the output so far, c itself
+    bias_ptr,  # [N], or unused
+    seed_ptr,  # int64 scalar, or unused
+    c_ptr,  # out: [M, N] through its strides
+    elements,  # M * N
+    N,
+    stride_cm,
+    stride_cn,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """c = dropout(relu(the sum of the parts, first to last, + bias)). One program owns BLOCK elements."""
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < elements
+    acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0).to(ACC)
+    for _ in tl.static_range(1, SPLIT):  # unrolled: all loads are under way before the first addition
+        part_ptr += elements
+        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)
+    o_n = o_e % N
+    acc = _bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     if DROPOUT:
         # Rounded to the output's type first, as the layer before the dropout would store it.
         acc = cast(acc, c_ptr.dtype.element_ty).to(ACC)
-        acc *= dropout_factor(tl.load(seed_ptr), o_m[:, None] * N + o_n[None, :], p, scale)
-    p_c = c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
-    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+        acc *= dropout_factor(tl.load(seed_ptr), o_e, p, scale)
+    tl.store(c_ptr + o_e // N * stride_cm + o_n * stride_cn, cast(acc, c_ptr.dtype.element_ty), mask=m_e)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
+def _rows(matrix: Tensor) -> tuple[Tensor, bool] | None:
+    """``matrix`` or its transpose, whichever a tensor descriptor can describe, and whether it is the transpose; else None.
+
+    The copy engine wants neighbours in a row, and rows that start at multiples of 16 bytes.
+    """
+    for candidate, transposed in ((matrix, False), (matrix.t(), True)):
+        row, column = candidate.stride()
+        size = candidate.element_size()
+        if column == 1 and row >= candidate.shape[1] and row * size % 16 == 0 and candidate.data_ptr() % 16 == 0:
+            return candidate, transposed
+    return None
+
+
+def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]] | None:
+    """Both operands as rows for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or capability(a.device) < 90:
+        return None
+    a_rows, b_rows = _rows(a), _rows(b)
+    if a_rows is None or b_rows is None:
+        return None
+    # Tensor cores read TF32 from shared memory only with K along the rows; half types either way.
+    if not half and (a_rows[1] or not b_rows[1]):
+        return None
+    return a_rows, b_rows
+
+
 def _matmul(
+    pass_: str,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -103,35 +239,83 @@ def _matmul(
     p: float = 0.0,
     fuse_relu: bool = False,
 ) -> None:
-    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides."""
+    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides; ``pass_`` names it in the tables.
+
+    With dropout ``out`` is contiguous.
+    """
     (m, k), n = a.shape, b.shape[1]
     precision = matmul_input_precision(a.dtype)
-    config = matmul_config(m, n, k, a.dtype, precision, random_epilogue=seed is not None)
+    rows = _descriptors(a, b, precision)
+    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None)
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    blocks = max(1, triton.cdiv(k, block_k))
+    blocks_per_split = triton.cdiv(blocks, config.pop("SPLIT"))
+    split = triton.cdiv(blocks, blocks_per_split)  # none of them is empty
+    bias_relu = {"bias_ptr": a if bias is None else bias.contiguous(), "HAS_BIAS": bias is not None, "RELU": fuse_relu}
+    unchanged = {"bias_ptr": a, "HAS_BIAS": False, "RELU": False}
+    parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
+    target = out if parts is None else parts[0]
+    arguments = {
+        "c_ptr": target,
+        "M": m,
+        "N": n,
+        "K": k,
+        "stride_cs": m * n,
+        "stride_cm": target.stride(0),
+        "stride_cn": target.stride(1),
+        "blocks_per_split": blocks_per_split,
+        "WIDE": needs_int64(a, b, out, parts),
+        "INPUT_PRECISION": precision,
+        **(bias_relu if parts is None else unchanged),
+        **config,
+    }
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split)
+    if rows is not None:
+        (a_rows, a_by_k), (b_rows, b_by_n) = rows
+        a_block = [block_k, block_m] if a_by_k else [block_m, block_k]
+        b_block = [block_n, block_k] if b_by_n else [block_k, block_n]
+        launch(
+            _matmul_descriptor_kernel,
+            grid,
+            a_desc=TensorDescriptor(a_rows, list(a_rows.shape), list(a_rows.stride()), a_block),
+            b_desc=TensorDescriptor(b_rows, list(b_rows.shape), list(b_rows.stride()), b_block),
+            A_BY_K=a_by_k,
+            B_BY_N=b_by_n,
+            **arguments,
+        )
+    else:
+        launch(
+            _matmul_kernel,
+            grid,
+            a_ptr=a,
+            b_ptr=b,
+            stride_am=a.stride(0),
+            stride_ak=a.stride(1),
+            stride_bk=b.stride(0),
+            stride_bn=b.stride(1),
+            ACC=triton_accumulator(a.dtype),
+            **arguments,
+        )
+    if parts is None and seed is None:
+        return
+    config = matmul_finish_config(m * n)
     launch(
-        _matmul_kernel,
-        (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),),
-        a_ptr=a,
-        b_ptr=b,
-        bias_ptr=a if bias is None else bias.contiguous(),
+        _matmul_finish_kernel,
+        (triton.cdiv(m * n, config["BLOCK"]),),
+        part_ptr=out if parts is None else parts,
         seed_ptr=a if seed is None else seed,
         c_ptr=out,
-        M=m,
+        elements=m * n,
         N=n,
-        K=k,
-        stride_am=a.stride(0),
-        stride_ak=a.stride(1),
-        stride_bk=b.stride(0),
-        stride_bn=b.stride(1),
         stride_cm=out.stride(0),
         stride_cn=out.stride(1),
         p=float(p),
         scale=dropout_scale(p),
-        HAS_BIAS=bias is not None,
-        RELU=fuse_relu,
+        SPLIT=split,
         DROPOUT=seed is not None,
-        WIDE=needs_int64(a, b, out),
+        WIDE=needs_int64(out, parts),
         ACC=triton_accumulator(a.dtype),
-        INPUT_PRECISION=precision,
+        **(unchanged if parts is None else bias_relu),
         **config,
     )
 
@@ -140,7 +324,7 @@ def _matmul(
 def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
     """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
     output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
-    _matmul(input, weight.t(), output, bias, seed, p, relu)
+    _matmul("fprop", input, weight.t(), output, bias, seed, p, relu)
     return output
 
 
@@ -153,7 +337,7 @@ def _(input, weight, bias, seed, p, relu):
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the input, (M, in)."""
     dx = new_output((dz.shape[0], weight.shape[1]), dz.dtype, dz.device)
-    _matmul(dz, weight, dx)
+    _matmul("dgrad", dz, weight, dx)
     return dx
 
 
@@ -166,7 +350,7 @@ def _(dz, weight):
 def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
     dw = new_output_like(weight)
-    _matmul(dz.t(), input, dw)
+    _matmul("wgrad", dz.t(), input, dw)
     return dw
 
 
