@@ -53,7 +53,7 @@ def _conv2d_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _matmul(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    return 2 * a["M"] * a["N"] * a["K"], grid[0] * grid[1] * _tile_flops(a, a["blocks_per_split"] * a["BLOCK_K"])
+    return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])  # the parts of a split share the steps of K
 
 
 #: Kernels with a matrix product; all others count no FLOPs, since what they cost is bytes.
