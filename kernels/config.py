@@ -442,6 +442,18 @@ def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
 
 
+def parts_config(elements: int, parts: int) -> dict[str, int]:
+    """BLOCK elements and BLOCK_PARTS parts at once of a kernel that sums the parts of each element."""
+    if INTERPRETED:
+        config = {"BLOCK_PARTS": 1, "BLOCK": _tile(elements, 16, 2**17), "num_warps": 4}
+    elif elements < 2**16:
+        # A bias or a small filter: as many programs as there are, each with many loads under way.
+        config = {"BLOCK_PARTS": _tile(parts, 1, 64), "BLOCK": 16, "num_warps": 4}
+    else:
+        config = {"BLOCK_PARTS": 1, "BLOCK": 512, "num_warps": 4}
+    return _apply_overrides(config)
+
+
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:
     """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
     if INTERPRETED:

@@ -108,8 +108,8 @@ def _matmul_kernel(
 
 @triton.jit
 def _matmul_descriptor_kernel(
-    a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_BY_K: [K, M], blocks [BLOCK_K, BLOCK_M]
-    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_BY_N: [N, K], blocks [BLOCK_N, BLOCK_K]
+    a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_TRANSPOSED: [K, M], blocks [BLOCK_K, BLOCK_M]
+    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]
     bias_ptr,  # [N], or unused
     c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
@@ -119,8 +119,8 @@ def _matmul_descriptor_kernel(
     stride_cm,
     stride_cn,
     blocks_per_split,
-    A_BY_K: tl.constexpr,
-    B_BY_N: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
@@ -146,11 +146,11 @@ def _matmul_descriptor_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i_block in range(first, last):
         k0 = i_block * BLOCK_K
-        if A_BY_K:
+        if A_TRANSPOSED:
             b_a = a_desc.load([k0, m0]).T
         else:
             b_a = a_desc.load([m0, k0])
-        if B_BY_N:
+        if B_TRANSPOSED:
             b_b = b_desc.load([n0, k0]).T
         else:
             b_b = b_desc.load([k0, n0])
@@ -202,7 +202,7 @@ def _matmul_finish_kernel(
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def _rows(matrix: Tensor) -> tuple[Tensor, bool] | None:
+def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
     """``matrix`` or its transpose, whichever a tensor descriptor can describe, and whether it is the transpose; else None.
 
     The copy engine wants neighbours in a row, and rows that start at multiples of 16 bytes.
@@ -220,7 +220,7 @@ def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[tuple[Tensor, bo
     half = a.dtype in (torch.float16, torch.bfloat16)
     if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or capability(a.device) < 90:
         return None
-    a_rows, b_rows = _rows(a), _rows(b)
+    a_rows, b_rows = _dense_side(a), _dense_side(b)
     if a_rows is None or b_rows is None:
         return None
     # Tensor cores read TF32 from shared memory only with K along the rows; half types either way.
@@ -271,16 +271,16 @@ def _matmul(
     }
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split)
     if rows is not None:
-        (a_rows, a_by_k), (b_rows, b_by_n) = rows
-        a_block = [block_k, block_m] if a_by_k else [block_m, block_k]
-        b_block = [block_n, block_k] if b_by_n else [block_k, block_n]
+        (a_rows, a_transposed), (b_rows, b_transposed) = rows
+        a_block = [block_k, block_m] if a_transposed else [block_m, block_k]
+        b_block = [block_n, block_k] if b_transposed else [block_k, block_n]
         launch(
             _matmul_descriptor_kernel,
             grid,
             a_desc=TensorDescriptor(a_rows, list(a_rows.shape), list(a_rows.stride()), a_block),
             b_desc=TensorDescriptor(b_rows, list(b_rows.shape), list(b_rows.stride()), b_block),
-            A_BY_K=a_by_k,
-            B_BY_N=b_by_n,
+            A_TRANSPOSED=a_transposed,
+            B_TRANSPOSED=b_transposed,
             **arguments,
         )
     else:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import column_sum_config, elementwise_config, split_count
+from .config import column_sum_config, parts_config, split_count
 from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
 from .launch import launch, needs_int64, new_output, strides
 
@@ -116,18 +116,24 @@ def _sum_parts_kernel(
     stride_s,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = partial summed over the parts, first to last. One program owns BLOCK elements."""
+    """out = partial summed over the parts in a fixed order. One program owns BLOCK elements and takes BLOCK_PARTS parts at once.
+
+    Many parts of few elements, as a bias gradient has, would otherwise be one long chain of loads in a handful of programs.
+    """
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
-    o_part = o_e
-    b_sum = tl.zeros((BLOCK,), dtype=ACC)
-    b_lost = tl.zeros((BLOCK,), dtype=ACC)
-    for _ in range(SPLIT):
-        b_part = tl.load(partial_ptr + o_part, mask=m_e, other=0.0)
+    o_p = tl.arange(0, BLOCK_PARTS)
+    o_part = o_p[:, None].to(o_e.dtype) * elements + o_e[None, :]
+    b_sum = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
+    b_lost = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
+    for i in range(0, SPLIT, BLOCK_PARTS):
+        b_part = tl.load(partial_ptr + o_part, mask=(o_p < SPLIT - i)[:, None] & m_e[None, :], other=0.0)
         b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
-        o_part += elements
+        o_part += BLOCK_PARTS * elements
+    b_sum = tl.sum(b_sum, axis=0)
     o_c = o_e % C
     o_s = (o_e // C) % S
     o_r = (o_e // C // S) % R
@@ -139,7 +145,7 @@ def _sum_parts_kernel(
 def sum_parts(partial: Tensor, out: Tensor) -> None:
     """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in order."""
     elements = out.numel()
-    config = elementwise_config(elements)
+    config = parts_config(elements, partial.shape[0])
     launch(
         _sum_parts_kernel,
         (triton.cdiv(elements, config["BLOCK"]),),

@@ -28,6 +28,7 @@ SMALL_TILES = {
     "BLOCK_N": 16,
     "BLOCK_K": 32,
     "BLOCK": 128,
+    "BLOCK_PARTS": 2,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
     "SPLIT": 3,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import launch
+from kernels import config, launch
 from kernels.linear import linear_reference
 
 from ..conftest import DEVICE
@@ -235,3 +235,38 @@ def test_bad_probability_is_refused(p: float, launches: list[str]) -> None:
     with pytest.raises(ValueError, match=r"p .* must be in \[0, 1\]"):
         kernels.linear_relu_dropout(X, W, B, p)
     assert launches == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("split", [1, 3, 50])
+@pytest.mark.parametrize(("m", "n", "k"), [(33, 40, 72), (1, 16, 200), (70, 8, 64)], ids=str)
+def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dtype, launches: list[str]) -> None:
+    """All three passes by the copy engine, ragged in every direction, with and without a split along K."""
+    tensors = [randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)]
+    with config.override(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, SPLIT=split):
+        check(
+            lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
+            lambda x, w, b: F.relu(F.linear(x, w, b)),
+            tensors,
+            names="input weight bias",
+        )
+    assert launches.count("_matmul_descriptor_kernel") == 3
+    assert ("_matmul_finish_kernel" in launches) == (split > 1)
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_dropout_of_a_split_product(split: int) -> None:
+    """The mask depends on the element alone, not on who adds its parts up."""
+    x, w = randn(20, 64, dtype=torch.bfloat16, grad=False), randn(48, 64, dtype=torch.bfloat16, grad=False)
+    with config.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split):
+        y = kernels.linear_relu_dropout(x, w, None, 0.5, seed=3)
+        kept = kernels.dropout_mask((20, 48), 0.5, 3)
+        plain = kernels.linear(x, w, activation="relu")
+    assert torch.equal(y, torch.where(kept, 2 * plain, 0))
+
+
+def test_rows_that_the_copy_engine_cannot_read(launches: list[str]) -> None:
+    """Ten columns of two bytes are no multiple of 16 bytes, so this goes through pointers."""
+    tensors = [randn(5, 10, dtype=torch.float16), randn(32, 10, dtype=torch.float16)]
+    check(kernels.linear, F.linear, tensors, names="input weight")
+    assert launches.count("_matmul_kernel") >= 1
