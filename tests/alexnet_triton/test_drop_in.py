@@ -28,8 +28,7 @@ from .test_fused import images, small_layers
 KERNELS_OF_A_FORWARD_PASS = [
     *("_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
     *("_conv2d_fprop_kernel", "_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
-    *["_matmul_kernel", "_matmul_finish_kernel"] * 2,  # dropout
-    "_matmul_kernel",
+    *["_matmul_kernel"] * 3,
 ]
 
 
