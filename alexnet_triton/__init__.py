@@ -10,10 +10,11 @@ if getattr(_kernels, "DISTRIBUTION", None) != "alexnet-triton":
         "`alexnet-triton`, or use separate environments."
     )
 
+from . import optim
 from .explain import Explanation, explain
 from .fused import FusedSequential, fuse
 from .models import AlexNet, reference_alexnet, reference_lenet
 
 __version__ = "0.1.0"
 
-__all__ = ["AlexNet", "Explanation", "FusedSequential", "explain", "fuse", "reference_alexnet", "reference_lenet"]
+__all__ = ["AlexNet", "Explanation", "FusedSequential", "explain", "fuse", "optim", "reference_alexnet", "reference_lenet"]

@@ -26,6 +26,7 @@ from triton.backends.driver import DriverBase
 
 import kernels
 from alexnet_triton import AlexNet
+from alexnet_triton.optim import SGD
 from kernels import backend, launch
 
 #: Instructions of the tensor cores in PTX, by generation.
@@ -169,10 +170,13 @@ def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledL
 
 
 def training_step(dtype: torch.dtype, batch: int = 2) -> None:
-    """Forward and backward of AlexNet at 224 x 224, with dropout and with the input's gradient."""
+    """Forward, backward and two optimizer steps of AlexNet at 224 x 224, with dropout and with the input's gradient."""
     net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.empty(batch, 1, 224, 224, dtype=dtype, requires_grad=True)
     net(images).sum().backward()
+    optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for _ in range(2):  # the first makes the momentum buffers
+        optimizer.step()
 
 
 def single_operations(dtype: torch.dtype) -> None:

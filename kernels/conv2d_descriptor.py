@@ -402,6 +402,7 @@ def _conv2d_stem_kernel(
     Q,
     K,
     columns,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
@@ -484,6 +485,7 @@ def _conv2d_stem_wgrad_kernel(
     Q,
     K,
     SPLIT,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
@@ -878,6 +880,7 @@ def stem_fprop(
         Q=q,
         K=k,
         columns=columns,
+        USEFUL_POSITIONS=c * r * s,
         HAS_BIAS=bias is not None,
         RELU=relu,
         WIDE=needs_int64(y),
@@ -916,6 +919,7 @@ def stem_wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequ
         Q=q,
         K=k,
         SPLIT=split,
+        USEFUL_POSITIONS=c * r * s,
         WIDE=needs_int64(partial),
         INPUT_PRECISION="ieee",
         FOLD_BLOCKS=fold_blocks,

@@ -93,11 +93,12 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         input, weight, position = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = d_bias = None
-        if needs_bias:
+        if needs_bias and not (needs_input or needs_weight):
             # Every pooled gradient reaches exactly one unpooled element, so the sum over either is the same.
             _, d_bias = conv2d_epilogue_backward(grad_output, position, False, True)
         if needs_input or needs_weight:
-            dz = max_pool2d_dgrad(grad_output, position, ctx.unpooled_size, *ctx.window, True)
+            dz, sums = max_pool2d_dgrad(grad_output, position, ctx.unpooled_size, *ctx.window, True, needs_bias)
+            d_bias = sums if needs_bias else None
             dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
         return dx, dw, d_bias, *[None] * 10
 

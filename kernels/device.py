@@ -41,6 +41,16 @@ def cast(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def fma(scalar, x, y):
+    """``scalar * x + y`` of float32, rounded once."""
+    if INTERPRETED:
+        # The interpreter rounds the product too. In float64 the product is exact, and rounding the sum twice changes the result
+        # once in about 2^29 times.
+        return (x.to(tl.float64) * scalar + y.to(tl.float64)).to(tl.float32)
+    return tl.fma(scalar, x, y)
+
+
+@triton.jit
 def compensated_add(total, lost, value):
     """One step of Kahan's summation: the new total, and what it lost to rounding, which the next step gives back.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,8 +30,9 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors among a launch's arguments, those under tensor descriptors too, in order."""
-    bases = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    """The tensors among a launch's arguments, those under tensor descriptors and in tuples too, in order."""
+    listed = (a if isinstance(a, tuple) else (a,) for a in arguments.values())
+    bases = (a.base if isinstance(a, TensorDescriptor) else a for a in itertools.chain.from_iterable(listed))
     return [a for a in bases if isinstance(a, torch.Tensor)]
 
 

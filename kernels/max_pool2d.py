@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .backend import runs_triton
 from .checks import check_tensors, pair
-from .config import elementwise_config
+from .config import elementwise_config, pool_backward_config, pool_config
 from .device import cast, program_id
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import launch, needs_int64, new_output, strides
 from .overrides import overridable
-from .reduction import triton_accumulator
+from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -170,7 +170,144 @@ def _max_pool2d_dgrad_kernel(
     tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)
 
 
+@triton.jit
+def _max_pool2d_rows_fprop_kernel(
+    x_ptr,  # [N, H, W, C] contiguous
+    y_ptr,  # out: [N, P, Q, C] contiguous
+    position_ptr,  # out: window positions, as y, or unused
+    C,
+    H,
+    W,
+    P,
+    Q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    RELU: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    WRITE_POSITION: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_W outputs of one row x BLOCK_C channels.
+
+    Positions are worked out once a pixel, not once an element, and eight channels of a pixel are one load. Values and
+    positions as in :func:`_max_pool2d_fprop_kernel`.
+    """
+    pid = program_id(0, WIDE)
+    n = pid // P
+    p = (pid % P).to(tl.int32)
+    o_q = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_q = o_q < Q
+    m_c = o_c < C
+    h_first = p * STRIDE_H - PAD_H
+    o_w = o_q * STRIDE_W - PAD_W
+    p_x = x_ptr + n * H * W * C
+    b_best = tl.full((BLOCK_W, BLOCK_C), float("-inf"), dtype=ACC)
+    first = tl.maximum(-h_first, 0) * S + tl.maximum(-o_w, 0)  # [BLOCK_W], of the first element inside the image
+    b_position = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.int32) + first[:, None]
+    for r in tl.static_range(R):
+        h = h_first + r
+        for s in tl.static_range(S):
+            w = o_w + s
+            m_x = m_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            p_window = p_x + ((h * W + w) * C)[:, None] + o_c[None, :]
+            # -inf takes no window's place, so what is outside needs no mask of its own.
+            b_x = tl.load(p_window, mask=m_x[:, None] & m_c[None, :], other=float("-inf")).to(ACC)
+            takes = (b_x > b_best) | (b_x != b_x)
+            b_best = tl.where(takes, b_x, b_best)
+            b_position = tl.where(takes, r * S + s, b_position)
+    o_y = ((n * P + p) * Q + o_q)[:, None] * C + o_c[None, :]
+    mask = m_q[:, None] & m_c[None, :]
+    tl.store(y_ptr + o_y, cast(b_best, y_ptr.dtype.element_ty), mask=mask)
+    if WRITE_POSITION:
+        if RELU:
+            b_position = tl.where(b_best <= 0, NO_GRADIENT, b_position)
+        tl.store(position_ptr + o_y, b_position.to(position_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _max_pool2d_rows_dgrad_kernel(
+    dy_ptr,  # [N, C, P, Q] through its strides
+    position_ptr,  # [N, P, Q, C] contiguous, uint8
+    dx_ptr,  # out: [N, H, W, C] contiguous
+    partial_ptr,  # out: [N * groups of rows, C] sums of dx over each program's pixels, or unused
+    C,
+    H,
+    W,
+    P,
+    Q,
+    stride_dyn,
+    stride_dyc,
+    stride_dyp,
+    stride_dyq,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program computes BLOCK_H rows of one image x BLOCK_C channels, each from the windows that hold it.
+
+    With SUM_CHANNELS it adds them up as well: dx is then the gradient before a convolution's ReLU, and its sum the bias's.
+    """
+    WINDOWS_H: tl.constexpr = (R - 1) // STRIDE_H + 1  # the most windows that hold one row
+    WINDOWS_W: tl.constexpr = (S - 1) // STRIDE_W + 1
+    pid = program_id(0, WIDE)
+    groups = tl.cdiv(H, BLOCK_H)
+    n = pid // groups
+    h_first = (pid % groups * BLOCK_H).to(tl.int32)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_dy = dy_ptr + n * stride_dyn + (o_c * stride_dyc)[None, :]
+    p_position = position_ptr + n * P * Q * C + o_c[None, :]
+    p_dx = dx_ptr + n * H * W * C + o_c[None, :]
+    b_sum = tl.zeros((BLOCK_W, BLOCK_C), dtype=ACC)
+    for h in range(h_first, tl.minimum(h_first + BLOCK_H, H)):
+        for w_first in range(0, W, BLOCK_W):
+            o_w = w_first + tl.arange(0, BLOCK_W)
+            acc = tl.zeros((BLOCK_W, BLOCK_C), dtype=ACC)
+            for i in tl.static_range(WINDOWS_H):
+                p = (h + PAD_H) // STRIDE_H - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
+                r = h + PAD_H - p * STRIDE_H
+                m_h = (p >= 0) & (p < P) & (r < R)
+                for j in tl.static_range(WINDOWS_W):
+                    q = (o_w + PAD_W) // STRIDE_W - (WINDOWS_W - 1 - j)
+                    s = o_w + PAD_W - q * STRIDE_W
+                    m_w = m_h & (q >= 0) & (q < Q) & (s < S) & (o_w < W)
+                    mask = m_w[:, None] & m_c[None, :]
+                    o_pixel = (p * Q + q) * C
+                    b_position = tl.load(p_position + o_pixel[:, None], mask=mask, other=NO_GRADIENT).to(tl.int32)
+                    b_dy = tl.load(p_dy + (p * stride_dyp + q * stride_dyq)[:, None], mask=mask, other=0.0).to(ACC)
+                    acc += tl.where(b_position == (r * S + s)[:, None], b_dy, 0.0)
+            mask = (o_w < W)[:, None] & m_c[None, :]
+            tl.store(p_dx + ((h * W + o_w) * C)[:, None], cast(acc, dx_ptr.dtype.element_ty), mask=mask)
+            if SUM_CHANNELS:
+                b_sum += acc
+    if SUM_CHANNELS:
+        tl.store(partial_ptr + pid * C + o_c, tl.sum(b_sum, axis=0), mask=m_c)
+
+
 # ------------------------------------------------------------------------------------------------- launch functions
+
+
+def _by_rows(channels_last: bool, kernel_size: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether a pool suits the kernels for rows of channels-last pixels: an ordinary window, small enough to be unrolled."""
+    return channels_last and max(dilation) == 1 and kernel_size[0] * kernel_size[1] <= 16
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -218,6 +355,30 @@ def max_pool2d_fprop(
     y = new_output((n, c, p, q), input.dtype, input.device, channels_last=channels_last)
     position, index = new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
     wide = needs_int64(input, y)
+    by_rows = _by_rows(channels_last, kernel_size, dilation) and not write_index
+    if by_rows and input.permute(0, 2, 3, 1).is_contiguous():
+        window = _window(kernel_size, stride, padding, dilation)
+        config = pool_config(q, c)
+        launch(
+            _max_pool2d_rows_fprop_kernel,
+            (n * p, triton.cdiv(q, config["BLOCK_W"]), triton.cdiv(c, config["BLOCK_C"])),
+            x_ptr=input,
+            y_ptr=y,
+            position_ptr=position,
+            C=c,
+            H=h,
+            W=w,
+            P=p,
+            Q=q,
+            **{name: value for name, value in window.items() if not name.startswith("DILATION")},
+            RELU=relu,
+            NO_GRADIENT=no_gradient(torch.uint8),
+            WRITE_POSITION=write_position,
+            WIDE=wide,
+            ACC=triton_accumulator(input.dtype),
+            **config,
+        )
+        return y, position, index
     config = elementwise_config(y.numel(), wide)
     launch(
         _max_pool2d_fprop_kernel,
@@ -273,11 +434,40 @@ def max_pool2d_dgrad(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
-) -> Tensor:
-    """Gradient of the pool's input, or of the ReLU's input before it where the positions were made with ``relu``."""
-    _, c, h, w = input_size
-    dx = new_output(input_size, grad_output.dtype, grad_output.device, channels_last=channels_last)
+    sum_channels: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the pool's input, or of the ReLU's input before it where the positions were made with ``relu``.
+
+    And its sum over all but the channels, in ``grad_output``'s dtype; empty without ``sum_channels``.
+    """
+    n, c, h, w = input_size
+    dx, sums = _new_input_gradient(grad_output, input_size, channels_last, sum_channels)
+    _, _, p, q = position.shape
     wide = needs_int64(dx, grad_output, position)
+    geometry = {"C": c, "H": h, "W": w, "P": p, "Q": q, **strides("stride_dy", "ncpq", grad_output)}
+    window = _window(kernel_size, stride, padding, dilation)
+    if _by_rows(channels_last, kernel_size, dilation) and position.permute(0, 2, 3, 1).is_contiguous():
+        config = pool_backward_config(h, w, c)
+        groups = triton.cdiv(h, config["BLOCK_H"])
+        partial = new_output((n * groups if sum_channels else 0, c), accumulator_dtype(dx.dtype), dx.device)
+        launch(
+            _max_pool2d_rows_dgrad_kernel,
+            (n * groups, triton.cdiv(c, config["BLOCK_C"])),
+            dy_ptr=grad_output,
+            position_ptr=position,
+            dx_ptr=dx,
+            partial_ptr=partial,
+            **geometry,
+            **{name: value for name, value in window.items() if not name.startswith("DILATION")},
+            NO_GRADIENT=no_gradient(torch.uint8),
+            SUM_CHANNELS=sum_channels,
+            WIDE=wide,
+            ACC=triton_accumulator(dx.dtype),
+            **config,
+        )
+        if sum_channels:
+            sum_parts(partial, sums.view(c, 1, 1, 1))
+        return dx, sums
     config = elementwise_config(dx.numel(), wide)
     launch(
         _max_pool2d_dgrad_kernel,
@@ -286,25 +476,31 @@ def max_pool2d_dgrad(
         position_ptr=position,
         dx_ptr=dx,
         elements=dx.numel(),
-        C=c,
-        H=h,
-        W=w,
-        P=position.shape[2],
-        Q=position.shape[3],
-        **strides("stride_dy", "ncpq", grad_output),
+        **geometry,
         **strides("stride_p", "ncpq", position),
-        **_window(kernel_size, stride, padding, dilation),
+        **window,
         CHANNELS_LAST=channels_last,
         WIDE=wide,
         ACC=triton_accumulator(dx.dtype),
         **config,
     )
-    return dx
+    if sum_channels:
+        _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
+    return dx, sums
+
+
+def _new_input_gradient(
+    grad_output: Tensor, input_size: Sequence[int], channels_last: bool, sum_channels: bool
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of :func:`max_pool2d_dgrad`."""
+    dtype, device = grad_output.dtype, grad_output.device
+    dx = new_output(input_size, dtype, device, channels_last=channels_last)
+    return dx, new_output((input_size[1] if sum_channels else 0,), dtype, device)
 
 
 @max_pool2d_dgrad.register_fake
-def _(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last):
-    return new_output(input_size, grad_output.dtype, grad_output.device, channels_last=channels_last)
+def _(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last, sum_channels):
+    return _new_input_gradient(grad_output, input_size, channels_last, sum_channels)
 
 
 def _window(
@@ -360,7 +556,7 @@ class MaxPool2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
         (position,) = saved
-        dx = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window)
+        dx, _ = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window, False)
         return dx, *[None] * 9
 
 

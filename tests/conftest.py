@@ -31,6 +31,9 @@ SMALL_TILES = {
     "BLOCK_PARTS": 2,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
+    "BLOCK_H": 5,
+    "BLOCK_W": 8,
+    "BLOCK_C": 16,
     "SPLIT": 3,
 }
 
@@ -108,6 +111,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def counting(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
         real(Counting(kernel), grid, **arguments)
 
-    for name in ("conv2d", "conv2d_descriptor", "dropout", "linear", "max_pool2d", "reduction"):
+    for name in ("conv2d", "conv2d_descriptor", "dropout", "linear", "max_pool2d", "reduction", "sgd"):
         monkeypatch.setattr(sys.modules[f"kernels.{name}"], "launch", counting)
     return names

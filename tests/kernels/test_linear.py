@@ -260,7 +260,7 @@ def test_dropout_of_a_split_product(split: int) -> None:
     x, w = randn(20, 64, dtype=torch.bfloat16, grad=False), randn(48, 64, dtype=torch.bfloat16, grad=False)
     with config.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split):
         y = kernels.linear_relu_dropout(x, w, None, 0.5, seed=3)
-        kept = kernels.dropout_mask((20, 48), 0.5, 3)
+        kept = kernels.dropout_mask((20, 48), 0.5, 3).to(DEVICE)
         plain = kernels.linear(x, w, activation="relu")
     assert torch.equal(y, torch.where(kept, 2 * plain, 0))
 

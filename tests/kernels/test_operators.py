@@ -60,7 +60,7 @@ SAMPLES = {
     ),
     "max_pool2d_dgrad": lambda: (
         pool.max_pool2d_dgrad,
-        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True),
+        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True, True),
     ),
     "linear_fprop": lambda: (
         lin.linear_fprop,

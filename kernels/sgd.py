@@ -1,0 +1,351 @@
+"""One step of stochastic gradient descent over many tensors in one launch, with float32 masters for half-precision weights.
+
+The formulas are those of :class:`torch.optim.SGD`, operation by operation and rounding by rounding: where PyTorch writes
+``a.add(b, alpha=c)`` both its CPU and its CUDA code round once, so the kernel says ``fma``; where it multiplies first
+(``buffer.mul_(momentum)``) the kernel rounds twice. Nothing is left for a compiler to contract, so float32 results are
+PyTorch's bits on a GPU and on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import runs_triton
+from .config import sgd_config
+from .device import cast, fma, program_id
+from .launch import launch, needs_int64
+
+#: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
+MAX_TENSORS = 32
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _sgd_update(
+    p_param,
+    p_grad,
+    p_master,
+    p_buffer,
+    o,  # [BLOCK] offsets
+    mask,  # [BLOCK] or None
+    lr,
+    momentum,
+    grad_factor,
+    weight_decay,
+    HAS_MASTER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    FIRST_STEP: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):
+    """The step for one block of one tensor."""
+    b_param = tl.load(p_param + o, mask=mask)
+    b_weight = b_param.to(tl.float32)
+    if HAS_MASTER:
+        # A weight that is no longer its rounded master was set by somebody else (loaded, clipped, pruned): it counts.
+        b_master = tl.load(p_master + o, mask=mask)
+        rounded = cast(b_master, p_param.dtype.element_ty).to(tl.float32)
+        b_weight = tl.where(rounded == b_weight, b_master, b_weight)
+    b_grad = tl.load(p_grad + o, mask=mask).to(tl.float32)
+    if MAXIMIZE:
+        b_grad *= -1.0  # Triton's minus is 0 - x, which makes 0 of 0 where PyTorch has -0
+    if WEIGHT_DECAY:
+        b_grad = fma(weight_decay, b_weight, b_grad)
+    if MOMENTUM:
+        if FIRST_STEP:
+            b_buffer = b_grad
+        else:
+            b_buffer = fma(grad_factor, b_grad, tl.load(p_buffer + o, mask=mask) * momentum)
+        tl.store(p_buffer + o, b_buffer, mask=mask)
+        if NESTEROV:
+            b_grad = fma(momentum, b_buffer, b_grad)
+        else:
+            b_grad = b_buffer
+    b_weight = fma(lr * -1.0, b_grad, b_weight)
+    if HAS_MASTER:
+        tl.store(p_master + o, b_weight, mask=mask)
+    tl.store(p_param + o, cast(b_weight, p_param.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sgd_kernel(
+    param_ptrs,  # in and out: a tuple of pointers, one for each tensor
+    grad_ptrs,  # as many
+    master_ptrs,  # in and out: as many, float32; or None
+    buffer_ptrs,  # in and out (out at FIRST_STEP): as many, float32; or None
+    elements,  # as many ints: elements of each tensor
+    first_blocks,  # as many ints: the first program of each tensor, ascending
+    lr,  # float, or a pointer to one element
+    momentum,
+    grad_factor,  # 1 - dampening
+    weight_decay,
+    LR_IN_MEMORY: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    FIRST_STEP: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """SGD on a list of tensors. One program owns BLOCK elements, in memory order, of the one tensor that its id falls into."""
+    pid = program_id(0, WIDE)
+    p_param, p_grad = param_ptrs[0], grad_ptrs[0]
+    # A pointer that is not used stands for one that is not there.
+    p_master = master_ptrs[0] if HAS_MASTER else p_param
+    p_buffer = buffer_ptrs[0] if MOMENTUM else p_param
+    size, first_block = elements[0], first_blocks[0]
+    # Selected rather than branched to: one piece of code for all tensors, and the compiler still knows that each is aligned.
+    for i in tl.static_range(1, len(param_ptrs)):
+        reached = pid >= first_blocks[i]
+        p_param = tl.where(reached, param_ptrs[i], p_param)
+        p_grad = tl.where(reached, grad_ptrs[i], p_grad)
+        if HAS_MASTER:
+            p_master = tl.where(reached, master_ptrs[i], p_master)
+        if MOMENTUM:
+            p_buffer = tl.where(reached, buffer_ptrs[i], p_buffer)
+        size = tl.where(reached, elements[i], size)
+        first_block = tl.where(reached, first_blocks[i], first_block)
+
+    if LR_IN_MEMORY:
+        lr = tl.load(lr).to(tl.float32)
+    start = (pid - first_block) * BLOCK
+    p_param += start
+    p_grad += start
+    p_master += start
+    p_buffer += start
+    o = tl.arange(0, BLOCK)
+    # A mask of a size that is no multiple of 4 would split every access into single elements: only the last block has one.
+    if start + BLOCK <= size:
+        _sgd_update(
+            p_param, p_grad, p_master, p_buffer, o, None, lr, momentum, grad_factor, weight_decay,
+            HAS_MASTER, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
+        )  # fmt: skip
+    else:
+        _sgd_update(
+            p_param, p_grad, p_master, p_buffer, o, o < size - start, lr, momentum, grad_factor, weight_decay,
+            HAS_MASTER, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def _as_float32(value: float) -> float:
+    """``value`` rounded to float32: what a kernel gets of a Python float, in the interpreter too."""
+    return ctypes.c_float(value).value
+
+
+def _launch_sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    buffers: Sequence[Tensor] | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
+    elements = tuple(p.numel() for p in params)
+    config = sgd_config(max(elements))
+    blocks = [triton.cdiv(count, config["BLOCK"]) for count in elements]
+    launch(
+        _sgd_kernel,
+        (sum(blocks),),
+        param_ptrs=tuple(params),
+        grad_ptrs=tuple(grads),
+        master_ptrs=tuple(masters) if masters is not None else None,
+        buffer_ptrs=tuple(buffers) if buffers is not None else None,
+        elements=elements,
+        first_blocks=tuple(sum(blocks[:i]) for i in range(len(blocks))),
+        lr=lr if isinstance(lr, Tensor) else _as_float32(lr),
+        momentum=_as_float32(momentum),
+        grad_factor=_as_float32(1 - dampening),
+        weight_decay=_as_float32(weight_decay),
+        LR_IN_MEMORY=isinstance(lr, Tensor),
+        HAS_MASTER=masters is not None,
+        MOMENTUM=buffers is not None,
+        FIRST_STEP=first_step,
+        WEIGHT_DECAY=weight_decay != 0,
+        NESTEROV=nesterov,
+        MAXIMIZE=maximize,
+        WIDE=needs_int64(*params),
+        **config,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """The strides that matter: equal for two dense tensors of one shape exactly if their elements lie in the same order."""
+    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie in memory without gaps and without overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def sgd_step_reference(
+    param: Tensor,
+    grad: Tensor,
+    master: Tensor | None,
+    buffer: Tensor | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
+    """What :func:`sgd_step` does to each tensor, in PyTorch's own operations; of any floating-point dtype and strides."""
+    weight = param
+    if master is not None:
+        master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+        weight = master
+    grad = grad.to(weight.dtype)
+    if maximize:
+        grad = -grad
+    if weight_decay != 0:
+        grad = grad.add(weight, alpha=weight_decay)
+    if buffer is not None:
+        if first_step:
+            buffer.copy_(grad)
+        else:
+            buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+        grad = grad.add(buffer, alpha=momentum) if nesterov else buffer
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        weight.addcmul_(
+            grad, lr.to(weight.dtype).reshape(()), value=-1
+        )  # read on the device: no waiting, and graphs see a change
+    else:
+        weight.add_(grad, alpha=-float(lr))
+    if master is not None:
+        param.copy_(master)
+
+
+def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"{name} must be one for each of the {len(params)} params, got {len(tensors)}")
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if tensor.device != params[0].device:
+            raise ValueError(f"{name}[{i}] must be on the device of params[0], {params[0].device}, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}[{i}] must be {dtype}, got {tensor.dtype}")
+        if tensor.shape != param.shape or memory_order(tensor) != memory_order(param):
+            raise ValueError(
+                f"{name}[{i}] must have the shape and strides of params[{i}], {tuple(param.shape)} {param.stride()}, "
+                f"got {tuple(tensor.shape)} {tensor.stride()}"
+            )
+
+
+@torch.no_grad()
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor] | None = None,
+    momentum_buffers: Sequence[Tensor] | None = None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+) -> None:
+    """Change ``params`` in place by one step of SGD, up to :data:`MAX_TENSORS` of them in each launch.
+
+    Args:
+        params: of any shapes, all of one dtype (float32, float16, bfloat16) on one device, dense in memory in any order of
+            dimensions.
+        grads: one for each, of its shape and strides, all of one of these dtypes.
+        masters: float32 weights for half-precision ``params``, of the same shapes and strides, changed in place; ``params``
+            become them, rounded. Where a parameter is not its rounded master when the step begins, the parameter counts.
+        momentum_buffers: float32, of the same shapes and strides, changed in place; None for no momentum.
+        lr: a number, or a tensor of one element on the device of ``params``, which the kernel reads: in a CUDA graph a later
+            change of it counts. A tensor on the CPU counts as a number.
+        momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
+        first_step: the buffers are not read but become the gradient.
+
+    Raises:
+        TypeError: a dtype other than these.
+        ValueError: lists of different lengths; a device, shape or strides other than those of ``params``; gaps in memory.
+    """
+    if not params:
+        return
+    device, dtype = params[0].device, params[0].dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
+    if grads and grads[0].dtype not in _DTYPES:
+        raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
+    if (masters is None) != (dtype == torch.float32):
+        raise TypeError("masters must be given exactly for half-precision params")
+    if (momentum_buffers is None) != (momentum == 0):
+        raise ValueError("momentum_buffers must be given exactly for a momentum other than 0")
+    _check("params", params, params, dtype)
+    _check("grads", grads, params, grads[0].dtype if grads else dtype)
+    if masters is not None:
+        _check("masters", masters, params, torch.float32)
+    if momentum_buffers is not None:
+        _check("momentum_buffers", momentum_buffers, params, torch.float32)
+    for i, param in enumerate(params):
+        if not is_dense(param):
+            raise ValueError(
+                f"params[{i}] must be dense in memory, got shape {tuple(param.shape)} and strides {param.stride()}"
+            )
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        if lr.device.type == "cpu" and device.type != "cpu":
+            lr = float(lr)
+        elif lr.device != device:
+            raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
+    values = {
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+        "first_step": first_step,
+    }
+    if not runs_triton(params[0]):
+        nothing = [None] * len(params)
+        for tensors in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):
+            sgd_step_reference(*tensors, **values)  # type: ignore[arg-type]
+        return
+    for start in range(0, len(params), MAX_TENSORS):
+        part = slice(start, start + MAX_TENSORS)
+        _launch_sgd(
+            params[part],
+            grads[part],
+            masters[part] if masters is not None else None,
+            momentum_buffers[part] if momentum_buffers is not None else None,
+            **values,  # type: ignore[arg-type]
+        )
+    # As an in-place operation of PyTorch's does: a backward pass that saved a parameter's old value is an error.
+    torch.autograd.graph.increment_version(params)
