@@ -337,7 +337,9 @@ def main() -> None:
 @app.command(name="tune")
 def tune_command(
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes to tune for; give the option several times.")] = [128],  # noqa: B006
+    layer: Annotated[list[str] | None, typer.Option(help="Layers to tune, conv1 to fc3; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    every: Annotated[bool, typer.Option(help="Show the time of each candidate, not of the best alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="The table. Default: the one that the kernels read.", show_default=False)
     ] = None,
@@ -347,6 +349,9 @@ def tune_command(
 
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter("must be bfloat16 or float16", param_hint="--dtype")
+    known = (*tune.LAYERS, *tune.LINEAR_LAYERS)
+    if unknown := [name for name in layer or () if name not in known]:
+        raise typer.BadParameter(f"no layer {unknown[0]!r}; there are {', '.join(known)}", param_hint="--layer")
     if not torch.cuda.is_available():
         raise _fail("tune needs a CUDA GPU")
     path = out or kernels.config.TABLES / f"{kernels.config.gpu_slug(torch.cuda.get_device_name())}.json"
@@ -355,11 +360,15 @@ def tune_command(
         job = result.job
         console.print(
             f"{job.layer} {job.pass_} batch {job.batch}: {1e3 * result.best_ms:.1f} us, the rule {1e3 * result.rule_ms:.1f}, "
-            f"PyTorch {1e3 * result.peer_ms:.1f}; {result.tried} candidates, {len(result.wrong)} wrong; {result.best}",
+            f"PyTorch {1e3 * result.peer_ms:.1f}; {len(result.times)} candidates, {len(result.wrong)} wrong; {result.best}",
             markup=False,
         )
         for line in result.wrong[:3]:
             console.print(f"  wrong: {line}", markup=False)
+        if every:
+            for ms, candidate in result.times:
+                console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
-    results = tune.tune(tuple(batch), getattr(torch, dtype), path, show)
+    work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
+    results = tune.tune(work, getattr(torch, dtype), path, show)
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

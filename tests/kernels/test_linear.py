@@ -251,7 +251,7 @@ def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dt
             names="input weight bias",
         )
     assert launches.count("_matmul_descriptor_kernel") == 3
-    assert ("_sum_splits_kernel" in launches) == (split > 1)
+    assert ("_matmul_finish_kernel" in launches) == (split > 1)
 
 
 @pytest.mark.parametrize("split", [1, 4])
