@@ -309,26 +309,63 @@ def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
 
 
+def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
+    """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
+
+    The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
+    pixels. Eight elements a thread are 16 bytes of a half type; four where int64 offsets (``wide``) take the registers.
+    """
+    if INTERPRETED:
+        config = {"BLOCK_PIXELS": _tile(pixels, 1, 512), "BLOCK_CHANNELS": _tile(channels, 1, 128), "num_warps": 4}
+        return _apply_overrides(config)
+    elements = 512 if wide else 1024
+    if channels_last:
+        exact = _largest_divisor(channels, 64)
+        block_channels = exact if exact >= 16 else _tile(channels, 1, 32)
+        block_pixels = _tile(pixels, 1, elements // block_channels)
+    else:
+        block_pixels = _tile(pixels, 1, 256)
+        block_channels = _tile(channels, 1, elements // block_pixels)
+    return _apply_overrides({"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels, "num_warps": 4})
+
+
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:
     """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
     if INTERPRETED:
         # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
         config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": _tile(columns, 16, 512), "num_warps": 4}
     else:
-        config = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": _tile(columns, 16, 128), "num_warps": 4}
+        # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
+        exact = _largest_divisor(columns, 128)
+        block = exact if exact >= 32 else _tile(columns, 16, 128)
+        config = {"BLOCK_ROWS": 2048 // block, "BLOCK_COLUMNS": block, "num_warps": 4}
     return _apply_overrides(config)
+
+
+def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
+    """BLOCK, BLOCK_PARTS and num_warps of the sum over ``parts`` parts of ``elements`` elements.
+
+    Few elements of many parts (the gradient of a bias) leave few programs: each takes few elements and reads many parts at
+    once, so that it does not wait for one after the other.
+    """
+    if INTERPRETED:
+        config = {"BLOCK": _tile(elements, 16, 2**17), "BLOCK_PARTS": _tile(parts, 1, 4), "num_warps": 4}
+        return _apply_overrides(config)
+    block = 1024
+    while block > 16 and triton.cdiv(elements, block) < 2 * _MULTIPROCESSORS and parts * block > 1024:
+        block //= 2
+    block_parts = 1 if block == 1024 else _tile(parts, 1, 2048 // block)
+    return _apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})
 
 
 #: Of an H100 SXM.
 _MULTIPROCESSORS = 132
-#: Programs that a split reduction aims at: about four for each multiprocessor.
-_TARGET_PROGRAMS = 4 * _MULTIPROCESSORS
 
 
-def split_count(programs: int, blocks: int) -> int:
+def split_count(programs: int, blocks: int, *, programs_per_multiprocessor: int = 4) -> int:
     """Into how many parts to split a reduction of ``blocks`` blocks that ``programs`` programs would walk whole.
 
     A function of the shape alone, never of the device or its load, so that the order of summation is the same everywhere.
     """
-    wanted = 2 if INTERPRETED else max(1, _TARGET_PROGRAMS // max(programs, 1))
+    wanted = 2 if INTERPRETED else max(1, programs_per_multiprocessor * _MULTIPROCESSORS // max(programs, 1))
     return _apply_overrides({"SPLIT": max(1, min(wanted, blocks))})["SPLIT"]

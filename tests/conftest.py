@@ -30,6 +30,9 @@ SMALL_TILES = {
     "BLOCK": 128,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
+    "BLOCK_PIXELS": 16,
+    "BLOCK_CHANNELS": 4,
+    "BLOCK_PARTS": 2,
     "SPLIT": 3,
 }
 
