@@ -313,12 +313,13 @@ def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = Fa
     """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
 
     The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
-    pixels. Eight elements a thread are 16 bytes of a half type; four where int64 offsets (``wide``) take the registers.
+    pixels. Eight elements a thread are 16 bytes of a half type; four where each pixel's offsets, or offsets in int64 (``wide``),
+    take the registers.
     """
     if INTERPRETED:
         config = {"BLOCK_PIXELS": _tile(pixels, 1, 512), "BLOCK_CHANNELS": _tile(channels, 1, 128), "num_warps": 4}
         return _apply_overrides(config)
-    elements = 512 if wide else 1024
+    elements = 1024 if channels_last and not wide else 512
     if channels_last:
         exact = _largest_divisor(channels, 64)
         block_channels = exact if exact >= 16 else _tile(channels, 1, 32)
