@@ -177,7 +177,7 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
 
 
 def _pass(operator: str | None, kernel: str) -> str:
-    """``conv2d_dgrad`` -> ``dgrad``; a pool's kernels, in whatever operator, and sums are ``pool``, an epilogue's ``epilogue``."""
+    """``conv2d_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``."""
     name = operator or "other"
     if "max_pool2d" in kernel or name.startswith("max_pool2d"):
         return "pool"
