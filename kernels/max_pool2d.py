@@ -442,8 +442,10 @@ def max_pool2d_dgrad(
     """
     if max(kernel_size[0] * kernel_size[1], stride[0] * stride[1]) > _WRITTEN_OUT:
         dx = _gather_dgrad(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last)
-        _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True) if sum_channels else (None, dx.new_empty(0))
-        return dx if write_dx else _new_dgrad(grad_output, input_size, channels_last, False, False)[0], sums
+        no_dx, sums = _new_dgrad(grad_output, input_size, channels_last, False, False)
+        if sum_channels:
+            _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
+        return dx if write_dx else no_dx, sums
     n, c, h, w = input_size
     dx, sums = _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
     wide = needs_int64(dx, grad_output, position)
@@ -506,7 +508,7 @@ def _gather_dgrad(
     """The gradient by the kernel that takes windows of any size."""
     dx, _ = _new_dgrad(grad_output, input_size, channels_last, True, False)
     wide = needs_int64(dx, grad_output, position)
-    config = elementwise_config(dx.numel(), wide)
+    config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, int64 or not
     launch(
         _max_pool2d_gather_dgrad_kernel,
         (triton.cdiv(dx.numel(), config["BLOCK"]),),
