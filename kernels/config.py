@@ -230,7 +230,7 @@ def conv2d_images_config(
 def conv2d_box_config(
     device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
 ) -> dict[str, int]:
-    """Tiles of the box kernel, as :func:`conv2d_images_config`: pixels and filters so few that every multiprocessor has some."""
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: so few pixels and filters that each multiprocessor has some."""
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": _tile(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     else:
