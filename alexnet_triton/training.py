@@ -167,6 +167,9 @@ class Trainer:
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, makes the masters, fills the allocator's pools
                 self.step(self.index)
+            last = len(self.labels) % self.batch_size
+            if last:  # compile for the epoch's last, smaller batch now, not in the middle of the first epoch
+                self.step(self.index[:last])
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()

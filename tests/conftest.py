@@ -32,9 +32,8 @@ SMALL_TILES = {
     "BLOCK_PARTS": 2,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
-    "BLOCK_H": 5,
-    "BLOCK_W": 8,
-    "BLOCK_C": 16,
+    "BLOCK_PIXELS": 16,
+    "BLOCK_CHANNELS": 4,
     "SPLIT": 3,
 }
 
