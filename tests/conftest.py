@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -111,5 +112,5 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real(Counting(kernel), grid, **arguments)
 
     for name in ("conv2d", "conv2d_descriptor", "dropout", "linear", "max_pool2d", "reduction", "sgd"):
-        monkeypatch.setattr(sys.modules[f"kernels.{name}"], "launch", counting)
+        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "launch", counting)
     return names
