@@ -337,6 +337,26 @@ def test_a_state_of_another_shape_is_refused() -> None:
         optimizer.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_training_step() -> None:
+    net, ours, other, theirs = twins(lr=0.1, momentum=0.9)
+    torch._dynamo.reset()
+
+    def step(x: torch.Tensor, labels: torch.Tensor) -> None:
+        ours.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        ours.step()
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(2):
+        data = batch()
+        compiled(*data)
+        backward(other, data)
+        theirs.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_a_closure_is_called_with_gradients() -> None:
     net, ours, other, theirs = twins(lr=0.1)
     data = batch()
