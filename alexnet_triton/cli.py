@@ -28,8 +28,10 @@ from .training import (
     LEARNING_RATE,
     CheckpointError,
     EpochMetrics,
+    default_precision,
     describe_backend,
     evaluate,
+    float32_products,
     load_checkpoint,
     measure_speed,
     new_model,
@@ -47,6 +49,16 @@ class Model(StrEnum):
 
     alexnet = "alexnet"
     lenet = "lenet"
+
+
+class PrecisionChoice(StrEnum):
+    """What a network computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    tf32 = "tf32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 class BackendChoice(StrEnum):
@@ -141,21 +153,36 @@ def train_command(
     ] = None,
     limit: LimitOption = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")] = 0,
+    dtype: Annotated[
+        PrecisionChoice,
+        typer.Option(
+            help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."
+        ),
+    ] = PrecisionChoice.auto,
+    graph: Annotated[
+        bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
+    ] = None,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
 ) -> None:
     """Train on Fashion-MNIST; write metrics.jsonl, curves.png and checkpoint.pt."""
+    begin = time.perf_counter()
     where = _device(device)
     lr = LEARNING_RATE[model] if lr is None else lr
+    precision = default_precision(where) if dtype is PrecisionChoice.auto else dtype.value
+    graph = where.type == "cuda" if graph is None else graph
+    if graph and where.type != "cuda":
+        raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
     out = out or Path("runs") / f"{model.value}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (out / "metrics.jsonl").exists():
         raise typer.BadParameter(f"{out} already holds a run; choose another folder", param_hint="--out")
     try:
         dataset = load_fashion_mnist(data)
-        with kernels.use_backend(backend.value):
-            runs_on = _runs_on(where)
+        with kernels.use_backend(backend.value), float32_products(precision):
+            runs_on = f"{_runs_on(where)}, {precision}"
             training, test = dataset.train.limited(limit), dataset.test.limited(limit)
-            net = new_model(model, seed, where)
+            torch_dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+            net = new_model(model, seed, where, torch_dtype)
             speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
             console.print(
                 f"{model.value} on {runs_on}: about {_duration(len(training) / speed)} an epoch "
@@ -178,6 +205,7 @@ def train_command(
                     seed=seed,
                     device=where,
                     out=out,
+                    graph=graph,
                     on_batch=bar.epoch,
                     on_epoch=_print_epoch,
                 )
@@ -186,6 +214,7 @@ def train_command(
         raise _fail(error) from error
     last = history[-1]
     console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
+    console.print(f"{sum(m.seconds for m in history):.1f} s of training, {time.perf_counter() - begin:.1f} s from start to end")
     console.print(f"curve {out / 'curves.png'}  metrics {out / 'metrics.jsonl'}  checkpoint {out / 'checkpoint.pt'}")
 
 
@@ -308,7 +337,9 @@ def main() -> None:
 @app.command(name="tune")
 def tune_command(
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes to tune for; give the option several times.")] = [128],  # noqa: B006
+    layer: Annotated[list[str] | None, typer.Option(help="Layers to tune, conv1 to fc3; all if not given.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    every: Annotated[bool, typer.Option(help="Show the time of each candidate, not of the best alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="The table. Default: the one that the kernels read.", show_default=False)
     ] = None,
@@ -318,6 +349,9 @@ def tune_command(
 
     if dtype not in ("bfloat16", "float16"):
         raise typer.BadParameter("must be bfloat16 or float16", param_hint="--dtype")
+    known = (*tune.LAYERS, *tune.LINEAR_LAYERS)
+    if unknown := [name for name in layer or () if name not in known]:
+        raise typer.BadParameter(f"no layer {unknown[0]!r}; there are {', '.join(known)}", param_hint="--layer")
     if not torch.cuda.is_available():
         raise _fail("tune needs a CUDA GPU")
     path = out or kernels.config.TABLES / f"{kernels.config.gpu_slug(torch.cuda.get_device_name())}.json"
@@ -326,11 +360,15 @@ def tune_command(
         job = result.job
         console.print(
             f"{job.layer} {job.pass_} batch {job.batch}: {1e3 * result.best_ms:.1f} us, the rule {1e3 * result.rule_ms:.1f}, "
-            f"PyTorch {1e3 * result.peer_ms:.1f}; {result.tried} candidates, {len(result.wrong)} wrong; {result.best}",
+            f"PyTorch {1e3 * result.peer_ms:.1f}; {len(result.times)} candidates, {len(result.wrong)} wrong; {result.best}",
             markup=False,
         )
         for line in result.wrong[:3]:
             console.print(f"  wrong: {line}", markup=False)
+        if every:
+            for ms, candidate in result.times:
+                console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
-    results = tune.tune(tuple(batch), getattr(torch, dtype), path, show)
+    work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
+    results = tune.tune(work, getattr(torch, dtype), path, show)
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

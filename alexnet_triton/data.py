@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -174,13 +173,3 @@ def to_input(images: Tensor, image_size: int) -> Tensor:
     if image_size == images.shape[-1]:
         return scaled
     return F.interpolate(scaled, size=(image_size, image_size), mode="bilinear", align_corners=False)
-
-
-def batches(
-    split: Split, batch_size: int, image_size: int, device: torch.device, shuffle_with: torch.Generator | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (input, labels) on ``device``, the last one possibly smaller; shuffled if a generator is given."""
-    order = torch.arange(len(split)) if shuffle_with is None else torch.randperm(len(split), generator=shuffle_with)
-    for index in order.split(batch_size):
-        images, labels = split.images[index].to(device), split.labels[index].to(device)
-        yield to_input(images, image_size), labels

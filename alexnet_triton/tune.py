@@ -1,7 +1,8 @@
 """Find the fastest configuration of each kernel on the GPU at hand: ``alexnet-triton tune``.
 
 Each candidate runs its operation on random tensors, is held to the same operation in float32, and only then is timed. The
-winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.config` reads; what was not measured follows its rules.
+winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.config` reads; what was not measured follows its
+rules.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kernels import config, conv2d_descriptor, launch
 
 Candidate = dict[str, int]
 
-#: name: channels, image size, filters, filter size, stride, padding
+#: Convolutions. name: channels, image size, filters, filter size, stride, padding
 LAYERS = {
     "conv1": (1, 224, 96, 11, 4, 1),
     "conv2": (96, 26, 256, 5, 1, 2),
@@ -37,6 +38,10 @@ LAYERS = {
 }
 
 _SHARED_BYTES = 227 * 1024
+
+
+#: Linear layers. name: in features, out features, whether ReLU follows
+LINEAR_LAYERS = {"fc1": (6400, 4096, True), "fc2": (4096, 4096, True), "fc3": (4096, 10, False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +59,17 @@ class Job:
         return (size + 2 * padding - r) // stride + 1
 
     @property
+    def product(self) -> tuple[int, int, int]:
+        """M, N, K of the linear layer's matrix product."""
+        features, outputs, _ = LINEAR_LAYERS[self.layer]
+        m, n, k = self.batch, outputs, features
+        return {"fprop": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[self.pass_]
+
+    @property
     def key(self) -> str:
         """Its name in the table."""
+        if self.layer in LINEAR_LAYERS:
+            return config.linear_key(self.pass_, *self.product)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if stride > 1:
             fold = conv2d_descriptor.conv2d_stem_fold(c, r, stride)
@@ -66,6 +80,8 @@ class Job:
 
     def candidates(self) -> list[Candidate]:
         """All that are worth a measurement."""
+        if self.layer in LINEAR_LAYERS:
+            return config.linear_candidates(*self.product, itemsize=2)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if stride > 1:
             found = _stem_fprop(self.size) if self.pass_ == "fprop" else _stem_wgrad(self.batch)
@@ -78,14 +94,19 @@ class Job:
         return list(found)
 
 
-def jobs(batches: tuple[int, ...]) -> list[Job]:
-    """All passes that a training step runs, the largest first batch first."""
+#: Passes without a configuration of their own in the tables: no gradient of the images is wanted, and the ten classes' gradient
+#: has rows that no descriptor can describe.
+_UNTUNED = {("conv1", "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
+
+
+def jobs(batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS)) -> list[Job]:
+    """All passes of ``layers`` that a training step runs, the first batch first."""
     return [
         Job(layer, pass_, batch)
         for batch in batches
-        for layer in LAYERS
+        for layer in layers
         for pass_ in ("fprop", "dgrad", "wgrad")
-        if (layer, pass_) != ("conv1", "dgrad")
+        if (layer, pass_) not in _UNTUNED
     ]
 
 
@@ -110,7 +131,7 @@ def _boxes(n: int, size: int, c: int, k: int) -> Iterator[Candidate]:
     block_k = min(c & -c, 64)
     small = n * size * size * k < 2**22
     for pixels, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6)):
-        if k % block_n and block_n > 128 or block_n > 2 * k or (pixels * block_n < 128 * 128 and not small):
+        if (k % block_n and block_n > 128) or block_n > 2 * k or (pixels * block_n < 128 * 128 and not small):
             continue
         accumulators = pixels * block_n
         if _fits((pixels + block_n) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
@@ -159,12 +180,15 @@ def _stem_wgrad(n: int) -> Iterator[Candidate]:
 @functools.cache
 def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random input, weight, bias and output gradient of a layer, channels-last."""
-    c, size, k, r, stride, padding = LAYERS[layer]
     generator = torch.Generator("cuda").manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
+    if layer in LINEAR_LAYERS:
+        features, outputs, _ = LINEAR_LAYERS[layer]
+        return randn(batch, features), randn(outputs, features) / features**0.5, randn(outputs), randn(batch, outputs)
+    c, size, k, r, stride, padding = LAYERS[layer]
     out = (size + 2 * padding - r) // stride + 1
     x, w, dz = randn(batch, c, size, size), randn(k, c, r, r) / (c * r * r) ** 0.5, randn(batch, k, out, out)
     x, w, dz = (t.to(memory_format=torch.channels_last) for t in (x, w, dz))
@@ -174,8 +198,13 @@ def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     """The operation itself."""
     x, w, b, dz = tensors
-    *_, r, stride, padding = LAYERS[job.layer]
-    ops, step, pad = torch.ops.alexnet_triton, [stride] * 2, [padding] * 2
+    ops = torch.ops.alexnet_triton
+    if job.layer in LINEAR_LAYERS:
+        if job.pass_ == "fprop":
+            return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
+        return ops.linear_dgrad(dz, w) if job.pass_ == "dgrad" else ops.linear_wgrad(dz, x, w)
+    *_, stride, padding = LAYERS[job.layer]
+    step, pad = [stride] * 2, [padding] * 2
     if job.pass_ == "fprop":
         return ops.conv2d_fprop(x, w, b, step, pad, [1, 1], 1, [job.size] * 2, True)
     if job.pass_ == "dgrad":
@@ -186,6 +215,11 @@ def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
 def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     """The same by PyTorch, in the dtype of ``tensors``."""
     x, w, b, dz = tensors
+    if job.layer in LINEAR_LAYERS:
+        if job.pass_ == "fprop":
+            y = F.linear(x, w, b)
+            return F.relu(y) if LINEAR_LAYERS[job.layer][2] else y
+        return dz @ w if job.pass_ == "dgrad" else dz.t() @ x
     *_, stride, padding = LAYERS[job.layer]
     if job.pass_ == "fprop":
         return F.relu(F.conv2d(x, w, b, stride, padding))
@@ -213,7 +247,8 @@ class Tuned:
     Attributes:
         rule_ms, best_ms, peer_ms: milliseconds of the rule's configuration, of the fastest candidate and of PyTorch.
         best: the fastest candidate.
-        wrong: how many candidates gave wrong results or could not run.
+        wrong: the candidates that gave wrong results or could not run, and why.
+        times: milliseconds of each right candidate, fastest first; the empty one is the rule's.
     """
 
     job: Job
@@ -222,7 +257,7 @@ class Tuned:
     peer_ms: float
     best: Candidate
     wrong: list[str]
-    tried: int
+    times: list[tuple[float, Candidate]]
 
 
 def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
@@ -257,30 +292,31 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
             with config.override(**candidate):
                 again.append((_milliseconds(lambda: _run(job, tensors), 4 * milliseconds), candidate))
         best_ms, best = min(again, key=lambda timed: timed[0])
-    return Tuned(job, rule_ms, best_ms, _milliseconds(lambda: _reference(job, tensors), milliseconds), best, wrong, len(times))
+    peer_ms = _milliseconds(lambda: _reference(job, tensors), milliseconds)
+    return Tuned(job, rule_ms, best_ms, peer_ms, best, wrong, sorted(times, key=lambda timed: timed[0]))
 
 
-def _compile_share(share: int, shares: int, batches: tuple[int, ...], dtype: torch.dtype) -> None:
+def _compile_share(share: int, shares: int, work: list[Job], dtype: torch.dtype) -> None:
     """Compile every ``shares``-th candidate into Triton's cache on disk, launching nothing."""
 
     def compile_only(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         kernel.warmup(grid=grid, **arguments)
 
-    every = [(job, candidate) for job in jobs(batches) for candidate in job.candidates()]
+    every = [(job, candidate) for job in work for candidate in job.candidates()]
     with config.untuned(), launch.record_launches(compile_only):
         for job, candidate in every[share::shares]:
             with config.override(**candidate):
                 try:
                     _run(job, _tensors(job.layer, job.batch, dtype))
-                except Exception:  # noqa: BLE001  # it fails again, and is reported, when it is its turn
+                except Exception:  # it fails again, and is reported, when it is its turn
                     continue
 
 
-def compile_all(batches: tuple[int, ...], dtype: torch.dtype, processes: int | None = None) -> None:
+def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = None) -> None:
     """Compile all candidates, with as many processes as there are processors."""
     shares = processes or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_compile_share, args=(i, shares, batches, dtype)) for i in range(shares)]
+    workers = [context.Process(target=_compile_share, args=(i, shares, work, dtype)) for i in range(shares)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -301,7 +337,7 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
             "ms": round(result.best_ms, 5),
             "rule_ms": round(result.rule_ms, 5),
             "pytorch_ms": round(result.peer_ms, 5),
-            "candidates": result.tried,
+            "candidates": len(result.times),
             "wrong": len(result.wrong),
         }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,13 +346,13 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
     partial.replace(path)
 
 
-def tune(batches: tuple[int, ...], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
-    """Tune every job at ``batches`` and write the table to ``path`` after each."""
+def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
+    """Tune every job and write the table to ``path`` after each."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
-    compile_all(batches, dtype)
+    compile_all(work, dtype)
     results = []
-    for job in jobs(batches):
+    for job in work:
         result = tune_job(job, dtype)
         results.append(result)
         write_table(results, dtype, path)

@@ -52,8 +52,66 @@ def _conv2d_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return useful, grid[0] * grid[1] * _tile_flops(a, a["blocks_per_split"] * a["BLOCK_K"])
 
 
+def _meets(pixels: int, filter_size: int, size: int, pad: int, step: int, first: int) -> int:
+    """How many filter rows meet the input in any of ``pixels`` output rows from ``first`` on; ``step`` -1 for a gradient."""
+    return sum(any(0 <= first + i - step * pad + step * r < size for i in range(pixels)) for r in range(filter_size))
+
+
+def _conv2d_images(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """Filter positions in the padding are not issued, but useful all the same: as cuDNN counts. Issued can be the smaller."""
+    step = -1 if a["DGRAD"] else 1
+    useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["C"] * a["R"] * a["S"]
+    if a["DGRAD"]:  # P, Q are the input's here: the product is counted over the output's pixels
+        useful = 2 * a["N"] * a["H"] * a["W"] * a["K"] * a["C"] * a["R"] * a["S"]
+    rows = sum(_meets(1, a["R"], a["H"], a["pad_h"], step, p) for p in range(a["P"]))
+    strips = range(0, a["Q"], a["PIXELS"])
+    columns = sum(_meets(a["PIXELS"], a["S"], a["W"], a["pad_w"], step, q) for q in strips)
+    tile = 2 * a["PIXELS"] * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["C"]
+    programs_a_strip = grid[0] // (a["P"] * len(strips))
+    return useful, programs_a_strip * rows * columns * tile
+
+
+def _conv2d_box(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    x = a["x_desc"].shape
+    pixels = x[0] * x[1] * x[2] if a["DGRAD"] else a["N"] * a["P"] * a["Q"]
+    reduction = a["C"] * a["R"] * a["S"]
+    tile = 2 * a["NB"] * a["TH"] * a["TW"] * a["BLOCK_N"] * reduction
+    return 2 * pixels * a["K"] * reduction, grid[0] * tile
+
+
+def _conv2d_images_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["C"] * a["R"] * a["S"]
+    together = a["POSITIONS"]
+    tiles = triton.cdiv(a["K"], a["BLOCK_M"]) * a["C"] // (a["BLOCK_N"] + a["BLOCK_N2"])
+    step = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * together * a["BLOCK_K"] * triton.cdiv(a["N"], a["BLOCK_K"])
+    issued = 0
+    for first in range(0, a["R"] * a["S"], together):
+        inside = [(max(0, a["pad_h"] - r), min(a["P"], a["H"] + a["pad_h"] - r)) for r in _positions(first, together, a)[0]]
+        across = [(max(0, a["pad_w"] - s), min(a["Q"], a["W"] + a["pad_w"] - s)) for s in _positions(first, together, a)[1]]
+        rows, columns = (max(0, max(h for _, h in e) - min(low for low, _ in e)) for e in (inside, across))
+        issued += rows * columns * step * tiles
+    return useful, issued
+
+
+def _positions(first: int, together: int, a: dict[str, Any]) -> tuple[list[int], list[int]]:
+    positions = range(first, first + together)
+    return [rs // a["S"] for rs in positions], [rs % a["S"] for rs in positions]
+
+
+def _conv2d_stem(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """Useful is told by the filter before folding, which only the launch knows: its USEFUL_POSITIONS."""
+    pixels = a["N"] * a["P"] * a["Q"]
+    useful = 2 * pixels * a["K"] * a["USEFUL_POSITIONS"]
+    if "SPLIT" in a:
+        tile = 2 * 3 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["BLOCK_K"]
+        return useful, grid[0] * tile * a["P"] * a["Q"] * triton.cdiv(a["N"], a["BLOCK_K"])
+    tile = 2 * 3 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * (a["BLOCK_K"] + a["BLOCK_K2"])
+    strips = triton.cdiv(a["Q"], a["columns"])
+    return useful, grid[0] // strips * a["Q"] * tile
+
+
 def _matmul(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])
+    return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])  # the parts of a split share the steps of K
 
 
 #: Kernels with a matrix product; all others count no FLOPs, since what they cost is bytes.
@@ -61,7 +119,13 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_fprop_kernel": _conv2d_fprop,
     "_conv2d_dgrad_kernel": _conv2d_dgrad,
     "_conv2d_wgrad_kernel": _conv2d_wgrad,
+    "_conv2d_images_kernel": _conv2d_images,
+    "_conv2d_box_kernel": _conv2d_box,
+    "_conv2d_images_wgrad_kernel": _conv2d_images_wgrad,
+    "_conv2d_stem_kernel": _conv2d_stem,
+    "_conv2d_stem_wgrad_kernel": _conv2d_stem,
     "_matmul_kernel": _matmul,
+    "_matmul_descriptor_kernel": _matmul,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,10 @@ def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s
     return f"{operation} n{n} p{p} q{q} c{c} k{k} r{r} s{s}"
 
 
+#: Of an H100 SXM.
+_MULTIPROCESSORS = 132
+
+
 def _tile(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
@@ -115,15 +120,12 @@ def matmul_config(
     dtype: torch.dtype,
     input_precision: str,
     *,
-    random_epilogue: bool = False,
     irregular_gather: bool = False,
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a matrix kernel of M x N outputs and K products each.
 
-    ``tl.dot`` wants at least 16 in every dimension. With ``random_epilogue`` (Philox draws on the accumulators) the tile is
-    64 x 64: beside the accumulators of a larger one, the ten rounds' state does not fit the registers. With
-    ``irregular_gather`` (a strided, dilated or grouped convolution, whose pointers are recomputed element by element) tiles
-    are small for the same reason.
+    ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
+    pointers are recomputed element by element) tiles are small, so that all fits the registers.
     """
     if INTERPRETED:
         config = {
@@ -142,8 +144,6 @@ def matmul_config(
         config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     elif dtype == torch.float32:
         config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    elif random_epilogue:
-        config = {"BLOCK_M": 64, "BLOCK_N": _tile(n, 16, 64), "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
     else:
         block_m = 128 if m > 64 else 64
         block_n = _tile(n, 16, 128)
@@ -230,7 +230,7 @@ def conv2d_images_config(
 def conv2d_box_config(
     device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
 ) -> dict[str, int]:
-    """Tiles of the box kernel, as :func:`conv2d_images_config`: pixels and filters so small that every multiprocessor has some."""
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some."""
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": _tile(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     else:
@@ -303,46 +303,137 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
-def linear_key(m: int, n: int, k: int) -> str:
-    """Name of a matrix product in the tables: m x n outputs of k products each."""
-    return f"linear m{m} n{n} k{k}"
+#: Of one H100 multiprocessor, a microsecond: half-precision products on the tensor cores (what published matrix kernels reach),
+#: bytes from the L2 cache, and of the whole GPU bytes of memory (measured).
+_FLOPS_US, _L2_BYTES_US, _MEMORY_BYTES_US = 5.2e6, 6e4, 3.0e6
+_SHARED_BYTES, _REGISTERS = 227 * 1024, 65536
+#: Microseconds from asking for a block of memory until it is there, and of starting and ending a program.
+_LATENCY_US, _PROGRAM_US = 1.5, 1.7
 
 
-def linear_config(device: torch.device, m: int, n: int, k: int, *, random_epilogue: bool = False) -> dict[str, int]:
-    """Tiles of the descriptor matrix kernel for M x N outputs of K products each, and into how many parts K is split.
+def linear_key(pass_: str, m: int, n: int, k: int) -> str:
+    """Name of a linear layer's pass in the tables; m x n outputs of k products each."""
+    return f"linear_{pass_} m{m} n{n} k{k}"
 
-    The tiles that all multiprocessors can hold at once bound the split: for a small batch what costs is reading the weights,
-    each once, and any multiprocessor that has no tile reads none. With ``random_epilogue`` and no split (Philox draws on the
-    accumulators) the tile is smaller, for the registers.
+
+def linear_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
+    """Configurations of the descriptor matrix kernel that are worth a measurement for M x N outputs of K products each.
+
+    A block of K is 128 bytes of a row: what shared memory holds without bank conflicts. The tensor cores of Hopper take 64 rows
+    at least.
+    """
+    block_k = 128 // itemsize
+    steps = triton.cdiv(k, block_k)
+    found = []
+    for block_m, block_n in itertools.product((64, 128, 256), (16, 32, 64, 128, 256)):
+        if (block_m > 64 and block_m >= 2 * m) or (block_n > 16 and block_n >= 2 * n):
+            continue
+        if block_n < 64 and block_n < n:  # narrow blocks are for narrow matrices
+            continue
+        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+        splits = {triton.cdiv(steps, triton.cdiv(steps, s)) for s in _splits(tiles, steps)}
+        for warps, stages, split in itertools.product((4, 8), (2, 3, 4, 5, 6), sorted(splits)):
+            accumulators = block_m * block_n // (32 * warps)
+            if accumulators > 128 or block_m < 16 * warps or stages > max(2, triton.cdiv(steps, split)):
+                continue
+            # What the stages hold, and the tile on its way out.
+            if stages * (block_m + block_n) * block_k * itemsize > _SHARED_BYTES - 2048:
+                continue
+            values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
+            found.append(values | {"num_warps": warps, "num_stages": stages})
+    return found
+
+
+def _splits(tiles: int, steps: int) -> list[int]:
+    """Parts that make one to two programs a multiprocessor; a part of less than two steps is not worth its start."""
+    most = max(1, min(2 * _MULTIPROCESSORS // tiles, steps // 2))
+    return [s for s in range(1, most + 1) if s in (1, most) or s * tiles >= _MULTIPROCESSORS // 3]
+
+
+def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) -> float:
+    """Estimated microseconds on an H100. It ranks candidates; only a measurement says what is fastest."""
+    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
+    programs = triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * split
+    steps = triton.cdiv(triton.cdiv(k, block_k), split)
+    threads = 32 * config["num_warps"]
+    step_bytes = (block_m + block_n) * block_k * itemsize
+    by_registers = _REGISTERS // (threads * (block_m * block_n // threads + 48))
+    held = max(1, min(by_registers, _SHARED_BYTES // (config["num_stages"] * step_bytes)))
+    rounds = triton.cdiv(programs, _MULTIPROCESSORS)  # programs of the busiest multiprocessor
+    step_us = max(
+        2 * block_m * block_n * block_k / _FLOPS_US,
+        step_bytes / _L2_BYTES_US,
+        _LATENCY_US / (config["num_stages"] - 1) / min(held, rounds),
+    )
+    compute_us = rounds * steps * step_us + triton.cdiv(rounds, held) * _PROGRAM_US
+    moved = (m * k + k * n + m * n) * itemsize
+    memory_us = moved / _MEMORY_BYTES_US / min(1.0, programs / _MULTIPROCESSORS)
+    # Both go on at once, not quite.
+    total = max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us)
+    if split > 1:
+        # The parts, written once and read once, mostly in the L2 cache; and one more launch.
+        total += 2.0 + 2 * split * m * n * 4 / (1.5 * _MEMORY_BYTES_US)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _linear_rule(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
+    def cost(config: dict[str, int]) -> tuple[float, int, int]:
+        # Among equals more warps, which share the epilogue, and more stages, for memory that answers late.
+        return round(_linear_us(m, n, k, itemsize, config), 1), -config["num_warps"], -config["num_stages"]
+
+    return min(linear_candidates(m, n, k, itemsize), key=cost)
+
+
+def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
+    """Tiles of the pointer kernel, and a split that gives each multiprocessor one or two programs of four steps or more."""
+    config = matmul_config(m, n, k, dtype, precision)
+    config["BLOCK_K"] = min(config["BLOCK_K"], _tile(k, 16, 128))
+    steps = triton.cdiv(k, config["BLOCK_K"])
+
+    def tiles() -> int:
+        return triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+
+    while tiles() * max(1, steps // 4) < _MULTIPROCESSORS and config["BLOCK_N"] > 32:  # too short to split: smaller tiles
+        config["BLOCK_N"] //= 2
+    if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 128 and dtype != torch.float32:
+        config["num_warps"] = 4
+    return config | {"SPLIT": max(1, min(2 * _MULTIPROCESSORS // max(tiles(), 1), steps // 4))}
+
+
+def linear_config(
+    device: torch.device,
+    pass_: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    input_precision: str,
+    *,
+    descriptors: bool,
+) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, num_warps, num_stages of a linear layer's pass: M x N outputs of K products each.
+
+    Args:
+        pass_: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``: its name in the tables.
+        descriptors: whether it is the descriptor kernel's that is asked for, or the pointer kernel's.
     """
     if INTERPRETED:
-        config = {"BLOCK_M": _tile(m, 16, 128), "BLOCK_N": _tile(n, 16, 128), "BLOCK_K": _tile(k, 16, 128)}
-        config |= {"num_warps": 4, "num_stages": 1}
+        config = matmul_config(m, n, k, dtype, input_precision) | {"SPLIT": 1}
+        if descriptors:  # the sizes that a descriptor's block can have
+            config |= {"BLOCK_M": min(config["BLOCK_M"], 256), "BLOCK_N": min(config["BLOCK_N"], 256)}
+    elif descriptors:
+        config = dict(_linear_rule(m, n, k, dtype.itemsize))
+        config |= _known(config, tuned(device, linear_key(pass_, m, n, k)))
     else:
-        config = {"BLOCK_M": 128 if m > 64 else 64, "BLOCK_N": _tile(n, 16, 128), "BLOCK_K": 64}
-        # No more stages than there are blocks, so that several programs fit: a weight gradient has two, and is all stores.
-        stages = max(2, min(4, triton.cdiv(k, 64)))
-        config |= {"num_warps": 8 if config["BLOCK_M"] * config["BLOCK_N"] > 64 * 128 else 4, "num_stages": stages}
-    measured = tuned(device, linear_key(m, n, k))
-    config |= _known(config, measured)
-    config = _apply_overrides(config)
-    tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-    blocks = triton.cdiv(k, config["BLOCK_K"])
-    # A part of less than four blocks is all prologue.
-    wanted = 2 if INTERPRETED else min(_MULTIPROCESSORS // tiles, blocks // 4)
-    config |= _apply_overrides({"SPLIT": max(1, min(measured.get("SPLIT", wanted), blocks))})
-    if config["SPLIT"] == 1 and random_epilogue and not INTERPRETED:
-        config |= {"BLOCK_M": min(config["BLOCK_M"], 64), "BLOCK_N": min(config["BLOCK_N"], 64), "num_warps": 4}
-    return config
-
-
-def sum_splits_config(m: int, n: int) -> dict[str, int]:
-    """BLOCK_M x BLOCK_N outputs of a program that adds up the parts of a split product."""
-    if INTERPRETED:
-        config = {"BLOCK_M": _tile(m, 16, 128), "BLOCK_N": _tile(n, 16, 128), "num_warps": 4}
-    else:
-        config = {"BLOCK_M": 4 if n > 64 else 16, "BLOCK_N": _tile(n, 16, 256), "num_warps": 4}
+        config = _linear_pointer_rule(m, n, k, dtype, input_precision)
     return _apply_overrides(config)
+
+
+def matmul_finish_config(elements: int) -> dict[str, int]:
+    """BLOCK and num_warps of the kernel that finishes a product: small blocks where there are few elements."""
+    block = _tile(elements, 16, 2**17) if INTERPRETED else _tile(elements // (2 * _MULTIPROCESSORS), 128, 1024)
+    return _apply_overrides({"BLOCK": block, "num_warps": 4})
 
 
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
@@ -351,16 +442,25 @@ def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
 
 
-def parts_config(elements: int, parts: int) -> dict[str, int]:
-    """BLOCK elements and BLOCK_PARTS parts at once of a kernel that sums the parts of each element."""
+def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
+    """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
+
+    The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
+    pixels. Eight elements a thread are 16 bytes of a half type; four where pixels' offsets, or int64 ones (``wide``),
+    take the registers.
+    """
     if INTERPRETED:
-        config = {"BLOCK_PARTS": 1, "BLOCK": _tile(elements, 16, 2**17), "num_warps": 4}
-    elif elements < 2**16:
-        # A bias or a small filter: as many programs as there are, each with many loads under way.
-        config = {"BLOCK_PARTS": _tile(parts, 1, 64), "BLOCK": 16, "num_warps": 4}
+        config = {"BLOCK_PIXELS": _tile(pixels, 1, 512), "BLOCK_CHANNELS": _tile(channels, 1, 128), "num_warps": 4}
+        return _apply_overrides(config)
+    elements = 1024 if channels_last and not wide else 512
+    if channels_last:
+        exact = _largest_divisor(channels, 64)
+        block_channels = exact if exact >= 16 else _tile(channels, 1, 32)
+        block_pixels = _tile(pixels, 1, elements // block_channels)
     else:
-        config = {"BLOCK_PARTS": 1, "BLOCK": 512, "num_warps": 4}
-    return _apply_overrides(config)
+        block_pixels = _tile(pixels, 1, 256)
+        block_channels = _tile(channels, 1, elements // block_pixels)
+    return _apply_overrides({"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels, "num_warps": 4})
 
 
 def sgd_config(elements: int) -> dict[str, int]:
@@ -377,20 +477,33 @@ def column_sum_config(rows: int, columns: int) -> dict[str, int]:
         # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
         config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": _tile(columns, 16, 512), "num_warps": 4}
     else:
-        config = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": _tile(columns, 16, 128), "num_warps": 4}
+        # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
+        exact = _largest_divisor(columns, 128)
+        block = exact if exact >= 32 else _tile(columns, 16, 128)
+        config = {"BLOCK_ROWS": 2048 // block, "BLOCK_COLUMNS": block, "num_warps": 4}
     return _apply_overrides(config)
 
 
-#: Of an H100 SXM.
-_MULTIPROCESSORS = 132
-#: Programs that a split reduction aims at: about four for each multiprocessor.
-_TARGET_PROGRAMS = 4 * _MULTIPROCESSORS
+def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
+    """BLOCK, BLOCK_PARTS and num_warps of the sum over ``parts`` parts of ``elements`` elements.
+
+    Few elements of many parts (the gradient of a bias) leave few programs: each takes few elements and reads many parts at
+    once, so that it does not wait for one after the other.
+    """
+    if INTERPRETED:
+        config = {"BLOCK": _tile(elements, 16, 2**17), "BLOCK_PARTS": _tile(parts, 1, 4), "num_warps": 4}
+        return _apply_overrides(config)
+    block = 1024
+    while block > 16 and triton.cdiv(elements, block) < 2 * _MULTIPROCESSORS and parts * block > 1024:
+        block //= 2
+    block_parts = 1 if block == 1024 else _tile(parts, 1, 2048 // block)
+    return _apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})
 
 
-def split_count(programs: int, blocks: int) -> int:
+def split_count(programs: int, blocks: int, *, programs_per_multiprocessor: int = 4) -> int:
     """Into how many parts to split a reduction of ``blocks`` blocks that ``programs`` programs would walk whole.
 
     A function of the shape alone, never of the device or its load, so that the order of summation is the same everywhere.
     """
-    wanted = 2 if INTERPRETED else max(1, _TARGET_PROGRAMS // max(programs, 1))
+    wanted = 2 if INTERPRETED else max(1, programs_per_multiprocessor * _MULTIPROCESSORS // max(programs, 1))
     return _apply_overrides({"SPLIT": max(1, min(wanted, blocks))})["SPLIT"]

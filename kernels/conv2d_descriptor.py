@@ -122,7 +122,7 @@ def _conv2d_images_kernel(
         next_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
-    for i in range(0, rows * columns * CHUNKS):
+    for i in range(rows * columns * CHUNKS):
         c0 = i % CHUNKS * BLOCK_K
         s = s_low + i // CHUNKS % tl.maximum(columns, 1)
         r = r_low + i // CHUNKS // tl.maximum(columns, 1)
@@ -205,7 +205,7 @@ def _conv2d_box_kernel(
     CHUNKS: tl.constexpr = C // BLOCK_K
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for i in range(0, R * S * CHUNKS):
+    for i in range(R * S * CHUNKS):
         c0 = i % CHUNKS * BLOCK_K
         rs = i // CHUNKS
         b_x = x_desc.load([n0, p0 + rs // S - pad_h, q0 + rs % S - pad_w, c0]).reshape(BLOCK_M, BLOCK_K)
@@ -402,6 +402,7 @@ def _conv2d_stem_kernel(
     Q,
     K,
     columns,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
@@ -484,6 +485,7 @@ def _conv2d_stem_wgrad_kernel(
     Q,
     K,
     SPLIT,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
@@ -560,7 +562,7 @@ def _unfold_filter_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The filter's gradient: the sum over the parts, each position taken from where folding put it; BLOCK elements a program."""
+    """The filter's gradient: the sum over the parts, each position taken from where folding put it."""
     o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
     m_e = o_e < elements
     o_k = o_e % K
@@ -599,7 +601,7 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
 
 
 def takes_stem(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether the convolution is a strided first layer that :func:`space_to_depth` makes three rows of at most 144 positions."""
+    """Whether :func:`space_to_depth` makes this strided convolution one of three rows of 48 or 144 positions."""
     k, c, r, s = weight.shape
     step = stride[0]
     depth = c * step * step
@@ -878,6 +880,7 @@ def stem_fprop(
         Q=q,
         K=k,
         columns=columns,
+        USEFUL_POSITIONS=c * r * s,
         HAS_BIAS=bias is not None,
         RELU=relu,
         WIDE=needs_int64(y),
@@ -916,6 +919,7 @@ def stem_wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequ
         Q=q,
         K=k,
         SPLIT=split,
+        USEFUL_POSITIONS=c * r * s,
         WIDE=needs_int64(partial),
         INPUT_PRECISION="ieee",
         FOLD_BLOCKS=fold_blocks,

@@ -1,9 +1,16 @@
 """Linear layer with fused bias, ReLU and dropout: forward, input gradient, weight gradient.
 
 The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet; the name ``linear_relu_dropout`` says it. All three passes are
-one matrix kernel over different strides; the epilogue runs on the accumulators before they leave the registers. On Hopper and
-later, half-precision operands come through tensor descriptors, and a small batch, whose outputs are few tiles, is split along
-the reduction so that every multiprocessor reads its share of the weights; the parts are added in a fixed order.
+one matrix product over different strides:
+
+    forward          y[m, n]  = sum over k  x[m, k] w[n, k]      M = batch  N = out  K = in
+    input gradient   dx[m, n] = sum over k  dz[m, k] w[k, n]     M = batch  N = in   K = out
+    weight gradient  dw[m, n] = sum over k  dz[k, m] x[k, n]     M = out    N = in   K = batch
+
+A small batch has few tiles, and the time goes into reading the weights. So K is split among as many programs as keep all
+multiprocessors reading; each stores its part of the sum in float32, and a second kernel adds the parts in order and applies the
+epilogue. Without a split bias and ReLU are applied to the accumulators before they leave the registers. Dropout is the second
+kernel's in any case: beside the accumulators of a large tile, the ten rounds of its random numbers do not fit the registers.
 """
 
 from __future__ import annotations
@@ -21,42 +28,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .autocast import autocast_inputs
 from .backend import capability, runs_triton
 from .checks import check_activation, check_probability, check_tensors
-from .config import linear_config, matmul_config, sum_splits_config
+from .config import linear_config, matmul_finish_config
 from .device import cast, dot, dropout_factor, program_id, relu
 from .differentiation import OperatorFunction, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
 from .launch import launch, needs_int64, new_output, new_output_like
 from .overrides import overridable
 from .precision import matmul_input_precision
-from .reduction import dropout_scale, epilogue_backward, triton_accumulator
+from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
-def _epilogue(
-    acc,
-    bias_ptr,
-    seed_ptr,
-    c_ptr,
-    o_m,
-    o_n,
-    N,
-    p,
-    scale,
-    HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
-    """dropout(relu(acc + bias)) of the outputs (o_m, o_n)."""
+def _bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """relu(acc + bias); ``o_n`` are the columns of ``acc``, in a shape that broadcasts to its."""
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(acc.dtype)
     if RELU:
         acc = relu(acc)
-    if DROPOUT:
-        # Rounded to the output's type first, as the layer before the dropout would store it.
-        acc = cast(acc, c_ptr.dtype.element_ty).to(acc.dtype)
-        acc *= dropout_factor(tl.load(seed_ptr), o_m[:, None] * N + o_n[None, :], p, scale)
     return acc
 
 
@@ -65,8 +55,7 @@ def _matmul_kernel(
     a_ptr,  # [M, K] through its strides
     b_ptr,  # [K, N] through its strides
     bias_ptr,  # [N], or unused
-    seed_ptr,  # int64 scalar, or unused
-    c_ptr,  # out: [M, N] through its strides
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
     N,
     K,
@@ -74,13 +63,12 @@ def _matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_cs,  # from one split's part to the next
     stride_cm,
     stride_cn,
-    p,  # probability of dropping an output
-    scale,  # 1 / (1 - p)
+    blocks_per_split,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -88,20 +76,24 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = dropout(relu(a @ b + bias)). One program computes a BLOCK_M x BLOCK_N tile of c."""
+    """c = relu(a @ b + bias). One program computes a BLOCK_M x BLOCK_N tile of c over one split's share of K.
+
+    Through pointers: any strides, any GPU.
+    """
     pid = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
     pid_m = pid % blocks_m  # neighbours share the columns of b, the weights, which are what a small batch has to read
     pid_n = pid // blocks_m
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        o_k = o_k.to(tl.int64)
     m_m = o_m < M
     m_n = o_n < N
+    first = pid_split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
+    o_k = first * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for _ in range(0, K, BLOCK_K):
+    for _ in range(first, last):
         m_k = o_k < K
         p_a = a_ptr + o_m[:, None] * stride_am + o_k[None, :] * stride_ak
         p_b = b_ptr + o_k[:, None] * stride_bk + o_n[None, :] * stride_bn
@@ -109,8 +101,8 @@ def _matmul_kernel(
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
         o_k += BLOCK_K
-    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
-    p_c = c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
+    p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
     tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
@@ -119,101 +111,126 @@ def _matmul_descriptor_kernel(
     a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_TRANSPOSED: [K, M], blocks [BLOCK_K, BLOCK_M]
     b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]
     bias_ptr,  # [N], or unused
-    seed_ptr,  # int64 scalar, or unused
-    c_ptr,  # out: [M, N] through its strides; with more than one split [SPLIT, M, N] float32
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
     N,
     K,
-    stride_cs,
+    stride_cs,  # from one split's part to the next
     stride_cm,
     stride_cn,
     blocks_per_split,
-    p,  # probability of dropping an output
-    scale,  # 1 / (1 - p)
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
-    DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = dropout(relu(a @ b + bias)), or one split's part of a @ b. One program computes a BLOCK_M x BLOCK_N tile of c.
+    """As :func:`_matmul_kernel`, for matrices that the copy engine can read: Hopper and later.
 
-    The copy engine brings the tiles, zeros where they stick out, and the tensor cores read them from shared memory.
+    Blocks go from memory to shared memory to the tensor cores, and no register sees them. What lies outside of a matrix comes
+    as zeros, so that nothing is masked but the store.
     """
     pid = program_id(0, WIDE)
-    pid_split = tl.program_id(1)
+    pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
-    m0 = (pid % blocks_m * BLOCK_M).to(tl.int32)
-    n0 = (pid // blocks_m * BLOCK_N).to(tl.int32)
-    first = pid_split * blocks_per_split
+    pid_m = pid % blocks_m
+    pid_n = pid // blocks_m
+    m0 = (pid_m * BLOCK_M).to(tl.int32)  # a descriptor's coordinates are int32 whatever the matrix's size
+    n0 = (pid_n * BLOCK_N).to(tl.int32)
+    first = tl.program_id(1) * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for i in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))):
-        k0 = i * BLOCK_K
-        b_a = a_desc.load([k0, m0]).T if A_TRANSPOSED else a_desc.load([m0, k0])
-        b_b = b_desc.load([n0, k0]).T if B_TRANSPOSED else b_desc.load([k0, n0])
+    for i_block in range(first, last):
+        k0 = i_block * BLOCK_K
+        if A_TRANSPOSED:
+            b_a = a_desc.load([k0, m0]).T
+        else:
+            b_a = a_desc.load([m0, k0])
+        if B_TRANSPOSED:
+            b_b = b_desc.load([n0, k0]).T
+        else:
+            b_b = b_desc.load([k0, n0])
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
-    o_m = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = pid // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
+    o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
     p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
-    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & m_n[None, :])
 
 
 @triton.jit
-def _sum_splits_kernel(
-    partial_ptr,  # [SPLIT, M, N] float32
+def _matmul_finish_kernel(
+    part_ptr,  # [SPLIT, M, N]: sums in the accumulator's type, contiguous; or with a SPLIT of 1 the output so far, c itself
     bias_ptr,  # [N], or unused
     seed_ptr,  # int64 scalar, or unused
     c_ptr,  # out: [M, N] through its strides
-    M,
+    elements,  # M * N
     N,
-    SPLIT,
     stride_cm,
     stride_cn,
     p,  # probability of dropping an output
     scale,  # 1 / (1 - p)
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """c = dropout(relu(sum of the parts + bias)), the parts first to last. One program owns BLOCK_M x BLOCK_N outputs."""
-    pid = program_id(0, WIDE)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    o_m = pid // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (o_m < M)[:, None] & (o_n < N)[None, :]
-    p_part = partial_ptr + o_m[:, None] * N + o_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(SPLIT):
-        acc += tl.load(p_part, mask=mask, other=0.0)
-        p_part += M * N
-    acc = _epilogue(acc, bias_ptr, seed_ptr, c_ptr, o_m, o_n, N, p, scale, HAS_BIAS, RELU, DROPOUT)
-    tl.store(c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn, cast(acc, c_ptr.dtype.element_ty), mask=mask)
+    """c = dropout(relu(the sum of the parts, first to last, + bias)). One program owns BLOCK elements."""
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < elements
+    acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0).to(ACC)
+    for _ in tl.static_range(1, SPLIT):  # unrolled: all loads are under way before the first addition
+        part_ptr += elements
+        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)
+    o_n = o_e % N
+    acc = _bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
+    if DROPOUT:
+        # Rounded to the output's type first, as the layer before the dropout would store it.
+        acc = cast(acc, c_ptr.dtype.element_ty).to(ACC)
+        acc *= dropout_factor(tl.load(seed_ptr), o_e, p, scale)
+    tl.store(c_ptr + o_e // N * stride_cm + o_n * stride_cn, cast(acc, c_ptr.dtype.element_ty), mask=m_e)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def _dense_side(tensor: Tensor) -> tuple[Tensor, bool] | None:
-    """A 2-D tensor whose rows the copy engine can read, and whether it is ``tensor`` transposed; None if neither is."""
-    for candidate, transposed in ((tensor, False), (tensor.t(), True)):
-        rows, columns = candidate.stride()
-        bytes_a_row = rows * candidate.element_size()
-        dense = columns == 1 and rows >= candidate.shape[1] and bytes_a_row % 16 == 0
-        if dense and candidate.data_ptr() % 16 == 0:
+def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
+    """``matrix`` or its transpose, whichever a tensor descriptor can describe, and whether it is the transpose; else None.
+
+    The copy engine wants neighbours in a row, and rows that start at multiples of 16 bytes.
+    """
+    for candidate, transposed in ((matrix, False), (matrix.t(), True)):
+        row, column = candidate.stride()
+        size = candidate.element_size()
+        if column == 1 and row >= candidate.shape[1] and row * size % 16 == 0 and candidate.data_ptr() % 16 == 0:
             return candidate, transposed
     return None
 
 
+def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]] | None:
+    """Both operands as rows for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
+    half = a.dtype in (torch.float16, torch.bfloat16)
+    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or capability(a.device) < 90:
+        return None
+    a_rows, b_rows = _dense_side(a), _dense_side(b)
+    if a_rows is None or b_rows is None:
+        return None
+    # Tensor cores read TF32 from shared memory only with K along the rows; half types either way.
+    if not half and (a_rows[1] or not b_rows[1]):
+        return None
+    return a_rows, b_rows
+
+
 def _matmul(
+    pass_: str,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -222,114 +239,84 @@ def _matmul(
     p: float = 0.0,
     fuse_relu: bool = False,
 ) -> None:
-    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides."""
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    if half and min(*a.shape, b.shape[1]) > 0 and capability(a.device) >= 90:
-        dense_a, dense_b = _dense_side(a), _dense_side(b)
-        if dense_a is not None and dense_b is not None:
-            _matmul_descriptor(dense_a, dense_b, out, bias, seed, p, fuse_relu)
-            return
+    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides; ``pass_`` names it in the tables.
+
+    With dropout ``out`` is contiguous.
+    """
     (m, k), n = a.shape, b.shape[1]
     precision = matmul_input_precision(a.dtype)
-    config = matmul_config(m, n, k, a.dtype, precision, random_epilogue=seed is not None)
+    rows = _descriptors(a, b, precision)
+    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None)
+    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    blocks = max(1, triton.cdiv(k, block_k))
+    blocks_per_split = triton.cdiv(blocks, config.pop("SPLIT"))
+    split = triton.cdiv(blocks, blocks_per_split)  # none of them is empty
+    bias_relu = {"bias_ptr": a if bias is None else bias.contiguous(), "HAS_BIAS": bias is not None, "RELU": fuse_relu}
+    unchanged = {"bias_ptr": a, "HAS_BIAS": False, "RELU": False}
+    parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
+    target = out if parts is None else parts[0]
+    arguments = {
+        "c_ptr": target,
+        "M": m,
+        "N": n,
+        "K": k,
+        "stride_cs": m * n,
+        "stride_cm": target.stride(0),
+        "stride_cn": target.stride(1),
+        "blocks_per_split": blocks_per_split,
+        "WIDE": needs_int64(a, b, out, parts),
+        "INPUT_PRECISION": precision,
+        **(bias_relu if parts is None else unchanged),
+        **config,
+    }
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split)
+    if rows is not None:
+        (a_rows, a_transposed), (b_rows, b_transposed) = rows
+        a_block = [block_k, block_m] if a_transposed else [block_m, block_k]
+        b_block = [block_n, block_k] if b_transposed else [block_k, block_n]
+        launch(
+            _matmul_descriptor_kernel,
+            grid,
+            a_desc=TensorDescriptor(a_rows, list(a_rows.shape), list(a_rows.stride()), a_block),
+            b_desc=TensorDescriptor(b_rows, list(b_rows.shape), list(b_rows.stride()), b_block),
+            A_TRANSPOSED=a_transposed,
+            B_TRANSPOSED=b_transposed,
+            **arguments,
+        )
+    else:
+        launch(
+            _matmul_kernel,
+            grid,
+            a_ptr=a,
+            b_ptr=b,
+            stride_am=a.stride(0),
+            stride_ak=a.stride(1),
+            stride_bk=b.stride(0),
+            stride_bn=b.stride(1),
+            ACC=triton_accumulator(a.dtype),
+            **arguments,
+        )
+    if parts is None and seed is None:
+        return
+    config = matmul_finish_config(m * n)
     launch(
-        _matmul_kernel,
-        (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),),
-        a_ptr=a,
-        b_ptr=b,
-        bias_ptr=a if bias is None else bias.contiguous(),
+        _matmul_finish_kernel,
+        (triton.cdiv(m * n, config["BLOCK"]),),
+        part_ptr=out if parts is None else parts,
         seed_ptr=a if seed is None else seed,
         c_ptr=out,
-        M=m,
+        elements=m * n,
         N=n,
-        K=k,
-        stride_am=a.stride(0),
-        stride_ak=a.stride(1),
-        stride_bk=b.stride(0),
-        stride_bn=b.stride(1),
         stride_cm=out.stride(0),
         stride_cn=out.stride(1),
         p=float(p),
         scale=dropout_scale(p),
-        HAS_BIAS=bias is not None,
-        RELU=fuse_relu,
-        DROPOUT=seed is not None,
-        WIDE=needs_int64(a, b, out),
-        ACC=triton_accumulator(a.dtype),
-        INPUT_PRECISION=precision,
-        **config,
-    )
-
-
-def _matmul_descriptor(
-    dense_a: tuple[Tensor, bool],
-    dense_b: tuple[Tensor, bool],
-    out: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    fuse_relu: bool,
-) -> None:
-    """:func:`_matmul` of operands that the copy engine can read, split along K where the tiles of ``out`` are few.
-
-    The operands are as :func:`_dense_side` gives them.
-    """
-    (a, a_transposed), (b, b_transposed) = dense_a, dense_b
-    m, n = out.shape
-    k = a.shape[0] if a_transposed else a.shape[1]
-    config = linear_config(a.device, m, n, k, random_epilogue=seed is not None)
-    split = config.pop("SPLIT")
-    block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    blocks_per_split = triton.cdiv(triton.cdiv(k, block_k), split)
-    split = triton.cdiv(triton.cdiv(k, block_k), blocks_per_split)
-    partial = new_output((split, m, n), torch.float32, out.device) if split > 1 else None
-    target = out if partial is None else partial[0]
-    epilogue = {
-        "bias_ptr": out if bias is None else bias.contiguous(),
-        "seed_ptr": out if seed is None else seed,
-        "p": float(p),
-        "scale": dropout_scale(p),
-        "HAS_BIAS": bias is not None,
-        "RELU": fuse_relu,
-        "DROPOUT": seed is not None,
-    }
-    nothing = {"HAS_BIAS": False, "RELU": False, "DROPOUT": False}
-    launch(
-        _matmul_descriptor_kernel,
-        (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split),
-        a_desc=TensorDescriptor.from_tensor(a, [block_k, block_m] if a_transposed else [block_m, block_k]),
-        b_desc=TensorDescriptor.from_tensor(b, [block_n, block_k] if b_transposed else [block_k, block_n]),
-        c_ptr=target,
-        M=m,
-        N=n,
-        K=k,
-        stride_cs=m * n,
-        stride_cm=target.stride(0),
-        stride_cn=target.stride(1),
-        blocks_per_split=blocks_per_split,
-        A_TRANSPOSED=a_transposed,
-        B_TRANSPOSED=b_transposed,
-        WIDE=needs_int64(out, partial),
-        INPUT_PRECISION="ieee",
-        **(epilogue if partial is None else epilogue | nothing),
-        **config,
-    )
-    if partial is None:
-        return
-    tile = sum_splits_config(m, n)
-    launch(
-        _sum_splits_kernel,
-        (triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),),
-        partial_ptr=partial,
-        c_ptr=out,
-        M=m,
-        N=n,
         SPLIT=split,
-        stride_cm=out.stride(0),
-        stride_cn=out.stride(1),
-        WIDE=needs_int64(out, partial),
-        **epilogue,
-        **tile,
+        DROPOUT=seed is not None,
+        WIDE=needs_int64(out, parts),
+        ACC=triton_accumulator(a.dtype),
+        **(unchanged if parts is None else bias_relu),
+        **config,
     )
 
 
@@ -337,7 +324,7 @@ def _matmul_descriptor(
 def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
     """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
     output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
-    _matmul(input, weight.t(), output, bias, seed, p, relu)
+    _matmul("fprop", input, weight.t(), output, bias, seed, p, relu)
     return output
 
 
@@ -350,7 +337,7 @@ def _(input, weight, bias, seed, p, relu):
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the input, (M, in)."""
     dx = new_output((dz.shape[0], weight.shape[1]), dz.dtype, dz.device)
-    _matmul(dz, weight, dx)
+    _matmul("dgrad", dz, weight, dx)
     return dx
 
 
@@ -363,7 +350,7 @@ def _(dz, weight):
 def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
     dw = new_output_like(weight)
-    _matmul(dz.t(), input, dw)
+    _matmul("wgrad", dz.t(), input, dw)
     return dw
 
 

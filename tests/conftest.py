@@ -31,6 +31,8 @@ SMALL_TILES = {
     "BLOCK_PARTS": 2,
     "BLOCK_ROWS": 16,
     "BLOCK_COLUMNS": 16,
+    "BLOCK_PIXELS": 16,
+    "BLOCK_CHANNELS": 4,
     "SPLIT": 3,
 }
 
@@ -42,7 +44,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _mend_ttsem() -> None:
-    """Let ttsem 0.1.0 run a descriptor load whose block loses dimensions of size 1 (``load(...).reshape(...)`` in one operation).
+    """Let ttsem 0.1.0 run a descriptor load whose block loses dimensions of size 1.
 
     Triton folds that reshape into the load's result type; ttsem returns the block as the descriptor has it.
     """

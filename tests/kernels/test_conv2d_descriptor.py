@@ -27,7 +27,7 @@ STEM = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution, the configuration values forced for it, and the kernels that must run; ``why`` says what it is here for."""
+    """A convolution, configuration values forced for it, the kernels that must run; ``why`` says what it is for."""
 
     why: str
     n: int
