@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def counting(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
         real(Counting(kernel), grid, **arguments)
 
-    for name in ("conv2d", "conv2d_descriptor", "dropout", "linear", "max_pool2d", "reduction", "sgd"):
-        monkeypatch.setattr(sys.modules[f"kernels.{name}"], "launch", counting)
+    for name in ("conv2d", "conv2d_descriptor", "dropout", "images", "linear", "max_pool2d", "reduction", "sgd"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "launch", counting)
     return names
