@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -28,16 +29,19 @@ class Run(NamedTuple):
         operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
         layers: the layers, in order.
         note: why the run is not longer, or why the layer is called as it stands; empty where there is nothing to say.
+        output_format: the memory format that what comes next wants, or None for the operation's own.
     """
 
     operation: str
     layers: tuple[nn.Module, ...]
     note: str = ""
+    output_format: torch.memory_format | None = None
 
 
 def call(run: Run, input: Any) -> Any:
     """The output of the last layer of a run."""
-    return _OPERATIONS[run.operation](input, *run.layers)
+    options = {} if run.output_format is None else {"output_format": run.output_format}
+    return _OPERATIONS[run.operation](input, *run.layers, **options)
 
 
 def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -125,7 +129,12 @@ def _extended_run(layers: Sequence[nn.Module]) -> Run:
     obstacle = _pool_after_relu_obstacle(rest[0]) if operation == "conv2d" else _dropout_after_relu_obstacle(rest)
     if obstacle is not None:
         return Run(operation, (first, relu), obstacle)
-    return Run("conv2d_relu_max_pool2d" if operation == "conv2d" else "linear_relu_dropout", (first, relu, rest[0]))
+    if operation == "linear":
+        return Run("linear_relu_dropout", (first, relu, rest[0]))
+    # Flatten's order is NCHW. The pool can write that just as well, and then flattening is a view.
+    flattened = len(rest) > 1 and isinstance(rest[1], nn.Flatten)
+    output_format = torch.contiguous_format if flattened else None
+    return Run("conv2d_relu_max_pool2d", (first, relu, rest[0]), output_format=output_format)
 
 
 def _dropout_obstacle(layer: nn.Module) -> str | None:
@@ -152,7 +161,9 @@ def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None) -> 
     return kernels.conv2d(input, *_conv_arguments(conv), activation="relu" if relu is not None else None)
 
 
-def _run_conv2d_relu_max_pool2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d) -> Tensor:
+def _run_conv2d_relu_max_pool2d(
+    input: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d, output_format: torch.memory_format | None = None
+) -> Tensor:
     return kernels.conv2d_relu_max_pool2d(
         input,
         *_conv_arguments(conv),
@@ -160,6 +171,7 @@ def _run_conv2d_relu_max_pool2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU, p
         pool_stride=pool.stride,
         pool_padding=pool.padding,
         ceil_mode=pool.ceil_mode,
+        output_format=output_format,
     )
 
 

@@ -174,6 +174,8 @@ class SGD(Optimizer):
             self._step_group(group)
         return loss
 
+    # torch.compile runs it as it stands, between two graphs. (torch.compiler.disable would import the compiler here and now.)
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_group(self, group: dict[str, Any]) -> None:
         # What one launch takes: tensors of one device and dtype that all make their first step or none.
         together: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]] = {}

@@ -177,9 +177,9 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
 
 
 def _pass(operator: str | None, kernel: str) -> str:
-    """``conv2d_dgrad`` -> ``dgrad``; a pool's kernels are ``pool`` in whatever operator, those of an epilogue ``epilogue``."""
+    """``conv2d_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``."""
     name = operator or "other"
-    if "max_pool2d" in kernel:
+    if "max_pool2d" in kernel or name.startswith("max_pool2d"):
         return "pool"
     return "epilogue" if "epilogue" in name else name.rsplit("_", 1)[-1]
 

@@ -180,13 +180,15 @@ def training_step(dtype: torch.dtype, batch: int = 2) -> None:
 
 
 def single_operations(dtype: torch.dtype) -> None:
-    """Forward and backward of what the step does not use: no activation, groups, dilation, indices, dropout alone, data."""
+    """Forward and backward of what the step does not use: no activation, groups, dilation, indices, large windows, data."""
     x = torch.empty(2, 96, 27, 29, dtype=dtype, requires_grad=True)
     filters = torch.empty(256, 48, 3, 3, dtype=dtype, requires_grad=True)
     bias = torch.empty(256, dtype=dtype, requires_grad=True)
     kernels.conv2d(x, filters, bias, stride=2, padding=1, dilation=2, groups=2).sum().backward()
     pooled, _ = kernels.max_pool2d(x, 3, 2, 1, return_indices=True)
     pooled.sum().backward()
+    large, _ = kernels.max_pool2d(x, 5, 2, return_indices=True)
+    large.sum().backward()
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()

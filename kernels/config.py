@@ -230,7 +230,7 @@ def conv2d_images_config(
 def conv2d_box_config(
     device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
 ) -> dict[str, int]:
-    """Tiles of the box kernel, as :func:`conv2d_images_config`: pixels and filters so few that every multiprocessor has some."""
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some."""
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": _tile(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     else:
@@ -436,43 +436,31 @@ def matmul_finish_config(elements: int) -> dict[str, int]:
     return _apply_overrides({"BLOCK": block, "num_warps": 4})
 
 
-def _pool_channels(channels: int) -> int:
-    """Channels of a block: as many as divide them, since an idle lane costs as much as a busy one."""
-    divisor = _largest_divisor(channels, 64)
-    return divisor if divisor >= 16 else _tile(channels, 16, 64)
-
-
-def pool_config(columns: int, channels: int) -> dict[str, int]:
-    """BLOCK_W outputs of a row x BLOCK_C channels of a channels-last pool."""
-    block_c = _pool_channels(channels)
-    config = {"BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4}
-    return _apply_overrides(config)
-
-
-def pool_backward_config(rows: int, columns: int, channels: int) -> dict[str, int]:
-    """BLOCK_H rows of an image, BLOCK_W columns at once, BLOCK_C channels of its gradient."""
-    block_c = _pool_channels(channels)
-    config = {"BLOCK_H": min(rows, 6), "BLOCK_W": _tile(columns, 8, 64 if INTERPRETED else 2048 // block_c)}
-    config |= {"BLOCK_C": block_c, "num_warps": 4}
-    return _apply_overrides(config)
-
-
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
     """BLOCK and num_warps of a kernel over a flat range of elements; ``wide``: with int64 offsets, twice the registers."""
     block = 512 if wide else 1024
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
 
 
-def parts_config(elements: int, parts: int) -> dict[str, int]:
-    """BLOCK elements and BLOCK_PARTS parts at once of a kernel that sums the parts of each element."""
+def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
+    """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
+
+    The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
+    pixels. Eight elements a thread are 16 bytes of a half type; four where pixels' offsets, or int64 ones (``wide``),
+    take the registers.
+    """
     if INTERPRETED:
-        config = {"BLOCK_PARTS": 1, "BLOCK": _tile(elements, 16, 2**17), "num_warps": 4}
-    elif elements < 2**16:
-        # A bias or a small filter: as many programs as there are, each with many loads under way.
-        config = {"BLOCK_PARTS": _tile(parts, 1, 64), "BLOCK": 16, "num_warps": 4}
+        config = {"BLOCK_PIXELS": _tile(pixels, 1, 512), "BLOCK_CHANNELS": _tile(channels, 1, 128), "num_warps": 4}
+        return _apply_overrides(config)
+    elements = 1024 if channels_last and not wide else 512
+    if channels_last:
+        exact = _largest_divisor(channels, 64)
+        block_channels = exact if exact >= 16 else _tile(channels, 1, 32)
+        block_pixels = _tile(pixels, 1, elements // block_channels)
     else:
-        config = {"BLOCK_PARTS": 1, "BLOCK": 512, "num_warps": 4}
-    return _apply_overrides(config)
+        block_pixels = _tile(pixels, 1, 256)
+        block_channels = _tile(channels, 1, elements // block_pixels)
+    return _apply_overrides({"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels, "num_warps": 4})
 
 
 def sgd_config(elements: int) -> dict[str, int]:
@@ -489,18 +477,33 @@ def column_sum_config(rows: int, columns: int) -> dict[str, int]:
         # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
         config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": _tile(columns, 16, 512), "num_warps": 4}
     else:
-        config = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": _tile(columns, 16, 128), "num_warps": 4}
+        # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
+        exact = _largest_divisor(columns, 128)
+        block = exact if exact >= 32 else _tile(columns, 16, 128)
+        config = {"BLOCK_ROWS": 2048 // block, "BLOCK_COLUMNS": block, "num_warps": 4}
     return _apply_overrides(config)
 
 
-#: Programs that a split reduction aims at: about four for each multiprocessor.
-_TARGET_PROGRAMS = 4 * _MULTIPROCESSORS
+def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
+    """BLOCK, BLOCK_PARTS and num_warps of the sum over ``parts`` parts of ``elements`` elements.
+
+    Few elements of many parts (the gradient of a bias) leave few programs: each takes few elements and reads many parts at
+    once, so that it does not wait for one after the other.
+    """
+    if INTERPRETED:
+        config = {"BLOCK": _tile(elements, 16, 2**17), "BLOCK_PARTS": _tile(parts, 1, 4), "num_warps": 4}
+        return _apply_overrides(config)
+    block = 1024
+    while block > 16 and triton.cdiv(elements, block) < 2 * _MULTIPROCESSORS and parts * block > 1024:
+        block //= 2
+    block_parts = 1 if block == 1024 else _tile(parts, 1, 2048 // block)
+    return _apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})
 
 
-def split_count(programs: int, blocks: int) -> int:
+def split_count(programs: int, blocks: int, *, programs_per_multiprocessor: int = 4) -> int:
     """Into how many parts to split a reduction of ``blocks`` blocks that ``programs`` programs would walk whole.
 
     A function of the shape alone, never of the device or its load, so that the order of summation is the same everywhere.
     """
-    wanted = 2 if INTERPRETED else max(1, _TARGET_PROGRAMS // max(programs, 1))
+    wanted = 2 if INTERPRETED else max(1, programs_per_multiprocessor * _MULTIPROCESSORS // max(programs, 1))
     return _apply_overrides({"SPLIT": max(1, min(wanted, blocks))})["SPLIT"]

@@ -17,7 +17,6 @@ from .autocast import autocast_inputs
 from .backend import runs_triton
 from .conv2d import (
     conv2d_arguments,
-    conv2d_epilogue_backward,
     conv2d_fprop,
     conv2d_gradients,
     conv2d_reference,
@@ -49,21 +48,23 @@ def conv2d_relu_max_pool2d_fprop(
     pool_stride: list[int],
     pool_padding: list[int],
     pool_size: list[int],
+    channels_last: bool,
     write_position: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled values and window positions, each channels-last (N, K, P, Q); positions empty where not wanted."""
+    """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted."""
     unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
     pooled, position, _ = max_pool2d_fprop(
-        unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, True, True, write_position, False
+        unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
     )
     return pooled, position
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
 def _(input, weight, *arguments):
-    *_, kernel_size, _, _, pool_size, write_position = arguments
-    pooled = new_output((input.shape[0], weight.shape[0], *pool_size), input.dtype, input.device, channels_last=True)
-    position, _ = new_position_and_index(pooled, kernel_size, True, write_position, False)
+    *_, kernel_size, _, _, pool_size, channels_last, write_position = arguments
+    size = (input.shape[0], weight.shape[0], *pool_size)
+    pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
+    position, _ = new_position_and_index(pooled, kernel_size, channels_last, write_position, False)
     return pooled, position
 
 
@@ -76,7 +77,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        input, weight, _, stride, padding, dilation, groups, conv_size, *window, _, write_position = inputs
+        input, weight, _, stride, padding, dilation, groups, conv_size, *window, _, _, write_position = inputs
         position = output[1]
         ctx.save_for_backward(input, weight, position)
         ctx.mark_non_differentiable(position)
@@ -92,15 +93,14 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         check_positions_written(ctx.write_position)
         input, weight, position = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dw = d_bias = None
-        if needs_bias and not (needs_input or needs_weight):
-            # Every pooled gradient reaches exactly one unpooled element, so the sum over either is the same.
-            _, d_bias = conv2d_epilogue_backward(grad_output, position, False, True)
+        dx = dw = None
+        # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
+        dz, d_bias = max_pool2d_dgrad(
+            grad_output, position, ctx.unpooled_size, *ctx.window, True, needs_input or needs_weight, needs_bias
+        )
         if needs_input or needs_weight:
-            dz, sums = max_pool2d_dgrad(grad_output, position, ctx.unpooled_size, *ctx.window, True, needs_bias)
-            d_bias = sums if needs_bias else None
             dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
-        return dx, dw, d_bias, *[None] * 10
+        return dx, dw, d_bias if needs_bias else None, *[None] * 11
 
 
 register_autograd(Conv2dReLUMaxPool2dFunction, conv2d_relu_max_pool2d_fprop)
@@ -119,12 +119,13 @@ def conv2d_relu_max_pool2d_reference(
     pool_stride: int | Sequence[int] | None = None,
     pool_padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
+    output_format: torch.memory_format | None = None,
 ) -> Tensor:
     """What :func:`conv2d_relu_max_pool2d` means, in PyTorch's own operations."""
     activation = conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation="relu")
     pooled = max_pool2d_reference(activation, pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     assert isinstance(pooled, Tensor)
-    return pooled
+    return pooled.contiguous() if output_format == torch.contiguous_format else pooled
 
 
 @overridable
@@ -141,19 +142,25 @@ def conv2d_relu_max_pool2d(
     pool_stride: int | Sequence[int] | None = None,
     pool_padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
+    output_format: torch.memory_format | None = None,
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(...)))`` that keeps only its input and one byte an output.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as :func:`kernels.conv2d`.
         pool_kernel_size, pool_stride, pool_padding, ceil_mode: as :func:`kernels.max_pool2d`.
+        output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, so that flattening it is a view;
+            ``torch.channels_last`` or None for NHWC.
 
     Returns:
-        (N, K, P, Q) or (K, P, Q), pooled, in ``input``'s dtype, channels-last in memory.
+        (N, K, P, Q) or (K, P, Q), pooled, in ``input``'s dtype, channels-last in memory unless ``output_format`` says NCHW.
 
     Raises:
-        TypeError, ValueError: as :func:`kernels.conv2d` and :func:`kernels.max_pool2d`.
+        TypeError, ValueError: as :func:`kernels.conv2d` and :func:`kernels.max_pool2d`; ValueError for another
+            ``output_format``.
     """
+    if output_format not in (None, torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
     input, weight, bias = autocast_inputs(input, weight, bias)
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     strides, before, dilations, conv_size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
@@ -171,6 +178,7 @@ def conv2d_relu_max_pool2d(
             pool_stride=pool_stride,
             pool_padding=pool_padding,
             ceil_mode=ceil_mode,
+            output_format=output_format,
         )
     kernel_size, steps, pads, _ = window
     pooled, _ = Conv2dReLUMaxPool2dFunction.apply(
@@ -186,6 +194,7 @@ def conv2d_relu_max_pool2d(
         steps,
         pads,
         pool_size,
+        output_format != torch.contiguous_format,
         wants_grad(input, weight, bias),
     )
     return pooled.squeeze(0) if input.dim() == 3 else pooled

@@ -2,6 +2,9 @@
 
 The forward pass stores, beside each maximum, where in its window it was found (r * S + s). The backward pass asks, for each
 input element, the few windows that hold it whether they point at it: no scatter, no atomics, a fixed order of addition.
+
+Both passes are bound by memory, so their tiles are pixels x channels with the channels of a channels-last tensor side by side:
+each thread reads and writes 16 bytes of neighbours, which all lie in windows at the same place.
 """
 
 from __future__ import annotations
@@ -17,14 +20,238 @@ from torch import Tensor
 
 from .backend import runs_triton
 from .checks import check_tensors, pair
-from .config import elementwise_config, pool_backward_config, pool_config
-from .device import cast, program_id
+from .config import elementwise_config, pool_config, split_count
+from .device import cast, compensated_add, program_id
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import launch, needs_int64, new_output, strides
 from .overrides import overridable
 from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _tile(o_pixel, o_c, CHANNELS_LAST: tl.constexpr):
+    """Pixels and channels as the two axes of a tile, neighbours in memory along the last: there threads follow each other."""
+    if CHANNELS_LAST:
+        o_pixel, o_c = o_pixel[:, None], o_c[None, :]
+    else:
+        o_pixel, o_c = o_pixel[None, :], o_c[:, None]
+    return o_pixel, o_c
+
+
+@triton.jit
+def _max_pool2d_fprop_kernel(
+    x_ptr,  # [N, C, H, W] through its strides
+    y_ptr,  # out: [N, C, P, Q], dense, NHWC or NCHW
+    position_ptr,  # out: window positions, as y, or unused
+    index_ptr,  # out: int64 h * W + w, as y, or unused
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yq,  # from a pixel to the next, from the end of a row too
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,  # of the tile: as x has it
+    RELU: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    WRITE_POSITION: tl.constexpr,
+    WRITE_INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """One program computes BLOCK_PIXELS outputs of one image in BLOCK_CHANNELS channels.
+
+    Where a window lies is worked out once for all its channels, so that little but the maxima is left to do for each element.
+    With RELU, the input is a ReLU's output: a window whose maximum is <= 0 gets NO_GRADIENT for its position.
+    """
+    PIXEL_BLOCKS: tl.constexpr = (P * Q + BLOCK_PIXELS - 1) // BLOCK_PIXELS
+    CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    pid = program_id(0, WIDE)
+    n = pid // (CHANNEL_BLOCKS * PIXEL_BLOCKS)
+    o_pixel = pid // CHANNEL_BLOCKS % PIXEL_BLOCKS * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    o_c = pid % CHANNEL_BLOCKS * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_pixel, o_c = _tile(o_pixel, o_c, CHANNELS_LAST)
+    mask = (o_pixel < P * Q) & (o_c < C)
+    o_h = o_pixel // Q * STRIDE_H - PAD_H
+    o_w = o_pixel % Q * STRIDE_W - PAD_W
+    p_x = x_ptr + n * stride_xn + o_c * stride_xc
+
+    # The first element of the window inside the image stands until something larger comes, as in PyTorch: a window of
+    # -inf points at it. After a NaN nothing is larger, but a later NaN takes over.
+    first_r = tl.where(o_h < 0, (DILATION_H - 1 - o_h) // DILATION_H, 0)
+    first_s = tl.where(o_w < 0, (DILATION_W - 1 - o_w) // DILATION_W, 0)
+    b_position = tl.where(mask, first_r * S + first_s, 0).to(tl.int32)
+    b_best = tl.full(mask.shape, float("-inf"), dtype=ACC)
+    for r in range(R):
+        for s in range(S):
+            h = o_h + r * DILATION_H
+            w = o_w + s * DILATION_W
+            inside = mask & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
+            # What is not inside is never taken: -inf is larger than nothing.
+            b_x = tl.load(p_x + (h * stride_xh + w * stride_xw), mask=inside, other=float("-inf")).to(ACC)
+            takes = (b_x > b_best) | (b_x != b_x)
+            b_best = tl.where(takes, b_x, b_best)
+            b_position = tl.where(takes, r * S + s, b_position)
+
+    o_y = n * stride_yn + o_pixel * stride_yq + o_c * stride_yc
+    tl.store(y_ptr + o_y, cast(b_best, y_ptr.dtype.element_ty), mask=mask)
+    if WRITE_INDEX:
+        h = o_h + b_position // S * DILATION_H
+        w = o_w + b_position % S * DILATION_W
+        tl.store(index_ptr + o_y, h.to(tl.int64) * W + w, mask=mask)
+    if WRITE_POSITION:
+        if RELU:
+            b_position = tl.where(b_best <= 0, NO_GRADIENT, b_position)
+        tl.store(position_ptr + o_y, b_position.to(position_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_window(
+    acc,
+    b_grad,
+    b_position,
+    H_OFFSET: tl.constexpr,
+    W_OFFSET: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+):
+    """``acc`` plus a window's gradient where it points at its input H_OFFSET below and W_OFFSET right of where it begins."""
+    r: tl.constexpr = H_OFFSET // DILATION_H
+    s: tl.constexpr = W_OFFSET // DILATION_W
+    if r * DILATION_H == H_OFFSET and r < R and s * DILATION_W == W_OFFSET and s < S:
+        acc += tl.where(b_position == r * S + s, b_grad, 0.0)
+    return acc
+
+
+@triton.jit
+def _max_pool2d_dgrad_kernel(
+    dy_ptr,  # [N, C, P, Q] through its strides
+    position_ptr,  # [N, C, P, Q] through its strides
+    dx_ptr,  # out: [N, C, H, W], dense, NHWC or NCHW, or unused
+    partial_ptr,  # out: [SPLIT, C] sums of dx over each split's cells, or unused
+    blocks,  # of cells, in all images
+    blocks_per_split,
+    stride_dyn,
+    stride_dyc,
+    stride_dyp,
+    stride_dyq,
+    stride_pn,
+    stride_pc,
+    stride_pp,
+    stride_pq,
+    stride_dxn,
+    stride_dxc,
+    stride_dxh,
+    stride_dxw,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,  # of the tile: as dx has it
+    WRITE_DX: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """One program owns BLOCK_CHANNELS channels and walks over one split's share of the cells, BLOCK_PIXELS of them at a time.
+
+    Cell (p, q) is the STRIDE_H x STRIDE_W inputs at which window (p, q) begins. The windows that reach a cell are the same few
+    for every cell, counted from its own, and so are the positions at which they see each of its inputs: constants, all of
+    them. A window's gradient is loaded once and handed to all the inputs of the cell.
+    """
+    CELLS_H: tl.constexpr = (H - 1 + PAD_H) // STRIDE_H + 1
+    CELLS_W: tl.constexpr = (W - 1 + PAD_W) // STRIDE_W + 1
+    CELL_BLOCKS: tl.constexpr = (CELLS_H * CELLS_W + BLOCK_PIXELS - 1) // BLOCK_PIXELS
+    WINDOWS_H: tl.constexpr = (DILATION_H * (R - 1)) // STRIDE_H + 1  # the most windows that hold one row
+    WINDOWS_W: tl.constexpr = (DILATION_W * (S - 1)) // STRIDE_W + 1
+    pid_c = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
+    o_cell, o_c = _tile(tl.arange(0, BLOCK_PIXELS), pid_c * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), CHANNELS_LAST)
+    m_c = o_c < C
+    TILE: tl.constexpr = (BLOCK_PIXELS, BLOCK_CHANNELS) if CHANNELS_LAST else (BLOCK_CHANNELS, BLOCK_PIXELS)
+    b_sum = tl.zeros(TILE, dtype=ACC)
+    b_lost = tl.zeros(TILE, dtype=ACC)
+    for i_block in range(pid_split * blocks_per_split, tl.minimum((pid_split + 1) * blocks_per_split, blocks)):
+        n = i_block // CELL_BLOCKS
+        o_here = i_block % CELL_BLOCKS * BLOCK_PIXELS + o_cell
+        o_p = o_here // CELLS_W
+        o_q = o_here % CELLS_W
+        p_dy = dy_ptr + n * stride_dyn + o_c * stride_dyc
+        p_position = position_ptr + n * stride_pn + o_c * stride_pc
+
+        grads = ()
+        positions = ()
+        for i in tl.static_range(WINDOWS_H):
+            for j in tl.static_range(WINDOWS_W):
+                p = o_p - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
+                q = o_q - (WINDOWS_W - 1 - j)
+                mask = ((p >= 0) & (p < P) & (q >= 0) & (q < Q)) & m_c
+                grads += (tl.load(p_dy + (p * stride_dyp + q * stride_dyq), mask=mask, other=0.0).to(ACC),)  # type: ignore[assignment]
+                o_window = p * stride_pp + q * stride_pq
+                positions += (tl.load(p_position + o_window, mask=mask, other=NO_GRADIENT).to(tl.int32),)  # type: ignore[assignment]
+
+        if WRITE_DX:
+            p_dx = dx_ptr + n * stride_dxn + o_c * stride_dxc
+            for a in tl.static_range(STRIDE_H):
+                for b in tl.static_range(STRIDE_W):
+                    acc = tl.zeros(TILE, dtype=ACC)
+                    for i in tl.static_range(WINDOWS_H):
+                        for j in tl.static_range(WINDOWS_W):
+                            acc = _add_window(
+                                acc,
+                                grads[i * WINDOWS_W + j],
+                                positions[i * WINDOWS_W + j],
+                                a + (WINDOWS_H - 1 - i) * STRIDE_H,
+                                b + (WINDOWS_W - 1 - j) * STRIDE_W,
+                                R,
+                                S,
+                                DILATION_H,
+                                DILATION_W,
+                            )
+                    h = o_p * STRIDE_H + (a - PAD_H)
+                    w = o_q * STRIDE_W + (b - PAD_W)
+                    mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W)) & m_c
+                    tl.store(p_dx + (h * stride_dxh + w * stride_dxw), cast(acc, dx_ptr.dtype.element_ty), mask=mask)
+        if SUM_CHANNELS:
+            # Every gradient that a window passes on reaches exactly one input, so the sum over the windows is the sum of dx.
+            OWN: tl.constexpr = WINDOWS_H * WINDOWS_W - 1
+            b_own = tl.where(positions[OWN] == NO_GRADIENT, 0.0, grads[OWN])
+            b_sum, b_lost = compensated_add(b_sum, b_lost, b_own)
+    if SUM_CHANNELS:
+        PIXEL_AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
+        b_total = tl.sum(b_sum, axis=PIXEL_AXIS, keep_dims=True)
+        tl.store(partial_ptr + pid_split * C + o_c, b_total, mask=m_c)
 
 
 @triton.jit
@@ -43,87 +270,11 @@ def _split_index(o_e, C, H, W, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _max_pool2d_fprop_kernel(
-    x_ptr,  # [N, C, H, W] through its strides
-    y_ptr,  # out: [N, C, P, Q], dense in the order CHANNELS_LAST says
-    position_ptr,  # out: window positions, as y, or unused
-    index_ptr,  # out: int64 h * W + w, as y, or unused
-    elements,
-    C,
-    H,
-    W,
-    P,
-    Q,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RELU: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
-    WRITE_POSITION: tl.constexpr,
-    WRITE_INDEX: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program computes BLOCK outputs, neighbours in memory.
-
-    With RELU, the input is a ReLU's output: a window whose maximum is <= 0 gets NO_GRADIENT for its position.
-    """
-    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < elements
-    o_n, o_c, o_p, o_q = _split_index(o_e, C, P, Q, CHANNELS_LAST)
-    o_h = o_p * STRIDE_H - PAD_H
-    o_w = o_q * STRIDE_W - PAD_W
-    p_x = x_ptr + o_n * stride_xn + o_c * stride_xc
-
-    # The first element of the window inside the image stands until something larger comes, as in PyTorch: a window of
-    # -inf points at it. After a NaN nothing is larger, but a later NaN takes over.
-    first_r = tl.where(o_h < 0, (DILATION_H - 1 - o_h) // DILATION_H, 0)
-    first_s = tl.where(o_w < 0, (DILATION_W - 1 - o_w) // DILATION_W, 0)
-    b_best = tl.full((BLOCK,), float("-inf"), dtype=ACC)
-    b_position = first_r * S + first_s
-    for r in range(R):
-        for s in range(S):
-            h = o_h + r * DILATION_H
-            w = o_w + s * DILATION_W
-            inside = m_e & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            b_x = tl.load(p_x + h * stride_xh + w * stride_xw, mask=inside, other=0.0).to(ACC)
-            takes = inside & ((b_x > b_best) | (b_x != b_x))
-            b_best = tl.where(takes, b_x, b_best)
-            b_position = tl.where(takes, r * S + s, b_position)
-
-    tl.store(y_ptr + o_e, cast(b_best, y_ptr.dtype.element_ty), mask=m_e)
-    if WRITE_INDEX:
-        h = o_h + b_position // S * DILATION_H
-        w = o_w + b_position % S * DILATION_W
-        tl.store(index_ptr + o_e, h.to(tl.int64) * W + w, mask=m_e)
-    if WRITE_POSITION:
-        if RELU:
-            b_position = tl.where(b_best <= 0, NO_GRADIENT, b_position)
-        tl.store(position_ptr + o_e, b_position.to(position_ptr.dtype.element_ty), mask=m_e)
-
-
-@triton.jit
-def _max_pool2d_dgrad_kernel(
+def _max_pool2d_gather_dgrad_kernel(
     dy_ptr,  # [N, C, P, Q] through its strides
     position_ptr,  # [N, C, P, Q] through its strides
     dx_ptr,  # out: [N, C, H, W], dense in the order CHANNELS_LAST says
     elements,
-    C,
-    H,
-    W,
-    P,
-    Q,
     stride_dyn,
     stride_dyc,
     stride_dyp,
@@ -132,6 +283,11 @@ def _max_pool2d_dgrad_kernel(
     stride_pc,
     stride_pp,
     stride_pq,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -145,7 +301,7 @@ def _max_pool2d_dgrad_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it."""
+    """Any window: one program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it."""
     WINDOWS_H: tl.constexpr = (DILATION_H * (R - 1)) // STRIDE_H + 1  # the most windows that hold one row
     WINDOWS_W: tl.constexpr = (DILATION_W * (S - 1)) // STRIDE_W + 1
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
@@ -170,144 +326,7 @@ def _max_pool2d_dgrad_kernel(
     tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)
 
 
-@triton.jit
-def _max_pool2d_rows_fprop_kernel(
-    x_ptr,  # [N, H, W, C] contiguous
-    y_ptr,  # out: [N, P, Q, C] contiguous
-    position_ptr,  # out: window positions, as y, or unused
-    C,
-    H,
-    W,
-    P,
-    Q,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    RELU: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
-    WRITE_POSITION: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One program computes BLOCK_W outputs of one row x BLOCK_C channels.
-
-    Positions are worked out once a pixel, not once an element, and eight channels of a pixel are one load. Values and
-    positions as in :func:`_max_pool2d_fprop_kernel`.
-    """
-    pid = program_id(0, WIDE)
-    n = pid // P
-    p = (pid % P).to(tl.int32)
-    o_q = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_q = o_q < Q
-    m_c = o_c < C
-    h_first = p * STRIDE_H - PAD_H
-    o_w = o_q * STRIDE_W - PAD_W
-    p_x = x_ptr + n * H * W * C
-    b_best = tl.full((BLOCK_W, BLOCK_C), float("-inf"), dtype=ACC)
-    first = tl.maximum(-h_first, 0) * S + tl.maximum(-o_w, 0)  # [BLOCK_W], of the first element inside the image
-    b_position = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.int32) + first[:, None]
-    for r in tl.static_range(R):
-        h = h_first + r
-        for s in tl.static_range(S):
-            w = o_w + s
-            m_x = m_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            p_window = p_x + ((h * W + w) * C)[:, None] + o_c[None, :]
-            # -inf takes no window's place, so what is outside needs no mask of its own.
-            b_x = tl.load(p_window, mask=m_x[:, None] & m_c[None, :], other=float("-inf")).to(ACC)
-            takes = (b_x > b_best) | (b_x != b_x)
-            b_best = tl.where(takes, b_x, b_best)
-            b_position = tl.where(takes, r * S + s, b_position)
-    o_y = ((n * P + p) * Q + o_q)[:, None] * C + o_c[None, :]
-    mask = m_q[:, None] & m_c[None, :]
-    tl.store(y_ptr + o_y, cast(b_best, y_ptr.dtype.element_ty), mask=mask)
-    if WRITE_POSITION:
-        if RELU:
-            b_position = tl.where(b_best <= 0, NO_GRADIENT, b_position)
-        tl.store(position_ptr + o_y, b_position.to(position_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _max_pool2d_rows_dgrad_kernel(
-    dy_ptr,  # [N, C, P, Q] through its strides
-    position_ptr,  # [N, P, Q, C] contiguous, uint8
-    dx_ptr,  # out: [N, H, W, C] contiguous
-    partial_ptr,  # out: [N * groups of rows, C] sums of dx over each program's pixels, or unused
-    C,
-    H,
-    W,
-    P,
-    Q,
-    stride_dyn,
-    stride_dyc,
-    stride_dyp,
-    stride_dyq,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
-    SUM_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One program computes BLOCK_H rows of one image x BLOCK_C channels, each from the windows that hold it.
-
-    With SUM_CHANNELS it adds them up as well: dx is then the gradient before a convolution's ReLU, and its sum the bias's.
-    """
-    WINDOWS_H: tl.constexpr = (R - 1) // STRIDE_H + 1  # the most windows that hold one row
-    WINDOWS_W: tl.constexpr = (S - 1) // STRIDE_W + 1
-    pid = program_id(0, WIDE)
-    groups = tl.cdiv(H, BLOCK_H)
-    n = pid // groups
-    h_first = (pid % groups * BLOCK_H).to(tl.int32)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    p_dy = dy_ptr + n * stride_dyn + (o_c * stride_dyc)[None, :]
-    p_position = position_ptr + n * P * Q * C + o_c[None, :]
-    p_dx = dx_ptr + n * H * W * C + o_c[None, :]
-    b_sum = tl.zeros((BLOCK_W, BLOCK_C), dtype=ACC)
-    for h in range(h_first, tl.minimum(h_first + BLOCK_H, H)):
-        for w_first in range(0, W, BLOCK_W):
-            o_w = w_first + tl.arange(0, BLOCK_W)
-            acc = tl.zeros((BLOCK_W, BLOCK_C), dtype=ACC)
-            for i in tl.static_range(WINDOWS_H):
-                p = (h + PAD_H) // STRIDE_H - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
-                r = h + PAD_H - p * STRIDE_H
-                m_h = (p >= 0) & (p < P) & (r < R)
-                for j in tl.static_range(WINDOWS_W):
-                    q = (o_w + PAD_W) // STRIDE_W - (WINDOWS_W - 1 - j)
-                    s = o_w + PAD_W - q * STRIDE_W
-                    m_w = m_h & (q >= 0) & (q < Q) & (s < S) & (o_w < W)
-                    mask = m_w[:, None] & m_c[None, :]
-                    o_pixel = (p * Q + q) * C
-                    b_position = tl.load(p_position + o_pixel[:, None], mask=mask, other=NO_GRADIENT).to(tl.int32)
-                    b_dy = tl.load(p_dy + (p * stride_dyp + q * stride_dyq)[:, None], mask=mask, other=0.0).to(ACC)
-                    acc += tl.where(b_position == (r * S + s)[:, None], b_dy, 0.0)
-            mask = (o_w < W)[:, None] & m_c[None, :]
-            tl.store(p_dx + ((h * W + o_w) * C)[:, None], cast(acc, dx_ptr.dtype.element_ty), mask=mask)
-            if SUM_CHANNELS:
-                b_sum += acc
-    if SUM_CHANNELS:
-        tl.store(partial_ptr + pid * C + o_c, tl.sum(b_sum, axis=0), mask=m_c)
-
-
 # ------------------------------------------------------------------------------------------------- launch functions
-
-
-def _by_rows(channels_last: bool, kernel_size: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether a pool suits the kernels for rows of channels-last pixels: an ordinary window, small enough to be unrolled."""
-    return channels_last and max(dilation) == 1 and kernel_size[0] * kernel_size[1] <= 16
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -350,52 +369,27 @@ def max_pool2d_fprop(
 
     With ``relu``, the input is a ReLU's output and positions say :func:`no_gradient` where it lets none pass.
     """
-    n, c, h, w = input.shape
+    n, c = input.shape[:2]
     p, q = output_size
     y = new_output((n, c, p, q), input.dtype, input.device, channels_last=channels_last)
     position, index = new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
     wide = needs_int64(input, y)
-    by_rows = _by_rows(channels_last, kernel_size, dilation) and not write_index
-    if by_rows and input.permute(0, 2, 3, 1).is_contiguous():
-        window = _window(kernel_size, stride, padding, dilation)
-        config = pool_config(q, c)
-        launch(
-            _max_pool2d_rows_fprop_kernel,
-            (n * p, triton.cdiv(q, config["BLOCK_W"]), triton.cdiv(c, config["BLOCK_C"])),
-            x_ptr=input,
-            y_ptr=y,
-            position_ptr=position,
-            C=c,
-            H=h,
-            W=w,
-            P=p,
-            Q=q,
-            **{name: value for name, value in window.items() if not name.startswith("DILATION")},
-            RELU=relu,
-            NO_GRADIENT=no_gradient(torch.uint8),
-            WRITE_POSITION=write_position,
-            WIDE=wide,
-            ACC=triton_accumulator(input.dtype),
-            **config,
-        )
-        return y, position, index
-    config = elementwise_config(y.numel(), wide)
+    in_channels_last = is_channels_last(input)
+    config = pool_config(p * q, c, in_channels_last, wide)
+    blocks = triton.cdiv(p * q, config["BLOCK_PIXELS"]) * triton.cdiv(c, config["BLOCK_CHANNELS"])
     launch(
         _max_pool2d_fprop_kernel,
-        (triton.cdiv(y.numel(), config["BLOCK"]),),
+        (n * blocks,),
         x_ptr=input,
         y_ptr=y,
         position_ptr=position,
         index_ptr=index,
-        elements=y.numel(),
-        C=c,
-        H=h,
-        W=w,
-        P=p,
-        Q=q,
         **strides("stride_x", "nchw", input),
-        **_window(kernel_size, stride, padding, dilation),
-        CHANNELS_LAST=channels_last,
+        stride_yn=y.stride(0),
+        stride_yc=y.stride(1),
+        stride_yq=y.stride(3),
+        **_geometry(input.shape, output_size, kernel_size, stride, padding, dilation),
+        CHANNELS_LAST=in_channels_last,
         RELU=relu,
         NO_GRADIENT=no_gradient(position_dtype(kernel_size)),
         WRITE_POSITION=write_position,
@@ -424,6 +418,10 @@ def _(input, kernel_size, stride, padding, dilation, output_size, channels_last,
     return y, *new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
 
 
+#: The most positions of a window, or inputs of a cell, that are written out in the code of a kernel.
+_WRITTEN_OUT = 16
+
+
 @torch.library.custom_op("alexnet_triton::max_pool2d_dgrad", mutates_args=())
 def max_pool2d_dgrad(
     grad_output: Tensor,
@@ -434,89 +432,115 @@ def max_pool2d_dgrad(
     padding: list[int],
     dilation: list[int],
     channels_last: bool,
+    write_dx: bool,
     sum_channels: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the pool's input, or of the ReLU's input before it where the positions were made with ``relu``.
 
-    And its sum over all but the channels, in ``grad_output``'s dtype; empty without ``sum_channels``.
+    And its sum over everything but the channels, (C,), which is the gradient of a bias before that ReLU. Both in
+    ``grad_output``'s dtype; empty what is not wanted.
     """
-    n, c, h, w = input_size
-    dx, sums = _new_input_gradient(grad_output, input_size, channels_last, sum_channels)
-    _, _, p, q = position.shape
-    wide = needs_int64(dx, grad_output, position)
-    geometry = {"C": c, "H": h, "W": w, "P": p, "Q": q, **strides("stride_dy", "ncpq", grad_output)}
-    window = _window(kernel_size, stride, padding, dilation)
-    if _by_rows(channels_last, kernel_size, dilation) and position.permute(0, 2, 3, 1).is_contiguous():
-        config = pool_backward_config(h, w, c)
-        groups = triton.cdiv(h, config["BLOCK_H"])
-        partial = new_output((n * groups if sum_channels else 0, c), accumulator_dtype(dx.dtype), dx.device)
-        launch(
-            _max_pool2d_rows_dgrad_kernel,
-            (n * groups, triton.cdiv(c, config["BLOCK_C"])),
-            dy_ptr=grad_output,
-            position_ptr=position,
-            dx_ptr=dx,
-            partial_ptr=partial,
-            **geometry,
-            **{name: value for name, value in window.items() if not name.startswith("DILATION")},
-            NO_GRADIENT=no_gradient(torch.uint8),
-            SUM_CHANNELS=sum_channels,
-            WIDE=wide,
-            ACC=triton_accumulator(dx.dtype),
-            **config,
-        )
+    if max(kernel_size[0] * kernel_size[1], stride[0] * stride[1]) > _WRITTEN_OUT:
+        dx = _gather_dgrad(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last)
+        no_dx, sums = _new_dgrad(grad_output, input_size, channels_last, False, False)
         if sum_channels:
-            sum_parts(partial, sums.view(c, 1, 1, 1))
-        return dx, sums
-    config = elementwise_config(dx.numel(), wide)
+            _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
+        return dx if write_dx else no_dx, sums
+    n, c, h, w = input_size
+    dx, sums = _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
+    wide = needs_int64(dx, grad_output, position)
+    cells = ((h - 1 + padding[0]) // stride[0] + 1) * ((w - 1 + padding[1]) // stride[1] + 1)
+    config = pool_config(cells, c, channels_last, wide)
+    blocks = n * triton.cdiv(cells, config["BLOCK_PIXELS"])
+    columns = triton.cdiv(c, config["BLOCK_CHANNELS"])
+    split = split_count(columns, max(blocks, 1), programs_per_multiprocessor=5)  # as many as fit by registers, at once
+    partial = new_output((split if sum_channels else 0, c), accumulator_dtype(dx.dtype), dx.device)
     launch(
         _max_pool2d_dgrad_kernel,
-        (triton.cdiv(dx.numel(), config["BLOCK"]),),
+        (columns, split),
         dy_ptr=grad_output,
         position_ptr=position,
         dx_ptr=dx,
-        elements=dx.numel(),
-        **geometry,
+        partial_ptr=partial,
+        blocks=blocks,
+        blocks_per_split=triton.cdiv(blocks, split),
+        **strides("stride_dy", "ncpq", grad_output),
         **strides("stride_p", "ncpq", position),
-        **window,
+        **strides("stride_dx", "nchw", dx),
+        **_geometry(input_size, position.shape[2:], kernel_size, stride, padding, dilation),
+        NO_GRADIENT=no_gradient(position.dtype),
         CHANNELS_LAST=channels_last,
+        WRITE_DX=write_dx,
+        SUM_CHANNELS=sum_channels,
         WIDE=wide,
         ACC=triton_accumulator(dx.dtype),
         **config,
     )
     if sum_channels:
-        _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
+        sum_parts(partial, sums.view(c, 1, 1, 1))
     return dx, sums
 
 
-def _new_input_gradient(
-    grad_output: Tensor, input_size: Sequence[int], channels_last: bool, sum_channels: bool
+def _new_dgrad(
+    grad_output: Tensor, input_size: Sequence[int], channels_last: bool, write_dx: bool, sum_channels: bool
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised results of :func:`max_pool2d_dgrad`."""
     dtype, device = grad_output.dtype, grad_output.device
-    dx = new_output(input_size, dtype, device, channels_last=channels_last)
+    dx = new_output((input_size[0] if write_dx else 0, *input_size[1:]), dtype, device, channels_last=channels_last)
     return dx, new_output((input_size[1] if sum_channels else 0,), dtype, device)
 
 
 @max_pool2d_dgrad.register_fake
-def _(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last, sum_channels):
-    return _new_input_gradient(grad_output, input_size, channels_last, sum_channels)
+def _(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last, write_dx, sum_channels):
+    return _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
 
 
-def _window(
-    kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+def _gather_dgrad(
+    grad_output: Tensor,
+    position: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """The gradient by the kernel that takes windows of any size."""
+    dx, _ = _new_dgrad(grad_output, input_size, channels_last, True, False)
+    wide = needs_int64(dx, grad_output, position)
+    config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, int64 or not
+    launch(
+        _max_pool2d_gather_dgrad_kernel,
+        (triton.cdiv(dx.numel(), config["BLOCK"]),),
+        dy_ptr=grad_output,
+        position_ptr=position,
+        dx_ptr=dx,
+        elements=dx.numel(),
+        **strides("stride_dy", "ncpq", grad_output),
+        **strides("stride_p", "ncpq", position),
+        **_geometry(input_size, position.shape[2:], kernel_size, stride, padding, dilation),
+        CHANNELS_LAST=channels_last,
+        WIDE=wide,
+        ACC=triton_accumulator(dx.dtype),
+        **config,
+    )
+    return dx
+
+
+def _geometry(
+    input_size: Sequence[int],
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> dict[str, int]:
-    (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = kernel_size, stride, padding, dilation
-    return {
-        "R": r,
-        "S": s,
-        "STRIDE_H": stride_h,
-        "STRIDE_W": stride_w,
-        "PAD_H": pad_h,
-        "PAD_W": pad_w,
-        "DILATION_H": dilation_h,
-        "DILATION_W": dilation_w,
-    }
+    """The constants of a pool's kernels: all sizes but the batch's."""
+    (_, c, h, w), (p, q), (r, s) = input_size, output_size, kernel_size
+    constants = {"C": c, "H": h, "W": w, "P": p, "Q": q, "R": r, "S": s}
+    for name, (vertical, horizontal) in (("STRIDE", stride), ("PAD", padding), ("DILATION", dilation)):
+        constants |= {f"{name}_H": vertical, f"{name}_W": horizontal}
+    return constants
 
 
 # ------------------------------------------------------------------------------------------------- autograd Function
@@ -556,7 +580,7 @@ class MaxPool2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
         (position,) = saved
-        dx, _ = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window, False)
+        dx, _ = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window, True, False)
         return dx, *[None] * 9
 
 

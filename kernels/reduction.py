@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import column_sum_config, parts_config, split_count
+from .config import column_sum_config, split_count, sum_parts_config
 from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
 from .launch import launch, needs_int64, new_output, strides
 
@@ -33,7 +33,7 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 @triton.jit
 def _epilogue_backward_kernel(
     dy_ptr,  # gradient of the output, [N, C, P, Q] through its strides
-    y_ptr,  # channels-last: the epilogue's output, or with POSITIONS the pool's window positions; or unused
+    y_ptr,  # the epilogue's output, channels-last, or unused
     seed_ptr,  # int64 scalar, or unused
     dz_ptr,  # out: gradient before the activation, channels-last, or unused
     partial_ptr,  # out: [SPLIT, C] column sums of dz over each split's rows, or unused
@@ -49,8 +49,6 @@ def _epilogue_backward_kernel(
     p,  # probability of dropping an output
     scale,  # 1 / (1 - p)
     RELU: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
     DROPOUT: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
@@ -78,9 +76,6 @@ def _epilogue_backward_kernel(
         o_dy = o_n * stride_dyn + o_p * stride_dyp + o_q * stride_dyq
         b_dz = tl.load(dy_ptr + o_dy[:, None] + o_c[None, :] * stride_dyc, mask=mask, other=0.0).to(ACC)
         o_flat = o_row[:, None] * C + o_c[None, :]
-        if POSITIONS:
-            b_position = tl.load(y_ptr + o_flat, mask=mask, other=NO_GRADIENT)
-            b_dz = tl.where(b_position == NO_GRADIENT, 0.0, b_dz)
         if DROPOUT:
             b_factor = dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
             b_dz *= b_factor
@@ -116,36 +111,34 @@ def _sum_parts_kernel(
     stride_s,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
 ):
-    """out = partial summed over the parts in a fixed order. One program owns BLOCK elements, BLOCK_PARTS parts at once.
-
-    Many parts of few elements, as a bias gradient has, would otherwise be one long chain of loads in a handful of programs.
-    """
+    """out = partial summed over the parts. One program owns BLOCK elements and reads BLOCK_PARTS parts of each at a time."""
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
-    o_p = tl.arange(0, BLOCK_PARTS)
-    o_part = o_p[:, None].to(o_e.dtype) * elements + o_e[None, :]
     b_sum = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
     b_lost = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
-    for i in range(0, SPLIT, BLOCK_PARTS):
-        b_part = tl.load(partial_ptr + o_part, mask=(o_p < SPLIT - i)[:, None] & m_e[None, :], other=0.0)
+    for first_part in range(0, SPLIT, BLOCK_PARTS):
+        o_part = first_part + tl.arange(0, BLOCK_PARTS)
+        if WIDE:
+            o_part = o_part.to(tl.int64)
+        mask = (o_part < SPLIT)[:, None] & m_e[None, :]
+        b_part = tl.load(partial_ptr + o_part[:, None] * elements + o_e[None, :], mask=mask, other=0.0)
         b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
-        o_part += BLOCK_PARTS * elements
-    b_sum = tl.sum(b_sum, axis=0)
+    b_total = tl.sum(b_sum, axis=0)
     o_c = o_e % C
     o_s = (o_e // C) % S
     o_r = (o_e // C // S) % R
     o_k = o_e // C // S // R
     p_out = out_ptr + o_k * stride_k + o_c * stride_c + o_r * stride_r + o_s * stride_s
-    tl.store(p_out, cast(b_sum, out_ptr.dtype.element_ty), mask=m_e)
+    tl.store(p_out, cast(b_total, out_ptr.dtype.element_ty), mask=m_e)
 
 
 def sum_parts(partial: Tensor, out: Tensor) -> None:
-    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in order."""
+    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in a fixed order."""
     elements = out.numel()
-    config = parts_config(elements, partial.shape[0])
+    config = sum_parts_config(partial.shape[0], elements)
     launch(
         _sum_parts_kernel,
         (triton.cdiv(elements, config["BLOCK"]),),
@@ -184,8 +177,7 @@ def epilogue_backward(
 
     Args:
         grad_output: (N, C, P, Q), any strides.
-        output: what the ReLU (and the dropout after it) gave, channels-last; or an integer tensor, the positions of a pool
-            after the ReLU; None for no activation.
+        output: what the ReLU (and the dropout after it) gave, channels-last; None for no activation.
         seed: of the dropout after the activation, an int64 scalar; None for no dropout.
         p: the dropout's probability of dropping an element.
         write_dz: whether the first result is wanted.
@@ -196,13 +188,16 @@ def epilogue_backward(
         back empty.
     """
     n, c, height, width = grad_output.shape
-    positions = output is not None and not output.is_floating_point()
     rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
+    step_n, step_c, step_p, step_q = grad_output.stride()
+    if step_p == width * step_q and step_n == height * step_p:
+        # Pixels at equal distances, whatever image or row: nothing to divide a pixel's number by.
+        height, width, step_n = 1, 1, step_q
     dz, column_sums = new_epilogue_gradients(grad_output, write_dz, sum_columns)
     config = column_sum_config(rows, c)
     row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
     columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
-    split = split_count(columns, max(row_blocks, 1))
+    split = split_count(columns, max(row_blocks, 1), programs_per_multiprocessor=7)  # as many as fit by registers, at once
     partial = new_output((split if sum_columns else 0, c), accumulator_dtype(dtype), device)
     launch(
         _epilogue_backward_kernel,
@@ -216,13 +211,14 @@ def epilogue_backward(
         C=c,
         P=height,
         Q=width,
-        **strides("stride_dy", "ncpq", grad_output),
+        stride_dyn=step_n,
+        stride_dyc=step_c,
+        stride_dyp=step_p,
+        stride_dyq=step_q,
         blocks_per_split=triton.cdiv(row_blocks, split),
         p=float(p),
         scale=dropout_scale(p),
-        RELU=output is not None and not positions,
-        POSITIONS=positions,
-        NO_GRADIENT=torch.iinfo(output.dtype).max if output is not None and positions else 0,
+        RELU=output is not None,
         DROPOUT=seed is not None,
         WRITE_DZ=write_dz,
         SUM_COLUMNS=sum_columns,

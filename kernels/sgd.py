@@ -194,11 +194,15 @@ def _launch_sgd(
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """The strides that matter: equal for two dense tensors of one shape exactly if their elements lie in the same order."""
+    if tensor.numel() == 0:
+        return ()
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements lie in memory without gaps and without overlap, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1):
         if stride != expected:

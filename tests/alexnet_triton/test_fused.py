@@ -53,6 +53,24 @@ def operations(net: FusedSequential) -> list[str]:
     return [run.operation for run in plan(list(net))]
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_flatten_after_a_block_is_a_view(grad: bool) -> None:
+    """The block's pool writes the order that Flatten wants; with another layer in between it does not."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(8 * 49, 5)]
+    plain, fused = nn.Sequential(*layers).to(DEVICE), FusedSequential(*layers).to(DEVICE)
+    assert [run.output_format for run in plan(list(fused))] == [torch.contiguous_format, None, None]
+    x = images().requires_grad_(grad)
+    pooled = fused[:4][:3](x)
+    assert pooled.is_contiguous(memory_format=torch.channels_last)  # of a network that ends there
+    flat = fused[:4](x)
+    assert flat._is_view()
+    torch.testing.assert_close(flat, plain[:4](x))
+    leaves = [*fused.parameters(), *([x] if grad else [])]
+    for ours, theirs in zip(*(torch.autograd.grad(net(x).square().sum(), leaves) for net in (fused, plain)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 FUSED = ["conv2d_relu_max_pool2d", "conv2d", "conv2d", "max_pool2d", "module", *["linear_relu_dropout"] * 2, "linear"]
 
 
@@ -63,10 +81,10 @@ def test_runs(pair: tuple[nn.Sequential, FusedSequential], launches: list[str]) 
     torch.testing.assert_close(fused(x), plain(x))
     assert launches == [
         "_conv2d_fprop_kernel",
-        "_max_pool2d_fprop_kernel",
+        "_max_pool2d_rows_fprop_kernel",
         "_conv2d_fprop_kernel",
         "_conv2d_fprop_kernel",
-        "_max_pool2d_fprop_kernel",
+        "_max_pool2d_rows_fprop_kernel",
         *["_matmul_kernel"] * 3,
     ]
 

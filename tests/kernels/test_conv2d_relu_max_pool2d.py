@@ -11,7 +11,7 @@ import kernels
 from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
 
 from ..conftest import DEVICE
-from ..oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn
+from ..oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,71 @@ def test_an_output_can_be_changed_in_place() -> None:
         assert torch.equal(got, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.usefixtures("small_tiles")
+def test_output_format(dtype: torch.dtype) -> None:
+    """The same bits in either memory format, whatever the gradient's; and positions in the output's own."""
+    x, w, b = (integers(*shape, dtype=dtype, high=1) for shape in ((2, 3, 13, 11), (6, 3, 3, 3), (6,)))
+    results = []
+    for output_format in (None, torch.channels_last, torch.contiguous_format):
+        y = kernels.conv2d_relu_max_pool2d(x, w, b, pool_kernel_size=3, pool_stride=2, output_format=output_format)
+        assert y.is_contiguous(memory_format=output_format or torch.channels_last)
+        assert y.grad_fn.saved_tensors[-1].stride() == y.stride()
+        grad = (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(dtype)
+        results.append([y, *torch.autograd.grad(y, (x, w, b), grad)])
+    for channels_last in results[:2]:
+        for got, exact in zip(results[2], channels_last, strict=True):
+            assert torch.equal(got, exact)
+    unbatched = kernels.conv2d_relu_max_pool2d(
+        x[0], w, b, pool_kernel_size=3, pool_stride=2, output_format=torch.contiguous_format
+    )
+    assert unbatched.is_contiguous()
+    with kernels.use_backend("torch"):
+        reference = kernels.conv2d_relu_max_pool2d(
+            x, w, b, pool_kernel_size=3, pool_stride=2, output_format=torch.contiguous_format
+        )
+    assert reference.is_contiguous()
+    assert torch.equal(reference, results[2][0])
+
+
+GRADIENTS = {
+    "input": ["_max_pool2d_dgrad_kernel", "_conv2d_dgrad_kernel"],
+    "weight": ["_max_pool2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"],
+    "bias": ["_max_pool2d_dgrad_kernel", "_sum_parts_kernel"],
+    "all": [
+        *("_max_pool2d_dgrad_kernel", "_sum_parts_kernel"),
+        *("_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"),
+    ],
+}
+
+
+@pytest.mark.parametrize("wanted", GRADIENTS)
+def test_only_what_is_asked_for_is_launched(wanted: str, launches: list[str]) -> None:
+    """The pool's kernel gives the gradient before the ReLU and the bias's sums in one pass."""
+    shapes = {"input": (2, 3, 9, 9), "weight": (4, 3, 3, 3), "bias": (4,)}
+    tensors = {name: randn(*shape, dtype=torch.float32, grad=wanted in (name, "all")) for name, shape in shapes.items()}
+    y = kernels.conv2d_relu_max_pool2d(**tensors, pool_kernel_size=3, pool_stride=2)
+    assert launches == ["_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"]
+    launches.clear()
+    y.sum().backward()
+    assert launches == GRADIENTS[wanted]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("pool", [{"pool_kernel_size": 3, "pool_stride": 2}, {"pool_kernel_size": 5, "pool_stride": 2}])
+def test_the_bias_gradient_is_the_sum_of_what_reaches_the_relu(pool: dict) -> None:
+    """By the kernel that writes its windows out, and by the one for larger windows."""
+    x, w = integers(3, 1, 17, 15, dtype=torch.float16, high=1), integers(5, 1, 3, 3, dtype=torch.float16, high=1)
+    b = torch.zeros(5, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    z = torch.nn.functional.conv2d(x, w, b)
+    pooled = torch.nn.functional.max_pool2d(z.relu(), pool["pool_kernel_size"], pool["pool_stride"])
+    grad = torch.randn(pooled.shape, device=DEVICE).half()
+    exact = (grad.double() * (pooled > 0)).sum(dim=(0, 2, 3))
+    y = kernels.conv2d_relu_max_pool2d(x, w, b, **pool)
+    ours, peer = (torch.autograd.grad(output, b, grad)[0] for output in (y, pooled))
+    assert_within_tolerance("gradient of bias", ours, peer, exact)
+
+
 @pytest.mark.parametrize("kernel_size", [15, 16])
 def test_windows_of_more_positions_than_a_byte_tells(kernel_size: int) -> None:
     x, w = integers(1, 1, 18, 17, dtype=torch.float32), integers(2, 1, 1, 1, dtype=torch.float32)
@@ -164,6 +229,7 @@ BAD = {
     "pool_kernel_size": ({"pool_kernel_size": 0}, ValueError, "pool_kernel_size must be at least 1"),
     "pool_padding": ({"pool_padding": 2}, ValueError, "pool_padding must be at most half of pool_kernel_size"),
     "pool_stride": ({"pool_stride": 0}, ValueError, "pool_stride must be at least 1"),
+    "output_format": ({"output_format": torch.preserve_format}, ValueError, "output_format must be None"),
     "empty_output": ({"pool_kernel_size": 12}, ValueError, "the output would be empty"),
 }
 

@@ -41,7 +41,7 @@ SAMPLES = {
         block.conv2d_relu_max_pool2d_fprop,
         (
             *(_randn(2, 4, 7, 9, grad=True), _randn(6, 2, 3, 3, grad=True), _randn(6, grad=True), *GEOMETRY, [4, 5]),
-            *([3, 3], [2, 2], [1, 1], [2, 3], True),
+            *([3, 3], [2, 2], [1, 1], [2, 3], True, True),
         ),
     ),
     "conv2d_dgrad": lambda: (conv.conv2d_dgrad, (_randn(2, 6, 4, 5), _randn(6, 2, 3, 3), [2, 4, 7, 9], *GEOMETRY)),
@@ -53,14 +53,17 @@ SAMPLES = {
         conv.conv2d_epilogue_backward,
         (_randn(2, 6, 4, 5), _randn(2, 4, 5, 6).permute(0, 3, 1, 2), True, True),
     ),
-    "conv2d_epilogue_backward_of_a_pool": lambda: (conv.conv2d_epilogue_backward, (*_pooled(), False, True)),
     "max_pool2d_fprop": lambda: (
         pool.max_pool2d_fprop,
         (_randn(2, 4, 7, 9, grad=True), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
     ),
     "max_pool2d_dgrad": lambda: (
         pool.max_pool2d_dgrad,
-        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True, True),
+        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True, True, True),
+    ),
+    "max_pool2d_dgrad_of_the_bias_alone": lambda: (
+        pool.max_pool2d_dgrad,
+        (*_pooled(), [2, 4, 7, 9], [3, 3], [2, 2], [0, 0], [1, 1], True, False, True),
     ),
     "linear_fprop": lambda: (
         lin.linear_fprop,

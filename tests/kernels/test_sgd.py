@@ -1,0 +1,278 @@
+"""The optimizer's kernel on lists of tensors: values, what one launch takes, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.errors import InterpreterError
+
+from kernels import config, launch
+from kernels.backend import INTERPRETED
+from kernels.sgd import MAX_TENSORS, is_dense, memory_order, sgd_step, sgd_step_reference
+
+from ..conftest import DEVICE, UNDER_TTSEM
+
+#: One element, fewer than a block's alignment, ragged ends, whole blocks, nothing at all.
+SHAPES = [(10,), (1,), (12, 7, 3, 3), (0,), (32, 16), (21, 5), (500,)]
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def settings() -> list[dict[str, Any]]:
+    """Every combination that SGD allows."""
+    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    values = itertools.product((0.0, 0.9), (0.0, 0.3), (False, True), (0.0, 0.05), (False, True))
+    combined = [dict(zip(names, chosen, strict=True)) for chosen in values]
+    return [c for c in combined if not (c["nesterov"] and (c["momentum"] == 0 or c["dampening"] != 0))]
+
+
+def name(setting: dict[str, Any]) -> str:
+    return "-".join(key for key, value in setting.items() if value) or "plain"
+
+
+def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+
+
+def masters_of(params: list[Tensor]) -> list[Tensor]:
+    """Float32 weights that the parameters are the rounded values of, different from them."""
+    ulp = torch.finfo(params[0].dtype).eps
+    return [p.float() * (1 + 0.2 * ulp * torch.rand(p.shape, device=p.device)) for p in params]
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("setting", settings(), ids=name)
+def test_float32_is_torch_sgd_bit_for_bit(setting: dict[str, Any]) -> None:
+    params = make(torch.float32)
+    expected = [torch.nn.Parameter(p.clone()) for p in params]
+    theirs = torch.optim.SGD(expected, lr=0.1, **setting, foreach=False)
+    buffers = [torch.full_like(p, torch.nan) for p in params] if setting["momentum"] else None
+    for step in range(3):
+        grads = make(torch.float32)
+        grads[2][:, 0] = 0.0  # the sign of a zero
+        for p, g in zip(expected, grads, strict=True):
+            p.grad = g.clone()
+        theirs.step()
+        sgd_step(params, grads, None, buffers, lr=0.1, first_step=step == 0, **setting)
+    for p, q in zip(params, expected, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(torch.signbit(p), torch.signbit(q))
+    for b, q in zip(buffers or [], expected if buffers else [], strict=True):
+        assert torch.equal(b, theirs.state[q]["momentum_buffer"])
+        assert torch.equal(torch.signbit(b), torch.signbit(theirs.state[q]["momentum_buffer"]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32], ids=["grad-as-param", "grad-float32"])
+def test_half_precision_is_a_float32_step_rounded(dtype: torch.dtype, grad_dtype: torch.dtype | None) -> None:
+    params = make(dtype)
+    masters = masters_of(params)
+    buffers = make(torch.float32)
+    grads = make(grad_dtype or dtype)
+    weights, their_buffers = clones(masters), clones(buffers)
+    setting = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+    sgd_step(weights, [g.float() for g in grads], None, their_buffers, **setting)
+    sgd_step(params, grads, masters, buffers, **setting)
+    for i, p in enumerate(params):
+        assert torch.equal(masters[i], weights[i])
+        assert torch.equal(buffers[i], their_buffers[i])
+        assert torch.equal(p, weights[i].to(dtype))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("setting", settings()[::5], ids=name)
+def test_kernel_and_reference_agree(dtype: torch.dtype, setting: dict[str, Any]) -> None:
+    params, grads, buffers = make(dtype), make(dtype), make(torch.float32)
+    masters = masters_of(params) if dtype != torch.float32 else None
+    if masters is not None:
+        params[2][3] = 7.0  # set from outside: no master rounds to it
+    copies = [clones(t) if t is not None else [None] * len(params) for t in (params, grads, masters, buffers)]
+    for p, g, m, b in zip(*copies, strict=True):
+        b = b if setting["momentum"] else None
+        sgd_step_reference(p, g, m, b, lr=0.1, first_step=False, **setting)
+    sgd_step(params, grads, masters, buffers if setting["momentum"] else None, lr=0.1, **setting)
+    for ours, reference in zip((params, masters, buffers), (copies[0], copies[2], copies[3]), strict=True):
+        for a, b in zip(ours or [], reference if ours else [], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_weight_set_from_outside_becomes_its_master(dtype: torch.dtype) -> None:
+    (param,) = make(dtype, [(100,)])
+    (master,) = masters_of([param])
+    before = master.clone()
+    param[40:50] = torch.linspace(3, 4, 10, device=DEVICE).to(dtype)
+    param[50] = torch.nan
+    given = param.clone()
+    sgd_step([param], [torch.zeros_like(param)], [master], lr=0.1)
+    assert torch.equal(master[40:50], given[40:50].float())
+    assert torch.isnan(master[50])
+    assert torch.isnan(param[50])
+    kept = [*range(40), *range(51, 100)]
+    assert torch.equal(master[kept], before[kept])
+    assert not torch.equal(before[kept], given[kept].float())  # else keeping them shows nothing
+
+
+def test_nan_and_infinity_stay_where_they_are() -> None:
+    (param,), (grad,) = make(torch.bfloat16, [(64,)]), make(torch.bfloat16, [(64,)])
+    master = param.float()
+    grad[3], grad[5] = torch.nan, torch.inf
+    sgd_step([param], [grad], [master], lr=0.1)
+    assert torch.isnan(param).nonzero().flatten().tolist() == [3]
+    assert torch.isinf(param).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_learning_rate_in_memory_counts_as_the_number(dtype: torch.dtype) -> None:
+    params, grads = make(torch.float32), make(torch.float32)
+    copies = clones(params)
+    lr = torch.tensor(0.1, dtype=dtype, device=DEVICE)
+    sgd_step(params, grads, lr=lr)
+    sgd_step(copies, grads, lr=lr.item())
+    assert all(map(torch.equal, params, copies))
+    assert lr.item() == torch.tensor(0.1, dtype=dtype).item()
+
+
+def test_one_launch_up_to_the_limit(launches: list[str]) -> None:
+    params, grads = make(torch.float32, [(3,)] * MAX_TENSORS), make(torch.float32, [(3,)] * MAX_TENSORS)
+    sgd_step(params, grads, lr=0.1)
+    assert launches == ["_sgd_kernel"]
+
+
+def test_more_tensors_than_one_launch_takes(launches: list[str]) -> None:
+    shapes = [(i % 7 + 1,) for i in range(2 * MAX_TENSORS + 1)]
+    params, grads = make(torch.bfloat16, shapes), make(torch.bfloat16, shapes)
+    masters = [p.float() for p in params]
+    expected = [p.float() - 0.5 * g.float() for p, g in zip(params, grads, strict=True)]
+    sgd_step(params, grads, masters, lr=0.5)  # half of a gradient is exact, so that fma or not is the same
+    assert launches == ["_sgd_kernel"] * 3
+    assert all(map(torch.equal, masters, expected))
+
+
+def test_nothing_to_do_launches_nothing(launches: list[str]) -> None:
+    sgd_step([], [], lr=0.1)
+    sgd_step(make(torch.float32, [(0,), (3, 0)]), make(torch.float32, [(0,), (3, 0)]), lr=0.1)
+    assert launches == []
+
+
+def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, grads = make(torch.float32), make(torch.float32)
+    copies = clones(params)
+    sgd_step(copies, grads, lr=0.1)
+    monkeypatch.setattr(launch, "force_int64", True)
+    with config.override(BLOCK=64):
+        sgd_step(params, grads, lr=0.1)
+    assert all(map(torch.equal, params, copies))
+
+
+def test_unaligned_tensors() -> None:
+    """Addresses that no vector access may touch: views one element into their storage."""
+    storage, gradient = torch.randn(5001, device=DEVICE), torch.randn(5001, device=DEVICE)
+    before = storage.clone()
+    params, grads = [storage[1:2001], storage[2002:]], [gradient[1:2001], gradient[2002:]]
+    expected = clones(params)
+    for p, g in zip(expected, grads, strict=True):
+        p.add_(g, alpha=-0.1)
+    sgd_step(params, grads, lr=0.1)
+    assert all(map(torch.equal, params, expected))
+    assert storage[0] == before[0]
+    assert storage[2001] == before[2001]
+
+
+def test_a_saved_parameter_is_known_to_have_changed() -> None:
+    """As after any in-place operation: a backward pass over the old value is an error, not a wrong gradient."""
+    weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
+    x = torch.randn(2, 4, device=DEVICE, requires_grad=True)
+    y = (x @ weight).sum()
+    sgd_step([weight], [torch.ones_like(weight)], lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="guards the interpreter's memory")
+def test_the_guard_sees_tensors_in_tuples() -> None:
+    """An access beyond a tensor of a tuple argument is an error: here through a size that is a lie."""
+    from kernels import sgd
+
+    (param,), (grad,) = make(torch.float32, [(100,)]), make(torch.float32, [(100,)])
+    arguments: dict[str, Any] = {}
+    with launch.record_launches(lambda _, grid, given: arguments.update(given, grid=grid)):
+        sgd_step([param], [grad], lr=0.1)
+    grid = arguments.pop("grid")
+    launch.run_launch(sgd._sgd_kernel, grid, arguments)
+    with pytest.raises(InterpreterError, match="1 of 101 addresses of a load are outside of every tensor"):
+        launch.run_launch(sgd._sgd_kernel, grid, arguments | {"elements": (101,)})
+
+
+def test_strides_that_matter() -> None:
+    x = torch.empty(6, 1, 4, 5)
+    assert memory_order(x) == memory_order(x.to(memory_format=torch.channels_last)) == (20, 5, 1)
+    assert memory_order(torch.empty(2, 3).t()) != memory_order(torch.empty(3, 2))
+    dense = [x, torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.empty(2, 3).t(), torch.empty(()), x[:0]]
+    assert all(map(is_dense, dense))
+    gaps = [torch.empty(4, 4)[:, ::2], torch.empty(3).expand(2, 3), torch.empty(4, 4)[:2, :2]]
+    assert not any(map(is_dense, gaps))
+
+
+class TestRefused:
+    """Nothing is launched, and the message names the argument."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_launched(self, launches: list[str]) -> Any:
+        yield
+        assert launches == []
+
+    def test_dtypes(self) -> None:
+        half, single, double = (make(d, [(3,)]) for d in (torch.bfloat16, torch.float32, torch.float64))
+        with pytest.raises(TypeError, match=r"params must be float32, float16 or bfloat16, got torch\.float64"):
+            sgd_step(double, double, lr=0.1)
+        with pytest.raises(TypeError, match=r"grads must be float32, float16 or bfloat16, got torch\.float64"):
+            sgd_step(single, double, lr=0.1)
+        with pytest.raises(TypeError, match=r"params\[1\] must be torch\.float32, got torch\.bfloat16"):
+            sgd_step([*single, *half], [*single, *single], lr=0.1)
+        with pytest.raises(TypeError, match="masters must be given exactly for half-precision params"):
+            sgd_step(half, half, lr=0.1)
+        with pytest.raises(TypeError, match="masters must be given exactly for half-precision params"):
+            sgd_step(single, single, single, lr=0.1)
+        with pytest.raises(TypeError, match=r"masters\[0\] must be torch\.float32"):
+            sgd_step(half, half, half, lr=0.1)
+
+    def test_momentum_without_buffers(self) -> None:
+        tensors = make(torch.float32, [(3,)])
+        with pytest.raises(ValueError, match="momentum_buffers must be given exactly"):
+            sgd_step(tensors, tensors, lr=0.1, momentum=0.9)
+        with pytest.raises(ValueError, match="momentum_buffers must be given exactly"):
+            sgd_step(tensors, tensors, None, tensors, lr=0.1)
+
+    def test_shapes_strides_and_lengths(self) -> None:
+        tensors = make(torch.float32, [(3, 2)])
+        with pytest.raises(ValueError, match=r"grads must be one for each of the 1 params, got 0"):
+            sgd_step(tensors, [], lr=0.1)
+        with pytest.raises(ValueError, match=r"grads\[0\] must have the shape and strides of params\[0\], \(3, 2\)"):
+            sgd_step(tensors, make(torch.float32, [(6,)]), lr=0.1)
+        with pytest.raises(ValueError, match=r"grads\[0\] must have the shape and strides"):
+            sgd_step(tensors, [make(torch.float32, [(2, 3)])[0].t()], lr=0.1)
+        gaps = [make(torch.float32, [(4, 4)])[0][:, ::2]]
+        with pytest.raises(ValueError, match=r"params\[0\] must be dense in memory"):
+            sgd_step(gaps, gaps, lr=0.1)
+
+    @pytest.mark.skipif(UNDER_TTSEM, reason="devices are make-believe there")
+    def test_devices(self) -> None:
+        tensors = make(torch.float32, [(3,)])
+        meta = [t.to("meta") for t in tensors]
+        with pytest.raises(ValueError, match=r"grads\[0\] must be on the device of params\[0\]"):
+            sgd_step(tensors, meta, lr=0.1)
+        with pytest.raises(ValueError, match="lr must be on the device of params"):
+            sgd_step(tensors, tensors, lr=torch.tensor(0.1, device="meta"))
+        with pytest.raises(ValueError, match="lr must be a number or a tensor of one element"):
+            sgd_step(tensors, tensors, lr=torch.ones(2))
