@@ -162,6 +162,9 @@ def train_command(
     graph: Annotated[
         bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
     ] = None,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Crop, flip and change brightness and contrast of each image at random.")
+    ] = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
 ) -> None:
@@ -181,6 +184,8 @@ def train_command(
         with kernels.use_backend(backend.value), float32_products(precision):
             runs_on = f"{_runs_on(where)}, {precision}"
             training, test = dataset.train.limited(limit), dataset.test.limited(limit)
+            setup_begin = time.perf_counter()
+            ready: list[float] = []
             torch_dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
             net = new_model(model, seed, where, torch_dtype)
             speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
@@ -206,6 +211,8 @@ def train_command(
                     device=where,
                     out=out,
                     graph=graph,
+                    augment=augment,
+                    on_ready=lambda: ready.append(time.perf_counter()),
                     on_batch=bar.epoch,
                     on_epoch=_print_epoch,
                 )
@@ -214,7 +221,12 @@ def train_command(
         raise _fail(error) from error
     last = history[-1]
     console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
-    console.print(f"{sum(m.seconds for m in history):.1f} s of training, {time.perf_counter() - begin:.1f} s from start to end")
+    seconds, setup_seconds = sum(m.seconds for m in history), ready[0] - setup_begin
+    console.print(
+        f"training {seconds:.1f} s ({len(history) * len(training) / seconds:.1f} images/s), "
+        f"setup {setup_seconds:.1f} s (weights, compilation, warm-up, capture), "
+        f"{time.perf_counter() - begin:.1f} s from start to end"
+    )
     console.print(f"curve {out / 'curves.png'}  metrics {out / 'metrics.jsonl'}  checkpoint {out / 'checkpoint.pt'}")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+import kernels
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -53,6 +54,10 @@ class Split:
     def limited(self, limit: int | None) -> Split:
         """The first ``limit`` images, or all."""
         return self if limit is None else Split(self.images[:limit], self.labels[:limit])
+
+    def to(self, device: torch.device) -> Split:
+        """On ``device``; itself if it is there."""
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +172,25 @@ def _download() -> Path:
     return root / "FashionMNIST/raw"
 
 
-def to_input(images: Tensor, image_size: int) -> Tensor:
-    """uint8 (N, 28, 28) to float32 (N, 1, image_size, image_size) in [0, 1], resized bilinearly as torchvision does."""
-    scaled = images.unsqueeze(1).to(torch.float32) / 255
-    if image_size == images.shape[-1]:
-        return scaled
-    return F.interpolate(scaled, size=(image_size, image_size), mode="bilinear", align_corners=False)
+def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (N, 28, 28) to (N, 1, image_size, image_size) in [0, 1], resized bilinearly as torchvision does."""
+    index = torch.arange(len(images), device=images.device)
+    return kernels.gather_resize(images, index, image_size, dtype=dtype)
+
+
+#: Pixels that an augmented image is moved by at most, and the factors of its brightness and contrast.
+SHIFT, FACTORS = 2, (0.8, 1.2)
+
+
+def draw_augmentation(n: int, device: torch.device) -> kernels.Augmentation:
+    """Random crops (of the image with a border of :data:`SHIFT`), flips, brightness and contrast for ``n`` images.
+
+    From torch's generator on ``device``, without waiting for it; in a captured CUDA graph anew at every replay.
+    """
+    low, high = FACTORS
+    return kernels.Augmentation(
+        offset=torch.randint(-SHIFT, SHIFT + 1, (n, 2), dtype=torch.int32, device=device),
+        flip=torch.rand(n, device=device) < 0.5,
+        brightness=torch.rand(n, device=device) * (high - low) + low,
+        contrast=torch.rand(n, device=device) * (high - low) + low,
+    )

@@ -18,7 +18,7 @@ from torch import nn
 
 import kernels
 
-from .data import CLASSES, Split, to_input
+from .data import CLASSES, Split, draw_augmentation, to_input
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
@@ -42,7 +42,8 @@ class EpochMetrics:
         loss: mean cross-entropy over the epoch's training images, as they were seen, in nats.
         train_acc, test_acc: fraction of images classified right; the former as they were seen, with dropout.
         images_per_s: training images a second, evaluation not counted.
-        seconds: of training.
+        seconds: of training: from an idle device to an idle device, the data included; evaluation, compilation and the capture
+            of a CUDA graph not.
     """
 
     epoch: int
@@ -53,7 +54,7 @@ class EpochMetrics:
     seconds: float
 
 
-#: ``(images seen, mean loss so far, images a second so far) -> None``, called after each batch.
+#: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
 Progress = Callable[[int, float, float], None]
 
 
@@ -72,7 +73,7 @@ def new_model(model: str, seed: int, device: torch.device, dtype: torch.dtype = 
 
 def default_precision(device: torch.device) -> str:
     """``"bfloat16"`` on a GPU that computes in it, ``"float32"`` elsewhere."""
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 @contextlib.contextmanager
@@ -92,25 +93,34 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-#: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided.
+#: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided. A
+#: constant: a scale that adapts reads on the host whether a gradient overflowed, which no captured step can do.
 _FLOAT16_SCALE = 1024.0
 
 #: A progress callback reads the loss, for which the host waits: not more often than this, in seconds.
 _PROGRESS_INTERVAL = 0.25
 
+#: Steps before a capture: the first compiles and makes the masters, the others settle the allocator.
+_WARM_UP_STEPS = 3
+
 
 class Trainer:
     """Plain SGD on images that live on the device: one step at a time, or as a CUDA graph of the whole step.
 
-    The step is data (gather, resize, scale, cast), forward, loss, backward, optimizer and the sums of loss and hits. Captured,
-    it is one launch for the host, and nothing in an epoch waits for the GPU. The last, smaller batch of an epoch runs eagerly.
-    Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a constant
-    and the learning rate by its inverse, which is the same step for SGD without momentum.
+    The step is data (gather, augment, resize, scale, cast), forward, loss, backward, optimizer and the sums of loss and hits.
+    Captured, it is one launch for the host, and nothing in an epoch waits for the GPU. The last, smaller batch of an epoch runs
+    eagerly. Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a
+    constant and the learning rate by its inverse, which is the same step for SGD without momentum; a gradient that overflows
+    all the same makes the loss NaN, and the epoch says so.
+
+    On CUDA the constructor runs the step on batches of both sizes, so that everything is compiled before the first epoch.
+    Weights and random state are afterwards what they were.
 
     Args:
         net: on ``device``, in the dtype it trains in.
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
+        augment: change each image at random (:func:`alexnet_triton.data.draw_augmentation`).
 
     Raises:
         ValueError: ``graph`` on a device without CUDA graphs.
@@ -126,60 +136,70 @@ class Trainer:
         lr: float,
         device: torch.device,
         graph: bool,
+        augment: bool = False,
     ) -> None:
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device.type}")
         self.net, self.device, self.image_size, self.batch_size = net, device, image_size, batch_size
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.split = split.to(device)
+        self.augment = augment
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
-        # On a GPU in memory, where a captured step reads it: so that it can be 0 while the capture warms up.
-        self.lr: float | torch.Tensor = lr / self.scale
-        if device.type == "cuda":
-            self.lr = torch.tensor(self.lr, dtype=torch.float32, device=device)
-        self.optimizer = SGD(net.parameters(), lr=self.lr)
+        self.optimizer = SGD(net.parameters(), lr=lr / self.scale)
         self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        #: What a captured step reads: each replay finds the next batch here.
         self.index = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.replay: Callable[[], None] | None = None
-        if graph and len(split) >= batch_size:
-            self.replay = self._capture()
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._prepare(graph and len(split) >= batch_size)
 
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation."""
-        inputs, labels = to_input(self.images[index], self.image_size).to(self.dtype), self.labels[index]
+        augmentation = draw_augmentation(len(index), self.device) if self.augment else None
+        inputs = kernels.gather_resize(self.split.images, index, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        labels = self.split.labels[index]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.net(inputs).float()
         loss = F.cross_entropy(logits, labels)
         (loss * self.scale).backward()
         self.optimizer.step()
+        # Sums stay on the device: reading one would make the host wait for the step.
         self.loss_sum += loss.detach() * len(labels)
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def _capture(self) -> Callable[[], None]:
-        """The step on ``self.index`` as a CUDA graph. Leaves weights, sums and random state as they were."""
-        assert isinstance(self.lr, torch.Tensor)
-        lr = self.lr.clone()
-        random_state = torch.cuda.get_rng_state(self.device)
-        self.lr.zero_()
+    def warm_up(self) -> None:
+        """A few steps on batches of both sizes of an epoch, and everything that they changed as it was."""
         self.net.train()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, makes the masters, fills the allocator's pools
-                self.step(self.index)
-            last = len(self.labels) % self.batch_size
-            if last:  # compile for the epoch's last, smaller batch now, not in the middle of the first epoch
-                self.step(self.index[:last])
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            before = [param.detach().clone() for param in self.net.parameters()]
+            whole, rest = min(self.batch_size, len(self.split)), len(self.split) % self.batch_size
+            for size in [whole] * _WARM_UP_STEPS + [rest] * (rest > 0):
+                self.step(self.index[:size])
+        with torch.no_grad():
+            for param, value in zip(self.net.parameters(), before, strict=True):
+                param.copy_(value)
+                master = self.optimizer.state[param].get("master")
+                if master is not None:
+                    master.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(self.index)
-        torch.cuda.set_rng_state(random_state, self.device)
-        self.lr.copy_(lr)
         self.loss_sum.zero_()
         self.correct.zero_()
-        return graph.replay
+
+    def _prepare(self, capture: bool) -> None:
+        """:meth:`warm_up`, and the step on ``self.index`` as a CUDA graph, which computes nothing yet."""
+        # Not on the default stream, on which nothing can be captured; one stream for both, so that the allocator knows it.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream):
+                self.step(self.index)
+            self.replay = graph.replay
+        _synchronize(self.device)
 
     def epoch(self, generator: torch.Generator, progress: Progress | None = None) -> tuple[float, float, float]:
         """One pass over the images in an order drawn from ``generator``, on its device; mean loss, accuracy, seconds.
@@ -190,7 +210,7 @@ class Trainer:
         self.net.train()
         self.loss_sum.zero_()
         self.correct.zero_()
-        total, seen = len(self.labels), 0
+        total, seen = len(self.split), 0
         _synchronize(self.device)
         start = shown = time.perf_counter()
         order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
@@ -227,11 +247,10 @@ def evaluate(net: nn.Module, split: Split, *, batch_size: int, image_size: int, 
     net.eval()
     dtype = next(net.parameters()).dtype
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    images, all_labels = split.images.to(device), split.labels.to(device)
-    for start in range(0, len(split), batch_size):
-        part = slice(start, start + batch_size)
-        labels = all_labels[part]
-        logits = net(to_input(images[part], image_size).to(dtype)).float()
+    split = split.to(device)
+    for index in torch.arange(len(split), device=device).split(batch_size):
+        labels = split.labels[index]
+        logits = net(kernels.gather_resize(split.images, index, image_size, dtype=dtype)).float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     return loss_sum.item() / len(split), correct.item() / len(split)
@@ -243,8 +262,7 @@ def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int
     Leaves parameters, gradients and random state as they were.
     """
     few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
-    dtype = next(net.parameters()).dtype
-    inputs = to_input(split.images[:few].to(device), image_size).to(dtype)
+    inputs = to_input(split.images[:few].to(device), image_size, next(net.parameters()).dtype)
     labels = split.labels[:few].to(device)
     net.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -271,6 +289,8 @@ def train(
     device: torch.device,
     out: Path,
     graph: bool = False,
+    augment: bool = False,
+    on_ready: Callable[[], None] | None = None,
     on_batch: Callable[[int], Progress] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
 ) -> list[EpochMetrics]:
@@ -280,12 +300,26 @@ def train(
         net: a model of :func:`new_model`.
         model: its name.
         graph: run each step as a CUDA graph.
+        augment: change each training image at random.
+        on_ready: called once, when everything is compiled and captured and the first epoch begins.
         on_batch: given the epoch, makes the epoch's progress callback.
         on_epoch: called after each epoch.
     """
     generator = torch.Generator(device).manual_seed(seed)
     image_size = IMAGE_SIZE[model]
-    trainer = Trainer(net, train_split, batch_size=batch_size, image_size=image_size, lr=lr, device=device, graph=graph)
+    test_split = test_split.to(device)  # once, not at each evaluation
+    trainer = Trainer(
+        net,
+        train_split,
+        batch_size=batch_size,
+        image_size=image_size,
+        lr=lr,
+        device=device,
+        graph=graph,
+        augment=augment,
+    )
+    if on_ready is not None:
+        on_ready()
     history: list[EpochMetrics] = []
     for epoch in range(1, epochs + 1):
         loss, train_acc, seconds = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None)

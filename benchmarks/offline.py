@@ -188,7 +188,7 @@ def training_step(dtype: torch.dtype, batch: int = 2) -> None:
 
 
 def single_operations(dtype: torch.dtype) -> None:
-    """Forward and backward of what AlexNet does not use: no activation, groups, dilation, indices, large windows."""
+    """Forward and backward of what the step does not use: no activation, groups, dilation, indices, large windows, data."""
     x = torch.empty(2, 96, 27, 29, dtype=dtype, requires_grad=True)
     filters = torch.empty(256, 48, 3, 3, dtype=dtype, requires_grad=True)
     bias = torch.empty(256, dtype=dtype, requires_grad=True)
@@ -201,6 +201,11 @@ def single_operations(dtype: torch.dtype) -> None:
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()
     kernels.dropout_mask((1000,), 0.5, 1)
+    images, index = torch.empty(60000, 28, 28, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
+    kernels.gather_resize(images, index, 224, dtype=dtype)
+    ones = torch.ones(128)
+    augmentation = kernels.Augmentation(torch.zeros(128, 2, dtype=torch.int32), ones > 0, ones, ones)
+    kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=augmentation)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from .backend import use_backend
 from .conv2d import conv2d
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .dropout import dropout, dropout_mask
+from .images import Augmentation, gather_resize
 from .linear import linear, linear_relu_dropout
 from .max_pool2d import max_pool2d
 
@@ -16,10 +17,12 @@ from .max_pool2d import max_pool2d
 DISTRIBUTION = "alexnet-triton"
 
 __all__ = [
+    "Augmentation",
     "conv2d",
     "conv2d_relu_max_pool2d",
     "dropout",
     "dropout_mask",
+    "gather_resize",
     "linear",
     "linear_relu_dropout",
     "max_pool2d",

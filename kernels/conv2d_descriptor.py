@@ -256,13 +256,12 @@ def _conv2d_images_wgrad_kernel(
     the gradient's tile.
     """
     pid = program_id(0, WIDE)
-    pid_split = tl.program_id(1)
+    pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(K, BLOCK_M)
     CHUNKS: tl.constexpr = C // (BLOCK_N + BLOCK_N2)
     k0 = (pid % blocks_m * BLOCK_M).to(tl.int32)
-    pid_j = (pid // blocks_m).to(tl.int32)
-    c0 = pid_j % CHUNKS * (BLOCK_N + BLOCK_N2)
-    rs = pid_j // CHUNKS * POSITIONS
+    c0 = (pid // blocks_m % CHUNKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    rs = (pid // blocks_m // CHUNKS * POSITIONS).to(tl.int32)
     r = rs // S
     s = rs % S
     # Output rows and columns whose input is inside the image for one of the positions.
@@ -289,7 +288,8 @@ def _conv2d_images_wgrad_kernel(
         next_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
-    for i in range(pid_split * steps_per_split, tl.minimum((pid_split + 1) * steps_per_split, steps)):
+    first = (pid_split * steps_per_split).to(tl.int32)
+    for i in range(first, tl.minimum(first + steps_per_split, steps)):
         n0 = i % blocks_n * BLOCK_K
         q = q_low + i // blocks_n % tl.maximum(columns, 1)
         p = p_low + i // blocks_n // tl.maximum(columns, 1)
@@ -373,10 +373,11 @@ def _fold_filter_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The filter over an input that :func:`_space_to_depth_kernel` wrote; zeros where it is longer than R x S."""
-    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     o_f = o_e % FOLD
     o_k = o_e // FOLD % K
@@ -495,10 +496,10 @@ def _conv2d_stem_wgrad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels."""
-    pid = tl.program_id(0)
+    pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
-    f0 = pid % FOLD_BLOCKS * BLOCK_M
-    k0 = pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)
+    f0 = (pid % FOLD_BLOCKS * BLOCK_M).to(tl.int32)
+    k0 = (pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     blocks_n = tl.cdiv(N, BLOCK_K)
     steps = P * Q * blocks_n
     steps_per_split = tl.cdiv(steps, SPLIT)
@@ -559,11 +560,12 @@ def _unfold_filter_kernel(
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The filter's gradient: the sum over the parts, each position taken from where folding put it."""
-    o_e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
     m_e = o_e < elements
     o_k = o_e % K
     o_c = o_e // K % C
@@ -754,6 +756,9 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int]) -> None
     n2 = config["BLOCK_N2"]
     z, x = _nhwc(dz), _nhwc(input)
     partial = new_output((split, dw.numel()), torch.float32, dz.device)
+    wide = needs_int64(partial)
+    if wide:
+        config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
     positions = triton.cdiv(r * s, config["POSITIONS"]) * (c // (config["BLOCK_N"] + n2))
     launch(
         _conv2d_images_wgrad_kernel,
@@ -774,7 +779,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int]) -> None
         C=c,
         R=r,
         S=s,
-        WIDE=needs_int64(partial),
+        WIDE=wide,
         INPUT_PRECISION="ieee",
         **config,
     )
@@ -854,6 +859,7 @@ def stem_fprop(
         S=s,
         STRIDE=stride,
         FOLD=fold,
+        WIDE=needs_int64(weight, filters),
         **config,
     )
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
@@ -941,6 +947,7 @@ def stem_wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequ
         STRIDE=stride,
         FOLD_BLOCKS=fold_blocks,
         BLOCK_M=m,
+        WIDE=needs_int64(dw, partial),
         BLOCK_PARTS=16,
         BLOCK=block,
         num_warps=4,

@@ -141,7 +141,7 @@ def _matmul_descriptor_kernel(
     pid_n = pid // blocks_m
     m0 = (pid_m * BLOCK_M).to(tl.int32)  # a descriptor's coordinates are int32 whatever the matrix's size
     n0 = (pid_n * BLOCK_N).to(tl.int32)
-    first = tl.program_id(1) * blocks_per_split
+    first = (pid_split * blocks_per_split).to(tl.int32)
     last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i_block in range(first, last):

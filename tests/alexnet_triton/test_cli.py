@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_train_evaluate_lenet(tmp_path: Path) -> None:
     overwrite = run("train", "--model", "lenet", *SHORT, "--out", str(out))
     assert overwrite.returncode == 2
     assert "already holds a run" in overwrite.stderr
+
+
+def test_train_in_bfloat16_on_augmented_images(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("train", "--model", "lenet", *SHORT, "--dtype", "bfloat16", "--augment", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert ", bfloat16: about " in result.stdout.splitlines()[0]
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("training "))
+    seconds, speed, setup, total = map(float, re.findall(r"([\d.]+) (?:s|images/s)\b", line))
+    metrics = [json.loads(each) for each in (out / "metrics.jsonl").read_text().splitlines()]
+    assert seconds == pytest.approx(sum(m["seconds"] for m in metrics), abs=0.051)
+    assert speed == pytest.approx(96 / sum(m["seconds"] for m in metrics), rel=0.01)
+    assert seconds + setup <= total + 0.11
+    weights = torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
 @pytest.mark.slow
@@ -110,6 +126,8 @@ BAD = {
     "device": (["train", "--data", "sample", "--device", "gpu"], 2, "'gpu' is no usable device"),
     "model": (["train", "--model", "vgg"], 2, "vgg"),
     "batch_size": (["train", "--batch-size", "0"], 2, "--batch-size"),
+    "graph": (["train", "--data", "sample", "--device", "cpu", "--graph"], 2, "a CUDA graph needs a CUDA device, not cpu"),
+    "dtype": (["train", "--dtype", "float64"], 2, "float64"),
     "limit": (["train", "--limit", "0"], 2, "--limit"),
     "checkpoint": (["evaluate", "/nowhere.pt"], 1, "/nowhere.pt: no such file"),
 }
@@ -131,10 +149,3 @@ def test_triton_backend_without_a_gpu_says_what_to_do(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "TRITON_INTERPRET=1" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_graph_is_refused_on_the_cpu(tmp_path: Path) -> None:
-    result = run("train", "--graph", *SHORT, "--out", str(tmp_path / "run"))
-    assert result.returncode == 2
-    assert "a CUDA graph needs a CUDA device, not cpu" in result.stderr
-    assert not (tmp_path / "run").exists()

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from alexnet_triton import data
-from alexnet_triton.data import DataError, batches, load_fashion_mnist, read_folder, read_idx, to_input
+from alexnet_triton.data import (
+    FACTORS,
+    SHIFT,
+    DataError,
+    draw_augmentation,
+    load_fashion_mnist,
+    read_folder,
+    read_idx,
+    to_input,
+)
 from alexnet_triton.make_sample import balanced, write_idx
 
 FULL = Path("/usr/share/datasets/fashion-mnist")
@@ -158,20 +167,17 @@ def test_resize_is_torchvisions() -> None:
     assert torch.equal(to_input(images, 28)[:, 0], images.float() / 255)
 
 
-def test_batches_hold_every_image_once_in_an_order_of_the_seed() -> None:
-    split = load_fashion_mnist("sample").train.limited(50)
-    split = data.Split(split.images, torch.arange(50))
-
-    def order(seed: int | None) -> list[int]:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        parts = list(batches(split, 16, 28, torch.device("cpu"), generator))
-        assert [len(labels) for _, labels in parts] == [16, 16, 16, 2]
-        return torch.cat([labels for _, labels in parts]).tolist()
-
-    assert order(None) == list(range(50))
-    assert sorted(order(1)) == list(range(50))
-    assert order(1) == order(1)
-    assert order(1) != order(2)
+def test_augmentations_fill_their_ranges_and_follow_the_seed() -> None:
+    torch.manual_seed(5)
+    offset, flip, brightness, contrast = draw_augmentation(500, torch.device("cpu"))
+    assert set(offset.flatten().tolist()) == set(range(-SHIFT, SHIFT + 1))
+    assert 0.4 < flip.float().mean() < 0.6
+    for factor in (brightness, contrast):
+        assert FACTORS[0] <= factor.min() < FACTORS[0] + 0.01
+        assert FACTORS[1] - 0.01 < factor.max() <= FACTORS[1]
+    assert not torch.equal(brightness, contrast)
+    torch.manual_seed(5)
+    assert torch.equal(draw_augmentation(500, torch.device("cpu")).contrast, contrast)
 
 
 def test_read_idx_takes_labels_too(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,58 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from alexnet_triton import fuse, reference_lenet, training
+from alexnet_triton import FusedSequential, reference_lenet, training
 from alexnet_triton.data import load_fashion_mnist, to_input
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
-from alexnet_triton.training import CheckpointError, EpochMetrics, evaluate, load_checkpoint, measure_speed, new_model
+from alexnet_triton.training import (
+    CheckpointError,
+    EpochMetrics,
+    Trainer,
+    evaluate,
+    float32_products,
+    load_checkpoint,
+    measure_speed,
+    new_model,
+)
+from kernels.precision import conv_input_precision, matmul_input_precision
 
 CPU = torch.device("cpu")
+
+#: ttsem pretends that there is a GPU, but can capture nothing.
+HAS_GPU = torch.cuda.is_available() and "ttsem" not in sys.modules
+needs_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def _pytorch_where_kernels_are_slow() -> Iterator[None]:
+    """Training is tested on PyTorch's operations unless a test asks for the kernels or a GPU runs them."""
+    with kernels.use_backend("auto" if HAS_GPU else "torch"):
+        yield
+
+
+def small_net(dropout: float = 0.0) -> FusedSequential:
+    """Every kind of layer of AlexNet, for images of 28 x 28."""
+    return FusedSequential(
+        nn.Conv2d(1, 8, 5, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Flatten(),
+        nn.Linear(8 * 5 * 5, 16),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(16, 10),
+    )
+
+
+def small_trainer(
+    device: torch.device = CPU, dtype: torch.dtype = torch.float32, dropout: float = 0.0, images: int = 40, **options
+) -> Trainer:
+    """Batches of 16, so that 40 images are two batches and a half; the same weights every time."""
+    torch.manual_seed(7)
+    net = small_net(dropout).to(device=device, dtype=dtype)
+    split = load_fashion_mnist("sample").train.limited(images)
+    return Trainer(net, split, **{"batch_size": 16, "image_size": 28, "lr": 0.1, "device": device, "graph": False} | options)
 
 
 def _train(out: Path, seed: int = 0, epochs: int = 1, limit: int = 64, **options) -> tuple[nn.Module, list[EpochMetrics]]:
@@ -46,16 +93,17 @@ def test_xavier_uniform_as_d2l() -> None:
     assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
-def test_one_epoch_is_the_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", [64, 59], ids=["whole_batches", "a_smaller_last_batch"])
+def test_one_epoch_is_the_plain_loop(images: int, tmp_path: Path) -> None:
     """Loss, accuracy and weights of an epoch against a loop written out."""
-    net, (metrics,) = _train(tmp_path, seed=3)
+    net, (metrics,) = _train(tmp_path, seed=3, limit=images)
     data = load_fashion_mnist("sample")
-    train, test = data.train.limited(64), data.test.limited(50)
+    train, test = data.train.limited(images), data.test.limited(50)
     torch.manual_seed(3)
     plain = reference_lenet().apply(init_xavier_uniform)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.9)
     loss_sum, right = 0.0, 0
-    for index in torch.randperm(64, generator=torch.Generator().manual_seed(3)).split(16):
+    for index in torch.randperm(images, generator=torch.Generator().manual_seed(3)).split(16):
         logits = plain(to_input(train.images[index], 28))
         loss = F.cross_entropy(logits, train.labels[index])
         optimizer.zero_grad()
@@ -63,8 +111,8 @@ def test_one_epoch_is_the_plain_loop(tmp_path: Path) -> None:
         optimizer.step()
         loss_sum += loss.item() * len(index)
         right += int((logits.argmax(1) == train.labels[index]).sum())
-    assert metrics.loss == pytest.approx(loss_sum / 64, rel=1e-5)
-    assert metrics.train_acc == pytest.approx(right / 64)
+    assert metrics.loss == pytest.approx(loss_sum / images, rel=1e-5)
+    assert metrics.train_acc == pytest.approx(right / images)
     with torch.no_grad():
         predicted = plain(to_input(test.images, 28)).argmax(1)
     assert metrics.test_acc == pytest.approx((predicted == test.labels).double().mean().item())
@@ -161,57 +209,200 @@ def test_curves_are_a_picture(tmp_path: Path) -> None:
     assert picture[..., :3].std() > 0.05
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype) -> None:
-    """It learns as float32 does, and the checkpoint holds the masters, not the rounded weights."""
-    data = load_fashion_mnist("sample").train.limited(96)
-    losses = {}
-    for precision in (torch.float32, dtype):
-        net = new_model("lenet", 0, CPU, precision)
-        trainer = training.Trainer(net, data, batch_size=16, image_size=28, lr=0.5, device=CPU, graph=False)
-        with kernels.use_backend("torch"):
-            losses[precision] = [trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(2)]
-    assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.03)
-    weights = trainer.float32_weights()
-    assert all(value.dtype == torch.float32 for value in weights.values())
-    rounded = net.state_dict()
-    assert all(torch.equal(weights[key].to(dtype), rounded[key]) for key in weights)
-    assert any(not torch.equal(weights[key], rounded[key].float()) for key in weights)
-    training.save_checkpoint(tmp_path / "checkpoint.pt", weights, "lenet", [])
-    loaded, *_ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
-    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+def test_an_epoch_sees_every_image_once_in_an_order_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small_trainer()
+
+    def order(seed: int) -> list[int]:
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(trainer, "step", seen.append)
+        trainer.epoch(torch.Generator().manual_seed(seed))
+        assert [len(index) for index in seen] == [16, 16, 8]
+        return torch.cat(seen).tolist()
+
+    assert sorted(order(1)) == list(range(40))
+    assert order(1) == order(1)
+    assert order(1) != order(2)
 
 
-def test_a_graph_needs_cuda() -> None:
-    data = load_fashion_mnist("sample").train.limited(16)
+def _state(trainer: Trainer) -> list[torch.Tensor]:
+    masters = [trainer.optimizer.state[p].get("master", p) for p in trainer.net.parameters()]
+    return [t.detach().float().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("triton", torch.bfloat16, marks=pytest.mark.slow),
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        ("torch", torch.float32),
+    ],
+    ids=str,
+)
+def test_a_warm_up_leaves_no_trace(backend: str, dtype: torch.dtype) -> None:
+    """What follows it is what would have come without it: weights, masters, sums and random numbers."""
+    after = []
+    device = torch.device("cuda" if HAS_GPU and backend == "triton" else "cpu")
+    with kernels.use_backend(backend):  # type: ignore[arg-type]
+        for warm_up in (False, True):
+            trainer = small_trainer(device, dtype, dropout=0.5, images=10, batch_size=4)
+            if warm_up:
+                before = _state(trainer)
+                trainer.warm_up()
+                assert all(torch.equal(a, b) for a, b in zip(_state(trainer), before, strict=True))
+                assert all(p.grad is None for p in trainer.net.parameters())
+            trainer.epoch(torch.Generator(device).manual_seed(0))
+            after.append(_state(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert trainer.loss_sum > 0
+
+
+def test_full_batches_are_replayed_and_the_last_one_is_not() -> None:
+    """With the step itself in place of its capture: the batch reaches it through the tensor that a graph would read."""
+    eager, replayed = small_trainer(), small_trainer()
+    replays = 0
+
+    def replay() -> None:
+        nonlocal replays
+        replays += 1
+        replayed.step(replayed.index)
+
+    replayed.replay = replay
+    results = [t.epoch(torch.Generator().manual_seed(1))[:2] for t in (eager, replayed)]
+    assert results[0] == results[1]
+    assert replays == 2
+    assert all(torch.equal(a, b) for a, b in zip(_state(eager), _state(replayed), strict=True))
+
+
+def test_a_graph_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu"):
-        training.Trainer(new_model("lenet", 0, CPU), data, batch_size=8, image_size=28, lr=0.1, device=CPU, graph=True)
+        small_trainer(graph=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_captured_step_is_the_eager_step(dtype: torch.dtype) -> None:
-    """The same bits after two epochs with a smaller last batch; the capture itself changes nothing."""
-    cuda = torch.device("cuda")
-    data = load_fashion_mnist("sample").train.limited(150)
+def test_progress_does_not_read_the_loss_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    trainer = small_trainer()
+    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", 1e9)
+    loss, _, _ = trainer.epoch(torch.Generator().manual_seed(1), lambda *told: seen.append(told))  # type: ignore[arg-type,func-returns-value]
+    ((images, shown, speed),) = seen  # type: ignore[misc]
+    assert (images, shown) == (40, loss)
+    assert speed > 0
+    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", -1.0)
+    seen.clear()
+    trainer.epoch(torch.Generator().manual_seed(1), lambda images, *_: seen.append(images))
+    assert seen == [16, 32, 40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
+    """Loss and weights after two epochs: with the loss scaled or not, and kept in float32 where the parameters cannot."""
+    exact, half = small_trainer(), small_trainer(dtype=dtype)
+    for epoch in range(2):
+        losses = [t.epoch(torch.Generator().manual_seed(epoch))[0] for t in (exact, half)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    start = {k: v.to(dtype).float() for k, v in small_trainer().net.state_dict().items()}
+    ours, theirs = half.float32_weights(), exact.float32_weights()
+    assert ours.keys() == theirs.keys() == half.net.state_dict().keys()
+    for key, weight in ours.items():
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.to(dtype).float())  # the masters, not the parameters
+        assert torch.equal(weight.to(dtype), half.net.state_dict()[key])
+        moved = theirs[key] - start[key]
+        assert (weight - theirs[key]).norm() < 0.2 * moved.norm()
+
+
+def test_a_half_precision_checkpoint_is_float32_and_loads_anywhere(tmp_path: Path) -> None:
+    data = load_fashion_mnist("sample")
+    net = new_model("lenet", 0, CPU, torch.bfloat16)
+    arguments = {"model": "lenet", "epochs": 1, "batch_size": 16, "lr": 0.9, "seed": 0, "device": CPU, "out": tmp_path}
+    ready: list[bool] = []
+    training.train(net, data.train.limited(32), data.test.limited(20), on_ready=lambda: ready.append(True), **arguments)
+    assert ready == [True]
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert {w.dtype for w in content["state_dict"].values()} == {torch.float32}
+    loaded, _, _ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
+    for key, weight in loaded.state_dict().items():
+        assert torch.equal(weight.bfloat16(), net.state_dict()[key])
+
+
+def test_augmented_images_are_others_at_every_step() -> None:
+    """Weights stand still: the losses of one batch differ just where images are drawn anew."""
+    for augment in (False, True):
+        trainer = small_trainer(lr=0.0, images=16, augment=augment)
+        losses = {trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(3)}
+        assert len(losses) == (3 if augment else 1)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")])
+def test_tf32_is_switched_for_the_run_only(precision: str, expected: str) -> None:
+    def now() -> tuple[str, str]:
+        return conv_input_precision(torch.float32), matmul_input_precision(torch.float32)
+
+    before = now()
+    with float32_products(precision):
+        assert now() == (expected, expected)
+    assert now() == before
+    with pytest.raises(KeyError), float32_products("tf32"):
+        raise KeyError
+    assert now() == before
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
+    """Three epochs with a smaller last batch each; no dropout, whose draws need not be the same."""
+    trainers = [small_trainer(torch.device("cuda"), dtype, graph=graph) for graph in (False, True)]
+    assert trainers[0].replay is None
+    assert trainers[1].replay is not None
     results = []
-    for graph in (False, True):
-        net = new_model("lenet", 0, cuda, dtype)
-        trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.5, device=cuda, graph=graph)
-        generator = torch.Generator(cuda).manual_seed(0)
-        epochs = [trainer.epoch(generator)[:2] for _ in range(2)]
-        results.append((epochs, trainer.float32_weights()))
-    (eager, eager_weights), (captured, captured_weights) = results
-    assert eager == captured
-    assert all(torch.equal(value, captured_weights[key]) for key, value in eager_weights.items())
+    for trainer in trainers:
+        generator = torch.Generator("cuda").manual_seed(1)
+        results.append([trainer.epoch(generator)[:2] for _ in range(3)])
+    assert results[0] == results[1]
+    assert results[0][0] != results[0][2]
+    assert all(torch.equal(a, b) for a, b in zip(*map(_state, trainers), strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_dropout_draws_anew_in_each_replay() -> None:
+@needs_a_gpu
+@pytest.mark.parametrize("random", ["nothing", "dropout", "augment"])
+def test_replays_draw_anew(random: str) -> None:
+    """One batch again and again with weights that stand still: its loss changes just where something is drawn."""
     cuda = torch.device("cuda")
-    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10)).to(cuda)
-    net = fuse(net)
-    data = load_fashion_mnist("sample").train.limited(64)
-    trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.0, device=cuda, graph=True)
-    same_order = [trainer.epoch(torch.Generator(cuda).manual_seed(0))[0] for _ in range(3)]
-    assert len(set(same_order)) == 3
+    trainer = small_trainer(
+        cuda, dropout=0.5 * (random == "dropout"), augment=random == "augment", lr=0.0, images=16, graph=True
+    )
+    assert trainer.replay is not None
+    losses = []
+    for _ in range(4):
+        trainer.loss_sum.zero_()
+        trainer.replay()
+        losses.append(trainer.loss_sum.item())
+    assert len(set(losses)) == (1 if random == "nothing" else 4)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_same_seed_gives_the_same_bits_on_the_gpu(graph: bool) -> None:
+    runs = []
+    for _ in range(2):
+        trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=True, graph=graph)
+        generator = torch.Generator("cuda").manual_seed(1)
+        runs.append([trainer.epoch(generator)[:2] for _ in range(2)])
+    assert runs[0] == runs[1]
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_no_step_waits_for_the_gpu(graph: bool) -> None:
+    trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=True, graph=graph)
+    index = torch.arange(16, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            if trainer.replay is not None:
+                trainer.index.copy_(index)
+                trainer.replay()
+            trainer.step(index[:8])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.loss_sum.item() > 0

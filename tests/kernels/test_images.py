@@ -1,0 +1,183 @@
+"""From uint8 images to a network's input: against F.interpolate, torchvision, and every argument."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tv
+
+from kernels import Augmentation, gather_resize, launch, use_backend
+from kernels.images import gather_resize_reference
+
+from ..conftest import DEVICE
+from ..oracle import assert_within_tolerance, dtype_id
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: (D, H, W), N, size: the data set's own, odd and oblong ones, a size kept, one that shrinks, a single pixel.
+SHAPES = {
+    "D9-28x28-N3-S224": ((9, 28, 28), 3, 224),
+    "D5-28x28-N7-S28": ((5, 28, 28), 7, 28),
+    "D4-13x7-N5-S31": ((4, 13, 7), 5, 31),
+    "D3-28x30-N2-S11": ((3, 28, 30), 2, 11),
+    "D2-1x1-N3-S5": ((2, 1, 1), 3, 5),
+}
+
+
+def random_images(*shape: int) -> torch.Tensor:
+    """Noise, so that no two neighbours are alike."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+
+
+def random_index(n: int, depth: int) -> torch.Tensor:
+    """Some images twice, some never."""
+    return torch.randint(0, depth, (n,), device=DEVICE)
+
+
+def random_augmentation(n: int) -> Augmentation:
+    """Stronger than in training: windows that leave most of the image, factors that hit both limits."""
+    return Augmentation(
+        torch.randint(-9, 10, (n, 2), dtype=torch.int32, device=DEVICE),
+        torch.arange(n, device=DEVICE) % 2 == 0,
+        torch.rand(n, device=DEVICE) * 2,
+        torch.rand(n, device=DEVICE) * 3,
+    )
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values(shape: str, dtype: torch.dtype, augmented: bool) -> None:
+    (depth, height, width), n, size = SHAPES[shape]
+    images, index = random_images(depth, height, width), random_index(n, depth)
+    augmentation = random_augmentation(n) if augmented else None
+    got = gather_resize(images, index, size, mean=0.3, std=0.4, dtype=dtype, augmentation=augmentation)
+    peer, exact = (
+        gather_resize_reference(images, index, size, mean=0.3, std=0.4, dtype=d, augmentation=augmentation)
+        for d in (dtype, torch.float64)
+    )
+    assert_within_tolerance("output", got, peer, exact)
+    assert got.is_contiguous()
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+def test_blocks_that_end_inside_an_image(augmented: bool, launches: list[str]) -> None:
+    """Tiles of 128 pixels: 13 x 13 has a ragged second one, and the window is summed in several."""
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    augmentation = random_augmentation(4) if augmented else None
+    got = gather_resize(images, index, 13, augmentation=augmentation)
+    assert launches == ["_gather_resize_kernel"]
+    peer, exact = (
+        gather_resize_reference(images, index, 13, dtype=d, augmentation=augmentation) for d in (torch.float32, torch.float64)
+    )
+    assert_within_tolerance("output", got, peer, exact)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_resize_is_pytorchs_and_torchvisions(backend: str) -> None:
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    with use_backend(backend):  # type: ignore[arg-type]
+        got = gather_resize(images, index, 224)
+    scaled = images[index].unsqueeze(1).float() / 255
+    torch.testing.assert_close(got, F.interpolate(scaled, (224, 224), mode="bilinear"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, tv.resize(scaled, [224, 224], antialias=True), rtol=0, atol=1e-6)
+    rounded = tv.resize(images[index].unsqueeze(1), [224, 224], antialias=True).float() / 255
+    assert (got - rounded).abs().max() <= 1 / 255 + 1e-6  # one step of uint8, and float32's own rounding
+
+
+def test_a_size_kept_is_a_division_bit_for_bit() -> None:
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    assert torch.equal(gather_resize(images, index, 28)[:, 0], images[index].float() / 255)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_augmentation_is_torchvisions(backend: str) -> None:
+    """The same parameters, one image after the other, in torchvision's own functions."""
+    images, index, augmentation = random_images(6, 28, 28), random_index(5, 6), random_augmentation(5)
+    with use_backend(backend):  # type: ignore[arg-type]
+        got = gather_resize(images, index, 56, augmentation=augmentation)
+    for n in range(5):
+        image = images[index[n]].unsqueeze(0).float() / 255
+        image = tv.crop(image, *augmentation.offset[n].tolist(), 28, 28)
+        if augmentation.flip[n]:
+            image = tv.horizontal_flip(image)
+        image = tv.adjust_brightness(image, augmentation.brightness[n].item())
+        image = tv.adjust_contrast(image, augmentation.contrast[n].item())
+        torch.testing.assert_close(got[n], tv.resize(image, [56, 56]), rtol=0, atol=1e-5)
+
+
+def test_an_augmentation_that_changes_nothing() -> None:
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    ones = torch.ones(4, device=DEVICE)
+    nothing = Augmentation(torch.zeros(4, 2, dtype=torch.int32, device=DEVICE), ones == 0, ones, ones)
+    assert torch.equal(gather_resize(images, index, 56, augmentation=nothing), gather_resize(images, index, 56))
+
+
+def test_any_strides() -> None:
+    images = random_images(28, 6, 56).permute(1, 0, 2)[..., ::2]
+    index = random_index(8, 6)[::2]
+    assert torch.equal(gather_resize(images, index, 30), gather_resize(images.contiguous(), index.contiguous(), 30))
+
+
+def test_offsets_of_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, index = random_images(6, 28, 28), random_index(3, 6)
+    expected = gather_resize(images, index, 30)
+    monkeypatch.setattr(launch, "force_int64", True)
+    assert torch.equal(gather_resize(images, index, 30), expected)
+
+
+def test_an_index_outside_is_an_image_of_nan_and_touches_no_memory() -> None:
+    """The guard of the suite would raise on the access."""
+    images = random_images(3, 28, 28)
+    index = torch.tensor([0, 3, -1, 2**40, 2], device=DEVICE)
+    for augmentation in (None, random_augmentation(5)):
+        with use_backend("triton"):
+            got = gather_resize(images, index, 30, augmentation=augmentation)
+        assert got.isnan().flatten(1).all(1).tolist() == [False, True, True, True, False]
+        assert not got[[0, 4]].isnan().any()
+
+
+def test_no_images() -> None:
+    assert gather_resize(random_images(3, 28, 28), random_index(0, 3), 56).shape == (0, 1, 56, 56)
+
+
+IMAGES, INDEX = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+ONES = torch.ones(2)
+GOOD = {"images": IMAGES, "index": INDEX, "size": 8}
+SOME = Augmentation(torch.zeros(2, 2, dtype=torch.int32), ONES > 0, ONES, ONES)
+BAD = {
+    "images_dtype": ({"images": IMAGES.float()}, TypeError, r"images must be uint8, got torch\.float32"),
+    "images_rank": ({"images": IMAGES[:, None]}, ValueError, r"images must have shape \(D, H, W\)"),
+    "no_pixels": ({"images": IMAGES[:, :0]}, ValueError, "H and W at least 1"),
+    "index_dtype": ({"index": INDEX.int()}, TypeError, "index must be int64"),
+    "index_rank": ({"index": INDEX[:, None]}, ValueError, "index must have one dimension"),
+    "size": ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+    "size_type": ({"size": 8.0}, TypeError, "size must be an int"),
+    "std": ({"std": 0.0}, ValueError, "std finite and above 0"),
+    "mean": ({"mean": float("nan")}, ValueError, "mean must be finite"),
+    "dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32, float16 or bfloat16"),
+    "offset": ({"augmentation": SOME._replace(offset=SOME.offset.long())}, TypeError, "offset must be torch.int32"),
+    "flip": ({"augmentation": SOME._replace(flip=SOME.flip[:1])}, ValueError, r"flip must have shape \(2,\), got \(1,\)"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_named(bad: str, launches: list[str]) -> None:
+    arguments, error, message = BAD[bad]
+    with pytest.raises(error, match=message):
+        gather_resize(**(GOOD | arguments))
+    assert launches == []
+
+
+@pytest.mark.skipif("ttsem" in sys.modules, reason="ttsem says of every tensor that it is on its one pretend GPU")
+def test_another_device_is_named(launches: list[str]) -> None:
+    with pytest.raises(ValueError, match="index must be on the device of images"):
+        gather_resize(IMAGES, INDEX.to("meta"), 8)
+    with pytest.raises(ValueError, match=r"augmentation\.contrast must be on the device of images"):
+        gather_resize(IMAGES, INDEX, 8, augmentation=SOME._replace(contrast=ONES.to("meta")))
+    assert launches == []
