@@ -78,6 +78,7 @@ class CompiledLaunch:
     shared_bytes: int
     tensor_core_ops: dict[str, int]
     tma_loads: int
+    register_operands: int  # tiles that a loop moves from shared memory into registers
     float_atomics: int
     has_dot: bool
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
@@ -137,6 +138,12 @@ def offline_target(capability: int) -> Iterator[None]:
             triton.runtime.driver.reset_active()
 
 
+def _in_loops(ttgir: str) -> str:
+    """From the first loop's beginning to the last one's end; empty without a loop."""
+    first, last = ttgir.find("scf.for"), ttgir.rfind("scf.yield")
+    return ttgir[first:last] if 0 <= first < last else ""
+
+
 def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
     """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
     compiled = kernel.warmup(grid=grid, **arguments)
@@ -155,6 +162,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         shared_bytes=compiled.metadata.shared,
         tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
         tma_loads=ptx.count("cp.async.bulk.tensor"),
+        register_operands=_in_loops(compiled.asm["ttgir"]).count("ttg.local_load"),
         float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
         has_dot="tt.dot" in compiled.asm["ttir"],
         int32_program_products=int32_program_products(compiled.asm["ttir"]),

@@ -15,6 +15,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from kernels.config import TABLES
+
 from .audit import COMMITTED, total_rows
 from .networks import OURS
 from .report import RESULTS
@@ -241,12 +243,33 @@ def replace_between(text: str, name: str, content: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
+def tuned_markdown(table: dict[str, Any]) -> str:
+    """What ``alexnet-triton tune`` measured on one GPU: each pass of each layer beside PyTorch's, in microseconds."""
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for key, measured in table["measured"].items():
+        operation, size, *_ = key.split()
+        pass_ = operation.rsplit("_", 1)[1]
+        # What a linear layer's pass calls m is the batch, but for the weight gradient, whose reduction it is.
+        batch = int((key.split()[3] if operation == "linear_wgrad" else size)[1:])
+        ours, theirs = 1e3 * measured["ms"], 1e3 * measured["pytorch_ms"]
+        rows.setdefault((measured["layer"], batch), {})[pass_] = f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
+    lines = [
+        (f"{layer}, batch {batch}", *map(row.get, ("fprop", "dgrad", "wgrad"))) for (layer, batch), row in sorted(rows.items())
+    ]
+    versions = table["versions"]
+    title = (
+        f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['dtype']}, {table['date'][:10]}: "
+        "ours / PyTorch (how many times as fast), microseconds"
+    )
+    return f"{title}\n\n{markdown_table(('layer', 'forward', 'input gradient', 'weight gradient'), lines)}"
+
+
 #: The audit's cases that the README shows.
 README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-infer")
 
 
 def readme(text: str, results: Iterable[Path]) -> str:
-    """The README with its tables rebuilt: the audit's, and the whole-network table of each real result."""
+    """The README with its tables rebuilt: the audit's, the whole-network table of each real result, each GPU's tuned passes."""
     committed = json.loads(COMMITTED.read_text())
     text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in README_AUDIT}))
     tables = []
@@ -256,7 +279,9 @@ def readme(text: str, results: Iterable[Path]) -> str:
             raise ValueError(f"{path}: its times are fake and belong into no README")
         tables.append(f"{_title(content)} (`{path.name}`):\n\n{step_table(content)}")
     nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
-    return replace_between(text, "results", "\n\n".join(tables) or nothing)
+    text = replace_between(text, "results", "\n\n".join(tables) or nothing)
+    tuned = [tuned_markdown(json.loads(path.read_text())) for path in sorted(TABLES.glob("*.json"))]
+    return replace_between(text, "tuned", "\n\n".join(tuned) or "No GPU has been tuned for yet.")
 
 
 def stored_results() -> list[Path]:

@@ -396,7 +396,7 @@ def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: 
 
     while tiles() * max(1, steps // 4) < _MULTIPROCESSORS and config["BLOCK_N"] > 32:  # too short to split: smaller tiles
         config["BLOCK_N"] //= 2
-    if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 128 and dtype != torch.float32:
+    if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 64 and dtype != torch.float32:
         config["num_warps"] = 4
     return config | {"SPLIT": max(1, min(2 * _MULTIPROCESSORS // max(tiles(), 1), steps // 4))}
 

@@ -126,7 +126,6 @@ BAD = {
     "device": (["train", "--data", "sample", "--device", "gpu"], 2, "'gpu' is no usable device"),
     "model": (["train", "--model", "vgg"], 2, "vgg"),
     "batch_size": (["train", "--batch-size", "0"], 2, "--batch-size"),
-    "graph": (["train", "--data", "sample", "--device", "cpu", "--graph"], 2, "a CUDA graph needs a CUDA device, not cpu"),
     "dtype": (["train", "--dtype", "float64"], 2, "float64"),
     "limit": (["train", "--limit", "0"], 2, "--limit"),
     "checkpoint": (["evaluate", "/nowhere.pt"], 1, "/nowhere.pt: no such file"),
@@ -149,3 +148,10 @@ def test_triton_backend_without_a_gpu_says_what_to_do(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "TRITON_INTERPRET=1" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_graph_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    result = run("train", "--graph", *SHORT, "--out", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert "a CUDA graph needs a CUDA device, not cpu" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -19,6 +19,19 @@ ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+#: Kernels that load through tensor descriptors and multiply: half precision on sm_90 and later.
+DESCRIPTOR_PRODUCTS = {
+    "_conv2d_images_kernel",
+    "_conv2d_box_kernel",
+    "_conv2d_images_wgrad_kernel",
+    "_conv2d_stem_kernel",
+    "_conv2d_stem_wgrad_kernel",
+    "_matmul_descriptor_kernel",
+}
+#: And what prepares their operands or adds up their parts.
+DESCRIPTOR_KERNELS = DESCRIPTOR_PRODUCTS | {"_space_to_depth_kernel", "_fold_filter_kernel", "_unfold_filter_kernel"}
+
+
 def _compile(*arguments: str) -> list[dict]:
     """In a process of its own, since this one may run the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -44,7 +57,9 @@ def kernel_names() -> set[str]:
 
 def test_every_kernel_is_compiled_in_every_dtype(launches: list[dict]) -> None:
     for dtype in DTYPES:
-        assert {r["kernel"] for r in launches if r["dtype"] == dtype} == kernel_names()
+        general = launches[0]["arch"] == "sm_80" or dtype == "float32"
+        expected = kernel_names() - (DESCRIPTOR_KERNELS if general else set())
+        assert {r["kernel"] for r in launches if r["dtype"] == dtype} == expected
 
 
 def test_no_spills(launches: list[dict]) -> None:
@@ -59,8 +74,15 @@ def test_half_precision_products_run_on_tensor_cores(launches: list[dict]) -> No
         "_conv2d_dgrad_kernel",
         "_conv2d_wgrad_kernel",
         "_matmul_kernel",
-    }
+    } | (DESCRIPTOR_PRODUCTS if launches[0]["arch"] != "sm_80" else set())
     assert [r for r in products if not r["tensor_core_ops"].get(wanted[r["arch"]])] == []
+
+
+def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
+    """Bulk copies, and no operand on a way through registers, where Triton 3.6 lets it be overwritten too early."""
+    records = [r for r in launches if r["kernel"] in DESCRIPTOR_PRODUCTS]
+    assert bool(records) == (launches[0]["arch"] != "sm_80")
+    assert [r for r in records if not r["tma_loads"] or r["register_operands"]] == []
 
 
 def test_shared_memory_fits(launches: list[dict]) -> None:
@@ -74,7 +96,7 @@ def test_no_float_atomics(launches: list[dict]) -> None:
 
 def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
     """Also no spills there: twice as wide offsets need twice the registers."""
-    records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide")
+    records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide", "--batch", "128")
     assert {r["kernel"] for r in records} == kernel_names()
     assert [r for r in records if r["int32_program_products"]] == []
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []

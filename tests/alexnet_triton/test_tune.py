@@ -1,0 +1,92 @@
+"""The tables of tuned configurations: what may be in one, who reads it, what a candidate must fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from alexnet_triton import tune
+from alexnet_triton.cli import app
+from kernels import config
+
+H100 = "h100-80gb-hbm3"
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of tables, read as on the H100 of the committed one."""
+    monkeypatch.setattr(config, "TABLES", tmp_path)
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    monkeypatch.setattr(config, "capability", lambda device: 90)
+    config.read_table.cache_clear()
+    yield tmp_path
+    config.read_table.cache_clear()
+
+
+def _write(folder: Path, configs: object) -> None:
+    (folder / f"{H100}.json").write_text(json.dumps({"configs": configs}))
+
+
+def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None:
+    cpu, shape = torch.device("cpu"), (128, 12, 12, 256, 384, 3, 3)
+    rule = config.conv2d_images_config(cpu, "conv2d_fprop", *shape)
+    assert rule["num_stages"] != 2
+    _write(tables, {config.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "of another kernel": 7}})
+    config.read_table.cache_clear()
+    assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
+    with config.untuned():
+        assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule
+    with config.override(num_stages=5):
+        assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape)["num_stages"] == 5
+    other = (64, *shape[1:])
+    assert config.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"configs": {"a": {"b": "c"}}}', '{"configs": 3}', "{}"])
+def test_a_broken_table_is_named(content: str, tables: Path) -> None:
+    (tables / f"{H100}.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{H100}\.json: not a table of tuned configurations"):
+        config.tuned(torch.device("cpu"), "anything")
+
+
+def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
+    """What is read at each launch can only be what was verified and measured."""
+    table = json.loads((config.TABLES / f"{H100}.json").read_text())
+    known = {job.key: job for job in tune.jobs((128,))}
+    assert set(table["configs"]) == set(known) == set(table["measured"])
+    for key, values in table["configs"].items():
+        assert values in known[key].candidates()
+        assert table["measured"][key]["wrong"] == 0
+
+
+@pytest.mark.parametrize("batch", [1, 7, 128, 1024])
+def test_every_pass_has_candidates(batch: int) -> None:
+    for job in tune.jobs((batch,)):
+        few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
+        assert few_images or len(job.candidates()) > 3, job
+
+
+def test_entries_of_another_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    path = tmp_path / "configs" / "gpu.json"
+    for batch in (128, 64):
+        job = tune.Job("conv3", "fprop", batch)
+        tune.write_table([tune.Tuned(job, 2.0, 1.0, 3.0, {"BLOCK_M": batch}, [], [(1.0, {})])], torch.bfloat16, path)
+    content = json.loads(path.read_text())
+    assert [content["configs"][tune.Job("conv3", "fprop", batch).key] for batch in (128, 64)] == [
+        {"BLOCK_M": 128},
+        {"BLOCK_M": 64},
+    ]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
+def test_the_command_needs_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["tune"])
+    assert result.exit_code == 1
+    assert "tune needs a CUDA GPU" in result.output
+    assert "no layer 'conv9'" in CliRunner().invoke(app, ["tune", "--layer", "conv9"]).output
