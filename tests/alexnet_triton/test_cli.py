@@ -126,7 +126,6 @@ BAD = {
     "device": (["train", "--data", "sample", "--device", "gpu"], 2, "'gpu' is no usable device"),
     "model": (["train", "--model", "vgg"], 2, "vgg"),
     "batch_size": (["train", "--batch-size", "0"], 2, "--batch-size"),
-    "graph": (["train", "--data", "sample", "--device", "cpu", "--graph"], 2, "a CUDA graph needs a CUDA device, not cpu"),
     "dtype": (["train", "--dtype", "float64"], 2, "float64"),
     "limit": (["train", "--limit", "0"], 2, "--limit"),
     "checkpoint": (["evaluate", "/nowhere.pt"], 1, "/nowhere.pt: no such file"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from alexnet_triton import FusedSequential, reference_lenet, training
+from alexnet_triton import FusedSequential, fuse, reference_lenet, training
 from alexnet_triton.data import load_fashion_mnist, to_input
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
@@ -274,11 +274,6 @@ def test_full_batches_are_replayed_and_the_last_one_is_not() -> None:
     assert all(torch.equal(a, b) for a, b in zip(_state(eager), _state(replayed), strict=True))
 
 
-def test_a_graph_on_the_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu"):
-        small_trainer(graph=True)
-
-
 def test_progress_does_not_read_the_loss_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     trainer = small_trainer()
@@ -406,3 +401,59 @@ def test_no_step_waits_for_the_gpu(graph: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.loss_sum.item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype) -> None:
+    """It learns as float32 does, and the checkpoint holds the masters, not the rounded weights."""
+    data = load_fashion_mnist("sample").train.limited(96)
+    losses = {}
+    for precision in (torch.float32, dtype):
+        net = new_model("lenet", 0, CPU, precision)
+        trainer = training.Trainer(net, data, batch_size=16, image_size=28, lr=0.5, device=CPU, graph=False)
+        with kernels.use_backend("torch"):
+            losses[precision] = [trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(2)]
+    assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.03)
+    weights = trainer.float32_weights()
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    rounded = net.state_dict()
+    assert all(torch.equal(weights[key].to(dtype), rounded[key]) for key in weights)
+    assert any(not torch.equal(weights[key], rounded[key].float()) for key in weights)
+    training.save_checkpoint(tmp_path / "checkpoint.pt", weights, "lenet", [])
+    loaded, *_ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+
+
+def test_a_graph_needs_cuda() -> None:
+    data = load_fashion_mnist("sample").train.limited(16)
+    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu"):
+        training.Trainer(new_model("lenet", 0, CPU), data, batch_size=8, image_size=28, lr=0.1, device=CPU, graph=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_captured_step_is_the_eager_step(dtype: torch.dtype) -> None:
+    """The same bits after two epochs with a smaller last batch; the capture itself changes nothing."""
+    cuda = torch.device("cuda")
+    data = load_fashion_mnist("sample").train.limited(150)
+    results = []
+    for graph in (False, True):
+        net = new_model("lenet", 0, cuda, dtype)
+        trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.5, device=cuda, graph=graph)
+        generator = torch.Generator(cuda).manual_seed(0)
+        epochs = [trainer.epoch(generator)[:2] for _ in range(2)]
+        results.append((epochs, trainer.float32_weights()))
+    (eager, eager_weights), (captured, captured_weights) = results
+    assert eager == captured
+    assert all(torch.equal(value, captured_weights[key]) for key, value in eager_weights.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_dropout_draws_anew_in_each_replay() -> None:
+    cuda = torch.device("cuda")
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10)).to(cuda)
+    net = fuse(net)
+    data = load_fashion_mnist("sample").train.limited(64)
+    trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.0, device=cuda, graph=True)
+    same_order = [trainer.epoch(torch.Generator(cuda).manual_seed(0))[0] for _ in range(3)]
+    assert len(set(same_order)) == 3
