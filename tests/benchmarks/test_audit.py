@@ -82,7 +82,7 @@ def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
     total = 3 * sum(forward.values()) - forward["conv1"]
     assert step[0]["totals"]["useful_flops"] == total
     assert total == pytest.approx(712e9, rel=0.01)
-    # Where a tile is one pixel of many images, filter positions in the padding are not issued: 34 of 36 rows meet a 12 x 12 image.
+    # Where a tile is one pixel of many images, filter positions in the padding are not issued: 34 of 36 rows meet 12 x 12.
     images = [r for r in records if "conv2d_images" in r["kernel"]]
     assert all(r["issued_flops"] >= r["useful_flops"] for r in records if r not in images)
     assert {r["issued_flops"] for r in images if r["layer"] == "conv4"} == {2 * 128 * 384 * 384 * 34 * 34}
