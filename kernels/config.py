@@ -157,6 +157,7 @@ def _largest_divisor(n: int, high: int) -> int:
     return min(n & -n, high)
 
 
+@functools.lru_cache(maxsize=4096)
 def _two_blocks(n: int, high: int) -> tuple[int, int]:
     """Powers of 2 whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96; the second may be 0."""
     candidates = [(high, 0)] if n >= high else [(_tile(n, 16, high), 0)]
@@ -167,6 +168,7 @@ def _two_blocks(n: int, high: int) -> tuple[int, int]:
     return min(candidates, key=lambda blocks: (triton.cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
 
 
+@functools.lru_cache(maxsize=4096)
 def conv2d_box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     """Images x rows x columns, powers of 2 with the product ``pixels``, that waste the least; of these the squarest."""
     shapes = [(pixels // th // tw, th, tw) for th in _powers(pixels) for tw in _powers(pixels // th)]
