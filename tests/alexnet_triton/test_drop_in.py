@@ -26,8 +26,8 @@ from ..conftest import DEVICE
 from .test_fused import images, small_layers
 
 KERNELS_OF_A_FORWARD_PASS = [
-    *("_conv2d_fprop_kernel", "_max_pool2d_rows_fprop_kernel"),
-    *("_conv2d_fprop_kernel", "_conv2d_fprop_kernel", "_max_pool2d_rows_fprop_kernel"),
+    *("_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
+    *("_conv2d_fprop_kernel", "_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
     *["_matmul_kernel"] * 3,
 ]
 #: In training the first two linear layers drop outputs.

@@ -81,10 +81,10 @@ def test_runs(pair: tuple[nn.Sequential, FusedSequential], launches: list[str]) 
     torch.testing.assert_close(fused(x), plain(x))
     assert launches == [
         "_conv2d_fprop_kernel",
-        "_max_pool2d_rows_fprop_kernel",
+        "_max_pool2d_fprop_kernel",
         "_conv2d_fprop_kernel",
         "_conv2d_fprop_kernel",
-        "_max_pool2d_rows_fprop_kernel",
+        "_max_pool2d_fprop_kernel",
         *["_matmul_kernel"] * 3,
     ]
 

@@ -258,7 +258,7 @@ def test_the_readme_is_what_the_stored_results_give() -> None:
 
 
 def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path: Path) -> None:
-    text = "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n"
+    text = "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n<!-- tuned -->\n<!-- /tuned -->\n"
     path = tmp_path / "some-gpu.json"
     path.write_text(json.dumps(real(content, ours=2.0, eager_nchw=4.0)))
     result = render.readme(text, [path])
@@ -266,6 +266,7 @@ def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path:
     assert "2.00" in result
     assert "old" not in result
     assert "saved for backward" in result
+    assert "| conv2, batch 128 |" in result
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="fake"):
         render.readme(text, [path])
