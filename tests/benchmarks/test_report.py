@@ -258,7 +258,9 @@ def test_the_readme_is_what_the_stored_results_give() -> None:
 
 
 def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path: Path) -> None:
-    text = "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n<!-- tuned -->\n<!-- /tuned -->\n"
+    text = (
+        "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n<!-- tuned -->\n<!-- /tuned -->\n"
+    )
     path = tmp_path / "some-gpu.json"
     path.write_text(json.dumps(real(content, ours=2.0, eager_nchw=4.0)))
     result = render.readme(text, [path])
