@@ -188,11 +188,13 @@ def train_command(
             ready: list[float] = []
             torch_dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
             net = new_model(model, seed, where, torch_dtype)
-            speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
-            console.print(
-                f"{model.value} on {runs_on}: about {_duration(len(training) / speed)} an epoch "
-                f"of {len(training)} images ({speed:.1f} images/s)"
-            )
+            expected = ""
+            if not graph:  # a step that is not captured says nothing of one that is
+                speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
+                expected = (
+                    f": about {_duration(len(training) / speed)} an epoch of {len(training)} images ({speed:.1f} images/s)"
+                )
+            console.print(f"{model.value} on {runs_on}{expected}")
             console.print(
                 f"data {dataset.source} ({len(training)} train, {len(test)} test), batch {batch_size}, lr {lr}, seed {seed}"
             )

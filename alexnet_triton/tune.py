@@ -24,7 +24,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels import config, conv2d_descriptor, launch
+from kernels import config, conv2d_stem, launch
+
+from .training import float32_products
 
 Candidate = dict[str, int]
 
@@ -36,9 +38,6 @@ LAYERS = {
     "conv4": (384, 12, 384, 3, 1, 1),
     "conv5": (384, 12, 256, 3, 1, 1),
 }
-
-_SHARED_BYTES = 227 * 1024
-
 
 #: Linear layers. name: in features, out features, whether ReLU follows
 LINEAR_LAYERS = {"fc1": (6400, 4096, True), "fc2": (4096, 4096, True), "fc3": (4096, 10, False)}
@@ -72,7 +71,7 @@ class Job:
             return config.linear_key(self.pass_, *self.product)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if stride > 1:
-            fold = conv2d_descriptor.conv2d_stem_fold(c, r, stride)
+            fold = conv2d_stem.fold(c, r, stride)
             return config.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
         if self.pass_ == "dgrad":
             return config.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
@@ -112,7 +111,7 @@ def jobs(batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_L
 
 def _fits(elements: int, stages: int, accumulators: int, warps: int) -> bool:
     """Whether ``stages`` of so many half-precision elements fit shared memory, and the accumulators the registers."""
-    return stages * elements * 2 <= _SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
+    return stages * elements * 2 <= config.SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
 
 
 def _images(n: int, c: int, k: int) -> Iterator[Candidate]:
@@ -153,7 +152,7 @@ def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         programs = triton.cdiv(k, block_m) * (c // (n1 + n2)) * triton.cdiv(positions, together)
         values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         # How many programs one multiprocessor holds at once, and a little more and less than that.
-        held = min(2, _SHARED_BYTES // (stages * elements * 2))
+        held = min(2, config.SHARED_BYTES // (stages * elements * 2))
         for split in sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)}):
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
 
@@ -163,7 +162,7 @@ def _stem_fprop(columns: int) -> Iterator[Candidate]:
         ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
     ):
         values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
-        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < _SHARED_BYTES - 2**15:
+        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < config.SHARED_BYTES - 2**15:
             yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
@@ -172,7 +171,7 @@ def _stem_wgrad(n: int) -> Iterator[Candidate]:
         (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
     ):
         shared = stages * (3 * 64 + n1 + n2) * block_k * 2
-        if shared * (split // 132) < _SHARED_BYTES and block_k <= max(64, n):
+        if shared * (split // 132) < config.SHARED_BYTES and block_k <= max(64, n):
             values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
             yield values | {"num_warps": warps, "num_stages": stages}
 
@@ -334,6 +333,8 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         content["configs"][result.job.key] = result.best
         content["measured"][result.job.key] = {
             "layer": result.job.layer,
+            "pass": result.job.pass_,
+            "batch": result.job.batch,
             "ms": round(result.best_ms, 5),
             "rule_ms": round(result.rule_ms, 5),
             "pytorch_ms": round(result.peer_ms, 5),
@@ -349,11 +350,11 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
 def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
     """Tune every job and write the table to ``path`` after each."""
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
     compile_all(work, dtype)
     results = []
     for job in work:
-        result = tune_job(job, dtype)
+        with float32_products("float32"):
+            result = tune_job(job, dtype)
         results.append(result)
         write_table(results, dtype, path)
         report(result)

@@ -246,13 +246,11 @@ def replace_between(text: str, name: str, content: str) -> str:
 def tuned_markdown(table: dict[str, Any]) -> str:
     """What ``alexnet-triton tune`` measured on one GPU: each pass of each layer beside PyTorch's, in microseconds."""
     rows: dict[tuple[str, int], dict[str, str]] = {}
-    for key, measured in table["measured"].items():
-        operation, size, *_ = key.split()
-        pass_ = operation.rsplit("_", 1)[1]
-        # What a linear layer's pass calls m is the batch, but for the weight gradient, whose reduction it is.
-        batch = int((key.split()[3] if operation == "linear_wgrad" else size)[1:])
+    for measured in table["measured"].values():
         ours, theirs = 1e3 * measured["ms"], 1e3 * measured["pytorch_ms"]
-        rows.setdefault((measured["layer"], batch), {})[pass_] = f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
+        rows.setdefault((measured["layer"], measured["batch"]), {})[measured["pass"]] = (
+            f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
+        )
     lines = [
         (f"{layer}, batch {batch}", *map(row.get, ("fprop", "dgrad", "wgrad"))) for (layer, batch), row in sorted(rows.items())
     ]

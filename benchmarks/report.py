@@ -28,6 +28,8 @@ import triton
 from rich.console import Console
 from torch import Tensor
 
+from kernels.config import gpu_slug
+
 from .cases import (
     FUSED_CASES,
     PLAIN_CASES,
@@ -98,8 +100,7 @@ class Report:
     @property
     def path(self) -> Path:
         """``<gpu>.json``."""
-        name = self.content["environment"]["gpu"].lower().replace("nvidia ", "").replace(" ", "-").replace("/", "-")
-        return self.out / f"{name}.json"
+        return self.out / f"{gpu_slug(self.content['environment']['gpu'])}.json"
 
     def write(self) -> None:
         """What there is, whole: a reader never sees half a file."""

@@ -78,6 +78,18 @@ def _cuda_capability(index: int) -> int:
     return 10 * major + minor
 
 
+#: What the copy engine brings to the tensor cores in either order of rows and columns.
+HALF = (torch.float16, torch.bfloat16)
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether kernels on ``device`` may load through tensor descriptors: Hopper and data-centre Blackwell.
+
+    Not the consumer GPUs of capability 12.0, which have the engine but less than half of the shared memory.
+    """
+    return 90 <= capability(device) < 120
+
+
 def capability(device: torch.device) -> int:
     """Compute capability that kernels on ``device`` are made for, 90 for an H100.
 

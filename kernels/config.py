@@ -307,10 +307,11 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
-#: Of one H100 multiprocessor, a microsecond: half-precision products on the tensor cores (what published matrix kernels reach),
-#: bytes from the L2 cache, and of the whole GPU bytes of memory (measured).
+#: Of one H100 multiprocessor, a microsecond: FLOPs on the tensor cores (what published matrix kernels reach), bytes from the L2
+#: cache (assumed), and of the whole GPU bytes of memory.
 _FLOPS_US, _L2_BYTES_US, _MEMORY_BYTES_US = 5.2e6, 6e4, 3.0e6
-_SHARED_BYTES, _REGISTERS = 227 * 1024, 65536
+#: Of one H100 multiprocessor: bytes of shared memory that programs may use, 32-bit registers.
+SHARED_BYTES, _REGISTERS = 227 * 1024, 65536
 #: Microseconds from asking for a block of memory until it is there, and of starting and ending a program.
 _LATENCY_US, _PROGRAM_US = 1.5, 1.7
 
@@ -341,7 +342,7 @@ def linear_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, i
             if accumulators > 128 or block_m < 16 * warps or stages > max(2, triton.cdiv(steps, split)):
                 continue
             # What the stages hold, and the tile on its way out.
-            if stages * (block_m + block_n) * block_k * itemsize > _SHARED_BYTES - 2048:
+            if stages * (block_m + block_n) * block_k * itemsize > SHARED_BYTES - 2048:
                 continue
             values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
             found.append(values | {"num_warps": warps, "num_stages": stages})
@@ -362,7 +363,7 @@ def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) ->
     threads = 32 * config["num_warps"]
     step_bytes = (block_m + block_n) * block_k * itemsize
     by_registers = _REGISTERS // (threads * (block_m * block_n // threads + 48))
-    held = max(1, min(by_registers, _SHARED_BYTES // (config["num_stages"] * step_bytes)))
+    held = max(1, min(by_registers, SHARED_BYTES // (config["num_stages"] * step_bytes)))
     rounds = triton.cdiv(programs, _MULTIPROCESSORS)  # programs of the busiest multiprocessor
     step_us = max(
         2 * block_m * block_n * block_k / _FLOPS_US,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv2d_descriptor
+from . import conv2d_descriptor, conv2d_stem
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
@@ -326,8 +326,8 @@ def conv2d_fprop(
     """
     if conv2d_descriptor.takes(input, weight, stride, dilation, groups):
         return conv2d_descriptor.fprop(input, weight, bias, padding, output_size, relu)
-    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups):
-        return conv2d_descriptor.stem_fprop(input, weight, bias, stride[0], padding, output_size, relu)
+    if conv2d_stem.takes(input, weight, stride, dilation, groups):
+        return conv2d_stem.fprop(input, weight, bias, stride[0], padding, output_size, relu)
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     p, q = output_size
@@ -464,8 +464,8 @@ def conv2d_wgrad(
     if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
         conv2d_descriptor.wgrad(dz, input, dw, padding)
         return dw
-    if conv2d_descriptor.takes_stem(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        conv2d_descriptor.stem_wgrad(dz, input, dw, stride[0], padding)
+    if conv2d_stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
+        conv2d_stem.wgrad(dz, input, dw, stride[0], padding)
         return dw
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .autocast import autocast_inputs
-from .backend import capability, runs_triton
+from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_activation, check_probability, check_tensors
 from .config import linear_config, matmul_finish_config
 from .device import cast, dot, dropout_factor, program_id, relu
@@ -217,8 +217,8 @@ def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
 
 def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]] | None:
     """Both operands as rows for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
-    half = a.dtype in (torch.float16, torch.bfloat16)
-    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or capability(a.device) < 90:
+    half = a.dtype in HALF
+    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_copy_engine(a.device):
         return None
     a_rows, b_rows = _dense_side(a), _dense_side(b)
     if a_rows is None or b_rows is None:

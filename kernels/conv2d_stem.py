@@ -1,0 +1,484 @@
+"""A strided first layer of few channels, like AlexNet's 11 x 11 with stride 4, through tensor descriptors.
+
+One channel is too little for a matrix product's reduction: padded to 16 it would be computed sixteen times. So cells of
+stride x stride pixels become pixels of stride * stride * C channels (space to depth), and the convolution one of stride 1 with a filter
+of three cells a side. A row of such a filter is one piece of memory: the cells beside each other. Its positions are the
+reduction, 48 for one channel, 144 for three, and overlapping rows of the image are the operand, with no copy of them made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backend import HALF, has_copy_engine
+from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
+from .conv2d_descriptor import dense_nhwc, store_pixels
+from .device import cast, dot, program_id
+from .launch import launch, needs_int64, new_output, strides
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _space_to_depth_kernel(
+    x_ptr,  # [N, C, H, W] through its strides
+    out_ptr,  # out: [N, HS, WS, STRIDE*STRIDE*C] contiguous
+    H,
+    W,
+    HS,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    pad_h,
+    pad_w,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[n, i, j, (a * STRIDE + b) * C + c] = x[n, c, i * STRIDE + a - pad, j * STRIDE + b - pad]; one program: one (n, i)."""
+    DEPTH: tl.constexpr = STRIDE * STRIDE * C
+    pid = program_id(0, WIDE)
+    n = pid // HS
+    i = (pid % HS).to(tl.int32)
+    o_e = tl.arange(0, BLOCK)
+    o_c = o_e % C
+    h = i * STRIDE + o_e % DEPTH // C // STRIDE - pad_h
+    w = o_e // DEPTH * STRIDE + o_e // C % STRIDE - pad_w
+    m_e = o_e < WS * DEPTH
+    m_x = m_e & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    if WIDE:
+        o_c = o_c.to(tl.int64)
+    b_x = tl.load(x_ptr + n * stride_xn + o_c * stride_xc + h * stride_xh + w * stride_xw, mask=m_x, other=0.0)
+    tl.store(out_ptr + pid * (WS * DEPTH) + o_e, b_x, mask=m_e)
+
+
+@triton.jit
+def _fold_filter_kernel(
+    w_ptr,  # [K, C, R, S] through its strides
+    out_ptr,  # out: [3, K, FOLD] contiguous
+    elements,
+    K,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The filter over an input that :func:`_space_to_depth_kernel` wrote; zeros where it is longer than R x S."""
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
+    m_e = o_e < elements
+    o_f = o_e % FOLD
+    o_k = o_e // FOLD % K
+    o_c = o_f % C
+    o_s = o_f // (STRIDE * STRIDE * C) * STRIDE + o_f // C % STRIDE
+    o_r = o_e // FOLD // K * STRIDE + o_f // C // STRIDE % STRIDE
+    p_w = w_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
+    tl.store(out_ptr + o_e, tl.load(p_w, mask=m_e & (o_r < R) & (o_s < S), other=0.0), mask=m_e)
+
+
+@triton.jit
+def _conv2d_stem_kernel(
+    x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_M, BLOCK_K]
+    x2_desc,  # the same with BLOCK_K2 for BLOCK_K
+    w_desc,  # filters [3, K, FOLD], blocks [1, BLOCK_N, BLOCK_K]
+    w2_desc,  # [1, BLOCK_N, BLOCK_K2]
+    v_desc,  # [1, BLOCK_N2, BLOCK_K]
+    v2_desc,  # [1, BLOCK_N2, BLOCK_K2]
+    bias_ptr,  # [K], or unused
+    y_ptr,  # out: [N, P, Q, K] contiguous
+    N,
+    P,
+    Q,
+    K,
+    columns,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+):
+    """One program computes BLOCK_M images x some columns of one output row x BLOCK_N + BLOCK_N2 filters.
+
+    The whole filter waits in shared memory while the columns pass by: three rows of FOLD positions.
+    """
+    pid = program_id(0, WIDE)
+    blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
+    strips = tl.cdiv(Q, columns)
+    blocks_n = tl.cdiv(N, BLOCK_M)
+    k0 = (pid % blocks_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    q0 = (pid // blocks_k % strips * columns).to(tl.int32)
+    pid_n = pid // blocks_k // strips % blocks_n
+    n0 = (pid_n * BLOCK_M).to(tl.int32)
+    p = (pid // blocks_k // strips // blocks_n).to(tl.int32)
+    w_0 = w_desc.load([0, k0, 0]).reshape(BLOCK_N, BLOCK_K).T
+    w_1 = w_desc.load([1, k0, 0]).reshape(BLOCK_N, BLOCK_K).T
+    w_2 = w_desc.load([2, k0, 0]).reshape(BLOCK_N, BLOCK_K).T
+    if BLOCK_K2 > 0:
+        w2_0 = w2_desc.load([0, k0, BLOCK_K]).reshape(BLOCK_N, BLOCK_K2).T
+        w2_1 = w2_desc.load([1, k0, BLOCK_K]).reshape(BLOCK_N, BLOCK_K2).T
+        w2_2 = w2_desc.load([2, k0, BLOCK_K]).reshape(BLOCK_N, BLOCK_K2).T
+    if BLOCK_N2 > 0:
+        v_0 = v_desc.load([0, k0 + BLOCK_N, 0]).reshape(BLOCK_N2, BLOCK_K).T
+        v_1 = v_desc.load([1, k0 + BLOCK_N, 0]).reshape(BLOCK_N2, BLOCK_K).T
+        v_2 = v_desc.load([2, k0 + BLOCK_N, 0]).reshape(BLOCK_N2, BLOCK_K).T
+        if BLOCK_K2 > 0:
+            v2_0 = v2_desc.load([0, k0 + BLOCK_N, BLOCK_K]).reshape(BLOCK_N2, BLOCK_K2).T
+            v2_1 = v2_desc.load([1, k0 + BLOCK_N, BLOCK_K]).reshape(BLOCK_N2, BLOCK_K2).T
+            v2_2 = v2_desc.load([2, k0 + BLOCK_N, BLOCK_K]).reshape(BLOCK_N2, BLOCK_K2).T
+    o_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n = o_n < N
+    o_k = k0 + tl.arange(0, BLOCK_N)
+    for q in range(q0, tl.minimum(q0 + columns, Q)):
+        x_0 = x_desc.load([p, q, n0, 0]).reshape(BLOCK_M, BLOCK_K)
+        x_1 = x_desc.load([p + 1, q, n0, 0]).reshape(BLOCK_M, BLOCK_K)
+        x_2 = x_desc.load([p + 2, q, n0, 0]).reshape(BLOCK_M, BLOCK_K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = dot(x_0, w_0, acc, INPUT_PRECISION)
+        acc = dot(x_1, w_1, acc, INPUT_PRECISION)
+        acc = dot(x_2, w_2, acc, INPUT_PRECISION)
+        if BLOCK_K2 > 0:
+            x2_0 = x2_desc.load([p, q, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2)
+            x2_1 = x2_desc.load([p + 1, q, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2)
+            x2_2 = x2_desc.load([p + 2, q, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2)
+            acc = dot(x2_0, w2_0, acc, INPUT_PRECISION)
+            acc = dot(x2_1, w2_1, acc, INPUT_PRECISION)
+            acc = dot(x2_2, w2_2, acc, INPUT_PRECISION)
+        o_row = ((o_n * P + p) * Q + q) * K
+        store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, HAS_BIAS, RELU)
+        if BLOCK_N2 > 0:
+            acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+            acc2 = dot(x_0, v_0, acc2, INPUT_PRECISION)
+            acc2 = dot(x_1, v_1, acc2, INPUT_PRECISION)
+            acc2 = dot(x_2, v_2, acc2, INPUT_PRECISION)
+            if BLOCK_K2 > 0:
+                acc2 = dot(x2_0, v2_0, acc2, INPUT_PRECISION)
+                acc2 = dot(x2_1, v2_1, acc2, INPUT_PRECISION)
+                acc2 = dot(x2_2, v2_2, acc2, INPUT_PRECISION)
+            o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
+            store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, HAS_BIAS, RELU)
+
+
+@triton.jit
+def _conv2d_stem_wgrad_kernel(
+    x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_K, BLOCK_M]
+    z_desc,  # gradient before the activation [P*Q, N, K], blocks [1, BLOCK_K, BLOCK_N]
+    z2_desc,  # the same with BLOCK_N2 for BLOCK_N
+    partial_ptr,  # out: [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
+    N,
+    P,
+    Q,
+    K,
+    SPLIT,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    FOLD_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels."""
+    pid = program_id(0, WIDE)
+    pid_split = program_id(1, WIDE)
+    f0 = (pid % FOLD_BLOCKS * BLOCK_M).to(tl.int32)
+    k0 = (pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    blocks_n = tl.cdiv(N, BLOCK_K)
+    steps = P * Q * blocks_n
+    steps_per_split = tl.cdiv(steps, SPLIT)
+    first = (pid_split * steps_per_split).to(tl.int32)
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if BLOCK_N2 > 0:
+        acc2_0 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        acc2_1 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        acc2_2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+    for i in range(first, tl.minimum(first + steps_per_split, steps)):
+        n0 = i % blocks_n * BLOCK_K
+        pq = i // blocks_n
+        p = pq // Q
+        q = pq % Q
+        b_z = z_desc.load([pq, n0, k0]).reshape(BLOCK_K, BLOCK_N)
+        x_0 = x_desc.load([p, q, n0, f0]).reshape(BLOCK_K, BLOCK_M).T
+        x_1 = x_desc.load([p + 1, q, n0, f0]).reshape(BLOCK_K, BLOCK_M).T
+        x_2 = x_desc.load([p + 2, q, n0, f0]).reshape(BLOCK_K, BLOCK_M).T
+        acc_0 = dot(x_0, b_z, acc_0, INPUT_PRECISION)
+        acc_1 = dot(x_1, b_z, acc_1, INPUT_PRECISION)
+        acc_2 = dot(x_2, b_z, acc_2, INPUT_PRECISION)
+        if BLOCK_N2 > 0:
+            b_z2 = z2_desc.load([pq, n0, k0 + BLOCK_N]).reshape(BLOCK_K, BLOCK_N2)
+            acc2_0 = dot(x_0, b_z2, acc2_0, INPUT_PRECISION)
+            acc2_1 = dot(x_1, b_z2, acc2_1, INPUT_PRECISION)
+            acc2_2 = dot(x_2, b_z2, acc2_2, INPUT_PRECISION)
+    o_m = tl.arange(0, BLOCK_M)[:, None] * K
+    p_out = partial_ptr + (pid_split * FOLD_BLOCKS + pid % FOLD_BLOCKS) * (3 * BLOCK_M * K) + o_m
+    o_k = k0 + tl.arange(0, BLOCK_N)[None, :]
+    m_k = o_k < K
+    tl.store(p_out + o_k, acc_0, mask=m_k)
+    tl.store(p_out + BLOCK_M * K + o_k, acc_1, mask=m_k)
+    tl.store(p_out + 2 * BLOCK_M * K + o_k, acc_2, mask=m_k)
+    if BLOCK_N2 > 0:
+        o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
+        m_k2 = o_k2 < K
+        tl.store(p_out + o_k2, acc2_0, mask=m_k2)
+        tl.store(p_out + BLOCK_M * K + o_k2, acc2_1, mask=m_k2)
+        tl.store(p_out + 2 * BLOCK_M * K + o_k2, acc2_2, mask=m_k2)
+
+
+@triton.jit
+def _unfold_filter_kernel(
+    partial_ptr,  # [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
+    dw_ptr,  # out: [K, C, R, S] through its strides
+    elements,
+    K,
+    SPLIT,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FOLD_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The filter's gradient: the sum over the parts, each position taken from where folding put it."""
+    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
+    m_e = o_e < elements
+    o_k = o_e % K
+    o_c = o_e // K % C
+    o_s = o_e // K // C % S
+    o_r = o_e // K // C // S
+    o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
+    o_in = ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
+    acc = tl.zeros((BLOCK_PARTS, BLOCK), dtype=tl.float32)
+    for i in range(0, SPLIT, BLOCK_PARTS):
+        o_part = i + tl.arange(0, BLOCK_PARTS)
+        p_in = partial_ptr + o_part[:, None] * (FOLD_BLOCKS * 3 * BLOCK_M * K) + o_in[None, :]
+        acc += tl.load(p_in, mask=(o_part < SPLIT)[:, None] & m_e[None, :], other=0.0)
+    p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
+    tl.store(p_dw, cast(tl.sum(acc, axis=0), dw_ptr.dtype.element_ty), mask=m_e)
+
+
+# ------------------------------------------------------------------------------------------------- what they can take
+
+
+def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether :func:`space_to_depth` makes this strided convolution one of three rows of 48 or 144 positions."""
+    k, c, r, s = weight.shape
+    step = stride[0]
+    depth = c * step * step
+    return (
+        input.dtype in HALF
+        and has_copy_engine(input.device)
+        and groups == 1
+        and max(dilation) == 1
+        and stride[1] == step
+        and step > 1
+        and triton.cdiv(r, step) == 3
+        and depth % 8 == 0
+        and fold(c, s, step) in (48, 144)
+        and k % 8 == 0
+        and input.numel() > 0
+    )
+
+
+def fold(channels: int, filter_width: int, stride: int) -> int:
+    """Positions of a filter row after folding: its cells of stride x stride x channels."""
+    return triton.cdiv(filter_width, stride) * stride * stride * channels
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Sequence[int]) -> Tensor:
+    """(N, C, H, W), any strides, to dense (N, *size, stride * stride * C): each cell of stride x stride pixels one pixel.
+
+    A convolution of this stride over ``input`` is one of stride 1 over the result, with a filter ``stride`` times smaller.
+    """
+    n, c, h, w = input.shape
+    out = new_output((n, *size, stride * stride * c), input.dtype, input.device)
+    row = size[1] * stride * stride * c
+    launch(
+        _space_to_depth_kernel,
+        (n * size[0],),
+        x_ptr=input,
+        out_ptr=out,
+        H=h,
+        W=w,
+        HS=size[0],
+        **strides("stride_x", "nchw", input),
+        pad_h=padding[0],
+        pad_w=padding[1],
+        C=c,
+        STRIDE=stride,
+        WS=size[1],
+        WIDE=needs_int64(input, out),
+        BLOCK=triton.next_power_of_2(row),
+        num_warps=4,
+    )
+    return out
+
+
+def _patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
+    """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
+    n, rows, width, depth = cells.shape
+    image, row = rows * width * depth, width * depth
+    return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
+
+
+def _cells(
+    input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
+) -> Tensor:
+    size = [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
+    return space_to_depth(input, stride, padding, size)
+
+
+def fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    output_size: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
+    n, c = input.shape[:2]
+    k, _, r, s = weight.shape
+    p, q = output_size
+    folded = fold(c, s, stride)
+    cells = _cells(input, stride, padding, output_size, (r, s))
+    filters = new_output((3, k, folded), weight.dtype, weight.device)
+    config = elementwise_config(filters.numel())
+    launch(
+        _fold_filter_kernel,
+        (triton.cdiv(filters.numel(), config["BLOCK"]),),
+        w_ptr=weight,
+        out_ptr=filters,
+        elements=filters.numel(),
+        K=k,
+        **strides("stride_w", "kcrs", weight),
+        C=c,
+        R=r,
+        S=s,
+        STRIDE=stride,
+        FOLD=folded,
+        WIDE=needs_int64(weight, filters),
+        **config,
+    )
+    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
+    config = conv2d_stem_config(input.device, n, p, q, folded, k)
+    columns = config.pop("COLUMNS")
+    m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
+
+    def filter_blocks(rows: int, positions: int) -> TensorDescriptor:
+        return TensorDescriptor(filters, [3, k, folded], [k * folded, folded, 1], [1, rows, positions])
+
+    launch(
+        _conv2d_stem_kernel,
+        (p * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        x_desc=_patches(cells, folded, q, [m, k1]),
+        x2_desc=_patches(cells, folded, q, [m, k2 or k1]),
+        w_desc=filter_blocks(n1, k1),
+        w2_desc=filter_blocks(n1, k2 or k1),
+        v_desc=filter_blocks(n2 or n1, k1),
+        v2_desc=filter_blocks(n2 or n1, k2 or k1),
+        bias_ptr=filters if bias is None else bias.contiguous(),
+        y_ptr=y,
+        N=n,
+        P=p,
+        Q=q,
+        K=k,
+        columns=columns,
+        USEFUL_POSITIONS=c * r * s,
+        HAS_BIAS=bias is not None,
+        RELU=relu,
+        WIDE=needs_int64(y),
+        INPUT_PRECISION="ieee",
+        **config,
+    )
+    return y
+
+
+def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[int]) -> None:
+    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides."""
+    n, c = input.shape[:2]
+    k, _, r, s = dw.shape
+    p, q = dz.shape[2:]
+    folded = fold(c, s, stride)
+    config = conv2d_stem_wgrad_config(input.device, n, p, q, folded, k)
+    split = config.pop("SPLIT")
+    m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
+    fold_blocks = triton.cdiv(folded, m)
+    cells = _cells(input, stride, padding, (p, q), (r, s))
+    z = dense_nhwc(dz)
+    partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dz.device)
+
+    def gradients(columns: int) -> TensorDescriptor:
+        return TensorDescriptor(z, [p * q, n, k], [k, p * q * k, 1], [1, images, columns])
+
+    launch(
+        _conv2d_stem_wgrad_kernel,
+        (fold_blocks * triton.cdiv(k, n1 + n2), split),
+        x_desc=_patches(cells, folded, q, [images, m]),
+        z_desc=gradients(n1),
+        z2_desc=gradients(n2 or n1),
+        partial_ptr=partial,
+        N=n,
+        P=p,
+        Q=q,
+        K=k,
+        SPLIT=split,
+        USEFUL_POSITIONS=c * r * s,
+        WIDE=needs_int64(partial),
+        INPUT_PRECISION="ieee",
+        FOLD_BLOCKS=fold_blocks,
+        **config,
+    )
+    block = 64
+    launch(
+        _unfold_filter_kernel,
+        (triton.cdiv(dw.numel(), block),),
+        partial_ptr=partial,
+        dw_ptr=dw,
+        elements=dw.numel(),
+        K=k,
+        SPLIT=split,
+        **strides("stride_w", "kcrs", dw),
+        C=c,
+        R=r,
+        S=s,
+        STRIDE=stride,
+        FOLD_BLOCKS=fold_blocks,
+        BLOCK_M=m,
+        WIDE=needs_int64(dw, partial),
+        BLOCK_PARTS=16,
+        BLOCK=block,
+        num_warps=4,
+    )
