@@ -1,9 +1,9 @@
 """A strided first layer of few channels, like AlexNet's 11 x 11 with stride 4, through tensor descriptors.
 
 One channel is too little for a matrix product's reduction: padded to 16 it would be computed sixteen times. So cells of
-stride x stride pixels become pixels of stride * stride * C channels (space to depth), and the convolution one of stride 1 with a filter
-of three cells a side. A row of such a filter is one piece of memory: the cells beside each other. Its positions are the
-reduction, 48 for one channel, 144 for three, and overlapping rows of the image are the operand, with no copy of them made.
+stride x stride pixels become pixels of stride * stride * C channels (space to depth), and the convolution one of stride 1 with
+a filter of three cells a side. A row of such a filter is one piece of memory: the cells beside each other. Its positions are
+the reduction, 48 for one channel, 144 for three, and overlapping rows of the image are the operand, with no copy of them made.
 """
 
 from __future__ import annotations
