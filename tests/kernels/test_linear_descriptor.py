@@ -13,7 +13,6 @@ from kernels.linear import linear_reference
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, randn
 
-
 HALF = (torch.bfloat16, torch.float16)
 #: (rows, in, out): rows of all three matrices start at multiples of 16 bytes. With SMALL blocks several, the last ragged.
 SHAPES = {
