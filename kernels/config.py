@@ -290,6 +290,22 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
+def conv2d_stem_pool_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
+
+    p x q windows. Two programs fit a multiprocessor, so that one multiplies while the other finds maxima.
+    """
+    block_n, block_n2 = _two_blocks(k, 64)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    config = {"ROWS": 2, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    config |= {"COLUMNS": triton.cdiv(q, 2), "num_warps": 4, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"BLOCK_M": _tile(n, 16, 64), "num_stages": 1}
+    config |= _known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
+    applied = _apply_overrides(config)
+    return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
+
+
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)

@@ -359,21 +359,10 @@ def _cells(
     return space_to_depth(input, stride, padding, size)
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    output_size: Sequence[int],
-    relu: bool,
-) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    n, c = input.shape[:2]
-    k, _, r, s = weight.shape
-    p, q = output_size
+def fold_filter(weight: Tensor, stride: int) -> Tensor:
+    """(K, C, R, S), any strides, to dense (3, K, :func:`fold`): the filter over what :func:`space_to_depth` gives."""
+    k, c, r, s = weight.shape
     folded = fold(c, s, stride)
-    cells = _cells(input, stride, padding, output_size, (r, s))
     filters = new_output((3, k, folded), weight.dtype, weight.device)
     config = elementwise_config(filters.numel())
     launch(
@@ -392,6 +381,25 @@ def fprop(
         WIDE=needs_int64(weight, filters),
         **config,
     )
+    return filters
+
+
+def fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    output_size: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
+    n, c = input.shape[:2]
+    k, _, r, s = weight.shape
+    p, q = output_size
+    folded = fold(c, s, stride)
+    cells = _cells(input, stride, padding, output_size, (r, s))
+    filters = fold_filter(weight, stride)
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
     config = conv2d_stem_config(input.device, n, p, q, folded, k)
     columns = config.pop("COLUMNS")

@@ -1,0 +1,342 @@
+"""The strided first layer with its ReLU and 3 x 3 max-pool of stride 2 in one kernel each way: nothing unpooled is written.
+
+AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. Forward, a program
+walks along the columns of the convolution's output that ROWS rows of windows see, and keeps maxima in registers until a window
+is complete. Neighbouring windows share a row: with ROWS = 1 three rows are computed for every two of the output, with 2 five for
+every four. The products, and their order, are those of :mod:`kernels.conv2d_stem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import conv2d_stem
+from .config import conv2d_stem_pool_config
+from .device import cast, dot, program_id, relu
+from .launch import launch, needs_int64, new_output, strides
+from .max_pool2d import new_position_and_index, no_gradient
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+#: A number of a half type that is not negative, as the bits of a float32, has its last five bits free: with 31 - position there,
+#: integers are ordered by value, and of equal values the first in the window is the largest. NaN is above infinity, and among
+#: NaNs the last in the window counts, as in PyTorch: their last bits are the position.
+_NAN_KEY = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def _rank(value, position):
+    """Integer keys, the largest of which is what the window points at; ``value``: float32 that a half type holds, or NaN."""
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign, and a zero
+    return tl.minimum(bits | (31 - position), position | _NAN_KEY)
+
+
+@triton.jit
+def _pixel(
+    x,  # rows of cells, [BLOCK_M, BLOCK_K] each
+    x2,
+    w,  # rows of the filter, [BLOCK_K, filters] each
+    w2,
+    b_bias,
+    ROW: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEYS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One pixel of the convolution with its bias; for KEYS through the ReLU too, and rounded to DTYPE, in float32."""
+    acc = tl.zeros((x[0].shape[0], w[0].shape[1]), dtype=tl.float32)
+    for j in tl.static_range(len(w)):
+        acc = dot(x[ROW + j], w[j], acc, INPUT_PRECISION)
+    for j in tl.static_range(len(w2)):
+        acc = dot(x2[ROW + j], w2[j], acc, INPUT_PRECISION)
+    if HAS_BIAS:
+        acc += b_bias[None, :]
+    if KEYS:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = cast(acc, DTYPE).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _larger(a, b, KEYS: tl.constexpr):
+    """The maximum of keys, or of numbers, where NaN is above all."""
+    if KEYS:
+        return tl.maximum(a, b)
+    else:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _key(value, position, KEYS: tl.constexpr):
+    if KEYS:
+        return _rank(value, position)
+    else:
+        return value
+
+
+@triton.jit
+def _add_column(
+    windows,  # ROWS maxima so far, [BLOCK_M, filters] each
+    x,
+    x2,
+    w,
+    w2,
+    b_bias,
+    s,  # the column's place in its window, 1 or 2
+    complete,  # whether this column is the last of windows that are to be stored
+    y_ptr,
+    position_ptr,
+    o_row,  # [BLOCK_M] offsets of the first row's windows
+    o_filter,  # [filters] offsets
+    row_step,
+    m_row,
+    m_filter,
+    rows,  # of windows, from the first on
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEYS: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The windows' maxima with one more column of the convolution. Stores them where it completes them.
+
+    A window's last column is the next one's first: then it alone is what comes back.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    following = ()
+    b_pixel = _pixel(x, x2, w, w2, b_bias, 0, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+    for i in tl.static_range(ROWS):
+        column = _key(b_pixel, s, KEYS)
+        b_pixel = _pixel(x, x2, w, w2, b_bias, 2 * i + 1, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+        column = _larger(column, _key(b_pixel, 3 + s, KEYS), KEYS)
+        b_pixel = _pixel(x, x2, w, w2, b_bias, 2 * i + 2, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+        column = _larger(column, _key(b_pixel, 6 + s, KEYS), KEYS)
+        best = _larger(windows[i], column, KEYS)
+        if complete:
+            o_y = (o_row + i * row_step)[:, None] + o_filter[None, :]
+            m_y = (m_row & (i < rows))[:, None] & m_filter[None, :]
+            if KEYS:
+                low = best & 31
+                position = tl.where(best < _NAN_KEY, 31 - low, low)
+                position = tl.where(best < 32, NO_GRADIENT, position)  # a ReLU's zero
+                tl.store(position_ptr + o_y, position.to(tl.uint8), mask=m_y)
+                value = (best & -32).to(tl.float32, bitcast=True)
+            else:
+                value = relu(best)
+            tl.store(y_ptr + o_y, cast(value, DTYPE), mask=m_y)
+        if KEYS:
+            # From place 2 to place 0.
+            first = column + tl.where(column < _NAN_KEY, 2, -2)
+        else:
+            first = column
+        following += (tl.where(s == 2, first, best),)
+    return following
+
+
+@triton.jit
+def _conv2d_stem_pool_kernel(
+    x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_M, BLOCK_K]
+    x2_desc,  # the same with BLOCK_K2 for BLOCK_K
+    w_desc,  # filters [3, K, FOLD], blocks [1, BLOCK_N, BLOCK_K]
+    w2_desc,  # [1, BLOCK_N, BLOCK_K2]
+    v_desc,  # [1, BLOCK_N2, BLOCK_K]
+    v2_desc,  # [1, BLOCK_N2, BLOCK_K2]
+    bias_ptr,  # [K], or unused
+    y_ptr,  # out: [N, K, P, Q] through its strides
+    position_ptr,  # out: uint8 window positions, as y, or unused
+    N,
+    K,
+    P,  # of the pool's output
+    Q,
+    columns,  # of windows, that a program walks past
+    stride_yn,
+    stride_yk,
+    stride_yp,
+    stride_yq,
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
+    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
+    HAS_BIAS: tl.constexpr,
+    WRITE_POSITION: tl.constexpr,
+    NO_GRADIENT: tl.constexpr,
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+):
+    """One program computes BLOCK_M images x ROWS rows of windows x some columns of them x BLOCK_N + BLOCK_N2 filters.
+
+    The whole filter waits in shared memory while the convolution's columns pass by. A row of cells is loaded once a column, for
+    up to three rows of the convolution.
+    """
+    pid = program_id(0, WIDE)
+    blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
+    strips = tl.cdiv(Q, columns)
+    blocks_n = tl.cdiv(N, BLOCK_M)
+    k0 = (pid % blocks_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    q0 = (pid // blocks_k % strips * columns).to(tl.int32)
+    pid_n = pid // blocks_k // strips % blocks_n
+    n0 = (pid_n * BLOCK_M).to(tl.int32)
+    p0 = (pid // blocks_k // strips // blocks_n * ROWS).to(tl.int32)
+    w = ()
+    w2 = ()
+    v = ()
+    v2 = ()
+    for j in tl.static_range(3):
+        w += (w_desc.load([j, k0, 0]).reshape(BLOCK_N, BLOCK_K).T,)  # type: ignore[assignment]
+        if BLOCK_K2 > 0:
+            w2 += (w2_desc.load([j, k0, BLOCK_K]).reshape(BLOCK_N, BLOCK_K2).T,)  # type: ignore[assignment]
+        if BLOCK_N2 > 0:
+            v += (v_desc.load([j, k0 + BLOCK_N, 0]).reshape(BLOCK_N2, BLOCK_K).T,)  # type: ignore[assignment]
+            if BLOCK_K2 > 0:
+                v2 += (v2_desc.load([j, k0 + BLOCK_N, BLOCK_K]).reshape(BLOCK_N2, BLOCK_K2).T,)  # type: ignore[assignment]
+    o_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n = o_n < N
+    o_n = o_n * stride_yn
+    o_k = k0 + tl.arange(0, BLOCK_N)
+    m_k = o_k < K
+    b_bias = tl.load(bias_ptr + o_k, mask=m_k, other=0.0).to(tl.float32) if HAS_BIAS else o_k
+    KEY: tl.constexpr = tl.int32 if WRITE_POSITION else tl.float32
+    windows = ()
+    for _ in tl.static_range(ROWS):
+        windows += (tl.zeros((BLOCK_M, BLOCK_N), dtype=KEY),)  # type: ignore[assignment]
+    if BLOCK_N2 > 0:
+        o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
+        m_k2 = o_k2 < K
+        b_bias2 = tl.load(bias_ptr + o_k2, mask=m_k2, other=0.0).to(tl.float32) if HAS_BIAS else o_k2
+        windows2 = ()
+        for _ in tl.static_range(ROWS):
+            windows2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY),)  # type: ignore[assignment]
+    if WIDE:
+        o_k = o_k.to(tl.int64)
+        if BLOCK_N2 > 0:
+            o_k2 = o_k2.to(tl.int64)
+
+    for column in range(2 * q0, 2 * tl.minimum(q0 + columns, Q) + 1):
+        x = ()
+        x2 = ()
+        for j in tl.static_range(2 * ROWS + 3):
+            x += (x_desc.load([2 * p0 + j, column, n0, 0]).reshape(BLOCK_M, BLOCK_K),)  # type: ignore[assignment]
+            if BLOCK_K2 > 0:
+                x2 += (x2_desc.load([2 * p0 + j, column, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2),)  # type: ignore[assignment]
+        s = 2 - column % 2
+        complete = (s == 2) & (column > 2 * q0)
+        o_row = o_n + p0 * stride_yp + (column // 2 - 1) * stride_yq
+        windows = _add_column(
+            *(windows, x, x2, w, w2, b_bias, s, complete),
+            *(y_ptr, position_ptr, o_row, o_k * stride_yk, stride_yp, m_n, m_k, P - p0),
+            *(ROWS, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
+        )
+        if BLOCK_N2 > 0:
+            windows2 = _add_column(
+                *(windows2, x, x2, v, v2, b_bias2, s, complete),
+                *(y_ptr, position_ptr, o_row, o_k2 * stride_yk, stride_yp, m_n, m_k2, P - p0),
+                *(ROWS, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
+            )
+
+
+# ------------------------------------------------------------------------------------------------- what they can take
+
+
+def takes(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    conv_size: Sequence[int],
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_size: Sequence[int],
+) -> bool:
+    """Whether the kernels here run this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole."""
+    return (
+        conv2d_stem.takes(input, weight, stride, dilation, groups)
+        and list(kernel_size) == [3, 3]
+        and list(pool_stride) == [2, 2]
+        and max(pool_padding) == 0
+        and all(2 * pooled + 1 <= size for pooled, size in zip(pool_size, conv_size, strict=True))
+    )
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+def fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    conv_size: Sequence[int],
+    pool_size: Sequence[int],
+    channels_last: bool,
+    write_position: bool,
+    cells: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolution, bias, ReLU, pool: (N, C, H, W) and (K, C, R, S) to pooled values and uint8 window positions, (N, K, P, Q).
+
+    Args:
+        conv_size: (rows, columns) of the convolution's output, which is not written.
+        channels_last: whether both results are NHWC in memory, or NCHW.
+        write_position: whether the second is wanted; else it is empty.
+        cells: what :func:`kernels.conv2d_stem.space_to_depth` makes of ``input``, if it is there already.
+    """
+    n, c = input.shape[:2]
+    k, _, r, s = weight.shape
+    p, q = pool_size
+    folded = conv2d_stem.fold(c, s, stride)
+    if cells is None:
+        cells = conv2d_stem._cells(input, stride, padding, conv_size, (r, s))
+    filters = conv2d_stem.fold_filter(weight, stride)
+    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=channels_last)
+    position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
+    config = conv2d_stem_pool_config(input.device, n, p, q, folded, k)
+    columns = config.pop("COLUMNS")
+    m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
+
+    def patches(positions: int) -> TensorDescriptor:
+        return conv2d_stem._patches(cells, folded, conv_size[1], [m, positions])
+
+    def filter_blocks(rows: int, positions: int) -> TensorDescriptor:
+        return TensorDescriptor(filters, [3, k, folded], [k * folded, folded, 1], [1, rows, positions])
+
+    launch(
+        _conv2d_stem_pool_kernel,
+        (triton.cdiv(p, config["ROWS"]) * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        x_desc=patches(k1),
+        x2_desc=patches(k2 or k1),
+        w_desc=filter_blocks(n1, k1),
+        w2_desc=filter_blocks(n1, k2 or k1),
+        v_desc=filter_blocks(n2 or n1, k1),
+        v2_desc=filter_blocks(n2 or n1, k2 or k1),
+        bias_ptr=filters if bias is None else bias.contiguous(),
+        y_ptr=y,
+        position_ptr=position if write_position else y,
+        N=n,
+        K=k,
+        P=p,
+        Q=q,
+        columns=columns,
+        **strides("stride_y", "nkpq", y),
+        USEFUL_POSITIONS=c * r * s,
+        CONV_SIZE=conv_size[0] * conv_size[1],
+        HAS_BIAS=bias is not None,
+        WRITE_POSITION=write_position,
+        NO_GRADIENT=no_gradient(torch.uint8),
+        WIDE=needs_int64(y),
+        INPUT_PRECISION="ieee",
+        **config,
+    )
+    return y, position
