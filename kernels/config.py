@@ -290,20 +290,44 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_pool_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+def conv2d_stem_pool_fused(device: torch.device, pass_: str, n: int, p: int, q: int, fold: int, k: int) -> bool:
+    """Whether such a layer and its 3 x 3 pool run as one kernel in ``"fprop"`` or ``"wgrad"``; p x q windows.
+
+    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
+    """
+    config = {"FUSED": int(fold == 48)}
+    config |= _known(config, tuned(device, conv2d_key(f"conv2d_stem_pool_{pass_}", n, p, q, fold, k, 3, 1)))
+    return bool(_apply_overrides(config)["FUSED"])
+
+
+def conv2d_stem_pool_config(
+    device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
+) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
-    p x q windows. Two programs fit a multiprocessor, so that one multiplies while the other finds maxima.
+    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
     """
     block_n, block_n2 = _two_blocks(k, 64)
+    if narrow and not INTERPRETED:
+        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
-    config = {"ROWS": 2, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    config |= {"COLUMNS": triton.cdiv(q, 2), "num_warps": 4, "num_stages": 2}
+    config = {"ROWS": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    config |= {"num_warps": 4, "num_stages": 2 if fold == 48 else 1}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(n, 16, 64), "num_stages": 1}
-    config |= _known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
-    applied = _apply_overrides(config)
-    return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
+    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1))
+    config = _apply_overrides(config | _known(config, measured))
+    if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
+        config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    programs = triton.cdiv(p, config["ROWS"]) * triton.cdiv(n, config["BLOCK_M"])
+    programs *= triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+
+    def columns_one_after_another(strips: int) -> int:
+        # Two programs run on a multiprocessor at once; neighbouring strips share a column of the convolution.
+        return triton.cdiv(programs * strips, 2 * _MULTIPROCESSORS) * (2 * triton.cdiv(q, strips) + 1)
+
+    strips = min(range(1, min(q, 16) + 1), key=columns_one_after_another)
+    return config | _apply_overrides({"COLUMNS": measured.get("COLUMNS", triton.cdiv(q, strips))})
 
 
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:

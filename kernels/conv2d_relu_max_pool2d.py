@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import conv2d_stem_pool
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .conv2d import (
@@ -52,6 +53,11 @@ def conv2d_relu_max_pool2d_fprop(
     write_position: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted."""
+    window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
+    if conv2d_stem_pool.takes("fprop", input, weight, stride, dilation, groups, *window):
+        return conv2d_stem_pool.fprop(
+            input, weight, bias, stride[0], padding, conv_size, pool_size, channels_last, write_position
+        )
     unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
     pooled, position, _ = max_pool2d_fprop(
         unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False

@@ -2,8 +2,8 @@
 
 AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. Forward, a program
 walks along the columns of the convolution's output that ROWS rows of windows see, and keeps maxima in registers until a window
-is complete. Neighbouring windows share a row: with ROWS = 1 three rows are computed for every two of the output, with 2 five for
-every four. The products, and their order, are those of :mod:`kernels.conv2d_stem`.
+is complete. Neighbouring windows share a row: with ROWS = 1, three rows are computed for every two of the output. The products,
+and their order, are those of :mod:`kernels.conv2d_stem`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import conv2d_stem
-from .config import conv2d_stem_pool_config
+from .backend import capability
+from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused
 from .device import cast, dot, program_id, relu
 from .launch import launch, needs_int64, new_output, strides
 from .max_pool2d import new_position_and_index, no_gradient
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
-#: A number of a half type that is not negative, as the bits of a float32, has its last five bits free: with 31 - position there,
-#: integers are ordered by value, and of equal values the first in the window is the largest. NaN is above infinity, and among
-#: NaNs the last in the window counts, as in PyTorch: their last bits are the position.
+#: A half type's number that is not negative, as the bits of a float32, has its last five bits free: with 31 - position in them,
+#: integers are ordered by value, and of equal values the first in the window is the largest. NaN is above infinity, and of NaNs
+#: the last in the window counts, as in PyTorch: their last bits are the position.
 _NAN_KEY = tl.constexpr(0x7FC00000)
 
 
@@ -43,6 +44,7 @@ def _pixel(
     x2,
     w,  # rows of the filter, [BLOCK_K, filters] each
     w2,
+    acc,
     b_bias,
     ROW: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -51,7 +53,6 @@ def _pixel(
     INPUT_PRECISION: tl.constexpr,
 ):
     """One pixel of the convolution with its bias; for KEYS through the ReLU too, and rounded to DTYPE, in float32."""
-    acc = tl.zeros((x[0].shape[0], w[0].shape[1]), dtype=tl.float32)
     for j in tl.static_range(len(w)):
         acc = dot(x[ROW + j], w[j], acc, INPUT_PRECISION)
     for j in tl.static_range(len(w2)):
@@ -82,46 +83,61 @@ def _key(value, position, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _add_column(
+def _add_pixel(
     windows,  # ROWS maxima so far, [BLOCK_M, filters] each
+    column,  # the maximum so far of this column of a window
     x,
     x2,
     w,
     w2,
     b_bias,
+    zero,
     s,  # the column's place in its window, 1 or 2
     complete,  # whether this column is the last of windows that are to be stored
     y_ptr,
     position_ptr,
-    o_row,  # [BLOCK_M] offsets of the first row's windows
-    o_filter,  # [filters] offsets
-    row_step,
-    m_row,
-    m_filter,
-    rows,  # of windows, from the first on
-    ROWS: tl.constexpr,
+    n0,  # where the block of windows begins
+    k0,
+    p0,
+    q,
+    N,
+    K,
+    P,
+    stride_yn,
+    stride_yk,
+    stride_yp,
+    stride_yq,
+    ROW: tl.constexpr,  # of the convolution, from the first on
     HAS_BIAS: tl.constexpr,
     KEYS: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """The windows' maxima with one more column of the convolution. Stores them where it completes them.
+    """The maxima with one more pixel of the convolution. Stores the window that it completes.
 
-    A window's last column is the next one's first: then it alone is what comes back.
+    A window's last row is the next one's first, and so is its last column: then that alone is what comes back.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    following = ()
-    b_pixel = _pixel(x, x2, w, w2, b_bias, 0, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
-    for i in tl.static_range(ROWS):
+    i: tl.constexpr = ROW // 2 - 1
+    if ROW > 0:
+        # Always zero, but the compiler does not know: else it multiplies for all the pixels before it takes the first maximum,
+        # and the registers hold all the products.
+        acc = (column.to(tl.int32, bitcast=True) & zero).to(tl.float32, bitcast=True)
+    else:
+        acc = tl.zeros(windows[0].shape, dtype=tl.float32)
+    b_pixel = _pixel(x, x2, w, w2, acc, b_bias, ROW, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+    if ROW == 0:
         column = _key(b_pixel, s, KEYS)
-        b_pixel = _pixel(x, x2, w, w2, b_bias, 2 * i + 1, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+    elif ROW % 2 == 1:
         column = _larger(column, _key(b_pixel, 3 + s, KEYS), KEYS)
-        b_pixel = _pixel(x, x2, w, w2, b_bias, 2 * i + 2, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+    else:
         column = _larger(column, _key(b_pixel, 6 + s, KEYS), KEYS)
-        best = _larger(windows[i], column, KEYS)
+        best = _larger(windows[0], column, KEYS)
         if complete:
-            o_y = (o_row + i * row_step)[:, None] + o_filter[None, :]
-            m_y = (m_row & (i < rows))[:, None] & m_filter[None, :]
+            o_n = n0 + tl.arange(0, column.shape[0])
+            o_k = k0 + tl.arange(0, column.shape[1])
+            o_y = (o_n * stride_yn + (p0 + i) * stride_yp + q * stride_yq)[:, None] + o_k[None, :] * stride_yk
+            m_y = ((o_n < N) & (p0 + i < P))[:, None] & (o_k < K)[None, :]
             if KEYS:
                 low = best & 31
                 position = tl.where(best < _NAN_KEY, 31 - low, low)
@@ -132,12 +148,11 @@ def _add_column(
                 value = relu(best)
             tl.store(y_ptr + o_y, cast(value, DTYPE), mask=m_y)
         if KEYS:
-            # From place 2 to place 0.
-            first = column + tl.where(column < _NAN_KEY, 2, -2)
-        else:
-            first = column
-        following += (tl.where(s == 2, first, best),)
-    return following
+            column += tl.where(column < _NAN_KEY, 2, -2)  # from place 2 to place 0
+        # To the end, so that the next row's window is the first.
+        windows = windows[1:] + (tl.where(s == 2, column, best),)  # noqa: RUF005  # Triton has no star in a tuple
+        column = _key(b_pixel, s, KEYS)
+    return windows, column
 
 
 @triton.jit
@@ -183,11 +198,15 @@ def _conv2d_stem_pool_kernel(
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
     strips = tl.cdiv(Q, columns)
     blocks_n = tl.cdiv(N, BLOCK_M)
-    k0 = (pid % blocks_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
-    q0 = (pid // blocks_k % strips * columns).to(tl.int32)
+    pid_k = pid % blocks_k
+    pid_strip = pid // blocks_k % strips
     pid_n = pid // blocks_k // strips % blocks_n
+    pid_p = pid // blocks_k // strips // blocks_n
+    k0 = (pid_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     n0 = (pid_n * BLOCK_M).to(tl.int32)
-    p0 = (pid // blocks_k // strips // blocks_n * ROWS).to(tl.int32)
+    row = (pid_p * (2 * ROWS)).to(tl.int32)  # of the convolution
+    first = (pid_strip * (2 * columns)).to(tl.int32)
+    last = tl.minimum(first + 2 * columns, 2 * Q)
     w = ()
     w2 = ()
     v = ()
@@ -200,9 +219,6 @@ def _conv2d_stem_pool_kernel(
             v += (v_desc.load([j, k0 + BLOCK_N, 0]).reshape(BLOCK_N2, BLOCK_K).T,)  # type: ignore[assignment]
             if BLOCK_K2 > 0:
                 v2 += (v2_desc.load([j, k0 + BLOCK_N, BLOCK_K]).reshape(BLOCK_N2, BLOCK_K2).T,)  # type: ignore[assignment]
-    o_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_n = o_n < N
-    o_n = o_n * stride_yn
     o_k = k0 + tl.arange(0, BLOCK_N)
     m_k = o_k < K
     b_bias = tl.load(bias_ptr + o_k, mask=m_k, other=0.0).to(tl.float32) if HAS_BIAS else o_k
@@ -217,38 +233,44 @@ def _conv2d_stem_pool_kernel(
         windows2 = ()
         for _ in tl.static_range(ROWS):
             windows2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY),)  # type: ignore[assignment]
-    if WIDE:
-        o_k = o_k.to(tl.int64)
-        if BLOCK_N2 > 0:
-            o_k2 = o_k2.to(tl.int64)
+    zero = N >> 31
 
-    for column in range(2 * q0, 2 * tl.minimum(q0 + columns, Q) + 1):
+    for column in range(first, last + 1):
+        s = 2 - column % 2
+        complete = (s == 2) & (column > first)
+        # Not known to be the same for every column, so that offsets do not wait in registers for the next store.
+        o_n0 = pid_n * BLOCK_M + (column & zero)
+        o_k0 = pid_k * (BLOCK_N + BLOCK_N2) + (column & zero)
         x = ()
         x2 = ()
-        for j in tl.static_range(2 * ROWS + 3):
-            x += (x_desc.load([2 * p0 + j, column, n0, 0]).reshape(BLOCK_M, BLOCK_K),)  # type: ignore[assignment]
-            if BLOCK_K2 > 0:
-                x2 += (x2_desc.load([2 * p0 + j, column, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2),)  # type: ignore[assignment]
-        s = 2 - column % 2
-        complete = (s == 2) & (column > 2 * q0)
-        o_row = o_n + p0 * stride_yp + (column // 2 - 1) * stride_yq
-        windows = _add_column(
-            *(windows, x, x2, w, w2, b_bias, s, complete),
-            *(y_ptr, position_ptr, o_row, o_k * stride_yk, stride_yp, m_n, m_k, P - p0),
-            *(ROWS, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
-        )
+        so_far = windows[0]  # type: ignore[misc]
         if BLOCK_N2 > 0:
-            windows2 = _add_column(
-                *(windows2, x, x2, v, v2, b_bias2, s, complete),
-                *(y_ptr, position_ptr, o_row, o_k2 * stride_yk, stride_yp, m_n, m_k2, P - p0),
-                *(ROWS, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
+            so_far2 = windows2[0]  # type: ignore[misc]
+        for j in tl.static_range(2 * ROWS + 3):
+            x += (x_desc.load([row + j, column, n0, 0]).reshape(BLOCK_M, BLOCK_K),)  # type: ignore[assignment]
+            if BLOCK_K2 > 0:
+                x2 += (x2_desc.load([row + j, column, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2),)  # type: ignore[assignment]
+        for i in tl.static_range(2 * ROWS + 1):
+            windows, so_far = _add_pixel(
+                *(windows, so_far, x, x2, w, w2, b_bias, zero, s, complete, y_ptr, position_ptr),
+                *(o_n0, o_k0, pid_p * ROWS, column // 2 - 1, N, K, P, stride_yn, stride_yk, stride_yp, stride_yq),
+                *(i, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
             )
+        if BLOCK_N2 > 0:
+            for i in tl.static_range(2 * ROWS + 1):
+                windows2, so_far2 = _add_pixel(
+                    *(windows2, so_far2, x, x2, v, v2, b_bias2, zero, s, complete, y_ptr, position_ptr),
+                    *(o_n0, o_k0 + BLOCK_N, pid_p * ROWS, column // 2 - 1, N, K, P),
+                    *(stride_yn, stride_yk, stride_yp, stride_yq),
+                    *(i, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
+                )
 
 
 # ------------------------------------------------------------------------------------------------- what they can take
 
 
 def takes(
+    pass_: str,
     input: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -260,13 +282,19 @@ def takes(
     pool_padding: Sequence[int],
     pool_size: Sequence[int],
 ) -> bool:
-    """Whether the kernels here run this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole."""
+    """Whether the kernels here run this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole.
+
+    On Hopper alone: Triton 3.8 makes a pipeline stage of every product in the loop for Blackwell, and then empty code.
+    """
+    folded = conv2d_stem.fold(weight.shape[1], weight.shape[3], stride[0])
     return (
         conv2d_stem.takes(input, weight, stride, dilation, groups)
+        and capability(input.device) < 100
         and list(kernel_size) == [3, 3]
         and list(pool_stride) == [2, 2]
         and max(pool_padding) == 0
         and all(2 * pooled + 1 <= size for pooled, size in zip(pool_size, conv_size, strict=True))
+        and conv2d_stem_pool_fused(input.device, pass_, input.shape[0], pool_size[0], pool_size[1], folded, weight.shape[0])
     )
 
 
@@ -302,7 +330,8 @@ def fprop(
     filters = conv2d_stem.fold_filter(weight, stride)
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
-    config = conv2d_stem_pool_config(input.device, n, p, q, folded, k)
+    wide = needs_int64(y)
+    config = conv2d_stem_pool_config(input.device, n, p, q, folded, k, narrow=wide or not channels_last)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
@@ -335,7 +364,7 @@ def fprop(
         HAS_BIAS=bias is not None,
         WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(y),
+        WIDE=wide,
         INPUT_PRECISION="ieee",
         **config,
     )

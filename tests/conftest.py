@@ -114,6 +114,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def counting(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
         real(Counting(kernel), grid, **arguments)
 
-    for name in ("conv2d", "conv2d_descriptor", "conv2d_stem", "dropout", "images", "linear", "max_pool2d", "reduction", "sgd"):
+    modules = ("conv2d", "conv2d_descriptor", "conv2d_stem", "conv2d_stem_pool", "dropout", "images", "linear")
+    for name in (*modules, "max_pool2d", "reduction", "sgd"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "launch", counting)
     return names
