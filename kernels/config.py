@@ -330,6 +330,20 @@ def conv2d_stem_pool_config(
     return config | _apply_overrides({"COLUMNS": measured.get("COLUMNS", triton.cdiv(q, strips))})
 
 
+def conv2d_stem_pool_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of such a layer's weight gradient with the pool's: as :func:`conv2d_stem_wgrad_config`, p x q windows."""
+    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
+    measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
+    config = _apply_overrides(config | _known(config, measured))
+    programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    steps = (p + 1) * (q + 1) * triton.cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else max(1, _MULTIPROCESSORS // programs)
+    return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
+
+
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)

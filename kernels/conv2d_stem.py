@@ -249,7 +249,9 @@ def _conv2d_stem_wgrad_kernel(
 @triton.jit
 def _unfold_filter_kernel(
     partial_ptr,  # [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
+    bias_partial_ptr,  # [SPLIT, K] float32, or unused
     dw_ptr,  # out: [K, C, R, S] through its strides
+    db_ptr,  # out: [K], or unused
     elements,
     K,
     SPLIT,
@@ -263,13 +265,18 @@ def _unfold_filter_kernel(
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The filter's gradient: the sum over the parts, each position taken from where folding put it."""
+    """The filter's gradient: the sum over the parts, each position taken from where folding put it.
+
+    With HAS_BIAS, K elements more: the bias's gradient.
+    """
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
     m_e = o_e < elements
+    m_bias = (o_e >= elements) & (o_e < elements + K)
     o_k = o_e % K
     o_c = o_e // K % C
     o_s = o_e // K // C % S
@@ -281,6 +288,11 @@ def _unfold_filter_kernel(
         o_part = i + tl.arange(0, BLOCK_PARTS)
         p_in = partial_ptr + o_part[:, None] * (FOLD_BLOCKS * 3 * BLOCK_M * K) + o_in[None, :]
         acc += tl.load(p_in, mask=(o_part < SPLIT)[:, None] & m_e[None, :], other=0.0)
+        if HAS_BIAS:
+            p_bias = bias_partial_ptr + o_part[:, None] * K + o_k[None, :]
+            acc += tl.load(p_bias, mask=(o_part < SPLIT)[:, None] & m_bias[None, :], other=0.0)
+    if HAS_BIAS:
+        tl.store(db_ptr + o_k, cast(tl.sum(acc, axis=0), db_ptr.dtype.element_ty), mask=m_bias)
     p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
     tl.store(p_dw, cast(tl.sum(acc, axis=0), dw_ptr.dtype.element_ty), mask=m_e)
 
@@ -469,12 +481,27 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[
         FOLD_BLOCKS=fold_blocks,
         **config,
     )
+    unfold(partial, dw, stride)
+
+
+def unfold(
+    partial: Tensor, dw: Tensor, stride: int, bias_partial: Tensor | None = None, d_bias: Tensor | None = None
+) -> None:
+    """``dw`` (K, C, R, S), any dense strides, from ``partial`` (parts, blocks of positions, 3, positions, K), added in order.
+
+    And the gradient of the bias, ``d_bias`` (K,), from ``bias_partial`` (parts, K), where both are given.
+    """
+    k, c, r, s = dw.shape
+    split, fold_blocks, _, m, _ = partial.shape
+    elements = dw.numel() + (0 if d_bias is None else k)
     block = 64
     launch(
         _unfold_filter_kernel,
-        (triton.cdiv(dw.numel(), block),),
+        (triton.cdiv(elements, block),),
         partial_ptr=partial,
+        bias_partial_ptr=partial if bias_partial is None else bias_partial,
         dw_ptr=dw,
+        db_ptr=dw if d_bias is None else d_bias,
         elements=dw.numel(),
         K=k,
         SPLIT=split,
@@ -485,6 +512,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[
         STRIDE=stride,
         FOLD_BLOCKS=fold_blocks,
         BLOCK_M=m,
+        HAS_BIAS=d_bias is not None,
         WIDE=needs_int64(dw, partial),
         BLOCK_PARTS=16,
         BLOCK=block,
