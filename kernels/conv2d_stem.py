@@ -21,6 +21,7 @@ from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_co
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import launch, needs_int64, new_output, strides
+from .reduction import ColumnSums, sum_columns, vector_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -257,18 +258,35 @@ def _unfold_filter_kernel(
     stride_wc,
     stride_wr,
     stride_ws,
+    vector_partial_ptrs,  # the vectors that are summed beside it, see sum_columns; or None
+    vector_out_ptrs,
+    vector_parts,
+    vector_columns,
+    vector_first_blocks,
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """The filter's gradient: the sum over the parts, each position taken from where folding put it."""
-    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
+    """The filter's gradient: the sum over the parts, each position taken from where folding put it.
+
+    One program owns BLOCK elements; those after the last element own vectors'.
+    """
+    pid = program_id(0, WIDE)
+    if HAS_VECTORS:
+        sum_columns(
+            pid, vector_partial_ptrs, vector_out_ptrs, vector_parts, vector_columns, vector_first_blocks, tl.float32,
+            BLOCK_COLUMNS, BLOCK_COLUMN_PARTS,
+        )  # fmt: skip
+    o_e = pid * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
     m_e = o_e < elements
     o_k = o_e % K
     o_c = o_e // K % C
@@ -322,7 +340,7 @@ def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Seq
     A convolution of this stride over ``input`` is one of stride 1 over the result, with a filter ``stride`` times smaller.
     """
     n, c, h, w = input.shape
-    out = new_output((n, *size, stride * stride * c), input.dtype, input.device)
+    out = new_cells(input, stride, size)
     row = size[1] * stride * stride * c
     launch(
         _space_to_depth_kernel,
@@ -345,6 +363,12 @@ def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Seq
     return out
 
 
+def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """What :func:`space_to_depth` writes, uninitialised."""
+    n, c = input.shape[:2]
+    return new_output((n, *size, stride * stride * c), input.dtype, input.device)
+
+
 def _patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
     """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
     n, rows, width, depth = cells.shape
@@ -352,28 +376,24 @@ def _patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) 
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
 
 
-def _cells(
+def cells_of(
     input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
 ) -> Tensor:
-    size = [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
-    return space_to_depth(input, stride, padding, size)
+    """All the cells that a convolution's filters see: its input for both passes here."""
+    return space_to_depth(input, stride, padding, cells_size(stride, output_size, filter_size))
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    output_size: Sequence[int],
-    relu: bool,
-) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    n, c = input.shape[:2]
-    k, _, r, s = weight.shape
+def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:
+    """Rows and columns of cells."""
+    return [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
+
+
+def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, output_size: Sequence[int], relu: bool) -> Tensor:
+    """Convolution, bias, ReLU: :func:`cells_of` the input and (K, C, R, S) to channels-last (N, K, P, Q)."""
+    n = cells.shape[0]
+    k, c, r, s = weight.shape
     p, q = output_size
     folded = fold(c, s, stride)
-    cells = _cells(input, stride, padding, output_size, (r, s))
     filters = new_output((3, k, folded), weight.dtype, weight.device)
     config = elementwise_config(filters.numel())
     launch(
@@ -392,8 +412,8 @@ def fprop(
         WIDE=needs_int64(weight, filters),
         **config,
     )
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
-    config = conv2d_stem_config(input.device, n, p, q, folded, k)
+    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=True)
+    config = conv2d_stem_config(cells.device, n, p, q, folded, k)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
@@ -426,17 +446,16 @@ def fprop(
     return y
 
 
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[int]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides."""
-    n, c = input.shape[:2]
-    k, _, r, s = dw.shape
+def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
+    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
+    n = cells.shape[0]
+    k, c, r, s = dw.shape
     p, q = dz.shape[2:]
     folded = fold(c, s, stride)
-    config = conv2d_stem_wgrad_config(input.device, n, p, q, folded, k)
+    config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     fold_blocks = triton.cdiv(folded, m)
-    cells = _cells(input, stride, padding, (p, q), (r, s))
     z = dense_nhwc(dz)
     partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dz.device)
 
@@ -462,15 +481,17 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[
         **config,
     )
     block = 64
+    vector_values, programs = vector_arguments(vectors, triton.cdiv(dw.numel(), block))
     launch(
         _unfold_filter_kernel,
-        (triton.cdiv(dw.numel(), block),),
+        (programs,),
         partial_ptr=partial,
         dw_ptr=dw,
         elements=dw.numel(),
         K=k,
         SPLIT=split,
         **strides("stride_w", "kcrs", dw),
+        **vector_values,
         C=c,
         R=r,
         S=s,
