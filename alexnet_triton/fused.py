@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -38,10 +39,17 @@ class Run(NamedTuple):
     output_format: torch.memory_format | None = None
 
 
-def call(run: Run, input: Any) -> Any:
-    """The output of the last layer of a run."""
-    options = {} if run.output_format is None else {"output_format": run.output_format}
-    return _OPERATIONS[run.operation](input, *run.layers, **options)
+def call(run: Run, input: Any, link: Tensor | None = None, following: Run | None = None) -> tuple[Any, Tensor | None]:
+    """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
+
+    ``link`` is what the run before returned beside ``input``: nothing but this run reads that.
+    """
+    options: dict[str, Any] = {} if run.output_format is None else {"output_format": run.output_format}
+    if run.operation in _TAKE_LINKS:
+        options["link"] = link
+        if run.operation == "conv2d" and len(run.layers) == 2 and following is not None and following.operation in _TAKE_LINKS:
+            return kernels.linked_conv2d(input, *_conv_arguments(cast(nn.Conv2d, run.layers[0])), link=link)
+    return _OPERATIONS[run.operation](input, *run.layers, **options), None
 
 
 def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
@@ -157,12 +165,18 @@ def _conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
     return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None) -> Tensor:
-    return kernels.conv2d(input, *_conv_arguments(conv), activation="relu" if relu is not None else None)
+def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None, *, link: Tensor | None) -> Tensor:
+    return kernels.conv2d(input, *_conv_arguments(conv), activation="relu" if relu is not None else None, link=link)
 
 
 def _run_conv2d_relu_max_pool2d(
-    input: Tensor, conv: nn.Conv2d, relu: nn.ReLU, pool: nn.MaxPool2d, output_format: torch.memory_format | None = None
+    input: Tensor,
+    conv: nn.Conv2d,
+    relu: nn.ReLU,
+    pool: nn.MaxPool2d,
+    output_format: torch.memory_format | None = None,
+    *,
+    link: Tensor | None,
 ) -> Tensor:
     return kernels.conv2d_relu_max_pool2d(
         input,
@@ -172,6 +186,7 @@ def _run_conv2d_relu_max_pool2d(
         pool_padding=pool.padding,
         ceil_mode=pool.ceil_mode,
         output_format=output_format,
+        link=link,
     )
 
 
@@ -208,6 +223,10 @@ _OPERATIONS: dict[str, Any] = {
 }
 
 
+#: Operations that take the gradient of the ReLU right before them, if they are given its link.
+_TAKE_LINKS = ("conv2d", "conv2d_relu_max_pool2d")
+
+
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` whose forward pass runs known runs of layers as one fused operation each.
 
@@ -218,8 +237,10 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The output of the last layer for ``input``, the first layer's input."""
-        for run in plan(list(self)):
-            input = call(run, input)
+        runs = plan(list(self))
+        link = None
+        for run, following in itertools.zip_longest(runs, runs[1:]):
+            input, link = call(run, input, link, following)
         return input
 
     def __getitem__(self, index: slice | int) -> Any:

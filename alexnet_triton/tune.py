@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from kernels import config, conv2d_stem, launch
+from kernels.conv2d import dgrad, fprop, wgrad
 
 from .training import float32_products
 
@@ -38,6 +39,9 @@ LAYERS = {
     "conv4": (384, 12, 384, 3, 1, 1),
     "conv5": (384, 12, 256, 3, 1, 1),
 }
+
+#: Convolutions right after another one's ReLU, whose gradient they take on the way.
+LINKED = ("conv4", "conv5")
 
 #: Linear layers. name: in features, out features, whether ReLU follows
 LINEAR_LAYERS = {"fc1": (6400, 4096, True), "fc2": (4096, 4096, True), "fc3": (4096, 10, False)}
@@ -205,10 +209,10 @@ def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     *_, stride, padding = LAYERS[job.layer]
     step, pad = [stride] * 2, [padding] * 2
     if job.pass_ == "fprop":
-        return ops.conv2d_fprop(x, w, b, step, pad, [1, 1], 1, [job.size] * 2, True)
+        return fprop(x, w, b, step, pad, [1, 1], 1, [job.size] * 2, True)
     if job.pass_ == "dgrad":
-        return ops.conv2d_dgrad(dz, w, list(x.shape), step, pad, [1, 1], 1)
-    return ops.conv2d_wgrad(dz, x, w, step, pad, [1, 1], 1)
+        return dgrad(dz, w, x.shape, step, pad, [1, 1], 1, x if job.layer in LINKED else None)[0]
+    return wgrad(dz, x, w, step, pad, [1, 1], 1)
 
 
 def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -225,7 +229,9 @@ def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     wanted = [job.pass_ == "dgrad", job.pass_ == "wgrad", False]
     step, pad = [stride] * 2, [padding] * 2
     dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, w, None, step, pad, [1, 1], False, [0, 0], 1, wanted)
-    return dx if job.pass_ == "dgrad" else dw
+    if job.pass_ == "wgrad":
+        return dw
+    return dx * (x > 0) if job.layer in LINKED else dx
 
 
 def _milliseconds(function: Callable[[], object], milliseconds: int) -> float:

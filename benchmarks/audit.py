@@ -176,11 +176,18 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
     return max(useful_flops / (target.tflops * 1e6), moved_bytes / (target.tbps * 1e6))
 
 
-def _pass(operator: str | None, kernel: str) -> str:
-    """``conv2d_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``."""
+def _pass(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str:
+    """``linear_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``.
+
+    The operator of a convolution's backward pass launches all of it: there the kernel tells.
+    """
     name = operator or "other"
     if "max_pool2d" in kernel or name.startswith("max_pool2d"):
         return "pool"
+    if "epilogue" in kernel:
+        return "epilogue"
+    if name.endswith("_backward") and not name.startswith("linear"):
+        return "dgrad" if "dgrad" in kernel or arguments.get("DGRAD", False) else "wgrad"
     return "epilogue" if "epilogue" in name else name.rsplit("_", 1)[-1]
 
 
@@ -192,9 +199,11 @@ class _Layer:
 
     def forward(self, net: nn.Sequential, x: Tensor) -> Tensor:
         """``net(x)``, run by run, as :meth:`FusedSequential.forward` does it."""
-        for name, run in zip(LAYERS, plan(list(net)), strict=True):
+        link = None
+        runs = plan(list(net))
+        for name, run, following in zip(LAYERS, runs, [*runs[1:], None], strict=True):
             self.name = name
-            x = call(run, x)
+            x, link = call(run, x, link, following)
             if x.grad_fn is not None:
                 x.grad_fn.register_prehook(lambda _, name=name: self._set(name))
         self.name = "loss"
@@ -276,7 +285,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
         records.append(
             Record(
                 layer=layer.name,
-                pass_=_pass(count.current, compiled.kernel),
+                pass_=_pass(count.current, compiled.kernel, arguments),
                 kernel=compiled.kernel,
                 arch=arch,
                 dtype=name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -78,12 +79,14 @@ class CompiledLaunch:
     shared_bytes: int
     tensor_core_ops: dict[str, int]
     tma_loads: int
-    register_operands: int  # tiles that a loop moves from shared memory into registers
+    register_operands: int  # asynchronous products whose first operand waits in registers
     float_atomics: int
     has_dot: bool
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
 
 
+#: A warp group's product in Triton's GPU IR names the types of its operands: a tensor is in registers.
+_REGISTER_OPERAND = re.compile(r"ttng\.warp_group_dot [^\n]* : tensor<")
 _OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
 
 
@@ -138,12 +141,6 @@ def offline_target(capability: int) -> Iterator[None]:
             triton.runtime.driver.reset_active()
 
 
-def _in_loops(ttgir: str) -> str:
-    """From the first loop's beginning to the last one's end; empty without a loop."""
-    first, last = ttgir.find("scf.for"), ttgir.rfind("scf.yield")
-    return ttgir[first:last] if 0 <= first < last else ""
-
-
 def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
     """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
     compiled = kernel.warmup(grid=grid, **arguments)
@@ -162,7 +159,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         shared_bytes=compiled.metadata.shared,
         tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
         tma_loads=ptx.count("cp.async.bulk.tensor"),
-        register_operands=_in_loops(compiled.asm["ttgir"]).count("ttg.local_load"),
+        register_operands=len(_REGISTER_OPERAND.findall(compiled.asm["ttgir"])),
         float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
         has_dot="tt.dot" in compiled.asm["ttir"],
         int32_program_products=int32_program_products(compiled.asm["ttir"]),
@@ -197,6 +194,17 @@ def single_operations(dtype: torch.dtype) -> None:
     pooled.sum().backward()
     large, _ = kernels.max_pool2d(x, 5, 2, return_indices=True)
     large.sum().backward()
+    pixels = torch.empty(128, 1, 224, 224, dtype=dtype)  # of which no gradient is wanted, as in training
+    first = torch.empty(96, 1, 11, 11, dtype=dtype, requires_grad=True)
+    first_bias = torch.empty(96, dtype=dtype, requires_grad=True)
+    kernels.conv2d(pixels, first, first_bias, stride=4, padding=1, activation="relu").sum().backward()
+    for output_format in (torch.channels_last, torch.contiguous_format):
+        block = functools.partial(
+            kernels.conv2d_relu_max_pool2d, stride=4, padding=1, pool_kernel_size=3, pool_stride=2, output_format=output_format
+        )
+        block(pixels, first, first_bias).sum().backward()
+        with torch.no_grad():
+            block(pixels, first, first_bias)
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()

@@ -6,7 +6,7 @@ public function, and a ``*_reference`` beside it in PyTorch's own operations.
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
 from .backend import use_backend
-from .conv2d import conv2d
+from .conv2d import conv2d, linked_conv2d
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from .dropout import dropout, dropout_mask
 from .images import Augmentation, gather_resize
@@ -25,6 +25,7 @@ __all__ = [
     "gather_resize",
     "linear",
     "linear_relu_dropout",
+    "linked_conv2d",
     "max_pool2d",
     "use_backend",
 ]

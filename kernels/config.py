@@ -332,15 +332,16 @@ def conv2d_stem_pool_config(
 
 def conv2d_stem_pool_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of such a layer's weight gradient with the pool's: as :func:`conv2d_stem_wgrad_config`, p x q windows."""
-    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    # Narrow: beside the accumulators stand the gradients and positions of four windows.
+    block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
     measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
     config = _apply_overrides(config | _known(config, measured))
     programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
     steps = (p + 1) * (q + 1) * triton.cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, _MULTIPROCESSORS // programs)
+    wanted = 2 if INTERPRETED else max(1, 2 * _MULTIPROCESSORS // programs)  # two programs run on a multiprocessor at once
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
@@ -530,11 +531,25 @@ def sgd_config(elements: int) -> dict[str, int]:
     return _apply_overrides({"BLOCK": _tile(elements, 16, 2**17) if INTERPRETED else 4096, "num_warps": 8})
 
 
+#: Rows that one program walks down at once: a second launch would take longer than the steps that it saves.
+_FEW_ROWS = 512
+
+
+def column_sum_split(rows: int, programs: int, blocks: int) -> int:
+    """Parts into which the ``blocks`` blocks of rows are split where ``programs`` programs would walk down all of them."""
+    if rows <= _FEW_ROWS:
+        return _apply_overrides({"SPLIT": 1})["SPLIT"]
+    return split_count(programs, max(blocks, 1), programs_per_multiprocessor=7)  # as many as fit by registers, at once
+
+
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:
     """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
     if INTERPRETED:
         # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
         config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": _tile(columns, 16, 512), "num_warps": 4}
+    elif rows <= _FEW_ROWS:
+        # One program for all rows of its columns, so narrow ones, of 64 bytes and more, for many programs.
+        config = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
     else:
         # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
         exact = _largest_divisor(columns, 128)
@@ -557,6 +572,16 @@ def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
         block //= 2
     block_parts = 1 if block == 1024 else _tile(parts, 1, 2048 // block)
     return _apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})
+
+
+def sum_columns_config(parts: int) -> dict[str, int]:
+    """BLOCK_COLUMNS and BLOCK_COLUMN_PARTS of vectors summed over at most ``parts`` parts beside another sum.
+
+    As in :func:`sum_parts_config` few columns a program, and many parts at once.
+    """
+    if INTERPRETED:
+        return _apply_overrides({"BLOCK_COLUMNS": 512, "BLOCK_COLUMN_PARTS": _tile(parts, 1, 4)})
+    return _apply_overrides({"BLOCK_COLUMNS": 16, "BLOCK_COLUMN_PARTS": _tile(parts, 1, 128)})
 
 
 def split_count(programs: int, blocks: int, *, programs_per_multiprocessor: int = 4) -> int:

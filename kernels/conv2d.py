@@ -30,10 +30,17 @@ from .checks import check_activation, check_tensors, pair
 from .config import conv2d_wgrad_by_images, matmul_config, split_count
 from .device import cast, dot, program_id, relu
 from .differentiation import OperatorFunction, once_differentiable, register_autograd
-from .launch import launch, needs_int64, new_output, new_output_like, strides
+from .launch import launch, needs_int64, new_output, new_output_like, nothing, strides
 from .overrides import overridable
 from .precision import conv_input_precision
-from .reduction import accumulator_dtype, epilogue_backward, new_epilogue_gradients, sum_parts, triton_accumulator
+from .reduction import (
+    ColumnSums,
+    accumulator_dtype,
+    epilogue_backward,
+    sum_parts,
+    sum_vectors,
+    triton_accumulator,
+)
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -308,26 +315,29 @@ def _conv2d_wgrad_kernel(
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-@torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
-def conv2d_fprop(
+def fprop(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
-    output_size: list[int],
+    output_size: Sequence[int],
     relu: bool,
+    cells: Tensor | None = None,
 ) -> Tensor:
     """Convolution, bias, ReLU: (N, C, H, W) and (K, C/groups, R, S) to channels-last (N, K, P, Q).
 
-    ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches.
+    ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches. ``cells``
+    are :func:`kernels.conv2d_stem.cells_of` the input, if they are there already.
     """
     if conv2d_descriptor.takes(input, weight, stride, dilation, groups):
         return conv2d_descriptor.fprop(input, weight, bias, padding, output_size, relu)
     if conv2d_stem.takes(input, weight, stride, dilation, groups):
-        return conv2d_stem.fprop(input, weight, bias, stride[0], padding, output_size, relu)
+        if cells is None:
+            cells = conv2d_stem.cells_of(input, stride[0], padding, output_size, weight.shape[2:])
+        return conv2d_stem.fprop(cells, weight, bias, stride[0], output_size, relu)
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     p, q = output_size
@@ -372,25 +382,39 @@ def conv2d_fprop(
     return y
 
 
-@conv2d_fprop.register_fake
-def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu):
-    size = (input.shape[0], weight.shape[0], *output_size)
-    return new_output(size, input.dtype, input.device, channels_last=True)
-
-
-@torch.library.custom_op("alexnet_triton::conv2d_dgrad", mutates_args=())
-def conv2d_dgrad(
+def dgrad(
     dz: Tensor,
     weight: Tensor,
-    input_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu_output: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+    """Gradient of the input, channels-last ``input_size``, from that of the output before the activation.
+
+    With ``relu_output``, the input itself, channels-last: the gradient before the ReLU that gave it, its sum over everything
+    but the channels (else empty), and what is still to be summed for that.
+    """
+    if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
+        return conv2d_descriptor.dgrad(dz, weight, input_size, padding, relu_output)
+    dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
+    if relu_output is None:
+        return dx, nothing(dx), []
+    return epilogue_backward(dx, relu_output, write_dz=True, sum_columns=True)
+
+
+def _gather_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Gradient of the input, channels-last ``input_size``, from that of the output before the activation."""
-    if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
-        return conv2d_descriptor.dgrad(dz, weight, input_size, padding)
+    """The gradient of the input by the kernel that takes any convolution."""
     n, c, h, w = input_size
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
@@ -441,31 +465,30 @@ def conv2d_dgrad(
     return dx
 
 
-@conv2d_dgrad.register_fake
-def _(dz, weight, input_size, stride, padding, dilation, groups):
-    return new_output(input_size, dz.dtype, dz.device, channels_last=True)
-
-
-@torch.library.custom_op("alexnet_triton::conv2d_wgrad", mutates_args=())
-def conv2d_wgrad(
+def wgrad(
     dz: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
+    vectors: Sequence[ColumnSums] = (),
 ) -> Tensor:
-    """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
+    """Gradient of the weight, in the weight's own shape and strides (its values are not read).
+
+    Its last launch, which adds up parts, takes the sums of ``vectors`` along.
+    """
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
     dw = new_output_like(weight)
     if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        conv2d_descriptor.wgrad(dz, input, dw, padding)
+        conv2d_descriptor.wgrad(dz, input, dw, padding, vectors)
         return dw
     if conv2d_stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        conv2d_stem.wgrad(dz, input, dw, stride[0], padding)
+        cells = conv2d_stem.cells_of(input, stride[0], padding, (p, q), (r, s))
+        conv2d_stem.wgrad(dz, cells, dw, stride[0], vectors)
         return dw
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
@@ -506,26 +529,118 @@ def conv2d_wgrad(
         INPUT_PRECISION=precision,
         **config,
     )
-    sum_parts(partial, dw)
+    sum_parts(partial, dw, vectors)
     return dw
 
 
-@conv2d_wgrad.register_fake
-def _(dz, input, weight, stride, padding, dilation, groups):
-    return torch.empty_like(weight)
-
-
-@torch.library.custom_op("alexnet_triton::conv2d_epilogue_backward", mutates_args=())
-def conv2d_epilogue_backward(
-    grad_output: Tensor, output: Tensor | None, write_dz: bool, sum_columns: bool
+@torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
+def conv2d_fprop(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    link: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_size: list[int],
+    relu: bool,
+    make_link: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.reduction.epilogue_backward` of a convolution: channels-last gradient before the ReLU, bias gradient."""
-    return epilogue_backward(grad_output, output, write_dz=write_dz, sum_columns=sum_columns)
+    """:func:`fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link`` is that of the ReLU before."""
+    return fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu), _new_link(weight, make_link)
 
 
-@conv2d_epilogue_backward.register_fake
-def _(grad_output, output, write_dz, sum_columns):
-    return new_epilogue_gradients(grad_output, write_dz, sum_columns)
+@conv2d_fprop.register_fake
+def _(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
+    size = (input.shape[0], weight.shape[0], *output_size)
+    return new_output(size, input.dtype, input.device, channels_last=True), _new_link(weight, make_link)
+
+
+def _new_link(weight: Tensor, make_link: bool) -> Tensor:
+    return new_output((weight.shape[0] if make_link else 0,), weight.dtype, weight.device)
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_backward", mutates_args=())
+def conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wanted: list[bool],
+    linked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
+
+    ``output`` is the convolution's own where a ReLU gave it, and the gradient does not come through its link.
+    """
+    needs_input, needs_weight, needs_bias = wanted
+    masked = output is not None and (needs_input or needs_weight)
+    dz, d_bias = grad_output, nothing(grad_output)
+    unsummed: list[ColumnSums] = []
+    if masked or needs_bias:
+        written, d_bias, unsummed = epilogue_backward(grad_output, output, write_dz=masked, sum_columns=needs_bias)
+        dz = written if masked else dz
+    geometry = (stride, padding, dilation, groups)
+    dx, dw, d_link = gradients(dz, input, weight, input.shape, geometry, needs_input, needs_weight, linked, unsummed)
+    return dx, dw, d_bias, d_link
+
+
+@conv2d_backward.register_fake
+def _(grad_output, input, weight, output, stride, padding, dilation, groups, wanted, linked):
+    return new_gradients(grad_output, input.shape, weight, wanted, linked)
+
+
+def new_gradients(
+    grad_output: Tensor, input_size: Sequence[int], weight: Tensor, wanted: Sequence[bool], linked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised results of a convolution's backward operator."""
+    dtype, device = grad_output.dtype, grad_output.device
+    needs_input, needs_weight, needs_bias = wanted
+    dx = new_output(input_size, dtype, device, channels_last=True) if needs_input else nothing(grad_output)
+    dw = torch.empty_like(weight) if needs_weight else nothing(grad_output)
+    d_bias = new_output((weight.shape[0] if needs_bias else 0,), dtype, device)
+    return dx, dw, d_bias, new_output((input_size[1] if needs_input and linked else 0,), dtype, device)
+
+
+def gradients(
+    dz: Tensor,
+    input: Tensor | None,
+    weight: Tensor,
+    input_size: Sequence[int],
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    needs_input: bool,
+    needs_weight: bool,
+    linked: bool,
+    unsummed: Sequence[ColumnSums],
+    cells: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and the input's link from that before the activation; only what is needed is launched.
+
+    Args:
+        input: None where its ``cells`` are all that is wanted of it.
+        geometry: stride, padding, dilation, groups.
+        linked: whether the input comes with a link.
+        unsummed: what is to be summed before all is done.
+        cells: :func:`kernels.conv2d_stem.cells_of` the input.
+    """
+    dx, dw, d_link = (nothing(dz) for _ in range(3))
+    if needs_input:
+        dx, d_link, of_link = dgrad(dz, weight, input_size, *geometry, input if linked else None)
+        unsummed = [*unsummed, *of_link]
+    if not needs_weight:
+        sum_vectors(unsummed)
+    elif cells is not None:
+        dw = new_output_like(weight)
+        conv2d_stem.wgrad(dz, cells, dw, geometry[0][0], unsummed)
+    else:
+        assert input is not None
+        dw = wgrad(dz, input, weight, *geometry, unsummed)
+    return dx, dw, d_link
 
 
 def _is_irregular(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
@@ -542,49 +657,47 @@ def _filter_step(stride: int, dilation: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
-def conv2d_gradients(
-    dz: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    geometry: Sequence[Any],
-    needs_input: bool,
-    needs_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input and weight from that before the activation; only what is needed is launched.
-
-    ``geometry``: stride, padding, dilation, groups.
-    """
-    dx = conv2d_dgrad(dz, weight, list(input.shape), *geometry) if needs_input else None
-    dw = conv2d_wgrad(dz, input, weight, *geometry) if needs_weight else None
-    return dx, dw
-
-
 class Conv2dFunction(OperatorFunction):
-    """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask."""
+    """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask.
+
+    Its second output, the link, holds nothing. A convolution that takes it beside the first promises to be the only one to read
+    that, and does two things on the way that would each be a pass over memory here: the input's gradient that it returns is the
+    one before this ReLU, and the link's gradient is the sum of that, the gradient of this bias.
+    """
 
     @staticmethod
-    def forward(input, weight, bias, stride, padding, dilation, groups, output_size, relu):
-        return conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu)
+    def forward(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
+        return conv2d_fprop(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, weight, _, *geometry, _, relu = inputs
-        ctx.save_for_backward(input, weight, output if relu else None)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        input, weight, _, link, *geometry, _, relu, make_link = inputs
+        y, new_link = output
+        ctx.save_for_backward(input, weight, y if relu else None)
+        ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
+        if not make_link:
+            ctx.mark_non_differentiable(new_link)
         ctx.geometry = geometry
+        ctx.linked = link is not None
+        ctx.make_link = make_link
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor):
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
         input, weight, output = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dz, d_bias = grad_output, None
-        masked = output is not None and (needs_input or needs_weight)
-        if masked or needs_bias:
-            written, column_sums = conv2d_epilogue_backward(grad_output, output, masked, needs_bias)
-            dz = written if masked else dz
-            d_bias = column_sums if needs_bias else None
-        dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
-        return dx, dw, d_bias, None, None, None, None, None, None
+        # Asked first what was said in the forward pass: in compiled code the gradient of what nobody took is not None.
+        handed_over = ctx.make_link and grad_link is not None
+        wanted = [needs_input, needs_weight, needs_bias and not handed_over]
+        masks = None if handed_over else output
+        dx, dw, d_bias, d_link = conv2d_backward(grad_output, input, weight, masks, *ctx.geometry, wanted, ctx.linked)
+        return (
+            dx if needs_input else None,
+            dw if needs_weight else None,
+            (grad_link if handed_over else d_bias) if needs_bias else None,
+            d_link if needs_input and ctx.linked else None,
+            *[None] * 7,
+        )
 
 
 register_autograd(Conv2dFunction, conv2d_fprop)
@@ -686,6 +799,7 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    link: Tensor | None = None,
 ) -> Tensor:
     """2-D convolution, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.conv2d`.
 
@@ -698,6 +812,7 @@ def conv2d(
         dilation: distance of filter elements, int or (vertical, horizontal), in pixels.
         groups: number of groups that input and output channels are cut into.
         activation: None or ``"relu"``.
+        link: of ``input``, where :func:`linked_conv2d` gave both and nothing else reads ``input``.
 
     Returns:
         (N, K, P, Q) or (K, P, Q) with P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, in ``input``'s dtype,
@@ -709,11 +824,65 @@ def conv2d(
         TypeError: a dtype that the kernels do not run, or dtypes that differ.
         ValueError: ranks, channels, devices, sizes or options that do not fit.
     """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, link, make_link=False)[0]
+
+
+@overridable
+def linked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    link: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``conv2d(..., activation="relu")`` right before another convolution, which then takes the ReLU's gradient on its way.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as :func:`conv2d`.
+        link: what this function returned beside ``input``, if it did.
+
+    Returns:
+        The output, and its link: (K,) without a meaning of its own, or None where no Triton kernel ran. Both are to be handed
+        to one more convolution (this function, :func:`conv2d` or :func:`kernels.conv2d_relu_max_pool2d`), and nothing else may
+        read the output: its gradient, if anybody should look at it, is the one before the ReLU.
+
+    Raises:
+        TypeError, ValueError: as :func:`conv2d`; ValueError for a link of another number of channels than ``input``'s.
+    """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", link, make_link=True)
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str | None,
+    link: Tensor | None,
+    *,
+    make_link: bool,
+) -> tuple[Tensor, Tensor | None]:
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     strides, before, dilations, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
+    check_link(link, batched)
     if not runs_triton(input):
-        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation)
-    output = Conv2dFunction.apply(batched, weight, bias, strides, before, dilations, groups, size, fuse_relu)
-    return output.squeeze(0) if input.dim() == 3 else output
+        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
+    output, new_link = Conv2dFunction.apply(
+        batched, weight, bias, link, strides, before, dilations, groups, size, fuse_relu, make_link
+    )
+    return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
+
+
+def check_link(link: Tensor | None, input: Tensor) -> None:
+    """Refuse a link that belongs to another tensor than ``input`` (N, C, H, W)."""
+    if link is not None and link.shape != input.shape[1:2]:
+        raise ValueError(f"link must be the one that was returned beside input, ({input.shape[1]},), got {tuple(link.shape)}")

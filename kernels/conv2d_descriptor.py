@@ -34,9 +34,9 @@ from .config import (
     conv2d_images_wgrad_config,
     conv2d_tile,
 )
-from .device import cast, dot, program_id, relu
-from .launch import launch, needs_int64, new_output
-from .reduction import sum_parts
+from .device import cast, dot, program_id, relu, relu_grad
+from .launch import launch, needs_int64, new_output, nothing
+from .reduction import ColumnSums, sum_parts
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -54,11 +54,27 @@ def store_pixels(y_ptr, bias_ptr, acc, o_row, m_row, o_k, K, HAS_BIAS: tl.conste
 
 
 @triton.jit
+def mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_row, o_k, K):
+    """The epilogue of a gradient: through the ReLU whose output is at ``relu_ptr``, and the sum over the rows to ``p_sums``.
+
+    Rounded to the output's type first, which takes half the registers.
+    """
+    m_k = o_k < K
+    b_relu = tl.load(relu_ptr + o_row[:, None] + o_k[None, :], mask=m_row[:, None] & m_k[None, :], other=0.0)
+    y = cast(acc, relu_ptr.dtype.element_ty)
+    y = relu_grad(y, b_relu.to(acc.dtype)).to(y.dtype)
+    tl.store(p_sums + o_k, tl.sum(y.to(acc.dtype), axis=0), mask=m_k)
+    return y
+
+
+@triton.jit
 def _conv2d_images_kernel(
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_M, BLOCK_K]
     w_desc,  # filters [K, R*S*C], blocks [BLOCK_N, BLOCK_K]; DGRAD: [C, R*S*K], blocks [BLOCK_K, BLOCK_N]
     w2_desc,  # the same with BLOCK_N2 for BLOCK_N
     bias_ptr,  # [K], or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
+    sums_ptr,  # out: [tiles of PIXELS, PIXELS, K] float32, the sums of y over each tile's images; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous
     N,
     H,
@@ -74,6 +90,7 @@ def _conv2d_images_kernel(
     DGRAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    RELU_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -148,14 +165,23 @@ def _conv2d_images_kernel(
     o_row = ((o_n * P + p) * Q + q) * K
     m_n = o_n < N
     o_k = k0 + tl.arange(0, BLOCK_N)
+    p_sums = sums_ptr + pid_pixels * (PIXELS * K)
+    if RELU_GRAD:
+        acc = mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_n, o_k, K)
     store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, HAS_BIAS, RELU)
     if BLOCK_N2 > 0:
         o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
+        if RELU_GRAD:
+            acc2 = mask_and_sum_pixels(acc2, relu_ptr, p_sums, o_row, m_n, o_k2, K)
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, HAS_BIAS, RELU)
     if PIXELS == 2:
         m_n = m_n & (q + 1 < Q)
+        if RELU_GRAD:
+            next_acc = mask_and_sum_pixels(next_acc, relu_ptr, p_sums + K, o_row + K, m_n, o_k, K)
         store_pixels(y_ptr, bias_ptr, next_acc, o_row + K, m_n, o_k, K, HAS_BIAS, RELU)
         if BLOCK_N2 > 0:
+            if RELU_GRAD:
+                next_acc2 = mask_and_sum_pixels(next_acc2, relu_ptr, p_sums + K, o_row + K, m_n, o_k2, K)
             store_pixels(y_ptr, bias_ptr, next_acc2, o_row + K, m_n, o_k2, K, HAS_BIAS, RELU)
 
 
@@ -164,6 +190,8 @@ def _conv2d_box_kernel(
     x_desc,  # input [N, H, W, C], blocks [NB, TH, TW, BLOCK_K]
     w_desc,  # filters [K, R*S*C], blocks [BLOCK_N, BLOCK_K]; DGRAD: [C, R*S*K], blocks [BLOCK_K, BLOCK_N]
     bias_ptr,  # [K], or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
+    sums_ptr,  # out: [tiles, K] float32, the sums of y over each tile's pixels; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous
     N,
     P,
@@ -177,6 +205,7 @@ def _conv2d_box_kernel(
     DGRAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    RELU_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     NB: tl.constexpr,
@@ -218,7 +247,11 @@ def _conv2d_box_kernel(
     o_q = q0 + o_m % TW
     m_m = (o_n < N) & (o_p < P) & (o_q < Q)
     o_row = ((o_n * P + o_p) * Q + o_q) * K
-    store_pixels(y_ptr, bias_ptr, acc.T, o_row, m_m, k0 + tl.arange(0, BLOCK_N), K, HAS_BIAS, RELU)
+    o_k = k0 + tl.arange(0, BLOCK_N)
+    acc = acc.T
+    if RELU_GRAD:
+        acc = mask_and_sum_pixels(acc, relu_ptr, sums_ptr + pid_tile * K, o_row, m_m, o_k, K)
+    store_pixels(y_ptr, bias_ptr, acc, o_row, m_m, o_k, K, HAS_BIAS, RELU)
 
 
 @triton.jit
@@ -370,12 +403,18 @@ def fprop(
     relu: bool,
 ) -> Tensor:
     """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    return _convolve(input, weight, bias, padding, output_size, relu, dgrad=False)
+    return _convolve(input, weight, bias, padding, output_size, relu, None, dgrad=False)[0]
 
 
-def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Gradient of the input, channels-last ``input_size``, from that of the output before the activation."""
-    return _convolve(dz, weight, None, padding, input_size[2:], False, dgrad=True)
+def dgrad(
+    dz: Tensor, weight: Tensor, input_size: Sequence[int], padding: Sequence[int], relu_output: Tensor | None
+) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+    """As :func:`kernels.conv2d.dgrad`; the gradient of the ReLU and the sums of each tile cost no pass of their own."""
+    dx, sums = _convolve(dz, weight, None, padding, input_size[2:], False, relu_output, dgrad=True)
+    if sums is None:
+        return dx, nothing(dx), []
+    vector = ColumnSums(sums, new_output((input_size[1],), dx.dtype, dx.device))
+    return dx, vector.out, [vector]
 
 
 def _convolve(
@@ -385,18 +424,28 @@ def _convolve(
     padding: Sequence[int],
     output_size: Sequence[int],
     relu: bool,
+    relu_output: Tensor | None,
     *,
     dgrad: bool,
-) -> Tensor:
-    """Both directions: what is input, output, C and K here is the gradient's, the other way round, with ``dgrad``."""
+) -> tuple[Tensor, Tensor | None]:
+    """Both directions: what is input, output, C and K here is the gradient's, the other way round, with ``dgrad``.
+
+    With ``relu_output`` the second result are the sums of each tile of the first, (tiles, K) float32.
+    """
     r, s = weight.shape[2:]
     n, c, h, w = input.shape
     k = weight.shape[1] if dgrad else weight.shape[0]
     p, q = output_size
     x, filters = dense_nhwc(input), dense_nhwc(weight)
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
+
+    def new_sums(tiles: int) -> Tensor | None:
+        return None if relu_output is None else new_output((tiles, k), torch.float32, y.device)
+
     shared = {
         "bias_ptr": filters if bias is None else bias.contiguous(),
+        "relu_ptr": filters if relu_output is None else dense_nhwc(relu_output),
+        "RELU_GRAD": relu_output is not None,
         "y_ptr": y,
         "N": n,
         "P": p,
@@ -420,6 +469,7 @@ def _convolve(
             return [config["BLOCK_K"], columns] if dgrad else [columns, config["BLOCK_K"]]
 
         tiles = triton.cdiv(n, config["BLOCK_M"]) * p * triton.cdiv(q, config["PIXELS"])
+        sums = new_sums(tiles * config["PIXELS"])
         launch(
             _conv2d_images_kernel,
             (tiles * triton.cdiv(k, config["BLOCK_N"] + n2),),
@@ -430,14 +480,16 @@ def _convolve(
             W=w,
             pad_h=padding[0],
             pad_w=padding[1],
+            sums_ptr=filters if sums is None else sums,
             **shared,
             **config,
         )
-        return y
+        return y, sums
     config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s)
     tile = [config["NB"], config["TH"], config["TW"]]
     tiles = triton.cdiv(n, tile[0]) * triton.cdiv(p, tile[1]) * triton.cdiv(q, tile[2])
     block = [config["BLOCK_K"], config["BLOCK_N"]] if dgrad else [config["BLOCK_N"], config["BLOCK_K"]]
+    sums = new_sums(tiles)
     launch(
         _conv2d_box_kernel,
         (tiles * triton.cdiv(k, config["BLOCK_N"]),),
@@ -445,14 +497,15 @@ def _convolve(
         w_desc=_matrix(filters, weight.shape[0], block),
         pad_h=r - 1 - padding[0] if dgrad else padding[0],
         pad_w=s - 1 - padding[1] if dgrad else padding[1],
+        sums_ptr=filters if sums is None else sums,
         **shared,
         **config,
     )
-    return y
+    return y, sums
 
 
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides."""
+def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int], vectors: Sequence[ColumnSums]) -> None:
+    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
     n, c, h, w = input.shape
     k, _, r, s = dw.shape
     p, q = dz.shape[2:]
@@ -488,4 +541,4 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int]) -> None
         INPUT_PRECISION="ieee",
         **config,
     )
-    sum_parts(partial, dw)
+    sum_parts(partial, dw, vectors)

@@ -1,8 +1,9 @@
 """Convolution, bias, ReLU and max-pool as one operation that keeps no unpooled activation for its backward pass.
 
 The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and lets the unpooled
-output go. What it saves is its input and one byte of window position an output. That is enough: the gradient only reaches the
-element that a window points at, and where the ReLU stopped that element too the position says so.
+output go; of a strided first layer both are one kernel, :mod:`kernels.conv2d_stem_pool`. What it saves is its input and one
+byte of window position an output. That is enough: the gradient only reaches the element that a window points at, and where
+the ReLU stopped that element too the position says so.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import conv2d_stem_pool
+from . import conv2d_stem, conv2d_stem_pool
 from .autocast import autocast_inputs
 from .backend import runs_triton
+from .config import conv2d_wgrad_by_images
 from .conv2d import (
+    check_link,
     conv2d_arguments,
-    conv2d_fprop,
-    conv2d_gradients,
     conv2d_reference,
+    fprop,
+    gradients,
+    new_gradients,
 )
+from .conv2d_stem import cells_of, cells_size, new_cells
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
-from .launch import new_output
+from .launch import new_output, new_output_like, nothing
 from .max_pool2d import (
     check_positions_written,
-    max_pool2d_dgrad,
     max_pool2d_fprop,
     max_pool2d_reference,
     new_position_and_index,
     pool_arguments,
+    pool_backward,
 )
 from .overrides import overridable
 
@@ -40,6 +45,7 @@ def conv2d_relu_max_pool2d_fprop(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    link: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -51,62 +57,135 @@ def conv2d_relu_max_pool2d_fprop(
     pool_size: list[int],
     channels_last: bool,
     write_position: bool,
-) -> tuple[Tensor, Tensor]:
-    """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
+
+    The third result, empty where there is no such thing, are the cells of a strided first layer: what its backward pass reads
+    in place of ``input``. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
+    """
+    keep_cells = write_position and _reads_cells(input, weight, link, stride, dilation, groups)
+    cells = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
     window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
     if conv2d_stem_pool.takes("fprop", input, weight, stride, dilation, groups, *window):
-        return conv2d_stem_pool.fprop(
-            input, weight, bias, stride[0], padding, conv_size, pool_size, channels_last, write_position
+        patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
+        pooled, position = conv2d_stem_pool.fprop(
+            patches, weight, bias, stride[0], conv_size, pool_size, channels_last, write_position
         )
-    unpooled = conv2d_fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True)
-    pooled, position, _ = max_pool2d_fprop(
-        unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
+    else:
+        unpooled = fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True, cells)
+        pooled, position, _ = max_pool2d_fprop(
+            unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
+        )
+    return pooled, position, nothing(input) if cells is None else cells
+
+
+def _reads_cells(
+    input: Tensor, weight: Tensor, link: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
+    """Whether the weight gradient is :func:`kernels.conv2d_stem.wgrad`, and nothing else reads the input."""
+    return (
+        link is None and conv2d_stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(input.shape[0])
     )
-    return pooled, position
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
-def _(input, weight, *arguments):
-    *_, kernel_size, _, _, pool_size, channels_last, write_position = arguments
+def _(input, weight, bias, link, stride, padding, dilation, groups, conv_size, kernel_size, *arguments):
+    *_, pool_size, channels_last, write_position = arguments
     size = (input.shape[0], weight.shape[0], *pool_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(pooled, kernel_size, channels_last, write_position, False)
-    return pooled, position
+    cells = nothing(input)
+    if write_position and _reads_cells(input, weight, link, stride, dilation, groups):
+        cells = new_cells(input, stride[0], cells_size(stride[0], conv_size, weight.shape[2:]))
+    return pooled, position, cells
+
+
+@torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())
+def conv2d_relu_max_pool2d_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    cells: Tensor | None,
+    weight: Tensor,
+    position: Tensor,
+    input_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    conv_size: list[int],
+    kernel_size: list[int],
+    pool_stride: list[int],
+    pool_padding: list[int],
+    wanted: list[bool],
+    linked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
+
+    Either ``input`` or its ``cells`` are there.
+    """
+    needs_input, needs_weight, needs_bias = wanted
+    if cells is not None and needs_weight and not needs_input:
+        window = (conv_size, kernel_size, pool_stride, pool_padding, position.shape[2:])
+        if conv2d_stem_pool.takes("wgrad", cells, weight, stride, dilation, groups, *window):
+            dx, _, d_bias, d_link = new_gradients(grad_output, input_size, weight, wanted, linked)
+            dw = new_output_like(weight)
+            conv2d_stem_pool.wgrad(grad_output, position, cells, dw, d_bias if needs_bias else None, stride[0], conv_size)
+            return dx, dw, d_bias, d_link
+    unpooled_size = [input_size[0], weight.shape[0], *conv_size]
+    # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
+    dz, d_bias, unsummed = pool_backward(
+        grad_output,
+        position,
+        unpooled_size,
+        kernel_size,
+        pool_stride,
+        pool_padding,
+        [1, 1],
+        True,
+        needs_input or needs_weight,
+        needs_bias,
+    )
+    geometry = (stride, padding, dilation, groups)
+    dx, dw, d_link = gradients(dz, input, weight, input_size, geometry, needs_input, needs_weight, linked, unsummed, cells)
+    return dx, dw, d_bias, d_link
+
+
+@conv2d_relu_max_pool2d_backward.register_fake
+def _(grad_output, input, cells, weight, position, input_size, *arguments):
+    *_, wanted, linked = arguments
+    return new_gradients(grad_output, input_size, weight, wanted, linked)
 
 
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
-    """Convolution (+bias), ReLU, max-pool. Saves input, weight and window positions."""
+    """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
 
     @staticmethod
     def forward(*inputs):
         return conv2d_relu_max_pool2d_fprop(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        input, weight, _, stride, padding, dilation, groups, conv_size, *window, _, _, write_position = inputs
-        position = output[1]
-        ctx.save_for_backward(input, weight, position)
-        ctx.mark_non_differentiable(position)
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, weight, _, link, *geometry_and_window, _, _, write_position = inputs
+        _, position, cells = output
+        has_cells = cells.dim() == 4
+        ctx.save_for_backward(None if has_cells else input, cells if has_cells else None, weight, position)
+        ctx.mark_non_differentiable(position, cells)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
-        ctx.geometry = (stride, padding, dilation, groups)
-        ctx.window = (*window, [1, 1])
-        ctx.unpooled_size = [input.shape[0], weight.shape[0], *conv_size]
+        ctx.input_size = list(input.shape)
+        ctx.geometry_and_window = geometry_and_window
+        ctx.linked = link is not None
         ctx.write_position = write_position
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, _: Any):
+    def backward(ctx: Any, saved: tuple[Tensor | None, Tensor | None, Tensor, Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
-        input, weight, position = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dw = None
-        # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
-        dz, d_bias = max_pool2d_dgrad(
-            grad_output, position, ctx.unpooled_size, *ctx.window, True, needs_input or needs_weight, needs_bias
+        wanted = list(ctx.needs_input_grad[:3])
+        results = conv2d_relu_max_pool2d_backward(
+            grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
         )
-        if needs_input or needs_weight:
-            dx, dw = conv2d_gradients(dz, input, weight, ctx.geometry, needs_input, needs_weight)
-        return dx, dw, d_bias if needs_bias else None, *[None] * 11
+        wanted.append(ctx.linked and wanted[0])
+        return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 11
 
 
 register_autograd(Conv2dReLUMaxPool2dFunction, conv2d_relu_max_pool2d_fprop)
@@ -149,6 +228,7 @@ def conv2d_relu_max_pool2d(
     pool_padding: int | Sequence[int] = 0,
     ceil_mode: bool = False,
     output_format: torch.memory_format | None = None,
+    link: Tensor | None = None,
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(...)))`` that keeps only its input and one byte an output.
 
@@ -157,12 +237,13 @@ def conv2d_relu_max_pool2d(
         pool_kernel_size, pool_stride, pool_padding, ceil_mode: as :func:`kernels.max_pool2d`.
         output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, so that flattening it is a view;
             ``torch.channels_last`` or None for NHWC.
+        link: of ``input``, where :func:`kernels.linked_conv2d` gave both and nothing else reads ``input``.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), pooled, in ``input``'s dtype, channels-last in memory unless ``output_format`` says NCHW.
 
     Raises:
-        TypeError, ValueError: as :func:`kernels.conv2d` and :func:`kernels.max_pool2d`; ValueError for another
+        TypeError, ValueError: as :func:`kernels.linked_conv2d` and :func:`kernels.max_pool2d`; ValueError for another
             ``output_format``.
     """
     if output_format not in (None, torch.channels_last, torch.contiguous_format):
@@ -171,6 +252,7 @@ def conv2d_relu_max_pool2d(
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     strides, before, dilations, conv_size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
     *window, pool_size = pool_arguments(conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
+    check_link(link, batched)
     if not runs_triton(input):
         return conv2d_relu_max_pool2d_reference(
             input,
@@ -187,10 +269,11 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     kernel_size, steps, pads, _ = window
-    pooled, _ = Conv2dReLUMaxPool2dFunction.apply(
+    pooled, *_ = Conv2dReLUMaxPool2dFunction.apply(
         batched,
         weight,
         bias,
+        link,
         strides,
         before,
         dilations,

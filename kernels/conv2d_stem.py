@@ -21,6 +21,7 @@ from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_co
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import launch, needs_int64, new_output, strides
+from .reduction import ColumnSums, sum_columns, vector_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -249,9 +250,7 @@ def _conv2d_stem_wgrad_kernel(
 @triton.jit
 def _unfold_filter_kernel(
     partial_ptr,  # [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
-    bias_partial_ptr,  # [SPLIT, K] float32, or unused
     dw_ptr,  # out: [K, C, R, S] through its strides
-    db_ptr,  # out: [K], or unused
     elements,
     K,
     SPLIT,
@@ -259,24 +258,36 @@ def _unfold_filter_kernel(
     stride_wc,
     stride_wr,
     stride_ws,
+    vector_partial_ptrs,  # the vectors that are summed beside it, see sum_columns; or None
+    vector_out_ptrs,
+    vector_parts,
+    vector_columns,
+    vector_first_blocks,
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
     """The filter's gradient: the sum over the parts, each position taken from where folding put it.
 
-    With HAS_BIAS, K elements more: the bias's gradient.
+    One program owns BLOCK elements; those after the last element own vectors'.
     """
-    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
+    pid = program_id(0, WIDE)
+    if HAS_VECTORS:
+        sum_columns(
+            pid, vector_partial_ptrs, vector_out_ptrs, vector_parts, vector_columns, vector_first_blocks, tl.float32,
+            BLOCK_COLUMNS, BLOCK_COLUMN_PARTS,
+        )  # fmt: skip
+    o_e = pid * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
     m_e = o_e < elements
-    m_bias = (o_e >= elements) & (o_e < elements + K)
     o_k = o_e % K
     o_c = o_e // K % C
     o_s = o_e // K // C % S
@@ -288,11 +299,6 @@ def _unfold_filter_kernel(
         o_part = i + tl.arange(0, BLOCK_PARTS)
         p_in = partial_ptr + o_part[:, None] * (FOLD_BLOCKS * 3 * BLOCK_M * K) + o_in[None, :]
         acc += tl.load(p_in, mask=(o_part < SPLIT)[:, None] & m_e[None, :], other=0.0)
-        if HAS_BIAS:
-            p_bias = bias_partial_ptr + o_part[:, None] * K + o_k[None, :]
-            acc += tl.load(p_bias, mask=(o_part < SPLIT)[:, None] & m_bias[None, :], other=0.0)
-    if HAS_BIAS:
-        tl.store(db_ptr + o_k, cast(tl.sum(acc, axis=0), db_ptr.dtype.element_ty), mask=m_bias)
     p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
     tl.store(p_dw, cast(tl.sum(acc, axis=0), dw_ptr.dtype.element_ty), mask=m_e)
 
@@ -334,7 +340,7 @@ def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Seq
     A convolution of this stride over ``input`` is one of stride 1 over the result, with a filter ``stride`` times smaller.
     """
     n, c, h, w = input.shape
-    out = new_output((n, *size, stride * stride * c), input.dtype, input.device)
+    out = new_cells(input, stride, size)
     row = size[1] * stride * stride * c
     launch(
         _space_to_depth_kernel,
@@ -357,18 +363,29 @@ def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Seq
     return out
 
 
-def _patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
+def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """What :func:`space_to_depth` writes, uninitialised."""
+    n, c = input.shape[:2]
+    return new_output((n, *size, stride * stride * c), input.dtype, input.device)
+
+
+def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
     """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
     n, rows, width, depth = cells.shape
     image, row = rows * width * depth, width * depth
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
 
 
-def _cells(
+def cells_of(
     input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
 ) -> Tensor:
-    size = [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
-    return space_to_depth(input, stride, padding, size)
+    """All the cells that a convolution's filters see: its input for both passes here."""
+    return space_to_depth(input, stride, padding, cells_size(stride, output_size, filter_size))
+
+
+def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:
+    """Rows and columns of cells."""
+    return [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
 
 
 def fold_filter(weight: Tensor, stride: int) -> Tensor:
@@ -396,24 +413,15 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
     return filters
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    output_size: Sequence[int],
-    relu: bool,
-) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    n, c = input.shape[:2]
-    k, _, r, s = weight.shape
+def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, output_size: Sequence[int], relu: bool) -> Tensor:
+    """Convolution, bias, ReLU: :func:`cells_of` the input and (K, C, R, S) to channels-last (N, K, P, Q)."""
+    n = cells.shape[0]
+    k, c, r, s = weight.shape
     p, q = output_size
     folded = fold(c, s, stride)
-    cells = _cells(input, stride, padding, output_size, (r, s))
     filters = fold_filter(weight, stride)
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
-    config = conv2d_stem_config(input.device, n, p, q, folded, k)
+    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=True)
+    config = conv2d_stem_config(cells.device, n, p, q, folded, k)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
@@ -423,8 +431,8 @@ def fprop(
     launch(
         _conv2d_stem_kernel,
         (p * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
-        x_desc=_patches(cells, folded, q, [m, k1]),
-        x2_desc=_patches(cells, folded, q, [m, k2 or k1]),
+        x_desc=patches(cells, folded, q, [m, k1]),
+        x2_desc=patches(cells, folded, q, [m, k2 or k1]),
         w_desc=filter_blocks(n1, k1),
         w2_desc=filter_blocks(n1, k2 or k1),
         v_desc=filter_blocks(n2 or n1, k1),
@@ -446,17 +454,16 @@ def fprop(
     return y
 
 
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[int]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides."""
-    n, c = input.shape[:2]
-    k, _, r, s = dw.shape
+def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
+    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
+    n = cells.shape[0]
+    k, c, r, s = dw.shape
     p, q = dz.shape[2:]
     folded = fold(c, s, stride)
-    config = conv2d_stem_wgrad_config(input.device, n, p, q, folded, k)
+    config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     fold_blocks = triton.cdiv(folded, m)
-    cells = _cells(input, stride, padding, (p, q), (r, s))
     z = dense_nhwc(dz)
     partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dz.device)
 
@@ -466,7 +473,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[
     launch(
         _conv2d_stem_wgrad_kernel,
         (fold_blocks * triton.cdiv(k, n1 + n2), split),
-        x_desc=_patches(cells, folded, q, [images, m]),
+        x_desc=patches(cells, folded, q, [images, m]),
         z_desc=gradients(n1),
         z2_desc=gradients(n2 or n1),
         partial_ptr=partial,
@@ -481,38 +488,34 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, stride: int, padding: Sequence[
         FOLD_BLOCKS=fold_blocks,
         **config,
     )
-    unfold(partial, dw, stride)
+    unfold(partial, dw, stride, vectors)
 
 
-def unfold(
-    partial: Tensor, dw: Tensor, stride: int, bias_partial: Tensor | None = None, d_bias: Tensor | None = None
-) -> None:
-    """``dw`` (K, C, R, S), any dense strides, from ``partial`` (parts, blocks of positions, 3, positions, K), added in order.
+def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
+    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, 3, positions, K).
 
-    And the gradient of the bias, ``d_bias`` (K,), from ``bias_partial`` (parts, K), where both are given.
+    And the sums of ``vectors`` in the same launch.
     """
     k, c, r, s = dw.shape
     split, fold_blocks, _, m, _ = partial.shape
-    elements = dw.numel() + (0 if d_bias is None else k)
     block = 64
+    vector_values, programs = vector_arguments(vectors, triton.cdiv(dw.numel(), block))
     launch(
         _unfold_filter_kernel,
-        (triton.cdiv(elements, block),),
+        (programs,),
         partial_ptr=partial,
-        bias_partial_ptr=partial if bias_partial is None else bias_partial,
         dw_ptr=dw,
-        db_ptr=dw if d_bias is None else d_bias,
         elements=dw.numel(),
         K=k,
         SPLIT=split,
         **strides("stride_w", "kcrs", dw),
+        **vector_values,
         C=c,
         R=r,
         S=s,
         STRIDE=stride,
         FOLD_BLOCKS=fold_blocks,
         BLOCK_M=m,
-        HAS_BIAS=d_bias is not None,
         WIDE=needs_int64(dw, partial),
         BLOCK_PARTS=16,
         BLOCK=block,

@@ -23,6 +23,7 @@ from .conv2d_descriptor import dense_nhwc
 from .device import cast, dot, program_id, relu
 from .launch import launch, needs_int64, new_output, strides
 from .max_pool2d import new_position_and_index, no_gradient
+from .reduction import ColumnSums
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -269,7 +270,7 @@ def _conv2d_stem_pool_kernel(
 
 @triton.jit
 def _unpool(grads, positions, A: tl.constexpr, B: tl.constexpr):
-    """The gradient of the pixel (A, B) of a cell of 2 x 2, from the four windows that reach the cell; added up in their order."""
+    """The gradient of the pixel (A, B) of a cell of 2 x 2, from the four windows that reach the cell, added in their order."""
     acc = tl.zeros(grads[0].shape, dtype=tl.float32)
     for i in tl.static_range(2):
         for j in tl.static_range(2):
@@ -312,7 +313,7 @@ def _add_cell(
             accs = following
     if SUM_BIAS:
         # Every gradient that a window passes on reaches one pixel, and every window begins in one cell.
-        b_sum += tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))
+        b_sum += tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))  # type: ignore[misc]
     return accs, b_sum
 
 
@@ -386,9 +387,7 @@ def _conv2d_stem_pool_wgrad_kernel(
         for h in tl.static_range(4):
             for b in tl.static_range(2):
                 x += (x_desc.load([2 * i + h, 2 * j + b, n0, f0]).reshape(BLOCK_K, BLOCK_M).T,)  # type: ignore[assignment]
-        accs, b_sum = _add_cell(
-            *(accs, b_sum, x, dy_desc, position_desc, i, j, n0, k0, SUM_BIAS, NO_GRADIENT, INPUT_PRECISION)
-        )
+        accs, b_sum = _add_cell(*(accs, b_sum, x, dy_desc, position_desc, i, j, n0, k0, SUM_BIAS, NO_GRADIENT, INPUT_PRECISION))
         if BLOCK_N2 > 0:
             accs2, b_sum2 = _add_cell(
                 *(accs2, b_sum2, x, dy2_desc, position2_desc, i, j, n0, k0 + BLOCK_N),
@@ -406,7 +405,7 @@ def _conv2d_stem_pool_wgrad_kernel(
 
 def takes(
     pass_: str,
-    input: Tensor,
+    input: Tensor,  # or its cells
     weight: Tensor,
     stride: Sequence[int],
     dilation: Sequence[int],
@@ -419,7 +418,9 @@ def takes(
 ) -> bool:
     """Whether the kernels here run this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole.
 
-    On Hopper alone: Triton 3.8 makes a pipeline stage of every product in the loop for Blackwell, and then empty code.
+    For ``"wgrad"`` the convolution's output must have whole cells of two rows, and K be a multiple of 16, as a descriptor of
+    bytes wants it. On Hopper alone: of the loop of the forward kernel Triton 3.8 makes a pipeline with a stage for each
+    product for Blackwell, and then empty code.
     """
     folded = conv2d_stem.fold(weight.shape[1], weight.shape[3], stride[0])
     return (
@@ -429,6 +430,7 @@ def takes(
         and list(pool_stride) == [2, 2]
         and max(pool_padding) == 0
         and all(2 * pooled + 1 <= size for pooled, size in zip(pool_size, conv_size, strict=True))
+        and (pass_ == "fprop" or (conv_size[0] % 2 == 0 and weight.shape[0] % 16 == 0))
         and conv2d_stem_pool_fused(input.device, pass_, input.shape[0], pool_size[0], pool_size[1], folded, weight.shape[0])
     )
 
@@ -437,41 +439,37 @@ def takes(
 
 
 def fprop(
-    input: Tensor,
+    cells: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
-    padding: Sequence[int],
     conv_size: Sequence[int],
     pool_size: Sequence[int],
     channels_last: bool,
     write_position: bool,
-    cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, bias, ReLU, pool: (N, C, H, W) and (K, C, R, S) to pooled values and uint8 window positions, (N, K, P, Q).
+    """Convolution, bias, ReLU, pool: to pooled values and uint8 window positions, each (N, K, P, Q).
 
     Args:
+        cells: :func:`kernels.conv2d_stem.cells_of` the input.
         conv_size: (rows, columns) of the convolution's output, which is not written.
         channels_last: whether both results are NHWC in memory, or NCHW.
         write_position: whether the second is wanted; else it is empty.
-        cells: what :func:`kernels.conv2d_stem.space_to_depth` makes of ``input``, if it is there already.
     """
-    n, c = input.shape[:2]
-    k, _, r, s = weight.shape
+    n = cells.shape[0]
+    k, c, r, s = weight.shape
     p, q = pool_size
     folded = conv2d_stem.fold(c, s, stride)
-    if cells is None:
-        cells = conv2d_stem._cells(input, stride, padding, conv_size, (r, s))
     filters = conv2d_stem.fold_filter(weight, stride)
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=channels_last)
+    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
     wide = needs_int64(y)
-    config = conv2d_stem_pool_config(input.device, n, p, q, folded, k, narrow=wide or not channels_last)
+    config = conv2d_stem_pool_config(cells.device, n, p, q, folded, k, narrow=wide or not channels_last)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
     def patches(positions: int) -> TensorDescriptor:
-        return conv2d_stem._patches(cells, folded, conv_size[1], [m, positions])
+        return conv2d_stem.patches(cells, folded, conv_size[1], [m, positions])
 
     def filter_blocks(rows: int, positions: int) -> TensorDescriptor:
         return TensorDescriptor(filters, [3, k, folded], [k * folded, folded, 1], [1, rows, positions])
@@ -509,28 +507,24 @@ def fprop(
 def wgrad(
     grad_output: Tensor,
     position: Tensor,
-    input: Tensor,
+    cells: Tensor,
     dw: Tensor,
     d_bias: Tensor | None,
     stride: int,
-    padding: Sequence[int],
     conv_size: Sequence[int],
-    cells: Tensor | None = None,
 ) -> None:
-    """Gradients of the weight into ``dw`` (K, C, R, S), any dense strides, and of the bias into ``d_bias`` (K,), if it is given.
+    """Gradients of the weight into ``dw`` (K, C, R, S), any dense strides, and of the bias into ``d_bias`` (K,), if given.
 
     Args:
         grad_output: of the pooled output, (N, K, P, Q), any strides.
         position: the window positions that :func:`fprop` wrote, (N, K, P, Q) uint8.
-        conv_size, cells: as :func:`fprop`.
+        cells, conv_size: as :func:`fprop`.
     """
-    n, c = input.shape[:2]
-    k, _, r, s = dw.shape
+    n = cells.shape[0]
+    k, c, r, s = dw.shape
     p, q = grad_output.shape[2:]
     folded = conv2d_stem.fold(c, s, stride)
-    if cells is None:
-        cells = conv2d_stem._cells(input, stride, padding, conv_size, (r, s))
-    config = conv2d_stem_pool_wgrad_config(input.device, n, p, q, folded, k)
+    config = conv2d_stem_pool_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     fold_blocks = triton.cdiv(folded, m)
@@ -545,7 +539,7 @@ def wgrad(
     launch(
         _conv2d_stem_pool_wgrad_kernel,
         (fold_blocks * triton.cdiv(k, n1 + n2), split),
-        x_desc=conv2d_stem._patches(cells, folded, conv_size[1], [images, m]),
+        x_desc=conv2d_stem.patches(cells, folded, conv_size[1], [images, m]),
         dy_desc=windows(grads, n1),
         dy2_desc=windows(grads, n2 or n1),
         position_desc=windows(positions, n1),
@@ -566,4 +560,5 @@ def wgrad(
         FOLD_BLOCKS=fold_blocks,
         **config,
     )
-    conv2d_stem.unfold(partial, dw, stride, bias_partial, d_bias)
+    vectors = [] if d_bias is None or bias_partial is None else [ColumnSums(bias_partial, d_bias)]
+    conv2d_stem.unfold(partial, dw, stride, vectors)

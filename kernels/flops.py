@@ -24,23 +24,25 @@ def _conv2d_flops(weight: Sequence[int], conv_output: Sequence[int]) -> int:
 
 
 @register_flop_formula(_operators.conv2d_fprop)
-def _(input, weight, bias, stride, padding, dilation, groups, output_size, relu, *, out_shape, **_) -> int:
-    return _conv2d_flops(weight, out_shape)
+def _(input, weight, *_, out_shape, **__) -> int:
+    output, _link = out_shape
+    return _conv2d_flops(weight, output)
 
 
 @register_flop_formula(_operators.conv2d_relu_max_pool2d_fprop)
-def _(input, weight, bias, stride, padding, dilation, groups, conv_size, *_, **__) -> int:
+def _(input, weight, bias, link, stride, padding, dilation, groups, conv_size, *_, **__) -> int:
     return _conv2d_flops(weight, (input[0], weight[0], *conv_size))
 
 
-@register_flop_formula(_operators.conv2d_dgrad)
-def _(dz, weight, *_, **__) -> int:
-    return _conv2d_flops(weight, dz)
+@register_flop_formula(_operators.conv2d_backward)
+def _(grad_output, input, weight, output, stride, padding, dilation, groups, wanted, *_, **__) -> int:
+    return _conv2d_flops(weight, grad_output) * sum(wanted[:2])
 
 
-@register_flop_formula(_operators.conv2d_wgrad)
-def _(dz, input, weight, *_, **__) -> int:
-    return _conv2d_flops(weight, dz)
+@register_flop_formula(_operators.conv2d_relu_max_pool2d_backward)
+def _(grad_output, input, cells, weight, position, input_size, stride, padding, dilation, groups, conv_size, *rest, **_) -> int:
+    wanted = rest[-2]
+    return _conv2d_flops(weight, (grad_output[0], weight[0], *conv_size)) * sum(wanted[:2])
 
 
 @register_flop_formula(_operators.linear_fprop)

@@ -114,3 +114,8 @@ def new_output(size: Sequence[int], dtype: torch.dtype, device: torch.device, *,
 def new_output_like(tensor: torch.Tensor) -> torch.Tensor:
     """``torch.empty_like`` (dense, strides kept) for what a kernel will write."""
     return _poisoned(torch.empty_like(tensor))
+
+
+def nothing(like: torch.Tensor) -> torch.Tensor:
+    """What an operator returns in place of a result that was not asked for: its schema has no way to leave one out."""
+    return like.new_empty(0)

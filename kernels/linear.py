@@ -35,7 +35,7 @@ from .dropout import draw_seed, dropout_reference
 from .launch import launch, needs_int64, new_output, new_output_like
 from .overrides import overridable
 from .precision import matmul_input_precision
-from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, triton_accumulator
+from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -365,9 +365,10 @@ def linear_epilogue_backward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`kernels.reduction.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
     m, n = grad_output.shape
-    dz, column_sums = epilogue_backward(
+    dz, column_sums, unsummed = epilogue_backward(
         grad_output.view(m, n, 1, 1), output, seed, p, write_dz=write_dz, sum_columns=sum_columns
     )
+    sum_vectors(unsummed)
     return dz.view(dz.shape[0], n), column_sums
 
 

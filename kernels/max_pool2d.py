@@ -25,7 +25,7 @@ from .device import cast, compensated_add, program_id
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import launch, needs_int64, new_output, strides
 from .overrides import overridable
-from .reduction import accumulator_dtype, epilogue_backward, sum_parts, triton_accumulator
+from .reduction import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -440,12 +440,33 @@ def max_pool2d_dgrad(
     And its sum over everything but the channels, (C,), which is the gradient of a bias before that ReLU. Both in
     ``grad_output``'s dtype; empty what is not wanted.
     """
+    dx, sums, unsummed = pool_backward(
+        grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last, write_dx, sum_channels
+    )
+    sum_vectors(unsummed)
+    return dx, sums
+
+
+def pool_backward(
+    grad_output: Tensor,
+    position: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    write_dx: bool,
+    sum_channels: bool,
+) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+    """What :func:`max_pool2d_dgrad` returns, and what is still to be summed for the second result."""
     if max(kernel_size[0] * kernel_size[1], stride[0] * stride[1]) > _WRITTEN_OUT:
         dx = _gather_dgrad(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last)
         no_dx, sums = _new_dgrad(grad_output, input_size, channels_last, False, False)
+        unsummed: list[ColumnSums] = []
         if sum_channels:
-            _, sums = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
-        return dx if write_dx else no_dx, sums
+            _, sums, unsummed = epilogue_backward(dx, None, write_dz=False, sum_columns=True)
+        return dx if write_dx else no_dx, sums, unsummed
     n, c, h, w = input_size
     dx, sums = _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
     wide = needs_int64(dx, grad_output, position)
@@ -476,9 +497,7 @@ def max_pool2d_dgrad(
         ACC=triton_accumulator(dx.dtype),
         **config,
     )
-    if sum_channels:
-        sum_parts(partial, sums.view(c, 1, 1, 1))
-    return dx, sums
+    return dx, sums, [ColumnSums(partial, sums)] if sum_channels else []
 
 
 def _new_dgrad(

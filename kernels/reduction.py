@@ -5,12 +5,16 @@ Every sum has a fixed order (within a program, then over the parts in order), so
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import column_sum_config, split_count, sum_parts_config
+from .config import column_sum_config, column_sum_split, sum_columns_config, sum_parts_config
 from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
 from .launch import launch, needs_int64, new_output, strides
 
@@ -36,7 +40,7 @@ def _epilogue_backward_kernel(
     y_ptr,  # the epilogue's output, channels-last, or unused
     seed_ptr,  # int64 scalar, or unused
     dz_ptr,  # out: gradient before the activation, channels-last, or unused
-    partial_ptr,  # out: [SPLIT, C] column sums of dz over each split's rows, or unused
+    partial_ptr,  # out: [SPLIT, C] column sums of dz over each split's rows (with one split they are the result), or unused
     rows,  # N * P * Q
     C,
     P,
@@ -93,7 +97,55 @@ def _epilogue_backward_kernel(
             b_sum, b_lost = compensated_add(b_sum, b_lost, b_dz)
     if SUM_COLUMNS:
         # Rows are only added up across threads once, after the loop.
-        tl.store(partial_ptr + pid_split * C + o_c, tl.sum(b_sum, axis=0), mask=m_c)
+        b_total = tl.sum(b_sum, axis=0)
+        tl.store(partial_ptr + pid_split * C + o_c, cast(b_total, partial_ptr.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def sum_over_parts(
+    p_partial,  # [BLOCK], of the first part
+    elements,  # from one part to the next
+    SPLIT,
+    m_e,  # [BLOCK]
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The sum of BLOCK elements over SPLIT parts, of which BLOCK_PARTS are read at a time."""
+    b_sum = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
+    b_lost = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
+    for first_part in range(0, SPLIT, BLOCK_PARTS):
+        o_part = first_part + tl.arange(0, BLOCK_PARTS)
+        if WIDE:
+            o_part = o_part.to(tl.int64)
+        mask = (o_part < SPLIT)[:, None] & m_e[None, :]
+        b_part = tl.load(p_partial[None, :] + o_part[:, None] * elements, mask=mask, other=0.0)
+        b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
+    return tl.sum(b_sum, axis=0)
+
+
+@triton.jit
+def sum_columns(
+    pid,
+    partial_ptrs,  # a tuple of [parts, columns] contiguous
+    out_ptrs,  # out: as many [columns]
+    parts,  # as many ints
+    columns,  # as many ints
+    first_blocks,  # as many ints: the first of the programs that work on each, ascending
+    ACC: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_COLUMN_PARTS: tl.constexpr,
+):
+    """Program ``pid``'s share of one or more vectors' sums: BLOCK_COLUMNS elements of the vector that its id falls into."""
+    for i in tl.static_range(len(partial_ptrs)):
+        block = pid - first_blocks[i]
+        if (block >= 0) & (block * BLOCK_COLUMNS < columns[i]):
+            o_c = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            m_c = o_c < columns[i]
+            p_partial = partial_ptrs[i] + o_c
+            b_total = sum_over_parts(p_partial, columns[i], parts[i], m_c, False, ACC, BLOCK_COLUMNS, BLOCK_COLUMN_PARTS)
+            tl.store(out_ptrs[i] + o_c, cast(b_total, out_ptrs[i].dtype.element_ty), mask=m_c)
 
 
 @triton.jit
@@ -109,39 +161,76 @@ def _sum_parts_kernel(
     stride_c,
     stride_r,
     stride_s,
+    vector_partial_ptrs,  # the vectors that are summed beside it, see sum_columns; or None
+    vector_out_ptrs,
+    vector_parts,
+    vector_columns,
+    vector_first_blocks,
+    HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """out = partial summed over the parts. One program owns BLOCK elements and reads BLOCK_PARTS parts of each at a time."""
-    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < elements
-    b_sum = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
-    b_lost = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
-    for first_part in range(0, SPLIT, BLOCK_PARTS):
-        o_part = first_part + tl.arange(0, BLOCK_PARTS)
-        if WIDE:
-            o_part = o_part.to(tl.int64)
-        mask = (o_part < SPLIT)[:, None] & m_e[None, :]
-        b_part = tl.load(partial_ptr + o_part[:, None] * elements + o_e[None, :], mask=mask, other=0.0)
-        b_sum, b_lost = compensated_add(b_sum, b_lost, b_part)
-    b_total = tl.sum(b_sum, axis=0)
-    o_c = o_e % C
-    o_s = (o_e // C) % S
-    o_r = (o_e // C // S) % R
-    o_k = o_e // C // S // R
-    p_out = out_ptr + o_k * stride_k + o_c * stride_c + o_r * stride_r + o_s * stride_s
-    tl.store(p_out, cast(b_total, out_ptr.dtype.element_ty), mask=m_e)
+    """out = partial summed over the parts. One program owns BLOCK elements; those after the last element own vectors'."""
+    pid = program_id(0, WIDE)
+    if pid < tl.cdiv(elements, BLOCK):
+        o_e = pid * BLOCK + tl.arange(0, BLOCK)
+        m_e = o_e < elements
+        b_total = sum_over_parts(partial_ptr + o_e, elements, SPLIT, m_e, WIDE, ACC, BLOCK, BLOCK_PARTS)
+        o_c = o_e % C
+        o_s = (o_e // C) % S
+        o_r = (o_e // C // S) % R
+        o_k = o_e // C // S // R
+        p_out = out_ptr + o_k * stride_k + o_c * stride_c + o_r * stride_r + o_s * stride_s
+        tl.store(p_out, cast(b_total, out_ptr.dtype.element_ty), mask=m_e)
+    elif HAS_VECTORS:
+        sum_columns(
+            pid, vector_partial_ptrs, vector_out_ptrs, vector_parts, vector_columns, vector_first_blocks, ACC,
+            BLOCK_COLUMNS, BLOCK_COLUMN_PARTS,
+        )  # fmt: skip
 
 
-def sum_parts(partial: Tensor, out: Tensor) -> None:
-    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in a fixed order."""
+class ColumnSums(NamedTuple):
+    """A vector whose sum over parts is still to be taken, by whichever launch comes next.
+
+    Attributes:
+        partial: (parts, columns), in the accumulator's dtype, contiguous.
+        out: (columns,), uninitialised, where the sum belongs.
+    """
+
+    partial: Tensor
+    out: Tensor
+
+
+def vector_arguments(vectors: Sequence[ColumnSums], first_block: int) -> tuple[dict[str, Any], int]:
+    """A kernel's arguments for ``vectors``, and how many programs it has with them: ``first_block`` are its own work's."""
+    config = sum_columns_config(max((v.partial.shape[0] for v in vectors), default=1))
+    blocks = [triton.cdiv(v.out.numel(), config["BLOCK_COLUMNS"]) for v in vectors]
+    values: dict[str, list[Any]] = {
+        "partial_ptrs": [v.partial for v in vectors],
+        "out_ptrs": [v.out for v in vectors],
+        "parts": [v.partial.shape[0] for v in vectors],
+        "columns": [v.out.numel() for v in vectors],
+        "first_blocks": list(itertools.accumulate(blocks[:-1], initial=first_block)),
+    }
+    arguments: dict[str, Any] = {f"vector_{name}": tuple(value) if vectors else None for name, value in values.items()}
+    return arguments | {"HAS_VECTORS": len(vectors) > 0} | config, first_block + sum(blocks)
+
+
+def sum_parts(partial: Tensor, out: Tensor, vectors: Sequence[ColumnSums] = ()) -> None:
+    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in a fixed order.
+
+    And in the same launch those of ``vectors``, whose dtypes are the same.
+    """
     elements = out.numel()
     config = sum_parts_config(partial.shape[0], elements)
+    vector_values, programs = vector_arguments(vectors, triton.cdiv(elements, config["BLOCK"]))
     launch(
         _sum_parts_kernel,
-        (triton.cdiv(elements, config["BLOCK"]),),
+        (programs,),
         partial_ptr=partial,
         out_ptr=out,
         elements=elements,
@@ -150,18 +239,18 @@ def sum_parts(partial: Tensor, out: Tensor) -> None:
         R=out.shape[2],
         S=out.shape[3],
         **strides("stride_", "kcrs", out),
+        **vector_values,
         WIDE=needs_int64(partial, out),
         ACC=triton_accumulator(partial.dtype),
         **config,
     )
 
 
-def new_epilogue_gradients(grad_output: Tensor, write_dz: bool, sum_columns: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised results of :func:`epilogue_backward`."""
-    dtype, device = grad_output.dtype, grad_output.device
-    size = tuple(grad_output.shape) if write_dz else (0, *grad_output.shape[1:])
-    column_sums = new_output((grad_output.shape[1] if sum_columns else 0,), dtype, device)
-    return new_output(size, dtype, device, channels_last=True), column_sums
+def sum_vectors(vectors: Sequence[ColumnSums]) -> None:
+    """The sums that no other launch takes along."""
+    if vectors:
+        first, *others = vectors
+        sum_parts(first.partial, first.out.view(-1, 1, 1, 1), others)
 
 
 def epilogue_backward(
@@ -172,7 +261,7 @@ def epilogue_backward(
     *,
     write_dz: bool,
     sum_columns: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[ColumnSums]]:
     """Gradient before the epilogue, and its sum over everything but the channels (the bias gradient), in one pass.
 
     Args:
@@ -185,7 +274,8 @@ def epilogue_backward(
 
     Returns:
         dz, channels-last (N, C, P, Q), and the column sums (C,), both in ``grad_output``'s dtype; what is not wanted comes
-        back empty.
+        back empty. And what is still to be summed for the second: nothing, or that vector, where there were too many rows for
+        one program to walk down.
     """
     n, c, height, width = grad_output.shape
     rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
@@ -193,12 +283,14 @@ def epilogue_backward(
     if step_p == width * step_q and step_n == height * step_p:
         # Pixels at equal distances, whatever image or row: nothing to divide a pixel's number by.
         height, width, step_n = 1, 1, step_q
-    dz, column_sums = new_epilogue_gradients(grad_output, write_dz, sum_columns)
+    size = tuple(grad_output.shape) if write_dz else (0, *grad_output.shape[1:])
+    dz = new_output(size, dtype, device, channels_last=True)
+    column_sums = new_output((c if sum_columns else 0,), dtype, device)
     config = column_sum_config(rows, c)
     row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
     columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
-    split = split_count(columns, max(row_blocks, 1), programs_per_multiprocessor=7)  # as many as fit by registers, at once
-    partial = new_output((split if sum_columns else 0, c), accumulator_dtype(dtype), device)
+    split = column_sum_split(rows, columns, row_blocks)
+    partial = new_output((split, c), accumulator_dtype(dtype), device) if sum_columns and split > 1 else column_sums
     launch(
         _epilogue_backward_kernel,
         (columns, split),
@@ -226,6 +318,4 @@ def epilogue_backward(
         ACC=triton_accumulator(dtype),
         **config,
     )
-    if sum_columns:
-        sum_parts(partial, column_sums.view(c, 1, 1, 1))
-    return dz, column_sums
+    return dz, column_sums, [] if partial is column_sums else [ColumnSums(partial, column_sums)]

@@ -147,10 +147,8 @@ GRADIENTS = {
     "input": ["_max_pool2d_dgrad_kernel", "_conv2d_dgrad_kernel"],
     "weight": ["_max_pool2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"],
     "bias": ["_max_pool2d_dgrad_kernel", "_sum_parts_kernel"],
-    "all": [
-        *("_max_pool2d_dgrad_kernel", "_sum_parts_kernel"),
-        *("_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"),
-    ],
+    # The sums of the bias are taken by the launch that sums the parts of the weight's gradient.
+    "all": ["_max_pool2d_dgrad_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"],
 }
 
 

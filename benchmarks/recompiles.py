@@ -1,0 +1,99 @@
+"""What is compiled anew when only the batch size changes: ``python -m benchmarks.recompiles --batch 128 160 192``.
+
+Walks AlexNet's training step on CPU tensors at each batch size and compares the launches with those of the sizes before. A
+launch runs code that is there already if its kernel, constants, dtypes, tensor descriptors' blocks and what Triton specializes
+integers on (1, multiples of 16, others) are those of an earlier one. What is left is listed with the arguments that made the
+difference. Nothing is compiled or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import launch
+
+from .offline import offline_target, training_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What code a launch runs.
+
+    Attributes:
+        kernel: its name.
+        arguments: name and what Triton compiles for, of each argument.
+    """
+
+    kernel: str
+    arguments: tuple[tuple[str, str], ...]
+
+    def differences(self, other: Variant) -> list[str]:
+        """The arguments in which ``other``, of the same kernel, is compiled for something else: ``"N: 16k -> int"``."""
+        before = dict(other.arguments)
+        return [f"{name}: {before[name]} -> {value}" for name, value in self.arguments if before[name] != value]
+
+
+def _compiled_for(value: Any, constant: bool) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(_compiled_for(v, constant) for v in value)})"
+    if isinstance(value, TensorDescriptor):
+        return f"{value.base.dtype} {list(value.block_shape)}"
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{'' if value.data_ptr() % 16 == 0 else ' unaligned'}"
+    if constant or not isinstance(value, int) or isinstance(value, bool):
+        return f"{value}"
+    width = "" if -(2**31) <= value < 2**31 else " int64"
+    return ("1" if value == 1 else "16k" if value % 16 == 0 else "int") + width
+
+
+def variant(kernel: Any, arguments: dict[str, Any]) -> Variant:
+    """The code that a launch runs; an option of the compiler (``num_warps``) is a constant like others."""
+    constants = {p.name for p in kernel.params if p.is_constexpr} | arguments.keys() - {p.name for p in kernel.params}
+    return Variant(
+        kernel.fn.__name__,
+        tuple((name, _compiled_for(value, name in constants)) for name, value in arguments.items()),
+    )
+
+
+def variants(batch: int, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
+    """Those of a training step, each once, in order."""
+    found: dict[Variant, None] = {}
+    with (
+        offline_target(capability),
+        launch.record_launches(lambda kernel, _, arguments: found.setdefault(variant(kernel, arguments))),
+    ):
+        training_step(dtype, batch)
+    return list(found)
+
+
+def new_variants(batches: list[int], capability: int = 90) -> Iterator[tuple[int, list[tuple[Variant, list[str]]]]]:
+    """For each batch size the variants that no earlier one had, each with its differences to the one most like it."""
+    seen: list[Variant] = []
+    for batch in batches:
+        new = [v for v in variants(batch, capability) if v not in seen]
+        alike = [[v.differences(s) for s in seen if s.kernel == v.kernel] for v in new]
+        yield batch, [(v, min(candidates, key=len, default=[])) for v, candidates in zip(new, alike, strict=True)]
+        seen += new
+
+
+def main() -> None:
+    """Print the list."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 160, 192, 100, 99])
+    parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100")
+    arguments = parser.parse_args()
+    for batch, new in new_variants(arguments.batch, int(arguments.arch.removeprefix("sm_"))):
+        print(f"batch {batch}: {len(new)} compiled")
+        for v, differences in new if batch != arguments.batch[0] else []:
+            print(f"  {v.kernel.strip('_').removesuffix('_kernel')}: {', '.join(differences) or 'first seen'}")
+
+
+if __name__ == "__main__":
+    main()

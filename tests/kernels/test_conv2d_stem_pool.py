@@ -1,0 +1,324 @@
+"""The first layer's convolution with its ReLU and pool in one kernel each way, against the two kernels and against PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import config, conv2d_stem_pool, launch
+from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
+from kernels.max_pool2d import no_gradient
+
+from ..conftest import DEVICE
+from ..oracle import check, dtype_id, integers, randn
+
+max_pool2d = importlib.import_module("kernels.max_pool2d")
+
+HALF = (torch.float16, torch.bfloat16)
+POOL = {"pool_kernel_size": 3, "pool_stride": 2}
+FPROP = ["_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_pool_kernel"]
+WGRAD = ["_conv2d_stem_pool_wgrad_kernel", "_unfold_filter_kernel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A block of 11 x 11 filters, 4 apart, and configuration values forced for it; ``why`` says what it is for."""
+
+    why: str
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    padding: int = 1
+    bias: bool = True
+    tiles: dict[str, int] = dataclasses.field(default_factory=dict)
+    wgrad: bool = True  # whether the backward pass is fused
+
+    @property
+    def id(self) -> str:
+        return f"{self.why}-N{self.n}-C{self.c}-H{self.h}-W{self.w}-K{self.k}"
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return {"stride": 4, "padding": self.padding, **POOL}
+
+    def tensors(self, make, dtype: torch.dtype) -> list[Tensor | None]:
+        """Input, weight, bias."""
+        x = make(self.n, self.c, self.h, self.w, dtype=dtype, grad=False)
+        return [x, make(self.k, self.c, 11, 11, dtype=dtype), make(self.k, dtype=dtype) if self.bias else None]
+
+
+# A convolution of 4 * i - 1 + 2 * padding rows has i - 2 rows of output with padding 1.
+CASES = (
+    Case("one_image", 1, 1, 31, 27, 16),
+    Case("one_window", 2, 1, 17, 17, 16, padding=1, wgrad=False),
+    Case("ragged_images", 18, 1, 31, 35, 32, tiles={"BLOCK_M": 16, "BLOCK_K": 16, "BLOCK_K2": 32, "SPLIT": 3}),
+    Case("strips", 3, 1, 23, 47, 16, tiles={"COLUMNS": 2}),
+    Case("two_filter_blocks", 2, 1, 31, 27, 96, tiles={"BLOCK_N": 64, "BLOCK_N2": 32, "SPLIT": 5}),
+    Case("ragged_filters", 2, 1, 31, 27, 80, tiles={"BLOCK_N": 32, "BLOCK_N2": 16}),
+    Case("eight_filters", 2, 1, 31, 27, 8, wgrad=False),
+    Case("two_rows", 3, 1, 39, 27, 32, tiles={"ROWS": 2, "COLUMNS": 1}),
+    Case("two_rows_last_alone", 2, 1, 47, 27, 32, tiles={"ROWS": 2}),
+    Case("odd_rows", 2, 1, 35, 31, 16, wgrad=False),
+    Case("odd_columns", 2, 1, 31, 35, 16),
+    Case("no_padding", 2, 1, 33, 30, 16, padding=0, bias=False),
+    Case("no_bias", 3, 1, 31, 31, 48, bias=False, tiles={"SPLIT": 3}),
+    Case("three_channels", 2, 3, 31, 27, 16, tiles={"FUSED": 1}),
+)
+
+
+#: What a block runs as.
+FUSED, SEPARATE = {}, {"FUSED": 0}
+
+
+def run(case: Case, tensors: list[Tensor | None], way: dict[str, int], **arguments) -> Tensor:
+    """The block, fused or by two kernels."""
+    with config.override(**case.tiles | way):
+        return kernels.conv2d_relu_max_pool2d(*tensors, **case.arguments, **arguments)
+
+
+def gradients(case: Case, output: Tensor, leaves: list[Tensor], grad: Tensor, way: dict[str, int]) -> tuple[Tensor, ...]:
+    """Of the ``leaves``, fused or by two kernels."""
+    with config.override(**case.tiles | way):
+        return torch.autograd.grad(output, leaves, grad)
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same, in memory too; NaN is NaN, and -0.0 is 0.0."""
+    equal = torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
+    return equal and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
+
+
+def positions(output: Tensor) -> Tensor:
+    """The window positions that a block saved for its backward pass."""
+    return output.grad_fn.saved_tensors[-1]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("make", [randn, integers])
+def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
+    """Bit for bit, in both memory formats; integers make ties, and every third filter is dead then."""
+    tensors = case.tensors(make, dtype)
+    if make is integers and case.bias:
+        with torch.no_grad():
+            tensors[2][::3] = -1000
+    for output_format in (torch.channels_last, torch.contiguous_format):
+        theirs = run(case, tensors, SEPARATE, output_format=output_format)
+        assert "_conv2d_stem_kernel" in launches
+        launches.clear()
+        ours = run(case, tensors, FUSED, output_format=output_format)
+        assert launches == FPROP
+        assert same_bits(ours, theirs)
+        assert torch.equal(positions(ours), positions(theirs))
+        assert positions(ours).stride() == ours.stride()
+        if make is integers and case.bias:
+            assert (positions(ours)[:, ::3] == no_gradient(torch.uint8)).all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
+    """Sums of small integers are exact in any order: the gradients must be those of the reference, bit for bit."""
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
+    leaves = [t for t in (w, b) if t is not None]
+    results = []
+    for way in (FUSED, SEPARATE):
+        y = run(case, [x, w, b], way)
+        grad = (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(dtype)
+        launches.clear()
+        results.append([y, *gradients(case, y, leaves, grad, way)])
+        assert (launches == WGRAD) == (case.wgrad and way is FUSED)
+        assert ("_conv2d_stem_wgrad_kernel" in launches) != (case.wgrad and way is FUSED)
+    y = conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
+    results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for name, ours, *others in zip(("output", "weight", "bias"), *results, strict=False):
+        for theirs in others:
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("case", [c for c in CASES if c.wgrad], ids=lambda case: case.id)
+def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
+    """Each window of the reference takes the pixel that ours took: where rounding makes a tie, float64 has none."""
+    x, w, b = case.tensors(randn, dtype)
+    y = run(case, [x, w, b], FUSED)
+    where = positions(y).long()
+    _, _, p, q = y.shape
+    windows_p = 2 * torch.arange(p, device=DEVICE)[:, None]
+    windows_q = 2 * torch.arange(q, device=DEVICE)[None, :]
+
+    def block(w: Tensor, b: Tensor | None) -> Tensor:
+        """The block as PyTorch computes it."""
+        z = torch.nn.functional.conv2d(x.to(w.dtype), w, b, 4, case.padding)
+        taken = (where % 9 // 3 + windows_p) * z.shape[3] + where % 3 + windows_q
+        values = z.flatten(2).gather(2, taken.flatten(2)).view(y.shape)
+        return torch.where(where == no_gradient(torch.uint8), torch.zeros_like(values), values)
+
+    with config.override(**case.tiles):
+        check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
+    """NaN reaches every window that sees it and the last NaN of a window is what it points at, as in PyTorch."""
+    case = Case("", 3, 1, 39, 31, 16)
+    x, w, b = case.tensors(randn, dtype)
+    x[0, 0, 20, 13], x[1, 0, 9, 9], x[2, 0, 0, 30], x[2, 0, 25, 3] = torch.nan, torch.inf, torch.nan, -torch.inf
+    with torch.no_grad():
+        b[3], b[5] = torch.nan, torch.inf
+    ours, theirs = run(case, [x, w, b], FUSED), run(case, [x, w, b], SEPARATE)
+    assert "_conv2d_stem_pool_kernel" in launches
+    assert ours.isnan().any()
+    assert ours.isinf().any()
+    assert same_bits(ours, theirs)
+    assert torch.equal(positions(ours), positions(theirs))
+    z = torch.nn.functional.conv2d(x.double(), w.double(), b.double(), 4, 1).relu()
+    _, index = torch.nn.functional.max_pool2d(z, 3, 2, return_indices=True)
+    row, column = index // z.shape[3], index % z.shape[3]
+    expected = (row - 2 * torch.arange(ours.shape[2], device=DEVICE)[:, None]) * 3
+    expected = expected + column - 2 * torch.arange(ours.shape[3], device=DEVICE)
+    assert torch.equal(positions(ours)[ours.isnan()].long(), expected[ours.isnan()])
+    with torch.no_grad():
+        assert same_bits(run(case, [x, w, b], FUSED), theirs)
+    launches.clear()
+    grads = [gradients(case, y, [w, b], torch.ones_like(y), way) for y, way in ((ours, FUSED), (theirs, SEPARATE))]
+    assert launches.count(WGRAD[0]) == launches.count("_conv2d_stem_wgrad_kernel") == 1
+    for mine, other in zip(*grads, strict=True):
+        assert torch.equal(mine.isnan(), other.isnan())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES[2:5], ids=lambda case: case.id)
+def test_without_gradients_no_position_is_written(
+    case: Case, dtype: torch.dtype, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    real = conv2d_stem_pool.launch
+
+    def noting(kernel, grid, **arguments):
+        written.append(arguments.get("WRITE_POSITION"))
+        real(kernel, grid, **arguments)
+
+    monkeypatch.setattr(conv2d_stem_pool, "launch", noting)
+    tensors = case.tensors(randn, dtype)
+    theirs = run(case, tensors, SEPARATE)
+    launches.clear()
+    with torch.no_grad():
+        ours = run(case, tensors, FUSED)
+    assert launches == FPROP
+    assert written == [False]
+    assert same_bits(ours, theirs)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "expanded": lambda t: t[:1, :1, :1, :1].expand_as(t),
+    "every_other": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_of_the_gradient(layout: str, launches: list[str]) -> None:
+    case = Case("", 3, 1, 31, 35, 16)
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.bfloat16)
+    ours, theirs = run(case, [x, w, b], FUSED), run(case, [x, w, b], SEPARATE)
+    grad = LAYOUTS[layout](integers(*ours.shape, dtype=torch.bfloat16, high=1, grad=False))
+    launches.clear()
+    grads = [gradients(case, y, [w, b], grad, way) for y, way in ((ours, FUSED), (theirs, SEPARATE))]
+    assert launches[:2] == WGRAD
+    assert "_conv2d_stem_wgrad_kernel" in launches[2:]
+    for mine, other in zip(*grads, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    monkeypatch.setattr(launch, "force_int64", True)
+    case = CASES[4]
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float16)
+    for output_format in (torch.channels_last, torch.contiguous_format):
+        ours, theirs = (run(case, [x, w, b], way, output_format=output_format) for way in (FUSED, SEPARATE))
+        assert same_bits(ours, theirs)
+        launches.clear()
+        grads = [gradients(case, y, [w, b], torch.ones_like(y), way) for y, way in ((ours, FUSED), (theirs, SEPARATE))]
+        assert launches[:2] == WGRAD
+        assert "_conv2d_stem_wgrad_kernel" in launches[2:]
+        for mine, other in zip(*grads, strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias", "weight and bias"])
+def test_backward_is_fused_where_the_input_needs_no_gradient(wanted: str, launches: list[str]) -> None:
+    case = CASES[0]
+    x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float16))
+    named = {"input": x, "weight": w, "bias": b}
+    leaves = [t.requires_grad_() for name, t in named.items() if name in wanted]
+    ours, theirs = run(case, [x, w, b], FUSED), run(case, [x, w, b], SEPARATE)
+    launches.clear()
+    grads = gradients(case, ours, leaves, torch.ones_like(ours), FUSED)
+    assert (launches == WGRAD) == ("weight" in wanted)
+    assert (WGRAD[0] in launches) == ("weight" in wanted)
+    for mine, other in zip(grads, gradients(case, theirs, leaves, torch.ones_like(theirs), SEPARATE), strict=True):
+        assert torch.equal(mine, other)
+
+
+NOT_TAKEN = {
+    "padded_pool": {"pool_padding": 1},
+    "pool_of_two": {"pool_kernel_size": 2},
+    "pool_stride_three": {"pool_stride": 3},
+    "partial_windows": {"ceil_mode": True},
+    "stride_of_the_filter": {"stride": 2},
+}
+
+
+@pytest.mark.parametrize("changed", NOT_TAKEN)
+def test_other_blocks_run_as_before(changed: str, launches: list[str]) -> None:
+    x, w = randn(2, 1, 31, 31, dtype=torch.float16), randn(16, 1, 11, 11, dtype=torch.float16)
+    arguments = {"stride": 4, "padding": 1, **POOL} | NOT_TAKEN[changed]
+    kernels.conv2d_relu_max_pool2d(x, w, **arguments).sum().backward()
+    assert "_max_pool2d_fprop_kernel" in launches
+    assert not {FPROP[-1], WGRAD[0]} & set(launches)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    case = CASES[2]
+    tensors = case.tensors(randn, dtype)
+
+    def step() -> list[Tensor]:
+        y = run(case, tensors, FUSED)
+        return [y, *gradients(case, y, tensors[1:], torch.ones_like(y), FUSED)]
+
+    for first, second in zip(step(), step(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64, 128, 1024])
+@pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 192])
+@pytest.mark.parametrize("fold", [48, 144])
+def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    monkeypatch.setattr(config, "tuned", lambda device, key: {})
+    device = torch.device(DEVICE)
+    for narrow in (False, True):
+        tiles = config.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
+        assert tiles["BLOCK_K"] + tiles["BLOCK_K2"] >= fold
+        assert 1 <= tiles["COLUMNS"] <= 26
+        filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+        cells = (2 * tiles["ROWS"] + 3) * tiles["BLOCK_M"] * tiles["num_stages"]
+        held = 2 if fold == 48 else 1
+        assert held * 2 * fold * (3 * filters + cells) < config.SHARED_BYTES
+        assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"
+    tiles = config.conv2d_stem_pool_wgrad_config(device, batch, 26, 26, fold, k)
+    assert tiles["BLOCK_M"] * (tiles["BLOCK_N"] + tiles["BLOCK_N2"]) * 3 / (32 * tiles["num_warps"]) <= 96
+    filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+    assert 2 * tiles["num_stages"] * tiles["BLOCK_K"] * (8 * 64 * 2 + 4 * filters * 3) < config.SHARED_BYTES
+    assert 1 <= tiles["SPLIT"] <= 27 * 27 * -(-batch // tiles["BLOCK_K"])
