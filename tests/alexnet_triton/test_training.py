@@ -14,11 +14,11 @@ from torch import nn
 
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet, training
+from alexnet_triton.checkpoint import FORMAT, Checkpoint, CheckpointError, save_checkpoint
 from alexnet_triton.data import load_fashion_mnist, to_input
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
 from alexnet_triton.training import (
-    CheckpointError,
     EpochMetrics,
     Trainer,
     evaluate,
@@ -145,7 +145,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     with torch.no_grad(), kernels.use_backend("torch"):
         assert torch.equal(loaded(x), net.eval()(x))
         torch.testing.assert_close(plain(x), net(x))
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt"}
 
 
 def test_evaluate_counts_the_last_partial_batch(tmp_path: Path) -> None:
@@ -191,11 +191,15 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, CPU)
 
 
-@pytest.mark.parametrize("content", [{}, {"model": "vgg"}, {"model": "lenet"}, {"model": "lenet", "state_dict": {}}], ids=str)
-def test_an_incomplete_checkpoint_is_refused(content: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"model": None}, {"model": "vgg"}, {"state_dict": None}, {"state_dict": {}}, {"metrics": 3}, {"training": 4}],
+    ids=str,
+)
+def test_an_incomplete_checkpoint_is_refused(change: dict, tmp_path: Path) -> None:
     path = tmp_path / "part.pt"
-    torch.save({"format": training.CHECKPOINT_FORMAT, **content}, path)
-    with pytest.raises(CheckpointError, match=r"unknown model|do not fit lenet"):
+    torch.save({"format": FORMAT, "model": "lenet", "classes": [], "metrics": [], "state_dict": {}, **change}, path)
+    with pytest.raises(CheckpointError, match=r"part\.pt: (holds an unknown model|its weights do not fit this lenet|damaged)"):
         load_checkpoint(path, CPU)
 
 
@@ -419,7 +423,7 @@ def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype
     rounded = net.state_dict()
     assert all(torch.equal(weights[key].to(dtype), rounded[key]) for key in weights)
     assert any(not torch.equal(weights[key], rounded[key].float()) for key in weights)
-    training.save_checkpoint(tmp_path / "checkpoint.pt", weights, "lenet", [])
+    save_checkpoint(tmp_path / "checkpoint.pt", Checkpoint("lenet", [], [], weights))
     loaded, *_ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
 
