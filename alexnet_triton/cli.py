@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import shlex
 import sys
@@ -492,10 +493,9 @@ def explain_command(
 
 def _with_values(arguments: list[str]) -> list[str]:
     """The command line with ``--resume=`` for a ``--resume`` without a path: Typer knows no value that may be left out."""
-    following = [*arguments[1:], "-"]
     return [
         "--resume=" if argument == "--resume" and after.startswith("-") else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in itertools.pairwise([*arguments, "-"])
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -126,7 +127,7 @@ class Trainer:
     Captured, it is one launch for the host, and nothing in an epoch waits for the GPU. The last, smaller batch of an epoch runs
     eagerly. Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a
     constant and the learning rate by its inverse, which is the same step, with momentum too; a gradient that overflows
-    all the same makes the loss NaN, and the epoch says so.
+    all the same makes the loss NaN, and the epoch says so. Nothing else reads a loss, so that no step waits for one.
 
     Between two steps, in the middle of an epoch too, :meth:`state_dict` and :meth:`float32_weights` are all that the rest of
     the training depends on, and :meth:`load_state_dict` of them goes on with the same bits on the same device.
@@ -171,6 +172,8 @@ class Trainer:
         self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
         #: What a captured step reads: each replay finds the next batch here.
         self.index = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
+        self.loss_sums = torch.zeros(-(-len(split) // batch_size), device=device)
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
@@ -238,7 +241,8 @@ class Trainer:
         what is returned is of the whole one.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where ``progress``
+                reads the loss; the message names the step.
             Stopped: ``stop`` said so.
         """
         self.net.train()
@@ -262,18 +266,34 @@ class Trainer:
                 self.replay()
             else:
                 self.step(index)
+            self.loss_sums[self.steps].copy_(self.loss_sum)
             self.steps += 1
             seen += len(index)
             now = time.perf_counter()
             if progress is not None and (now - shown > _PROGRESS_INTERVAL or seen == total):
-                progress(seen, self.loss_sum.item() / seen, seen / (now - start))
+                loss = self.loss_sum.item() / seen
+                progress(seen, loss, seen / (now - start))
+                if not math.isfinite(loss):
+                    break
                 shown = now
         _synchronize(self.device)
         seconds = time.perf_counter() - start
+        self.check_finite()
         self.order = None
-        if not torch.isfinite(self.loss_sum):
-            raise FloatingPointError("the training loss is not finite any more: try a smaller --lr")
         return self.loss_sum.item() / total, self.correct.item() / total, seconds
+
+    def check_finite(self) -> None:
+        """Wait for the steps of the epoch so far, and look at their losses and at the weights.
+
+        Raises:
+            FloatingPointError: one is not finite; the message names the first such step.
+        """
+        bad = (~torch.isfinite(self.loss_sums[: self.steps])).nonzero()
+        if len(bad):
+            raise FloatingPointError(f"the loss of step {bad[0].item() + 1} of {len(self.loss_sums)} is not finite")
+        # The last step made weights that no loss has seen. A master that is not finite makes a parameter that is not.
+        if not torch.stack([torch.isfinite(param).all() for param in self.net.parameters()]).all():
+            raise FloatingPointError(f"the weights are not finite after step {self.steps} of {len(self.loss_sums)}")
 
     def state_dict(self) -> dict[str, Any]:
         """What training depends on besides :meth:`float32_weights` and the generator of :meth:`epoch`; tensors on the CPU.
@@ -291,6 +311,7 @@ class Trainer:
             "order": None if self.order is None else self.order.cpu(),
             "steps": self.steps,
             "seconds": self.seconds,
+            "loss_sums": self.loss_sums.cpu(),
             "loss_sum": self.loss_sum.cpu(),
             "correct": self.correct.cpu(),
             "rng": torch.get_rng_state(),
@@ -312,6 +333,7 @@ class Trainer:
         order = state["order"]
         self.order = None if order is None else order.to(self.device)
         self.steps, self.seconds = state["steps"], state["seconds"]
+        self.loss_sums.copy_(state["loss_sums"])
         self.loss_sum.copy_(state["loss_sum"])
         self.correct.copy_(state["correct"])
         torch.set_rng_state(state["rng"])
@@ -399,6 +421,18 @@ def _as_line(metrics: EpochMetrics) -> str:
     return json.dumps(dataclasses.asdict(metrics)) + "\n"
 
 
+@contextlib.contextmanager
+def _advice(epoch: int, out: Path, dtype: torch.dtype) -> Iterator[None]:
+    """Add to a FloatingPointError of the block where it happened, what is left, and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        last = out / LAST
+        good = f"the last good checkpoint is {last}: resume it" if last.exists() else "there is no checkpoint yet: start again"
+        other = ", or --dtype float32, whose range is wider" if dtype == torch.float16 else ""
+        raise FloatingPointError(f"epoch {epoch}: {error}; {good} with a smaller --lr{other}") from error
+
+
 def train(
     net: nn.Module,
     train_split: Split,
@@ -448,7 +482,8 @@ def train(
     Raises:
         CheckpointError: ``out`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
             written.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
+            last good checkpoint and what to try.
         Stopped: ``stop`` said so; all is saved.
     """
     if resume is None and holds_run(out):
@@ -512,9 +547,12 @@ def train(
     for epoch in range(len(history) + 1, epochs + 1):
         try:
             if trained is None:
-                trained = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None, stop)
+                with _advice(epoch, out, trainer.dtype):
+                    trained = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None, stop)
             _, test_acc = evaluate(net, test_split, batch_size=batch_size, image_size=image_size, device=device, stop=stop)
         except Stopped as stopped:
+            with _advice(epoch, out, trainer.dtype):
+                trainer.check_finite()
             save(out / LAST)
             raise Stopped(f"in epoch {epoch} {stopped}") from None
         loss, train_acc, seconds = trained

@@ -36,14 +36,7 @@ from alexnet_triton.training import Stopped, train
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(value: float = 1.0) -> Checkpoint:
