@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import shlex
+import signal
 import sys
 import time
 from enum import StrEnum
@@ -26,6 +27,7 @@ import kernels
 
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint
 from .data import DataError, load_fashion_mnist
+from .distributed import Processes, joined
 from .explain import explain
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from .plot import plot_curves
@@ -118,6 +120,19 @@ def _device(name: str) -> torch.device:
         raise typer.BadParameter(f"{name!r} is no usable device: {str(error).splitlines()[0]}") from error
 
 
+def _local_device(name: str, processes: Processes) -> torch.device:
+    """:func:`_device`; of several processes on GPUs, each has the one of its local rank."""
+    if processes.size == 1:
+        return _device(name)
+    if ":" in name:
+        raise typer.BadParameter(f"{processes.size} processes cannot share {name}: give cuda", param_hint="--device")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = _device(f"cuda:{processes.local_rank}")
+        torch.cuda.set_device(device)
+        return device
+    return _device(name)
+
+
 def _runs_on(device: torch.device) -> str:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
@@ -143,7 +158,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=images, epoch=0, loss=0.0, speed=0.0)
 
@@ -232,8 +247,6 @@ def _resolved(options: dict[str, Any], where: torch.device) -> _RunOptions:
         resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
     if options["lr"] is None:
         resolved["lr"] = LEARNING_RATE[options["model"]]
-    if options["graph"] is None:
-        resolved["graph"] = where.type == "cuda"
     return _RunOptions(**resolved)
 
 
@@ -244,7 +257,7 @@ def train_command(
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: BatchOption = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")] = 128,
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
     ] = None,
@@ -281,44 +294,66 @@ def train_command(
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
     second one ends the process at once.
+
+    With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
-    begin = time.perf_counter()
-    parameters: dict[str, Any] = context.params
-    checkpoint: Checkpoint | None = None
+    with joined() as processes:
+        console.quiet = not processes.leads
+        status = _train(context, resume, out, processes)
+    if status:
+        raise typer.Exit(status)
+
+
+def _what_to_train(
+    context: typer.Context, resume: str | None, out: Path | None
+) -> tuple[dict[str, Any], Path, Checkpoint | None]:
+    """The parameters of ``train``, the folder to write into, and the checkpoint to resume."""
     if resume is not None:
         path = _checkpoint_to_resume(resume, out)
-        out = path.parent
         try:
             checkpoint = read_checkpoint(path)
-            parameters = _options_of_resumed(context, checkpoint)
+            return _options_of_resumed(context, checkpoint), path.parent, checkpoint
         except CheckpointError as error:
             raise _fail(error) from error
-    where = _device(parameters["device"])
-    if checkpoint is not None and context.params["graph"] is None:
-        parameters["graph"] = parameters["graph"] and where.type == "cuda"
-    run = _resolved(parameters, where)
-    if run.graph and where.type != "cuda":
-        raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
-    out = out or Path("runs") / f"{run.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if checkpoint is None and holds_run(out):
+    out = out or Path("runs") / f"{context.params['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if holds_run(out):
         raise typer.BadParameter(
             f"{out} already holds a run; choose another folder, or go on with it by --resume {out}", param_hint="--out"
         )
+    return dict(context.params), out, None
+
+
+def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
+    """What ``train`` does, in each of the processes; the exit code."""
+    begin = time.perf_counter()
+    parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out))
+    where = _local_device(parameters["device"], processes)
+    if parameters["graph"] is None or (checkpoint is not None and context.params["graph"] is None):
+        # Where it can be; a run that was without one stays so.
+        parameters["graph"] = parameters["graph"] is not False and where.type == "cuda" and processes.size == 1
+        if where.type == "cuda" and processes.size > 1:
+            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
+    run = _resolved(parameters, where)
+    if run.graph and where.type != "cuda":
+        raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
+    if run.graph and processes.size > 1:
+        raise typer.BadParameter(f"a CUDA graph is for one process, not for {processes.size}", param_hint="--graph")
     if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
         console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
-        return
+        return 0
     stops = StopSignals()
     try:
-        dataset = load_fashion_mnist(run.data)
+        dataset = processes.first_on_each_machine(lambda: load_fashion_mnist(run.data))
         with kernels.use_backend(run.backend), float32_products(run.dtype), contextlib.ExitStack() as while_training:  # type: ignore[arg-type]
-            runs_on = f"{_runs_on(where)}, {run.dtype}"
+            runs_on = f"{_runs_on(where)}, {run.dtype}" + f", {processes.size} processes" * (processes.size > 1)
             training, test = dataset.train.limited(run.limit), dataset.test.limited(run.limit)
             setup_begin = time.perf_counter()
             ready: list[float] = []
             torch_dtype = torch.float32 if run.dtype == "tf32" else getattr(torch, run.dtype)
             net = new_model(run.model, run.seed, where, torch_dtype)
             expected = ""
-            if not run.graph:  # a step that is not captured says nothing of one that is
+            # A step that is not captured says nothing of one that is, nor one process of several.
+            if not run.graph and processes.size == 1:
                 speed = measure_speed(net, training, run.batch_size, IMAGE_SIZE[run.model], where)
                 expected = (
                     f": about {_duration(len(training) / speed)} an epoch of {len(training)} images ({speed:.1f} images/s)"
@@ -330,7 +365,8 @@ def train_command(
             )
             if checkpoint is not None:
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
-            out.mkdir(parents=True, exist_ok=True)
+            if processes.leads:
+                out.mkdir(parents=True, exist_ok=True)
             bar = _Bar(len(training), run.epochs)
 
             def begin_training() -> None:
@@ -356,17 +392,20 @@ def train_command(
                     resume=checkpoint,
                     options=dataclasses.asdict(run),
                     stop=stops,
+                    processes=processes,
                     on_ready=begin_training,
                     on_batch=bar.epoch,
                     on_epoch=_print_epoch,
                 )
-        plot_curves(history, out / "curves.png", title=f"{run.model} on Fashion-MNIST, {runs_on}")
+        if processes.leads:
+            plot_curves(history, out / "curves.png", title=f"{run.model} on Fashion-MNIST, {runs_on}")
     except Stopped as stopped:
-        assert stops.received is not None
-        console.print(
-            f"{stops.received.name}: stopped {stopped}; go on with: alexnet-triton train --resume {shlex.quote(str(out))}"
-        )
-        raise typer.Exit(128 + stops.received) from stopped
+        received = stops.received or signal.SIGTERM  # another process may have got it
+        again = f"train --resume {shlex.quote(str(out))}"
+        if processes.size > 1:
+            again += f" in {processes.size} processes"
+        console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+        return 128 + received
     except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise _fail(error) from error
     last = history[-1]
@@ -378,6 +417,7 @@ def train_command(
         f"{time.perf_counter() - begin:.1f} s from start to end"
     )
     console.print(f"curve {out / 'curves.png'}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
+    return 0
 
 
 @app.command("evaluate")

@@ -31,6 +31,7 @@ from .checkpoint import (
     write_atomically,
 )
 from .data import CLASSES, Split, draw_augmentation, to_input
+from .distributed import ALONE, Processes
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
@@ -141,9 +142,11 @@ class Trainer:
         graph: capture the step; on CUDA only.
         augment: change each image at random (:func:`alexnet_triton.data.draw_augmentation`).
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
+        processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
+            for :meth:`float32_weights`.
 
     Raises:
-        ValueError: ``graph`` on a device without CUDA graphs.
+        ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
     """
 
     def __init__(
@@ -159,11 +162,17 @@ class Trainer:
         augment: bool = False,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        processes: Processes = ALONE,
     ) -> None:
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device.type}")
+        if graph and processes.size > 1:
+            raise ValueError(f"a CUDA graph of the step is for one process, not for {processes.size}")
         self.net, self.device, self.image_size, self.batch_size = net, device, image_size, batch_size
         self.split = split.to(device)
+        self.processes = processes
+        #: What a step calls: it makes the gradients of all processes one.
+        self.parallel = processes.parallel(net, device)
         self.augment = augment
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
@@ -184,17 +193,20 @@ class Trainer:
                 self._prepare(graph and len(split) >= batch_size)
 
     def step(self, index: torch.Tensor) -> None:
-        """One step on the images of ``index``, run operation by operation."""
-        augmentation = draw_augmentation(len(index), self.device) if self.augment else None
-        inputs = kernels.gather_resize(self.split.images, index, self.image_size, dtype=self.dtype, augmentation=augmentation)
-        labels = self.split.labels[index]
+        """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
+        share = self.processes.share(index)
+        augmentation = draw_augmentation(len(share), self.device) if self.augment else None
+        inputs = kernels.gather_resize(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.net(inputs).float()
-        loss = F.cross_entropy(logits, labels)
-        (loss * self.scale).backward()
+        logits = self.parallel(inputs).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        # The gradient of the mean over the batch. Processes take the mean of theirs, each of which therefore counts size-fold:
+        # right for unequal shares too, and for an empty one.
+        (loss * (self.scale * self.processes.size / len(index))).backward()
         self.optimizer.step()
         # Sums stay on the device: reading one would make the host wait for the step.
-        self.loss_sum += loss.detach() * len(labels)
+        self.loss_sum += loss.detach()
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
     def warm_up(self) -> None:
@@ -273,14 +285,15 @@ class Trainer:
             if progress is not None and (now - shown > _PROGRESS_INTERVAL or seen == total):
                 loss = self.loss_sum.item() / seen
                 progress(seen, loss, seen / (now - start))
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) and self.processes.size == 1:
                     break
                 shown = now
         _synchronize(self.device)
         seconds = time.perf_counter() - start
         self.check_finite()
         self.order = None
-        return self.loss_sum.item() / total, self.correct.item() / total, seconds
+        loss_sum, correct = self.processes.add_up(torch.stack([self.loss_sum, self.correct])).tolist()
+        return loss_sum / total, correct / total, seconds
 
     def check_finite(self) -> None:
         """Wait for the steps of the epoch so far, and look at their losses and at the weights.
@@ -288,7 +301,7 @@ class Trainer:
         Raises:
             FloatingPointError: one is not finite; the message names the first such step.
         """
-        bad = (~torch.isfinite(self.loss_sums[: self.steps])).nonzero()
+        bad = (~torch.isfinite(self.processes.add_up(self.loss_sums[: self.steps].clone()))).nonzero()
         if len(bad):
             raise FloatingPointError(f"the loss of step {bad[0].item() + 1} of {len(self.loss_sums)} is not finite")
         # The last step made weights that no loss has seen. A master that is not finite makes a parameter that is not.
@@ -299,23 +312,26 @@ class Trainer:
         """What training depends on besides :meth:`float32_weights` and the generator of :meth:`epoch`; tensors on the CPU.
 
         That is momentum, the states of torch's random generators (from which dropout and augmentation draw), and the place
-        within an epoch: order of the images, steps done, sums so far.
+        within an epoch: order of the images, steps done, sums so far. The states of all processes are in that of the leader.
         """
         momentum = {}
         for name, param in self.net.named_parameters():
             buffer = self.optimizer.state[param].get("momentum_buffer") if param in self.optimizer.state else None
             if buffer is not None:
                 momentum[name] = buffer.cpu().contiguous()
-        return {
-            "momentum": momentum,
-            "order": None if self.order is None else self.order.cpu(),
-            "steps": self.steps,
-            "seconds": self.seconds,
+        own = {
             "loss_sums": self.loss_sums.cpu(),
             "loss_sum": self.loss_sum.cpu(),
             "correct": self.correct.cpu(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        return {
+            "momentum": momentum,
+            "order": None if self.order is None else self.order.cpu(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "processes": self.processes.gather(own),
         }
 
     @torch.no_grad()
@@ -333,12 +349,13 @@ class Trainer:
         order = state["order"]
         self.order = None if order is None else order.to(self.device)
         self.steps, self.seconds = state["steps"], state["seconds"]
-        self.loss_sums.copy_(state["loss_sums"])
-        self.loss_sum.copy_(state["loss_sum"])
-        self.correct.copy_(state["correct"])
-        torch.set_rng_state(state["rng"])
+        own = state["processes"][self.processes.rank]
+        self.loss_sums.copy_(own["loss_sums"])
+        self.loss_sum.copy_(own["loss_sum"])
+        self.correct.copy_(own["correct"])
+        torch.set_rng_state(own["rng"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
     def _optimizer_state(self, param: torch.Tensor, key: str) -> torch.Tensor:
         """The optimizer's tensor ``key`` for ``param``, made where it takes its first step later."""
@@ -359,7 +376,14 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device, stop: Stop | None = None
+    net: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    stop: Stop | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
 
@@ -368,16 +392,18 @@ def evaluate(
     """
     net.eval()
     dtype = next(net.parameters()).dtype
-    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    sums = torch.zeros(2, device=device)  # of losses, of images classified right
     split = split.to(device)
     for index in torch.arange(len(split), device=device).split(batch_size):
         if stop is not None and stop():
             raise Stopped("before its evaluation")
-        labels = split.labels[index]
-        logits = net(kernels.gather_resize(split.images, index, image_size, dtype=dtype)).float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    return loss_sum.item() / len(split), correct.item() / len(split)
+        share = processes.share(index)
+        labels = split.labels[share]
+        logits = net(kernels.gather_resize(split.images, share, image_size, dtype=dtype)).float()
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+    loss, correct = processes.add_up(sums).tolist()
+    return loss / len(split), correct / len(split)
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
@@ -452,6 +478,7 @@ def train(
     resume: Checkpoint | None = None,
     options: Mapping[str, Any] | None = None,
     stop: Stop | None = None,
+    processes: Processes = ALONE,
     on_ready: Callable[[], None] | None = None,
     on_batch: Callable[[int], Progress] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -472,6 +499,8 @@ def train(
         resume: go on from there, up to ``epochs`` in all. ``metrics.jsonl`` becomes its epochs, and goes on.
         options: kept in the checkpoint for whoever resumes it; numbers, strings, None.
         stop: asked before each step and each batch of the evaluation.
+        processes: that train together, each by this call, on equal shares of each batch: ``batch_size`` is that of all. The one
+            that leads writes. Each draws its own dropout and augmentation.
         on_ready: called once, when everything is compiled and captured and the first epoch begins.
         on_batch: given the epoch, makes the epoch's progress callback.
         on_epoch: called after each epoch.
@@ -486,7 +515,7 @@ def train(
             last good checkpoint and what to try.
         Stopped: ``stop`` said so; all is saved.
     """
-    if resume is None and holds_run(out):
+    if resume is None and processes.leads and holds_run(out):
         raise CheckpointError(f"{out}: already holds a run")
     # What decides the bits, apart from what may be changed on purpose.
     configuration = {
@@ -497,6 +526,7 @@ def train(
         "momentum": momentum,
         "seed": seed,
         "augment": augment,
+        "processes": processes.size,
         "training images": len(train_split),
         "data checksum": _checksum(train_split),
     }
@@ -505,7 +535,9 @@ def train(
         check_weights(net, resume)
         state = check_configuration(resume, configuration)
         history = _history(resume)
-    generator = torch.Generator(device).manual_seed(seed)
+    if not processes.leads:
+        torch.manual_seed(seed + processes.rank)  # masks of its own
+    generator = torch.Generator(device).manual_seed(seed)  # the same order of images in all
     image_size = IMAGE_SIZE[model]
     test_split = test_split.to(device)  # once, not at each evaluation
     trainer = Trainer(
@@ -519,6 +551,7 @@ def train(
         augment=augment,
         momentum=momentum,
         weight_decay=weight_decay,
+        processes=processes,
     )
     #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
     trained: tuple[float, float, float] | None = None
@@ -529,7 +562,13 @@ def train(
             trained = state["trained"]
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
-        write_atomically(out / METRICS, "".join(map(_as_line, history)).encode())
+        if processes.leads:
+            write_atomically(out / METRICS, "".join(map(_as_line, history)).encode())
+    if stop is not None and processes.size > 1:
+        asked = stop
+
+        def stop() -> bool:  # all of them, at the same step
+            return processes.any(asked())
 
     def save(path: Path) -> None:
         state = {
@@ -540,7 +579,8 @@ def train(
             "trained": trained,
         }
         metrics = [dataclasses.asdict(m) for m in history]
-        save_checkpoint(path, Checkpoint(model, list(CLASSES), metrics, trainer.float32_weights(), state))
+        if processes.leads:
+            save_checkpoint(path, Checkpoint(model, list(CLASSES), metrics, trainer.float32_weights(), state))
 
     if on_ready is not None:
         on_ready()
@@ -549,11 +589,14 @@ def train(
             if trained is None:
                 with _advice(epoch, out, trainer.dtype):
                     trained = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None, stop)
-            _, test_acc = evaluate(net, test_split, batch_size=batch_size, image_size=image_size, device=device, stop=stop)
+            _, test_acc = evaluate(
+                net, test_split, batch_size=batch_size, image_size=image_size, device=device, stop=stop, processes=processes
+            )
         except Stopped as stopped:
             with _advice(epoch, out, trainer.dtype):
                 trainer.check_finite()
             save(out / LAST)
+            processes.wait()  # torchrun ends all when the first has gone
             raise Stopped(f"in epoch {epoch} {stopped}") from None
         loss, train_acc, seconds = trained
         metrics = EpochMetrics(epoch, loss, train_acc, test_acc, len(train_split) / seconds, seconds)
@@ -562,10 +605,11 @@ def train(
         trained = None
         # The best one first: a crash before the other repeats the epoch, and both are written again.
         save(out / (BEST if best else LAST))
-        if best:
-            copy_checkpoint(out / BEST, out / LAST)
-        with (out / METRICS).open("a") as file:
-            file.write(_as_line(metrics))
+        if processes.leads:
+            if best:
+                copy_checkpoint(out / BEST, out / LAST)
+            with (out / METRICS).open("a") as file:
+                file.write(_as_line(metrics))
         if on_epoch is not None:
             on_epoch(metrics)
     return history

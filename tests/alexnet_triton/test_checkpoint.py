@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import json
@@ -346,18 +347,16 @@ def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeyp
     for number, key in enumerate(("rng", "momentum", "order", "generator", "weights")):
         out = tmp_path / str(number)
         out.mkdir()
-        state = {**whole.training, "trainer": dict(whole.training["trainer"])}
+        state = copy.deepcopy(whole.training)
         weights = whole.weights
         if key == "generator":
             state["generator"] = torch.Generator().manual_seed(1).get_state()
         elif key == "weights":  # rounded: what was lost without masters
             weights = {k: w.bfloat16().float() for k, w in weights.items()}
+        elif key == "rng":
+            state["trainer"]["processes"][0]["rng"] = torch.Generator().manual_seed(1).get_state()
         else:
-            state["trainer"][key] = {
-                "rng": torch.Generator().manual_seed(1).get_state(),
-                "momentum": {},
-                "order": torch.arange(40),
-            }[key]
+            state["trainer"][key] = {"momentum": {}, "order": torch.arange(40)}[key]
         save_checkpoint(out / "checkpoint.pt", dataclasses.replace(whole, training=state, weights=weights))
         resume(case, out)
         assert contents(out)[0] != contents(tmp_path / "whole")[0], key
