@@ -105,6 +105,8 @@ def joined() -> Iterator[Processes]:
         return
     # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    yield Processes(dist.get_rank(), size, dist.get_node_local_rank())
+    processes = Processes(dist.get_rank(), size, dist.get_node_local_rank())
+    yield processes
+    processes.wait()  # nobody takes leave from one that still talks
     # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.
     dist.destroy_process_group()
