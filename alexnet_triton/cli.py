@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
+import itertools
 import json
+import shlex
+import signal
 import sys
 import time
 from enum import StrEnum
@@ -20,18 +25,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
+from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint
 from .data import DataError, load_fashion_mnist
+from .distributed import Processes, joined
 from .explain import explain
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from .plot import plot_curves
+from .signals import StopSignals
 from .training import (
     LEARNING_RATE,
-    CheckpointError,
+    METRICS,
     EpochMetrics,
+    Stopped,
     default_precision,
     describe_backend,
     evaluate,
     float32_products,
+    holds_run,
     load_checkpoint,
     measure_speed,
     new_model,
@@ -83,7 +93,20 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 
 
+_debug = False
+
+
+@app.callback()
+def _app(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, not its message alone.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
 def _fail(message: object) -> typer.Exit:
+    if _debug and isinstance(message, BaseException):
+        raise message
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
 
@@ -95,6 +118,19 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{name!r} is no usable device: {str(error).splitlines()[0]}") from error
+
+
+def _local_device(name: str, processes: Processes) -> torch.device:
+    """:func:`_device`; of several processes on GPUs, each has the one of its local rank."""
+    if processes.size == 1:
+        return _device(name)
+    if ":" in name:
+        raise typer.BadParameter(f"{processes.size} processes cannot share {name}: give cuda", param_hint="--device")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        device = _device(f"cuda:{processes.local_rank}")
+        torch.cuda.set_device(device)
+        return device
+    return _device(name)
 
 
 def _runs_on(device: torch.device) -> str:
@@ -122,7 +158,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=images, epoch=0, loss=0.0, speed=0.0)
 
@@ -141,16 +177,92 @@ def _print_epoch(metrics: EpochMetrics) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _RunOptions:
+    """The options of ``train`` that a checkpoint keeps: a resumed run has them without being told again."""
+
+    model: str
+    backend: str
+    data: str | None
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    limit: int | None
+    seed: int
+    dtype: str
+    graph: bool
+    augment: bool
+    device: str
+
+
+#: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
+_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "weight_decay"})
+
+
+def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
+    """The file that ``--resume`` means: a file, that of a folder, or for "" that of ``out`` or of the newest run."""
+    if resume:
+        path = Path(resume)
+        path = path / LAST if path.is_dir() else path
+    elif out is not None:
+        path = out / LAST
+    else:
+        runs = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda file: file.stat().st_mtime)
+        if not runs:
+            raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
+        path = runs[-1]
+    if out is not None and path.resolve().parent != out.resolve():
+        raise typer.BadParameter(f"a resumed run goes on in its own folder, {path.parent}", param_hint="--out")
+    return path
+
+
+def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The parameters of ``train``: those of the run in ``checkpoint``, apart from what is given on the command line."""
+    if checkpoint.training is None:
+        raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
+    options = dict(context.params)
+    saved = checkpoint.training.get("options", {})
+    if unknown := [name for name in saved if name not in options]:
+        raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
+    for name, value in saved.items():
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE" and (name, options[name]) != ("dtype", "auto")
+        if given and name not in _MAY_CHANGE and options[name] != value:
+            raise typer.BadParameter(
+                f"the run in {checkpoint.path} has {value}, not {options[name]}", param_hint="--" + name.replace("_", "-")
+            )
+        if not given:
+            options[name] = value
+    return options
+
+
+def _resolved(options: dict[str, Any], where: torch.device) -> _RunOptions:
+    """What the defaults of ``train`` come down to on ``where``."""
+    resolved = {field.name: options[field.name] for field in dataclasses.fields(_RunOptions)}
+    resolved["model"], resolved["backend"] = str(options["model"]), str(options["backend"])
+    resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
+    if options["data"] not in (None, "sample"):
+        resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
+    if options["lr"] is None:
+        resolved["lr"] = LEARNING_RATE[options["model"]]
+    return _RunOptions(**resolved)
+
+
 @app.command("train")
 def train_command(
+    context: typer.Context,
     model: Annotated[Model, typer.Option(help="The network.")] = Model.alexnet,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: BatchOption = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")] = 128,
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
     ] = None,
+    momentum: Annotated[float, typer.Option(min=0.0, help="Of SGD.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")] = 0.0,
     limit: LimitOption = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")] = 0,
     dtype: Annotated[
@@ -167,59 +279,134 @@ def train_command(
     ] = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Go on with the run of a checkpoint or folder, without a path with the newest one in runs/, to the same bits "
+            "as if it had never stopped. All options are the run's own; these may be given anew: "
+            + ", ".join(sorted(_MAY_CHANGE)),
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Train on Fashion-MNIST; write metrics.jsonl, curves.png and checkpoint.pt."""
+    """Train on Fashion-MNIST; write metrics.jsonl, curves.png, checkpoint.pt (the last epoch) and best.pt (the best one).
+
+    Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
+    second one ends the process at once.
+
+    With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
+    """
+    with joined() as processes:
+        console.quiet = not processes.leads
+        status = _train(context, resume, out, processes)
+    if status:
+        raise typer.Exit(status)
+
+
+def _what_to_train(
+    context: typer.Context, resume: str | None, out: Path | None
+) -> tuple[dict[str, Any], Path, Checkpoint | None]:
+    """The parameters of ``train``, the folder to write into, and the checkpoint to resume."""
+    if resume is not None:
+        path = _checkpoint_to_resume(resume, out)
+        try:
+            checkpoint = read_checkpoint(path)
+            return _options_of_resumed(context, checkpoint), path.parent, checkpoint
+        except CheckpointError as error:
+            raise _fail(error) from error
+    out = out or Path("runs") / f"{context.params['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if holds_run(out):
+        raise typer.BadParameter(
+            f"{out} already holds a run; choose another folder, or go on with it by --resume {out}", param_hint="--out"
+        )
+    return dict(context.params), out, None
+
+
+def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
+    """What ``train`` does, in each of the processes; the exit code."""
     begin = time.perf_counter()
-    where = _device(device)
-    lr = LEARNING_RATE[model] if lr is None else lr
-    precision = default_precision(where) if dtype is PrecisionChoice.auto else dtype.value
-    graph = where.type == "cuda" if graph is None else graph
-    if graph and where.type != "cuda":
+    parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out))
+    where = _local_device(parameters["device"], processes)
+    if parameters["graph"] is None or (checkpoint is not None and context.params["graph"] is None):
+        # Where it can be; a run that was without one stays so.
+        parameters["graph"] = parameters["graph"] is not False and where.type == "cuda" and processes.size == 1
+        if where.type == "cuda" and processes.size > 1:
+            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
+    run = _resolved(parameters, where)
+    if run.graph and where.type != "cuda":
         raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
-    out = out or Path("runs") / f"{model.value}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (out / "metrics.jsonl").exists():
-        raise typer.BadParameter(f"{out} already holds a run; choose another folder", param_hint="--out")
+    if run.graph and processes.size > 1:
+        raise typer.BadParameter(f"a CUDA graph is for one process, not for {processes.size}", param_hint="--graph")
+    if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
+        console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
+        return 0
+    stops = StopSignals()
     try:
-        dataset = load_fashion_mnist(data)
-        with kernels.use_backend(backend.value), float32_products(precision):
-            runs_on = f"{_runs_on(where)}, {precision}"
-            training, test = dataset.train.limited(limit), dataset.test.limited(limit)
+        dataset = processes.first_on_each_machine(lambda: load_fashion_mnist(run.data))
+        with kernels.use_backend(run.backend), float32_products(run.dtype), contextlib.ExitStack() as while_training:  # type: ignore[arg-type]
+            runs_on = f"{_runs_on(where)}, {run.dtype}" + f", {processes.size} processes" * (processes.size > 1)
+            training, test = dataset.train.limited(run.limit), dataset.test.limited(run.limit)
             setup_begin = time.perf_counter()
             ready: list[float] = []
-            torch_dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
-            net = new_model(model, seed, where, torch_dtype)
+            torch_dtype = torch.float32 if run.dtype == "tf32" else getattr(torch, run.dtype)
+            net = new_model(run.model, run.seed, where, torch_dtype)
             expected = ""
-            if not graph:  # a step that is not captured says nothing of one that is
-                speed = measure_speed(net, training, batch_size, IMAGE_SIZE[model], where)
+            # A step that is not captured says nothing of one that is, nor one process of several.
+            if not run.graph and processes.size == 1:
+                speed = measure_speed(net, training, run.batch_size, IMAGE_SIZE[run.model], where)
                 expected = (
                     f": about {_duration(len(training) / speed)} an epoch of {len(training)} images ({speed:.1f} images/s)"
                 )
-            console.print(f"{model.value} on {runs_on}{expected}")
+            console.print(f"{run.model} on {runs_on}{expected}")
             console.print(
-                f"data {dataset.source} ({len(training)} train, {len(test)} test), batch {batch_size}, lr {lr}, seed {seed}"
+                f"data {dataset.source} ({len(training)} train, {len(test)} test), batch {run.batch_size}, lr {run.lr}, "
+                f"seed {run.seed}"
             )
-            out.mkdir(parents=True, exist_ok=True)
-            bar = _Bar(len(training), epochs)
+            if checkpoint is not None:
+                console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
+            if processes.leads:
+                out.mkdir(parents=True, exist_ok=True)
+            bar = _Bar(len(training), run.epochs)
+
+            def begin_training() -> None:
+                ready.append(time.perf_counter())
+                while_training.enter_context(stops)  # until then nothing could be saved
+
             with bar.progress:
                 history = train(
                     net,
                     training,
                     test,
-                    model=model.value,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    lr=lr,
-                    seed=seed,
+                    model=run.model,
+                    epochs=run.epochs,
+                    batch_size=run.batch_size,
+                    lr=run.lr,
+                    seed=run.seed,
                     device=where,
                     out=out,
-                    graph=graph,
-                    augment=augment,
-                    on_ready=lambda: ready.append(time.perf_counter()),
+                    graph=run.graph,
+                    augment=run.augment,
+                    momentum=run.momentum,
+                    weight_decay=run.weight_decay,
+                    resume=checkpoint,
+                    options=dataclasses.asdict(run),
+                    stop=stops,
+                    processes=processes,
+                    on_ready=begin_training,
                     on_batch=bar.epoch,
                     on_epoch=_print_epoch,
                 )
-        plot_curves(history, out / "curves.png", title=f"{model.value} on Fashion-MNIST, {runs_on}")
-    except (DataError, FloatingPointError, OSError, RuntimeError) as error:
+        if processes.leads:
+            plot_curves(history, out / "curves.png", title=f"{run.model} on Fashion-MNIST, {runs_on}")
+    except Stopped as stopped:
+        received = stops.received or signal.SIGTERM  # another process may have got it
+        again = f"train --resume {shlex.quote(str(out))}"
+        if processes.size > 1:
+            again += f" in {processes.size} processes"
+        console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+        return 128 + received
+    except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise _fail(error) from error
     last = history[-1]
     console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
@@ -229,7 +416,8 @@ def train_command(
         f"setup {setup_seconds:.1f} s (weights, compilation, warm-up, capture), "
         f"{time.perf_counter() - begin:.1f} s from start to end"
     )
-    console.print(f"curve {out / 'curves.png'}  metrics {out / 'metrics.jsonl'}  checkpoint {out / 'checkpoint.pt'}")
+    console.print(f"curve {out / 'curves.png'}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
+    return 0
 
 
 @app.command("evaluate")
@@ -343,9 +531,17 @@ def explain_command(
     print(json.dumps([run._asdict() for run in explanation.runs]) if as_json else explanation)
 
 
+def _with_values(arguments: list[str]) -> list[str]:
+    """The command line with ``--resume=`` for a ``--resume`` without a path: Typer knows no value that may be left out."""
+    return [
+        "--resume=" if argument == "--resume" and after.startswith("-") else argument
+        for argument, after in itertools.pairwise([*arguments, "-"])
+    ]
+
+
 def main() -> None:
     """Run the command line."""
-    sys.exit(app(prog_name="alexnet-triton"))
+    sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
 
 
 @app.command(name="tune")

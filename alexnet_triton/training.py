@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import pickle
+import math
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,20 @@ from torch import nn
 
 import kernels
 
+from .checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    CheckpointError,
+    check_configuration,
+    check_weights,
+    copy_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from .data import CLASSES, Split, draw_augmentation, to_input
+from .distributed import ALONE, Processes
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
@@ -26,11 +39,12 @@ from .optim import SGD
 #: d2l's learning rates.
 LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
 
-CHECKPOINT_FORMAT = "alexnet-triton checkpoint 1"
+#: In the folder of a run, beside its checkpoints: a line of JSON an epoch.
+METRICS = "metrics.jsonl"
 
 
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of this program; the message names it."""
+class Stopped(Exception):
+    """Training was asked to stop and did, between two steps. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +70,9 @@ class EpochMetrics:
 
 #: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
 Progress = Callable[[int, float, float], None]
+
+#: Asked between two steps; True ends training there with :class:`Stopped`.
+Stop = Callable[[], bool]
 
 
 def build_model(model: str) -> nn.Module:
@@ -110,8 +127,11 @@ class Trainer:
     The step is data (gather, augment, resize, scale, cast), forward, loss, backward, optimizer and the sums of loss and hits.
     Captured, it is one launch for the host, and nothing in an epoch waits for the GPU. The last, smaller batch of an epoch runs
     eagerly. Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a
-    constant and the learning rate by its inverse, which is the same step for SGD without momentum; a gradient that overflows
-    all the same makes the loss NaN, and the epoch says so.
+    constant and the learning rate by its inverse, which is the same step, with momentum too; a gradient that overflows
+    all the same makes the loss NaN, and the epoch says so. Nothing else reads a loss, so that no step waits for one.
+
+    Between two steps, in the middle of an epoch too, :meth:`state_dict` and :meth:`float32_weights` are all that the rest of
+    the training depends on, and :meth:`load_state_dict` of them goes on with the same bits on the same device.
 
     On CUDA the constructor runs the step on batches of both sizes, so that everything is compiled before the first epoch.
     Weights and random state are afterwards what they were.
@@ -121,9 +141,12 @@ class Trainer:
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
         augment: change each image at random (:func:`alexnet_triton.data.draw_augmentation`).
+        momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
+        processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
+            for :meth:`float32_weights`.
 
     Raises:
-        ValueError: ``graph`` on a device without CUDA graphs.
+        ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
     """
 
     def __init__(
@@ -137,35 +160,53 @@ class Trainer:
         device: torch.device,
         graph: bool,
         augment: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        processes: Processes = ALONE,
     ) -> None:
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device.type}")
+        if graph and processes.size > 1:
+            raise ValueError(f"a CUDA graph of the step is for one process, not for {processes.size}")
         self.net, self.device, self.image_size, self.batch_size = net, device, image_size, batch_size
         self.split = split.to(device)
+        self.processes = processes
+        #: What a step calls: it makes the gradients of all processes one.
+        self.parallel = processes.parallel(net, device)
         self.augment = augment
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
-        self.optimizer = SGD(net.parameters(), lr=lr / self.scale)
+        # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
+        self.optimizer = SGD(net.parameters(), lr=lr / self.scale, momentum=momentum, weight_decay=weight_decay * self.scale)
         self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
         #: What a captured step reads: each replay finds the next batch here.
         self.index = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
+        self.loss_sums = torch.zeros(-(-len(split) // batch_size), device=device)
         self.replay: Callable[[], None] | None = None
+        #: The epoch's permutation of the images; None between two epochs.
+        self.order: torch.Tensor | None = None
+        #: Of the epoch: steps done, and the seconds that they took up to the last stop.
+        self.steps, self.seconds = 0, 0.0
         if device.type == "cuda":
             with torch.cuda.device(device):
                 self._prepare(graph and len(split) >= batch_size)
 
     def step(self, index: torch.Tensor) -> None:
-        """One step on the images of ``index``, run operation by operation."""
-        augmentation = draw_augmentation(len(index), self.device) if self.augment else None
-        inputs = kernels.gather_resize(self.split.images, index, self.image_size, dtype=self.dtype, augmentation=augmentation)
-        labels = self.split.labels[index]
+        """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
+        share = self.processes.share(index)
+        augmentation = draw_augmentation(len(share), self.device) if self.augment else None
+        inputs = kernels.gather_resize(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.net(inputs).float()
-        loss = F.cross_entropy(logits, labels)
-        (loss * self.scale).backward()
+        logits = self.parallel(inputs).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        # The gradient of the mean over the batch. Processes take the mean of theirs, each of which therefore counts size-fold:
+        # right for unequal shares too, and for an empty one.
+        (loss * (self.scale * self.processes.size / len(index))).backward()
         self.optimizer.step()
         # Sums stay on the device: reading one would make the host wait for the step.
-        self.loss_sum += loss.detach() * len(labels)
+        self.loss_sum += loss.detach()
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
     def warm_up(self) -> None:
@@ -179,9 +220,11 @@ class Trainer:
         with torch.no_grad():
             for param, value in zip(self.net.parameters(), before, strict=True):
                 param.copy_(value)
-                master = self.optimizer.state[param].get("master")
-                if master is not None:
-                    master.copy_(value)
+                state = self.optimizer.state[param]
+                if "master" in state:
+                    state["master"].copy_(value)
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].zero_()  # from which the next step makes the gradient, as a first step does
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum.zero_()
         self.correct.zero_()
@@ -201,35 +244,125 @@ class Trainer:
             self.replay = graph.replay
         _synchronize(self.device)
 
-    def epoch(self, generator: torch.Generator, progress: Progress | None = None) -> tuple[float, float, float]:
+    def epoch(
+        self, generator: torch.Generator, progress: Progress | None = None, stop: Stop | None = None
+    ) -> tuple[float, float, float]:
         """One pass over the images in an order drawn from ``generator``, on its device; mean loss, accuracy, seconds.
 
+        After a :class:`Stopped`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the rest of that epoch;
+        what is returned is of the whole one.
+
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where ``progress``
+                reads the loss; the message names the step.
+            Stopped: ``stop`` said so.
         """
         self.net.train()
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        total, seen = len(self.split), 0
+        total = len(self.split)
         _synchronize(self.device)
-        start = shown = time.perf_counter()
-        order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
-        for index in order.split(self.batch_size):
+        begin = time.perf_counter()
+        if self.order is None:
+            self.order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
+            self.steps, self.seconds = 0, 0.0
+            self.loss_sum.zero_()
+            self.correct.zero_()
+        start = begin - self.seconds
+        shown, seen = begin, self.steps * self.batch_size
+        for index in self.order.split(self.batch_size)[self.steps :]:
+            if stop is not None and stop():
+                _synchronize(self.device)
+                self.seconds = time.perf_counter() - start
+                raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
             if self.replay is not None and len(index) == self.batch_size:
                 self.index.copy_(index)
                 self.replay()
             else:
                 self.step(index)
+            self.loss_sums[self.steps].copy_(self.loss_sum)
+            self.steps += 1
             seen += len(index)
             now = time.perf_counter()
             if progress is not None and (now - shown > _PROGRESS_INTERVAL or seen == total):
-                progress(seen, self.loss_sum.item() / seen, seen / (now - start))
+                loss = self.loss_sum.item() / seen
+                progress(seen, loss, seen / (now - start))
+                if not math.isfinite(loss) and self.processes.size == 1:
+                    break
                 shown = now
         _synchronize(self.device)
         seconds = time.perf_counter() - start
-        if not torch.isfinite(self.loss_sum):
-            raise FloatingPointError("the training loss is not finite any more: try a smaller --lr")
-        return self.loss_sum.item() / total, self.correct.item() / total, seconds
+        self.check_finite()
+        self.order = None
+        loss_sum, correct = self.processes.add_up(torch.stack([self.loss_sum, self.correct])).tolist()
+        return loss_sum / total, correct / total, seconds
+
+    def check_finite(self) -> None:
+        """Wait for the steps of the epoch so far, and look at their losses and at the weights.
+
+        Raises:
+            FloatingPointError: one is not finite; the message names the first such step.
+        """
+        bad = (~torch.isfinite(self.processes.add_up(self.loss_sums[: self.steps].clone()))).nonzero()
+        if len(bad):
+            raise FloatingPointError(f"the loss of step {bad[0].item() + 1} of {len(self.loss_sums)} is not finite")
+        # The last step made weights that no loss has seen. A master that is not finite makes a parameter that is not.
+        if not torch.stack([torch.isfinite(param).all() for param in self.net.parameters()]).all():
+            raise FloatingPointError(f"the weights are not finite after step {self.steps} of {len(self.loss_sums)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training depends on besides :meth:`float32_weights` and the generator of :meth:`epoch`; tensors on the CPU.
+
+        That is momentum, the states of torch's random generators (from which dropout and augmentation draw), and the place
+        within an epoch: order of the images, steps done, sums so far. The states of all processes are in that of the leader.
+        """
+        momentum = {}
+        for name, param in self.net.named_parameters():
+            buffer = self.optimizer.state[param].get("momentum_buffer") if param in self.optimizer.state else None
+            if buffer is not None:
+                momentum[name] = buffer.cpu().contiguous()
+        own = {
+            "loss_sums": self.loss_sums.cpu(),
+            "loss_sum": self.loss_sum.cpu(),
+            "correct": self.correct.cpu(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        return {
+            "momentum": momentum,
+            "order": None if self.order is None else self.order.cpu(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "processes": self.processes.gather(own),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Become what another trainer was when it gave its :meth:`float32_weights` and its :meth:`state_dict`.
+
+        Everything is copied into the tensors that are there, which a captured step reads.
+        """
+        self.net.load_state_dict(weights)
+        for name, param in self.net.named_parameters():
+            if param.dtype != torch.float32:
+                self._optimizer_state(param, "master").copy_(weights[name])
+            if name in state["momentum"]:
+                self._optimizer_state(param, "momentum_buffer").copy_(state["momentum"][name])
+        order = state["order"]
+        self.order = None if order is None else order.to(self.device)
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        own = state["processes"][self.processes.rank]
+        self.loss_sums.copy_(own["loss_sums"])
+        self.loss_sum.copy_(own["loss_sum"])
+        self.correct.copy_(own["correct"])
+        torch.set_rng_state(own["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+
+    def _optimizer_state(self, param: torch.Tensor, key: str) -> torch.Tensor:
+        """The optimizer's tensor ``key`` for ``param``, made where it takes its first step later."""
+        state = self.optimizer.state[param]
+        if key not in state:
+            state[key] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        return state[key]
 
     def float32_weights(self) -> dict[str, torch.Tensor]:
         """The network's state in float32 on the CPU, from the masters where there are any; plain contiguous tensors."""
@@ -242,18 +375,35 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype."""
+def evaluate(
+    net: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    stop: Stop | None = None,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
+
+    Raises:
+        Stopped: ``stop`` said so.
+    """
     net.eval()
     dtype = next(net.parameters()).dtype
-    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    sums = torch.zeros(2, device=device)  # of losses, of images classified right
     split = split.to(device)
     for index in torch.arange(len(split), device=device).split(batch_size):
-        labels = split.labels[index]
-        logits = net(kernels.gather_resize(split.images, index, image_size, dtype=dtype)).float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    return loss_sum.item() / len(split), correct.item() / len(split)
+        if stop is not None and stop():
+            raise Stopped("before its evaluation")
+        share = processes.share(index)
+        labels = split.labels[share]
+        logits = net(kernels.gather_resize(split.images, share, image_size, dtype=dtype)).float()
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+    loss, correct = processes.add_up(sums).tolist()
+    return loss / len(split), correct / len(split)
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
@@ -276,6 +426,39 @@ def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int
     return few / seconds
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a run has written into the folder ``out``: another one must not overwrite it."""
+    return any((out / name).exists() for name in (METRICS, LAST, BEST))
+
+
+def _checksum(split: Split) -> int:
+    """CRC-32 of images and labels: a run goes on with the data that it began with."""
+    return zlib.crc32(split.labels.cpu().numpy().tobytes(), zlib.crc32(split.images.cpu().numpy().tobytes()))
+
+
+def _history(checkpoint: Checkpoint) -> list[EpochMetrics]:
+    try:
+        return [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not those of epochs: {error}") from error
+
+
+def _as_line(metrics: EpochMetrics) -> str:
+    return json.dumps(dataclasses.asdict(metrics)) + "\n"
+
+
+@contextlib.contextmanager
+def _advice(epoch: int, out: Path, dtype: torch.dtype) -> Iterator[None]:
+    """Add to a FloatingPointError of the block where it happened, what is left, and what to try."""
+    try:
+        yield
+    except FloatingPointError as error:
+        last = out / LAST
+        good = f"the last good checkpoint is {last}: resume it" if last.exists() else "there is no checkpoint yet: start again"
+        other = ", or --dtype float32, whose range is wider" if dtype == torch.float16 else ""
+        raise FloatingPointError(f"epoch {epoch}: {error}; {good} with a smaller --lr{other}") from error
+
+
 def train(
     net: nn.Module,
     train_split: Split,
@@ -290,22 +473,71 @@ def train(
     out: Path,
     graph: bool = False,
     augment: bool = False,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    resume: Checkpoint | None = None,
+    options: Mapping[str, Any] | None = None,
+    stop: Stop | None = None,
+    processes: Processes = ALONE,
     on_ready: Callable[[], None] | None = None,
     on_batch: Callable[[int], Progress] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
 ) -> list[EpochMetrics]:
-    """Train ``net`` and write ``metrics.jsonl`` (a line an epoch) and ``checkpoint.pt`` (after each epoch) into ``out``.
+    """Train ``net`` and write into ``out``, after each epoch: a line of ``metrics.jsonl``, ``checkpoint.pt``, ``best.pt``.
+
+    ``best.pt`` is the checkpoint of the first epoch with the highest test accuracy.
+
+    A resumed run computes the same bits as one that was never stopped, wherever in an epoch that was: on the same device,
+    versions and ``graph``, and while ``lr`` and ``weight_decay`` stay what they were.
 
     Args:
         net: a model of :func:`new_model`.
         model: its name.
         graph: run each step as a CUDA graph.
         augment: change each training image at random.
+        momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
+        resume: go on from there, up to ``epochs`` in all. ``metrics.jsonl`` becomes its epochs, and goes on.
+        options: kept in the checkpoint for whoever resumes it; numbers, strings, None.
+        stop: asked before each step and each batch of the evaluation.
+        processes: that train together, each by this call, on equal shares of each batch: ``batch_size`` is that of all. The one
+            that leads writes. Each draws its own dropout and augmentation.
         on_ready: called once, when everything is compiled and captured and the first epoch begins.
         on_batch: given the epoch, makes the epoch's progress callback.
         on_epoch: called after each epoch.
+
+    Returns:
+        The metrics of all epochs, those before ``resume`` too.
+
+    Raises:
+        CheckpointError: ``out`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
+            written.
+        FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
+            last good checkpoint and what to try.
+        Stopped: ``stop`` said so; all is saved.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    if resume is None and processes.leads and holds_run(out):
+        raise CheckpointError(f"{out}: already holds a run")
+    # What decides the bits, apart from what may be changed on purpose.
+    configuration = {
+        "model": model,
+        "dtype": str(next(net.parameters()).dtype),
+        "device": device.type,
+        "batch_size": batch_size,
+        "momentum": momentum,
+        "seed": seed,
+        "augment": augment,
+        "processes": processes.size,
+        "training images": len(train_split),
+        "data checksum": _checksum(train_split),
+    }
+    history: list[EpochMetrics] = []
+    if resume is not None:
+        check_weights(net, resume)
+        state = check_configuration(resume, configuration)
+        history = _history(resume)
+    if not processes.leads:
+        torch.manual_seed(seed + processes.rank)  # masks of its own
+    generator = torch.Generator(device).manual_seed(seed)  # the same order of images in all
     image_size = IMAGE_SIZE[model]
     test_split = test_split.to(device)  # once, not at each evaluation
     trainer = Trainer(
@@ -317,61 +549,86 @@ def train(
         device=device,
         graph=graph,
         augment=augment,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        processes=processes,
     )
+    #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
+    trained: tuple[float, float, float] | None = None
+    if resume is not None:
+        try:
+            trainer.load_state_dict(resume.weights, state["trainer"])
+            generator.set_state(state["generator"])
+            trained = state["trained"]
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
+        if processes.leads:
+            write_atomically(out / METRICS, "".join(map(_as_line, history)).encode())
+    if stop is not None and processes.size > 1:
+        asked = stop
+
+        def stop() -> bool:  # all of them, at the same step
+            return processes.any(asked())
+
+    def save(path: Path) -> None:
+        state = {
+            "configuration": configuration,
+            "options": dict(options or {}),
+            "trainer": trainer.state_dict(),
+            "generator": generator.get_state(),
+            "trained": trained,
+        }
+        metrics = [dataclasses.asdict(m) for m in history]
+        if processes.leads:
+            save_checkpoint(path, Checkpoint(model, list(CLASSES), metrics, trainer.float32_weights(), state))
+
     if on_ready is not None:
         on_ready()
-    history: list[EpochMetrics] = []
-    for epoch in range(1, epochs + 1):
-        loss, train_acc, seconds = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None)
-        _, test_acc = evaluate(net, test_split, batch_size=batch_size, image_size=image_size, device=device)
+    for epoch in range(len(history) + 1, epochs + 1):
+        try:
+            if trained is None:
+                with _advice(epoch, out, trainer.dtype):
+                    trained = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None, stop)
+            _, test_acc = evaluate(
+                net, test_split, batch_size=batch_size, image_size=image_size, device=device, stop=stop, processes=processes
+            )
+        except Stopped as stopped:
+            with _advice(epoch, out, trainer.dtype):
+                trainer.check_finite()
+            save(out / LAST)
+            processes.wait()  # torchrun ends all when the first has gone
+            raise Stopped(f"in epoch {epoch} {stopped}") from None
+        loss, train_acc, seconds = trained
         metrics = EpochMetrics(epoch, loss, train_acc, test_acc, len(train_split) / seconds, seconds)
+        best = all(test_acc > earlier.test_acc for earlier in history)
         history.append(metrics)
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
-        save_checkpoint(out / "checkpoint.pt", trainer.float32_weights(), model, history)
+        trained = None
+        # The best one first: a crash before the other repeats the epoch, and both are written again.
+        save(out / (BEST if best else LAST))
+        if processes.leads:
+            if best:
+                copy_checkpoint(out / BEST, out / LAST)
+            with (out / METRICS).open("a") as file:
+                file.write(_as_line(metrics))
         if on_epoch is not None:
             on_epoch(metrics)
     return history
-
-
-def save_checkpoint(path: Path, weights: dict[str, torch.Tensor], model: str, history: list[EpochMetrics]) -> None:
-    """Write weights and metrics; a crash leaves the previous file whole. Loads with ``weights_only=True``."""
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "model": model,
-        "classes": list(CLASSES),
-        "metrics": [dataclasses.asdict(m) for m in history],
-        "state_dict": weights,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, list[dict[str, Any]]]:
     """The model of a checkpoint on ``device``, its name, and its metrics.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint of :func:`save_checkpoint`.
+        CheckpointError: no such file, or not a checkpoint of :func:`train`.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train")
-    model = content.get("model")
-    if model not in IMAGE_SIZE:
-        raise CheckpointError(f"{path}: holds an unknown model {model!r}, known are {', '.join(IMAGE_SIZE)}")
-    net = build_model(model)
-    try:
-        net.load_state_dict(content["state_dict"], strict=True)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: its weights do not fit {model}: {error}") from error
-    return net.to(device=device, memory_format=torch.channels_last), model, content.get("metrics", [])  # type: ignore[call-overload]
+    checkpoint = read_checkpoint(path)
+    if checkpoint.model not in IMAGE_SIZE:
+        raise CheckpointError(f"{path}: holds an unknown model {checkpoint.model!r}, known are {', '.join(IMAGE_SIZE)}")
+    net = build_model(checkpoint.model)
+    check_weights(net, checkpoint)
+    net.load_state_dict(checkpoint.weights, strict=True)
+    net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, checkpoint.model, checkpoint.metrics
 
 
 def describe_backend(device: torch.device) -> str:

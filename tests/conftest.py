@@ -90,6 +90,15 @@ def _ieee_and_seed() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def small_tiles() -> Iterator[None]:
     """Run every kernel with :data:`SMALL_TILES`."""
     with config.override(**SMALL_TILES):

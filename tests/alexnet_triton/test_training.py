@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,11 @@ from torch import nn
 
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet, training
+from alexnet_triton.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from alexnet_triton.data import load_fashion_mnist, to_input
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
 from alexnet_triton.training import (
-    CheckpointError,
     EpochMetrics,
     Trainer,
     evaluate,
@@ -145,7 +146,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     with torch.no_grad(), kernels.use_backend("torch"):
         assert torch.equal(loaded(x), net.eval()(x))
         torch.testing.assert_close(plain(x), net(x))
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint.pt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt"}
 
 
 def test_evaluate_counts_the_last_partial_batch(tmp_path: Path) -> None:
@@ -170,9 +171,72 @@ def test_measuring_speed_leaves_no_trace() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError, match=r"^epoch 1: the loss of step [23] of 4 is not finite; there is no checkpoint"):
         _train(tmp_path, lr=3e38)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def poisoned_at(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a gradient of the ``step``-th step ``value``, so that the loss of the next one is the first to show it."""
+    steps = 0
+    real = training.SGD.step
+
+    def poisoned(optimizer: training.SGD) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            optimizer.param_groups[0]["params"][-1].grad.fill_(value)
+        real(optimizer)
+
+    monkeypatch.setattr(training.SGD, "step", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (5, "epoch 2: the loss of step 2 of 4 is not finite"),
+        (7, "epoch 2: the loss of step 4 of 4 is not finite"),
+        (8, "epoch 2: the weights are not finite after step 4 of 4"),
+    ],
+)
+def test_the_step_is_named_and_the_last_good_checkpoint_kept(
+    step: int, message: str, dtype: torch.dtype, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last step breaks the weights, which no loss of the epoch can show."""
+    poisoned_at(step, value, monkeypatch)
+    net = new_model("lenet", 0, CPU, dtype)
+    data = load_fashion_mnist("sample")
+    arguments = {"model": "lenet", "epochs": 3, "batch_size": 16, "lr": 0.1, "seed": 0, "device": CPU, "out": tmp_path}
+    with pytest.raises(FloatingPointError) as caught:
+        training.train(net, data.train.limited(64), data.test.limited(20), **arguments)
+    advice = f"{message}; the last good checkpoint is {tmp_path / 'checkpoint.pt'}: resume it with a smaller --lr"
+    assert str(caught.value) == advice + ", or --dtype float32, whose range is wider" * (dtype == torch.float16)
+    for name in ("checkpoint.pt", "best.pt"):
+        checkpoint = read_checkpoint(tmp_path / name)
+        assert len(checkpoint.metrics) == 1
+        assert all(weight.isfinite().all() for weight in checkpoint.weights.values())
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_is_stopped_does_not_save_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_at(6, math.nan, monkeypatch)
+    asked = iter(range(100))
+    with pytest.raises(FloatingPointError, match=r"epoch 2: the weights are not finite after step 2 of 4; the last good"):
+        _train(tmp_path, epochs=3, stop=lambda: next(asked) == 4 + 4 + 2)  # after four steps, four batches of a test, two steps
+    assert len(read_checkpoint(tmp_path / "checkpoint.pt").metrics) == 1
+
+
+def test_a_progress_bar_ends_an_epoch_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has read the loss anyway."""
+    poisoned_at(1, math.nan, monkeypatch)
+    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", -1.0)
+    trainer = small_trainer()
+    seen: list[int] = []
+    with pytest.raises(FloatingPointError, match="the loss of step 2 of 3 is not finite"):
+        trainer.epoch(torch.Generator().manual_seed(1), lambda images, *_: seen.append(images))
+    assert seen == [16, 32]
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "text", "missing"])
@@ -191,11 +255,15 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, CPU)
 
 
-@pytest.mark.parametrize("content", [{}, {"model": "vgg"}, {"model": "lenet"}, {"model": "lenet", "state_dict": {}}], ids=str)
-def test_an_incomplete_checkpoint_is_refused(content: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"model": None}, {"model": "vgg"}, {"state_dict": None}, {"state_dict": {}}, {"metrics": 3}, {"training": 4}],
+    ids=str,
+)
+def test_an_incomplete_checkpoint_is_refused(change: dict, tmp_path: Path) -> None:
     path = tmp_path / "part.pt"
-    torch.save({"format": training.CHECKPOINT_FORMAT, **content}, path)
-    with pytest.raises(CheckpointError, match=r"unknown model|do not fit lenet"):
+    torch.save({"format": FORMAT, "model": "lenet", "classes": [], "metrics": [], "state_dict": {}, **change}, path)
+    with pytest.raises(CheckpointError, match=r"part\.pt: (holds an unknown model|its weights do not fit this lenet|damaged)"):
         load_checkpoint(path, CPU)
 
 
@@ -419,7 +487,7 @@ def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype
     rounded = net.state_dict()
     assert all(torch.equal(weights[key].to(dtype), rounded[key]) for key in weights)
     assert any(not torch.equal(weights[key], rounded[key].float()) for key in weights)
-    training.save_checkpoint(tmp_path / "checkpoint.pt", weights, "lenet", [])
+    save_checkpoint(tmp_path / "checkpoint.pt", Checkpoint("lenet", [], [], weights))
     loaded, *_ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
 

@@ -1,0 +1,199 @@
+"""Checkpoints: a run in one file, which is whole or not there.
+
+A file is written beside the one that it replaces, forced to the disk, and only then renamed over it. Whatever ends the process
+or the machine in between, the old file or the new one is under the name, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = "alexnet-triton checkpoint 1"
+
+#: In the folder of a run: the newest checkpoint, and that of the best test accuracy.
+LAST, BEST = "checkpoint.pt", "best.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, used or written; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        model: name of the network.
+        classes: names of what it tells apart.
+        metrics: the lines of ``metrics.jsonl`` so far.
+        weights: the network's ``state_dict`` in float32, on the CPU.
+        training: what training needs besides to go on as if it had never stopped; None where the file is for evaluation only.
+        path: the file that it was read from.
+    """
+
+    model: str
+    classes: list[str]
+    metrics: list[dict[str, Any]]
+    weights: dict[str, Tensor]
+    training: dict[str, Any] | None = None
+    path: Path | None = None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, which takes its place when the block ends; on any error it is removed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written, what was there stays: {error.strerror or error}") from error
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # before a rename: else a power cut could leave the name on an empty file
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Make ``content`` the content of ``path``; a failure or a crash at any moment leaves what was there.
+
+    Raises:
+        CheckpointError: it cannot be written (no space, no permission, ...); nothing is left of the attempt.
+    """
+    with _replacing(path) as partial:
+        _write(partial, content)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the folder's names to the disk: a rename is a change of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a file that ``torch.load(path, weights_only=True)`` reads: a dict with the weights under ``"state_dict"``.
+
+    Raises:
+        CheckpointError: as :func:`write_atomically`.
+    """
+    content = {
+        "format": FORMAT,
+        "model": checkpoint.model,
+        "classes": checkpoint.classes,
+        "metrics": checkpoint.metrics,
+        "state_dict": checkpoint.weights,
+        "training": checkpoint.training,
+    }
+    # In memory first: where a disk is full, torch's own writer reports its position, not the reason.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Give the file ``source`` the second name ``target``, in place of what that named.
+
+    Raises:
+        CheckpointError: as :func:`write_atomically`.
+    """
+    with _replacing(target) as partial:
+        partial.unlink(missing_ok=True)  # a crash may have left it, and a link does not overwrite
+        try:
+            # A checkpoint is replaced, never changed: two names of one file stay what they are, and nothing is written twice.
+            os.link(source, partial)
+        except OSError:  # a file system without second names
+            _write(partial, source.read_bytes())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The content of a file of :func:`save_checkpoint`, every byte of it checked against the checksums that it carries.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one of another program.
+    """
+    try:
+        # torch.load does not look at the checksums of the archive that a checkpoint is.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint, or one cut short: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of alexnet-triton train: it holds more than tensors and numbers"
+        ) from error
+    except CheckpointError:
+        raise
+    # What damaged bytes make a parser raise is not documented: all of it means the same here.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train")
+    kinds = {"model": str, "classes": list, "metrics": list, "state_dict": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise CheckpointError(f"{path}: damaged: {key!r} is missing or no {kind.__name__}")
+    training = content.get("training")
+    if not isinstance(training, dict | None):
+        raise CheckpointError(f"{path}: damaged: 'training' is no dict")
+    return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path)
+
+
+def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
+    """That the weights are those of a network like ``net``.
+
+    Raises:
+        CheckpointError: a weight is missing, of another shape, or has no place in ``net``.
+    """
+    expected = net.state_dict()
+    for key in sorted(expected.keys() | checkpoint.weights.keys()):
+        ours, theirs = expected.get(key), checkpoint.weights.get(key)
+        shapes = [tuple(w.shape) if isinstance(w, Tensor) else "nothing" for w in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{checkpoint.path}: its weights do not fit this {checkpoint.model}: {key} is {shapes[0]}, here {shapes[1]}"
+            )
+
+
+def check_configuration(checkpoint: Checkpoint, here: Mapping[str, object]) -> dict[str, Any]:
+    """What training needs to go on from ``checkpoint``, which must have been trained as ``here`` says.
+
+    Raises:
+        CheckpointError: it holds weights only, or something in ``here`` differs.
+    """
+    if checkpoint.training is None:
+        raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
+    there = checkpoint.training.get("configuration")
+    if not isinstance(there, dict):
+        raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or no dict")
+    for key, value in here.items():
+        if there.get(key) != value:
+            raise CheckpointError(f"{checkpoint.path}: was trained with {key} {there.get(key)}, this run has {value}")
+    return checkpoint.training

@@ -1,0 +1,112 @@
+"""Many processes that train as one: ``torchrun`` starts them, ``torch.distributed`` joins them, one GPU each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen by one of them. Every method but :meth:`share` is to be called by all of them alike.
+
+    Attributes:
+        rank: of this process; 0 leads: it reads, writes and prints.
+        size: how many there are.
+        local_rank: of this process on its machine, and of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reads, writes and prints for all."""
+        return self.rank == 0
+
+    def share(self, index: Tensor) -> Tensor:
+        """This process's part of a batch; parts differ by one image at most, and may be empty."""
+        return index.tensor_split(self.size)[self.rank]
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """``tensor``, which becomes the sum of all processes' tensors."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process. Between hosts: nobody waits for a GPU."""
+        return bool(self.add_up(torch.tensor(int(flag))).item())
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.any(False)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value``, by rank, in the process that leads; an empty list in the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the process that leads, in all of them.
+
+        Raises:
+            SystemExit: in the others, if it raised in the one that leads, which says why.
+        """
+        if self.size == 1:
+            return make()
+        sent: list[Any] = [None, False]
+        try:
+            if self.leads:
+                sent = [make(), True]
+        finally:
+            dist.broadcast_object_list(sent)
+        if not sent[1]:
+            raise SystemExit(1)
+        return sent[0]
+
+    def first_on_each_machine(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, called by one process of a machine before the others: it may download what those then find."""
+        early = make() if self.local_rank == 0 else None
+        self.wait()
+        return early if early is not None else make()
+
+    def parallel(self, net: nn.Module, device: torch.device) -> nn.Module:
+        """``net`` with gradients that are the mean of all processes', and the leader's weights in all."""
+        if self.size == 1:
+            return net
+        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+
+
+#: A run of one process.
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none or one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    processes = Processes(dist.get_rank(), size, dist.get_node_local_rank())
+    yield processes
+    processes.wait()  # nobody takes leave from one that still talks
+    # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.
+    dist.destroy_process_group()

@@ -1,0 +1,488 @@
+"""Checkpoints: whole or not there, refused if they are not ours, and a resumed run computes what an uninterrupted one does."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import errno
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+from alexnet_triton import checkpoint as module
+from alexnet_triton import training
+from alexnet_triton.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    copy_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.training import Stopped, train
+
+from .test_training import HAS_GPU, needs_a_gpu, small_net
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(value: float = 1.0) -> Checkpoint:
+    return Checkpoint("lenet", ["a", "b"], [{"epoch": 1}], {"weight": torch.full((300,), value)}, {"state": [1, 2.5, None]})
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    fields = [(c.model, c.classes, c.metrics, c.training) for c in (a, b)]
+    return fields[0] == fields[1] and torch.equal(a.weights["weight"], b.weights["weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def test_what_was_saved_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny(1.0))
+    copy_checkpoint(path, tmp_path / "best.pt")
+    save_checkpoint(path, tiny(2.0))
+    assert same(read_checkpoint(path), tiny(2.0))
+    assert same(read_checkpoint(tmp_path / "best.pt"), tiny(1.0))
+    copy_checkpoint(path, tmp_path / "best.pt")
+    assert same(read_checkpoint(tmp_path / "best.pt"), tiny(2.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt"]
+
+
+def test_a_copy_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save_checkpoint(tmp_path / "checkpoint.pt", tiny(3.0))
+    copy_checkpoint(tmp_path / "checkpoint.pt", tmp_path / "best.pt")
+    assert same(read_checkpoint(tmp_path / "best.pt"), tiny(3.0))
+    assert not (tmp_path / "best.pt").samefile(tmp_path / "checkpoint.pt")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        events.append("folder" if Path(f"/proc/self/fd/{descriptor}").resolve() == tmp_path.resolve() else "file")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    save_checkpoint(tmp_path / "checkpoint.pt", tiny())
+    assert events == ["file", "rename", "folder"]
+    events.clear()
+    copy_checkpoint(tmp_path / "checkpoint.pt", tmp_path / "best.pt")
+    assert events == ["rename", "folder"]
+
+
+@pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("checkpoint_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, worker, tmp_path, "20"], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.startswith("20 kills, ")
+
+
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """As on a disk that fills up while a file is written: what goes beyond ``limit`` bytes is an error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_the_previous_file(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny(1.0))
+    with file_size_limit(1000), pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be written.*: File too large"):
+        save_checkpoint(path, tiny(2.0))
+    assert same(read_checkpoint(path), tiny(1.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["no file yet", "a file before"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full_when_it_is_asked_to_keep(
+    call: str, first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if not first:
+        save_checkpoint(path, tiny(1.0))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    for write in (lambda: save_checkpoint(path, tiny(2.0)), lambda: write_atomically(path, b"2")):
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be written.*: No space left on device"):
+            write()
+        assert list(tmp_path.iterdir()) == ([] if first else [path])
+        assert first or same(read_checkpoint(path), tiny(1.0))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere/checkpoint\.pt: cannot be written.*No such file or directory"):
+        save_checkpoint(tmp_path / "nowhere" / "checkpoint.pt", tiny())
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny())
+    whole = path.read_bytes()
+    for length in [0, 1, 4, *range(100, len(whole), 150), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a readable checkpoint, or one cut short"):
+            read_checkpoint(path)
+        assert path.read_bytes() == whole[:length]
+
+
+def test_a_changed_byte_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    """torch.load alone would return other weights: it does not look at the archive's checksums."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny())
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    weights = whole.index(torch.ones(300).numpy().tobytes())
+    noticed = 0
+    for position in [weights, weights + 1199, *generator.sample(range(len(whole)), 150)]:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ generator.randrange(1, 256)]) + whole[position + 1 :])
+        try:
+            assert same(read_checkpoint(path), tiny()), position
+        except CheckpointError as error:
+            noticed += 1
+            message = str(error)
+        else:
+            continue
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
+    assert noticed > 50
+
+
+class _Foreign:
+    """An object that weights_only does not load."""
+
+
+def _write_foreign(path: Path, kind: str) -> None:
+    if kind == "text":
+        path.write_text("no checkpoint")
+    elif kind == "state_dict":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "object":
+        torch.save(_Foreign(), path)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "a")
+    elif kind == "numpy":
+        with path.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    elif kind == "old torch format":
+        torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    elif kind == "folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["text", "state_dict", "object", "zip", "numpy", "old torch format", "folder"])
+def test_a_foreign_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.pt"
+    _write_foreign(path, kind)
+    with pytest.raises(CheckpointError, match=r"foreign\.pt: not a (readable )?checkpoint") as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype = torch.float32
+    momentum: float = 0.0
+    dropout: float = 0.0
+    augment: bool = False
+    graph: bool = False
+    device: torch.device = CPU
+
+
+CASES = {
+    "plain": Case(),
+    "momentum": Case(momentum=0.9),
+    "dropout": Case(dropout=0.5),
+    "augment": Case(augment=True),
+    "bfloat16": Case(torch.bfloat16),
+    "float16-momentum": Case(torch.float16, momentum=0.9),
+    "bfloat16-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True),
+    "gpu-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True, device=CUDA),
+    "gpu-graph-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True, graph=True, device=CUDA),
+}
+cases = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=n, marks=[needs_a_gpu] * (c.device == CUDA)) for n, c in CASES.items()]
+)
+
+#: 40 training images are three steps, 20 test images two batches: the run asks five times an epoch whether to stop.
+ASKED = 5
+
+
+def run(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[training.EpochMetrics]:
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(5)
+    net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
+    data = load_fashion_mnist("sample")
+    arguments = {"model": "lenet", "batch_size": 16, "lr": 0.1, "seed": 5, "device": case.device, "graph": case.graph}
+    arguments |= {"momentum": case.momentum, "augment": case.augment, "epochs": epochs, "out": out}
+    with kernels.use_backend("auto" if HAS_GPU else "torch"):
+        return train(net, data.train.limited(40), data.test.limited(20), **(arguments | options))
+
+
+def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[training.EpochMetrics]:
+    """As in a process of its own: nothing is left of the random states."""
+    torch.manual_seed(99)
+    return run(case, out, epochs, resume=read_checkpoint(out / "checkpoint.pt"), **options)
+
+
+def at(call: int) -> Callable[[], bool]:
+    """Says stop when it is asked for the ``call``-th time."""
+    calls = iter(range(1, call + 1))
+    return lambda: next(calls) == call
+
+
+def flat(value: Any) -> list[Any]:
+    """Everything in nested dicts and lists, tensors as bytes; without what a clock measured."""
+    if isinstance(value, dict):
+        return [x for key, each in sorted(value.items()) if key not in ("seconds", "images_per_s") for x in (key, *flat(each))]
+    if isinstance(value, list | tuple):
+        return [x for each in value for x in flat(each)]
+    return [value.contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, torch.Tensor) and value.ndim else value]
+
+
+def contents(out: Path) -> list[Any]:
+    files = [read_checkpoint(out / name) for name in ("checkpoint.pt", "best.pt")]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    return [flat([f.model, f.metrics, f.weights, f.training]) for f in files] + [flat(lines)]
+
+
+@cases
+def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
+    """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
+    run(case, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    for call in (1, 3, 4, 5, 6, 7):
+        out = tmp_path / str(call)
+        with pytest.raises(Stopped, match=f"in epoch {(call - 1) // ASKED + 1} (after step|before its evaluation)"):
+            run(case, out, stop=at(call))
+        resume(case, out)
+        assert contents(out) == expected, call
+
+
+def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path: Path) -> None:
+    """At every third question: after two steps, in the evaluation, right after it, ..."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    stops = []
+    with pytest.raises(Stopped) as stopped:
+        run(case, tmp_path / "parts", stop=at(3))
+    stops.append(str(stopped.value))
+    for _ in range(4):
+        with pytest.raises(Stopped) as stopped:
+            resume(case, tmp_path / "parts", stop=at(3))
+        stops.append(str(stopped.value))
+    resume(case, tmp_path / "parts", stop=at(3))
+    epoch = ["after step 2 of 3", "before its evaluation"]
+    assert stops == [
+        *(f"in epoch 1 {at}" for at in epoch),
+        "in epoch 2 after step 0 of 3",
+        *(f"in epoch 2 {at}" for at in epoch),
+    ]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@cases
+def test_a_run_goes_on_after_its_last_epoch(case: Case, tmp_path: Path) -> None:
+    run(case, tmp_path / "whole")
+    history = run(case, tmp_path / "parts", epochs=1)
+    more = resume(case, tmp_path / "parts", epochs=2)
+    assert more[0] == history[0]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above would fail if resuming forgot something: each kind of state in turn."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(case, tmp_path / "stopped", stop=at(3))
+    whole = read_checkpoint(tmp_path / "stopped" / "checkpoint.pt")
+    assert whole.training is not None
+    for number, key in enumerate(("rng", "momentum", "order", "generator", "weights")):
+        out = tmp_path / str(number)
+        out.mkdir()
+        state = copy.deepcopy(whole.training)
+        weights = whole.weights
+        if key == "generator":
+            state["generator"] = torch.Generator().manual_seed(1).get_state()
+        elif key == "weights":  # rounded: what was lost without masters
+            weights = {k: w.bfloat16().float() for k, w in weights.items()}
+        elif key == "rng":
+            state["trainer"]["processes"][0]["rng"] = torch.Generator().manual_seed(1).get_state()
+        else:
+            state["trainer"][key] = {"momentum": {}, "order": torch.arange(40)}[key]
+        save_checkpoint(out / "checkpoint.pt", dataclasses.replace(whole, training=state, weights=weights))
+        resume(case, out)
+        assert contents(out)[0] != contents(tmp_path / "whole")[0], key
+
+
+def test_metrics_that_were_written_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
+    """As after a crash between the two files, or with half a line on a full disk."""
+    case = CASES["plain"]
+    run(case, tmp_path, epochs=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "loss": 1')
+    resume(case, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+
+
+def test_the_best_checkpoint_is_that_of_the_first_epoch_with_the_highest_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.2, 0.5, 0.4, 0.5])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    case = CASES["plain"]
+    run(case, tmp_path, epochs=3)
+    resume(case, tmp_path, epochs=4)
+    assert [m["epoch"] for m in read_checkpoint(tmp_path / "best.pt").metrics] == [1, 2]
+    assert [m["epoch"] for m in read_checkpoint(tmp_path / "checkpoint.pt").metrics] == [1, 2, 3, 4]
+
+
+def test_the_learning_rate_may_be_changed_on_resuming(tmp_path: Path) -> None:
+    case = CASES["momentum"]
+    run(case, tmp_path, epochs=1)
+    before = read_checkpoint(tmp_path / "checkpoint.pt").weights
+    resume(case, tmp_path, lr=0.0)
+    after = read_checkpoint(tmp_path / "checkpoint.pt").weights
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+OTHER = {
+    "dtype": ({}, {"dtype": torch.bfloat16}, "dtype torch.float32, this run has torch.bfloat16"),
+    "batch_size": ({"batch_size": 8}, {}, "batch_size 16, this run has 8"),
+    "momentum": ({"momentum": 0.5}, {}, r"momentum 0.0, this run has 0.5"),
+    "seed": ({"seed": 6}, {}, "seed 5, this run has 6"),
+    "augment": ({"augment": True}, {}, "augment False, this run has True"),
+    "model": ({"model": "alexnet"}, {}, "model lenet, this run has alexnet"),
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_a_checkpoint_of_another_configuration_is_refused(other: str, tmp_path: Path) -> None:
+    options, changes, message = OTHER[other]
+    case = CASES["plain"]
+    run(case, tmp_path, epochs=1)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f"checkpoint.pt: was trained with {message}"):
+        resume(dataclasses.replace(case, **changes), tmp_path, **options)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_other_classes_channels_and_images_are_refused(tmp_path: Path) -> None:
+    run(CASES["plain"], tmp_path, epochs=1)
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pt")
+    data = load_fashion_mnist("sample")
+    arguments = {"model": "lenet", "epochs": 2, "batch_size": 16, "lr": 0.1, "seed": 5, "device": CPU, "out": tmp_path}
+
+    def refused(message: str, net: torch.nn.Module, split: Any) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            train(net, split, data.test.limited(20), resume=checkpoint, **arguments)
+
+    net = small_net()
+    refused("training images 40, this run has 39", net, data.train.limited(39))
+    moved = type(data.train)(data.train.images.flip(2), data.train.labels).limited(40)
+    refused("data checksum", net, moved)
+    net[-1] = torch.nn.Linear(16, 7)
+    refused(r"its weights do not fit this lenet: 7\.bias is \(10,\), here \(7,\)", net, data.train.limited(40))
+    net = small_net()
+    net[0] = torch.nn.Conv2d(3, 8, 5, stride=2)
+    refused(r"0\.weight is \(8, 1, 5, 5\), here \(8, 3, 5, 5\)", net, data.train.limited(40))
+    refused(r"0\.bias is \(8,\), here nothing", net[3:], data.train.limited(40))
+
+
+def test_weights_alone_and_damaged_states_are_refused(tmp_path: Path) -> None:
+    case = CASES["plain"]
+    run(case, tmp_path, epochs=1)
+    whole = read_checkpoint(tmp_path / "checkpoint.pt")
+    state = whole.training
+    assert state is not None
+    damaged: dict[str, Checkpoint] = {
+        "cannot be resumed": dataclasses.replace(whole, training=None),
+        "'configuration' is missing": dataclasses.replace(whole, training={}),
+        "its training state does not load": dataclasses.replace(whole, training={**state, "trainer": {"order": 3}}),
+        "its metrics are not those of epochs": dataclasses.replace(whole, metrics=[{"epoch": 1}]),
+    }
+    for message, checkpoint in damaged.items():
+        with pytest.raises(CheckpointError, match=rf"checkpoint\.pt: .*{message}"):
+            run(case, tmp_path, resume=checkpoint)
+
+
+def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
+    case = CASES["plain"]
+    for name in ("checkpoint.pt", "best.pt", "metrics.jsonl"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(b"not ours, or damaged")
+        with pytest.raises(CheckpointError, match="already holds a run"):
+            run(case, out)
+        assert (out / name).read_bytes() == b"not ours, or damaged"
+
+
+def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second epoch cannot be saved: the first one stays, and with space again the run ends as if nothing had been."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    real = module._write
+    writes = 0
+
+    def write(path: Path, content: bytes) -> None:
+        nonlocal writes
+        writes += 1
+        with file_size_limit(1000) if writes > 1 else contextlib.nullcontext():
+            real(path, content)
+
+    monkeypatch.setattr(module, "_write", write)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        run(case, tmp_path / "full")
+    assert len(read_checkpoint(tmp_path / "full" / "checkpoint.pt").metrics) == 1
+    assert not list((tmp_path / "full").glob("*.partial"))
+    monkeypatch.setattr(module, "_write", real)
+    resume(case, tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "whole")

@@ -1,0 +1,131 @@
+"""Two processes of torchrun train what one trains on the same batches; the command line among them, and its end by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kernels
+from alexnet_triton import cli, training
+from alexnet_triton.checkpoint import read_checkpoint
+from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.distributed import ALONE, Processes
+
+from .test_checkpoint import contents
+from .test_signals import read_until, start
+from .train_worker import CPU, RUNS, run
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif("ttsem" in sys.modules, reason="processes that would not run under it"),
+]
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two processes left what train_worker does."""
+    folder = tmp_path_factory.mktemp("two")
+    process = start(*TORCHRUN, Path(__file__).with_name("train_worker.py"), folder)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_what_one_trains(name: str, two_processes: Path, tmp_path: Path) -> None:
+    """Losses, accuracies and weights, within rounding: gradients are summed in another order, in bfloat16 rounded before."""
+    with kernels.use_backend("torch"):
+        alone = run(tmp_path, ALONE, name)
+    together = read_checkpoint(two_processes / name / "checkpoint.pt")
+    half = RUNS[name][2] == torch.bfloat16
+    for ours, theirs in zip(together.metrics, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs.loss, rel=1e-2 if half else 1e-5)
+        if not half:
+            assert (ours["train_acc"], ours["test_acc"]) == (theirs.train_acc, theirs.test_acc)
+    weights = read_checkpoint(tmp_path / "checkpoint.pt").weights
+    torch.manual_seed(5)
+    for key, weight in weights.items():
+        torch.testing.assert_close(together.weights[key], weight, rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
+    assert (two_processes / name / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_resumed_run_of_two_processes_has_the_same_bits(two_processes: Path) -> None:
+    whole = contents(two_processes / "whole")
+    for call in ("2", "5"):
+        assert contents(two_processes / call) == whole
+    training = read_checkpoint(two_processes / "whole" / "checkpoint.pt").training
+    assert training is not None
+    states = [process["rng"] for process in training["trainer"]["processes"]]
+    assert len(states) == 2
+    assert not torch.equal(*states)  # masks of its own in each
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path) -> None:
+    messages = [(two_processes / f"message{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("epoch 1: the loss of step 2 of 3 is not finite; there is no checkpoint yet")
+    assert list((two_processes / "broken").iterdir()) == []
+
+
+def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: Path) -> None:
+    """torchrun hands SIGTERM on to both. The run is refused by one process, and an error is said once."""
+    out = tmp_path / "run"
+    options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
+    process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
+    read_until(process, "epoch   1 ")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    lines = [line for line in output.splitlines() if line]
+    assert all(line.startswith("epoch ") for line in lines[:-1])
+    assert [int(line.split()[1]) for line in lines[:-1]] == list(range(2, len(lines) + 1))
+    assert lines[-1].startswith("SIGTERM: stopped in epoch ")
+    assert lines[-1].endswith(f"; go on with: alexnet-triton train --resume {out} in 2 processes")
+    checkpoint = read_checkpoint(out / "checkpoint.pt")
+    assert checkpoint.metrics == [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert f"in epoch {len(checkpoint.metrics) + 1} " in lines[-1]
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "best.pt", "metrics.jsonl"}
+
+    before = (out / "checkpoint.pt").read_bytes()
+    alone = CliRunner().invoke(cli.app, ["train", "--resume", str(out)])
+    assert alone.exit_code == 1
+    assert "was trained with processes 2, this run has 1" in alone.output
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_shares_are_a_batch() -> None:
+    for size in (1, 2, 3, 5):
+        for images in (0, 1, 2, 7, 15):
+            index = torch.arange(images)
+            shares = [Processes(rank, size).share(index) for rank in range(size)]
+            assert torch.equal(torch.cat(shares), index)
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_graph_is_for_one_process() -> None:
+    data = load_fashion_mnist("sample").train.limited(8)
+    cuda = torch.device("cuda")
+    with pytest.raises(ValueError, match="a CUDA graph of the step is for one process, not for 2"):
+        training.Trainer(
+            training.new_model("lenet", 0, CPU), data, batch_size=4, image_size=28, lr=0.1, device=cuda, graph=True,
+            processes=Processes(0, 2),
+        )  # fmt: skip
+
+
+def test_alone_needs_no_process_group() -> None:
+    assert ALONE.leads
+    assert ALONE.gather(3) == [3]
+    assert ALONE.from_leader(lambda: 4) == 4
+    assert ALONE.first_on_each_machine(lambda: 5) == 5
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+    assert os.environ.get("WORLD_SIZE", "1") == "1"

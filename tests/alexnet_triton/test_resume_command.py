@@ -1,0 +1,119 @@
+"""``alexnet-triton train --resume`` in this process: what it takes from the checkpoint, what it refuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from alexnet_triton import cli
+from alexnet_triton.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = ("--model", "lenet", "--limit", "24", "--batch-size", "8", "--device", "cpu", "--backend", "torch")
+SHORT = (*OPTIONS, "--data", "sample", "--momentum", "0.5", "--weight-decay", "0.01", "--seed", "3", "--augment", "--lr", "0.1")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, cli._with_values([str(a) for a in arguments]))
+
+
+def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
+    whole = command("train", *SHORT, "--dtype", "bfloat16", "--epochs", "2", "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    assert command("train", *SHORT, "--dtype", "bfloat16", "--epochs", "1", "--out", "parts").exit_code == 0
+    resumed = command("train", "--resume", "parts", "--epochs", "2")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resumed from parts/checkpoint.pt after 1 whole epoch(s)" in resumed.output
+    expected, found = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(expected.weights[key], weight) for key, weight in found.weights.items())
+    assert expected.training is not None
+    assert found.training is not None
+    assert expected.training["options"] == found.training["options"]
+    assert expected.training["options"]["momentum"] == 0.5
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"metrics.jsonl", "curves.png", "checkpoint.pt", "best.pt"}
+
+    # The newest run, and there is nothing left to do.
+    (tmp_path / "runs").mkdir()
+    for number, name in enumerate(("whole", "parts")):
+        (tmp_path / name).rename(tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "checkpoint.pt", (number, number))
+    done = command("train", "--resume")
+    assert (done.exit_code, done.output) == (0, "runs/parts: all 2 epochs are done; --resume runs/parts --epochs N goes on\n")
+    assert "resumed from runs/whole/best.pt after 1 whole" in command("train", "--resume", "runs/whole/best.pt").output
+    assert "runs/whole: all 2 epochs" in command("train", "--resume", "--out", "runs/whole").output
+
+    for option, value, message in (
+        ("--batch-size", 4, "has 8, not 4"),
+        ("--dtype", "float32", "has bfloat16, not float32"),
+        ("--seed", 4, "has 3, not 4"),
+        ("--limit", 5, "has 24, not 5"),
+        ("--momentum", 0.9, "has 0.5, not 0.9"),
+        ("--out", "elsewhere", "a resumed run goes on in its own folder"),
+    ):
+        refused = command("train", "--resume", "runs/parts", "--epochs", "3", option, value)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.output
+        assert option in refused.output
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_nothing_to_resume() -> None:
+    result = command("train", "--resume")
+    assert result.exit_code == 2
+    assert "no folder in runs/ holds a checkpoint" in result.output
+
+
+@pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer"])
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    if kind == "weights alone":
+        save_checkpoint(path, Checkpoint("lenet", [], [], {}))
+    elif kind == "newer":
+        save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": {"telepathy": True}}))
+    elif kind != "missing":
+        save_checkpoint(path, Checkpoint("lenet", [], [], {"weight": torch.ones(300)}, {}))
+        content = bytearray(path.read_bytes())
+        content[content.index(torch.ones(300).numpy().tobytes())] ^= 1
+        path.write_bytes(bytes(content) if kind == "damaged" else b"foreign")
+    before = path.read_bytes() if path.exists() else None
+    result = command("train", "--resume", path)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"alexnet-triton: {path}: ")
+    assert result.output.count("\n") == 1
+    assert isinstance(result.exception, SystemExit)
+    if before is not None:
+        assert path.read_bytes() == before
+        again = command("train", *SHORT, "--epochs", "1", "--out", tmp_path)
+        assert again.exit_code == 2
+        assert "already holds a run" in again.output
+        assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == (before is not None)
+    debugged = command("--debug", "train", "--resume", path)
+    assert type(debugged.exception).__name__ == "CheckpointError"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--resume"], ["train", "--resume="]),
+        (["train", "--resume", "--epochs", "3"], ["train", "--resume=", "--epochs", "3"]),
+        (["train", "--resume", "runs/a", "--epochs", "3"], ["train", "--resume", "runs/a", "--epochs", "3"]),
+        (["train", "--resume=runs/a"], ["train", "--resume=runs/a"]),
+        ([], []),
+    ],
+)
+def test_resume_without_a_path(arguments: list[str], expected: list[str]) -> None:
+    assert cli._with_values(arguments) == expected

@@ -1,0 +1,145 @@
+"""SIGTERM and Ctrl-C finish the step, save and say how to go on; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_triton import signals, training
+from alexnet_triton.checkpoint import read_checkpoint
+from alexnet_triton.signals import StopSignals
+
+from .test_checkpoint import CASES, contents, resume, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    """A process that gets Ctrl-C even where this one runs in the background of a script."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def read_until(process: subprocess.Popen[str], beginning: str, timeout: float = 120) -> None:
+    """Read lines of its output up to one that begins so."""
+    assert process.stdout is not None
+    end = time.monotonic() + timeout
+    while select.select([process.stdout], [], [], max(0, end - time.monotonic()))[0]:
+        line = process.stdout.readline()
+        if line.startswith(beginning):
+            return
+        assert line, process.communicate()
+    process.kill()
+    raise AssertionError(f"no line {beginning!r} within {timeout} s: {process.communicate()}")
+
+
+@BOTH
+def test_the_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with StopSignals() as stops:
+        assert not stops()
+        os.kill(os.getpid(), number)
+        assert stops()
+        assert stops.received is number
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as stops:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stops()
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@BOTH
+def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
+    """Without torch: the file alone."""
+    code = (
+        "import runpy, time; stops = runpy.run_path('" + signals.__file__ + "')['StopSignals']()\n"
+        "stops.__enter__(); print('ready', flush=True)\n"
+        "while not stops(): time.sleep(0.01)\n"
+        "print('noted', flush=True); time.sleep(100)"
+    )
+    process = start("-c", code)
+    read_until(process, "ready")
+    process.send_signal(number)
+    read_until(process, "noted")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == -signal.SIGTERM
+    assert process.communicate() == ("", "")
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes in the middle of the second step; with a graph, in its replay (here the step stands for it)."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    step, prepare = training.Trainer.step, training.Trainer.__init__
+    steps = 0
+
+    def signalling(trainer: training.Trainer, index: torch.Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(trainer, index)
+
+    def with_replay(trainer: training.Trainer, *arguments: object, **options: object) -> None:
+        prepare(trainer, *arguments, **options)  # type: ignore[arg-type]
+        trainer.replay = lambda: trainer.step(trainer.index)
+
+    monkeypatch.setattr(training.Trainer, "step", signalling)
+    if graph:
+        monkeypatch.setattr(training.Trainer, "__init__", with_replay)
+    with StopSignals() as stops, pytest.raises(training.Stopped, match=r"^in epoch 1 after step 2 of 3$"):
+        run(case, tmp_path / "parts", stop=stops)
+    assert steps == 2
+    resume(case, tmp_path / "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
+@BOTH
+def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    options = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size", "8", "--device", "cpu")
+    process = start("-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
+    read_until(process, "epoch   1 ")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert errors == ""
+    last = output.splitlines()[-1]
+    assert last.startswith(f"{number.name}: stopped in epoch ")
+    assert last.endswith(f"; go on with: alexnet-triton train --resume '{out}'")
+    checkpoint = read_checkpoint(out / "checkpoint.pt")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == checkpoint.metrics
+    assert f"in epoch {len(lines) + 1} " in last

@@ -1,0 +1,96 @@
+"""What each process of test_distributed_training runs, alone or with others: some trainings, whose results the leader keeps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from alexnet_triton import FusedSequential, checkpoint, training
+from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.distributed import Processes, joined
+from alexnet_triton.training import Stopped, train
+
+CPU = torch.device("cpu")
+
+#: name -> (training images, batch, dtype, momentum). Last batches: 9 (5 and 4 of two processes), 1 (one of which has none), 2.
+RUNS: dict[str, tuple[int, int, torch.dtype, float]] = {
+    "partial": (41, 16, torch.float32, 0.9),
+    "empty_share": (33, 16, torch.float32, 0.0),
+    "unequal_shares": (20, 3, torch.float32, 0.0),
+    "bfloat16": (41, 16, torch.bfloat16, 0.9),
+}
+
+
+def run(out: Path, processes: Processes, name: str = "partial", dropout: float = 0.0, **options: Any) -> Any:
+    """A training of two epochs, tested on 21 images, another number that two do not divide."""
+    images, batch_size, dtype, momentum = RUNS[name]
+    torch.manual_seed(5)
+    net = FusedSequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    net += FusedSequential(nn.Linear(128, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 10))
+    net.to(dtype=dtype, memory_format=torch.channels_last)
+    data = load_fashion_mnist("sample")
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = {"model": "lenet", "epochs": 2, "batch_size": batch_size, "lr": 0.1, "seed": 5, "device": CPU, "out": out}
+    arguments |= {"momentum": momentum, "processes": processes}
+    return train(net, data.train.limited(images), data.test.limited(21), **(arguments | options))
+
+
+def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
+    """With dropout and augmentation, whose draws differ between processes; one process alone is asked to stop."""
+    every = {"dropout": 0.5, "augment": True}
+    run(folder / "whole", processes, **every)
+    for call in (2, 5):  # in the middle of the first epoch, in its evaluation
+        calls = iter(range(1, 100))
+        try:
+            run(folder / str(call), processes, **every, stop=lambda c=calls, n=call: next(c) == n and not processes.leads)
+        except Stopped as stopped:
+            where = str(stopped)
+        else:
+            where = "not stopped"
+        assert where.startswith("in epoch 1 "), where
+        there = processes.from_leader(lambda n=call: checkpoint.read_checkpoint(folder / str(n) / checkpoint.LAST))
+        torch.manual_seed(99)
+        run(folder / str(call), processes, **every, resume=there)
+
+
+def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
+    """The labels of all but the leader's shares give a loss of infinity in the second step."""
+    steps = 0
+    real = F.cross_entropy
+
+    def broken(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        loss = real(logits, labels, reduction=reduction)
+        return loss * torch.inf if steps == 2 and not processes.leads else loss
+
+    training.F.cross_entropy = broken  # type: ignore[assignment]
+    try:
+        run(folder, processes)
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        training.F.cross_entropy = real
+    raise AssertionError("not noticed")
+
+
+def main(folder: Path) -> None:
+    """All of it. Under Triton's interpreter a step of the kernels would take seconds: PyTorch computes."""
+    torch.set_num_threads(1)
+    with joined() as processes, kernels.use_backend("torch"):
+        for name in RUNS:
+            run(folder / name, processes, name)
+        if processes.size > 1:
+            resumed_runs_have_the_same_bits(folder, processes)
+            message = a_loss_of_one_process_that_is_not_finite_stops_all(folder / "broken", processes)
+            (folder / f"message{processes.rank}").write_text(message)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
