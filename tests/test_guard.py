@@ -40,3 +40,39 @@ def test_a_store_outside_is_an_error() -> None:
     x, y = torch.randn(32), torch.empty(16)
     with pytest.raises(Exception, match="4 of 20 addresses of a store are outside of every tensor"):
         launch.launch(_copy_kernel, (1,), x_ptr=x, y_ptr=y, offset=0, elements=20, BLOCK=32)
+
+
+@triton.jit
+def _arithmetic_kernel(x_ptr, y_ptr, by, OPERATION: tl.constexpr):
+    """y = x + by, x - by or x * by."""
+    o_e = tl.arange(0, 4)
+    x = tl.load(x_ptr + o_e)
+    if OPERATION == "add":
+        y = x + by
+    elif OPERATION == "sub":
+        y = x - by
+    else:
+        y = x * by
+    tl.store(y_ptr + o_e, y)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's check")
+@pytest.mark.parametrize(
+    ("operation", "by", "fits"),
+    [
+        *(("add", 4, True), ("add", 5, False), ("add", -5, True), ("sub", -4, True), ("sub", -5, False)),
+        *(("mul", -1, True), ("mul", 2, False), ("mul", -2, False)),
+    ],
+)
+def test_an_integer_overflow_is_an_error(operation: str, by: int, fits: bool) -> None:
+    x, y = torch.tensor([1, 2, 3, 2**31 - 5], dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+
+    def run() -> None:
+        launch.launch(_arithmetic_kernel, (1,), x_ptr=x, y_ptr=y, by=by, OPERATION=operation)
+
+    if not fits:
+        with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
+            run()
+        return
+    run()
+    assert torch.equal(y, {"add": x + by, "sub": x - by, "mul": x * by}[operation])
