@@ -20,6 +20,7 @@ from kernels import config, launch
 from kernels.backend import INTERPRETED
 
 from .guard import guard_memory
+from .interpreter import speed_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -72,6 +73,7 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address outside of a kernel's tensors is an error in the interpreter too."""
     if INTERPRETED:
         guard_memory(monkeypatch)
+        speed_up(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -277,7 +277,9 @@ def test_the_optimizer(like: Part) -> None:
     values = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
     expected = []
     for dtype in (torch.float32, torch.float64):
-        copies = [[None if t is None else t.to(dtype) for t in group or [None] * 4] for group in (params, grads, masters, buffers)]
+        copies = [
+            [None if t is None else t.to(dtype) for t in group or [None] * 4] for group in (params, grads, masters, buffers)
+        ]
         if half:
             copies[0] = [p.clone() for p in params]
         for tensors in zip(*copies, strict=True):
@@ -320,7 +322,10 @@ def test_the_parts_are_those_of_the_table() -> None:
 def test_a_replay_refuses_other_questions() -> None:
     part = next(p for p in PARTS if p.layer == "input")
     x = torch.zeros(2, 3, device=DEVICE)
-    with pytest.raises(AssertionError, match="asks for linear_config, where AlexNet's asked for elementwise_config"), replay(part):
+    with (
+        pytest.raises(AssertionError, match="asks for linear_config, where AlexNet's asked for elementwise_config"),
+        replay(part),
+    ):
         kernels.linear(x, x)
     with pytest.raises(AssertionError, match="also asked for .'elementwise_config'"), replay(part):
         pass
