@@ -1,9 +1,9 @@
 """Every configuration that the chooser returns for AlexNet: recorded on the real layers, to be run again on small ones.
 
 A layer of the network is walked at its real size for a GPU that need not be there, forward and backward. Nothing is computed:
-what its launch functions ask :mod:`kernels.config` is written down, with the answers, and so is each launch. :func:`replay` gives
-the same answers, in the same order, to a layer that is small enough for the interpreter. So no kernel and no function of
-:mod:`kernels.config` is named here, and one that is new is recorded and replayed as the others are.
+what its launch functions ask :mod:`kernels.config` is written down, with the answers, and so is each launch. :func:`replay`
+gives the same answers, in the same order, to a layer that is small enough for the interpreter. A kernel or a function of
+:mod:`kernels.config` that is new is recorded and replayed as the others are, unnamed here.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
     """Choose kernels and configurations as for a GPU of ``capability``; with ``interpreted`` False, not as the interpreter."""
     with contextlib.ExitStack() as stack:
         for module in (backend, config):
-            stack.enter_context(mock.patch.object(module, "capability", lambda device: capability))
+            stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
             stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
-        stack.enter_context(mock.patch.object(config, "_table_name", lambda index: GPUS[capability]))
+        stack.enter_context(mock.patch.object(config, "_table_name", return_value=GPUS[capability]))
         yield
 
 
@@ -322,11 +322,16 @@ def distinct_parts() -> list[Part]:
     return chosen
 
 
+#: Of a reduction over the pixels of a small layer, at most.
+PARTS = 5
+
+
 @contextlib.contextmanager
 def replay(part: Part) -> Iterator[None]:
     """Answer each question to the chooser as it was answered for ``part``.
 
-    But split a reduction into no more parts than it has blocks, which is the chooser's own rule.
+    But split a reduction over pixels, of which a small layer has few, into :data:`PARTS` parts at most: how many is an argument
+    of the launch and not in the kernel's code. Nor into more than it has blocks, which is the chooser's own rule.
 
     Raises:
         AssertionError: the block asks for something else than ``part`` did, or for less.
@@ -340,8 +345,13 @@ def replay(part: Part) -> Iterator[None]:
             assert wanted == name, f"{part.id}: the small layer asks for {name}, where AlexNet's asked for {wanted}"
             assert choice is not None
             if name == "split_count":
-                return max(1, min(choice.answer, args[1]))
-            return dict(choice.answer) if choice.tiles else choice.answer
+                return max(1, min(choice.answer, args[1], PARTS))
+            if not choice.tiles:
+                return choice.answer
+            tiles = choice.tiles
+            if "SPLIT" in tiles and name.endswith("wgrad_config"):
+                tiles["SPLIT"] = min(tiles["SPLIT"], PARTS)
+            return tiles
 
         return answer
 

@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 
+if os.environ.get("SANITIZE_IR") == "1":
+    # As ``python -m ttsem.sanitize pytest`` does, but in every worker of pytest-xdist.
+    from ttsem import sanitize  # type: ignore[import-not-found]
+
+    _session = sanitize.session(source="<pytest>")
+    _session.__enter__()
+
 # Triton decides when a kernel is decorated, so this comes before anything imports ``kernels``.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
