@@ -143,7 +143,8 @@ def _linear_shapes(part: Part, linear: nn.Linear) -> tuple[tuple[int, ...], tupl
 def _sparse(*shape: int, dtype: torch.dtype) -> Tensor:
     """-1, 0 and 1, and in a large filter mostly 0: products add up to less than 256, to which bfloat16 counts.
 
-    With exact sums a pool's window has its maximum, ties included, at the same place in every dtype.
+    With exact sums a pool's window has its maximum, ties included, at the same place in every dtype, and a ReLU its zeros in
+    TF32.
     """
     filled = torch.rand(shape, device=DEVICE) < 1000 / math.prod(shape[1:])
     return (integers(*shape, dtype=dtype, high=1, grad=False) * filled).requires_grad_()
@@ -154,9 +155,11 @@ def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], li
     assert part.run is not None
     layer = part.run.layers[0]
     operation = part.run.operation
+    pooled = operation == "conv2d_relu_max_pool2d"
+    draw = _sparse if pooled or part.precision == "tf32" else randn
     if isinstance(layer, nn.Linear):
         shapes = _linear_shapes(part, layer)
-        tensors = [randn(*shape, dtype=part.dtype) for shape in (*shapes, shapes[1][:1])]
+        tensors = [draw(*shape, dtype=part.dtype) for shape in (*shapes, shapes[1][:1])]
         if operation == "linear":
             return kernels.linear, linear_reference, tensors
         if part.phase == "inference":
@@ -172,9 +175,7 @@ def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], li
             tensors,
         )
     assert isinstance(layer, nn.Conv2d)
-    pooled = operation == "conv2d_relu_max_pool2d"
     shapes = _conv_shapes(part, layer, pooled)
-    draw = _sparse if pooled else randn
     x, w, b = (draw(*shape, dtype=part.dtype) for shape in (*shapes, shapes[1][:1]))
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     arguments: dict[str, Any] = {"stride": layer.stride, "padding": 1}
