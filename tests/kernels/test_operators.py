@@ -89,6 +89,7 @@ def test_every_operator_has_a_sample() -> None:
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
 
+@own_devices
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str) -> None:
     operator, arguments = SAMPLES[name]()
