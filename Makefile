@@ -4,13 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 WORKERS ?= 2
+# The checks of the kernels' IR want Python 3.12 or 3.13, wherever there is one, and an environment of their own.
+PYTHONS_FOR_IR := python3.12 python3.13 $(PYTHON) $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python)
+IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c \
+	'import sys; (3, 12) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
+IR_VENV ?= .venv-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format audit report render bench clean
+.PHONY: help train test sanitize sanitize-ir lint format audit report render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
+	@echo "make sanitize  the kernels under a sanitizer: compute-sanitizer on a CUDA GPU, else their IR executed (Python 3.12)"
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
@@ -30,6 +36,22 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+
+# Out-of-bounds accesses, races, reads of what nobody wrote.
+sanitize: $(INSTALLED)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m tests.sanitize $(ARGS); \
+	elif test -n "$(IR_PYTHON)"; then $(MAKE) --no-print-directory sanitize-ir; \
+	else echo "no Python 3.12: the IR checks are left out"; fi
+
+sanitize-ir: $(IR_VENV)/installed
+	SANITIZE_IR=1 OMP_NUM_THREADS=1 $(IR_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 \
+		tests/kernels -m "not slow_under_ttsem" $(ARGS)
+
+$(IR_VENV)/installed: pyproject.toml
+	$(IR_PYTHON) -m venv $(IR_VENV)
+	$(IR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[sanitize]'
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,4 +75,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IR_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

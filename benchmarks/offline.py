@@ -2,6 +2,11 @@
 
 ``python -m benchmarks.offline --arch sm_90 --dtype bfloat16`` walks a training step of AlexNet, and single operations that it
 does not use, on CPU tensors, hands every launch to Triton's compiler instead of a GPU, and prints what came out as JSON lines.
+With ``--check`` it prints the launches that spill registers or ask for more shared memory than there is, and fails if there are
+any. This compiles every configuration that AlexNet gets:
+
+    python -m benchmarks.offline --check --arch sm_80 sm_90 sm_100 --dtype bfloat16 float32 --batch 1 2 7 128
+
 Must run without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
 """
 
@@ -15,6 +20,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +35,9 @@ import kernels
 from alexnet_triton import AlexNet
 from alexnet_triton.optim import SGD
 from kernels import backend, launch
+
+#: Bytes of shared memory that a program may use, by the generation of the GPU.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 #: Instructions of the tensor cores in PTX, by generation.
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
@@ -112,6 +121,7 @@ def int32_program_products(ttir: str) -> int:
     return products
 
 
+@functools.lru_cache(maxsize=1024)
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local bytes of a compiled kernel, read by the ``cuobjdump`` that Triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -219,9 +229,10 @@ def single_operations(dtype: torch.dtype) -> None:
 def main() -> None:
     """Compile for each architecture and dtype; print a JSON line a launch."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=["sm_90"], help="sm_80, sm_90, sm_100")
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=list(SHARED_BYTES))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="float32, float16, bfloat16")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", nargs="+", type=int, default=[2])
+    parser.add_argument("--check", action="store_true", help="print what spills or does not fit, and fail if anything does")
     parser.add_argument(
         "--tf32", action=argparse.BooleanOptionalAction, help="for float32; PyTorch's own switches if not given"
     )
@@ -235,15 +246,24 @@ def main() -> None:
         torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # made at run time
         torch.backends.cuda.matmul.fp32_precision = precision
 
+    compiled, bad = 0, 0
     for arch, name in itertools.product(arguments.arch, arguments.dtype):
         dtype = getattr(torch, name)
 
         def everything(dtype: torch.dtype = dtype) -> None:
-            training_step(dtype, arguments.batch)
+            for batch in arguments.batch:
+                training_step(dtype, batch)
             single_operations(dtype)
 
         for launched in compile_launches(everything, int(arch.removeprefix("sm_"))):
-            print(json.dumps({"dtype": name, **dataclasses.asdict(launched)}))
+            compiled += 1
+            wrong = launched.stack_bytes or launched.local_bytes or launched.shared_bytes > SHARED_BYTES[arch]
+            bad += bool(wrong)
+            if wrong or not arguments.check:
+                print(json.dumps({"dtype": name, **dataclasses.asdict(launched)}))
+    if arguments.check:
+        print(f"{compiled} launches compiled, {bad} of them spill or do not fit", file=sys.stderr)
+        sys.exit(bool(bad))
 
 
 if __name__ == "__main__":

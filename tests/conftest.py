@@ -5,10 +5,21 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+if os.environ.get("SANITIZE_IR") == "1":
+    # As ``python -m ttsem.sanitize pytest`` does, but in every worker of pytest-xdist.
+    from ttsem import sanitize  # type: ignore[import-not-found]
+
+    def _unchecked() -> None:
+        warnings.warn("ttsem: a launch too large to be checked for races", stacklevel=2)
+
+    _session = sanitize.session(source="<pytest>", on_unchecked=_unchecked)
+    _session.__enter__()
 
 # Triton decides when a kernel is decorated, so this comes before anything imports ``kernels``.
 if not torch.cuda.is_available():
@@ -66,6 +77,11 @@ UNDER_TTSEM = "ttsem" in sys.modules
 if UNDER_TTSEM:
     _mend_ttsem()
     torch.cuda.is_current_stream_capturing = lambda: False
+
+#: For what asks PyTorch itself on which device a tensor is.
+own_devices = pytest.mark.skipif(
+    UNDER_TTSEM, reason="under ttsem tensors say that they are on CUDA: autocast, dynamo see the CPU"
+)
 
 
 @pytest.fixture(autouse=True)

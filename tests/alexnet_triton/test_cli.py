@@ -1,4 +1,4 @@
-"""The command line, end to end in processes of its own."""
+"""The command line, end to end: in processes of its own, and what is slow to start or to interpret in this one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from ..conftest import DEVICE
+from .command import run_here
 
 
-def run(*arguments: str, interpret: bool = False, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m alexnet_triton ARGUMENTS``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
-    environment |= {"PYTHONPATH": str(root), "COLUMNS": "120"} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    environment |= {"PYTHONPATH": str(root), "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-m", "alexnet_triton", *arguments],
         env=environment,
@@ -85,8 +86,8 @@ def test_training_on_the_kernels_equals_training_on_pytorch(tmp_path: Path) -> N
     losses = {}
     for backend in ("triton", "torch"):
         out = tmp_path / backend
-        limits = ("--data", "sample", "--limit", "24", "--batch-size", "8", "--epochs", "1")
-        result = run("train", "--model", "lenet", "--backend", backend, *limits, "--out", str(out), interpret=True)
+        limits = ("--data", "sample", "--limit", "16", "--batch-size", "8", "--epochs", "1")
+        result = run_here("train", "--model", "lenet", "--backend", backend, *limits, "--out", str(out))
         assert result.returncode == 0, result.stderr
         assert ("Triton kernels in Triton's interpreter" in result.stdout) == (backend == "triton")
         losses[backend] = json.loads((out / "metrics.jsonl").read_text())["loss"]
@@ -109,14 +110,14 @@ def test_default_out_folder(tmp_path: Path) -> None:
 
 
 def test_summary() -> None:
-    result = run("summary", "--json")
+    result = run_here("summary", "--json")
     rows = json.loads(result.stdout)
     assert len(rows) == 21
     assert sum(r["parameters"] for r in rows) == 46_764_746
     assert rows[0]["output"] == [1, 96, 54, 54]
     assert rows[0]["flops"] == 2 * 54 * 54 * 96 * 121
     assert rows[17]["flops"] == 2 * 4096 * 4096
-    table = run("summary", "--model", "lenet").stdout
+    table = run_here("summary", "--model", "lenet").stdout
     assert "Conv2d(6, 16" in table
     assert "61,706" in table
 
@@ -135,7 +136,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_errors_are_one_line_and_no_traceback(bad: str, tmp_path: Path) -> None:
     arguments, code, message = BAD[bad]
-    result = run(*arguments, cwd=tmp_path)
+    result = (run if bad == "no_folder" else run_here)(*arguments, cwd=tmp_path)
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -13,6 +13,8 @@ from torch import nn
 
 from alexnet_triton import Explanation, FusedSequential, explain, fuse, reference_alexnet
 
+from .command import run_here
+
 
 class Custom(nn.Conv2d):
     """A convolution that someone changed."""
@@ -181,7 +183,7 @@ def _command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 
 def test_command() -> None:
     assert _command().stdout == f"{explain(reference_alexnet())}\n"
-    runs = json.loads(_command("torchvision.models:squeezenet1_0", "--json").stdout)
+    runs = json.loads(run_here("explain", "torchvision.models:squeezenet1_0", "--json").stdout)
     assert runs[0]["operation"] == "conv2d_relu_max_pool2d"
     assert runs[1]["container"] == "features.3"
 
@@ -205,7 +207,7 @@ def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
     ],
 )
 def test_command_refuses_what_is_no_network(model: str, message: str) -> None:
-    result = _command(model)
+    result = run_here("explain", model)
     assert result.returncode == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

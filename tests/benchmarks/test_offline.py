@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kernels
+from benchmarks.offline import SHARED_BYTES
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -88,8 +89,13 @@ def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
 
 
 def test_shared_memory_fits(launches: list[dict]) -> None:
-    limit = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-    assert [r for r in launches if r["shared_bytes"] > limit[r["arch"]]] == []
+    assert [r for r in launches if r["shared_bytes"] > SHARED_BYTES[r["arch"]]] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_a_small_batchs_configurations_compile(arch: str) -> None:
+    """``--check``, whose long form is in the docstring of benchmarks/offline.py: every architecture, dtype and batch."""
+    assert _compile("--check", "--arch", arch, "--batch", "7") == []
 
 
 def test_no_float_atomics(launches: list[dict]) -> None:

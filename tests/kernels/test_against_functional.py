@@ -343,6 +343,7 @@ def linears(draw: st.DrawFn) -> Call:
     return "linear", ((*leading, features), (outputs, features), *bias), {}
 
 
+@pytest.mark.slow_under_ttsem
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("calls", [convolutions(), pools(), linears()], ids=["conv2d", "max_pool2d", "linear"])

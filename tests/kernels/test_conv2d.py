@@ -14,7 +14,7 @@ import kernels
 from kernels import config, launch
 from kernels.conv2d import conv2d_reference
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
 
 
@@ -267,6 +267,7 @@ def test_any_split_of_the_reduction(split: int) -> None:
     assert torch.equal(ours, exact)
 
 
+@own_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 def test_autocast(dtype: torch.dtype) -> None:
     x, w, b = Case("").tensors(torch.float32)
@@ -292,6 +293,7 @@ def test_tf32_follows_the_convolution_switch() -> None:
     assert conv_input_precision(torch.bfloat16) == "ieee"
 
 
+@own_devices
 def test_compiles_as_one_graph() -> None:
     x, w, b = Case("").tensors(torch.float32)
 

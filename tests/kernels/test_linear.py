@@ -10,7 +10,7 @@ import kernels
 from kernels import config, launch
 from kernels.linear import linear_reference
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, check, dtype_id, randn
 
 #: (rows, in, out) and why.
@@ -187,6 +187,7 @@ def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@own_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 def test_autocast(dtype: torch.dtype) -> None:
     x, w, b = _tensors((5, 7, 11), torch.float32)
@@ -195,6 +196,7 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert kernels.linear_relu_dropout(x, w, b).dtype == dtype
 
 
+@own_devices
 def test_compiles_as_one_graph() -> None:
     tensors = _tensors((5, 7, 11), torch.float32)
 

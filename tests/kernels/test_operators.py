@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 
 # By name: the package's own functions hide the modules of the same name.
 conv, block, drop, lin, pool = (
@@ -123,6 +123,7 @@ def test_every_operator_has_a_sample() -> None:
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
 
+@own_devices
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A link holds nothing, and what nothing is written to cannot be compared.
@@ -131,6 +132,7 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+@own_devices
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:
     """Forward and backward, every kind of run; the compiled gradients are those of the eager network."""

@@ -1,0 +1,29 @@
+"""The command line in this process: what it does costs no start of Python and PyTorch, and kernels run as in the suite."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+from alexnet_triton.__main__ import main
+
+
+def run_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``alexnet-triton ARGUMENTS``, its output and exit code. What would be a traceback is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["alexnet-triton", *arguments]))
+        stack.enter_context(mock.patch.dict("os.environ", {"COLUMNS": "120"}))
+        stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

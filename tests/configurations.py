@@ -1,0 +1,361 @@
+"""Every configuration that the chooser returns for AlexNet: recorded on the real layers, to be run again on small ones.
+
+A layer of the network is walked at its real size for a GPU that need not be there, forward and backward. Nothing is computed:
+what its launch functions ask :mod:`kernels.config` is written down, with the answers, and so is each launch. :func:`replay`
+gives the same answers, in the same order, to a layer that is small enough for the interpreter. A kernel or a function of
+:mod:`kernels.config` that is new is recorded and replayed as the others are, unnamed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import kernels
+from alexnet_triton import AlexNet
+from alexnet_triton.fused import Run, call, plan
+from kernels import backend, config, launch
+from kernels.sgd import sgd_step
+
+#: Compute capability -> the GPU whose table of measured configurations it follows, if there is one.
+GPUS = {80: "", 90: "h100-80gb-hbm3", 100: ""}
+BATCHES = (1, 2, 7, 128)
+#: (dtype, precision of float32 products): PyTorch has a switch for it, and each has tiles of its own.
+DTYPES = ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+
+
+def modules() -> list[Any]:
+    """Every module of the package ``kernels``."""
+    return [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+
+
+def kernel_names() -> set[str]:
+    """Every ``_..._kernel`` in the package."""
+    return {name for module in modules() for name in vars(module) if name.endswith("_kernel")}
+
+
+@contextlib.contextmanager
+def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
+    """Choose kernels and configurations as for a GPU of ``capability``; with ``interpreted`` False, not as the interpreter."""
+    with contextlib.ExitStack() as stack:
+        for module in (backend, config):
+            stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
+            stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
+        stack.enter_context(mock.patch.object(config, "_table_name", return_value=GPUS[capability]))
+        yield
+
+
+@contextlib.contextmanager
+def precision_of_float32(precision: str) -> Iterator[None]:
+    """``"tf32"`` or ``"ieee"`` for convolutions and for matrix products."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.fp32_precision
+    cudnn.allow_tf32, matmul.fp32_precision = precision == "tf32", precision
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.fp32_precision = before
+
+
+def _choosers() -> dict[str, Callable[..., Any]]:
+    """The functions of kernels/config.py that launch functions call, by name."""
+    functions = {n: f for n, f in vars(config).items() if inspect.isroutine(f) and f.__module__ == config.__name__}
+    return {n: f for n, f in functions.items() if not n.startswith("_") and n not in ("override", "untuned")}
+
+
+@contextlib.contextmanager
+def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Put ``wrap(name, function)`` in the place of each chooser wherever a module of kernels imported it."""
+    choosers = _choosers()
+    with contextlib.ExitStack() as stack:
+        for module in modules():
+            if module is config:
+                continue
+            for name, value in list(vars(module).items()):
+                if name in choosers and value is choosers[name]:
+                    stack.enter_context(mock.patch.object(module, name, wrap(name, value)))
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One question to the chooser: the function of kernels/config.py, and its answer, a dict as sorted pairs."""
+
+    function: str
+    answer: Any
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """The answer's values; nothing for an answer that is one value."""
+        return dict(self.answer) if isinstance(self.answer, tuple) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a layer does in one phase of a step at AlexNet's own size, for one GPU.
+
+    Attributes:
+        layer: ``conv1`` to ``fc3``, ``input`` or ``optimizer``.
+        run: operation and modules of the layer; None for the last two.
+        capability: of the GPU, 90 for an H100.
+        dtype, precision: of the tensors; of float32 products, ``"ieee"`` or ``"tf32"``.
+        batch: images.
+        phase: ``forward``, ``inference`` (without a gradient), or what is asked of the backward pass: ``input``, ``weight`` or
+            ``both``.
+        choices: what was asked of the chooser, in order.
+        keys: what a test of this part covers: each kernel with its tiles and switches, each answer of the chooser.
+    """
+
+    layer: str
+    run: Run | None
+    capability: int
+    dtype: torch.dtype
+    precision: str
+    batch: int
+    phase: str
+    choices: tuple[Choice, ...]
+    keys: frozenset[tuple[Any, ...]]
+
+    @property
+    def id(self) -> str:
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        return f"{self.layer}-{self.phase}-sm_{self.capability}-{dtype}-N{self.batch}"
+
+    @property
+    def kernels(self) -> set[str]:
+        return {key[0] for key in self.keys if key[0].endswith("_kernel")}
+
+
+#: Only the compiler's options: neither in the interpreter nor in the semantics of the IR do they change anything.
+_OPTIONS = ("num_warps", "num_stages")
+Launches = list[tuple[str, dict[str, Any]]]
+
+
+def _as_pairs(answer: Any) -> Any:
+    return tuple(sorted(answer.items())) if isinstance(answer, dict) else answer
+
+
+def compiled_constants(kernel: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A launch's kernel and the arguments that are compiled into it."""
+    annotations = kernel.fn.__annotations__
+    return kernel.fn.__name__, {n: v for n, v in arguments.items() if "constexpr" in str(annotations.get(n))}
+
+
+class Recorder:
+    """Writes down, inside its ``with`` block, each choice and, instead of running it, each launch."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+        self.launches: Launches = []
+        self._stack = contextlib.ExitStack()
+
+    def take(self) -> tuple[list[Choice], Launches]:
+        """What was written down since the last call."""
+        taken = self.choices, self.launches
+        self.choices, self.launches = [], []
+        return taken
+
+    def __enter__(self) -> Recorder:
+        self._stack.enter_context(launch.record_launches(self._note))
+        self._stack.enter_context(_choosers_through(self._wrap))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _note(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        self.launches.append(compiled_constants(kernel, arguments))
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            answer = function(*args, **kwargs)
+            self.choices.append(Choice(name, _as_pairs(answer)))
+            return answer
+
+        return asked
+
+
+#: Tiles that follow from a size and are no answer of the chooser.
+FOLLOWING = {("_space_to_depth_kernel", "BLOCK")}
+
+
+def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -> frozenset[tuple[Any, ...]]:
+    """What makes two launches different code, and two answers different: tiles and switches, not the layer's size."""
+    tiles = {name for choice in choices for name in choice.tiles} - set(_OPTIONS)
+    keys: set[tuple[Any, ...]] = set()
+    for kernel, constants in launches:
+        chosen = {n for n in tiles if (kernel, n) not in FOLLOWING}
+        told_apart = {n: v for n, v in constants.items() if n in chosen or isinstance(v, bool)}
+        keys.add((kernel, dtype, *sorted(told_apart.items())))
+    for choice in choices:
+        # A split is a number of programs; where it is in a kernel's code the launch has it.
+        values = tuple((n, v) for n, v in choice.answer if n not in (*_OPTIONS, "SPLIT")) if choice.tiles else ()
+        keys |= {(choice.function, dtype, *values)} if values else set()
+    return frozenset(keys)
+
+
+def _network(dtype: torch.dtype) -> nn.Sequential:
+    with torch.device("meta"):
+        net = AlexNet()
+    return net.to_empty(device="cpu").to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def _layers(net: nn.Sequential) -> Iterator[tuple[str, Run]]:
+    """The runs that launch kernels, with their names."""
+    counts = {"conv": 0, "fc": 0}
+    for run in plan(list(net)):
+        kind = "conv" if run.operation.startswith("conv2d") else "fc"
+        if run.operation == "module":
+            yield "module", run
+            continue
+        counts[kind] += 1
+        yield f"{kind}{counts[kind]}", run
+
+
+#: What the backward pass is asked for, by phase: of input, weight, bias.
+ASKED = {"input": (0,), "weight": (1, 2), "both": (0, 1, 2)}
+
+
+def _walk(net: nn.Sequential, capability: int, dtype: torch.dtype, precision: str, batch: int) -> Iterator[Part]:
+    x = torch.empty(batch, 1, 224, 224, dtype=dtype, device="cpu")
+    with Recorder() as recorder:
+        for layer, run in _layers(net):
+            if layer == "module":
+                x = call(run, x)
+                continue
+
+            def part(phase: str, layer: str = layer, run: Run = run) -> Part:
+                choices, launches = recorder.take()
+                keys = keys_of(choices, launches, dtype)
+                return Part(layer, run, capability, dtype, precision, batch, phase, tuple(choices), keys)
+
+            leaves = (x, run.layers[0].weight, run.layers[0].bias)
+            with torch.no_grad():
+                call(Run(run.operation, tuple(_evaluating(m) for m in run.layers), output_format=run.output_format), x)
+            yield part("inference")
+            for phase, asked in ASKED.items():
+                for i, leaf in enumerate(leaves):
+                    leaf.requires_grad_(i in asked)
+                y = call(run, x)
+                if phase == "both":
+                    yield part("forward")
+                recorder.take()
+                torch.autograd.grad(y, [leaves[i] for i in asked], torch.empty_like(y))
+                yield part(phase)
+            x = y.detach()
+
+
+def _evaluating(module: nn.Module) -> nn.Module:
+    return copy.copy(module).eval()
+
+
+def _walk_the_rest(net: nn.Sequential, capability: int, dtype: torch.dtype, batch: int) -> Iterator[Part]:
+    params = [p.detach() for p in net.parameters()]
+    floats = [torch.empty_like(p, dtype=torch.float32) for p in params]
+    masters = None if dtype == torch.float32 else floats
+    images, index = torch.empty(60000, 28, 28, dtype=torch.uint8, device="cpu"), torch.zeros(batch, dtype=torch.int64)
+    steps = {
+        "optimizer": lambda: sgd_step(params, params, masters, floats, lr=0.01, momentum=0.9, weight_decay=5e-4),
+        "input": lambda: kernels.gather_resize(images, index, 224, dtype=dtype),
+    }
+    with Recorder() as recorder:
+        for name, step in steps.items():
+            step()
+            choices, launches = recorder.take()
+            keys = keys_of(choices, launches, dtype)
+            yield Part(name, None, capability, dtype, "ieee", batch, "forward", tuple(choices), keys)
+
+
+_networks = functools.cache(_network)
+
+
+def step_keys(capability: int, dtype: torch.dtype, precision: str, batch: int) -> frozenset[tuple[Any, ...]]:
+    """The kernels, tiles and switches of a whole training step, as :class:`FusedSequential` runs it."""
+    net = _networks(dtype).requires_grad_()
+    with pretend_gpu(capability, interpreted=False), precision_of_float32(precision), Recorder() as recorder:
+        net(torch.empty(batch, 1, 224, 224, dtype=dtype, device="cpu")).sum().backward()
+    net.zero_grad()
+    return keys_of(*recorder.take(), dtype)
+
+
+@functools.cache
+def all_parts() -> tuple[Part, ...]:
+    """Every layer, phase, GPU, dtype and batch: about thirteen hundred, in some seconds."""
+    found: list[Part] = []
+    for capability, (dtype, precision), batch in itertools.product(GPUS, DTYPES, BATCHES):
+        with pretend_gpu(capability, interpreted=False), precision_of_float32(precision):
+            found += _walk(_networks(dtype), capability, dtype, precision, batch)
+            if batch == BATCHES[-1] and precision == "ieee":
+                found += _walk_the_rest(_networks(dtype), capability, dtype, batch)
+    return tuple(found)
+
+
+def distinct_parts() -> list[Part]:
+    """A few of :func:`all_parts` that have all the keys of a training step, the smallest phases first.
+
+    Both gradients together are only taken for what neither launches alone: each alone fits a smaller layer. Inference, whose
+    kernels are the training's with fewer outputs, only for a kernel or a function of the chooser that is its own.
+    """
+    training = [p for p in all_parts() if p.phase != "inference"]
+    left = frozenset().union(*(p.keys for p in training))
+    known = {key[0] for key in left}
+    left |= {key for p in all_parts() for key in p.keys if key[0] not in known}
+    chosen = []
+    for phases in (("forward", "input", "weight"), ("both",), ("inference",)):
+        candidates = [p for p in all_parts() if p.phase in phases]
+        while left & frozenset().union(*(p.keys for p in candidates)):
+            best = max(candidates, key=lambda p: len(left & p.keys))
+            chosen.append(best)
+            left -= best.keys
+    return chosen
+
+
+#: Of a reduction over the pixels of a small layer, at most.
+PARTS = 5
+
+
+@contextlib.contextmanager
+def replay(part: Part) -> Iterator[None]:
+    """Answer each question to the chooser as it was answered for ``part``.
+
+    But split a reduction over pixels, of which a small layer has few, into :data:`PARTS` parts at most: how many is an argument
+    of the launch and not in the kernel's code. Nor into more than it has blocks, which is the chooser's own rule.
+
+    Raises:
+        AssertionError: the block asks for something else than ``part`` did, or for less.
+    """
+    expected = iter(part.choices)
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            choice = next(expected, None)
+            wanted = None if choice is None else choice.function
+            assert wanted == name, f"{part.id}: the small layer asks for {name}, where AlexNet's asked for {wanted}"
+            assert choice is not None
+            if name == "split_count":
+                return max(1, min(choice.answer, args[1], PARTS))
+            if not choice.tiles:
+                return choice.answer
+            tiles = choice.tiles
+            if "SPLIT" in tiles and name.endswith("wgrad_config"):
+                tiles["SPLIT"] = min(tiles["SPLIT"], PARTS)
+            return tiles
+
+        return answer
+
+    with _choosers_through(wrap):
+        yield
+    left = [choice.function for choice in expected]
+    assert not left, f"{part.id}: AlexNet's layer also asked for {left}"

@@ -1,0 +1,335 @@
+"""Every configuration that the chooser returns for AlexNet, each on a layer that is small and yet more than one ragged tile.
+
+:mod:`tests.configurations` records them: for batches of 1, 2, 7 and 128, bfloat16, float32 and TF32, an A100, an H100 (with the
+table that was measured on one) and a B200, in the forward pass and for either gradient. Here each distinct one runs once, with
+the tiles, the splits and the choice of kernel of the real layer, and is held to the float64 oracle.
+
+What a small layer has less of: images, pixels, channels, parts of a split reduction, and of conv2's filter 3 x 3 of its 5 x 5
+positions. Where a tile is one pixel of many images and a pool follows, the images fill one tile in part; without a pool, two.
+What it leaves out are warps and stages, which neither the interpreter nor the semantics of the IR have: ``python -m
+benchmarks.offline`` compiles them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import config, launch
+from kernels.backend import INTERPRETED
+from kernels.conv2d import conv2d_reference
+from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
+from kernels.images import gather_resize_reference
+from kernels.linear import linear_reference
+from kernels.sgd import sgd_step, sgd_step_reference
+
+from ..configurations import (
+    ASKED,
+    BATCHES,
+    DTYPES,
+    GPUS,
+    Part,
+    all_parts,
+    compiled_constants,
+    distinct_parts,
+    kernel_names,
+    keys_of,
+    precision_of_float32,
+    pretend_gpu,
+    replay,
+    step_keys,
+)
+from ..conftest import DEVICE, UNDER_TTSEM
+from ..oracle import assert_within_tolerance, integers, randn
+
+#: Kernels that no layer of AlexNet launches, and why.
+NOT_ALEXNETS = {
+    "_dropout_kernel": "AlexNet's dropout is done by the linear layer's last kernel",
+    "_max_pool2d_gather_dgrad_kernel": "for windows of more than 16 positions",
+}
+
+PARTS = distinct_parts()
+
+
+# ------------------------------------------------------------------------------------------------------ small layers
+
+
+def _above(limit: int, step: int, remainder: int = 0) -> int:
+    """The smallest number above ``limit`` that is ``remainder`` more than a multiple of ``step``."""
+    return limit + 1 + (remainder - limit - 1) % step
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _largest(part: Part, *names: str, of: str = "") -> int:
+    """The largest sum of the values ``names`` among the chooser's answers, of functions with ``of`` in their name; or 0."""
+    answers = [choice.tiles for choice in part.choices if of in choice.function]
+    return max((sum(tiles.get(name, 0) for name in names) for tiles in answers), default=0)
+
+
+#: Functions of the chooser whose tiles divide channels exactly, and the values that add up to such a tile: of the channels that
+#: the product is reduced over, or for the weight's gradient of the input's channels.
+DIVIDING = {
+    "conv2d_images_config": ("BLOCK_K",),
+    "conv2d_box_config": ("BLOCK_K",),
+    "conv2d_images_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
+}
+#: And those of which a tile's images are images, by the value that says how many.
+IMAGES = {
+    "conv2d_images_config": "BLOCK_M",
+    "conv2d_images_wgrad_config": "BLOCK_K",
+    "conv2d_stem": "BLOCK_M",
+    "conv2d_stem_wgrad": "BLOCK_K",
+    "conv2d_box_config": "NB",
+}
+
+
+def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of input and weight, padding 1: a little more of everything than fits one tile."""
+    first, gathered = conv.in_channels == 1, _largest(part, "BLOCK_M", of="matmul_config")
+    written = _largest(part, "BLOCK_N", "BLOCK_N2")
+    tile = math.lcm(16, *(_largest(part, *names, of=function) or 1 for function, names in DIVIDING.items()))
+    exact = {16: 24, 256: 256}.get(tile, 2 * tile)
+    if part.phase == "input":
+        c, k = _above(written, 16), exact
+    elif part.phase == "weight":
+        c, k = exact, _above(max(_largest(part, "BLOCK_M", of="images_wgrad"), gathered, 16 if not first else written), 16)
+    else:
+        c, k = exact, _above(written, 16)
+    n = max(2, *(_largest(part, value, of=function) + 1 for function, value in IMAGES.items()))
+    if pooled and not _largest(part, "NB"):
+        n = 5  # a pool has a tile an image, and hundreds of them would take long
+    if gathered:
+        n, p, q = (2, 5, 6) if first and part.phase == "input" else (2, 9, 8)  # conv1's 16 phases are tiles each
+    else:
+        p, q = (3, 5) if pooled else (2, 3)
+        p, q = max(p, _largest(part, "TH") + 1), max(q, _largest(part, "TW") + 1, _largest(part, "COLUMNS") + 1)
+    r, s = conv.kernel_size if first else (3, 3)
+    step = conv.stride[0]
+    return (n, 1 if first else c, (p - 1) * step + r - 2, (q - 1) * step + s - 2), (k, 1 if first else c, r, s)
+
+
+def _linear_shapes(part: Part, linear: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of input and weight. Rows start at multiples of 16 bytes where the real layer's do: that decides on the kernel."""
+    product = next(choice.tiles for choice in part.choices if choice.function == "linear_config")
+    m, n, k, split = (product[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
+    columns = _largest(part, "BLOCK_COLUMNS") if part.phase == "input" else 0  # of what is done to the gradient first
+    blocks = split * (1 if split > 4 else 2)
+    while (blocks - 1) * k < columns or _cdiv(blocks, _cdiv(blocks, split)) != split:  # as many parts as the real layer has
+        blocks += 1
+    reduced = (blocks - 1) * k
+
+    def features(real: int, limit: int) -> int:
+        return _above(limit, 16, 8 if real % 8 == 0 else real % 16)
+
+    outputs, inputs = linear.out_features, linear.in_features
+    rows, out, into = {
+        "input": (m + 3, features(outputs, reduced), features(inputs, n)),
+        "weight": (reduced + 3, features(outputs, m), features(inputs, n)),
+    }.get(part.phase, (m + 3, features(outputs, n), features(inputs, reduced)))
+    return (rows, into), (out, into)
+
+
+def _sparse(*shape: int, dtype: torch.dtype) -> Tensor:
+    """-1, 0 and 1, and in a large filter mostly 0: products add up to less than 256, to which bfloat16 counts.
+
+    With exact sums a pool's window has its maximum, ties included, at the same place in every dtype, and a ReLU its zeros in
+    TF32.
+    """
+    filled = torch.rand(shape, device=DEVICE) < 1000 / math.prod(shape[1:])
+    return (integers(*shape, dtype=dtype, high=1, grad=False) * filled).requires_grad_()
+
+
+def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """A small layer like the part's: the operation, its reference, and input, weight and bias for both."""
+    assert part.run is not None
+    layer = part.run.layers[0]
+    operation = part.run.operation
+    pooled = operation == "conv2d_relu_max_pool2d"
+    draw = _sparse if pooled or part.precision == "tf32" else randn
+    if isinstance(layer, nn.Linear):
+        shapes = _linear_shapes(part, layer)
+        tensors = [draw(*shape, dtype=part.dtype) for shape in (*shapes, shapes[1][:1])]
+        if operation == "linear":
+            return kernels.linear, linear_reference, tensors
+        if part.phase == "inference":
+            return (
+                lambda x, w, b: kernels.linear_relu_dropout(x, w, b, training=False),
+                lambda x, w, b: linear_reference(x, w, b, activation="relu"),
+                tensors,
+            )
+        mask = kernels.dropout_mask((shapes[0][0], shapes[1][0]), 0.5, 7, device=DEVICE)
+        return (
+            lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=7),
+            lambda x, w, b: F.relu(F.linear(x, w, b)) * mask * 2,
+            tensors,
+        )
+    assert isinstance(layer, nn.Conv2d)
+    shapes = _conv_shapes(part, layer, pooled)
+    x, w, b = (draw(*shape, dtype=part.dtype) for shape in (*shapes, shapes[1][:1]))
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    arguments: dict[str, Any] = {"stride": layer.stride, "padding": 1}
+    if pooled:
+        arguments |= {"pool_kernel_size": 3, "pool_stride": 2}
+        output_format = part.run.output_format
+        return (
+            lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, **arguments, output_format=output_format),
+            lambda x, w, b: conv2d_relu_max_pool2d_reference(x, w, b, **arguments),
+            [x, w, b],
+        )
+    assert operation == "conv2d", f"{part.layer}: no small layer for the operation {operation}, with {sorted(part.kernels)}"
+    return (
+        lambda x, w, b: kernels.conv2d(x, w, b, **arguments, activation="relu"),
+        lambda x, w, b: conv2d_reference(x, w, b, **arguments, activation="relu"),
+        [x, w, b],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+@contextlib.contextmanager
+def _as_in(part: Part) -> Iterator[None]:
+    """Run the block with the part's configuration, and see that its launches are the part's and have several programs."""
+    launched: list[tuple[str, dict[str, Any]]] = []
+    programs: dict[str, int] = {}
+    run_launch = launch.run_launch
+
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        name, constants = compiled_constants(kernel, arguments)
+        launched.append((name, constants))
+        programs[name] = max(programs.get(name, 0), math.prod(grid))
+        run_launch(kernel, grid, arguments)
+
+    with pytest.MonkeyPatch.context() as patch, replay(part):
+        patch.setattr(launch, "run_launch", note)
+        yield
+    assert keys_of(part.choices, launched, part.dtype) == part.keys
+    assert [name for name, count in programs.items() if count == 1 and name != "_sum_parts_kernel"] == []
+
+
+@pytest.fixture
+def like(request: pytest.FixtureRequest) -> Iterator[Part]:
+    """A part, with kernels chosen as on its GPU."""
+    part: Part = request.param
+    if DEVICE == "cuda" and not UNDER_TTSEM:
+        major, minor = torch.cuda.get_device_capability()
+        if part.capability > 10 * major + minor:
+            pytest.skip(f"needs a GPU of capability {part.capability / 10}")
+    with pretend_gpu(part.capability, interpreted=INTERPRETED), precision_of_float32(part.precision):
+        yield part
+
+
+def _hold(part: Part, name: str, ours: Tensor, peer: Tensor, exact: Tensor) -> None:
+    if part.precision == "tf32" and not INTERPRETED:  # products of 10 bits, which PyTorch's CPU has not
+        assert (ours - exact).abs().max() <= 2.0**-9 * exact.abs().max(), name
+        return
+    assert_within_tolerance(name, ours, peer, exact)
+
+
+@pytest.mark.parametrize("like", [p for p in PARTS if p.run is not None], indirect=True, ids=lambda p: p.id)
+def test_a_layer_like_alexnets(like: Part) -> None:
+    part = like
+    ours, reference, tensors = _layer(part)
+    asked = ASKED.get(part.phase, ())
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i in asked or part.phase == "forward")
+    if asked:
+        y = ours(*tensors)
+        grad = torch.randn(y.shape, device=DEVICE).to(part.dtype)
+        with _as_in(part):
+            results = torch.autograd.grad(y, [tensors[i] for i in asked], grad)
+    else:
+        with _as_in(part), torch.set_grad_enabled(part.phase == "forward"):
+            results = (ours(*tensors),)
+    expected = []
+    for dtype in (part.dtype, torch.float64):
+        copies = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors]
+        y = reference(*copies)
+        expected.append(torch.autograd.grad(y, [copies[i] for i in asked], grad.to(dtype)) if asked else (y.detach(),))
+    for i, (got, peer, exact) in enumerate(zip(results, *expected, strict=True)):
+        _hold(part, f"gradient of {('input', 'weight', 'bias')[asked[i]]}" if asked else "output", got, peer, exact)
+
+
+@pytest.mark.parametrize("like", [p for p in PARTS if p.layer == "input"], indirect=True, ids=lambda p: p.id)
+def test_the_networks_input(like: Part) -> None:
+    images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8, device=DEVICE)
+    index = torch.tensor([3, 0, 4], device=DEVICE)
+    with _as_in(like):
+        y = kernels.gather_resize(images, index, 45, dtype=like.dtype)
+    peer, exact = (gather_resize_reference(images, index, 45, dtype=dtype) for dtype in (like.dtype, torch.float64))
+    assert_within_tolerance("images", y, peer, exact)
+
+
+@pytest.mark.parametrize("like", [p for p in PARTS if p.layer == "optimizer"], indirect=True, ids=lambda p: p.id)
+def test_the_optimizer(like: Part) -> None:
+    sizes = (5000, 10, 4096, 9001)
+    half = like.dtype != torch.float32
+    params, grads = ([randn(size, dtype=like.dtype, grad=False) for size in sizes] for _ in range(2))
+    masters = [p.float() + 1e-4 * torch.rand_like(p, dtype=torch.float32) for p in params] if half else None
+    buffers = [randn(size, dtype=torch.float32, grad=False) for size in sizes]
+    values = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        copies = [
+            [None if t is None else t.to(dtype) for t in group or [None] * 4] for group in (params, grads, masters, buffers)
+        ]
+        if half:
+            copies[0] = [p.clone() for p in params]
+        for tensors in zip(*copies, strict=True):
+            sgd_step_reference(*tensors, **values, dampening=0.0, nesterov=False, maximize=False, first_step=False)
+        expected.append((copies[2] if half else copies[0], copies[3]))
+    with _as_in(like):
+        sgd_step(params, grads, masters, buffers, **values)
+    for ours, peers, exacts in zip((masters or params, buffers), *expected, strict=True):
+        for got, peer, exact in zip(ours, peers, exacts, strict=True):
+            assert_within_tolerance("parameter or buffer", got, peer, exact)
+
+
+def test_every_kernel_has_a_case() -> None:
+    """A kernel that no part launches is none of AlexNet's, and says here why."""
+    launched = set().union(*(part.kernels for part in PARTS))
+    missing = kernel_names() - launched - set(NOT_ALEXNETS)
+    assert not missing, f"no layer of AlexNet was seen to launch {sorted(missing)}: give it a case, or a reason in NOT_ALEXNETS"
+    assert not launched & set(NOT_ALEXNETS)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), DTYPES, ids=["bfloat16", "float32", "tf32"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_a_whole_step_launches_nothing_else(capability: int, dtype: torch.dtype, precision: str) -> None:
+    """The layers, walked one by one, are the training step."""
+    covered = frozenset().union(*(part.keys for part in PARTS))
+    for batch in BATCHES:
+        assert step_keys(capability, dtype, precision, batch) - covered == set()
+
+
+def test_the_parts_are_those_of_the_table() -> None:
+    """Each configuration that was measured on an H100 is one that an H100 gets."""
+    name = GPUS[90]
+    table = config.read_table(name)
+    answers = [c.tiles for p in all_parts() if (p.capability, p.batch) == (90, 128) for c in p.choices if c.tiles]
+    for key, values in table.items():
+        wanted = {n: v for n, v in values.items() if n != "IMAGES"}
+        assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: nobody asked for {key}"
+
+
+def test_a_replay_refuses_other_questions() -> None:
+    part = next(p for p in PARTS if p.layer == "input")
+    x = torch.zeros(2, 3, device=DEVICE)
+    with (
+        pytest.raises(AssertionError, match="asks for linear_config, where AlexNet's asked for elementwise_config"),
+        replay(part),
+    ):
+        kernels.linear(x, x)
+    with pytest.raises(AssertionError, match=r"also asked for \['elementwise_config'\]"), replay(part):
+        pass

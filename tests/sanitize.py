@@ -1,0 +1,135 @@
+"""Every kernel once under NVIDIA's compute-sanitizer: memcheck, racecheck and initcheck.
+
+``python -m tests.sanitize`` (``make sanitize`` on a machine with a CUDA GPU) runs ``python -m tests.sanitize --launch`` under
+each tool. Nothing is compared here, that is the suite's; and nothing is poisoned, so that initcheck sees memory that nobody
+wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import config, launch
+from kernels.backend import has_copy_engine
+from kernels.sgd import sgd_step
+
+from .configurations import kernel_names
+
+ROOT = Path(__file__).parents[1]
+TOOLS = {
+    "memcheck": ("--leak-check", "no"),
+    "racecheck": ("--racecheck-report", "all"),
+    "initcheck": (),
+}
+#: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
+DESCRIPTORS = ("_descriptor_", "_images_", "_box_", "_stem_", "_space_to_depth_", "_fold_", "_unfold_")
+
+
+def launch_all(device: torch.device) -> set[str]:
+    """Launch every kernel of the package on small ragged tensors on ``device``; their names."""
+    launched: set[str] = set()
+    run_launch = launch.run_launch
+
+    def note_and_run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        launched.add(kernel.fn.__name__)
+        run_launch(kernel, grid, arguments)
+
+    launch.run_launch = note_and_run
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            _operations(device, dtype)
+    finally:
+        launch.run_launch = run_launch
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return launched
+
+
+def _operations(device: torch.device, dtype: torch.dtype) -> None:
+    def randn(*shape: int, grad: bool = True) -> Tensor:
+        # Made on the CPU: no kernel but ours has to be right.
+        return torch.randn(shape).to(dtype).to(device).requires_grad_(grad)
+
+    def backward(y: Tensor) -> None:
+        y.backward(torch.ones(y.shape, dtype=y.dtype).to(device))
+
+    # AlexNet's first layers, then the kernels for many and for few images, then those for any geometry.
+    image = randn(3, 1, 39, 43, grad=False)  # conv1 has no input gradient, whose kernel runs below
+    backward(kernels.conv2d_relu_max_pool2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, pool_kernel_size=3, pool_stride=2))
+    for images in (1, 0):
+        with config.override(IMAGES=images, IMAGES_WGRAD=1):
+            backward(kernels.conv2d(randn(5, 64, 5, 6), randn(80, 64, 3, 3), randn(80), padding=1, activation="relu"))
+    backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
+    for window in (3, 5):
+        backward(kernels.max_pool2d(randn(2, 17, 9, 11), window, 2, 1))
+    with config.override(SPLIT=3):
+        backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
+    backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
+    backward(kernels.dropout(randn(5, 300), 0.5))
+    kernels.dropout_mask((70, 30), 0.5, 1, device=device)
+
+    pixels = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8).to(device)
+    index = torch.tensor([4, 0]).to(device)
+    ones = torch.ones(2).to(device)
+    augmentation = kernels.Augmentation(torch.tensor([[1, -2], [0, 3]], dtype=torch.int32).to(device), ones > 0, ones, ones)
+    for augmented in (None, augmentation):
+        kernels.gather_resize(pixels, index, 45, dtype=dtype, augmentation=augmented)
+
+    sizes = (5000, 10, 4097)
+    params, grads = ([randn(size, grad=False) for size in sizes] for _ in range(2))
+    masters = None if dtype == torch.float32 else [p.float() for p in params]
+    buffers = [torch.zeros(size).to(device) for size in sizes]
+    for first_step in (True, False):
+        sgd_step(params, grads, masters, buffers, lr=0.01, momentum=0.9, weight_decay=1e-4, first_step=first_step)
+
+
+def missing_kernels(launched: set[str], device: torch.device) -> set[str]:
+    """Kernels of the package that ``launched`` lacks, but for those that ``device`` cannot run."""
+    missing = kernel_names() - launched
+    return missing if has_copy_engine(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
+
+
+def find_sanitizer() -> str | None:
+    """The path of compute-sanitizer: from PATH or a CUDA toolkit."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
+
+
+def main() -> None:
+    """Run each tool; the exit code is 1 where one of them found something."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--launch", action="store_true", help="launch the kernels in this process, and nothing else")
+    parser.add_argument("--tool", nargs="+", default=list(TOOLS), choices=list(TOOLS))
+    arguments = parser.parse_args()
+    if arguments.launch:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        missing = missing_kernels(launch_all(device), device)
+        sys.exit(f"sanitize: {sorted(missing)} not launched: add an operation to tests/sanitize.py" if missing else 0)
+    if not torch.cuda.is_available():
+        sys.exit("sanitize: compute-sanitizer needs a CUDA GPU")
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        sys.exit("sanitize: no compute-sanitizer in PATH or CUDA_HOME: it comes with the CUDA toolkit")
+    # Without PyTorch's allocator, which rounds sizes up and hands out what was written before.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    found = []
+    for tool in arguments.tool:
+        command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "1"]
+        command += [sys.executable, "-m", "tests.sanitize", "--launch"]
+        print(f"compute-sanitizer {tool}", flush=True)
+        found += [tool] * (subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode != 0)
+    sys.exit(f"sanitize: {', '.join(found)} found something" if found else 0)
+
+
+if __name__ == "__main__":
+    main()

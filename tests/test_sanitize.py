@@ -1,0 +1,15 @@
+"""What `make sanitize` runs on a GPU: it launches every kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from .conftest import DEVICE
+from .sanitize import launch_all, missing_kernels
+
+
+def test_every_kernel_is_launched() -> None:
+    device = torch.device(DEVICE)
+    launched = launch_all(device)
+    assert missing_kernels(launched, device) == set()
+    assert missing_kernels(launched - {"_sgd_kernel"}, device) == {"_sgd_kernel"}
