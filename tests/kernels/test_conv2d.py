@@ -89,6 +89,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
     assert output.permute(0, 2, 3, 1).is_contiguous()
 
 
+@pytest.mark.slow_under_ttsem  # 37 s of processor time; AlexNet's own configurations run there
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype) -> None:
     """The tiles that the configuration itself picks, over more than one of the widest."""
