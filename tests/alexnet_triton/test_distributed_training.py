@@ -52,7 +52,6 @@ def test_two_processes_train_what_one_trains(name: str, two_processes: Path, tmp
         if not half:
             assert (ours["train_acc"], ours["test_acc"]) == (theirs.train_acc, theirs.test_acc)
     weights = read_checkpoint(tmp_path / "checkpoint.pt").weights
-    torch.manual_seed(5)
     for key, weight in weights.items():
         torch.testing.assert_close(together.weights[key], weight, rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-5)
     assert (two_processes / name / "metrics.jsonl").read_text().count("\n") == 2
@@ -77,7 +76,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path
 
 
 def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: Path) -> None:
-    """torchrun hands SIGTERM on to both. The run is refused by one process, and an error is said once."""
+    """torchrun hands SIGTERM on to both. One process alone cannot go on with what two began."""
     out = tmp_path / "run"
     options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
     process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
@@ -96,7 +95,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "best.pt", "metrics.jsonl"}
 
     before = (out / "checkpoint.pt").read_bytes()
-    alone = CliRunner().invoke(cli.app, ["train", "--resume", str(out)])
+    alone = CliRunner().invoke(cli.app, ["train", "--resume", str(out), "--backend", "torch"])
     assert alone.exit_code == 1
     assert "was trained with processes 2, this run has 1" in alone.output
     assert (out / "checkpoint.pt").read_bytes() == before
