@@ -73,8 +73,8 @@ CASES = (
 )
 
 
-#: What a block runs as.
-FUSED, SEPARATE = {}, {"FUSED": 0}
+#: What a block runs as; by images whatever their number.
+FUSED, SEPARATE = {"IMAGES_WGRAD": 1}, {"IMAGES_WGRAD": 1, "FUSED": 0}
 
 
 def run(case: Case, tensors: list[Tensor | None], way: dict[str, int], **arguments) -> Tensor:
@@ -161,7 +161,7 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
         values = z.flatten(2).gather(2, taken.flatten(2)).view(y.shape)
         return torch.where(where == no_gradient(torch.uint8), torch.zeros_like(values), values)
 
-    with config.override(**case.tiles):
+    with config.override(**case.tiles | FUSED):
         check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias")
 
 
