@@ -235,7 +235,7 @@ def _pooled(job: Job, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tens
     *_, stride, padding = LAYERS[job.layer]
     window = ([3, 3], [2, 2], [0, 0], [(job.size - 1) // 2] * 2)
     return torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(
-        *(x, w, b, None, [stride] * 2, [padding] * 2, [1, 1], 1, [job.size] * 2), *window, True, True
+        *(x, w, b, None, [stride] * 2, [padding] * 2, [1, 1], 1, [job.size] * 2), *window, True, True, False
     )
 
 

@@ -8,6 +8,7 @@ from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP count
 from .backend import use_backend
 from .conv2d import conv2d, linked_conv2d
 from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+from .conv2d_stem import space_to_depth
 from .dropout import dropout, dropout_mask
 from .images import Augmentation, gather_resize
 from .linear import linear, linear_relu_dropout
@@ -27,5 +28,6 @@ __all__ = [
     "linear_relu_dropout",
     "linked_conv2d",
     "max_pool2d",
+    "space_to_depth",
     "use_backend",
 ]

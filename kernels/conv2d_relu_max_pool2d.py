@@ -17,6 +17,7 @@ from torch import Tensor
 from . import conv2d_stem, conv2d_stem_pool
 from .autocast import autocast_inputs
 from .backend import runs_triton
+from .checks import check_tensors, pair
 from .config import conv2d_wgrad_by_images
 from .conv2d import (
     check_link,
@@ -26,7 +27,7 @@ from .conv2d import (
     gradients,
     new_gradients,
 )
-from .conv2d_stem import cells_of, cells_size, new_cells
+from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, new_output_like, nothing
 from .max_pool2d import (
@@ -57,14 +58,16 @@ def conv2d_relu_max_pool2d_fprop(
     pool_size: list[int],
     channels_last: bool,
     write_position: bool,
+    input_is_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
 
     The third result, empty where there is no such thing, are the cells of a strided first layer: what its backward pass reads
     in place of ``input``. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
     """
-    keep_cells = write_position and _reads_cells(input, weight, link, stride, dilation, groups)
-    cells = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
+    keep_cells = not input_is_cells and write_position and _reads_cells(input, weight, link, stride, dilation, groups)
+    made = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
+    cells = input if input_is_cells else made
     window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
     if conv2d_stem_pool.takes("fprop", input, weight, stride, dilation, groups, *window):
         patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
@@ -76,7 +79,7 @@ def conv2d_relu_max_pool2d_fprop(
         pooled, position, _ = max_pool2d_fprop(
             unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
         )
-    return pooled, position, nothing(input) if cells is None else cells
+    return pooled, position, nothing(input) if made is None else made
 
 
 def _reads_cells(
@@ -90,12 +93,12 @@ def _reads_cells(
 
 @conv2d_relu_max_pool2d_fprop.register_fake
 def _(input, weight, bias, link, stride, padding, dilation, groups, conv_size, kernel_size, *arguments):
-    *_, pool_size, channels_last, write_position = arguments
+    *_, pool_size, channels_last, write_position, input_is_cells = arguments
     size = (input.shape[0], weight.shape[0], *pool_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(pooled, kernel_size, channels_last, write_position, False)
     cells = nothing(input)
-    if write_position and _reads_cells(input, weight, link, stride, dilation, groups):
+    if not input_is_cells and write_position and _reads_cells(input, weight, link, stride, dilation, groups):
         cells = new_cells(input, stride[0], cells_size(stride[0], conv_size, weight.shape[2:]))
     return pooled, position, cells
 
@@ -165,11 +168,12 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, _, link, *geometry_and_window, _, _, write_position = inputs
-        _, position, cells = output
+        input, weight, _, link, *geometry_and_window, _, _, write_position, input_is_cells = inputs
+        _, position, made = output
+        ctx.mark_non_differentiable(position, made)
+        cells = input if input_is_cells else made
         has_cells = cells.dim() == 4
         ctx.save_for_backward(None if has_cells else input, cells if has_cells else None, weight, position)
-        ctx.mark_non_differentiable(position, cells)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.input_size = list(input.shape)
         ctx.geometry_and_window = geometry_and_window
@@ -185,7 +189,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
             grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
         )
         wanted.append(ctx.linked and wanted[0])
-        return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 11
+        return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 12
 
 
 register_autograd(Conv2dReLUMaxPool2dFunction, conv2d_relu_max_pool2d_fprop)
@@ -229,6 +233,7 @@ def conv2d_relu_max_pool2d(
     ceil_mode: bool = False,
     output_format: torch.memory_format | None = None,
     link: Tensor | None = None,
+    cells: bool = False,
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(...)))`` that keeps only its input and one byte an output.
 
@@ -238,6 +243,8 @@ def conv2d_relu_max_pool2d(
         output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, so that flattening it is a view;
             ``torch.channels_last`` or None for NHWC.
         link: of ``input``, where :func:`kernels.linked_conv2d` gave both and nothing else reads ``input``.
+        cells: whether ``input`` is what :func:`kernels.space_to_depth` makes of the images, with the padding in it: (N, rows,
+            columns, stride * stride * C). ``padding`` is 0 then. It takes no gradient.
 
     Returns:
         (N, K, P, Q) or (K, P, Q), pooled, in ``input``'s dtype, channels-last in memory unless ``output_format`` says NCHW.
@@ -249,8 +256,14 @@ def conv2d_relu_max_pool2d(
     if output_format not in (None, torch.channels_last, torch.contiguous_format):
         raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
     input, weight, bias = autocast_inputs(input, weight, bias)
+    if cells:
+        images = _check_cells(input, weight, stride, padding, link)
+        steps = pair("stride", stride, 1)
+        if not (runs_triton(input) and conv2d_stem.takes(input, weight, steps, pair("dilation", dilation, 1), groups)):
+            input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    strides, before, dilations, conv_size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
+    shaped = input.new_empty(1).expand(images) if cells else batched
+    strides, before, dilations, conv_size = conv2d_arguments(shaped, weight, bias, stride, padding, dilation, groups)
     *window, pool_size = pool_arguments(conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
     check_link(link, batched)
     if not runs_triton(input):
@@ -268,7 +281,7 @@ def conv2d_relu_max_pool2d(
             ceil_mode=ceil_mode,
             output_format=output_format,
         )
-    kernel_size, steps, pads, _ = window
+    kernel_size, pool_steps, pads, _ = window
     pooled, *_ = Conv2dReLUMaxPool2dFunction.apply(
         batched,
         weight,
@@ -280,10 +293,27 @@ def conv2d_relu_max_pool2d(
         groups,
         conv_size,
         kernel_size,
-        steps,
+        pool_steps,
         pads,
         pool_size,
         output_format != torch.contiguous_format,
         wants_grad(input, weight, bias),
+        cells,
     )
     return pooled.squeeze(0) if input.dim() == 3 else pooled
+
+
+def _check_cells(
+    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str, link: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Refuse what :func:`kernels.space_to_depth` cannot have made; the size of the images whose cells ``input`` are."""
+    check_tensors(input=input, weight=weight)
+    step, other = pair("stride", stride, 1)
+    if step != other or padding not in (0, (0, 0), [0, 0], "valid") or link is not None:
+        raise ValueError(f"cells have one stride, their padding in them, and no link; got stride {stride}, padding {padding}")
+    if input.requires_grad:
+        raise ValueError("cells take no gradient: give the images themselves where theirs is wanted")
+    depth = step * step * weight.shape[1]
+    if input.dim() != 4 or input.shape[3] != depth or not input.is_contiguous():
+        raise ValueError(f"cells must be contiguous (N, rows, columns, {depth}), got {tuple(input.shape)}")
+    return input.shape[0], weight.shape[1], input.shape[1] * step, input.shape[2] * step

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backend import HALF, has_copy_engine
+from .backend import HALF, has_copy_engine, runs_triton
+from .checks import check_tensors, pair
 from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
@@ -334,7 +336,7 @@ def fold(channels: int, filter_width: int, stride: int) -> int:
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Sequence[int]) -> Tensor:
+def _space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Sequence[int]) -> Tensor:
     """(N, C, H, W), any strides, to dense (N, *size, stride * stride * C): each cell of stride x stride pixels one pixel.
 
     A convolution of this stride over ``input`` is one of stride 1 over the result, with a filter ``stride`` times smaller.
@@ -376,11 +378,55 @@ def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
 
 
+def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int, padding: int | Sequence[int] = 0) -> Tensor:
+    """The cells of images that a strided convolution's filters see: what ``conv2d_relu_max_pool2d(..., cells=True)`` takes.
+
+    Args:
+        input: (N, C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides. It takes no gradient.
+        kernel_size: of the filters, int or (rows, columns), in pixels.
+        stride: of the convolution, both ways, in pixels: the side of a cell.
+        padding: zeros on each side, below and to the right as many as filters reach; int or (vertical, horizontal).
+
+    Returns:
+        (N, rows, columns, stride * stride * C), contiguous: element ``(a * stride + b) * C + c`` of cell (i, j) is the pixel
+        (i * stride + a - padding, j * stride + b - padding) of channel c.
+
+    Raises:
+        TypeError: a dtype that the kernels do not run.
+        ValueError: an input that is not (N, C, H, W), that wants a gradient, or that is smaller than a filter.
+    """
+    check_tensors(input=input)
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
+    if input.requires_grad:
+        raise ValueError("space_to_depth takes no gradient; give the images to the convolution where theirs is wanted")
+    filter_size, pads = pair("kernel_size", kernel_size, 1), pair("padding", padding, 0)
+    (step, _) = pair("stride", stride, 1)
+    output_size = [(i + 2 * p - f) // step + 1 for i, p, f in zip(input.shape[2:], pads, filter_size, strict=True)]
+    if min(output_size) < 1:
+        raise ValueError(f"input {tuple(input.shape)} with padding {pads} is smaller than a filter of {filter_size}")
+    if runs_triton(input):
+        return cells_of(input, step, pads, output_size, filter_size)
+    rows, columns = cells_size(step, output_size, filter_size)
+    below, right = (n * step - p - i for n, p, i in zip((rows, columns), pads, input.shape[2:], strict=True))
+    padded = F.pad(input, (pads[1], right, pads[0], below))
+    n, c = input.shape[:2]
+    cells = padded.view(n, c, rows, step, columns, step).permute(0, 2, 4, 3, 5, 1)
+    return cells.reshape(n, rows, columns, step * step * c)
+
+
+def depth_to_space(cells: Tensor, channels: int, stride: int) -> Tensor:
+    """The images (N, C, H, W), their padding in them, that :func:`space_to_depth` made ``cells`` of."""
+    n, rows, columns, _ = cells.shape
+    pixels = cells.view(n, rows, columns, stride, stride, channels).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(n, channels, rows * stride, columns * stride)
+
+
 def cells_of(
     input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
 ) -> Tensor:
     """All the cells that a convolution's filters see: its input for both passes here."""
-    return space_to_depth(input, stride, padding, cells_size(stride, output_size, filter_size))
+    return _space_to_depth(input, stride, padding, cells_size(stride, output_size, filter_size))
 
 
 def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:

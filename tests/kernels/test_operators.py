@@ -54,7 +54,7 @@ SAMPLES = {
         block.conv2d_relu_max_pool2d_fprop,
         (
             *(_randn(2, 4, 7, 9, grad=True), _randn(6, 2, 3, 3, grad=True), _randn(6, grad=True), None, *GEOMETRY, [4, 5]),
-            *([3, 3], [2, 2], [1, 1], [2, 3], True, True),
+            *([3, 3], [2, 2], [1, 1], [2, 3], True, True, False),
         ),
     ),
     "conv2d_fprop_of_a_linked_input": lambda: (
