@@ -66,14 +66,14 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written, what was there stays: {error.strerror or error}") from error
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # before a rename: else a power cut could leave the name on an empty file
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Make ``content`` the content of ``path``; a failure or a crash at any moment leaves what was there.
 
     Raises:
@@ -109,7 +109,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     # In memory first: where a disk is full, torch's own writer reports its position, not the reason.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
+    # Not getbuffer(): Python 3.12.1 can crash when it collects a view of a BytesIO, which a traceback keeps.
+    write_atomically(path, buffer.getvalue())
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
