@@ -58,7 +58,8 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps compiled kernels by device: another target must be another one.
+        return self.capability
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

@@ -122,3 +122,22 @@ def test_the_tf32_switch_reaches_the_code(tf32: bool) -> None:
     assert products
     assert all(bool(r["tensor_core_ops"]) == tf32 for r in products)
     assert not any(r["stack_bytes"] or r["local_bytes"] for r in records)
+
+
+def test_each_target_of_one_process_gets_code_of_its_own() -> None:
+    """Triton keeps what it compiled by device: the targets must not pass for the same one."""
+    program = """
+import torch, kernels
+from benchmarks.offline import compile_launches
+
+def step():
+    kernels.linear(torch.empty(128, 512, dtype=torch.bfloat16), torch.empty(512, 512, dtype=torch.bfloat16))
+
+for capability in (90, 100):
+    print(*[name for launched in compile_launches(step, capability) for name in launched.tensor_core_ops])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.stdout.split() == ["wgmma.mma_async", "tcgen05.mma"], result.stderr
