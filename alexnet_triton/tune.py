@@ -103,7 +103,11 @@ class Job:
             found = itertools.chain(_images(self.batch, k, c), _boxes(self.batch, size, k, c))
         else:
             found = _images_wgrad(c, k, r * r)
-        return list(found)
+        if self.layer in ("conv1", POOLED):
+            return list(found)
+        tiles = list(found)
+        # Triton 3.6 gives kernels of one warp group another that loads; of two it makes nothing else, and 3.8 refuses.
+        return tiles + [candidate | {"WARP_SPECIALIZE": 1} for candidate in tiles if candidate["num_warps"] == 4]
 
 
 #: Passes without a configuration of their own in the tables: no gradient of the images is wanted, and the ten classes' gradient

@@ -224,6 +224,7 @@ def conv2d_images_config(
         warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}
         config |= {"num_warps": warps, "num_stages": 4}
+    config["WARP_SPECIALIZE"] = 0
     config |= _known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
     config = _apply_overrides(config)
     return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
@@ -245,7 +246,7 @@ def conv2d_box_config(
                 break
         config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
     nb, th, tw = conv2d_box(pixels, n, p, q)
-    config = {"NB": nb, "TH": th, "TW": tw} | config
+    config = {"NB": nb, "TH": th, "TW": tw, "WARP_SPECIALIZE": 0} | config
     config |= _known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
     config = _apply_overrides(config)
     return config | {"BLOCK_K": _largest_divisor(c, config["BLOCK_K"])}
@@ -261,7 +262,7 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
         positions = 2
         block_m = 256 if k % 256 == 0 else 128
     area = block_m * (block_n + block_n2) * positions
-    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
+    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "WARP_SPECIALIZE": 0}
     config |= {"BLOCK_K": _tile(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(k, 16, 128), "num_stages": 1}

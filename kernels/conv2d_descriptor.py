@@ -12,6 +12,8 @@ What is a tile? A product's rows are output pixels, and for each filter position
   out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
+With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration can choose it; no rule does.
+
 On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
 flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor
 cores still read it (wrong values on an H100). So the box kernel's first operand is the filters.
@@ -93,6 +95,7 @@ def _conv2d_images_kernel(
     RELU_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,7 +139,7 @@ def _conv2d_images_kernel(
         next_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
-    for i in range(rows * columns * CHUNKS):
+    for i in tl.range(0, rows * columns * CHUNKS, warp_specialize=WARP_SPECIALIZE):
         c0 = i % CHUNKS * BLOCK_K
         s = s_low + i // CHUNKS % tl.maximum(columns, 1)
         r = r_low + i // CHUNKS // tl.maximum(columns, 1)
@@ -208,6 +211,7 @@ def _conv2d_box_kernel(
     RELU_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     NB: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
@@ -231,7 +235,7 @@ def _conv2d_box_kernel(
     CHUNKS: tl.constexpr = C // BLOCK_K
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for i in range(R * S * CHUNKS):
+    for i in tl.range(0, R * S * CHUNKS, warp_specialize=WARP_SPECIALIZE):
         c0 = i % CHUNKS * BLOCK_K
         rs = i // CHUNKS
         b_x = x_desc.load([n0, p0 + rs // S - pad_h, q0 + rs % S - pad_w, c0]).reshape(BLOCK_M, BLOCK_K)
@@ -274,6 +278,7 @@ def _conv2d_images_wgrad_kernel(
     S: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -319,7 +324,8 @@ def _conv2d_images_wgrad_kernel(
         if BLOCK_N2 > 0:
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
     first = (pid_split * steps_per_split).to(tl.int32)
-    for i in range(first, tl.minimum(first + steps_per_split, steps)):
+    last = tl.minimum(first + steps_per_split, steps)
+    for i in tl.range(first, last, warp_specialize=WARP_SPECIALIZE):
         n0 = i % blocks_n * BLOCK_K
         q = q_low + i // blocks_n % tl.maximum(columns, 1)
         p = p_low + i // blocks_n // tl.maximum(columns, 1)

@@ -67,6 +67,8 @@ CASES = (
     images("two_pixels_wide_filter", 2, 16, 5, 6, 16, 5, 5, padding=2, tiles={"PIXELS": 2, "BLOCK_N": 16}),
     images("two_positions", 18, 16, 4, 3, 32, 3, 2, tiles={"POSITIONS": 2, "BLOCK_N": 16, "BLOCK_N2": 0, "SPLIT": 3}),
     images("two_positions_two_blocks", 17, 48, 3, 4, 32, 2, 2, tiles={"POSITIONS": 2, "BLOCK_N": 32, "BLOCK_N2": 16}),
+    images("warp_specialized", 3, 32, 4, 4, 32, 3, 3, tiles={"WARP_SPECIALIZE": 1}),
+    box("warp_specialized_box", 2, 16, 4, 5, 16, 3, 3, tiles={"WARP_SPECIALIZE": 1}),
     images("split_beyond_steps", 2, 16, 2, 2, 16, 1, 1, padding=0, tiles={"SPLIT": 7}),
     images("no_padding", 3, 16, 5, 4, 16, 3, 2, padding=0, bias=False),
     images("padding_over_filter", 2, 16, 3, 4, 16, 2, 3, padding=4),
