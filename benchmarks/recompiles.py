@@ -40,9 +40,9 @@ class Variant:
         return [f"{name}: {before[name]} -> {value}" for name, value in self.arguments if before[name] != value]
 
 
-def _compiled_for(value: Any, constant: bool) -> str:
+def _compiled_for(value: Any, constant: bool, specialized: bool = True) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(_compiled_for(v, constant) for v in value)})"
+        return f"({', '.join(_compiled_for(v, constant, specialized) for v in value)})"
     if isinstance(value, TensorDescriptor):
         return f"{value.base.dtype} {list(value.block_shape)}"
     if isinstance(value, Tensor):
@@ -50,16 +50,15 @@ def _compiled_for(value: Any, constant: bool) -> str:
     if constant or not isinstance(value, int) or isinstance(value, bool):
         return f"{value}"
     width = "" if -(2**31) <= value < 2**31 else " int64"
-    return ("1" if value == 1 else "16k" if value % 16 == 0 else "int") + width
+    return (("1" if value == 1 else "16k" if value % 16 == 0 else "int") if specialized else "any") + width
 
 
 def variant(kernel: Any, arguments: dict[str, Any]) -> Variant:
     """The code that a launch runs; an option of the compiler (``num_warps``) is a constant like others."""
     constants = {p.name for p in kernel.params if p.is_constexpr} | arguments.keys() - {p.name for p in kernel.params}
-    return Variant(
-        kernel.fn.__name__,
-        tuple((name, _compiled_for(value, name in constants)) for name, value in arguments.items()),
-    )
+    unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
+    values = ((n, _compiled_for(value, n in constants, n not in unspecialized)) for n, value in arguments.items())
+    return Variant(kernel.fn.__name__, tuple(values))
 
 
 def variants(batch: int, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> list[Variant]:

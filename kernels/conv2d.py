@@ -686,7 +686,7 @@ class Conv2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
         input, weight, output = saved
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Asked first what was said in the forward pass: in compiled code the gradient of what nobody took is not None.
+        # Asked first what was said in the forward pass: in compiled code the gradient of what nothing took is not None.
         handed_over = ctx.make_link and grad_link is not None
         wanted = [needs_input, needs_weight, needs_bias and not handed_over]
         masks = None if handed_over else output
@@ -846,14 +846,17 @@ def linked_conv2d(
         link: what this function returned beside ``input``, if it did.
 
     Returns:
-        The output, and its link: (K,) without a meaning of its own, or None where no Triton kernel ran. Both are to be handed
+        The output, and its link: (K,) without a meaning of its own, or None where no Triton kernel ran, and in compiled code,
+        which does not know whether anything takes it. Both are to be handed
         to one more convolution (this function, :func:`conv2d` or :func:`kernels.conv2d_relu_max_pool2d`), and nothing else may
         read the output: its gradient, if anybody should look at it, is the one before the ReLU.
 
     Raises:
         TypeError, ValueError: as :func:`conv2d`; ValueError for a link of another number of channels than ``input``'s.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", link, make_link=True)
+    # Of compiled code the gradient of a link that nothing took would be zeros, not None, and so say that it was taken.
+    make_link = not torch.compiler.is_compiling()
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", link, make_link=make_link)
 
 
 def _conv2d(

@@ -378,14 +378,14 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """Descriptors want 16-byte aligned memory; what is not is copied."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def dense_nhwc(tensor: Tensor) -> Tensor:
     """(N, C, H, W) as a dense (N, H, W, C) tensor, copied only if it is not so in memory."""
-    return _aligned(tensor.permute(0, 2, 3, 1).contiguous())
+    return aligned(tensor.permute(0, 2, 3, 1).contiguous())
 
 
 def _rows(nhwc: Tensor, images: int, columns: int) -> TensorDescriptor:

@@ -18,7 +18,6 @@ from . import conv2d_stem, conv2d_stem_pool
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_tensors, pair
-from .config import conv2d_wgrad_by_images
 from .conv2d import (
     check_link,
     conv2d_arguments,
@@ -27,6 +26,7 @@ from .conv2d import (
     gradients,
     new_gradients,
 )
+from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, new_output_like, nothing
@@ -85,10 +85,8 @@ def conv2d_relu_max_pool2d_fprop(
 def _reads_cells(
     input: Tensor, weight: Tensor, link: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
-    """Whether the weight gradient is :func:`kernels.conv2d_stem.wgrad`, and nothing else reads the input."""
-    return (
-        link is None and conv2d_stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(input.shape[0])
-    )
+    """Whether the weight gradient is read from the cells, whatever the batch, and nothing else reads the input."""
+    return link is None and conv2d_stem.takes(input, weight, stride, dilation, groups)
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
@@ -257,8 +255,9 @@ def conv2d_relu_max_pool2d(
         raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
     input, weight, bias = autocast_inputs(input, weight, bias)
     if cells:
-        images = _check_cells(input, weight, stride, padding, link)
+        images = _check_cells(input, weight, stride, padding, groups, link)
         steps = pair("stride", stride, 1)
+        input = aligned(input)
         if not (runs_triton(input) and conv2d_stem.takes(input, weight, steps, pair("dilation", dilation, 1), groups)):
             input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
@@ -304,10 +303,17 @@ def conv2d_relu_max_pool2d(
 
 
 def _check_cells(
-    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int] | str, link: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    groups: int,
+    link: Tensor | None,
 ) -> tuple[int, int, int, int]:
     """Refuse what :func:`kernels.space_to_depth` cannot have made; the size of the images whose cells ``input`` are."""
     check_tensors(input=input, weight=weight)
+    if weight.dim() != 4 or groups != 1:
+        raise ValueError(f"cells are for one group of filters (K, C, R, S), got weight {tuple(weight.shape)}, groups={groups}")
     step, other = pair("stride", stride, 1)
     if step != other or padding not in (0, (0, 0), [0, 0], "valid") or link is not None:
         raise ValueError(f"cells have one stride, their padding in them, and no link; got stride {stride}, padding {padding}")

@@ -23,6 +23,7 @@ from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_co
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import launch, needs_int64, new_output, strides
+from .overrides import overridable
 from .reduction import ColumnSums, sum_columns, vector_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -378,6 +379,20 @@ def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
 
 
+@torch.library.custom_op("alexnet_triton::space_to_depth", mutates_args=())
+def space_to_depth_cells(
+    input: Tensor, stride: int, padding: list[int], output_size: list[int], filter_size: list[int]
+) -> Tensor:
+    """:func:`cells_of`."""
+    return cells_of(input, stride, padding, output_size, filter_size)
+
+
+@space_to_depth_cells.register_fake
+def _(input, stride, padding, output_size, filter_size):
+    return new_cells(input, stride, cells_size(stride, output_size, filter_size))
+
+
+@overridable
 def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int, padding: int | Sequence[int] = 0) -> Tensor:
     """The cells of images that a strided convolution's filters see: what ``conv2d_relu_max_pool2d(..., cells=True)`` takes.
 
@@ -406,7 +421,7 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
     if min(output_size) < 1:
         raise ValueError(f"input {tuple(input.shape)} with padding {pads} is smaller than a filter of {filter_size}")
     if runs_triton(input):
-        return cells_of(input, step, pads, output_size, filter_size)
+        return space_to_depth_cells(input, step, list(pads), output_size, list(filter_size))
     rows, columns = cells_size(step, output_size, filter_size)
     below, right = (n * step - p - i for n, p, i in zip((rows, columns), pads, input.shape[2:], strict=True))
     padded = F.pad(input, (pads[1], right, pads[0], below))

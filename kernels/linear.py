@@ -365,9 +365,9 @@ def linear_epilogue_backward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`kernels.reduction.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
     m, n = grad_output.shape
-    dz, column_sums, unsummed = epilogue_backward(
-        grad_output.view(m, n, 1, 1), output, seed, p, write_dz=write_dz, sum_columns=sum_columns
-    )
+    grad_output = grad_output.view(m, n, 1, 1)
+    output = None if output is None else output.view(m, n, 1, 1)
+    dz, column_sums, unsummed = epilogue_backward(grad_output, output, seed, p, write_dz=write_dz, sum_columns=sum_columns)
     sum_vectors(unsummed)
     return dz.view(dz.shape[0], n), column_sums
 

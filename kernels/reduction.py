@@ -277,6 +277,8 @@ def epilogue_backward(
         back empty. And what is still to be summed for the second: nothing, or that vector, where there were too many rows for
         one program to walk down.
     """
+    if output is not None:  # saved tensors come back in other strides from some hooks
+        output = output.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     n, c, height, width = grad_output.shape
     rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
     step_n, step_c, step_p, step_q = grad_output.stride()

@@ -50,8 +50,10 @@ def kernel_names() -> set[str]:
 def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
     """Choose kernels and configurations as for a GPU of ``capability``; with ``interpreted`` False, not as the interpreter."""
     with contextlib.ExitStack() as stack:
+        for module in modules():
+            if "capability" in vars(module):
+                stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
         for module in (backend, config):
-            stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
             stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
         stack.enter_context(mock.patch.object(config, "_table_name", return_value=GPUS[capability]))
         yield
@@ -140,6 +142,8 @@ class Part:
 
 #: Only the compiler's options: neither in the interpreter nor in the semantics of the IR do they change anything.
 _OPTIONS = ("num_warps", "num_stages")
+#: What a layer's launches take along for the layer before it: only in a row of layers (tests/kernels/test_linked_conv2d.py).
+_OF_THE_NEIGHBOURS = ("RELU_GRAD", "HAS_VECTORS", "BLOCK_COLUMNS", "BLOCK_COLUMN_PARTS")
 Launches = list[tuple[str, dict[str, Any]]]
 
 
@@ -150,7 +154,8 @@ def _as_pairs(answer: Any) -> Any:
 def compiled_constants(kernel: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A launch's kernel and the arguments that are compiled into it."""
     annotations = kernel.fn.__annotations__
-    return kernel.fn.__name__, {n: v for n, v in arguments.items() if "constexpr" in str(annotations.get(n))}
+    constants = {n: v for n, v in arguments.items() if "constexpr" in str(annotations.get(n))}
+    return kernel.fn.__name__, {n: v for n, v in constants.items() if n not in _OF_THE_NEIGHBOURS}
 
 
 class Recorder:
@@ -188,7 +193,7 @@ class Recorder:
 
 
 #: Tiles that follow from a size and are no answer of the chooser.
-FOLLOWING = {("_space_to_depth_kernel", "BLOCK")}
+FOLLOWING = {("_space_to_depth_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK_PARTS")}
 
 
 def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -> frozenset[tuple[Any, ...]]:
@@ -233,7 +238,7 @@ def _walk(net: nn.Sequential, capability: int, dtype: torch.dtype, precision: st
     with Recorder() as recorder:
         for layer, run in _layers(net):
             if layer == "module":
-                x = call(run, x)
+                x, _ = call(run, x)
                 continue
 
             def part(phase: str, layer: str = layer, run: Run = run) -> Part:
@@ -248,7 +253,7 @@ def _walk(net: nn.Sequential, capability: int, dtype: torch.dtype, precision: st
             for phase, asked in ASKED.items():
                 for i, leaf in enumerate(leaves):
                     leaf.requires_grad_(i in asked)
-                y = call(run, x)
+                y, _ = call(run, x)
                 if phase == "both":
                     yield part("forward")
                 recorder.take()

@@ -198,6 +198,10 @@ def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], li
 # ------------------------------------------------------------------------------------------------------------- tests
 
 
+#: Kernels that may be one program at real sizes too: few rows, or few elements.
+_ONE_PROGRAM = ("_sum_parts_kernel", "_epilogue_backward_kernel")
+
+
 @contextlib.contextmanager
 def _as_in(part: Part) -> Iterator[None]:
     """Run the block with the part's configuration, and see that its launches are the part's and have several programs."""
@@ -215,7 +219,7 @@ def _as_in(part: Part) -> Iterator[None]:
         patch.setattr(launch, "run_launch", note)
         yield
     assert keys_of(part.choices, launched, part.dtype) == part.keys
-    assert [name for name, count in programs.items() if count == 1 and name != "_sum_parts_kernel"] == []
+    assert [name for name, count in programs.items() if count == 1 and name not in _ONE_PROGRAM] == []
 
 
 @pytest.fixture
@@ -319,6 +323,10 @@ def test_the_parts_are_those_of_the_table() -> None:
     table = config.read_table(name)
     answers = [c.tiles for p in all_parts() if (p.capability, p.batch) == (90, 128) for c in p.choices if c.tiles]
     for key, values in table.items():
+        if key.startswith(
+            ("conv2d_stem_fprop", "conv2d_stem_wgrad")
+        ):  # of a first layer without a pool, which is not AlexNet's
+            continue
         wanted = {n: v for n, v in values.items() if n != "IMAGES"}
         assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: nobody asked for {key}"
 

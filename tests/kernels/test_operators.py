@@ -11,8 +11,9 @@ import torch
 from ..conftest import DEVICE, own_devices
 
 # By name: the package's own functions hide the modules of the same name.
-conv, block, drop, lin, pool = (
-    import_module(f"kernels.{name}") for name in ("conv2d", "conv2d_relu_max_pool2d", "dropout", "linear", "max_pool2d")
+conv, block, stem, drop, lin, pool = (
+    import_module(f"kernels.{name}")
+    for name in ("conv2d", "conv2d_relu_max_pool2d", "conv2d_stem", "dropout", "linear", "max_pool2d")
 )
 
 
@@ -87,6 +88,7 @@ SAMPLES = {
             *([1, 1], [0, 0], [1, 1], 1, [7, 9], [3, 3], [2, 2], [0, 0], [True] * 3, True),
         ),
     ),
+    "space_to_depth_cells": lambda: (stem.space_to_depth_cells, (_randn(2, 1, 27, 23), 4, [1, 1], [5, 4], [11, 11])),
     "max_pool2d_fprop": lambda: (
         pool.max_pool2d_fprop,
         (_randn(2, 4, 7, 9, grad=True), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
@@ -118,7 +120,7 @@ SAMPLES = {
 
 
 def test_every_operator_has_a_sample() -> None:
-    modules = (conv, block, drop, lin, pool)
+    modules = (conv, block, stem, drop, lin, pool)
     operators = {n for m in modules for n, v in vars(m).items() if isinstance(v, torch.library.CustomOpDef)}
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
