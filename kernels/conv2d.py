@@ -602,7 +602,7 @@ def new_gradients(
     dtype, device = grad_output.dtype, grad_output.device
     needs_input, needs_weight, needs_bias = wanted
     dx = new_output(input_size, dtype, device, channels_last=True) if needs_input else nothing(grad_output)
-    dw = torch.empty_like(weight) if needs_weight else nothing(grad_output)
+    dw = new_output_like(weight) if needs_weight else nothing(grad_output)
     d_bias = new_output((weight.shape[0] if needs_bias else 0,), dtype, device)
     return dx, dw, d_bias, new_output((input_size[1] if needs_input and linked else 0,), dtype, device)
 

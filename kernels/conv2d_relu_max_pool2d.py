@@ -29,7 +29,7 @@ from .conv2d import (
 from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
 from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
-from .launch import new_output, new_output_like, nothing
+from .launch import new_output, nothing
 from .max_pool2d import (
     check_positions_written,
     max_pool2d_fprop,
@@ -128,8 +128,7 @@ def conv2d_relu_max_pool2d_backward(
     if cells is not None and needs_weight and not needs_input:
         window = (conv_size, kernel_size, pool_stride, pool_padding, position.shape[2:])
         if conv2d_stem_pool.takes("wgrad", cells, weight, stride, dilation, groups, *window):
-            dx, _, d_bias, d_link = new_gradients(grad_output, input_size, weight, wanted, linked)
-            dw = new_output_like(weight)
+            dx, dw, d_bias, d_link = new_gradients(grad_output, input_size, weight, wanted, linked)
             conv2d_stem_pool.wgrad(grad_output, position, cells, dw, d_bias if needs_bias else None, stride[0], conv_size)
             return dx, dw, d_bias, d_link
     unpooled_size = [input_size[0], weight.shape[0], *conv_size]
