@@ -24,7 +24,7 @@ from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import launch, needs_int64, new_output, strides
 from .overrides import overridable
-from .reduction import ColumnSums, sum_columns, vector_arguments
+from .reduction import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -284,26 +284,24 @@ def _unfold_filter_kernel(
     One program owns BLOCK elements; those after the last element own vectors'.
     """
     pid = program_id(0, WIDE)
-    if HAS_VECTORS:
+    if pid < tl.cdiv(elements, BLOCK):
+        o_e = pid * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
+        m_e = o_e < elements
+        o_k = o_e % K
+        o_c = o_e // K % C
+        o_s = o_e // K // C % S
+        o_r = o_e // K // C // S
+        o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
+        p_in = partial_ptr + ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
+        part = FOLD_BLOCKS * 3 * BLOCK_M * K  # elements from one to the next
+        b_total = sum_over_parts(p_in, part, SPLIT, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
+        p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
+        tl.store(p_dw, cast(b_total, dw_ptr.dtype.element_ty), mask=m_e)
+    elif HAS_VECTORS:
         sum_columns(
             pid, vector_partial_ptrs, vector_out_ptrs, vector_parts, vector_columns, vector_first_blocks, tl.float32,
             BLOCK_COLUMNS, BLOCK_COLUMN_PARTS,
         )  # fmt: skip
-    o_e = pid * BLOCK + tl.arange(0, BLOCK)  # (r, s, c, k), k fastest, as the parts are read
-    m_e = o_e < elements
-    o_k = o_e % K
-    o_c = o_e // K % C
-    o_s = o_e // K // C % S
-    o_r = o_e // K // C // S
-    o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
-    o_in = ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
-    acc = tl.zeros((BLOCK_PARTS, BLOCK), dtype=tl.float32)
-    for i in range(0, SPLIT, BLOCK_PARTS):
-        o_part = i + tl.arange(0, BLOCK_PARTS)
-        p_in = partial_ptr + o_part[:, None] * (FOLD_BLOCKS * 3 * BLOCK_M * K) + o_in[None, :]
-        acc += tl.load(p_in, mask=(o_part < SPLIT)[:, None] & m_e[None, :], other=0.0)
-    p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
-    tl.store(p_dw, cast(tl.sum(acc, axis=0), dw_ptr.dtype.element_ty), mask=m_e)
 
 
 # ------------------------------------------------------------------------------------------------- what they can take
