@@ -183,18 +183,28 @@ def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
             )
 
 
+def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What training needs to go on from ``checkpoint``.
+
+    Raises:
+        CheckpointError: it holds weights only.
+    """
+    if checkpoint.training is None:
+        raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
+    return checkpoint.training
+
+
 def check_configuration(checkpoint: Checkpoint, here: Mapping[str, object]) -> dict[str, Any]:
-    """What training needs to go on from ``checkpoint``, which must have been trained as ``here`` says.
+    """:func:`training_state` of ``checkpoint``, which must have been trained as ``here`` says.
 
     Raises:
         CheckpointError: it holds weights only, or something in ``here`` differs.
     """
-    if checkpoint.training is None:
-        raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
-    there = checkpoint.training.get("configuration")
+    state = training_state(checkpoint)
+    there = state.get("configuration")
     if not isinstance(there, dict):
         raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or no dict")
     for key, value in here.items():
         if there.get(key) != value:
             raise CheckpointError(f"{checkpoint.path}: was trained with {key} {there.get(key)}, this run has {value}")
-    return checkpoint.training
+    return state

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
-from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint
+from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
 from .data import DataError, load_fashion_mnist
 from .distributed import Processes, joined
 from .explain import explain
@@ -220,10 +220,8 @@ def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
 
 def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[str, Any]:
     """The parameters of ``train``: those of the run in ``checkpoint``, apart from what is given on the command line."""
-    if checkpoint.training is None:
-        raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
     options = dict(context.params)
-    saved = checkpoint.training.get("options", {})
+    saved = training_state(checkpoint).get("options", {})
     if unknown := [name for name in saved if name not in options]:
         raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
     for name, value in saved.items():
