@@ -7,6 +7,7 @@ rules.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -343,6 +344,14 @@ class Tuned:
     times: list[tuple[float, Candidate]]
 
 
+@contextlib.contextmanager
+def _configured(candidate: Candidate) -> Iterator[None]:
+    """Run the block as ``candidate`` says and else by the rules. Two kernels in place of one: as the tables have each."""
+    rules = contextlib.nullcontext() if candidate == {"FUSED": 0} else config.untuned()
+    with rules, config.override(**candidate):
+        yield
+
+
 def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     """Verify and time every candidate of ``job``.
 
@@ -355,26 +364,25 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * exact.abs().max().item()
     wrong: list[str] = []
     times: list[tuple[float, Candidate]] = []
-    with config.untuned():
-        candidates = [{}, *job.candidates()]
-        for candidate in candidates:
-            with config.override(**candidate):
-                try:
-                    for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
-                        error = (_run(job, tensors).float() - exact).abs().max().item()
-                        if not error <= allowed:
-                            raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
-                    times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
-                except Exception as error:  # whatever a candidate cannot do, another may
-                    wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
-        rule_ms = times[0][0]
-        # The best few again, longer: a median over a dozen runs is not sure enough.
-        finalists = sorted(times[1:], key=lambda timed: timed[0])[:3]
-        again = []
-        for _, candidate in finalists:
-            with config.override(**candidate):
-                again.append((_milliseconds(lambda: _run(job, tensors), 4 * milliseconds), candidate))
-        best_ms, best = min(again, key=lambda timed: timed[0])
+    candidates = [{}, *job.candidates()]
+    for candidate in candidates:
+        with _configured(candidate):
+            try:
+                for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
+                    error = (_run(job, tensors).float() - exact).abs().max().item()
+                    if not error <= allowed:
+                        raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
+                times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
+            except Exception as error:  # whatever a candidate cannot do, another may
+                wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
+    rule_ms = times[0][0]
+    # The best few again, longer: a median over a dozen runs is not sure enough.
+    finalists = sorted(times[1:], key=lambda timed: timed[0])[:3]
+    again = []
+    for _, candidate in finalists:
+        with _configured(candidate):
+            again.append((_milliseconds(lambda: _run(job, tensors), 4 * milliseconds), candidate))
+    best_ms, best = min(again, key=lambda timed: timed[0])
     peer_ms = _milliseconds(lambda: _reference(job, tensors), milliseconds)
     return Tuned(job, rule_ms, best_ms, peer_ms, best, wrong, sorted(times, key=lambda timed: timed[0]))
 
@@ -386,9 +394,9 @@ def _compile_share(share: int, shares: int, work: list[Job], dtype: torch.dtype)
         kernel.warmup(grid=grid, **arguments)
 
     every = [(job, candidate) for job in work for candidate in job.candidates()]
-    with config.untuned(), launch.record_launches(compile_only):
+    with launch.record_launches(compile_only):
         for job, candidate in every[share::shares]:
-            with config.override(**candidate):
+            with _configured(candidate):
                 try:
                     _run(job, _tensors(job.layer, job.batch, dtype))
                 except Exception:  # it fails again, and is reported, when it is its turn

@@ -117,3 +117,11 @@ def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(
         assert (kernel in launches) == bool(fused)
         assert torch.equal(ours.float(), exact)
     tune._positions_and_cells.cache_clear()
+
+
+def test_two_kernels_in_place_of_one_are_timed_as_their_tables_have_them(tables: Path) -> None:
+    _write(tables, {"a shape": {"num_stages": 2}})
+    config.read_table.cache_clear()
+    for candidate, values in (({"FUSED": 0}, {"num_stages": 2}), ({"FUSED": 1}, {}), ({}, {})):
+        with tune._configured(candidate):
+            assert config.tuned(torch.device("cpu"), "a shape") == values
