@@ -176,7 +176,7 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
     return max(useful_flops / (target.tflops * 1e6), moved_bytes / (target.tbps * 1e6))
 
 
-def _pass(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str:
+def pass_of(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str:
     """``linear_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``.
 
     The operator of a convolution's backward pass launches all of it: there the kernel tells.
@@ -191,7 +191,7 @@ def _pass(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str:
     return "epilogue" if "epilogue" in name else name.rsplit("_", 1)[-1]
 
 
-class _Layer:
+class LayerMarker:
     """Which layer is running: set before each run of the forward pass, and by a hook before its node of the backward pass."""
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ def _images(dtype: torch.dtype) -> Callable[[int], Tensor]:
 def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[list[Record], dict[str, Any]]:
     """The step on the Triton kernels: a record a launch, and totals."""
     target = TARGETS[arch]
-    layer = _Layer()
+    layer = LayerMarker()
     name = str(dtype).removeprefix("torch.")
     records: list[Record] = []
 
@@ -285,7 +285,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
         records.append(
             Record(
                 layer=layer.name,
-                pass_=_pass(count.current, compiled.kernel, arguments),
+                pass_=pass_of(count.current, compiled.kernel, arguments),
                 kernel=compiled.kernel,
                 arch=arch,
                 dtype=name,

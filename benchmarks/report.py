@@ -172,7 +172,7 @@ def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**
 
 
 @contextmanager
-def _float32_on_tensor_cores() -> Iterator[None]:
+def float32_on_tensor_cores() -> Iterator[None]:
     """TF32 for both implementations, and cuDNN free to choose its fastest algorithm."""
     backends: Any = torch.backends  # some of its attributes are made at run time
     conv, matmul, benchmark = backends.cudnn.conv, backends.cuda.matmul, backends.cudnn.benchmark
@@ -394,7 +394,7 @@ def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 819
     report = Report(settings, out, console)
     console.print_json(json.dumps(report.content["environment"]))
     # Inductor may free what a backward pass needs as it runs; here one is run many times over.
-    with _float32_on_tensor_cores(), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
+    with float32_on_tensor_cores(), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
         report.content["ceilings"] = measure_ceilings(settings, ceiling_size, copy_bytes)
         forward, step = network_flops(settings.network, 1)
         parameters = sum(p.numel() for p in settings.network.reference().parameters())

@@ -181,7 +181,7 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
 
 def test_inductor_can_ask_for_the_precision_it_is_given() -> None:
     """torch 2.11 raises where the newer switch alone was set; Inductor asks while it tunes."""
-    with report._float32_on_tensor_cores():
+    with report.float32_on_tensor_cores():
         assert torch.get_float32_matmul_precision() == "high"
         assert (conv_input_precision(torch.float32), matmul_input_precision(torch.float32)) == ("tf32", "tf32")
 

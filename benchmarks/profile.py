@@ -1,0 +1,188 @@
+"""Where the time of a step goes: every kernel of it, in order, beside its floor.
+
+``python -m benchmarks.profile [--batch 128] [--mode train] [--impl ours]`` captures a training step or a forward pass as a
+CUDA graph, replays it under the profiler and prints the median of each kernel. Ours are named by layer and pass, with the floor
+that ``python -m benchmarks.audit`` gives their launch; what PyTorch launches stands under its own names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from kernels import launch
+from kernels.config import gpu_slug
+
+from .audit import TARGETS, LayerMarker, OperatorCount, floor_us, pass_of
+from .cases import to_channels_last
+from .networks import ALEXNET, OURS, PEERS, Built, batch_of, build, step_function
+from .report import DTYPES, RESULTS, float32_on_tensor_cores
+from .timing import CudaTimer, captured, own_stream
+from .work import fewest_bytes, flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """One Triton launch as it was made: what a kernel event of the profiler does not know."""
+
+    layer: str
+    pass_: str
+    kernel: str
+    floor_us: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel of a step: median microseconds over the replays, and its floor where it is ours."""
+
+    layer: str
+    pass_: str
+    kernel: str
+    us: float
+    floor_us: float | None
+
+
+def match(launches: Sequence[Noted], replays: Sequence[Sequence[tuple[str, float]]]) -> list[Row]:
+    """Give each kernel of the replays, (name, microseconds) in the order they ran, the layer and pass of its launch.
+
+    Raises:
+        ValueError: the replays differ, or a launch is not among their kernels: the profiler lost events.
+    """
+    names = [[name for name, _ in replay] for replay in replays]
+    if not names or any(other != names[0] for other in names):
+        raise ValueError(f"the replays did not run the same kernels: {sorted({len(n) for n in names})} of them")
+    waiting, rows = list(launches), []
+    for i, name in enumerate(names[0]):
+        us = statistics.median(replay[i][1] for replay in replays)
+        if waiting and waiting[0].kernel == name:
+            noted = waiting.pop(0)
+            rows.append(Row(noted.layer, noted.pass_, name, us, noted.floor_us))
+        else:
+            rows.append(Row("PyTorch", "", name, us, None))
+    if waiting:
+        raise ValueError(f"no kernel event of the launch of {waiting[0].kernel} ({waiting[0].layer})")
+    return rows
+
+
+@contextmanager
+def noted_launches(arch: str, dtype: torch.dtype, layer: LayerMarker) -> Iterator[list[Noted]]:
+    """The launches that are made and run inside the block, in order."""
+    launches: list[Noted] = []
+    run_launch = launch.run_launch
+    count = OperatorCount()
+
+    def note_and_run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        name = kernel.fn.__name__
+        useful, _ = flops(name, grid, arguments)
+        floor = floor_us(TARGETS[arch], dtype, useful, fewest_bytes(launch.tensors_of(arguments))) if arch in TARGETS else None
+        launches.append(Noted(layer.name, pass_of(count.current, name, arguments), name, floor))
+        run_launch(kernel, grid, arguments)
+
+    with mock.patch.object(launch, "run_launch", note_and_run), count:
+        yield launches
+
+
+def _replays(replay: Callable[[], object], times: int) -> list[list[tuple[str, float]]]:
+    """Kernel events of ``times`` replays, in order, cut into replays."""
+    from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(times):
+            replay()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    kernels = [(e.name, float(e.device_time)) for e in events]
+    size, rest = divmod(len(kernels), times)
+    if rest or not kernels:
+        raise ValueError(f"{len(kernels)} kernel events of {times} replays: the profiler lost some")
+    return [kernels[i : i + size] for i in range(0, len(kernels), size)]
+
+
+def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str, times: int = 20) -> tuple[list[Row], float]:
+    """Rows of one step, and the microseconds of one replay from start to end (the gaps between kernels are in it)."""
+    device = torch.device("cuda")
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    with float32_on_tensor_cores(), own_stream(device):
+        torch.manual_seed(0)
+        built = build(ALEXNET, implementation, dtype, device)
+        images, labels = batch_of(ALEXNET, batch, torch.float32 if built.autocast else dtype, device)
+        if built.images == torch.channels_last:
+            images = to_channels_last(images)
+        layer = LayerMarker()
+        if implementation == OURS:
+            module: Any = built.module
+            marked = Built(lambda x: layer.forward(module, x), module, built.autocast, built.images)
+            with noted_launches(arch, dtype, layer) as launches:
+                step_function(marked, dtype, mode, images, labels)()
+            torch.cuda.synchronize()
+        else:
+            launches = []
+        replay = captured(step_function(built, dtype, mode, images, labels), device)
+        whole = CudaTimer()(replay).ms * 1e3
+        return match(launches, _replays(replay, times)), whole
+
+
+def print_rows(rows: list[Row], whole: float, console: Console) -> None:
+    """All kernels in order, then the sums by kernel."""
+    table = Table(title="kernels of a step, in order", title_justify="left")
+    for name in ("layer", "pass", "kernel"):
+        table.add_column(name, no_wrap=True, max_width=60)
+    for name in ("us", "floor, us", "of the floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        floor = ("", "") if not r.floor_us else (f"{r.floor_us:.1f}", f"{r.floor_us / r.us:.0%}")
+        table.add_row(r.layer, r.pass_, r.kernel.strip("_").removesuffix("_kernel")[:60], f"{r.us:.1f}", *floor)
+    console.print(table)
+    busy = sum(r.us for r in rows)
+    console.print(f"{len(rows)} kernels, {busy:.0f} us in them; a replay with a cold L2 cache takes {whole:.0f} us")
+
+
+def main() -> None:
+    """Profile on the CUDA GPU of this machine."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--mode", default="train", choices=["train", "infer"])
+    parser.add_argument("--impl", default=OURS, choices=[OURS, *PEERS])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <gpu>-profile.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("profile: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
+    rows, whole = profile_step(arguments.impl, DTYPES[arguments.dtype], arguments.batch, arguments.mode)
+    print_rows(rows, whole, Console(width=None if sys.stdout.isatty() else 140))
+    path = arguments.out / f"{gpu_slug(torch.cuda.get_device_name())}-profile.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    name = "-".join((arguments.impl, arguments.dtype, f"N{arguments.batch}", arguments.mode))
+    content[name] = {
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "replay_us": round(whole, 1),
+        "kernels": [
+            {"layer": r.layer, "pass": r.pass_, "kernel": r.kernel, "us": round(r.us, 2)}
+            | ({} if r.floor_us is None else {"floor_us": round(r.floor_us, 2)})
+            for r in rows
+        ],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
