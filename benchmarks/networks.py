@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alexnet_triton import AlexNet, fuse, reference_alexnet
 
-from .cases import to_channels_last
+from .cases import to_channels_last, unit
 
 #: name -> (memory format, autocast over float32 parameters, torch.compile mode or None). Peers without autocast have
 #: parameters in the dtype itself, as ours have: the faster choice is the peer to beat.
@@ -184,7 +184,7 @@ def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str
     theirs = _results(peer, peer, compared, images.to(dtype), labels)
     for name, value in truth.items():
         error, peer_error = ((r[name].double() - value).norm().item() for r in (ours, theirs))
-        allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * value.norm().item()
+        allowed = 2 * peer_error + 0.5 * unit(dtype) * value.norm().item()
         if not error <= allowed:
             raise AssertionError(f"{name}: error {error:.3e} in norm against float64, allowed {allowed:.3e}")
 
