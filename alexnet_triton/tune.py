@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from kernels import config, conv2d_stem, launch
+from kernels.config import cdiv
 from kernels.conv2d import dgrad, fprop, wgrad
 
 from .training import float32_products
@@ -167,7 +168,7 @@ def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         elements = (block_m + (n1 + n2) * together) * block_k
         if not _fits(elements, stages, accumulators, warps) or (stages > 3 and block_k > 64):
             continue
-        programs = triton.cdiv(k, block_m) * (c // (n1 + n2)) * triton.cdiv(positions, together)
+        programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
         values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         # How many programs one multiprocessor holds at once, and a little more and less than that.
         held = min(2, config.SHARED_BYTES // (stages * elements * 2))
@@ -181,7 +182,7 @@ def _stem_fprop(columns: int) -> Iterator[Candidate]:
     ):
         values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
         if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < config.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
 def _stem_wgrad(n: int) -> Iterator[Candidate]:
@@ -201,7 +202,7 @@ def _stem_pool_fprop(columns: int) -> Iterator[Candidate]:
     ):
         values = {"FUSED": 1, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32, "BLOCK_K2": 16}
         if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < config.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
 def _stem_pool_wgrad() -> Iterator[Candidate]:

@@ -28,7 +28,7 @@ from .conv2d import (
 )
 from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
-from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, nothing
 from .max_pool2d import (
     check_positions_written,
@@ -76,8 +76,9 @@ def conv2d_relu_max_pool2d_fprop(
         )
     else:
         unpooled = fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True, cells)
-        pooled, position, _ = max_pool2d_fprop(
-            unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
+        pooled, position, _ = call_operator(
+            *(max_pool2d_fprop, unpooled),
+            *(kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False),
         )
     return pooled, position, nothing(input) if made is None else made
 
@@ -161,7 +162,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
 
     @staticmethod
     def forward(*inputs):
-        return conv2d_relu_max_pool2d_fprop(*inputs)
+        return call_operator(conv2d_relu_max_pool2d_fprop, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -182,8 +183,8 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor | None, Tensor | None, Tensor, Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
         wanted = list(ctx.needs_input_grad[:3])
-        results = conv2d_relu_max_pool2d_backward(
-            grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
+        results = call_operator(
+            conv2d_relu_max_pool2d_backward, grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
         )
         wanted.append(ctx.linked and wanted[0])
         return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 12
@@ -280,7 +281,8 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     kernel_size, pool_steps, pads, _ = window
-    pooled, *_ = Conv2dReLUMaxPool2dFunction.apply(
+    pooled, *_ = apply_function(
+        Conv2dReLUMaxPool2dFunction,
         batched,
         weight,
         bias,

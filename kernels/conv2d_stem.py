@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
-from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
+from .config import cdiv, conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config, next_power_of_2
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import launch, needs_int64, new_output, strides
@@ -319,7 +319,7 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
         and max(dilation) == 1
         and stride[1] == step
         and step > 1
-        and triton.cdiv(r, step) == 3
+        and cdiv(r, step) == 3
         and depth % 8 == 0
         and fold(c, s, step) in (48, 144)
         and k % 8 == 0
@@ -329,7 +329,7 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
 
 def fold(channels: int, filter_width: int, stride: int) -> int:
     """Positions of a filter row after folding: its cells of stride x stride x channels."""
-    return triton.cdiv(filter_width, stride) * stride * stride * channels
+    return cdiv(filter_width, stride) * stride * stride * channels
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -358,7 +358,7 @@ def _space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Se
         STRIDE=stride,
         WS=size[1],
         WIDE=needs_int64(input, out),
-        BLOCK=triton.next_power_of_2(row),
+        BLOCK=next_power_of_2(row),
         num_warps=4,
     )
     return out
@@ -444,7 +444,7 @@ def cells_of(
 
 def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:
     """Rows and columns of cells."""
-    return [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
+    return [o + cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
 
 
 def fold_filter(weight: Tensor, stride: int) -> Tensor:
@@ -455,7 +455,7 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
     config = elementwise_config(filters.numel())
     launch(
         _fold_filter_kernel,
-        (triton.cdiv(filters.numel(), config["BLOCK"]),),
+        (cdiv(filters.numel(), config["BLOCK"]),),
         w_ptr=weight,
         out_ptr=filters,
         elements=filters.numel(),
@@ -489,7 +489,7 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, outpu
 
     launch(
         _conv2d_stem_kernel,
-        (p * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        (p * cdiv(n, m) * cdiv(q, columns) * cdiv(k, n1 + n2),),
         x_desc=patches(cells, folded, q, [m, k1]),
         x2_desc=patches(cells, folded, q, [m, k2 or k1]),
         w_desc=filter_blocks(n1, k1),
@@ -522,7 +522,7 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[
     config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-    fold_blocks = triton.cdiv(folded, m)
+    fold_blocks = cdiv(folded, m)
     z = dense_nhwc(dz)
     partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dz.device)
 
@@ -531,7 +531,7 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[
 
     launch(
         _conv2d_stem_wgrad_kernel,
-        (fold_blocks * triton.cdiv(k, n1 + n2), split),
+        (fold_blocks * cdiv(k, n1 + n2), split),
         x_desc=patches(cells, folded, q, [images, m]),
         z_desc=gradients(n1),
         z2_desc=gradients(n2 or n1),
@@ -558,7 +558,7 @@ def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSum
     k, c, r, s = dw.shape
     split, fold_blocks, _, m, _ = partial.shape
     block = 64
-    vector_values, programs = vector_arguments(vectors, triton.cdiv(dw.numel(), block))
+    vector_values, programs = vector_arguments(vectors, cdiv(dw.numel(), block))
     launch(
         _unfold_filter_kernel,
         (programs,),

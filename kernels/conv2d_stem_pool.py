@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import conv2d_stem
 from .backend import capability
-from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_config
+from .config import cdiv, conv2d_stem_pool_config, conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_config
 from .conv2d_descriptor import dense_nhwc
 from .device import cast, dot, program_id, relu
 from .launch import launch, needs_int64, new_output, strides
@@ -476,7 +476,7 @@ def fprop(
 
     launch(
         _conv2d_stem_pool_kernel,
-        (triton.cdiv(p, config["ROWS"]) * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        (cdiv(p, config["ROWS"]) * cdiv(n, m) * cdiv(q, columns) * cdiv(k, n1 + n2),),
         x_desc=patches(k1),
         x2_desc=patches(k2 or k1),
         w_desc=filter_blocks(n1, k1),
@@ -527,7 +527,7 @@ def wgrad(
     config = conv2d_stem_pool_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-    fold_blocks = triton.cdiv(folded, m)
+    fold_blocks = cdiv(folded, m)
     grads, positions = dense_nhwc(grad_output), dense_nhwc(position)
     partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dw.device)
     bias_partial = None if d_bias is None else new_output((split, k), torch.float32, dw.device)
@@ -535,10 +535,10 @@ def wgrad(
     def windows(of: Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor(of, [p, q, n, k], [q * k, k, p * q * k, 1], [1, 1, images, columns])
 
-    cell_columns = triton.cdiv(conv_size[1], 2)
+    cell_columns = cdiv(conv_size[1], 2)
     launch(
         _conv2d_stem_pool_wgrad_kernel,
-        (fold_blocks * triton.cdiv(k, n1 + n2), split),
+        (fold_blocks * cdiv(k, n1 + n2), split),
         x_desc=conv2d_stem.patches(cells, folded, conv_size[1], [images, m]),
         dy_desc=windows(grads, n1),
         dy2_desc=windows(grads, n2 or n1),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import runs_triton
-from .config import sgd_config
+from .config import cdiv, sgd_config
 from .device import cast, fma, program_id
 from .launch import launch, needs_int64
 
@@ -163,7 +163,7 @@ def _launch_sgd(
 ) -> None:
     elements = tuple(p.numel() for p in params)
     config = sgd_config(max(elements))
-    blocks = [triton.cdiv(count, config["BLOCK"]) for count in elements]
+    blocks = [cdiv(count, config["BLOCK"]) for count in elements]
     launch(
         _sgd_kernel,
         (sum(blocks),),
