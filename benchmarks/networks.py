@@ -121,7 +121,7 @@ def step_function(built: Built, dtype: torch.dtype, mode: str, images: Tensor, l
 
         return infer
     built.module.train()
-    optimizer = torch.optim.SGD(built.module.parameters(), lr=1e-3, foreach=True)
+    optimizer = torch.optim.SGD(built.module.parameters(), lr=1e-3, fused=True)  # the fastest of PyTorch's, for everybody
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
