@@ -25,7 +25,7 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
+    return 1 << max(int(n) - 1, 0).bit_length()  # a NumPy integer has no such method
 
 
 # A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
@@ -272,7 +272,7 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
         positions = 2
         block_m = 256 if k % 256 == 0 else 128
     area = block_m * (block_n + block_n2) * positions
-    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "WARP_SPECIALIZE": 0}
+    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
     config |= {"BLOCK_K": _tile(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(k, 16, 128), "num_stages": 1}
@@ -301,13 +301,13 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_pool_fused(device: torch.device, pass_: str, n: int, p: int, q: int, fold: int, k: int) -> bool:
-    """Whether such a layer and its 3 x 3 pool run as one kernel in ``"fprop"`` or ``"wgrad"``; p x q windows.
+def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
+    """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
 
     With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
     """
     config = {"FUSED": int(fold == 48)}
-    config |= _known(config, tuned(device, conv2d_key(f"conv2d_stem_pool_{pass_}", n, p, q, fold, k, 3, 1)))
+    config |= _known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
     return bool(_apply_overrides(config)["FUSED"])
 
 
@@ -339,21 +339,6 @@ def conv2d_stem_pool_config(
 
     strips = min(range(1, min(q, 16) + 1), key=columns_one_after_another)
     return config | _apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
-
-
-def conv2d_stem_pool_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of such a layer's weight gradient with the pool's: as :func:`conv2d_stem_wgrad_config`, p x q windows."""
-    # Narrow: beside the accumulators stand the gradients and positions of four windows.
-    block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if INTERPRETED:
-        config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
-    config = _apply_overrides(config | _known(config, measured))
-    programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    steps = (p + 1) * (q + 1) * cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, 2 * _MULTIPROCESSORS // programs)  # two programs run on a multiprocessor at once
-    return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
 
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ What is a tile? A product's rows are output pixels, and for each filter position
   out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
-With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration can choose it; no rule does.
+With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration of the first two can choose it.
 
 On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
 flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor
@@ -306,7 +306,6 @@ def _conv2d_images_wgrad_kernel(
     S: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -353,7 +352,7 @@ def _conv2d_images_wgrad_kernel(
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
     first = (pid_split * steps_per_split).to(tl.int32)
     last = tl.minimum(first + steps_per_split, steps)
-    for i in tl.range(first, last, warp_specialize=WARP_SPECIALIZE):
+    for i in range(first, last):
         n0 = i % blocks_n * BLOCK_K
         q = q_low + i // blocks_n % tl.maximum(columns, 1)
         p = p_low + i // blocks_n // tl.maximum(columns, 1)

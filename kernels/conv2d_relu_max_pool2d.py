@@ -69,7 +69,7 @@ def conv2d_relu_max_pool2d_fprop(
     made = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
     cells = input if input_is_cells else made
     window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
-    if conv2d_stem_pool.takes("fprop", input, weight, stride, dilation, groups, *window):
+    if conv2d_stem_pool.takes(input, weight, stride, dilation, groups, *window):
         patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
         pooled, position = conv2d_stem_pool.fprop(
             patches, weight, bias, stride[0], conv_size, pool_size, channels_last, write_position
@@ -126,12 +126,6 @@ def conv2d_relu_max_pool2d_backward(
     Either ``input`` or its ``cells`` are there.
     """
     needs_input, needs_weight, needs_bias = wanted
-    if cells is not None and needs_weight and not needs_input:
-        window = (conv_size, kernel_size, pool_stride, pool_padding, position.shape[2:])
-        if conv2d_stem_pool.takes("wgrad", cells, weight, stride, dilation, groups, *window):
-            dx, dw, d_bias, d_link = new_gradients(grad_output, input_size, weight, wanted, linked)
-            conv2d_stem_pool.wgrad(grad_output, position, cells, dw, d_bias if needs_bias else None, stride[0], conv_size)
-            return dx, dw, d_bias, d_link
     unpooled_size = [input_size[0], weight.shape[0], *conv_size]
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     dz, d_bias, unsummed = pool_backward(

@@ -175,8 +175,9 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
     order = list(dict.fromkeys((r["section"], r["impl"]) for r in content["rows"]))
     position = {key: i for i, key in enumerate(order)}
     assert position["step", "ours"] == 0
-    assert position["step", "compile_default"] < position["step", "compile_max_autotune"] < position["plain", "ours"]
-    assert position["plain", "ours"] < position["fused", "ours"] < position["plain", "torch_compile"]
+    assert position["step", "compile_default"] < position["plain", "ours"] < position["fused", "ours"]
+    # Inductor tunes for minutes: after what is most telling.
+    assert position["fused", "ours"] < position["step", "compile_max_autotune"] < position["plain", "torch_compile"]
 
 
 def test_inductor_can_ask_for_the_precision_it_is_given() -> None:
