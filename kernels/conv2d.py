@@ -884,7 +884,7 @@ def _conv2d(
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
     output, new_link = apply_function(
-        Conv2dFunction, batched, weight, bias, link, strides, before, dilations, groups, size, fuse_relu, make_link
+        Conv2dFunction, batched, weight, bias, link, strides, before, dilations, int(groups), size, fuse_relu, make_link
     )
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 

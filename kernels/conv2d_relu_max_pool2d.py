@@ -284,7 +284,7 @@ def conv2d_relu_max_pool2d(
         strides,
         before,
         dilations,
-        groups,
+        int(groups),
         conv_size,
         kernel_size,
         pool_steps,

@@ -159,7 +159,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
 
         def __call__(self, function: Callable[[], object]) -> Timing:
             self.calls += 1
-            if self.calls == 20:
+            if self.calls == (20 if DEVICE == "cpu" else 30):  # graphs are timed too on a GPU
                 raise KeyboardInterrupt
             return super().__call__(function)
 
