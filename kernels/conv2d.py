@@ -399,7 +399,10 @@ def dgrad(
     """
     if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
         return conv2d_descriptor.dgrad(dz, weight, input_size, padding, relu_output)
-    dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
+    if conv2d_stem.takes_dgrad(dz, weight, stride, dilation, groups):
+        dx = conv2d_stem.dgrad(dz, weight, input_size, stride[0], padding)
+    else:
+        dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
     if relu_output is None:
         return dx, nothing(dx), []
     return epilogue_backward(dx, relu_output, write_dz=True, sum_columns=True)

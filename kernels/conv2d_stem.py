@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import conv2d_descriptor
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
 from .config import cdiv, conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config, next_power_of_2
@@ -511,6 +512,35 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, outpu
         **config,
     )
     return y
+
+
+def takes_dgrad(dz: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether :func:`dgrad` runs the input's gradient: as :func:`takes`, with channels of cells that its kernels take."""
+    return (
+        takes(dz, weight, stride, dilation, groups) and weight.shape[0] % 16 == 0 and weight.shape[1] * stride[0] ** 2 % 16 == 0
+    )
+
+
+def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, padding: Sequence[int]) -> Tensor:
+    """Gradient of the input, channels-last ``input_size``: that of the cells, a convolution of stride 1, taken apart again.
+
+    A filter over pixels of one channel would leave fifteen of the sixteen columns of the smallest tile unused.
+    """
+    n, c, h, w = input_size
+    k, _, r, s = weight.shape
+    rows, columns = cells_size(stride, dz.shape[2:], (r, s))
+    # (3, K, columns * depth) as NHWC filters over the cells.
+    filters = fold_filter(weight, stride).view(3, k, cdiv(s, stride), stride * stride * c).transpose(0, 1).contiguous()
+    d_cells, *_ = conv2d_descriptor.dgrad(
+        dz, filters.permute(0, 3, 1, 2), (n, stride * stride * c, rows, columns), (0, 0), None
+    )
+    padded = depth_to_space(d_cells.permute(0, 2, 3, 1), c, stride)
+    seen = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
+    dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
+    if seen.shape != dx.shape:  # the last pixels may be ones that no filter reaches
+        dx.zero_()
+    dx[:, :, : seen.shape[2], : seen.shape[3]] = seen
+    return dx
 
 
 def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
