@@ -26,8 +26,8 @@ import triton
 from torch import Tensor
 
 from kernels import config, conv2d_stem, launch
-from kernels.config import cdiv
 from kernels.conv2d import dgrad, fprop, wgrad
+from kernels.launch import cdiv
 
 from .training import float32_products
 

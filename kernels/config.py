@@ -16,17 +16,7 @@ from pathlib import Path
 import torch
 
 from .backend import INTERPRETED, capability
-
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up. Triton's own unwraps its arguments first: microseconds, hundreds of times a step."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least ``n``."""
-    return 1 << max(int(n) - 1, 0).bit_length()  # a NumPy integer has no such method
-
+from .launch import cdiv, next_power_of_2
 
 # A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
 _overrides: dict[str, int] = {}

@@ -27,10 +27,10 @@ from . import conv2d_descriptor, conv2d_stem
 from .autocast import autocast_inputs
 from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
-from .config import cdiv, conv2d_wgrad_by_images, matmul_config, split_count
+from .config import conv2d_wgrad_by_images, matmul_config, split_count
 from .device import cast, dot, program_id, relu
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
-from .launch import launch, needs_int64, new_output, new_output_like, nothing, strides
+from .launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
 from .overrides import overridable
 from .precision import conv_input_precision
 from .reduction import (

@@ -31,14 +31,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backend import HALF, has_copy_engine
 from .config import (
-    cdiv,
     conv2d_box_config,
     conv2d_images_config,
     conv2d_images_wgrad_config,
     conv2d_tile,
 )
 from .device import cast, dot, program_id, relu, relu_grad
-from .launch import launch, needs_int64, new_output, nothing
+from .launch import cdiv, launch, needs_int64, new_output, nothing
 from .reduction import ColumnSums, sum_parts
 
 # ---------------------------------------------------------------------------------------------------------- kernels

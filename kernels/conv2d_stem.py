@@ -20,10 +20,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import conv2d_descriptor
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
-from .config import cdiv, conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config, next_power_of_2
+from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
 from .overrides import overridable
 from .reduction import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 

@@ -18,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import conv2d_stem
 from .backend import capability
-from .config import cdiv, conv2d_stem_pool_config, conv2d_stem_pool_fused
+from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused
 from .device import cast, dot, program_id, relu
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 from .max_pool2d import new_position_and_index, no_gradient
 
 # ---------------------------------------------------------------------------------------------------------- kernels

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .backend import runs_triton
 from .checks import check_probability, check_tensors
-from .config import cdiv, elementwise_config
+from .config import elementwise_config
 from .device import cast, dropout_factor, program_id
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
-from .launch import launch, needs_int64, new_output
+from .launch import cdiv, launch, needs_int64, new_output
 from .overrides import overridable
 from .reduction import dropout_scale, triton_accumulator
 

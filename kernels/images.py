@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import runs_triton
-from .config import cdiv, elementwise_config
+from .config import elementwise_config
 from .device import cast, program_id
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -19,6 +19,16 @@ _recorder: Recorder | None = None
 _INT32_MAX = 2**31 - 1
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own unwraps its arguments first: microseconds, hundreds of times a step."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``."""
+    return 1 << max(int(n) - 1, 0).bit_length()  # a NumPy integer has no such method
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
     if 0 in grid:

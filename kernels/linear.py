@@ -28,11 +28,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .autocast import autocast_inputs
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_activation, check_probability, check_tensors
-from .config import cdiv, linear_config, matmul_finish_config
+from .config import linear_config, matmul_finish_config
 from .device import cast, dot, dropout_factor, program_id, relu
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
-from .launch import launch, needs_int64, new_output, new_output_like
+from .launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .overrides import overridable
 from .precision import matmul_input_precision
 from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator

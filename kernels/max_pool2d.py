@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .backend import runs_triton
 from .checks import check_tensors, pair
-from .config import cdiv, elementwise_config, pool_config, split_count
+from .config import elementwise_config, pool_config, split_count
 from .device import cast, compensated_add, program_id
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 from .overrides import overridable
 from .reduction import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
 

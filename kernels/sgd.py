@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import runs_triton
-from .config import cdiv, sgd_config
+from .config import sgd_config
 from .device import cast, fma, program_id
-from .launch import launch, needs_int64
+from .launch import cdiv, launch, needs_int64
 
 #: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
 MAX_TENSORS = 32
