@@ -1,4 +1,4 @@
-"""The command line: ``alexnet-triton train | evaluate | summary | explain | tune``."""
+"""The command line: ``alexnet-triton train | evaluate | predict | summary | explain | tune``."""
 
 from __future__ import annotations
 
@@ -28,22 +28,21 @@ import kernels
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
 from .data import DataError, load_fashion_mnist
 from .distributed import Processes, joined
+from .evaluation import classify, evaluate, measure_speed
 from .explain import explain
+from .image_files import read_images
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from .plot import plot_curves
-from .signals import StopSignals
+from .signals import Stopped, StopSignals
 from .training import (
     LEARNING_RATE,
     METRICS,
     EpochMetrics,
-    Stopped,
     default_precision,
     describe_backend,
-    evaluate,
     float32_products,
     holds_run,
     load_checkpoint,
-    measure_speed,
     new_model,
     train,
 )
@@ -430,7 +429,8 @@ def evaluate_command(
     """Accuracy and loss of a checkpoint on the test images."""
     where = _device(device)
     try:
-        net, model, _ = load_checkpoint(checkpoint, where)
+        net, kept = load_checkpoint(checkpoint, where)
+        model = kept.model
         test = load_fashion_mnist(data).test.limited(limit)
         with kernels.use_backend(backend.value):
             console.print(f"{model} on {_runs_on(where)}, {len(test)} test images")
@@ -438,6 +438,53 @@ def evaluate_command(
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise _fail(error) from error
     console.print(f"test accuracy {accuracy:.4f}  test loss {loss:.4f}")
+
+
+@app.command("predict")
+def predict_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt or best.pt of `train`.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, of any format that Pillow reads.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image, the most probable first.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: {file: {class: probability}}.")] = False,
+    backend: BackendOption = BackendChoice.auto,
+    batch_size: BatchOption = 128,
+    device: DeviceOption = "auto",
+) -> None:
+    """The most probable classes of image files, with their probabilities.
+
+    The shorter side of an image is made as long as that of the images that the network was trained on, and the middle is cut
+    out. A file that cannot be read is named, the others are still classified, and the exit code is 1.
+    """
+    where = _device(device)
+    errors: list[DataError] = []
+    found: dict[str, dict[str, float]] = {}
+    try:
+        net, kept = load_checkpoint(checkpoint, where)
+        with kernels.use_backend(backend.value):
+            # Batch by batch, so that thousands of photographs are never in memory at once.
+            for begin in range(0, len(images), batch_size):
+                pixels, paths, failed = read_images(images[begin : begin + batch_size], kept.channels, kept.size)
+                errors += failed
+                if not paths:
+                    continue
+                probabilities = classify(net, pixels, batch_size=batch_size, image_size=IMAGE_SIZE[kept.model], device=where)
+                for path, row in zip(paths, probabilities, strict=True):
+                    values, order = row.topk(min(top, len(kept.classes)))
+                    found[str(path)] = {kept.classes[i]: p for i, p in zip(order.tolist(), values.tolist(), strict=True)}
+    except (CheckpointError, OSError, RuntimeError) as error:
+        raise _fail(error) from error
+    if as_json:
+        print(json.dumps(found))
+    else:
+        width = max(map(len, kept.classes))
+        for name, classes in found.items():
+            console.print(name, markup=False)
+            for label, probability in classes.items():
+                console.print(f"  {label:{width}}  {probability:.4f}", markup=False)
+    if errors:
+        for unreadable in errors[:-1]:
+            _fail(unreadable)
+        raise _fail(errors[-1])
 
 
 def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
+    """Images as uint8, (N, H, W) of one channel or (N, 3, H, W) of three, and their labels as int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -172,10 +172,39 @@ def _download() -> Path:
     return root / "FashionMNIST/raw"
 
 
+def network_input(
+    images: Tensor,
+    index: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    augmentation: kernels.Augmentation | None = None,
+) -> Tensor:
+    """The images of ``index`` as :func:`kernels.gather_resize` makes them, which knows one channel: of three, each by itself.
+
+    Args:
+        images: uint8, (D, H, W) or (D, C, H, W).
+        index: (N,) int64 on their device.
+        size: side of the images returned.
+        dtype: float32, float16 or bfloat16.
+        augmentation: the same for all channels of an image.
+
+    Returns:
+        (N, C, size, size) in [0, 1], contiguous; C is 1 for ``images`` of three dimensions.
+    """
+    if images.ndim == 3:
+        return kernels.gather_resize(images, index, size, dtype=dtype, augmentation=augmentation)
+    channels = images.shape[1]
+    planes = (index[:, None] * channels + torch.arange(channels, device=index.device)).flatten()
+    if augmentation is not None:
+        augmentation = kernels.Augmentation(*(tensor.repeat_interleave(channels, 0) for tensor in augmentation))
+    output = kernels.gather_resize(images.flatten(0, 1), planes, size, dtype=dtype, augmentation=augmentation)
+    return output.view(len(index), channels, size, size)
+
+
 def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N, 28, 28) to (N, 1, image_size, image_size) in [0, 1], resized bilinearly as torchvision does."""
-    index = torch.arange(len(images), device=images.device)
-    return kernels.gather_resize(images, index, image_size, dtype=dtype)
+    """All of ``images`` as :func:`network_input` makes them."""
+    return network_input(images, torch.arange(len(images), device=images.device), image_size, dtype=dtype)
 
 
 #: Pixels that an augmented image is moved by at most, and the factors of its brightness and contrast.

@@ -30,21 +30,19 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .data import CLASSES, Split, draw_augmentation, to_input
+from .data import CLASSES, Split, draw_augmentation, network_input
 from .distributed import ALONE, Processes
+from .evaluation import evaluate, synchronize
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
+from .signals import Stop, Stopped
 
 #: d2l's learning rates.
 LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
 
 #: In the folder of a run, beside its checkpoints: a line of JSON an epoch.
 METRICS = "metrics.jsonl"
-
-
-class Stopped(Exception):
-    """Training was asked to stop and did, between two steps. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +69,23 @@ class EpochMetrics:
 #: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
 Progress = Callable[[int, float, float], None]
 
-#: Asked between two steps; True ends training there with :class:`Stopped`.
-Stop = Callable[[], bool]
+
+def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
+    """``"alexnet"`` or ``"lenet"``, fused, for images of so many channels and classes."""
+    return AlexNet(classes, channels) if model == "alexnet" else fuse(reference_lenet(classes, channels))
 
 
-def build_model(model: str) -> nn.Module:
-    """``"alexnet"`` or ``"lenet"``, fused, for one-channel images of ten classes."""
-    return AlexNet() if model == "alexnet" else fuse(reference_lenet())
-
-
-def new_model(model: str, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with Xavier-uniform weights drawn from ``seed``, channels-last in memory, on ``device``, in ``dtype``."""
+def new_model(
+    model: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    classes: int = len(CLASSES),
+    channels: int = 1,
+) -> nn.Module:
+    """:func:`build_model` with Xavier-uniform weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``."""
     torch.manual_seed(seed)
-    net = build_model(model)
+    net = build_model(model, classes, channels)
     net.apply(init_xavier_uniform)
     return net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -103,11 +105,6 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 #: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided. A
@@ -196,7 +193,7 @@ class Trainer:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
         share = self.processes.share(index)
         augmentation = draw_augmentation(len(share), self.device) if self.augment else None
-        inputs = kernels.gather_resize(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        inputs = network_input(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs).float()
@@ -242,7 +239,7 @@ class Trainer:
             with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream):
                 self.step(self.index)
             self.replay = graph.replay
-        _synchronize(self.device)
+        synchronize(self.device)
 
     def epoch(
         self, generator: torch.Generator, progress: Progress | None = None, stop: Stop | None = None
@@ -259,7 +256,7 @@ class Trainer:
         """
         self.net.train()
         total = len(self.split)
-        _synchronize(self.device)
+        synchronize(self.device)
         begin = time.perf_counter()
         if self.order is None:
             self.order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
@@ -270,7 +267,7 @@ class Trainer:
         shown, seen = begin, self.steps * self.batch_size
         for index in self.order.split(self.batch_size)[self.steps :]:
             if stop is not None and stop():
-                _synchronize(self.device)
+                synchronize(self.device)
                 self.seconds = time.perf_counter() - start
                 raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
             if self.replay is not None and len(index) == self.batch_size:
@@ -288,7 +285,7 @@ class Trainer:
                 if not math.isfinite(loss) and self.processes.size == 1:
                     break
                 shown = now
-        _synchronize(self.device)
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         self.check_finite()
         self.order = None
@@ -372,58 +369,6 @@ class Trainer:
             value = masters.get(id(value), value).detach()
             weights[key] = (value.float() if value.is_floating_point() else value).cpu().contiguous()
         return weights
-
-
-@torch.no_grad()
-def evaluate(
-    net: nn.Module,
-    split: Split,
-    *,
-    batch_size: int,
-    image_size: int,
-    device: torch.device,
-    stop: Stop | None = None,
-    processes: Processes = ALONE,
-) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
-
-    Raises:
-        Stopped: ``stop`` said so.
-    """
-    net.eval()
-    dtype = next(net.parameters()).dtype
-    sums = torch.zeros(2, device=device)  # of losses, of images classified right
-    split = split.to(device)
-    for index in torch.arange(len(split), device=device).split(batch_size):
-        if stop is not None and stop():
-            raise Stopped("before its evaluation")
-        share = processes.share(index)
-        labels = split.labels[share]
-        logits = net(kernels.gather_resize(split.images, share, image_size, dtype=dtype)).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-    loss, correct = processes.add_up(sums).tolist()
-    return loss / len(split), correct / len(split)
-
-
-def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
-    """Images a second of a forward and backward pass, timed on one batch (on the CPU a small one) after a first one.
-
-    Leaves parameters, gradients and random state as they were.
-    """
-    few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
-    inputs = to_input(split.images[:few].to(device), image_size, next(net.parameters()).dtype)
-    labels = split.labels[:few].to(device)
-    net.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2):
-            _synchronize(device)
-            start = time.perf_counter()
-            F.cross_entropy(net(inputs).float(), labels).backward()
-            _synchronize(device)
-            seconds = time.perf_counter() - start
-    net.zero_grad(set_to_none=True)
-    return few / seconds
 
 
 def holds_run(out: Path) -> bool:
@@ -615,8 +560,8 @@ def train(
     return history
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, list[dict[str, Any]]]:
-    """The model of a checkpoint on ``device``, its name, and its metrics.
+def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
+    """The network of a checkpoint on ``device``, in float32, and what else the file holds.
 
     Raises:
         CheckpointError: no such file, or not a checkpoint of :func:`train`.
@@ -624,11 +569,13 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, l
     checkpoint = read_checkpoint(path)
     if checkpoint.model not in IMAGE_SIZE:
         raise CheckpointError(f"{path}: holds an unknown model {checkpoint.model!r}, known are {', '.join(IMAGE_SIZE)}")
-    net = build_model(checkpoint.model)
+    if len(checkpoint.classes) < 2:
+        raise CheckpointError(f"{path}: damaged: it names fewer than two classes")
+    net = build_model(checkpoint.model, len(checkpoint.classes), checkpoint.channels)
     check_weights(net, checkpoint)
     net.load_state_dict(checkpoint.weights, strict=True)
     net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net, checkpoint.model, checkpoint.metrics
+    return net, checkpoint
 
 
 def describe_backend(device: torch.device) -> str:
