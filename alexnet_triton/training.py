@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .data import CLASSES, Split, draw_augmentation, network_input
+from .data import CLASSES, Split, augmented_input, network_input
 from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
 from .fused import fuse
@@ -137,7 +137,7 @@ class Trainer:
         net: on ``device``, in the dtype it trains in.
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
-        augment: change each image at random (:func:`alexnet_triton.data.draw_augmentation`).
+        augment: change each image at random (:func:`alexnet_triton.data.augmented_input`).
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
             for :meth:`float32_weights`.
@@ -192,8 +192,8 @@ class Trainer:
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
         share = self.processes.share(index)
-        augmentation = draw_augmentation(len(share), self.device) if self.augment else None
-        inputs = network_input(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        make_input = augmented_input if self.augment else network_input
+        inputs = make_input(self.split.images, share, self.image_size, dtype=self.dtype)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs).float()
@@ -378,7 +378,10 @@ def holds_run(out: Path) -> bool:
 
 def _checksum(split: Split) -> int:
     """CRC-32 of images and labels: a run goes on with the data that it began with."""
-    return zlib.crc32(split.labels.cpu().numpy().tobytes(), zlib.crc32(split.images.cpu().numpy().tobytes()))
+    checksum = 0
+    for images in split.images.split(4096):  # a set may fill the device, and the host need not have room for another
+        checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)
+    return zlib.crc32(split.labels.cpu().numpy().tobytes(), checksum)
 
 
 def _history(checkpoint: Checkpoint) -> list[EpochMetrics]:
@@ -410,6 +413,7 @@ def train(
     test_split: Split,
     *,
     model: str,
+    classes: Sequence[str] = CLASSES,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -438,6 +442,7 @@ def train(
     Args:
         net: a model of :func:`new_model`.
         model: its name.
+        classes: what it tells apart, in the order of the labels.
         graph: run each step as a CUDA graph.
         augment: change each training image at random.
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
@@ -525,7 +530,8 @@ def train(
         }
         metrics = [dataclasses.asdict(m) for m in history]
         if processes.leads:
-            save_checkpoint(path, Checkpoint(model, list(CLASSES), metrics, trainer.float32_weights(), state))
+            content = Checkpoint(model, list(classes), metrics, trainer.float32_weights(), state)
+            save_checkpoint(path, dataclasses.replace(content, channels=train_split.channels, size=train_split.size))
 
     if on_ready is not None:
         on_ready()
