@@ -40,6 +40,8 @@ class Checkpoint:
         weights: the network's ``state_dict`` in float32, on the CPU.
         training: what training needs besides to go on as if it had never stopped; None where the file is for evaluation only.
         path: the file that it was read from.
+        channels: of the images, 1 or 3.
+        size: side of the images as they are kept, which is smaller than the network's input where that is enlarged.
     """
 
     model: str
@@ -48,6 +50,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     training: dict[str, Any] | None = None
     path: Path | None = None
+    channels: int = 1
+    size: int = 28
 
 
 @contextlib.contextmanager
@@ -102,6 +106,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "model": checkpoint.model,
         "classes": checkpoint.classes,
+        "channels": checkpoint.channels,
+        "size": checkpoint.size,
         "metrics": checkpoint.metrics,
         "state_dict": checkpoint.weights,
         "training": checkpoint.training,
@@ -164,7 +170,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     training = content.get("training")
     if not isinstance(training, dict | None):
         raise CheckpointError(f"{path}: damaged: 'training' is no dict")
-    return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path)
+    # A file from before these were recorded is of Fashion-MNIST.
+    images = {"channels": content.get("channels", 1), "size": content.get("size", 28)}
+    if images["channels"] not in (1, 3) or type(images["size"]) is not int or images["size"] < 1:
+        raise CheckpointError(f"{path}: damaged: no network takes images of {images}")
+    if not all(isinstance(name, str) for name in content["classes"]):
+        raise CheckpointError(f"{path}: damaged: 'classes' are not names")
+    return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
 
 
 def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``alexnet-triton train | evaluate | summary | explain | tune``."""
+"""The command line: ``alexnet-triton train | evaluate | predict | summary | explain | tune``."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
-from .data import DataError, load_fashion_mnist
+from .data import DataError, Dataset
 from .distributed import Processes, joined
+from .evaluation import classify, evaluate, measure_speed
 from .explain import explain
+from .image_files import read_images
+from .image_folder import default_channels, is_image_folder, load_data, load_test
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from .plot import plot_curves
-from .signals import StopSignals
+from .signals import Stopped, StopSignals
 from .training import (
     LEARNING_RATE,
     METRICS,
     EpochMetrics,
-    Stopped,
     default_precision,
     describe_backend,
-    evaluate,
     float32_products,
     holds_run,
     load_checkpoint,
-    measure_speed,
     new_model,
     train,
 )
@@ -82,13 +82,23 @@ class BackendChoice(StrEnum):
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="Folder of Fashion-MNIST's IDX files, or 'sample' for the small sample inside the package. "
-        "Default: the usual places, else torchvision's download.",
+        help="A folder of images: train and test (or val), in each a folder for every class. Or a folder of Fashion-MNIST's "
+        "IDX files, or 'sample' for its small sample inside the package. Default: Fashion-MNIST from the usual places, else "
+        "torchvision's download.",
         show_default=False,
     ),
 ]
 BackendOption = Annotated[BackendChoice, typer.Option(help="auto: Triton kernels on CUDA, PyTorch on the CPU.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use at most the first N training and N test images.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones."
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that decode a folder of images; 0: this one.", show_default="one a core, 8 at most"),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 
@@ -109,6 +119,22 @@ def _fail(message: object) -> typer.Exit:
         raise message
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
+
+
+def _one_or_three(channels: int | None) -> int | None:
+    if channels not in (None, 1, 3):
+        raise typer.BadParameter(f"must be 1 (grey) or 3 (red, green, blue), not {channels}")
+    return channels
+
+
+ChannelsOption = Annotated[
+    int | None,
+    typer.Option(
+        callback=_one_or_three,
+        help="1: a folder's images become grey, 3: red, green and blue.",
+        show_default="3; Fashion-MNIST has 1",
+    ),
+]
 
 
 def _device(name: str) -> torch.device:
@@ -184,6 +210,8 @@ class _RunOptions:
     model: str
     backend: str
     data: str | None
+    channels: int
+    workers: int | None
     epochs: int
     batch_size: int
     lr: float
@@ -198,7 +226,7 @@ class _RunOptions:
 
 
 #: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
-_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "weight_decay"})
+_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "weight_decay", "workers"})
 
 
 def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
@@ -241,6 +269,7 @@ def _resolved(options: dict[str, Any], where: torch.device) -> _RunOptions:
     resolved = {field.name: options[field.name] for field in dataclasses.fields(_RunOptions)}
     resolved["model"], resolved["backend"] = str(options["model"]), str(options["backend"])
     resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
+    resolved["channels"] = options["channels"] or default_channels(options["data"])
     if options["data"] not in (None, "sample"):
         resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
     if options["lr"] is None:
@@ -254,6 +283,8 @@ def train_command(
     model: Annotated[Model, typer.Option(help="The network.")] = Model.alexnet,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
+    channels: ChannelsOption = None,
+    workers: WorkersOption = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")] = 128,
     lr: Annotated[
@@ -288,7 +319,9 @@ def train_command(
         ),
     ] = None,
 ) -> None:
-    """Train on Fashion-MNIST; write metrics.jsonl, curves.png, checkpoint.pt (the last epoch) and best.pt (the best one).
+    """Train on Fashion-MNIST or on your own images.
+
+    Written are metrics.jsonl, curves.png, checkpoint.pt (the last epoch) and best.pt (the best one).
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
     second one ends the process at once.
@@ -321,6 +354,19 @@ def _what_to_train(
     return dict(context.params), out, None
 
 
+def _load(run: _RunOptions, device: torch.device, processes: Processes) -> Dataset:
+    """The data of a run, limited; a folder's images, which each process decodes for itself, on ``device``."""
+
+    def load() -> Dataset:
+        size = IMAGE_SIZE[run.model]
+        return load_data(run.data, size=size, channels=run.channels, limit=run.limit, workers=run.workers, device=device)
+
+    if is_image_folder(run.data):
+        console.print(f"reading the images of {run.data}")  # which can take minutes
+        return load()
+    return processes.first_on_each_machine(load)  # of which one may download
+
+
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``train`` does, in each of the processes; the exit code."""
     begin = time.perf_counter()
@@ -341,14 +387,14 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
         return 0
     stops = StopSignals()
     try:
-        dataset = processes.first_on_each_machine(lambda: load_fashion_mnist(run.data))
+        dataset = _load(run, where, processes)
         with kernels.use_backend(run.backend), float32_products(run.dtype), contextlib.ExitStack() as while_training:  # type: ignore[arg-type]
             runs_on = f"{_runs_on(where)}, {run.dtype}" + f", {processes.size} processes" * (processes.size > 1)
-            training, test = dataset.train.limited(run.limit), dataset.test.limited(run.limit)
+            training, test = dataset.train, dataset.test
             setup_begin = time.perf_counter()
             ready: list[float] = []
             torch_dtype = torch.float32 if run.dtype == "tf32" else getattr(torch, run.dtype)
-            net = new_model(run.model, run.seed, where, torch_dtype)
+            net = new_model(run.model, run.seed, where, torch_dtype, len(dataset.classes), training.channels)
             expected = ""
             # A step that is not captured says nothing of one that is, nor one process of several.
             if not run.graph and processes.size == 1:
@@ -358,8 +404,8 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
                 )
             console.print(f"{run.model} on {runs_on}{expected}")
             console.print(
-                f"data {dataset.source} ({len(training)} train, {len(test)} test), batch {run.batch_size}, lr {run.lr}, "
-                f"seed {run.seed}"
+                f"data {dataset.source} ({len(training)} train, {len(test)} test, {len(dataset.classes)} classes), "
+                f"batch {run.batch_size}, lr {run.lr}, seed {run.seed}"
             )
             if checkpoint is not None:
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
@@ -377,6 +423,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
                     training,
                     test,
                     model=run.model,
+                    classes=dataset.classes,
                     epochs=run.epochs,
                     batch_size=run.batch_size,
                     lr=run.lr,
@@ -396,7 +443,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
                     on_epoch=_print_epoch,
                 )
         if processes.leads:
-            plot_curves(history, out / "curves.png", title=f"{run.model} on Fashion-MNIST, {runs_on}")
+            plot_curves(history, out / "curves.png", title=f"{run.model} on {dataset.name}, {runs_on}")
     except Stopped as stopped:
         received = stops.received or signal.SIGTERM  # another process may have got it
         again = f"train --resume {shlex.quote(str(out))}"
@@ -425,19 +472,70 @@ def evaluate_command(
     data: DataOption = None,
     batch_size: BatchOption = 128,
     limit: LimitOption = None,
+    workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Accuracy and loss of a checkpoint on the test images."""
     where = _device(device)
     try:
-        net, model, _ = load_checkpoint(checkpoint, where)
-        test = load_fashion_mnist(data).test.limited(limit)
+        net, kept = load_checkpoint(checkpoint, where)
+        model = kept.model
+        test = load_test(
+            data, classes=kept.classes, size=kept.size, channels=kept.channels, limit=limit, workers=workers, device=where
+        )
         with kernels.use_backend(backend.value):
             console.print(f"{model} on {_runs_on(where)}, {len(test)} test images")
             loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise _fail(error) from error
     console.print(f"test accuracy {accuracy:.4f}  test loss {loss:.4f}")
+
+
+@app.command("predict")
+def predict_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt or best.pt of `train`.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, of any format that Pillow reads.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each image, the most probable first.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: {file: {class: probability}}.")] = False,
+    backend: BackendOption = BackendChoice.auto,
+    batch_size: BatchOption = 128,
+    device: DeviceOption = "auto",
+) -> None:
+    """The most probable classes of image files, with their probabilities.
+
+    The shorter side of an image is made as long as that of the images that the network was trained on, and the middle is cut
+    out. A file that cannot be read is named, the others are still classified, and the exit code is 1.
+    """
+    where = _device(device)
+    errors: list[DataError] = []
+    found: dict[str, dict[str, float]] = {}
+    try:
+        net, kept = load_checkpoint(checkpoint, where)
+        with kernels.use_backend(backend.value):
+            # Batch by batch, so that thousands of photographs are never in memory at once.
+            for begin in range(0, len(images), batch_size):
+                pixels, paths, failed = read_images(images[begin : begin + batch_size], kept.channels, kept.size)
+                errors += failed
+                if not paths:
+                    continue
+                probabilities = classify(net, pixels, batch_size=batch_size, image_size=IMAGE_SIZE[kept.model], device=where)
+                for path, row in zip(paths, probabilities, strict=True):
+                    values, order = row.topk(min(top, len(kept.classes)))
+                    found[str(path)] = {kept.classes[i]: p for i, p in zip(order.tolist(), values.tolist(), strict=True)}
+    except (CheckpointError, OSError, RuntimeError) as error:
+        raise _fail(error) from error
+    if as_json:
+        print(json.dumps(found))
+    else:
+        width = max(map(len, kept.classes))
+        for name, classes in found.items():
+            console.print(name, markup=False)
+            for label, probability in classes.items():
+                console.print(f"  {label:{width}}  {probability:.4f}", markup=False)
+    if errors:
+        for unreadable in errors[:-1]:
+            _fail(unreadable)
+        raise _fail(errors[-1])
 
 
 def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -43,13 +43,23 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
+    """Images as uint8, (N, H, W) of one channel or (N, 3, H, W) of three, and their labels as int64 (N,)."""
 
     images: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """Of an image: 1 or 3."""
+        return 1 if self.images.ndim == 3 else self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Side of an image."""
+        return self.images.shape[-1]
 
     def limited(self, limit: int | None) -> Split:
         """The first ``limit`` images, or all."""
@@ -61,12 +71,14 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class FashionMNIST:
-    """Both splits and the folder they were read from."""
+class Dataset:
+    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all."""
 
     train: Split
     test: Split
     source: Path
+    classes: tuple[str, ...] = CLASSES
+    name: str = "Fashion-MNIST"
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -110,6 +122,11 @@ def _candidate(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
+def holds_idx(folder: Path) -> bool:
+    """Whether any of Fashion-MNIST's files is in ``folder``."""
+    return any(_candidate(folder, name) is not None for names in FILES.values() for name in names)
+
+
 def _find_file(folder: Path, name: str) -> Path:
     path = _candidate(folder, name)
     if path is None:
@@ -129,7 +146,7 @@ def _read_split(folder: Path, split: str) -> Split:
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
 
 
-def read_folder(folder: Path) -> FashionMNIST:
+def read_folder(folder: Path) -> Dataset:
     """Both splits from a folder of the four IDX files, gzipped or not.
 
     Raises:
@@ -137,10 +154,12 @@ def read_folder(folder: Path) -> FashionMNIST:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    return FashionMNIST(_read_split(folder, "train"), _read_split(folder, "test"), folder)
+    if not holds_idx(folder):
+        raise DataError(f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val)")
+    return Dataset(_read_split(folder, "train"), _read_split(folder, "test"), folder)
 
 
-def load_fashion_mnist(data: str | Path | None = None) -> FashionMNIST:
+def load_fashion_mnist(data: str | Path | None = None) -> Dataset:
     """Fashion-MNIST.
 
     Args:
@@ -172,25 +191,82 @@ def _download() -> Path:
     return root / "FashionMNIST/raw"
 
 
+def network_input(
+    images: Tensor,
+    index: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    augmentation: kernels.Augmentation | None = None,
+) -> Tensor:
+    """The images of ``index`` as :func:`kernels.gather_resize` makes them, which knows one channel: of three, each by itself.
+
+    Args:
+        images: uint8, (D, H, W) or (D, C, H, W).
+        index: (N,) int64 on their device.
+        size: side of the images returned.
+        dtype: float32, float16 or bfloat16.
+        augmentation: the same for all channels of an image.
+
+    Returns:
+        (N, C, size, size) in [0, 1], contiguous; C is 1 for ``images`` of three dimensions.
+    """
+    if images.ndim == 3:
+        return kernels.gather_resize(images, index, size, dtype=dtype, augmentation=augmentation)
+    channels = images.shape[1]
+    planes = (index[:, None] * channels + torch.arange(channels, device=index.device)).flatten()
+    if augmentation is not None:
+        augmentation = kernels.Augmentation(*(tensor.repeat_interleave(channels, 0) for tensor in augmentation))
+    output = kernels.gather_resize(images.flatten(0, 1), planes, size, dtype=dtype, augmentation=augmentation)
+    return output.view(len(index), channels, size, size)
+
+
 def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (N, 28, 28) to (N, 1, image_size, image_size) in [0, 1], resized bilinearly as torchvision does."""
-    index = torch.arange(len(images), device=images.device)
-    return kernels.gather_resize(images, index, image_size, dtype=dtype)
+    """All of ``images`` as :func:`network_input` makes them."""
+    return network_input(images, torch.arange(len(images), device=images.device), image_size, dtype=dtype)
 
 
-#: Pixels that an augmented image is moved by at most, and the factors of its brightness and contrast.
+#: Pixels of :data:`_SIDE` that an augmented image is moved by at most, and the factors of its brightness and contrast.
 SHIFT, FACTORS = 2, (0.8, 1.2)
 
+#: Of the paper's change of colour: the principal components of red, green and blue in ImageNet, a row each, and their factors
+#: for pixels in [0, 1], both as published with fb.resnet.torch; and the standard deviation of what multiplies them.
+LIGHT = ((-0.5675, -0.5808, -0.5836), (0.7192, -0.0045, -0.6948), (0.4009, -0.8140, 0.4203))
+LIGHT_FACTORS, LIGHT_STD = (0.2175, 0.0188, 0.0045), 0.1
 
-def draw_augmentation(n: int, device: torch.device) -> kernels.Augmentation:
-    """Random crops (of the image with a border of :data:`SHIFT`), flips, brightness and contrast for ``n`` images.
+
+def draw_augmentation(n: int, device: torch.device, size: int = _SIDE, recolour: bool = True) -> kernels.Augmentation:
+    """Random crops of images of side ``size`` with a border (:data:`SHIFT`), flips; with ``recolour`` brightness and contrast.
 
     From torch's generator on ``device``, without waiting for it; in a captured CUDA graph anew at every replay.
     """
+    shift = max(1, SHIFT * size // _SIDE)
     low, high = FACTORS
+
+    def factor() -> Tensor:
+        return torch.rand(n, device=device) * (high - low) + low if recolour else torch.ones(n, device=device)
+
     return kernels.Augmentation(
-        offset=torch.randint(-SHIFT, SHIFT + 1, (n, 2), dtype=torch.int32, device=device),
+        offset=torch.randint(-shift, shift + 1, (n, 2), dtype=torch.int32, device=device),
         flip=torch.rand(n, device=device) < 0.5,
-        brightness=torch.rand(n, device=device) * (high - low) + low,
-        contrast=torch.rand(n, device=device) * (high - low) + low,
+        brightness=factor(),
+        contrast=factor(),
     )
+
+
+def draw_light(n: int, device: torch.device) -> Tensor:
+    """What the paper adds to the red, green and blue of ``n`` images, (n, 3) float32: light of another colour and strength."""
+    # Of scalars: a captured step cannot copy a matrix of constants from the host.
+    along = torch.randn((3, n), device=device) * LIGHT_STD
+    first, second, third = (
+        torch.stack([along[k] * (LIGHT_FACTORS[k] * component) for component in LIGHT[k]], dim=1) for k in range(3)
+    )
+    return first + second + third
+
+
+def augmented_input(images: Tensor, index: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """:func:`network_input` of images changed at random: crop, flip; of one channel brightness and contrast, of three light."""
+    grey = images.ndim == 3
+    augmentation = draw_augmentation(len(index), index.device, images.shape[-1], recolour=grey)
+    inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation)
+    return inputs if grey else inputs + draw_light(len(index), index.device)[:, :, None, None].to(dtype)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+#: Asked between two steps; True ends training there with :class:`Stopped`.
+Stop = Callable[[], bool]
+
+
+class Stopped(Exception):
+    """Training was asked to stop and did, between two steps. The message says where."""
 
 
 class StopSignals:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,19 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .data import CLASSES, Split, draw_augmentation, to_input
+from .data import CLASSES, Split, augmented_input, network_input
 from .distributed import ALONE, Processes
+from .evaluation import evaluate, synchronize
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
+from .signals import Stop, Stopped
 
 #: d2l's learning rates.
 LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
 
 #: In the folder of a run, beside its checkpoints: a line of JSON an epoch.
 METRICS = "metrics.jsonl"
-
-
-class Stopped(Exception):
-    """Training was asked to stop and did, between two steps. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +69,23 @@ class EpochMetrics:
 #: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
 Progress = Callable[[int, float, float], None]
 
-#: Asked between two steps; True ends training there with :class:`Stopped`.
-Stop = Callable[[], bool]
+
+def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
+    """``"alexnet"`` or ``"lenet"``, fused, for images of so many channels and classes."""
+    return AlexNet(classes, channels) if model == "alexnet" else fuse(reference_lenet(classes, channels))
 
 
-def build_model(model: str) -> nn.Module:
-    """``"alexnet"`` or ``"lenet"``, fused, for one-channel images of ten classes."""
-    return AlexNet() if model == "alexnet" else fuse(reference_lenet())
-
-
-def new_model(model: str, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with Xavier-uniform weights drawn from ``seed``, channels-last in memory, on ``device``, in ``dtype``."""
+def new_model(
+    model: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    classes: int = len(CLASSES),
+    channels: int = 1,
+) -> nn.Module:
+    """:func:`build_model` with Xavier-uniform weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``."""
     torch.manual_seed(seed)
-    net = build_model(model)
+    net = build_model(model, classes, channels)
     net.apply(init_xavier_uniform)
     return net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -103,11 +105,6 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 #: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided. A
@@ -140,7 +137,7 @@ class Trainer:
         net: on ``device``, in the dtype it trains in.
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
-        augment: change each image at random (:func:`alexnet_triton.data.draw_augmentation`).
+        augment: change each image at random (:func:`alexnet_triton.data.augmented_input`).
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
             for :meth:`float32_weights`.
@@ -195,8 +192,8 @@ class Trainer:
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
         share = self.processes.share(index)
-        augmentation = draw_augmentation(len(share), self.device) if self.augment else None
-        inputs = kernels.gather_resize(self.split.images, share, self.image_size, dtype=self.dtype, augmentation=augmentation)
+        make_input = augmented_input if self.augment else network_input
+        inputs = make_input(self.split.images, share, self.image_size, dtype=self.dtype)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs).float()
@@ -242,7 +239,7 @@ class Trainer:
             with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream):
                 self.step(self.index)
             self.replay = graph.replay
-        _synchronize(self.device)
+        synchronize(self.device)
 
     def epoch(
         self, generator: torch.Generator, progress: Progress | None = None, stop: Stop | None = None
@@ -259,7 +256,7 @@ class Trainer:
         """
         self.net.train()
         total = len(self.split)
-        _synchronize(self.device)
+        synchronize(self.device)
         begin = time.perf_counter()
         if self.order is None:
             self.order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
@@ -270,7 +267,7 @@ class Trainer:
         shown, seen = begin, self.steps * self.batch_size
         for index in self.order.split(self.batch_size)[self.steps :]:
             if stop is not None and stop():
-                _synchronize(self.device)
+                synchronize(self.device)
                 self.seconds = time.perf_counter() - start
                 raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
             if self.replay is not None and len(index) == self.batch_size:
@@ -288,7 +285,7 @@ class Trainer:
                 if not math.isfinite(loss) and self.processes.size == 1:
                     break
                 shown = now
-        _synchronize(self.device)
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         self.check_finite()
         self.order = None
@@ -374,58 +371,6 @@ class Trainer:
         return weights
 
 
-@torch.no_grad()
-def evaluate(
-    net: nn.Module,
-    split: Split,
-    *,
-    batch_size: int,
-    image_size: int,
-    device: torch.device,
-    stop: Stop | None = None,
-    processes: Processes = ALONE,
-) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
-
-    Raises:
-        Stopped: ``stop`` said so.
-    """
-    net.eval()
-    dtype = next(net.parameters()).dtype
-    sums = torch.zeros(2, device=device)  # of losses, of images classified right
-    split = split.to(device)
-    for index in torch.arange(len(split), device=device).split(batch_size):
-        if stop is not None and stop():
-            raise Stopped("before its evaluation")
-        share = processes.share(index)
-        labels = split.labels[share]
-        logits = net(kernels.gather_resize(split.images, share, image_size, dtype=dtype)).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-    loss, correct = processes.add_up(sums).tolist()
-    return loss / len(split), correct / len(split)
-
-
-def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
-    """Images a second of a forward and backward pass, timed on one batch (on the CPU a small one) after a first one.
-
-    Leaves parameters, gradients and random state as they were.
-    """
-    few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
-    inputs = to_input(split.images[:few].to(device), image_size, next(net.parameters()).dtype)
-    labels = split.labels[:few].to(device)
-    net.train()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2):
-            _synchronize(device)
-            start = time.perf_counter()
-            F.cross_entropy(net(inputs).float(), labels).backward()
-            _synchronize(device)
-            seconds = time.perf_counter() - start
-    net.zero_grad(set_to_none=True)
-    return few / seconds
-
-
 def holds_run(out: Path) -> bool:
     """Whether a run has written into the folder ``out``: another one must not overwrite it."""
     return any((out / name).exists() for name in (METRICS, LAST, BEST))
@@ -433,7 +378,10 @@ def holds_run(out: Path) -> bool:
 
 def _checksum(split: Split) -> int:
     """CRC-32 of images and labels: a run goes on with the data that it began with."""
-    return zlib.crc32(split.labels.cpu().numpy().tobytes(), zlib.crc32(split.images.cpu().numpy().tobytes()))
+    checksum = 0
+    for images in split.images.split(4096):  # a set may fill the device, and the host need not have room for another
+        checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)
+    return zlib.crc32(split.labels.cpu().numpy().tobytes(), checksum)
 
 
 def _history(checkpoint: Checkpoint) -> list[EpochMetrics]:
@@ -465,6 +413,7 @@ def train(
     test_split: Split,
     *,
     model: str,
+    classes: Sequence[str] = CLASSES,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -493,6 +442,7 @@ def train(
     Args:
         net: a model of :func:`new_model`.
         model: its name.
+        classes: what it tells apart, in the order of the labels.
         graph: run each step as a CUDA graph.
         augment: change each training image at random.
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
@@ -580,7 +530,8 @@ def train(
         }
         metrics = [dataclasses.asdict(m) for m in history]
         if processes.leads:
-            save_checkpoint(path, Checkpoint(model, list(CLASSES), metrics, trainer.float32_weights(), state))
+            content = Checkpoint(model, list(classes), metrics, trainer.float32_weights(), state)
+            save_checkpoint(path, dataclasses.replace(content, channels=train_split.channels, size=train_split.size))
 
     if on_ready is not None:
         on_ready()
@@ -615,8 +566,8 @@ def train(
     return history
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, list[dict[str, Any]]]:
-    """The model of a checkpoint on ``device``, its name, and its metrics.
+def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
+    """The network of a checkpoint on ``device``, in float32, and what else the file holds.
 
     Raises:
         CheckpointError: no such file, or not a checkpoint of :func:`train`.
@@ -624,11 +575,13 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, str, l
     checkpoint = read_checkpoint(path)
     if checkpoint.model not in IMAGE_SIZE:
         raise CheckpointError(f"{path}: holds an unknown model {checkpoint.model!r}, known are {', '.join(IMAGE_SIZE)}")
-    net = build_model(checkpoint.model)
+    if len(checkpoint.classes) < 2:
+        raise CheckpointError(f"{path}: damaged: it names fewer than two classes")
+    net = build_model(checkpoint.model, len(checkpoint.classes), checkpoint.channels)
     check_weights(net, checkpoint)
     net.load_state_dict(checkpoint.weights, strict=True)
     net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net, checkpoint.model, checkpoint.metrics
+    return net, checkpoint
 
 
 def describe_backend(device: torch.device) -> str:

@@ -16,16 +16,15 @@ from torch import nn
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet, training
 from alexnet_triton.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
-from alexnet_triton.data import load_fashion_mnist, to_input
+from alexnet_triton.data import CLASSES, load_fashion_mnist, to_input
+from alexnet_triton.evaluation import evaluate, measure_speed
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
 from alexnet_triton.training import (
     EpochMetrics,
     Trainer,
-    evaluate,
     float32_products,
     load_checkpoint,
-    measure_speed,
     new_model,
 )
 from kernels.precision import conv_input_precision, matmul_input_precision
@@ -139,9 +138,9 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     plain = reference_lenet()
     plain.load_state_dict(content["state_dict"], strict=True)
-    loaded, model, metrics = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
-    assert model == "lenet"
-    assert metrics == lines
+    loaded, checkpoint = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
+    assert (checkpoint.model, checkpoint.classes, checkpoint.channels, checkpoint.size) == ("lenet", list(CLASSES), 1, 28)
+    assert checkpoint.metrics == lines
     x = torch.rand(3, 1, 28, 28)
     with torch.no_grad(), kernels.use_backend("torch"):
         assert torch.equal(loaded(x), net.eval()(x))
@@ -257,12 +256,24 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": None}, {"model": "vgg"}, {"state_dict": None}, {"state_dict": {}}, {"metrics": 3}, {"training": 4}],
+    [
+        {"model": None},
+        {"model": "vgg"},
+        {"state_dict": None},
+        {"state_dict": {}},
+        {"metrics": 3},
+        {"training": 4},
+        {"classes": ["one"]},
+        {"classes": [1, 2]},
+        {"channels": 2},
+        {"size": 0},
+        {"size": "28"},
+    ],
     ids=str,
 )
 def test_an_incomplete_checkpoint_is_refused(change: dict, tmp_path: Path) -> None:
     path = tmp_path / "part.pt"
-    torch.save({"format": FORMAT, "model": "lenet", "classes": [], "metrics": [], "state_dict": {}, **change}, path)
+    torch.save({"format": FORMAT, "model": "lenet", "classes": ["a", "b"], "metrics": [], "state_dict": {}} | change, path)
     with pytest.raises(CheckpointError, match=r"part\.pt: (holds an unknown model|its weights do not fit this lenet|damaged)"):
         load_checkpoint(path, CPU)
 
@@ -383,7 +394,7 @@ def test_a_half_precision_checkpoint_is_float32_and_loads_anywhere(tmp_path: Pat
     assert ready == [True]
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert {w.dtype for w in content["state_dict"].values()} == {torch.float32}
-    loaded, _, _ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
+    loaded, _ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
     for key, weight in loaded.state_dict().items():
         assert torch.equal(weight.bfloat16(), net.state_dict()[key])
 
@@ -487,8 +498,8 @@ def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype
     rounded = net.state_dict()
     assert all(torch.equal(weights[key].to(dtype), rounded[key]) for key in weights)
     assert any(not torch.equal(weights[key], rounded[key].float()) for key in weights)
-    save_checkpoint(tmp_path / "checkpoint.pt", Checkpoint("lenet", [], [], weights))
-    loaded, *_ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
+    save_checkpoint(tmp_path / "checkpoint.pt", Checkpoint("lenet", list(CLASSES), [], weights))
+    loaded, _ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
 
 

@@ -1,0 +1,83 @@
+"""What a network makes of images: loss and accuracy of a set, probabilities of single images, speed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Split, network_input, to_input
+from .distributed import ALONE, Processes
+from .signals import Stop, Stopped
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    stop: Stop | None = None,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
+
+    Raises:
+        Stopped: ``stop`` said so.
+    """
+    net.eval()
+    dtype = next(net.parameters()).dtype
+    sums = torch.zeros(2, device=device)  # of losses, of images classified right
+    split = split.to(device)
+    for index in torch.arange(len(split), device=device).split(batch_size):
+        if stop is not None and stop():
+            raise Stopped("before its evaluation")
+        share = processes.share(index)
+        labels = split.labels[share]
+        logits = net(network_input(split.images, share, image_size, dtype=dtype)).float()
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(1) == labels).sum()
+    loss, correct = processes.add_up(sums).tolist()
+    return loss / len(split), correct / len(split)
+
+
+@torch.no_grad()
+def classify(net: nn.Module, images: Tensor, *, batch_size: int, image_size: int, device: torch.device) -> Tensor:
+    """Probabilities of the classes for each of ``images`` (uint8, as in a :class:`Split`): (N, classes) float32 on the CPU.
+
+    In eval mode and the network's dtype; the softmax is computed in float32.
+    """
+    net.eval()
+    dtype = next(net.parameters()).dtype
+    batches = images.split(batch_size)
+    return torch.cat([net(to_input(batch.to(device), image_size, dtype)).float().softmax(1).cpu() for batch in batches])
+
+
+def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
+    """Images a second of a forward and backward pass, timed on one batch (on the CPU a small one) after a first one.
+
+    Leaves parameters, gradients and random state as they were.
+    """
+    few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
+    inputs = to_input(split.images[:few].to(device), image_size, next(net.parameters()).dtype)
+    labels = split.labels[:few].to(device)
+    net.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            synchronize(device)
+            start = time.perf_counter()
+            F.cross_entropy(net(inputs).float(), labels).backward()
+            synchronize(device)
+            seconds = time.perf_counter() - start
+    net.zero_grad(set_to_none=True)
+    return few / seconds

@@ -1,0 +1,210 @@
+"""``alexnet-triton predict``: what it prints is what the network says, and a file that is no image is one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import kernels
+from alexnet_triton.checkpoint import Checkpoint, save_checkpoint
+from alexnet_triton.data import CLASSES, DataError, load_fashion_mnist
+from alexnet_triton.evaluation import classify, evaluate
+from alexnet_triton.image_files import read_image, read_images
+from alexnet_triton.training import load_checkpoint, new_model
+
+from .command import run_here
+
+CPU = torch.device("cpu")
+ON_PYTORCH = ("--device", "cpu", "--backend", "torch")
+
+
+def checkpoint_of(
+    folder: Path, model: str = "lenet", channels: int = 1, size: int = 28, classes: tuple[str, ...] = CLASSES
+) -> Path:
+    """A checkpoint of a network with random weights."""
+    net = new_model(model, 0, CPU, classes=len(classes), channels=channels)
+    path = folder / f"{model}{channels}.pt"
+    save_checkpoint(path, Checkpoint(model, list(classes), [], net.state_dict(), channels=channels, size=size))
+    return path
+
+
+def test_it_prints_what_the_network_says_of_the_test_images(tmp_path: Path) -> None:
+    """The data set's own images as files: the very probabilities of the data set's pixels, in order, in batches."""
+    path = checkpoint_of(tmp_path)
+    test = load_fashion_mnist("sample").test.limited(5)
+    files = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for file, image in zip(files, test.images, strict=True):
+        Image.fromarray(image.numpy()).save(file)
+    net, _ = load_checkpoint(path, CPU)
+    with kernels.use_backend("torch"), torch.no_grad():
+        expected = net.eval()(test.images[:, None] / 255).softmax(1)
+    result = run_here("predict", str(path), *files, "--json", "--top", "10", "--batch-size", "2", *ON_PYTORCH)
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert list(found) == files
+    for row, classes in zip(expected, found.values(), strict=True):
+        assert list(classes.values()) == sorted(classes.values(), reverse=True)
+        assert [classes[name] for name in CLASSES] == pytest.approx(row.tolist(), rel=1e-4)
+
+    lines = run_here("predict", str(path), files[0], "--top", "2", *ON_PYTORCH).stdout.splitlines()
+    best = expected[0].argmax().item()
+    assert lines[0] == files[0]
+    assert lines[1].split() == [*CLASSES[best].split(), f"{expected[0, best]:.4f}"]
+    assert len(lines) == 3
+    assert len(run_here("predict", str(path), files[0], *ON_PYTORCH).stdout.splitlines()) == 6
+
+
+def test_probabilities_agree_with_the_evaluation(tmp_path: Path) -> None:
+    net, _ = load_checkpoint(checkpoint_of(tmp_path), CPU)
+    test = load_fashion_mnist("sample").test.limited(30)
+    with kernels.use_backend("torch"):
+        probabilities = classify(net.train(), test.images, batch_size=7, image_size=28, device=CPU)
+        loss, accuracy = evaluate(net, test, batch_size=30, image_size=28, device=CPU)
+    assert probabilities.shape == (30, 10)
+    assert (probabilities.argmax(1) == test.labels).double().mean().item() == pytest.approx(accuracy)
+    assert -probabilities[torch.arange(30), test.labels].log().mean().item() == pytest.approx(loss, rel=1e-5)
+    assert not net.training
+
+
+def test_three_channels_and_classes_of_its_own(tmp_path: Path) -> None:
+    path = checkpoint_of(tmp_path, channels=3, classes=("[red]", "blue"))
+    pixels = torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    file = tmp_path / "[bold] colours.png"  # nor is a name markup
+    Image.fromarray(pixels.numpy()).save(file)
+    net, kept = load_checkpoint(path, CPU)
+    assert (kept.channels, kept.size, kept.classes) == (3, 28, ["[red]", "blue"])
+    with kernels.use_backend("torch"), torch.no_grad():
+        red, blue = net.eval()(pixels.permute(2, 0, 1)[None] / 255).softmax(1)[0].tolist()
+    result = run_here("predict", str(path), str(file), *ON_PYTORCH)
+    lines = [str(file), f"  [red]  {red:.4f}", f"  blue   {blue:.4f}"]
+    assert result.stdout.splitlines() == (lines if red > blue else [lines[0], lines[2], lines[1]])
+
+
+def test_an_image_is_made_a_square_of_its_middle(tmp_path: Path) -> None:
+    from torchvision.transforms.v2.functional import resize
+
+    pixels = torch.randint(0, 256, (3, 40, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "a.png")
+    middle = pixels[:, :, 30:70]
+    assert torch.equal(read_image(tmp_path / "a.png", 3, 40), middle)
+    small = read_image(tmp_path / "a.png", 3, 20)
+    assert small.shape == (3, 20, 20)
+    # At the seams of the crop a neighbour outside of it counts.
+    assert torch.equal(small[:, :, 2:-2], resize(middle, [20, 20], antialias=True)[:, :, 2:-2])
+    grey = read_image(tmp_path / "a.png", 1, 40)
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    assert grey.shape == (40, 40)
+    assert (grey - (weights[:, None, None] * middle).sum(0)).abs().max() <= 1
+    # Upright: a camera that was turned says so in the file.
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "turned.png", 3, 40), middle.rot90(-1, (1, 2)))
+    transparent = picture.copy()
+    transparent.putalpha(100)
+    transparent.save(tmp_path / "transparent.png")
+    assert torch.equal(read_image(tmp_path / "transparent.png", 3, 40), middle)
+
+
+def _png(side: int = 30) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 90).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _bomb(side: int) -> bytes:
+    """A picture that claims so many pixels; Pillow looks at the claim before it decodes."""
+    raw = bytearray(_png())
+    raw[16:24] = side.to_bytes(4, "big") * 2
+    raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
+    return bytes(raw)
+
+
+def _deep() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("I;16", (30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _with_a_long_text() -> bytes:
+    """Two megabytes of text in a few bytes, for which Pillow has an error of no kind of its own."""
+    text, buffer = PngInfo(), io.BytesIO()
+    text.add_text("Comment", "x" * 2_000_000, zip=True)
+    Image.new("L", (30, 30)).save(buffer, "PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+BAD = {
+    "missing": (None, "no such file"),
+    "folder": (None, "cannot be read: Is a directory"),
+    "text": (b"hello", "not an image"),
+    "empty": (b"", "not an image"),
+    "cut_short": (_png()[:400], "cannot be read: image file is truncated"),
+    "changed": (_png()[:200] + bytes(20) + _png()[220:], "cannot be read: broken data stream"),
+    "swollen": (_with_a_long_text(), "damaged: Decompressed data too large"),
+    "sixteen_bits": (_deep(), "pixels of more than 8 bits"),
+    "bomb": (_bomb(20_000), "too large to be decoded: .* exceeds limit"),
+    "half_a_bomb": (_bomb(12_000), "too large to be decoded: .* exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_file_that_is_no_image_is_one_line_and_the_others_are_classified(bad: str, tmp_path: Path) -> None:
+    content, message = BAD[bad]
+    file, good = tmp_path / f"{bad}.png", tmp_path / "good.png"
+    good.write_bytes(_png())
+    if content is not None:
+        file.write_bytes(content)
+    elif bad == "folder":
+        file.mkdir()
+    with pytest.raises(DataError, match=message) as error:
+        read_image(file, 1, 28)
+    images, readable, (only,) = read_images([file, good], 1, 28)
+    assert (images.shape, readable, str(only)) == ((1, 28, 28), [good], str(error.value))
+    if bad in ("missing", "bomb"):
+        path = checkpoint_of(tmp_path)
+        result = run_here("predict", str(path), str(file), str(good), *ON_PYTORCH)
+        assert result.returncode == 1
+        assert result.stderr == f"alexnet-triton: {error.value}\n"
+        assert result.stdout.splitlines()[0] == str(good)
+        alone = run_here("predict", str(path), str(file), str(file), *ON_PYTORCH)
+        assert (alone.returncode, alone.stdout, alone.stderr) == (1, "", 2 * f"alexnet-triton: {error.value}\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    file = tmp_path / "secret.png"
+    file.write_bytes(_png())
+    file.chmod(0)
+    with pytest.raises(DataError, match=r"secret\.png: cannot be read: Permission denied"):
+        read_image(file, 1, 28)
+
+
+def test_what_is_missing_on_the_command_line(tmp_path: Path) -> None:
+    result = run_here("predict", "/nowhere.pt", "/nowhere.png", *ON_PYTORCH)
+    assert (result.returncode, result.stderr) == (1, "alexnet-triton: /nowhere.pt: no such file\n")
+    nothing = run_here("predict", str(checkpoint_of(tmp_path)), *ON_PYTORCH)
+    assert nothing.returncode == 2
+    assert "IMAGE" in nothing.stderr
+
+
+@pytest.mark.slow
+def test_alexnet_predicts(tmp_path: Path) -> None:
+    """An image of 28 x 28 is enlarged as in training, not as it is decoded."""
+    path = checkpoint_of(tmp_path, "alexnet")
+    test = load_fashion_mnist("sample").test.limited(1)
+    Image.fromarray(test.images[0].numpy()).save(tmp_path / "a.png")
+    net, _ = load_checkpoint(path, CPU)
+    with kernels.use_backend("torch"):
+        expected = classify(net, test.images, batch_size=1, image_size=224, device=CPU)[0].max().item()
+    result = run_here("predict", str(path), str(tmp_path / "a.png"), "--json", *ON_PYTORCH)
+    assert max(json.loads(result.stdout)[str(tmp_path / "a.png")].values()) == pytest.approx(expected, rel=1e-5)
