@@ -28,12 +28,12 @@ import kernels
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
 from .data import DataError, Dataset
 from .distributed import Processes, joined
-from .evaluation import classify, evaluate, measure_speed
+from .evaluation import classify, evaluate, measure_speed, predict_split
 from .explain import explain
 from .image_files import read_images
 from .image_folder import default_channels, is_image_folder, load_data, load_test
 from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
-from .plot import plot_curves
+from .plot import plot_confusion, plot_curves, plot_most_wrong
 from .signals import Stopped, StopSignals
 from .training import (
     LEARNING_RATE,
@@ -47,6 +47,9 @@ from .training import (
     new_model,
     train,
 )
+
+#: The pictures that a run writes.
+CURVES, CONFUSION, MOST_WRONG = "curves.png", "confusion.png", "most_wrong.png"
 
 app = typer.Typer(
     help="AlexNet on hand-written Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -321,7 +324,7 @@ def train_command(
 ) -> None:
     """Train on Fashion-MNIST or on your own images.
 
-    Written are metrics.jsonl, curves.png, checkpoint.pt (the last epoch) and best.pt (the best one).
+    Written are metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch), best.pt (the best).
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
     second one ends the process at once.
@@ -442,8 +445,13 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
                     on_batch=bar.epoch,
                     on_epoch=_print_epoch,
                 )
+            if processes.leads:
+                said = predict_split(net, test, batch_size=run.batch_size, image_size=IMAGE_SIZE[run.model], device=where)
         if processes.leads:
-            plot_curves(history, out / "curves.png", title=f"{run.model} on {dataset.name}, {runs_on}")
+            title = f"{run.model} on {dataset.name}, {runs_on}"
+            plot_curves(history, out / CURVES, title)
+            plot_confusion(test, said, dataset.classes, out / CONFUSION, title)
+            plot_most_wrong(test, said, dataset.classes, out / MOST_WRONG, title)
     except Stopped as stopped:
         received = stops.received or signal.SIGTERM  # another process may have got it
         again = f"train --resume {shlex.quote(str(out))}"
@@ -461,7 +469,8 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
         f"setup {setup_seconds:.1f} s (weights, compilation, warm-up, capture), "
         f"{time.perf_counter() - begin:.1f} s from start to end"
     )
-    console.print(f"curve {out / 'curves.png'}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
+    pictures = ", ".join(str(out / name) for name in (CURVES, CONFUSION, MOST_WRONG))
+    console.print(f"pictures {pictures}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -61,6 +62,26 @@ def classify(net: nn.Module, images: Tensor, *, batch_size: int, image_size: int
     dtype = next(net.parameters()).dtype
     batches = images.split(batch_size)
     return torch.cat([net(to_input(batch.to(device), image_size, dtype)).float().softmax(1).cpu() for batch in batches])
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a network says of each image of a set, on the CPU.
+
+    Attributes:
+        classes: the most probable class, int64 (N,).
+        true: the probability of the true one, float32 (N,).
+    """
+
+    classes: Tensor
+    true: Tensor
+
+
+def predict_split(net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
+    """The predictions for ``split``, in eval mode."""
+    probabilities = classify(net, split.images, batch_size=batch_size, image_size=image_size, device=device)
+    true = probabilities.gather(1, split.labels.cpu()[:, None])[:, 0]
+    return Predictions(probabilities.argmax(1), true)
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Training curves as a picture."""
+"""A run as pictures: training curves, confusion matrix, the most wrong images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .data import Split
+from .evaluation import Predictions
 from .training import EpochMetrics
 
 matplotlib.use("Agg")
@@ -32,3 +35,48 @@ def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None
     figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
     loss_axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
+    """How many images of each class (rows) are taken for each class (columns): int64 (classes, classes)."""
+    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
+
+
+def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
+    """Write the confusion matrix as a PNG: counts, coloured by their share of the true class."""
+    counts = confusion_matrix(split.labels.cpu(), predictions.classes, len(names))
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = 2.5 + 0.5 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(names) <= 30:  # more would not be legible
+        for row, column in ((r, c) for r in range(len(names)) for c in range(len(names)) if counts[r, c]):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def most_wrong(split: Split, predictions: Predictions, most: int) -> torch.Tensor:
+    """Indices of wrongly classified images, those first whose true class is least probable."""
+    wrong = (predictions.classes != split.labels.cpu()).nonzero()[:, 0]
+    return wrong[predictions.true[wrong].argsort(stable=True)][:most]
+
+
+def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
+    """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
+    figure = Figure(figsize=(10, 11), layout="constrained")
+    indices = most_wrong(split, predictions, 25).tolist()
+    for place, i in enumerate(indices, start=1):
+        axes = figure.add_subplot(5, 5, place)
+        image = split.images[i].cpu()
+        axes.imshow(image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        true, predicted = names[int(split.labels[i])], names[int(predictions.classes[i])]
+        axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
+    figure.suptitle(title if indices else f"{title}: nothing is wrong", fontsize=10)
+    figure.savefig(path, dpi=120)

@@ -43,7 +43,9 @@ def test_train_evaluate_lenet(tmp_path: Path) -> None:
     assert "an epoch of 48 images" in first
     assert result.stdout.count("test acc ") == 2
     assert str(out / "curves.png") in result.stdout
-    assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "curves.png", "checkpoint.pt", "best.pt"}
+    assert {p.name for p in out.iterdir()} == {
+        *("metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt")
+    }
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     again = run("evaluate", str(out / "checkpoint.pt"), "--data", "sample", "--limit", "48", "--device", "cpu")
     assert again.returncode == 0, again.stderr

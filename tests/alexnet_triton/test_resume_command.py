@@ -43,7 +43,9 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
     assert expected.training["options"] == found.training["options"]
     assert expected.training["options"]["momentum"] == 0.5
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"metrics.jsonl", "curves.png", "checkpoint.pt", "best.pt"}
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {
+        *("metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt")
+    }
 
     # The newest run, and there is nothing left to do.
     (tmp_path / "runs").mkdir()
