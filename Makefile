@@ -11,7 +11,7 @@ IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c
 IR_VENV ?= .venv-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize sanitize-ir lint format audit report render bench clean
+.PHONY: help train test sanitize sanitize-ir lint format audit report profile render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
+	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
 	@echo "make bench   time every operation against PyTorch (needs a CUDA GPU)"
 
 $(INSTALLED): pyproject.toml
@@ -67,6 +68,9 @@ audit: $(INSTALLED)
 
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+profile: $(INSTALLED)
+	$(BIN)/python -m benchmarks.profile $(ARGS)
 
 render: $(INSTALLED)
 	$(BIN)/python -m benchmarks.render --readme $(ARGS)
