@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import config, conv2d_stem, launch
 from kernels.conv2d import dgrad, fprop, wgrad
+from kernels.launch import cdiv
 
 from .training import float32_products
 
@@ -42,7 +43,7 @@ LAYERS = {
     "conv5": (384, 12, 256, 3, 1, 1),
 }
 
-#: The first layer with its ReLU and 3 x 3 pool of stride 2, in one kernel each way or in two.
+#: The first layer with its ReLU and 3 x 3 pool of stride 2, in one kernel or in two.
 POOLED = "conv1_pool"
 
 #: Convolutions right after another one's ReLU, whose gradient they take on the way.
@@ -81,7 +82,7 @@ class Job:
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             fold, pooled = conv2d_stem.fold(c, r, stride), (self.size - 1) // 2
-            return config.conv2d_key(f"conv2d_stem_pool_{self.pass_}", self.batch, pooled, pooled, fold, k, 3, 1)
+            return config.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
         if stride > 1:
             fold = conv2d_stem.fold(c, r, stride)
             return config.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
@@ -95,7 +96,7 @@ class Job:
             return config.linear_candidates(*self.product, itemsize=2)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
-            found = _stem_pool_fprop((self.size - 1) // 2) if self.pass_ == "fprop" else _stem_pool_wgrad()
+            found = _stem_pool_fprop((self.size - 1) // 2)
         elif stride > 1:
             found = _stem_fprop(self.size) if self.pass_ == "fprop" else _stem_wgrad(self.batch)
         elif self.pass_ == "fprop":
@@ -104,16 +105,13 @@ class Job:
             found = itertools.chain(_images(self.batch, k, c), _boxes(self.batch, size, k, c))
         else:
             found = _images_wgrad(c, k, r * r)
-        if self.layer in ("conv1", POOLED):
-            return list(found)
-        tiles = list(found)
-        # Triton 3.6 gives kernels of one warp group another that loads; of two it makes nothing else, and 3.8 refuses.
-        return tiles + [candidate | {"WARP_SPECIALIZE": 1} for candidate in tiles if candidate["num_warps"] == 4]
+        # Not with WARP_SPECIALIZE: of many of these Triton 3.6's compiler ends the process, and 3.8 refuses all.
+        return list(found)
 
 
-#: Passes without a configuration of their own in the tables: no gradient of the images is wanted, and the ten classes' gradient
-#: has rows that no descriptor can describe.
-_UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
+#: Passes without a configuration of their own: no gradient of the images is wanted, conv1's pool is in one kernel with
+#: it forward alone, and the ten classes' gradient has rows that no descriptor can describe.
+_UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), (POOLED, "wgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
 
 
 def jobs(batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS)) -> list[Job]:
@@ -167,7 +165,7 @@ def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         elements = (block_m + (n1 + n2) * together) * block_k
         if not _fits(elements, stages, accumulators, warps) or (stages > 3 and block_k > 64):
             continue
-        programs = triton.cdiv(k, block_m) * (c // (n1 + n2)) * triton.cdiv(positions, together)
+        programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
         values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         # How many programs one multiprocessor holds at once, and a little more and less than that.
         held = min(2, config.SHARED_BYTES // (stages * elements * 2))
@@ -181,7 +179,7 @@ def _stem_fprop(columns: int) -> Iterator[Candidate]:
     ):
         values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
         if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < config.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
 def _stem_wgrad(n: int) -> Iterator[Candidate]:
@@ -201,18 +199,7 @@ def _stem_pool_fprop(columns: int) -> Iterator[Candidate]:
     ):
         values = {"FUSED": 1, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32, "BLOCK_K2": 16}
         if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < config.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": triton.cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
-
-
-def _stem_pool_wgrad() -> Iterator[Candidate]:
-    yield {"FUSED": 0}
-    for block_k, (n1, n2), warps, stages, split in itertools.product(
-        (32, 64, 128), ((64, 32), (32, 16), (32, 0)), (4, 8), (1, 2, 3), (66, 132)
-    ):
-        # A step has the cells of 2 x 2 pixels, four rows each, and gradients and positions of four windows.
-        if stages * block_k * (2 * 4 * 64 * 2 + 4 * (n1 + n2) * 3) < config.SHARED_BYTES - 2**14:
-            values = {"FUSED": 1, "BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
-            yield values | {"num_warps": warps, "num_stages": stages}
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
 @functools.cache
@@ -234,22 +221,14 @@ def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return x, w, randn(k), dz
 
 
-def _pooled(job: Job, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The first layer with its pool, by the Triton kernels: output, positions, cells."""
+def _pooled(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
+    """The first layer with its pool, by the Triton kernels, positions written."""
     x, w, b, _ = tensors
     *_, stride, padding = LAYERS[job.layer]
     window = ([3, 3], [2, 2], [0, 0], [(job.size - 1) // 2] * 2)
     return torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(
         *(x, w, b, None, [stride] * 2, [padding] * 2, [1, 1], 1, [job.size] * 2), *window, True, True, False
-    )
-
-
-@functools.cache
-def _positions_and_cells(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What its weight gradient reads, made once."""
-    with config.override(FUSED=0):
-        _, position, cells = _pooled(Job(layer, "fprop", batch), _tensors(layer, batch, dtype))
-    return position, cells
+    )[0]
 
 
 def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -257,16 +236,7 @@ def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     x, w, b, dz = tensors
     ops = torch.ops.alexnet_triton
     if job.layer == POOLED:
-        if job.pass_ == "fprop":
-            return _pooled(job, tensors)[0]
-        position, cells = _positions_and_cells(job.layer, job.batch, dz.dtype)
-        *_, stride, padding = LAYERS[job.layer]
-        geometry = ([stride] * 2, [padding] * 2, [1, 1], 1, [job.size] * 2, [3, 3], [2, 2], [0, 0])
-        read = (None, cells) if cells.dim() == 4 else (x, None)
-        gradients = ops.conv2d_relu_max_pool2d_backward(
-            dz, *read, w, position, list(x.shape), *geometry, [False, True, True], False
-        )
-        return gradients[1]
+        return _pooled(job, tensors)
     if job.layer in LINEAR_LAYERS:
         if job.pass_ == "fprop":
             return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
@@ -280,10 +250,6 @@ def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     return wgrad(dz, x, w, step, pad, [1, 1], 1)
 
 
-#: PyTorch's activation before the pool and the pool's indices, by job and dtype.
-_FORWARD: dict[tuple[Job, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-
 def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
     """The same by PyTorch, in the dtype of ``tensors``."""
     x, w, b, dz = tensors
@@ -294,15 +260,7 @@ def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
         return dz @ w if job.pass_ == "dgrad" else dz.t() @ x
     *_, stride, padding = LAYERS[job.layer]
     if job.layer == POOLED:
-        if job.pass_ == "fprop":
-            return F.max_pool2d(F.relu(F.conv2d(x, w, b, stride, padding)), 3, 2)
-        if (job, x.dtype) not in _FORWARD:  # made once: only the backward pass is to be timed
-            y = F.relu(F.conv2d(x, w, b, stride, padding))
-            _FORWARD[job, x.dtype] = y, F.max_pool2d(y, 3, 2, return_indices=True)[1]
-        y, index = _FORWARD[job, x.dtype]
-        aten = torch.ops.aten
-        dz = aten.max_pool2d_with_indices_backward(dz, y, [3, 3], [2, 2], [0, 0], [1, 1], False, index)
-        dz = aten.threshold_backward(dz, y, 0)
+        return F.max_pool2d(F.relu(F.conv2d(x, w, b, stride, padding)), 3, 2)
     if job.pass_ == "fprop":
         return F.relu(F.conv2d(x, w, b, stride, padding))
     wanted = [job.pass_ == "dgrad", job.pass_ == "wgrad", False]
@@ -374,6 +332,7 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
                         raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
                 times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
             except Exception as error:  # whatever a candidate cannot do, another may
+                _check_alive(candidate, error)
                 wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
     rule_ms = times[0][0]
     # The best few again, longer: a median over a dozen runs is not sure enough.
@@ -385,6 +344,20 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     best_ms, best = min(again, key=lambda timed: timed[0])
     peer_ms = _milliseconds(lambda: _reference(job, tensors), milliseconds)
     return Tuned(job, rule_ms, best_ms, peer_ms, best, wrong, sorted(times, key=lambda timed: timed[0]))
+
+
+def _check_alive(candidate: Candidate, error: Exception) -> None:
+    """After an illegal access CUDA refuses this process whatever it asks for: nothing more can be measured.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as refusal:
+        raise RuntimeError(f"{candidate} left the GPU unusable for this process: {str(error).splitlines()[0]}") from refusal
 
 
 def _compile_share(share: int, shares: int, work: list[Job], dtype: torch.dtype) -> None:
@@ -451,8 +424,6 @@ def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tune
         write_table(results, dtype, path)
         report(result)
         _tensors.cache_clear()
-        _positions_and_cells.cache_clear()
-        _FORWARD.clear()
     return results
 
 

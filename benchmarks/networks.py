@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alexnet_triton import AlexNet, fuse, reference_alexnet
 
-from .cases import to_channels_last
+from .cases import to_channels_last, unit
 
 #: name -> (memory format, autocast over float32 parameters, torch.compile mode or None). Peers without autocast have
 #: parameters in the dtype itself, as ours have: the faster choice is the peer to beat.
@@ -121,7 +121,7 @@ def step_function(built: Built, dtype: torch.dtype, mode: str, images: Tensor, l
 
         return infer
     built.module.train()
-    optimizer = torch.optim.SGD(built.module.parameters(), lr=1e-3, foreach=True)
+    optimizer = torch.optim.SGD(built.module.parameters(), lr=1e-3, fused=True)  # the fastest of PyTorch's, for everybody
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -175,6 +175,9 @@ def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str
     """
     compared = mode if built.net is built.module else "infer"
     weights = built.module.state_dict()
+    # Where TF32 is allowed, PyTorch may still multiply exactly: then each product of the chain is ours alone to round.
+    tf32 = unit(dtype) > torch.finfo(dtype).eps
+    products = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in built.module.modules()) if tf32 else 1
     exact, peer = (network.reference().to(device=images.device, dtype=t) for t in (torch.float64, dtype))
     for other in (exact, peer):
         other.load_state_dict(weights)
@@ -184,7 +187,7 @@ def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str
     theirs = _results(peer, peer, compared, images.to(dtype), labels)
     for name, value in truth.items():
         error, peer_error = ((r[name].double() - value).norm().item() for r in (ours, theirs))
-        allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * value.norm().item()
+        allowed = 2 * peer_error + 0.5 * products * unit(dtype) * value.norm().item()
         if not error <= allowed:
             raise AssertionError(f"{name}: error {error:.3e} in norm against float64, allowed {allowed:.3e}")
 

@@ -162,13 +162,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--mode", default="train", choices=["train", "infer"])
     parser.add_argument("--impl", default=OURS, choices=[OURS, *PEERS])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <gpu>-profile.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of profile/<gpu>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("profile: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
     rows, whole = profile_step(arguments.impl, DTYPES[arguments.dtype], arguments.batch, arguments.mode)
     print_rows(rows, whole, Console(width=None if sys.stdout.isatty() else 140))
-    path = arguments.out / f"{gpu_slug(torch.cuda.get_device_name())}-profile.json"
+    path = arguments.out / "profile" / f"{gpu_slug(torch.cuda.get_device_name())}.json"
     content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     name = "-".join((arguments.impl, arguments.dtype, f"N{arguments.batch}", arguments.mode))
     content[name] = {
@@ -180,7 +180,7 @@ def main() -> None:
             for r in rows
         ],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

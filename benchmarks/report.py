@@ -373,9 +373,10 @@ def sections(report: Report) -> list[Callable[[], None]]:
     first, others = settings.step_batches[:1], settings.step_batches[1:]
     tuned = [TUNED] if settings.tuned else []
     result: list[Callable[[], None]] = [lambda: measure_steps(report, eager, first)]
-    result += [lambda: measure_steps(report, compiled, first), lambda: measure_steps(report, tuned, first)]
+    result += [lambda: measure_steps(report, compiled, first)]
     result += [operations(*combination) for combination in combinations[:1]]
-    result += [lambda: measure_steps(report, eager, others)]
+    # Inductor tunes for minutes.
+    result += [lambda: measure_steps(report, eager, others), lambda: measure_steps(report, tuned, first)]
     result += [operations(*combination) for combination in combinations[1:]]
     result += [lambda: measure_steps(report, compiled, others)]
     if settings.compiled_operations:

@@ -114,8 +114,6 @@ def _conv2d_stem_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, in
     """Useful is the convolution once, all of it, the rows and columns too that no window sees; a neighbour's row is issued."""
     useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
     tile = 2 * 3 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"])
-    if "SPLIT" in a:
-        return useful, grid[0] * tile * a["BLOCK_K"] * 4 * a["cells"] * triton.cdiv(a["N"], a["BLOCK_K"])
     strips = triton.cdiv(a["Q"], a["columns"])
     pixels = (2 * a["ROWS"] + 1) * (2 * a["Q"] + strips)
     return useful, grid[0] // strips * pixels * tile * (a["BLOCK_K"] + a["BLOCK_K2"])
@@ -136,7 +134,6 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_stem_kernel": _conv2d_stem,
     "_conv2d_stem_wgrad_kernel": _conv2d_stem,
     "_conv2d_stem_pool_kernel": _conv2d_stem_pool,
-    "_conv2d_stem_pool_wgrad_kernel": _conv2d_stem_pool,
     "_matmul_kernel": _matmul,
     "_matmul_descriptor_kernel": _matmul,
 }

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 
 from .backend import INTERPRETED, capability
+from .launch import cdiv, next_power_of_2
 
 # A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
 _overrides: dict[str, int] = {}
@@ -110,7 +110,7 @@ _MULTIPROCESSORS = 132
 
 
 def _tile(n: int, low: int, high: int) -> int:
-    return max(low, min(high, triton.next_power_of_2(n)))
+    return max(low, min(high, next_power_of_2(n)))
 
 
 def matmul_config(
@@ -165,7 +165,7 @@ def _two_blocks(n: int, high: int) -> tuple[int, int]:
         candidates.append((64, 32))
     if n % 48 == 0 and n < 96:
         candidates.append((32, 16))
-    return min(candidates, key=lambda blocks: (triton.cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
+    return min(candidates, key=lambda blocks: (cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +176,7 @@ def conv2d_box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
     def cost(shape: tuple[int, int, int]) -> tuple[int, int, int]:
         covered = 1
         for size, tile in zip((n, p, q), shape, strict=True):
-            covered *= triton.cdiv(size, tile) * tile
+            covered *= cdiv(size, tile) * tile
         _, th, tw = shape
         return covered, -th * tw, abs(th - tw)
 
@@ -241,7 +241,7 @@ def conv2d_box_config(
         choices += [(256, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
         for pixels, block_n, warps, stages in choices:  # noqa: B007
             nb, th, tw = conv2d_box(pixels, n, p, q)
-            programs = triton.cdiv(n, nb) * triton.cdiv(p, th) * triton.cdiv(q, tw) * triton.cdiv(k, block_n)
+            programs = cdiv(n, nb) * cdiv(p, th) * cdiv(q, tw) * cdiv(k, block_n)
             if programs >= _MULTIPROCESSORS:
                 break
         config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
@@ -262,7 +262,7 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
         positions = 2
         block_m = 256 if k % 256 == 0 else 128
     area = block_m * (block_n + block_n2) * positions
-    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "WARP_SPECIALIZE": 0}
+    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
     config |= {"BLOCK_K": _tile(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(k, 16, 128), "num_stages": 1}
@@ -270,10 +270,10 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
     config = _apply_overrides(config | _known(config, measured))
     if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
         config |= {"BLOCK_N": _largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
-    programs = triton.cdiv(k, config["BLOCK_M"]) * triton.cdiv(r * s, config["POSITIONS"])
+    programs = cdiv(k, config["BLOCK_M"]) * cdiv(r * s, config["POSITIONS"])
     programs *= c // (config["BLOCK_N"] + config["BLOCK_N2"])
     at_once = _MULTIPROCESSORS * (2 if config["num_warps"] == 4 else 1)
-    steps = p * q * triton.cdiv(n, config["BLOCK_K"])
+    steps = p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else at_once // programs
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
@@ -283,7 +283,7 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
     block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    config |= {"COLUMNS": triton.cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
+    config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
     if INTERPRETED:
         config |= {"BLOCK_M": _tile(n, 16, 64), "num_stages": 1}
     config |= _known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
@@ -291,13 +291,13 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_pool_fused(device: torch.device, pass_: str, n: int, p: int, q: int, fold: int, k: int) -> bool:
-    """Whether such a layer and its 3 x 3 pool run as one kernel in ``"fprop"`` or ``"wgrad"``; p x q windows.
+def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
+    """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
 
     With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
     """
     config = {"FUSED": int(fold == 48)}
-    config |= _known(config, tuned(device, conv2d_key(f"conv2d_stem_pool_{pass_}", n, p, q, fold, k, 3, 1)))
+    config |= _known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
     return bool(_apply_overrides(config)["FUSED"])
 
 
@@ -320,30 +320,15 @@ def conv2d_stem_pool_config(
     config = _apply_overrides(config | _known(config, measured))
     if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
         config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    programs = triton.cdiv(p, config["ROWS"]) * triton.cdiv(n, config["BLOCK_M"])
-    programs *= triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    programs = cdiv(p, config["ROWS"]) * cdiv(n, config["BLOCK_M"])
+    programs *= cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
 
     def columns_one_after_another(strips: int) -> int:
         # Two programs run on a multiprocessor at once; neighbouring strips share a column of the convolution.
-        return triton.cdiv(programs * strips, 2 * _MULTIPROCESSORS) * (2 * triton.cdiv(q, strips) + 1)
+        return cdiv(programs * strips, 2 * _MULTIPROCESSORS) * (2 * cdiv(q, strips) + 1)
 
     strips = min(range(1, min(q, 16) + 1), key=columns_one_after_another)
-    return config | _apply_overrides({"COLUMNS": measured.get("COLUMNS", triton.cdiv(q, strips))})
-
-
-def conv2d_stem_pool_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of such a layer's weight gradient with the pool's: as :func:`conv2d_stem_wgrad_config`, p x q windows."""
-    # Narrow: beside the accumulators stand the gradients and positions of four windows.
-    block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if INTERPRETED:
-        config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
-    config = _apply_overrides(config | _known(config, measured))
-    programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    steps = (p + 1) * (q + 1) * triton.cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, 2 * _MULTIPROCESSORS // programs)  # two programs run on a multiprocessor at once
-    return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
+    return config | _apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
 
 
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
@@ -357,8 +342,8 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
         config |= {"BLOCK_K": _tile(n, 16, 64), "num_stages": 1}
     measured = tuned(device, conv2d_key("conv2d_stem_wgrad", n, p, q, fold, k, 3, 1))
     config = _apply_overrides(config | _known(config, measured))
-    programs = triton.cdiv(fold, config["BLOCK_M"]) * triton.cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    steps = p * q * triton.cdiv(n, config["BLOCK_K"])
+    programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    steps = p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, _MULTIPROCESSORS // programs)
     return config | _apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
 
@@ -384,18 +369,18 @@ def linear_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, i
     at least.
     """
     block_k = 128 // itemsize
-    steps = triton.cdiv(k, block_k)
+    steps = cdiv(k, block_k)
     found = []
     for block_m, block_n in itertools.product((64, 128, 256), (16, 32, 64, 128, 256)):
         if (block_m > 64 and block_m >= 2 * m) or (block_n > 16 and block_n >= 2 * n):
             continue
         if block_n < 64 and block_n < n:  # narrow blocks are for narrow matrices
             continue
-        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-        splits = {triton.cdiv(steps, triton.cdiv(steps, s)) for s in _splits(tiles, steps)}
+        tiles = cdiv(m, block_m) * cdiv(n, block_n)
+        splits = {cdiv(steps, cdiv(steps, s)) for s in _splits(tiles, steps)}
         for warps, stages, split in itertools.product((4, 8), (2, 3, 4, 5, 6), sorted(splits)):
             accumulators = block_m * block_n // (32 * warps)
-            if accumulators > 128 or block_m < 16 * warps or stages > max(2, triton.cdiv(steps, split)):
+            if accumulators > 128 or block_m < 16 * warps or stages > max(2, cdiv(steps, split)):
                 continue
             # What the stages hold, and the tile on its way out.
             if stages * (block_m + block_n) * block_k * itemsize > SHARED_BYTES - 2048:
@@ -414,19 +399,19 @@ def _splits(tiles: int, steps: int) -> list[int]:
 def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) -> float:
     """Estimated microseconds on an H100. It ranks candidates; only a measurement says what is fastest."""
     block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
-    programs = triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * split
-    steps = triton.cdiv(triton.cdiv(k, block_k), split)
+    programs = cdiv(m, block_m) * cdiv(n, block_n) * split
+    steps = cdiv(cdiv(k, block_k), split)
     threads = 32 * config["num_warps"]
     step_bytes = (block_m + block_n) * block_k * itemsize
     by_registers = _REGISTERS // (threads * (block_m * block_n // threads + 48))
     held = max(1, min(by_registers, SHARED_BYTES // (config["num_stages"] * step_bytes)))
-    rounds = triton.cdiv(programs, _MULTIPROCESSORS)  # programs of the busiest multiprocessor
+    rounds = cdiv(programs, _MULTIPROCESSORS)  # programs of the busiest multiprocessor
     step_us = max(
         2 * block_m * block_n * block_k / _FLOPS_US,
         step_bytes / _L2_BYTES_US,
         _LATENCY_US / (config["num_stages"] - 1) / min(held, rounds),
     )
-    compute_us = rounds * steps * step_us + triton.cdiv(rounds, held) * _PROGRAM_US
+    compute_us = rounds * steps * step_us + cdiv(rounds, held) * _PROGRAM_US
     moved = (m * k + k * n + m * n) * itemsize
     memory_us = moved / _MEMORY_BYTES_US / min(1.0, programs / _MULTIPROCESSORS)
     # Both go on at once, not quite.
@@ -450,10 +435,10 @@ def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: 
     """Tiles of the pointer kernel, and a split that gives each multiprocessor one or two programs of four steps or more."""
     config = matmul_config(m, n, k, dtype, precision)
     config["BLOCK_K"] = min(config["BLOCK_K"], _tile(k, 16, 128))
-    steps = triton.cdiv(k, config["BLOCK_K"])
+    steps = cdiv(k, config["BLOCK_K"])
 
     def tiles() -> int:
-        return triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+        return cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
 
     while tiles() * max(1, steps // 4) < _MULTIPROCESSORS and config["BLOCK_N"] > 32:  # too short to split: smaller tiles
         config["BLOCK_N"] //= 2
@@ -569,7 +554,7 @@ def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
         config = {"BLOCK": _tile(elements, 16, 2**17), "BLOCK_PARTS": _tile(parts, 1, 4), "num_warps": 4}
         return _apply_overrides(config)
     block = 1024
-    while block > 16 and triton.cdiv(elements, block) < 2 * _MULTIPROCESSORS and parts * block > 1024:
+    while block > 16 and cdiv(elements, block) < 2 * _MULTIPROCESSORS and parts * block > 1024:
         block //= 2
     block_parts = 1 if block == 1024 else _tile(parts, 1, 2048 // block)
     return _apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})

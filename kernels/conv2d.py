@@ -29,8 +29,8 @@ from .backend import runs_triton
 from .checks import check_activation, check_tensors, pair
 from .config import conv2d_wgrad_by_images, matmul_config, split_count
 from .device import cast, dot, program_id, relu
-from .differentiation import OperatorFunction, once_differentiable, register_autograd
-from .launch import launch, needs_int64, new_output, new_output_like, nothing, strides
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
+from .launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
 from .overrides import overridable
 from .precision import conv_input_precision
 from .reduction import (
@@ -346,7 +346,7 @@ def fprop(
     config = matmul_config(
         n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
     )
-    grid = groups * triton.cdiv(n * p * q, config["BLOCK_M"]) * triton.cdiv(k // groups, config["BLOCK_N"])
+    grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
         (grid,),
@@ -399,7 +399,10 @@ def dgrad(
     """
     if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
         return conv2d_descriptor.dgrad(dz, weight, input_size, padding, relu_output)
-    dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
+    if conv2d_stem.takes_dgrad(dz, weight, stride, dilation, groups):
+        dx = conv2d_stem.dgrad(dz, weight, input_size, stride[0], padding)
+    else:
+        dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
     if relu_output is None:
         return dx, nothing(dx), []
     return epilogue_backward(dx, relu_output, write_dz=True, sum_columns=True)
@@ -420,12 +423,12 @@ def _gather_dgrad(
     _, _, p, q = dz.shape
     dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
     precision = conv_input_precision(dz.dtype)
-    phase_pixels = n * triton.cdiv(h, stride[0]) * triton.cdiv(w, stride[1])
+    phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
     config = matmul_config(
         phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
     )
     phases = min(stride[0], h) * min(stride[1], w)
-    grid = phases * groups * triton.cdiv(phase_pixels, config["BLOCK_M"]) * triton.cdiv(cg, config["BLOCK_N"])
+    grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
     step_s, inverse_s = _filter_step(stride[1], dilation[1])
     launch(
@@ -495,8 +498,8 @@ def wgrad(
     config = matmul_config(
         k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
     )
-    programs = groups * triton.cdiv(k // groups, config["BLOCK_M"]) * triton.cdiv(cg * r * s, config["BLOCK_N"])
-    blocks = triton.cdiv(pixels, config["BLOCK_K"])
+    programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
+    blocks = cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
     partial = new_output((split, dw.numel()), accumulator_dtype(dz.dtype), dz.device)
     launch(
@@ -521,7 +524,7 @@ def wgrad(
         pad_w=padding[1],
         dilation_h=dilation[0],
         dilation_w=dilation[1],
-        blocks_per_split=triton.cdiv(blocks, split),
+        blocks_per_split=cdiv(blocks, split),
         R=r,
         S=s,
         WIDE=needs_int64(dz, input, partial),
@@ -667,7 +670,9 @@ class Conv2dFunction(OperatorFunction):
 
     @staticmethod
     def forward(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
-        return conv2d_fprop(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link)
+        return call_operator(
+            conv2d_fprop, *(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -690,7 +695,9 @@ class Conv2dFunction(OperatorFunction):
         handed_over = ctx.make_link and grad_link is not None
         wanted = [needs_input, needs_weight, needs_bias and not handed_over]
         masks = None if handed_over else output
-        dx, dw, d_bias, d_link = conv2d_backward(grad_output, input, weight, masks, *ctx.geometry, wanted, ctx.linked)
+        dx, dw, d_bias, d_link = call_operator(
+            conv2d_backward, grad_output, input, weight, masks, *ctx.geometry, wanted, ctx.linked
+        )
         return (
             dx if needs_input else None,
             dw if needs_weight else None,
@@ -879,8 +886,8 @@ def _conv2d(
     check_link(link, batched)
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
-    output, new_link = Conv2dFunction.apply(
-        batched, weight, bias, link, strides, before, dilations, groups, size, fuse_relu, make_link
+    output, new_link = apply_function(
+        Conv2dFunction, batched, weight, bias, link, strides, before, dilations, int(groups), size, fuse_relu, make_link
     )
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 

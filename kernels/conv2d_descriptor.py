@@ -12,7 +12,7 @@ What is a tile? A product's rows are output pixels, and for each filter position
   out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
-With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration can choose it; no rule does.
+With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration of the first two can choose it.
 
 On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
 flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor
@@ -37,7 +37,7 @@ from .config import (
     conv2d_tile,
 )
 from .device import cast, dot, program_id, relu, relu_grad
-from .launch import launch, needs_int64, new_output, nothing
+from .launch import cdiv, launch, needs_int64, new_output, nothing
 from .reduction import ColumnSums, sum_parts
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -67,6 +67,31 @@ def mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_row, o_k, K):
     y = relu_grad(y, b_relu.to(acc.dtype)).to(y.dtype)
     tl.store(p_sums + o_k, tl.sum(y.to(acc.dtype), axis=0), mask=m_k)
     return y
+
+
+@triton.jit
+def inner_first(i, rows, columns, edge_h, edge_w):
+    """Row and column of pixel ``i`` of an image whose edges, ``edge_h`` rows and ``edge_w`` columns each side, come last.
+
+    Pixels at the edges meet fewer filter positions: short programs that fill the gaps which the last long ones leave.
+    """
+    inner_rows = tl.maximum(rows - 2 * edge_h, 0)
+    inner_columns = tl.maximum(columns - 2 * edge_w, 0)
+    outer_columns = columns - inner_columns
+    inner = inner_rows * inner_columns
+    at_sides = i - inner
+    below = at_sides - inner_rows * outer_columns
+    if at_sides < 0:
+        row = i // tl.maximum(inner_columns, 1)
+        column = i % tl.maximum(inner_columns, 1)
+    elif below < 0:
+        row = at_sides // tl.maximum(outer_columns, 1)
+        column = inner_columns + at_sides % tl.maximum(outer_columns, 1)
+    else:
+        row = inner_rows + below // columns
+        column = below % columns
+    # The edge at the top comes after the one at the bottom.
+    return (row + edge_h) % rows, (column + edge_w) % columns
 
 
 @triton.jit
@@ -115,8 +140,10 @@ def _conv2d_images_kernel(
     k0 = (pid % blocks_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     pid_pixels = pid // blocks_k
     n0 = (pid_pixels % blocks_n * BLOCK_M).to(tl.int32)
-    q = (pid_pixels // blocks_n % strips * PIXELS).to(tl.int32)
-    p = (pid_pixels // blocks_n // strips).to(tl.int32)
+    edge_h = tl.maximum(R - 1 - pad_h if DGRAD else pad_h, 0)
+    edge_w = tl.cdiv(tl.maximum(S - 1 - pad_w if DGRAD else pad_w, 0), PIXELS)
+    p, strip = inner_first((pid_pixels // blocks_n).to(tl.int32), P, strips, edge_h, edge_w)
+    q = strip * PIXELS
     # The filter positions that meet the image in any of the pixels.
     if DGRAD:
         r_low = tl.maximum(0, p + pad_h - H + 1)
@@ -278,7 +305,6 @@ def _conv2d_images_wgrad_kernel(
     S: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -325,7 +351,7 @@ def _conv2d_images_wgrad_kernel(
             next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
     first = (pid_split * steps_per_split).to(tl.int32)
     last = tl.minimum(first + steps_per_split, steps)
-    for i in tl.range(first, last, warp_specialize=WARP_SPECIALIZE):
+    for i in range(first, last):
         n0 = i % blocks_n * BLOCK_K
         q = q_low + i // blocks_n % tl.maximum(columns, 1)
         p = p_low + i // blocks_n // tl.maximum(columns, 1)
@@ -474,11 +500,11 @@ def _convolve(
         def filter_blocks(columns: int) -> list[int]:
             return [config["BLOCK_K"], columns] if dgrad else [columns, config["BLOCK_K"]]
 
-        tiles = triton.cdiv(n, config["BLOCK_M"]) * p * triton.cdiv(q, config["PIXELS"])
+        tiles = cdiv(n, config["BLOCK_M"]) * p * cdiv(q, config["PIXELS"])
         sums = new_sums(tiles * config["PIXELS"])
         launch(
             _conv2d_images_kernel,
-            (tiles * triton.cdiv(k, config["BLOCK_N"] + n2),),
+            (tiles * cdiv(k, config["BLOCK_N"] + n2),),
             x_desc=_rows(x, config["BLOCK_M"], config["BLOCK_K"]),
             w_desc=_matrix(filters, weight.shape[0], filter_blocks(config["BLOCK_N"])),
             w2_desc=_matrix(filters, weight.shape[0], filter_blocks(n2 or config["BLOCK_N"])),
@@ -493,12 +519,12 @@ def _convolve(
         return y, sums
     config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s)
     tile = [config["NB"], config["TH"], config["TW"]]
-    tiles = triton.cdiv(n, tile[0]) * triton.cdiv(p, tile[1]) * triton.cdiv(q, tile[2])
+    tiles = cdiv(n, tile[0]) * cdiv(p, tile[1]) * cdiv(q, tile[2])
     block = [config["BLOCK_K"], config["BLOCK_N"]] if dgrad else [config["BLOCK_N"], config["BLOCK_K"]]
     sums = new_sums(tiles)
     launch(
         _conv2d_box_kernel,
-        (tiles * triton.cdiv(k, config["BLOCK_N"]),),
+        (tiles * cdiv(k, config["BLOCK_N"]),),
         x_desc=TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [*tile, config["BLOCK_K"]]),
         w_desc=_matrix(filters, weight.shape[0], block),
         pad_h=r - 1 - padding[0] if dgrad else padding[0],
@@ -523,10 +549,10 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int], vectors
     wide = needs_int64(partial)
     if wide:
         config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
-    positions = triton.cdiv(r * s, config["POSITIONS"]) * (c // (config["BLOCK_N"] + n2))
+    positions = cdiv(r * s, config["POSITIONS"]) * (c // (config["BLOCK_N"] + n2))
     launch(
         _conv2d_images_wgrad_kernel,
-        (triton.cdiv(k, config["BLOCK_M"]) * positions, split),
+        (cdiv(k, config["BLOCK_M"]) * positions, split),
         z_desc=_matrix(z, n, [config["BLOCK_K"], config["BLOCK_M"]]),
         x_desc=_rows(x, config["BLOCK_K"], config["BLOCK_N"]),
         x2_desc=_rows(x, config["BLOCK_K"], n2 or config["BLOCK_N"]),

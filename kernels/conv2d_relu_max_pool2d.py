@@ -28,7 +28,7 @@ from .conv2d import (
 )
 from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
-from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, nothing
 from .max_pool2d import (
     check_positions_written,
@@ -69,15 +69,16 @@ def conv2d_relu_max_pool2d_fprop(
     made = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
     cells = input if input_is_cells else made
     window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
-    if conv2d_stem_pool.takes("fprop", input, weight, stride, dilation, groups, *window):
+    if conv2d_stem_pool.takes(input, weight, stride, dilation, groups, *window):
         patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
         pooled, position = conv2d_stem_pool.fprop(
             patches, weight, bias, stride[0], conv_size, pool_size, channels_last, write_position
         )
     else:
         unpooled = fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True, cells)
-        pooled, position, _ = max_pool2d_fprop(
-            unpooled, kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False
+        pooled, position, _ = call_operator(
+            *(max_pool2d_fprop, unpooled),
+            *(kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False),
         )
     return pooled, position, nothing(input) if made is None else made
 
@@ -125,12 +126,6 @@ def conv2d_relu_max_pool2d_backward(
     Either ``input`` or its ``cells`` are there.
     """
     needs_input, needs_weight, needs_bias = wanted
-    if cells is not None and needs_weight and not needs_input:
-        window = (conv_size, kernel_size, pool_stride, pool_padding, position.shape[2:])
-        if conv2d_stem_pool.takes("wgrad", cells, weight, stride, dilation, groups, *window):
-            dx, dw, d_bias, d_link = new_gradients(grad_output, input_size, weight, wanted, linked)
-            conv2d_stem_pool.wgrad(grad_output, position, cells, dw, d_bias if needs_bias else None, stride[0], conv_size)
-            return dx, dw, d_bias, d_link
     unpooled_size = [input_size[0], weight.shape[0], *conv_size]
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     dz, d_bias, unsummed = pool_backward(
@@ -161,7 +156,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
 
     @staticmethod
     def forward(*inputs):
-        return conv2d_relu_max_pool2d_fprop(*inputs)
+        return call_operator(conv2d_relu_max_pool2d_fprop, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -182,8 +177,8 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor | None, Tensor | None, Tensor, Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
         wanted = list(ctx.needs_input_grad[:3])
-        results = conv2d_relu_max_pool2d_backward(
-            grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
+        results = call_operator(
+            conv2d_relu_max_pool2d_backward, grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
         )
         wanted.append(ctx.linked and wanted[0])
         return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 12
@@ -280,7 +275,8 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     kernel_size, pool_steps, pads, _ = window
-    pooled, *_ = Conv2dReLUMaxPool2dFunction.apply(
+    pooled, *_ = apply_function(
+        Conv2dReLUMaxPool2dFunction,
         batched,
         weight,
         bias,
@@ -288,7 +284,7 @@ def conv2d_relu_max_pool2d(
         strides,
         before,
         dilations,
-        groups,
+        int(groups),
         conv_size,
         kernel_size,
         pool_steps,

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import conv2d_descriptor
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
 from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
 from .conv2d_descriptor import dense_nhwc, store_pixels
 from .device import cast, dot, program_id
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
 from .overrides import overridable
 from .reduction import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 
@@ -319,7 +320,7 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
         and max(dilation) == 1
         and stride[1] == step
         and step > 1
-        and triton.cdiv(r, step) == 3
+        and cdiv(r, step) == 3
         and depth % 8 == 0
         and fold(c, s, step) in (48, 144)
         and k % 8 == 0
@@ -329,7 +330,7 @@ def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequen
 
 def fold(channels: int, filter_width: int, stride: int) -> int:
     """Positions of a filter row after folding: its cells of stride x stride x channels."""
-    return triton.cdiv(filter_width, stride) * stride * stride * channels
+    return cdiv(filter_width, stride) * stride * stride * channels
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -358,7 +359,7 @@ def _space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Se
         STRIDE=stride,
         WS=size[1],
         WIDE=needs_int64(input, out),
-        BLOCK=triton.next_power_of_2(row),
+        BLOCK=next_power_of_2(row),
         num_warps=4,
     )
     return out
@@ -444,7 +445,7 @@ def cells_of(
 
 def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:
     """Rows and columns of cells."""
-    return [o + triton.cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
+    return [o + cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]
 
 
 def fold_filter(weight: Tensor, stride: int) -> Tensor:
@@ -455,7 +456,7 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
     config = elementwise_config(filters.numel())
     launch(
         _fold_filter_kernel,
-        (triton.cdiv(filters.numel(), config["BLOCK"]),),
+        (cdiv(filters.numel(), config["BLOCK"]),),
         w_ptr=weight,
         out_ptr=filters,
         elements=filters.numel(),
@@ -489,7 +490,7 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, outpu
 
     launch(
         _conv2d_stem_kernel,
-        (p * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        (p * cdiv(n, m) * cdiv(q, columns) * cdiv(k, n1 + n2),),
         x_desc=patches(cells, folded, q, [m, k1]),
         x2_desc=patches(cells, folded, q, [m, k2 or k1]),
         w_desc=filter_blocks(n1, k1),
@@ -513,6 +514,35 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, outpu
     return y
 
 
+def takes_dgrad(dz: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether :func:`dgrad` runs the input's gradient: as :func:`takes`, with channels of cells that its kernels take."""
+    return (
+        takes(dz, weight, stride, dilation, groups) and weight.shape[0] % 16 == 0 and weight.shape[1] * stride[0] ** 2 % 16 == 0
+    )
+
+
+def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, padding: Sequence[int]) -> Tensor:
+    """Gradient of the input, channels-last ``input_size``: that of the cells, a convolution of stride 1, taken apart again.
+
+    A filter over pixels of one channel would leave fifteen of the sixteen columns of the smallest tile unused.
+    """
+    n, c, h, w = input_size
+    k, _, r, s = weight.shape
+    rows, columns = cells_size(stride, dz.shape[2:], (r, s))
+    # (3, K, columns * depth) as NHWC filters over the cells.
+    filters = fold_filter(weight, stride).view(3, k, cdiv(s, stride), stride * stride * c).transpose(0, 1).contiguous()
+    d_cells, *_ = conv2d_descriptor.dgrad(
+        dz, filters.permute(0, 3, 1, 2), (n, stride * stride * c, rows, columns), (0, 0), None
+    )
+    padded = depth_to_space(d_cells.permute(0, 2, 3, 1), c, stride)
+    seen = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
+    dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
+    if seen.shape != dx.shape:  # the last pixels may be ones that no filter reaches
+        dx.zero_()
+    dx[:, :, : seen.shape[2], : seen.shape[3]] = seen
+    return dx
+
+
 def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
     """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
     n = cells.shape[0]
@@ -522,7 +552,7 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[
     config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-    fold_blocks = triton.cdiv(folded, m)
+    fold_blocks = cdiv(folded, m)
     z = dense_nhwc(dz)
     partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dz.device)
 
@@ -531,7 +561,7 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[
 
     launch(
         _conv2d_stem_wgrad_kernel,
-        (fold_blocks * triton.cdiv(k, n1 + n2), split),
+        (fold_blocks * cdiv(k, n1 + n2), split),
         x_desc=patches(cells, folded, q, [images, m]),
         z_desc=gradients(n1),
         z2_desc=gradients(n2 or n1),
@@ -558,7 +588,7 @@ def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSum
     k, c, r, s = dw.shape
     split, fold_blocks, _, m, _ = partial.shape
     block = 64
-    vector_values, programs = vector_arguments(vectors, triton.cdiv(dw.numel(), block))
+    vector_values, programs = vector_arguments(vectors, cdiv(dw.numel(), block))
     launch(
         _unfold_filter_kernel,
         (programs,),

@@ -1,6 +1,6 @@
-"""The strided first layer with its ReLU and 3 x 3 max-pool of stride 2 in one kernel each way: nothing unpooled is written.
+"""The strided first layer with its ReLU and 3 x 3 max-pool of stride 2 in one kernel: nothing unpooled is written.
 
-AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. Forward, a program
+AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. A program
 walks along the columns of the convolution's output that ROWS rows of windows see, and keeps maxima in registers until a window
 is complete. Neighbouring windows share a row: with ROWS = 1, three rows are computed for every two of the output. The products,
 and their order, are those of :mod:`kernels.conv2d_stem`.
@@ -18,12 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import conv2d_stem
 from .backend import capability
-from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_config
-from .conv2d_descriptor import dense_nhwc
+from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused
 from .device import cast, dot, program_id, relu
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 from .max_pool2d import new_position_and_index, no_gradient
-from .reduction import ColumnSums
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -268,143 +266,10 @@ def _conv2d_stem_pool_kernel(
                 )
 
 
-@triton.jit
-def _unpool(grads, positions, A: tl.constexpr, B: tl.constexpr):
-    """The gradient of the pixel (A, B) of a cell of 2 x 2, from the four windows that reach the cell, added in their order."""
-    acc = tl.zeros(grads[0].shape, dtype=tl.float32)
-    for i in tl.static_range(2):
-        for j in tl.static_range(2):
-            # The last window begins in this cell; the others a cell above or left of it.
-            if A + 2 * (1 - i) < 3 and B + 2 * (1 - j) < 3:
-                here = positions[2 * i + j] == (A + 2 * (1 - i)) * 3 + B + 2 * (1 - j)
-                acc += tl.where(here, grads[2 * i + j].to(tl.float32), 0.0)
-    return acc
-
-
-@triton.jit
-def _add_cell(
-    accs,  # [BLOCK_M, filters] for each row of the filter
-    b_sum,  # [BLOCK_K, filters]
-    x,  # 4 x 2 patches, [BLOCK_M, BLOCK_K] each
-    dy_desc,
-    position_desc,
-    i,
-    j,
-    n0,
-    k0,
-    SUM_BIAS: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """The sums with one more cell of 2 x 2 pixels; windows beyond the edge read as zeros."""
-    SHAPE: tl.constexpr = b_sum.shape
-    grads = ()
-    positions = ()
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            grads += (dy_desc.load([i + (a - 1), j + (b - 1), n0, k0]).reshape(SHAPE),)  # type: ignore[assignment]
-            positions += (position_desc.load([i + (a - 1), j + (b - 1), n0, k0]).reshape(SHAPE),)  # type: ignore[assignment]
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            b_z = cast(_unpool(grads, positions, a, b), dy_desc.dtype)
-            following = ()
-            for r in tl.static_range(3):
-                following += (dot(x[2 * (a + r) + b], b_z, accs[r], INPUT_PRECISION),)  # type: ignore[assignment]
-            accs = following
-    if SUM_BIAS:
-        # Every gradient that a window passes on reaches one pixel, and every window begins in one cell.
-        b_sum += tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))  # type: ignore[misc]
-    return accs, b_sum
-
-
-@triton.jit
-def _store_sums(partial_ptr, bias_partial_ptr, accs, b_sum, o_row, o_part, k0, K, first, SUM_BIAS: tl.constexpr):
-    """Parts of three filter rows, ``o_row`` the offset of the first; and of the bias if this is the ``first`` block of them."""
-    BLOCK_M: tl.constexpr = accs[0].shape[0]
-    o_k = k0 + tl.arange(0, b_sum.shape[1])
-    m_k = o_k < K
-    p_out = partial_ptr + o_row + tl.arange(0, BLOCK_M)[:, None] * K + o_k[None, :]
-    for r in tl.static_range(3):
-        tl.store(p_out + r * BLOCK_M * K, accs[r], mask=m_k[None, :])
-    if SUM_BIAS:
-        tl.store(bias_partial_ptr + o_part + o_k, tl.sum(b_sum, axis=0), mask=m_k & first)
-
-
-@triton.jit
-def _conv2d_stem_pool_wgrad_kernel(
-    x_desc,  # overlapping patches [HS, conv Q, N, FOLD], blocks [1, 1, BLOCK_K, BLOCK_M]
-    dy_desc,  # gradient of the pool's output [P, Q, N, K], blocks [1, 1, BLOCK_K, BLOCK_N]
-    dy2_desc,  # the same with BLOCK_N2 for BLOCK_N
-    position_desc,  # window positions, as the gradient
-    position2_desc,
-    partial_ptr,  # out: [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
-    bias_partial_ptr,  # out: [SPLIT, K] float32, or unused
-    N,
-    K,
-    SPLIT,
-    cell_columns,
-    cells,  # of 2 x 2 pixels of the convolution's output
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
-    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
-    SUM_BIAS: tl.constexpr,
-    NO_GRADIENT: tl.constexpr,
-    WIDE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    FOLD_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_N2: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's cells.
-
-    A step is a cell of BLOCK_K images. The gradient before the pool, of its four pixels, is made in registers from those of the
-    four windows that reach the cell, rounded as if it had been stored, and handed to the tensor cores through shared memory.
-    """
-    pid = program_id(0, WIDE)
-    pid_split = program_id(1, WIDE)
-    pid_fold = pid % FOLD_BLOCKS
-    f0 = (pid_fold * BLOCK_M).to(tl.int32)
-    k0 = (pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
-    blocks_n = tl.cdiv(N, BLOCK_K)
-    steps = cells * blocks_n
-    steps_per_split = tl.cdiv(steps, SPLIT)
-    first = (pid_split * steps_per_split).to(tl.int32)
-    accs = ()
-    for _ in tl.static_range(3):
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]
-    b_sum = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    if BLOCK_N2 > 0:
-        accs2 = ()
-        for _ in tl.static_range(3):
-            accs2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32),)  # type: ignore[assignment]
-        b_sum2 = tl.zeros((BLOCK_K, BLOCK_N2), dtype=tl.float32)
-    for step in range(first, tl.minimum(first + steps_per_split, steps)):
-        n0 = step % blocks_n * BLOCK_K
-        i = step // blocks_n // cell_columns
-        j = step // blocks_n % cell_columns
-        x = ()
-        for h in tl.static_range(4):
-            for b in tl.static_range(2):
-                x += (x_desc.load([2 * i + h, 2 * j + b, n0, f0]).reshape(BLOCK_K, BLOCK_M).T,)  # type: ignore[assignment]
-        accs, b_sum = _add_cell(*(accs, b_sum, x, dy_desc, position_desc, i, j, n0, k0, SUM_BIAS, NO_GRADIENT, INPUT_PRECISION))
-        if BLOCK_N2 > 0:
-            accs2, b_sum2 = _add_cell(
-                *(accs2, b_sum2, x, dy2_desc, position2_desc, i, j, n0, k0 + BLOCK_N),
-                *(SUM_BIAS, NO_GRADIENT, INPUT_PRECISION),
-            )
-    o_row = (pid_split * FOLD_BLOCKS + pid_fold) * (3 * BLOCK_M * K)
-    _store_sums(partial_ptr, bias_partial_ptr, accs, b_sum, o_row, pid_split * K, k0, K, pid_fold == 0, SUM_BIAS)
-    if BLOCK_N2 > 0:
-        k2 = k0 + BLOCK_N
-        _store_sums(partial_ptr, bias_partial_ptr, accs2, b_sum2, o_row, pid_split * K, k2, K, pid_fold == 0, SUM_BIAS)
-
-
-# ------------------------------------------------------------------------------------------------- what they can take
+# ------------------------------------------------------------------------------------------------- what it can take
 
 
 def takes(
-    pass_: str,
     input: Tensor,  # or its cells
     weight: Tensor,
     stride: Sequence[int],
@@ -416,11 +281,9 @@ def takes(
     pool_padding: Sequence[int],
     pool_size: Sequence[int],
 ) -> bool:
-    """Whether the kernels here run this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole.
+    """Whether the kernel here runs this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole.
 
-    For ``"wgrad"`` the convolution's output must have whole cells of two rows, and K be a multiple of 16, as a descriptor of
-    bytes wants it. On Hopper alone: of the loop of the forward kernel Triton 3.8 makes a pipeline with a stage for each
-    product for Blackwell, and then empty code.
+    On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
     """
     folded = conv2d_stem.fold(weight.shape[1], weight.shape[3], stride[0])
     return (
@@ -430,12 +293,11 @@ def takes(
         and list(pool_stride) == [2, 2]
         and max(pool_padding) == 0
         and all(2 * pooled + 1 <= size for pooled, size in zip(pool_size, conv_size, strict=True))
-        and (pass_ == "fprop" or (conv_size[0] % 2 == 0 and weight.shape[0] % 16 == 0))
-        and conv2d_stem_pool_fused(input.device, pass_, input.shape[0], pool_size[0], pool_size[1], folded, weight.shape[0])
+        and conv2d_stem_pool_fused(input.device, input.shape[0], pool_size[0], pool_size[1], folded, weight.shape[0])
     )
 
 
-# ------------------------------------------------------------------------------------------------- launch functions
+# ------------------------------------------------------------------------------------------------- launch function
 
 
 def fprop(
@@ -476,7 +338,7 @@ def fprop(
 
     launch(
         _conv2d_stem_pool_kernel,
-        (triton.cdiv(p, config["ROWS"]) * triton.cdiv(n, m) * triton.cdiv(q, columns) * triton.cdiv(k, n1 + n2),),
+        (cdiv(p, config["ROWS"]) * cdiv(n, m) * cdiv(q, columns) * cdiv(k, n1 + n2),),
         x_desc=patches(k1),
         x2_desc=patches(k2 or k1),
         w_desc=filter_blocks(n1, k1),
@@ -502,63 +364,3 @@ def fprop(
         **config,
     )
     return y, position
-
-
-def wgrad(
-    grad_output: Tensor,
-    position: Tensor,
-    cells: Tensor,
-    dw: Tensor,
-    d_bias: Tensor | None,
-    stride: int,
-    conv_size: Sequence[int],
-) -> None:
-    """Gradients of the weight into ``dw`` (K, C, R, S), any dense strides, and of the bias into ``d_bias`` (K,), if given.
-
-    Args:
-        grad_output: of the pooled output, (N, K, P, Q), any strides.
-        position: the window positions that :func:`fprop` wrote, (N, K, P, Q) uint8.
-        cells, conv_size: as :func:`fprop`.
-    """
-    n = cells.shape[0]
-    k, c, r, s = dw.shape
-    p, q = grad_output.shape[2:]
-    folded = conv2d_stem.fold(c, s, stride)
-    config = conv2d_stem_pool_wgrad_config(cells.device, n, p, q, folded, k)
-    split = config.pop("SPLIT")
-    m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-    fold_blocks = triton.cdiv(folded, m)
-    grads, positions = dense_nhwc(grad_output), dense_nhwc(position)
-    partial = new_output((split, fold_blocks, 3, m, k), torch.float32, dw.device)
-    bias_partial = None if d_bias is None else new_output((split, k), torch.float32, dw.device)
-
-    def windows(of: Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor(of, [p, q, n, k], [q * k, k, p * q * k, 1], [1, 1, images, columns])
-
-    cell_columns = triton.cdiv(conv_size[1], 2)
-    launch(
-        _conv2d_stem_pool_wgrad_kernel,
-        (fold_blocks * triton.cdiv(k, n1 + n2), split),
-        x_desc=conv2d_stem.patches(cells, folded, conv_size[1], [images, m]),
-        dy_desc=windows(grads, n1),
-        dy2_desc=windows(grads, n2 or n1),
-        position_desc=windows(positions, n1),
-        position2_desc=windows(positions, n2 or n1),
-        partial_ptr=partial,
-        bias_partial_ptr=partial if bias_partial is None else bias_partial,
-        N=n,
-        K=k,
-        SPLIT=split,
-        cell_columns=cell_columns,
-        cells=conv_size[0] // 2 * cell_columns,
-        USEFUL_POSITIONS=c * r * s,
-        CONV_SIZE=conv_size[0] * conv_size[1],
-        SUM_BIAS=d_bias is not None,
-        NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(partial),
-        INPUT_PRECISION="ieee",
-        FOLD_BLOCKS=fold_blocks,
-        **config,
-    )
-    vectors = [] if d_bias is None or bias_partial is None else [ColumnSums(bias_partial, d_bias)]
-    conv2d_stem.unfold(partial, dw, stride, vectors)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 
 
@@ -20,6 +21,14 @@ class OperatorFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
 
+def apply_function(function: type[OperatorFunction], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, without binding them to the signature of ``forward`` each time: all are given."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    # What Function.apply itself ends in.
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
+
+
 def register_autograd(function: type[OperatorFunction], operator: CustomOpDef) -> None:
     """Give ``operator`` the gradient of ``function``.
 
@@ -27,6 +36,28 @@ def register_autograd(function: type[OperatorFunction], operator: CustomOpDef) -
     later: what ``torch.export`` wrote can be trained.
     """
     operator.register_autograd(function.backward, setup_context=function.setup_context)
+
+
+def call_operator(operator: CustomOpDef, *arguments: Any) -> Any:
+    """Run ``operator``, from inside an autograd Function; through PyTorch's dispatcher only where somebody there may watch.
+
+    The way through it costs more of the host's time than a launch does, and plain eager code loses nothing without it. Who may
+    watch: tracing, profiling, function transforms, modes, and tensor subclasses.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in arguments)
+    ):
+        return operator(*arguments)
+    return operator._init_fn(*arguments)
+
+
+#: Tensors without a ``__torch_dispatch__`` of their own.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

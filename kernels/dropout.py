@@ -19,8 +19,8 @@ from .backend import runs_triton
 from .checks import check_probability, check_tensors
 from .config import elementwise_config
 from .device import cast, dropout_factor, program_id
-from .differentiation import OperatorFunction, once_differentiable, register_autograd
-from .launch import launch, needs_int64, new_output
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
+from .launch import cdiv, launch, needs_int64, new_output
 from .overrides import overridable
 from .reduction import dropout_scale, triton_accumulator
 
@@ -102,7 +102,7 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
     config = elementwise_config(y.numel())
     launch(
         _dropout_kernel,
-        (triton.cdiv(y.numel(), config["BLOCK"]),),
+        (cdiv(y.numel(), config["BLOCK"]),),
         x_ptr=x,
         seed_ptr=seed,
         y_ptr=y,
@@ -124,7 +124,7 @@ class DropoutFunction(OperatorFunction):
 
     @staticmethod
     def forward(input, seed, p):
-        return dropout_apply(input, seed, p)
+        return call_operator(dropout_apply, input, seed, p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -135,7 +135,7 @@ class DropoutFunction(OperatorFunction):
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor):
         (seed,) = saved
-        return dropout_apply(grad_output, seed, ctx.p), None, None
+        return call_operator(dropout_apply, grad_output, seed, ctx.p), None, None
 
 
 register_autograd(DropoutFunction, dropout_apply)
@@ -234,4 +234,4 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         return input
     use_triton = runs_triton(input)
     seed = draw_seed(input.device, seed)
-    return DropoutFunction.apply(input, seed, p) if use_triton else dropout_reference(input, p, seed)
+    return apply_function(DropoutFunction, input, seed, p) if use_triton else dropout_reference(input, p, seed)

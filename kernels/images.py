@@ -19,7 +19,7 @@ from torch import Tensor
 from .backend import runs_triton
 from .config import elementwise_config
 from .device import cast, program_id
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -163,7 +163,7 @@ def _launch_gather_resize(
     offset, flip, brightness, contrast = augmentation if augmentation is not None else (None, None, None, None)
     launch(
         _gather_resize_kernel,
-        (len(index) * triton.cdiv(size * size, config["BLOCK"]),),
+        (len(index) * cdiv(size * size, config["BLOCK"]),),
         images_ptr=images,
         index_ptr=index,
         offset_ptr=offset,

@@ -19,6 +19,16 @@ _recorder: Recorder | None = None
 _INT32_MAX = 2**31 - 1
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own unwraps its arguments first: microseconds, hundreds of times a step."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``."""
+    return 1 << max(int(n) - 1, 0).bit_length()  # a NumPy integer has no such method
+
+
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
     if 0 in grid:
@@ -36,9 +46,19 @@ def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
     return [a for a in bases if isinstance(a, torch.Tensor)]
 
 
+def _device_of(arguments: dict[str, Any]) -> torch.device:
+    """Of the first tensor: they are all on one."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, TensorDescriptor):
+            return value.base.device
+    return tensors_of(arguments)[0].device
+
+
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
-    device = tensors_of(arguments)[0].device
+    device = _device_of(arguments)
     # Triton launches on the current device, which need not be the tensors' own.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments)
@@ -78,7 +98,8 @@ def needs_int64(*tensors: torch.Tensor | None) -> bool:
     if force_int64:
         return True
     for tensor in tensors:
-        if tensor is None or tensor.numel() == 0:
+        # No offset leaves the storage: of a small one, with few elements over it, no more needs to be asked.
+        if tensor is None or max(tensor.numel(), tensor.untyped_storage().nbytes()) < _INT32_MAX - 2**20:
             continue
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         # Tile offsets run past the last element by less than a tile before the mask cuts them off.

@@ -30,9 +30,9 @@ from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_activation, check_probability, check_tensors
 from .config import linear_config, matmul_finish_config
 from .device import cast, dot, dropout_factor, program_id, relu
-from .differentiation import OperatorFunction, once_differentiable, register_autograd
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
 from .dropout import draw_seed, dropout_reference
-from .launch import launch, needs_int64, new_output, new_output_like
+from .launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .overrides import overridable
 from .precision import matmul_input_precision
 from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
@@ -248,9 +248,9 @@ def _matmul(
     rows = _descriptors(a, b, precision)
     config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None)
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    blocks = max(1, triton.cdiv(k, block_k))
-    blocks_per_split = triton.cdiv(blocks, config.pop("SPLIT"))
-    split = triton.cdiv(blocks, blocks_per_split)  # none of them is empty
+    blocks = max(1, cdiv(k, block_k))
+    blocks_per_split = cdiv(blocks, config.pop("SPLIT"))
+    split = cdiv(blocks, blocks_per_split)  # none of them is empty
     bias_relu = {"bias_ptr": a if bias is None else bias.contiguous(), "HAS_BIAS": bias is not None, "RELU": fuse_relu}
     unchanged = {"bias_ptr": a, "HAS_BIAS": False, "RELU": False}
     parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
@@ -269,7 +269,7 @@ def _matmul(
         **(bias_relu if parts is None else unchanged),
         **config,
     }
-    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), split)
+    grid = (cdiv(m, block_m) * cdiv(n, block_n), split)
     if rows is not None:
         (a_rows, a_transposed), (b_rows, b_transposed) = rows
         a_block = [block_k, block_m] if a_transposed else [block_m, block_k]
@@ -301,7 +301,7 @@ def _matmul(
     config = matmul_finish_config(m * n)
     launch(
         _matmul_finish_kernel,
-        (triton.cdiv(m * n, config["BLOCK"]),),
+        (cdiv(m * n, config["BLOCK"]),),
         part_ptr=out if parts is None else parts,
         seed_ptr=a if seed is None else seed,
         c_ptr=out,
@@ -386,7 +386,7 @@ class LinearFunction(OperatorFunction):
 
     @staticmethod
     def forward(input, weight, bias, seed, p, relu):
-        return linear_fprop(input, weight, bias, seed, p, relu)
+        return call_operator(linear_fprop, input, weight, bias, seed, p, relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -402,13 +402,15 @@ class LinearFunction(OperatorFunction):
         dz, dx, dw, d_bias = grad_output, None, None, None
         changed = (output is not None or seed is not None) and (needs_input or needs_weight)
         if changed or needs_bias:
-            written, column_sums = linear_epilogue_backward(grad_output, output, seed, ctx.p, changed, needs_bias)
+            written, column_sums = call_operator(
+                linear_epilogue_backward, grad_output, output, seed, ctx.p, changed, needs_bias
+            )
             dz = written if changed else dz
             d_bias = column_sums if needs_bias else None
         if needs_input:
-            dx = linear_dgrad(dz, weight)
+            dx = call_operator(linear_dgrad, dz, weight)
         if needs_weight:
-            dw = linear_wgrad(dz, input, weight)
+            dw = call_operator(linear_wgrad, dz, input, weight)
         return dx, dw, d_bias, None, None, None
 
 
@@ -455,7 +457,7 @@ def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tens
         bias = bias.reshape(-1).expand(weight.shape[0])
     # math.prod, not Size.numel(): that would pin a dynamic batch size to what it was while tracing.
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    output = LinearFunction.apply(rows, weight, bias, seed, p, fuse_relu)
+    output = apply_function(LinearFunction, rows, weight, bias, seed, p, fuse_relu)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 

@@ -22,8 +22,8 @@ from .backend import runs_triton
 from .checks import check_tensors, pair
 from .config import elementwise_config, pool_config, split_count
 from .device import cast, compensated_add, program_id
-from .differentiation import OperatorFunction, once_differentiable, register_autograd, wants_grad
-from .launch import launch, needs_int64, new_output, strides
+from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
+from .launch import cdiv, launch, needs_int64, new_output, strides
 from .overrides import overridable
 from .reduction import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
 
@@ -376,7 +376,7 @@ def max_pool2d_fprop(
     wide = needs_int64(input, y)
     in_channels_last = is_channels_last(input)
     config = pool_config(p * q, c, in_channels_last, wide)
-    blocks = triton.cdiv(p * q, config["BLOCK_PIXELS"]) * triton.cdiv(c, config["BLOCK_CHANNELS"])
+    blocks = cdiv(p * q, config["BLOCK_PIXELS"]) * cdiv(c, config["BLOCK_CHANNELS"])
     launch(
         _max_pool2d_fprop_kernel,
         (n * blocks,),
@@ -472,8 +472,8 @@ def pool_backward(
     wide = needs_int64(dx, grad_output, position)
     cells = ((h - 1 + padding[0]) // stride[0] + 1) * ((w - 1 + padding[1]) // stride[1] + 1)
     config = pool_config(cells, c, channels_last, wide)
-    blocks = n * triton.cdiv(cells, config["BLOCK_PIXELS"])
-    columns = triton.cdiv(c, config["BLOCK_CHANNELS"])
+    blocks = n * cdiv(cells, config["BLOCK_PIXELS"])
+    columns = cdiv(c, config["BLOCK_CHANNELS"])
     split = split_count(columns, max(blocks, 1), programs_per_multiprocessor=5)  # as many as fit by registers, at once
     partial = new_output((split if sum_channels else 0, c), accumulator_dtype(dx.dtype), dx.device)
     launch(
@@ -484,7 +484,7 @@ def pool_backward(
         dx_ptr=dx,
         partial_ptr=partial,
         blocks=blocks,
-        blocks_per_split=triton.cdiv(blocks, split),
+        blocks_per_split=cdiv(blocks, split),
         **strides("stride_dy", "ncpq", grad_output),
         **strides("stride_p", "ncpq", position),
         **strides("stride_dx", "nchw", dx),
@@ -530,7 +530,7 @@ def _gather_dgrad(
     config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, int64 or not
     launch(
         _max_pool2d_gather_dgrad_kernel,
-        (triton.cdiv(dx.numel(), config["BLOCK"]),),
+        (cdiv(dx.numel(), config["BLOCK"]),),
         dy_ptr=grad_output,
         position_ptr=position,
         dx_ptr=dx,
@@ -579,8 +579,18 @@ class MaxPool2dFunction(OperatorFunction):
 
     @staticmethod
     def forward(input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index):
-        return max_pool2d_fprop(
-            input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index
+        return call_operator(
+            max_pool2d_fprop,
+            input,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            output_size,
+            channels_last,
+            relu,
+            write_position,
+            write_index,
         )
 
     @staticmethod
@@ -599,7 +609,7 @@ class MaxPool2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
         check_positions_written(ctx.write_position)
         (position,) = saved
-        dx, _ = max_pool2d_dgrad(grad_output, position, ctx.input_size, *ctx.window, True, False)
+        dx, _ = call_operator(max_pool2d_dgrad, grad_output, position, ctx.input_size, *ctx.window, True, False)
         return dx, *[None] * 9
 
 
@@ -696,7 +706,9 @@ def max_pool2d(
     if not runs_triton(input):
         return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    y, _, index = MaxPool2dFunction.apply(batched, *window, is_channels_last(batched), False, wants_grad(input), return_indices)
+    y, _, index = apply_function(
+        MaxPool2dFunction, batched, *window, is_channels_last(batched), False, wants_grad(input), return_indices
+    )
     if input.dim() == 3:
         y, index = y.squeeze(0), index.squeeze(0) if return_indices else index
     return (y, index) if return_indices else y

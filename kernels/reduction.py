@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import column_sum_config, column_sum_split, sum_columns_config, sum_parts_config
 from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
-from .launch import launch, needs_int64, new_output, strides
+from .launch import cdiv, launch, needs_int64, new_output, strides
 
 
 def dropout_scale(p: float) -> float:
@@ -208,7 +208,7 @@ class ColumnSums(NamedTuple):
 def vector_arguments(vectors: Sequence[ColumnSums], first_block: int) -> tuple[dict[str, Any], int]:
     """A kernel's arguments for ``vectors``, and how many programs it has with them: ``first_block`` are its own work's."""
     config = sum_columns_config(max((v.partial.shape[0] for v in vectors), default=1))
-    blocks = [triton.cdiv(v.out.numel(), config["BLOCK_COLUMNS"]) for v in vectors]
+    blocks = [cdiv(v.out.numel(), config["BLOCK_COLUMNS"]) for v in vectors]
     values: dict[str, list[Any]] = {
         "partial_ptrs": [v.partial for v in vectors],
         "out_ptrs": [v.out for v in vectors],
@@ -227,7 +227,7 @@ def sum_parts(partial: Tensor, out: Tensor, vectors: Sequence[ColumnSums] = ()) 
     """
     elements = out.numel()
     config = sum_parts_config(partial.shape[0], elements)
-    vector_values, programs = vector_arguments(vectors, triton.cdiv(elements, config["BLOCK"]))
+    vector_values, programs = vector_arguments(vectors, cdiv(elements, config["BLOCK"]))
     launch(
         _sum_parts_kernel,
         (programs,),
@@ -289,8 +289,8 @@ def epilogue_backward(
     dz = new_output(size, dtype, device, channels_last=True)
     column_sums = new_output((c if sum_columns else 0,), dtype, device)
     config = column_sum_config(rows, c)
-    row_blocks = triton.cdiv(rows, config["BLOCK_ROWS"])
-    columns = triton.cdiv(c, config["BLOCK_COLUMNS"])
+    row_blocks = cdiv(rows, config["BLOCK_ROWS"])
+    columns = cdiv(c, config["BLOCK_COLUMNS"])
     split = column_sum_split(rows, columns, row_blocks)
     partial = new_output((split, c), accumulator_dtype(dtype), device) if sum_columns and split > 1 else column_sums
     launch(
@@ -309,7 +309,7 @@ def epilogue_backward(
         stride_dyc=step_c,
         stride_dyp=step_p,
         stride_dyq=step_q,
-        blocks_per_split=triton.cdiv(row_blocks, split),
+        blocks_per_split=cdiv(row_blocks, split),
         p=float(p),
         scale=dropout_scale(p),
         RELU=output is not None,

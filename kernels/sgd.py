@@ -19,7 +19,7 @@ from torch import Tensor
 from .backend import runs_triton
 from .config import sgd_config
 from .device import cast, fma, program_id
-from .launch import launch, needs_int64
+from .launch import cdiv, launch, needs_int64
 
 #: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
 MAX_TENSORS = 32
@@ -163,7 +163,7 @@ def _launch_sgd(
 ) -> None:
     elements = tuple(p.numel() for p in params)
     config = sgd_config(max(elements))
-    blocks = [triton.cdiv(count, config["BLOCK"]) for count in elements]
+    blocks = [cdiv(count, config["BLOCK"]) for count in elements]
     launch(
         _sgd_kernel,
         (sum(blocks),),

@@ -428,7 +428,8 @@ def test_torchvision_alexnet_trains_fused() -> None:
     x = torch.randn(1, 3, 47, 47, device=DEVICE)
     results = [torch.autograd.grad(n(x).square().sum(), list(small.parameters())) for n in (fused, small)]
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # By norm: where a ReLU's argument is as good as zero, rounding decides whether a gradient passes.
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
     assert [type(m) for _, m in fuse(net).named_children()] == [FusedSequential, nn.AdaptiveAvgPool2d, FusedSequential]
 
 
@@ -437,4 +438,5 @@ def test_lenet_runs_its_convolutions_and_linears_on_kernels(launches: list[str])
     fused = fuse(net)
     x = torch.randn(2, 1, 28, 28, device=DEVICE)
     torch.testing.assert_close(fused(x), net(x))
-    assert launches == [*["_conv2d_fprop_kernel"] * 2, *["_matmul_kernel"] * 3]
+    products = [name for name in launches if name != "_matmul_finish_kernel"]  # which follows a split, on a GPU
+    assert products == [*["_conv2d_fprop_kernel"] * 2, *["_matmul_kernel"] * 3]

@@ -28,7 +28,6 @@ DESCRIPTOR_PRODUCTS = {
     "_conv2d_stem_kernel",
     "_conv2d_stem_wgrad_kernel",
     "_conv2d_stem_pool_kernel",
-    "_conv2d_stem_pool_wgrad_kernel",
     "_matmul_descriptor_kernel",
 }
 #: And what prepares their operands or adds up their parts.

@@ -159,7 +159,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
 
         def __call__(self, function: Callable[[], object]) -> Timing:
             self.calls += 1
-            if self.calls == 20:
+            if self.calls == (20 if DEVICE == "cpu" else 30):  # graphs are timed too on a GPU
                 raise KeyboardInterrupt
             return super().__call__(function)
 
@@ -175,8 +175,9 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
     order = list(dict.fromkeys((r["section"], r["impl"]) for r in content["rows"]))
     position = {key: i for i, key in enumerate(order)}
     assert position["step", "ours"] == 0
-    assert position["step", "compile_default"] < position["step", "compile_max_autotune"] < position["plain", "ours"]
-    assert position["plain", "ours"] < position["fused", "ours"] < position["plain", "torch_compile"]
+    assert position["step", "compile_default"] < position["plain", "ours"] < position["fused", "ours"]
+    # Inductor tunes for minutes: after what is most telling.
+    assert position["fused", "ours"] < position["step", "compile_max_autotune"] < position["plain", "torch_compile"]
 
 
 def test_inductor_can_ask_for_the_precision_it_is_given() -> None:

@@ -25,6 +25,15 @@ def _channels_last(*shape: int) -> torch.Tensor:
     return _randn(*shape).to(memory_format=torch.channels_last)
 
 
+def _half(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).half().requires_grad_(grad)
+
+
+#: AlexNet's first layer on small images: weight, bias, link, stride, padding, dilation, groups, sizes and windows.
+STRIDED = (
+    *(_half(16, 1, 11, 11, grad=True), _half(16, grad=True), None, [4, 4], [1, 1], [1, 1], 1, [8, 9]),
+    *([3, 3], [2, 2], [0, 0], [3, 4]),
+)
 GEOMETRY = ([2, 1], [1, 0], [1, 2], 2)
 
 
@@ -86,6 +95,36 @@ SAMPLES = {
         (
             *(_randn(2, 4, 3, 4), _channels_last(2, 2, 9, 11), None, _randn(4, 2, 3, 3), _pooled()[1], [2, 2, 9, 11]),
             *([1, 1], [0, 0], [1, 1], 1, [7, 9], [3, 3], [2, 2], [0, 0], [True] * 3, True),
+        ),
+    ),
+    "conv2d_fprop_of_half_precision": lambda: (
+        conv.conv2d_fprop,
+        (
+            *(_half(2, 16, 5, 6, grad=True), _half(32, 16, 3, 3, grad=True), _half(32, grad=True), _half(16, grad=True)),
+            *([1, 1], [1, 1], [1, 1], 1, [5, 6], True, True),
+        ),
+    ),
+    "conv2d_backward_of_half_precision": lambda: (
+        conv.conv2d_backward,
+        (
+            *(_half(2, 32, 5, 6), _half(2, 16, 5, 6).to(memory_format=torch.channels_last), _half(32, 16, 3, 3)),
+            *(_half(2, 32, 5, 6).to(memory_format=torch.channels_last), [1, 1], [1, 1], [1, 1], 1, [True] * 3, True),
+        ),
+    ),
+    "conv2d_relu_max_pool2d_fprop_of_half_images": lambda: (
+        block.conv2d_relu_max_pool2d_fprop,
+        (_half(2, 1, 39, 43, grad=True), *STRIDED, True, True, False),
+    ),
+    "conv2d_relu_max_pool2d_fprop_of_cells": lambda: (
+        block.conv2d_relu_max_pool2d_fprop,
+        (_half(2, 10, 11, 16), *STRIDED[:4], [0, 0], *STRIDED[5:], True, True, True),
+    ),
+    "conv2d_relu_max_pool2d_backward_of_cells": lambda: (
+        block.conv2d_relu_max_pool2d_backward,
+        (
+            *(_half(2, 16, 3, 4), None, _half(2, 10, 11, 16), _half(16, 1, 11, 11)),
+            torch.randint(0, 9, (2, 16, 3, 4), dtype=torch.uint8, device=DEVICE).to(memory_format=torch.channels_last),
+            *([2, 1, 39, 43], *STRIDED[3:7], STRIDED[7], *STRIDED[8:11], [False, True, True], False),
         ),
     ),
     "space_to_depth_cells": lambda: (stem.space_to_depth_cells, (_randn(2, 1, 27, 23), 4, [1, 1], [5, 4], [11, 11])),
