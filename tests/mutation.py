@@ -1,0 +1,320 @@
+"""Does the suite see a fault? Plants them in the kernels one by one and runs the tests that should notice.
+
+``python -m tests.mutation`` copies the tree, checks that the named tests pass as it is, then changes one piece of text at a
+time and runs that fault's tests in Triton's interpreter. It prints a table, and the exit code is 1 where a fault survives, where
+its text is no longer in the source, or where it breaks the code instead of making it wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A piece of source text, what takes its place, and the tests that must fail then.
+
+    Attributes:
+        name: the fault in words.
+        path: of the file, from the root.
+        old: text that is in the file exactly once.
+        new: what it becomes.
+        tests: pytest's names of the few tests that should see it.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def planted(self, source: str) -> str:
+        """The file's text with the fault in it.
+
+        Raises:
+            ValueError: ``old`` is not in ``source`` exactly once.
+        """
+        count = source.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.path}: the text of {self.name!r} is in it {count} times")
+        return source.replace(self.old, self.new)
+
+
+_CONV = "tests/kernels/test_conv2d.py"
+_POOL = "tests/kernels/test_max_pool2d.py"
+_LINEAR = "tests/kernels/test_linear.py"
+_DESCRIPTOR = "tests/kernels/test_conv2d_descriptor.py"
+
+FAULTS = (
+    Fault(
+        "missing mask: columns right of the image are read from the next row",
+        "kernels/conv2d.py",
+        "& (h < H) & (w >= 0) & (w < W)\n        if WIDE:",
+        "& (h < H) & (w >= 0)\n        if WIDE:",
+        (f"{_CONV}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "off by one in the padding, forward",
+        "kernels/conv2d.py",
+        "o_w = o_m % Q * stride_w - pad_w",
+        "o_w = o_m % Q * stride_w - pad_w + 1",
+        (f"{_CONV}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "padding left out of the phase of a strided input gradient",
+        "kernels/conv2d.py",
+        "phase_h = (h_first + pad_h) % STRIDE_H",
+        "phase_h = h_first % STRIDE_H",
+        (f"{_CONV}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "swapped strides of the output's gradient",
+        "kernels/conv2d.py",
+        "o_z = o_n * stride_zn + o_p * stride_zp + o_q * stride_zq",
+        "o_z = o_n * stride_zn + o_p * stride_zq + o_q * stride_zp",
+        (f"{_CONV}::test_any_strides",),
+    ),
+    Fault(
+        "unmasked store: filters past the last one",
+        "kernels/conv2d.py",
+        "tl.store(p_y, cast(acc, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])",
+        "tl.store(p_y, cast(acc, y_ptr.dtype.element_ty), mask=m_m[:, None])",
+        (f"{_CONV}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "wrong split bound: a split's last block is left out",
+        "kernels/conv2d.py",
+        "for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split):\n        o_m =",
+        "for i_block in range(pid_split * blocks_per_split, (pid_split + 1) * blocks_per_split - 1):\n        o_m =",
+        (f"{_CONV}::test_any_split_of_the_reduction",),
+    ),
+    Fault(
+        "dropped accumulate: only the last step of the reduction counts",
+        "kernels/conv2d_descriptor.py",
+        "        acc = dot(b_w, b_x.T, acc, INPUT_PRECISION)",
+        "        acc = dot(b_w, b_x.T, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32), INPUT_PRECISION)",
+        (f"{_DESCRIPTOR}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "a filter that is not flipped in the input gradient",
+        "kernels/conv2d_descriptor.py",
+        "(R * S - 1 - rs) * K + k0",
+        "rs * K + k0",
+        (f"{_DESCRIPTOR}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "off by one in the rows that a filter row's gradient leaves out",
+        "kernels/conv2d_descriptor.py",
+        "    p_low = tl.maximum(0, pad_h - r)\n",
+        "    p_low = tl.maximum(0, pad_h - r + 1)\n",
+        (f"{_DESCRIPTOR}::test_forward_and_gradients",),
+    ),
+    Fault(
+        ">= for >: the last of equal maxima is taken",
+        "kernels/max_pool2d.py",
+        "takes = (b_x > b_best) | (b_x != b_x)",
+        "takes = (b_x >= b_best) | (b_x != b_x)",
+        (f"{_POOL}::test_values_indices_and_gradient",),
+    ),
+    Fault(
+        "missing NaN rule in the pool",
+        "kernels/max_pool2d.py",
+        "takes = (b_x > b_best) | (b_x != b_x)",
+        "takes = b_x > b_best",
+        (f"{_POOL}::test_nan_infinity_and_signed_zero",),
+    ),
+    Fault(
+        "missing NaN rule in the ReLU",
+        "kernels/device.py",
+        "return tl.where(x < 0, 0.0, x)",
+        "return tl.where(x > 0, x, 0.0)",
+        (f"{_CONV}::test_nan_and_infinity_propagate", f"{_LINEAR}::test_nan_propagates"),
+    ),
+    Fault(
+        "< for <=: a gradient passes where the ReLU gave zero",
+        "kernels/device.py",
+        "return tl.where(output <= 0, 0.0, grad)",
+        "return tl.where(output < 0, 0.0, grad)",
+        (f"{_CONV}::test_forward_and_gradients", f"{_LINEAR}::test_forward_and_gradients"),
+    ),
+    Fault(
+        "unmasked store of the pool's gradient",
+        "kernels/max_pool2d.py",
+        "    tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)",
+        "    tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty))",
+        (f"{_POOL}::test_values_indices_and_gradient",),
+    ),
+    Fault(
+        "positions of a window of more than 255 elements in one byte",
+        "kernels/max_pool2d.py",
+        "return torch.uint8 if kernel_size[0] * kernel_size[1] <= 255 else torch.int32",
+        "return torch.uint8",
+        (f"{_POOL}::test_values_indices_and_gradient",),
+    ),
+    Fault(
+        "dropped accumulate: the parts of a split product",
+        "kernels/linear.py",
+        "        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
+        "        acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
+        (f"{_LINEAR}::test_through_descriptors",),
+    ),
+    Fault(
+        "wrong split bound: the ragged last block of K is left out",
+        "kernels/linear.py",
+        "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))",
+        "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, K // BLOCK_K)",
+        (f"{_LINEAR}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "a seed used twice: every call draws the same mask",
+        "kernels/dropout.py",
+        "return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)",
+        "return torch.full((), 12345, dtype=torch.int64, device=device)",
+        ("tests/kernels/test_dropout.py::test_calls_are_independent_and_manual_seed_governs_them",),
+    ),
+    Fault(
+        "a counter used twice: a tensor's rows of 1024 share their random numbers",
+        "kernels/device.py",
+        "keep = tl.rand(seed, index) >= p",
+        "keep = tl.rand(seed, index % 1024) >= p",
+        ("tests/kernels/test_dropout.py::test_kernel_and_reference_draw_the_same_mask",),
+    ),
+    Fault(
+        "<= for <: one part too many is added up",
+        "kernels/reduction.py",
+        "mask = (o_part < SPLIT)[:, None] & m_e[None, :]",
+        "mask = (o_part <= SPLIT)[:, None] & m_e[None, :]",
+        (f"{_CONV}::test_any_split_of_the_reduction",),
+    ),
+    Fault(
+        "off by one in the filter rows of the first layer's gradient",
+        "kernels/conv2d_stem.py",
+        "o_f // BLOCK_M * 3 + o_r // STRIDE)",
+        "o_f // BLOCK_M * 3 + (o_r + 1) // STRIDE)",
+        ("tests/kernels/test_conv2d_stem_pool.py::test_gradients_are_exact_on_integers",),
+    ),
+    Fault(
+        "an image that is not there: the index one past the last",
+        "kernels/images.py",
+        "inside = (i_d >= 0) & (i_d < D)",
+        "inside = (i_d >= 0) & (i_d <= D)",
+        ("tests/kernels/test_images.py::test_an_index_outside_is_an_image_of_nan_and_touches_no_memory",),
+    ),
+    Fault(
+        "a mask one element too long in the optimizer",
+        "kernels/sgd.py",
+        "o < size - start, lr",
+        "o <= size - start, lr",
+        ("tests/kernels/test_sgd.py::test_float32_is_torch_sgd_bit_for_bit",),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a fault's tests said.
+
+    Attributes:
+        verdict: ``"caught"``, ``"SURVIVED"`` or ``"BROKEN"`` (no test could run, or the source does not mean anything).
+        by: the first test that failed, and why.
+    """
+
+    verdict: str
+    by: str
+
+
+#: Exit codes of pytest: everything passed, some tests failed.
+_PASSED, _FAILED = 0, 1
+#: What code says that cannot run at all, which shows nothing about the suite.
+_MEANINGLESS = re.compile(r"\b(NameError|SyntaxError|AttributeError|ImportError|IndentationError)\b")
+
+
+def judge(returncode: int, output: str) -> Outcome:
+    """What a run of pytest with ``-rf`` means for a fault."""
+    if returncode == _PASSED:
+        return Outcome("SURVIVED", "")
+    found = re.search(r"^FAILED (\S*/)?(\S+?) - (.*)$", output, re.MULTILINE)
+    if returncode != _FAILED or found is None:
+        return Outcome("BROKEN", (output.strip().splitlines() or ["no output"])[-1])
+    _, test, reason = found.groups()
+    return Outcome("BROKEN" if _MEANINGLESS.search(reason) else "caught", f"{test}: {reason}")
+
+
+def run_tests(tree: Path, tests: tuple[str, ...], stop_at_first: bool = True) -> Outcome:
+    """Run ``tests`` of the copy at ``tree``, in the interpreter whatever GPU there is: its guard sees every address."""
+    # Without files of bytecode: their time stamps cannot tell two versions of one second apart.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"COLUMNS": "1000"}  # the reason of a failure is cut off at the end of a line
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
+    if stop_at_first:
+        command.append("-x")
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    return judge(result.returncode, result.stdout + result.stderr)
+
+
+def copy_tree(target: Path) -> None:
+    """What the tests need, without what was built or recorded."""
+    for name in ("kernels", "alexnet_triton", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", target)
+
+
+def check_fault(tree: Path, fault: Fault) -> Outcome:
+    """Plant ``fault`` in the copy at ``tree``, run its tests, take it out again."""
+    path = tree / fault.path
+    source = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(fault.planted(source), encoding="utf-8")
+    except ValueError as error:
+        return Outcome("BROKEN", str(error))
+    try:
+        return run_tests(tree, fault.tests)
+    finally:
+        path.write_text(source, encoding="utf-8")
+
+
+def main() -> None:
+    """Check every fault; the exit code is 1 unless each is caught."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("words", nargs="*", help="only faults whose name or file contains one of these")
+    arguments = parser.parse_args()
+    faults = [f for f in FAULTS if not arguments.words or any(w in f.name + f.path for w in arguments.words)]
+    if not faults:
+        sys.exit(f"mutation: no fault is called {' or '.join(arguments.words)}")
+    console = Console()
+    table = Table("fault", "file", "verdict", "caught by", title=f"{len(faults)} faults")
+    bad = []
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        sound = run_tests(tree, tuple(dict.fromkeys(test for fault in faults for test in fault.tests)))
+        if sound.verdict != "SURVIVED":  # without a fault there is nothing to catch
+            sys.exit(f"mutation: the tests do not pass as the tree is: {sound.by}")
+        for fault in faults:
+            outcome = check_fault(tree, fault)
+            bad += [fault.name] * (outcome.verdict != "caught")
+            table.add_row(fault.name, fault.path, outcome.verdict, outcome.by)
+            print(f"{outcome.verdict:8}  {fault.name}", flush=True)
+    console.print(table)
+    caught = len(faults) - len(bad)
+    print(f"{caught} of {len(faults)} faults caught in {time.perf_counter() - start:.0f} s")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
