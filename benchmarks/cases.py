@@ -198,14 +198,14 @@ class Truth:
     peer: list[Tensor]
 
 
-def truth(case: Case, tensors: list[Tensor], magnitude: float = 1.0) -> Truth:
-    """The case's values and gradients by its meaning; the output's gradient is normal numbers times ``magnitude``."""
+def truth(case: Case, tensors: list[Tensor]) -> Truth:
+    """The case's values and gradients by its meaning."""
     runs = []
     grad = None
     for dtype in (tensors[0].dtype, torch.float64):
         copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
         result = case.meaning(*copies)
-        grad = torch.randn_like(result) * magnitude if grad is None else grad
+        grad = torch.randn_like(result) if grad is None else grad
         runs.append([result.detach(), *torch.autograd.grad(result, copies, grad.to(dtype))])
     assert grad is not None
     return Truth(grad, exact=runs[1], peer=runs[0])

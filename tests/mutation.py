@@ -1,8 +1,8 @@
 """Does the suite see a fault? Plants them in the kernels one by one and runs the tests that should notice.
 
 ``python -m tests.mutation`` copies the tree, checks that the named tests pass as it is, then changes one piece of text at a
-time and runs that fault's tests in Triton's interpreter. It prints a table, and the exit code is 1 where a fault survives, where
-its text is no longer in the source, or where it breaks the code instead of making it wrong.
+time and runs that fault's tests in Triton's interpreter. It prints a table, and the exit code is 1 where a fault survives,
+where its text is no longer in the source, or where it breaks the code instead of making it wrong.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ FAULTS = (
         "kernels/max_pool2d.py",
         "return torch.uint8 if kernel_size[0] * kernel_size[1] <= 255 else torch.int32",
         "return torch.uint8",
-        (f"{_POOL}::test_values_indices_and_gradient",),
+        (f"{_POOL}::test_the_last_of_more_than_255_positions",),
     ),
     Fault(
         "dropped accumulate: the parts of a split product",

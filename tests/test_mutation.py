@@ -42,7 +42,12 @@ def test_text_that_is_gone_or_there_twice_is_an_error() -> None:
     ("returncode", "output", "verdict", "by"),
     [
         (0, "7 passed in 1.00s", "SURVIVED", ""),
-        (1, "FAILED tests/kernels/test_a.py::test_b[c-d] - AssertionError: wrong\n", "caught", "test_a.py::test_b[c-d]: Assert"),
+        (
+            1,
+            "FAILED tests/kernels/test_a.py::test_b[c-d] - AssertionError: wrong\n",
+            "caught",
+            "test_a.py::test_b[c-d]: Assert",
+        ),
         (1, "FAILED tests/test_a.py::test_b - NameError: no x\n1 failed", "BROKEN", "test_a.py::test_b: NameError"),
         (4, "ERROR: not found: tests/test_a.py::test_b\n\nno tests ran", "BROKEN", "no tests ran"),
         (1, "", "BROKEN", "no output"),

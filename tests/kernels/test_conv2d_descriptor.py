@@ -74,6 +74,7 @@ CASES = (
     images("padding_over_filter", 2, 16, 3, 4, 16, 2, 3, padding=4),
     images("rectangular", 2, 16, 5, 3, 32, 1, 3, padding=(0, 2)),
     images("same_of_even_filter", 2, 16, 5, 4, 16, 4, 2, padding="same"),
+    images("one_position_a_program", 3, 16, 5, 4, 16, 3, 3, tiles={"POSITIONS": 1}),
     images("one_pixel", 3, 16, 1, 1, 16, 1, 1, padding=0),
     box("own_box", 3, 32, 6, 5, 48, 3, 3, tiles={"NB": 1, "TH": 4, "TW": 4}),
     box("ragged_box", 3, 16, 5, 7, 16, 3, 3),

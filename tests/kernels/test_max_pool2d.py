@@ -74,6 +74,14 @@ def test_values_indices_and_gradient(case: Case, dtype: torch.dtype) -> None:
     _same(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
 
 
+def test_the_last_of_more_than_255_positions() -> None:
+    """Of a window of 17 x 17 whose values rise, the maximum is at position 288, which no byte holds."""
+    x = torch.arange(18.0 * 18, device=DEVICE).view(1, 1, 18, 18).requires_grad_()
+    ours, theirs = kernels.max_pool2d(x, 17, 1), F.max_pool2d(x, 17, 1)
+    _same(ours, theirs)
+    _same(*(torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (ours, theirs)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_memory_format_is_kept(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
