@@ -39,25 +39,42 @@ def register_autograd(function: type[OperatorFunction], operator: CustomOpDef) -
 
 
 def call_operator(operator: CustomOpDef, *arguments: Any) -> Any:
-    """Run ``operator``, from inside an autograd Function; through PyTorch's dispatcher only where somebody there may watch.
+    """Run ``operator``, from inside an autograd Function; through PyTorch's dispatcher unless there is nothing for it to do.
 
-    The way through it costs more of the host's time than a launch does, and plain eager code loses nothing without it. Who may
-    watch: tracing, profiling, function transforms, modes, and tensor subclasses.
+    The way through it takes more of the host than a launch does. It is left out for plain tensors in plain eager code alone:
+    whatever a dispatch key stands for, of a tensor (lazy negation, a batch of vmap, a subclass) or of the thread (modes,
+    transforms, tracing), belongs to the dispatcher.
     """
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_thread_keys()
+        or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        or any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in arguments)
+        or any(isinstance(a, torch.Tensor) and not _is_plain(a) for a in arguments)
     ):
         return operator(*arguments)
     return operator._init_fn(*arguments)
 
 
-#: Tensors without a ``__torch_dispatch__`` of their own.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+@functools.cache
+def _thread_keys() -> int:
+    """The dispatch keys that a thread which does nothing special includes."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    return int((keys | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr())
+
+
+@functools.cache
+def _tensor_keys(device: torch.device) -> int:
+    """Those of a dense tensor of memory of its own."""
+    with torch.inference_mode(False):
+        return int(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._dispatch_keys(tensor).raw_repr() & ~_tensor_keys(tensor.device)
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:

@@ -8,6 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
+import kernels
+
 from ..conftest import DEVICE, own_devices
 
 # By name: the package's own functions hide the modules of the same name.
@@ -189,3 +191,86 @@ def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:
         results = [torch.autograd.grad(f(x).square().sum(), list(net.parameters())) for f in (compiled, net)]
         for ours, eager in zip(*results, strict=True):
             assert torch.equal(ours, eager)
+
+
+def _linear(x: torch.Tensor) -> torch.Tensor:
+    return kernels.linear(x, torch.arange(64.0, device=DEVICE).view(4, 16) / 64, activation="relu")
+
+
+def _negated() -> torch.Tensor:
+    """Plain numbers to whoever asks PyTorch, the opposite ones in memory."""
+    x = torch.randn(3, 16, dtype=torch.complex64, device=DEVICE).conj().imag
+    assert x.is_neg()
+    return x
+
+
+@own_devices
+def test_a_lazily_negated_tensor_has_the_sign_it_says() -> None:
+    x = _negated()
+    torch.testing.assert_close(_linear(x), _linear(x.resolve_neg().clone()))
+    image = x.view(1, 3, 4, 4)
+    weight = torch.randn(2, 3, 3, 3, device=DEVICE)
+    copy = image.resolve_neg().clone()
+    torch.testing.assert_close(kernels.conv2d(image, weight), kernels.conv2d(copy, weight))
+    assert torch.equal(kernels.max_pool2d(image, 2), kernels.max_pool2d(copy, 2))
+
+
+@own_devices
+def test_so_has_a_lazily_negated_gradient() -> None:
+    x = torch.randn(3, 4, 4, 16, device=DEVICE)[:, 0, 0].requires_grad_()
+    grad = _negated()[:, :4]
+    ours, expected = (torch.autograd.grad(_linear(x), x, g)[0] for g in (grad, grad.resolve_neg().clone()))
+    assert torch.equal(ours, expected)
+
+
+@own_devices
+def test_a_tensor_of_zeros_without_memory() -> None:
+    zeros = torch._efficientzerotensor((3, 16), device=DEVICE)
+    assert torch.equal(_linear(zeros), _linear(torch.zeros(3, 16, device=DEVICE)))
+
+
+@own_devices
+def test_batched_gradients() -> None:
+    x = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    y = _linear(x)
+    grads = torch.randn(2, *y.shape, device=DEVICE)
+    (together,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    for one, grad in zip(together, grads, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
+
+
+@own_devices
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_trace_of_real_tensors(pre_dispatch: bool) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(3, 16, device=DEVICE)
+    graph = make_fx(_linear, pre_dispatch=pre_dispatch, tracing_mode="real")(x)
+    other = torch.randn(3, 16, device=DEVICE)
+    assert torch.equal(graph(other), _linear(other))
+
+
+@own_devices
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_jit_trace() -> None:
+    traced = torch.jit.trace(_linear, torch.randn(3, 16, device=DEVICE))
+    other = torch.randn(3, 16, device=DEVICE)
+    assert torch.equal(traced(other), _linear(other))
+
+
+@own_devices
+def test_plain_eager_code_does_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which nothing but the host's time would show."""
+
+    def refuse(self: object, *_: object) -> None:
+        raise AssertionError("called through the dispatcher")
+
+    x = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(2, 3, 3, 3, device=DEVICE))
+    monkeypatch.setattr(torch.library.CustomOpDef, "__call__", refuse)
+    _linear(x).sum().backward()
+    kernels.conv2d(torch.randn(1, 3, 4, 4, device=DEVICE), weight).sum().backward()
+    with torch.inference_mode():
+        _linear(x)
+    with pytest.raises(AssertionError, match="through the dispatcher"):
+        _linear(_negated())
