@@ -105,6 +105,20 @@ def build(
     return Built(net, module, autocast, memory_format)
 
 
+def prepare(
+    network: Network,
+    implementation: str,
+    dtype: torch.dtype,
+    batch: int,
+    device: torch.device,
+    compile_backend: str = "inductor",
+) -> tuple[Built, Tensor, Tensor]:
+    """An implementation of :func:`build`, and images and labels of :func:`batch_of` as it takes them."""
+    built = build(network, implementation, dtype, device, compile_backend)
+    images, labels = batch_of(network, batch, torch.float32 if built.autocast else dtype, device)
+    return built, to_channels_last(images) if built.images == torch.channels_last else images, labels
+
+
 def step_function(built: Built, dtype: torch.dtype, mode: str, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """A training step (forward, loss, backward, plain SGD) or a forward pass without gradients, on fixed tensors."""
 

@@ -23,12 +23,12 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
+from alexnet_triton.checkpoint import write_atomically
 from kernels import launch
 from kernels.config import gpu_slug
 
 from .audit import TARGETS, LayerMarker, OperatorCount, floor_us, pass_of
-from .cases import to_channels_last
-from .networks import ALEXNET, OURS, PEERS, Built, batch_of, build, step_function
+from .networks import ALEXNET, OURS, PEERS, prepare, step_function
 from .report import DTYPES, RESULTS, float32_on_tensor_cores
 from .timing import CudaTimer, captured, own_stream
 from .work import fewest_bytes, flops
@@ -122,14 +122,11 @@ def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str,
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     with float32_on_tensor_cores(), own_stream(device):
         torch.manual_seed(0)
-        built = build(ALEXNET, implementation, dtype, device)
-        images, labels = batch_of(ALEXNET, batch, torch.float32 if built.autocast else dtype, device)
-        if built.images == torch.channels_last:
-            images = to_channels_last(images)
+        built, images, labels = prepare(ALEXNET, implementation, dtype, batch, device)
         layer = LayerMarker()
         if implementation == OURS:
             module: Any = built.module
-            marked = Built(lambda x: layer.forward(module, x), module, built.autocast, built.images)
+            marked = dataclasses.replace(built, net=lambda x: layer.forward(module, x))
             with noted_launches(arch, dtype, layer) as launches:
                 step_function(marked, dtype, mode, images, labels)()
             torch.cuda.synchronize()
@@ -141,7 +138,7 @@ def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str,
 
 
 def print_rows(rows: list[Row], whole: float, console: Console) -> None:
-    """All kernels in order, then the sums by kernel."""
+    """All kernels in order, then their sum beside the whole."""
     table = Table(title="kernels of a step, in order", title_justify="left")
     for name in ("layer", "pass", "kernel"):
         table.add_column(name, no_wrap=True, max_width=60)
@@ -181,7 +178,7 @@ def main() -> None:
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

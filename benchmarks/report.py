@@ -39,11 +39,10 @@ from .cases import (
     pass_flops,
     passes,
     runner,
-    to_channels_last,
     truth,
     verify,
 )
-from .networks import ALEXNET, OURS, PEERS, TUNED, Network, batch_of, build, network_flops, step_function, verify_network
+from .networks import ALEXNET, OURS, PEERS, TUNED, Network, network_flops, prepare, step_function, verify_network
 from .timing import CudaTimer, FakeTimer, NoGraph, Timer, captured, own_stream
 
 RESULTS = Path(__file__).parent / "results"
@@ -335,10 +334,8 @@ def _measure_step(report: Report, implementation: str, label: dict[str, Any]) ->
     try:
         torch.compiler.reset()
         torch.manual_seed(0)
-        built = build(settings.network, implementation, dtype, settings.device, settings.compile_backend)
-        images, labels = batch_of(settings.network, label["batch"], torch.float32 if built.autocast else dtype, settings.device)
-        if built.images == torch.channels_last:
-            images = to_channels_last(images)
+        of = (settings.network, implementation, dtype, label["batch"], settings.device, settings.compile_backend)
+        built, images, labels = prepare(*of)
         verify_network(settings.network, built, dtype, mode, images, labels)
         eager["verified"] = graph["verified"] = True
         step = step_function(built, dtype, mode, images, labels)

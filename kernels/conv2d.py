@@ -736,8 +736,8 @@ def conv2d_arguments(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Check the arguments of a convolution; its stride, padding (top, left), dilation and output size."""
+) -> tuple[list[int], list[int], list[int], int, list[int]]:
+    """Check the arguments of a convolution; its stride, padding (top, left), dilation, groups, output size as plain ints."""
     check_tensors(input=input, weight=weight, bias=bias)
     if input.dim() != 4:
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
@@ -775,7 +775,7 @@ def conv2d_arguments(
                 f"(weight {tuple(weight.shape)}, dilation {dilations}): the output would be empty"
             )
         sizes.append((size + total - span) // step + 1)
-    return list(strides), list(before), list(dilations), sizes
+    return list(strides), list(before), list(dilations), int(groups), sizes
 
 
 def _padding(
@@ -882,13 +882,11 @@ def _conv2d(
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    strides, before, dilations, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
+    *geometry, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
     check_link(link, batched)
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
-    output, new_link = apply_function(
-        Conv2dFunction, batched, weight, bias, link, strides, before, dilations, int(groups), size, fuse_relu, make_link
-    )
+    output, new_link = apply_function(Conv2dFunction, batched, weight, bias, link, *geometry, size, fuse_relu, make_link)
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 
 

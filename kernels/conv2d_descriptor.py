@@ -12,7 +12,7 @@ What is a tile? A product's rows are output pixels, and for each filter position
   out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
-With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. A configuration of the first two can choose it.
+With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. fprop and dgrad can be configured to do so.
 
 On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
 flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor

@@ -256,7 +256,7 @@ def conv2d_relu_max_pool2d(
             input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     shaped = input.new_empty(1).expand(images) if cells else batched
-    strides, before, dilations, conv_size = conv2d_arguments(shaped, weight, bias, stride, padding, dilation, groups)
+    *geometry, conv_size = conv2d_arguments(shaped, weight, bias, stride, padding, dilation, groups)
     *window, pool_size = pool_arguments(conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
     check_link(link, batched)
     if not runs_triton(input):
@@ -281,10 +281,7 @@ def conv2d_relu_max_pool2d(
         weight,
         bias,
         link,
-        strides,
-        before,
-        dilations,
-        int(groups),
+        *geometry,
         conv_size,
         kernel_size,
         pool_steps,

@@ -48,7 +48,7 @@ def call_operator(operator: CustomOpDef, *arguments: Any) -> Any:
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_thread_keys()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_THREAD_KEYS
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
         or any(isinstance(a, torch.Tensor) and not _is_plain(a) for a in arguments)
@@ -57,16 +57,15 @@ def call_operator(operator: CustomOpDef, *arguments: Any) -> Any:
     return operator._init_fn(*arguments)
 
 
-@functools.cache
-def _thread_keys() -> int:
-    """The dispatch keys that a thread which does nothing special includes."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    return int((keys | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr())
+#: The dispatch keys that a thread which does nothing special includes.
+_THREAD_KEYS: int = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+).raw_repr()
 
 
 @functools.cache
 def _tensor_keys(device: torch.device) -> int:
-    """Those of a dense tensor of memory of its own."""
+    """The dispatch keys of a dense tensor of memory of its own."""
     with torch.inference_mode(False):
         return int(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
 

@@ -26,7 +26,7 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least ``n``."""
-    return 1 << max(int(n) - 1, 0).bit_length()  # a NumPy integer has no such method
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:

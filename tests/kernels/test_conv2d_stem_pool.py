@@ -212,6 +212,41 @@ def test_without_gradients_no_position_is_written(
     assert same_bits(ours, theirs)
 
 
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "expanded": lambda t: t[:1, :1, :1, :1].expand_as(t),
+    "every_other": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_of_the_gradient(layout: str) -> None:
+    """Of the forward kernel's output, from the positions and cells that it saved: exact on integers."""
+    case = Case("", 3, 1, 31, 35, 16)
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.bfloat16)
+    ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
+    grad = LAYOUTS[layout](integers(*ours.shape, dtype=torch.bfloat16, high=1, grad=False))
+    for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias", "weight and bias", "input and weight"])
+def test_only_the_gradients_that_are_wanted(wanted: str, launches: list[str]) -> None:
+    case = CASES[0]
+    x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float16))
+    named = {"input": x, "weight": w, "bias": b}
+    leaves = [t.requires_grad_() for name, t in named.items() if name in wanted]
+    ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
+    assert "_conv2d_stem_pool_kernel" in launches
+    launches.clear()
+    grad = integers(*ours.shape, dtype=torch.float16, high=1, grad=False)
+    for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
+        assert torch.equal(mine, other)
+    assert ("_conv2d_stem_wgrad_kernel" in launches) == ("weight" in wanted)
+    assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
+
+
 def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
     case = CASES[4]
