@@ -140,9 +140,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: no such file, a damaged one, or one of another program.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # to open a pipe would wait for a writer
     try:
         # torch.load does not look at the checksums of the archive that a checkpoint is.
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                # torch.save compresses nothing, and torch.load would fill the memory with what a few bytes swell to.
+                raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train: it is compressed")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")

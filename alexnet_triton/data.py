@@ -33,8 +33,8 @@ USUAL_PLACES = (
 )
 
 _SIDE = 28
-#: Far above any real file: a header that claims more is wrong, and nothing of that size is ever allocated.
-_MOST_ITEMS = 10_000_000
+#: Far above the 60,000 of the real files: a header that claims more is wrong. So a gzip of any size takes 784 MB at most.
+_MOST_ITEMS = 1_000_000
 
 
 class DataError(ValueError):

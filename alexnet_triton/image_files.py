@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -14,16 +15,27 @@ from .data import DataError
 _MODES = {1: "L", 3: "RGB"}
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """What Pillow reads by itself: for PostScript it runs another program, whatever the file is called."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
 def _decode(path: Path, channels: int) -> Tensor:
     """uint8 (channels, H, W), upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms.v2.functional import pil_to_tensor
 
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: no regular file")  # to open a pipe would wait for a writer
     try:
         with warnings.catch_warnings():
             # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 if image.mode[0] in "IF":
                     raise DataError(f"{path}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported")
                 return pil_to_tensor(ImageOps.exif_transpose(image).convert(_MODES[channels]))
@@ -49,7 +61,7 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
     orientation says; transparency is left out; of an animation it is the first frame.
 
     Args:
-        path: a file of any format that Pillow reads.
+        path: a file of any format that Pillow reads without another program, which it would run for EPS.
         channels: 1 for grey, 3 for red, green, blue: what the image is converted to.
         size: side of the square returned.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import itertools
 import json
@@ -29,6 +30,7 @@ from kernels import config, conv2d_stem, launch
 from kernels.conv2d import dgrad, fprop, wgrad
 from kernels.launch import cdiv
 
+from .checkpoint import write_atomically
 from .training import float32_products
 
 Candidate = dict[str, int]
@@ -387,29 +389,42 @@ def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = Non
         worker.join()
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No two processes are in such a block at a time; the lock goes when its process ends, however that is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
-    """Write or update a table; other entries of the file stay. Whole: a reader never sees half a file."""
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"configs": {}, "measured": {}}
-    content["gpu"] = torch.cuda.get_device_name()
-    content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content["dtype"] = str(dtype).removeprefix("torch.")
-    for result in results:
-        content["configs"][result.job.key] = result.best
-        content["measured"][result.job.key] = {
-            "layer": result.job.layer,
-            "pass": result.job.pass_,
-            "batch": result.job.batch,
-            "ms": round(result.best_ms, 5),
-            "rule_ms": round(result.rule_ms, 5),
-            "pytorch_ms": round(result.peer_ms, 5),
-            "candidates": len(result.times),
-            "wrong": len(result.wrong),
-        }
+    """Write or update a table; other entries of the file stay, those that another process writes meanwhile too.
+
+    A reader sees the old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with _locked(path.parent):
+        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"configs": {}, "measured": {}}
+        content["gpu"] = torch.cuda.get_device_name()
+        content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+        content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        content["dtype"] = str(dtype).removeprefix("torch.")
+        for result in results:
+            content["configs"][result.job.key] = result.best
+            content["measured"][result.job.key] = {
+                "layer": result.job.layer,
+                "pass": result.job.pass_,
+                "batch": result.job.batch,
+                "ms": round(result.best_ms, 5),
+                "rule_ms": round(result.rule_ms, 5),
+                "pytorch_ms": round(result.peer_ms, 5),
+                "candidates": len(result.times),
+                "wrong": len(result.wrong),
+            }
+        write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:

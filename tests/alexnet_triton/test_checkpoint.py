@@ -12,6 +12,7 @@ import random
 import resource
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,15 +209,73 @@ def _write_foreign(path: Path, kind: str) -> None:
         torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     elif kind == "folder":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)  # to open which would wait for ever
 
 
-@pytest.mark.parametrize("kind", ["text", "state_dict", "object", "zip", "numpy", "old torch format", "folder"])
+@pytest.mark.parametrize("kind", ["text", "state_dict", "object", "zip", "numpy", "old torch format", "folder", "pipe"])
 def test_a_foreign_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "foreign.pt"
     _write_foreign(path, kind)
     with pytest.raises(CheckpointError, match=r"foreign\.pt: not a (readable )?checkpoint") as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+class _Runs:
+    """An object whose pickle runs a command where it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
+    path, ran = tmp_path / "checkpoint.pt", tmp_path / "ran"
+    save_checkpoint(path, dataclasses.replace(tiny(), training={"random": _Runs(ran)}))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a checkpoint .*: it holds more than tensors and numbers"):
+        read_checkpoint(path)
+    assert not ran.exists()
+    torch.load(path, weights_only=False)
+    assert ran.exists()  # it would have
+
+
+def _repacked(path: Path, compression: int, change: Callable[[str, bytes], bytes]) -> Path:
+    """A checkpoint with other records under right checksums."""
+    target = path.with_name("hostile.pt")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", compression) as archive:
+        for name in source.namelist():
+            archive.writestr(name, change(name, source.read(name)))
+    return target
+
+
+def test_a_few_bytes_that_swell_are_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny())
+    swollen = _repacked(path, zipfile.ZIP_DEFLATED, lambda name, raw: bytes(1 << 28) if name.endswith("data/0") else raw)
+    assert swollen.stat().st_size < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=r"hostile\.pt: not a checkpoint .*: it is compressed"):
+        read_checkpoint(swollen)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, tiny())
+    claim = b"M\x2c\x01\x85"  # the pickled shape (300,)
+
+    def enlarge(name: str, raw: bytes) -> bytes:
+        if not name.endswith("data.pkl"):
+            return raw
+        assert raw.count(claim) == 1
+        return raw.replace(claim, b"J\x00\x00\x00\x7f\x85")
+
+    with pytest.raises(CheckpointError, match=r"hostile\.pt: not a readable checkpoint"):
+        read_checkpoint(_repacked(path, zipfile.ZIP_STORED, enlarge))
 
 
 # ------------------------------------------------------------------------------------------------------------ resume

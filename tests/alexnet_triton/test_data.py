@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,31 @@ def test_a_broken_file_is_named_with_its_fault(fault: str, packed: bool, tmp_pat
     with pytest.raises(DataError, match=message) as error:
         read_folder(folder)
     assert str(path) in str(error.value)
+
+
+def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / f"{IMAGES}.gz"
+    for claimed in (1_000_000, 2**32 - 1):  # what passes for a size, and what does not
+        path.write_bytes(gzip.compress(b"\0\0\x08\x03" + claimed.to_bytes(4, "big") + 2 * b"\0\0\0\x1c" + bytes(784)))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=r"header (announces 784000000 bytes|claims shape)"):
+            read_idx(path, 3)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+
+
+def test_a_file_that_vanishes_halfway_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path)
+    find = data._find_file
+
+    def vanish(folder: Path, name: str) -> Path:
+        path = find(folder, name)
+        path.unlink()
+        return path
+
+    monkeypatch.setattr(data, "_find_file", vanish)
+    with pytest.raises(DataError, match=rf"{IMAGES}\.gz: cannot be read: .*No such file"):
+        read_folder(folder)
 
 
 def test_a_damaged_gzip_stream_is_named(tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ BAD = {
     "changed": (_png()[:200] + bytes(20) + _png()[220:], "cannot be read: broken data stream"),
     "swollen": (_with_a_long_text(), "damaged: Decompressed data too large"),
     "sixteen_bits": (_deep(), "pixels of more than 8 bits"),
+    "pipe": (None, "no regular file"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\nshowpage\n", "not an image"),
     "bomb": (_bomb(20_000), "too large to be decoded: .* exceeds limit"),
     "half_a_bomb": (_bomb(12_000), "too large to be decoded: .* exceeds limit"),
 }
@@ -166,6 +168,10 @@ def test_a_file_that_is_no_image_is_one_line_and_the_others_are_classified(bad: 
         file.write_bytes(content)
     elif bad == "folder":
         file.mkdir()
+    elif bad == "pipe":
+        os.mkfifo(file)  # to open which would wait for ever
+    if bad == "postscript":
+        assert Image.open(file).format == "EPS"  # whatever the file is called
     with pytest.raises(DataError, match=message) as error:
         read_image(file, 1, 28)
     images, readable, (only,) = read_images([file, good], 1, 28)

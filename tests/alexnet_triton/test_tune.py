@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -73,18 +75,35 @@ def test_every_pass_has_candidates(batch: int) -> None:
         assert few_images or len(job.candidates()) > 3, job
 
 
-def test_entries_of_another_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+def _write_entries(path: Path, batches: list[int]) -> None:
+    with mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"):
+        for batch in batches:
+            job = tune.Job("conv3", "fprop", batch)
+            tune.write_table([tune.Tuned(job, 2.0, 1.0, 3.0, {"BLOCK_M": batch}, [], [(1.0, {})])], torch.bfloat16, path)
+
+
+def test_entries_of_another_run_stay(tmp_path: Path) -> None:
     path = tmp_path / "configs" / "gpu.json"
-    for batch in (128, 64):
-        job = tune.Job("conv3", "fprop", batch)
-        tune.write_table([tune.Tuned(job, 2.0, 1.0, 3.0, {"BLOCK_M": batch}, [], [(1.0, {})])], torch.bfloat16, path)
+    _write_entries(path, [128, 64])
     content = json.loads(path.read_text())
     assert [content["configs"][tune.Job("conv3", "fprop", batch).key] for batch in (128, 64)] == [
         {"BLOCK_M": 128},
         {"BLOCK_M": 64},
     ]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_processes_that_tune_at_the_same_time_keep_each_others_entries(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_write_entries, args=(path, list(range(i, 61, 3)))) for i in (1, 2, 3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    configs = json.loads(path.read_text())["configs"]
+    assert configs == {tune.Job("conv3", "fprop", batch).key: {"BLOCK_M": batch} for batch in range(1, 61)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
