@@ -1,4 +1,4 @@
-"""The command line: ``alexnet-triton train | evaluate | predict | summary | explain | tune``."""
+"""The command line: ``alexnet-triton train | compare | evaluate | predict | summary | explain | tune``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 from .checkpoint import CheckpointError
+from .compare_command import compare_command
 from .data import DataError
 from .evaluation import classify, evaluate
 from .explain import explain
@@ -55,6 +56,7 @@ def _app(
 
 
 app.command("train")(train_command)
+app.command("compare")(compare_command)
 
 
 @app.command("evaluate")

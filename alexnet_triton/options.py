@@ -62,6 +62,27 @@ WorkersOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+EpochsOption = Annotated[int, typer.Option(min=1)]
+TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
+SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")]
+PrecisionOption = Annotated[
+    PrecisionChoice,
+    typer.Option(help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."),
+]
+GraphOption = Annotated[
+    bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
+]
+AugmentOption = Annotated[
+    bool, typer.Option("--augment", help="Crop, flip and change brightness and contrast of each image at random.")
+]
+TensorboardOption = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard/--no-tensorboard",
+        help="Write each epoch for TensorBoard into the folder tensorboard beside the checkpoints.",
+        show_default=False,
+    ),
+]
 
 
 _debug = False

@@ -7,12 +7,14 @@ import dataclasses
 import shlex
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 import kernels
 
@@ -20,17 +22,25 @@ from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint
 from .data import DataError, Dataset
 from .distributed import Processes, joined
 from .evaluation import measure_speed, predict_split
+from .events import EpochEvents, summary_writer
 from .image_folder import default_channels, is_image_folder, load_data
 from .models import IMAGE_SIZE
 from .options import (
+    AugmentOption,
     BackendChoice,
     BackendOption,
     ChannelsOption,
     DataOption,
     DeviceOption,
+    EpochsOption,
+    GraphOption,
     LimitOption,
     Model,
     PrecisionChoice,
+    PrecisionOption,
+    SeedOption,
+    TensorboardOption,
+    TotalBatchOption,
     WorkersOption,
     console,
     fail,
@@ -91,7 +101,7 @@ def _print_epoch(metrics: EpochMetrics) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _RunOptions:
+class RunOptions:
     """The options of ``train`` that a checkpoint keeps: a resumed run has them without being told again."""
 
     model: str
@@ -109,11 +119,12 @@ class _RunOptions:
     dtype: str
     graph: bool
     augment: bool
+    tensorboard: bool
     device: str
 
 
 #: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
-_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "weight_decay", "workers"})
+_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "tensorboard", "weight_decay", "workers"})
 
 
 def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
@@ -151,9 +162,14 @@ def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[
     return options
 
 
-def _resolved(options: dict[str, Any], where: torch.device) -> _RunOptions:
-    """What the defaults of ``train`` come down to on ``where``."""
-    resolved = {field.name: options[field.name] for field in dataclasses.fields(_RunOptions)}
+def resolve(options: Mapping[str, Any], where: torch.device, processes: Processes) -> RunOptions:
+    """What the options of a run come down to on ``where``; a ``graph`` of None: one where it can be.
+
+    Raises:
+        typer.BadParameter: a CUDA graph where there is none.
+        typer.Exit: a package that an option needs is missing, which is said.
+    """
+    resolved = {field.name: options[field.name] for field in dataclasses.fields(RunOptions)}
     resolved["model"], resolved["backend"] = str(options["model"]), str(options["backend"])
     resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
     resolved["channels"] = options["channels"] or default_channels(options["data"])
@@ -161,7 +177,25 @@ def _resolved(options: dict[str, Any], where: torch.device) -> _RunOptions:
         resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
     if options["lr"] is None:
         resolved["lr"] = LEARNING_RATE[options["model"]]
-    return _RunOptions(**resolved)
+    if options["graph"] is None:
+        resolved["graph"] = where.type == "cuda" and processes.size == 1
+        if where.type == "cuda" and processes.size > 1:
+            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
+    run = RunOptions(**resolved)
+    if run.graph and where.type != "cuda":
+        raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
+    if run.graph and processes.size > 1:
+        raise typer.BadParameter(f"a CUDA graph is for one process, not for {processes.size}", param_hint="--graph")
+    if run.tensorboard:
+        processes.from_leader(_check_tensorboard)
+    return run
+
+
+def _check_tensorboard() -> None:
+    try:
+        summary_writer()
+    except ImportError as error:
+        raise fail(error) from error
 
 
 def train_command(
@@ -171,27 +205,19 @@ def train_command(
     data: DataOption = None,
     channels: ChannelsOption = None,
     workers: WorkersOption = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")] = 128,
+    epochs: EpochsOption = 10,
+    batch_size: TotalBatchOption = 128,
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
     ] = None,
     momentum: Annotated[float, typer.Option(min=0.0, help="Of SGD.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")] = 0.0,
     limit: LimitOption = None,
-    seed: Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")] = 0,
-    dtype: Annotated[
-        PrecisionChoice,
-        typer.Option(
-            help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."
-        ),
-    ] = PrecisionChoice.auto,
-    graph: Annotated[
-        bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
-    ] = None,
-    augment: Annotated[
-        bool, typer.Option("--augment", help="Crop, flip and change brightness and contrast of each image at random.")
-    ] = False,
+    seed: SeedOption = 0,
+    dtype: PrecisionOption = PrecisionChoice.auto,
+    graph: GraphOption = None,
+    augment: AugmentOption = False,
+    tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
     resume: Annotated[
@@ -240,7 +266,7 @@ def _what_to_train(
     return dict(context.params), out, None
 
 
-def _load(run: _RunOptions, device: torch.device, processes: Processes) -> Dataset:
+def _load(run: RunOptions, device: torch.device, processes: Processes) -> Dataset:
     """The data of a run, limited; a folder's images, which each process decodes for itself, on ``device``."""
 
     def load() -> Dataset:
@@ -253,25 +279,45 @@ def _load(run: _RunOptions, device: torch.device, processes: Processes) -> Datas
     return processes.first_on_each_machine(load)  # of which one may download
 
 
-def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
-    """What ``train`` does, in each of the processes; the exit code."""
-    begin = time.perf_counter()
-    parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out))
-    where = local_device(parameters["device"], processes)
-    if parameters["graph"] is None or (checkpoint is not None and context.params["graph"] is None):
-        # Where it can be; a run that was without one stays so.
-        parameters["graph"] = parameters["graph"] is not False and where.type == "cuda" and processes.size == 1
-        if where.type == "cuda" and processes.size > 1:
-            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
-    run = _resolved(parameters, where)
-    if run.graph and where.type != "cuda":
-        raise typer.BadParameter(f"a CUDA graph needs a CUDA device, not {where.type}", param_hint="--graph")
-    if run.graph and processes.size > 1:
-        raise typer.BadParameter(f"a CUDA graph is for one process, not for {processes.size}", param_hint="--graph")
-    if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
-        console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
-        return 0
-    stops = StopSignals()
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a run comes to, besides its files.
+
+    Attributes:
+        net: the trained network.
+        history: the metrics of all epochs.
+        images_per_s: training images a second, over all epochs.
+        data: name of the data.
+        place: in words, what it ran on.
+    """
+
+    net: nn.Module
+    history: list[EpochMetrics]
+    images_per_s: float
+    data: str
+    place: str
+
+
+def run_training(
+    run: RunOptions,
+    out: Path,
+    where: torch.device,
+    processes: Processes,
+    stops: StopSignals,
+    *,
+    checkpoint: Checkpoint | None = None,
+    begin: float,
+) -> FinishedRun:
+    """One run: train as ``run`` says, or go on from ``checkpoint``, with everything printed and written into ``out``.
+
+    Args:
+        stops: entered while something could be saved.
+        begin: when the run began, by ``time.perf_counter``.
+
+    Raises:
+        Stopped: ``stops`` said so; all is saved.
+        typer.Exit: it failed, which is said.
+    """
     try:
         dataset = _load(run, where, processes)
         with kernels.use_backend(run.backend), float32_products(run.dtype), contextlib.ExitStack() as while_training:  # type: ignore[arg-type]
@@ -279,6 +325,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             training, test = dataset.train, dataset.test
             setup_begin = time.perf_counter()
             ready: list[float] = []
+            events: list[EpochEvents] = []  # one, where it was asked for and this process leads
             torch_dtype = torch.float32 if run.dtype == "tf32" else getattr(torch, run.dtype)
             net = new_model(run.model, run.seed, where, torch_dtype, len(dataset.classes), training.channels)
             expected = ""
@@ -302,6 +349,14 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             def begin_training() -> None:
                 ready.append(time.perf_counter())
                 while_training.enter_context(stops)  # until then nothing could be saved
+                if run.tensorboard and processes.leads:
+                    first = 1 if checkpoint is None else len(checkpoint.metrics) + 1
+                    events.append(while_training.enter_context(EpochEvents(out, first, run.lr)))
+
+            def end_epoch(metrics: EpochMetrics) -> None:
+                _print_epoch(metrics)
+                for each in events:
+                    each.write(metrics)
 
             with bar.progress:
                 history = train(
@@ -326,7 +381,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
                     processes=processes,
                     on_ready=begin_training,
                     on_batch=bar.epoch,
-                    on_epoch=_print_epoch,
+                    on_epoch=end_epoch,
                 )
             if processes.leads:
                 said = predict_split(net, test, batch_size=run.batch_size, image_size=IMAGE_SIZE[run.model], device=where)
@@ -335,23 +390,46 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             plot_curves(history, out / CURVES, title)
             plot_confusion(test, said, dataset.classes, out / CONFUSION, title)
             plot_most_wrong(test, said, dataset.classes, out / MOST_WRONG, title)
-    except Stopped as stopped:
-        received = stops.received or signal.SIGTERM  # another process may have got it
-        again = f"train --resume {shlex.quote(str(out))}"
-        if processes.size > 1:
-            again += f" in {processes.size} processes"
-        console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
-        return 128 + received
     except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise fail(error) from error
     last = history[-1]
     console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
     seconds, setup_seconds = sum(m.seconds for m in history), ready[0] - setup_begin
+    images_per_s = len(history) * len(training) / seconds
     console.print(
-        f"training {seconds:.1f} s ({len(history) * len(training) / seconds:.1f} images/s), "
+        f"training {seconds:.1f} s ({images_per_s:.1f} images/s), "
         f"setup {setup_seconds:.1f} s (weights, compilation, warm-up, capture), "
         f"{time.perf_counter() - begin:.1f} s from start to end"
     )
     pictures = ", ".join(str(out / name) for name in (CURVES, CONFUSION, MOST_WRONG))
     console.print(f"pictures {pictures}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
+    return FinishedRun(net, history, images_per_s, dataset.name, place)
+
+
+def report_stop(stopped: Stopped, out: Path, processes: Processes, stops: StopSignals) -> int:
+    """Say how to go on with the run in ``out``; the exit code."""
+    received = stops.received or signal.SIGTERM  # another process may have got it
+    again = f"train --resume {shlex.quote(str(out))}"
+    if processes.size > 1:
+        again += f" in {processes.size} processes"
+    console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+    return 128 + received
+
+
+def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
+    """What ``train`` does, in each of the processes; the exit code."""
+    begin = time.perf_counter()
+    parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out))
+    where = local_device(parameters["device"], processes)
+    if checkpoint is not None and context.params["graph"] is None and (parameters["graph"] or processes.size > 1):
+        parameters["graph"] = None  # where it can be; a run that was without one stays so
+    run = resolve(parameters, where, processes)
+    if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
+        console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
+        return 0
+    stops = StopSignals()
+    try:
+        run_training(run, out, where, processes, stops, checkpoint=checkpoint, begin=begin)
+    except Stopped as stopped:
+        return report_stop(stopped, out, processes, stops)
     return 0
