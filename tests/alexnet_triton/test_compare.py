@@ -19,6 +19,7 @@ from torch import nn
 from alexnet_triton import models, train_command, training
 from alexnet_triton.checkpoint import read_checkpoint
 from alexnet_triton.compare_command import compared, comparison_table
+from alexnet_triton.fused import fuse
 from alexnet_triton.plot import plot_comparison
 from alexnet_triton.train_command import FinishedRun, RunOptions
 from alexnet_triton.training import EpochMetrics
@@ -105,10 +106,9 @@ def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["while it trains", "when its training is over"])
 def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal too late for one run stops the next one, before its first step."""
-    monkeypatch.setattr(training, "IMAGE_SIZE", {"alexnet": 28, "lenet": 28})
-    monkeypatch.setattr(
-        training, "AlexNet", lambda classes, channels: training.fuse(training.reference_lenet(classes, channels))
-    )
+    # A small network under AlexNet's name: what matters is that it comes second.
+    monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
+    monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
     module, name = (train_command, "predict_split") if late else (training, "evaluate")
     real = getattr(module, name)
 
