@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,22 +17,44 @@ from .training import EpochMetrics
 matplotlib.use("Agg")
 
 
+#: Colours of training loss, training accuracy and test accuracy in the curves of one run.
+_CURVE_COLOURS = ("tab:red", "tab:blue", "tab:green")
+
+
 def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None:
     """Write loss (left axis) and both accuracies (right axis) over epochs as a PNG."""
-    epochs = [m.epoch for m in history]
+    _plot_runs([("", history, _CURVE_COLOURS)], path, title)
+
+
+def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path, title: str) -> None:
+    """Write the curves of :func:`plot_curves` of several runs into one PNG, each run in a colour of its own."""
+    runs = [(f"{name}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
+    _plot_runs(runs, path, title)
+
+
+def _plot_runs(
+    runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, three colours
+    path: Path,
+    title: str,
+) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     loss_axis = figure.add_subplot()
     accuracy_axis = loss_axis.twinx()
-    lines = [
-        *loss_axis.plot(epochs, [m.loss for m in history], "o-", color="tab:red", label="training loss"),
-        *accuracy_axis.plot(epochs, [m.train_acc for m in history], "s--", color="tab:blue", label="training accuracy"),
-        *accuracy_axis.plot(epochs, [m.test_acc for m in history], "^-", color="tab:green", label="test accuracy"),
-    ]
+    lines = []
+    for label, history, colours in runs:
+        epochs = [m.epoch for m in history]
+        loss, train_acc, test_acc = ([getattr(m, name) for m in history] for name in ("loss", "train_acc", "test_acc"))
+        lines += [
+            *loss_axis.plot(epochs, loss, "o-", color=colours[0], label=f"{label}training loss"),
+            *accuracy_axis.plot(epochs, train_acc, "s--", color=colours[1], label=f"{label}training accuracy"),
+            *accuracy_axis.plot(epochs, test_acc, "^-", color=colours[2], label=f"{label}test accuracy"),
+        ]
     loss_axis.set(xlabel="epoch", ylabel="cross-entropy (nats)", ylim=(0, None))
     loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis.set(ylabel="accuracy", ylim=(0, 1))
     loss_axis.grid(alpha=0.3)
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
+    # A legend is filled column by column: a column for each run, or for each line of a single one.
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 3, frameon=False)
     loss_axis.set_title(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import kernels
-from alexnet_triton import cli, data
+from alexnet_triton import data, train_command
 from alexnet_triton.checkpoint import read_checkpoint
 from alexnet_triton.data import (
     LIGHT,
@@ -205,7 +205,7 @@ def test_augmented_colours_differ_at_every_step(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 @pytest.mark.usefixtures("one_thread", "_no_speed")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from alexnet_triton import cli
+from alexnet_triton import cli, train_command
 from alexnet_triton.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,7 @@ SHORT = (*OPTIONS, "--data", "sample", "--momentum", "0.5", "--weight-decay", "0
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 def command(*arguments: object) -> Result:

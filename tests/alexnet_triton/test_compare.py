@@ -1,0 +1,204 @@
+"""``alexnet-triton compare`` in this process: the table, its files, what it refuses, its end by a signal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+from torch import nn
+
+from alexnet_triton import models, train_command, training
+from alexnet_triton.checkpoint import read_checkpoint
+from alexnet_triton.compare_command import compared, comparison_table
+from alexnet_triton.fused import fuse
+from alexnet_triton.plot import plot_comparison
+from alexnet_triton.train_command import FinishedRun, RunOptions
+from alexnet_triton.training import EpochMetrics
+
+from .command import run_here
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = ("--data", "sample", "--limit", "4", "--batch-size", "2", "--device", "cpu", "--backend", "torch")
+RUN_FILES = {"metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt"}
+
+
+@pytest.fixture(autouse=True)
+def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+
+
+def cells(output: str) -> dict[str, list[str]]:
+    """The printed table: label and cells of each row."""
+    rows = ([cell.strip() for cell in line.strip("│┃").split("│")] for line in output.splitlines() if line.startswith("│"))
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path) -> None:
+    """The starting document's table, from the modules, and beside it what the two runs measured."""
+    result = run_here("compare", *SHORT, "--epochs", "1", "--augment", "--out", "both", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "both"
+    assert {p.name for p in out.iterdir()} == {"lenet", "alexnet", "comparison.json", "comparison.png"}
+    assert all({p.name for p in (out / model).iterdir()} == RUN_FILES for model in ("lenet", "alexnet"))
+    assert re.findall(r"^(\w+) on PyTorch reference on the CPU", result.stdout, re.MULTILINE) == ["lenet", "alexnet"]
+
+    measured = [json.loads((out / model / "metrics.jsonl").read_text()) for model in ("lenet", "alexnet")]
+    assert cells(result.stdout) == {
+        "depth": ["5 layers: 2 convolutional, 3 linear", "8 layers: 5 convolutional, 3 linear"],
+        "channels": ["at most 16", "at most 384"],
+        "activation": ["Sigmoid", "ReLU"],
+        "regularisation": ["augmentation", "dropout 0.5, augmentation"],
+        "input": ["1 x 28 x 28", "1 x 224 x 224"],
+        "parameters": ["61,706", "46,764,746"],
+        "training loss": [f"{m['loss']:.4f}" for m in measured],
+        "train accuracy": [f"{m['train_acc']:.4f}" for m in measured],
+        "test accuracy": [f"{m['test_acc']:.4f}" for m in measured],
+        "images/s": [f"{m['images_per_s']:,.1f}" for m in measured],  # one epoch: the mean is its own
+    }
+    written = json.loads((out / "comparison.json").read_text())
+    assert list(written["models"]) == ["lenet", "alexnet"]
+    for column, expected in zip(written["models"].values(), measured, strict=True):
+        assert {key: column[key] for key in ("loss", "train_acc", "test_acc")} == {
+            key: expected[key] for key in ("loss", "train_acc", "test_acc")
+        }
+        assert column["images_per_s"] == pytest.approx(expected["images_per_s"])
+    assert written["models"]["alexnet"]["parameters"] == 46_764_746
+    # Each by its own learning rate, kept for whoever resumes the run.
+    rates = {}
+    for model in ("lenet", "alexnet"):
+        training_state = read_checkpoint(out / model / "checkpoint.pt").training
+        assert training_state is not None
+        rates[model] = training_state["options"]["lr"]
+    assert rates == training.LEARNING_RATE
+
+
+def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
+    """Bit for bit, and it goes on like one."""
+    options = (*SHORT, "--seed", "3", "--epochs", "2")
+    for arguments in (
+        ("compare", "lenet", *options, "--out", "both"),
+        ("train", "--model", "lenet", *options, "--out", "alone"),
+    ):
+        result = run_here(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    ours, alone = (read_checkpoint(tmp_path / path / "checkpoint.pt") for path in ("both/lenet", "alone"))
+    assert all(torch.equal(alone.weights[key], weight) for key, weight in ours.weights.items())
+    assert ours.training is not None
+    assert alone.training is not None
+    assert ours.training["options"] == alone.training["options"]
+    images_per_s = json.loads((tmp_path / "both" / "comparison.json").read_text())["models"]["lenet"]["images_per_s"]
+    assert images_per_s == pytest.approx(2 * 4 / sum(m["seconds"] for m in ours.metrics))
+    resumed = run_here("train", "--resume", "both/lenet", "--epochs", "3", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "after 3 epoch(s)" in resumed.stdout
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it trains", "when its training is over"])
+def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal too late for one run stops the next one, before its first step."""
+    # A small network under AlexNet's name: what matters is that it comes second.
+    monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
+    monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
+    module, name = (train_command, "predict_split") if late else (training, "evaluate")
+    real = getattr(module, name)
+
+    def signalling(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signalling)
+        stopped = run_here("compare", *SHORT, "--epochs", "1", "--out", "both", cwd=tmp_path)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    model, where = ("alexnet", "after step 0 of 2") if late else ("lenet", "before its evaluation")
+    last = stopped.stdout.splitlines()[-1]
+    assert last == f"SIGTERM: stopped in epoch 1 {where}; go on with: alexnet-triton train --resume both/{model}"
+    assert (tmp_path / "both" / "alexnet").exists() == late
+    assert not (tmp_path / "both" / "comparison.json").exists()
+
+    resumed = run_here("train", "--resume", f"both/{model}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = run_here("train", "--model", model, *SHORT, "--epochs", "1", "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    ours, expected = (read_checkpoint(tmp_path / path / "checkpoint.pt") for path in (f"both/{model}", "whole"))
+    assert all(torch.equal(expected.weights[key], weight) for key, weight in ours.weights.items())
+
+
+@pytest.mark.parametrize("held", ["metrics.jsonl", "lenet/checkpoint.pt", "alexnet/best.pt", "comparison.json"])
+def test_a_folder_that_holds_results_is_refused_and_stays(held: str, tmp_path: Path) -> None:
+    path = tmp_path / "out" / held
+    path.parent.mkdir(parents=True)
+    path.write_text("held")
+    result = run_here("compare", *SHORT, "--out", "out", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "already holds a" in result.stderr
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == "held"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["lenet", "lenet"], 2, "a network is given twice"),
+        (["vgg"], 2, "vgg"),
+        (["--data", "/nowhere"], 1, "alexnet-triton: /nowhere: no such folder"),
+        (["--graph", "--device", "cpu"], 2, "a CUDA graph needs a CUDA device"),
+        (["--device", "gpu"], 2, "'gpu' is no usable device"),
+    ],
+    ids=["twice", "unknown", "data", "graph", "device"],
+)
+def test_user_errors(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    result = run_here("compare", *arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def metrics(epoch: int, loss: float) -> EpochMetrics:
+    return EpochMetrics(epoch, loss, train_acc=0.5, test_acc=0.25, images_per_s=10.0, seconds=1.0)
+
+
+def test_a_column_is_read_off_the_modules() -> None:
+    """Of a network that is neither of the two: layers inside of others, several activations and rates of dropout."""
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 7, 3), nn.Tanh(), nn.Conv2d(7, 5, 3, bias=False), nn.GELU()),
+        nn.Dropout(0.1), nn.Flatten(), nn.Linear(5, 2), nn.Tanh(), nn.Dropout(0.3), nn.Dropout(0.1),
+    )  # fmt: skip
+    run = RunOptions(
+        model="lenet", backend="torch", data=None, channels=3, workers=None, epochs=2, batch_size=1, lr=0.1, momentum=0.0,
+        weight_decay=0.01, limit=None, seed=0, dtype="float32", graph=False, augment=False, tensorboard=False, device="cpu",
+    )  # fmt: skip
+    column = compared(FinishedRun(net, [metrics(1, 3.0), metrics(2, 2.0)], 12.5, "data", "place"), run)
+    assert (column.convolutional, column.linear, column.conv_channels) == (2, 1, 7)
+    assert column.activations == ["Tanh", "GELU"]
+    assert column.dropout == [0.1, 0.3]
+    assert column.input == (3, 28, 28)
+    assert column.parameters == (3 * 9 + 1) * 7 + 7 * 9 * 5 + (5 + 1) * 2
+    assert (column.epochs, column.loss, column.train_acc, column.test_acc) == (2, 2.0, 0.5, 0.25)
+    assert column.images_per_s == 12.5
+    console = Console(file=io.StringIO(), width=120)
+    console.print(comparison_table({"a": column}, "title"))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert cells(printed)["regularisation"] == ["dropout 0.1, dropout 0.3, weight decay 0.01"]
+    assert cells(printed)["activation"] == ["Tanh, GELU"]
+
+
+def test_the_picture_shows_every_run(tmp_path: Path) -> None:
+    falling, flat = ([metrics(epoch, loss) for epoch, loss in enumerate(losses, start=1)] for losses in ((3, 2, 1), (2, 2, 2)))
+    pictures = []
+    for name, runs in (("one", {"a": falling}), ("both", {"a": falling, "b": flat})):
+        plot_comparison(runs, tmp_path / f"{name}.png", "title")
+        pictures.append(imread(tmp_path / f"{name}.png"))
+    orange = [((p[..., 0] > 0.9) & (p[..., 1] < 0.6) & (p[..., 2] < 0.2)).any() for p in pictures]  # the second run's colour
+    assert orange == [False, True]
