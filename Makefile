@@ -11,7 +11,7 @@ IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c
 IR_VENV ?= .venv-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize sanitize-ir lint format audit report profile render bench clean
+.PHONY: help train test sanitize sanitize-ir lint format audit accuracy report profile render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -19,6 +19,7 @@ help:
 	@echo "make sanitize  the kernels under a sanitizer: compute-sanitizer on a CUDA GPU, else their IR executed (Python 3.12)"
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
+	@echo "make accuracy  every operation's error against float64, beside PyTorch's own (under ten minutes on a CPU)"
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
 	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
 	@echo "make bench   time every operation against PyTorch (needs a CUDA GPU)"
@@ -65,6 +66,9 @@ format: $(INSTALLED)
 
 audit: $(INSTALLED)
 	$(BIN)/python -m benchmarks.audit $(ARGS)
+
+accuracy: $(INSTALLED)
+	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report $(ARGS)

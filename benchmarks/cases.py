@@ -112,7 +112,7 @@ def _linear_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 _SMALL_CONV = ((6, 9, 9), (8, 6, 3, 3))
 _SMALL_LINEAR = ((20,), (24, 20))
 
-_POOL_BLOCK = "relu_pool"
+POOL_BLOCK = "relu_pool"
 _SHAPES = {
     "conv1": ((1, 224, 224), (96, 1, 11, 11), (4, 1), ((1, 27, 27), (8, 1, 11, 11))),
     "conv2": ((96, 26, 26), (256, 96, 5, 5), (1, 2), ((6, 9, 9), (8, 6, 5, 5))),
@@ -138,7 +138,7 @@ def _conv_case(layer: str) -> Case:
 def _conv_block_case(layer: str) -> Case:
     input, weight, geometry, small = _SHAPES[layer]
     pool = layer in _POOLED
-    return Case(f"{layer}_{_POOL_BLOCK if pool else 'relu'}", input, weight, *_conv_block(*geometry, pool), small)
+    return Case(f"{layer}_{POOL_BLOCK if pool else 'relu'}", input, weight, *_conv_block(*geometry, pool), small)
 
 
 def _linear_case(layer: str, weight: tuple[int, int]) -> Case:
@@ -198,10 +198,9 @@ class Truth:
     peer: list[Tensor]
 
 
-def truth(case: Case, tensors: list[Tensor]) -> Truth:
-    """The case's values and gradients by its meaning."""
+def truth(case: Case, tensors: list[Tensor], grad: Tensor | None = None) -> Truth:
+    """The case's values and gradients by its meaning, of ``grad``, the output's gradient; normal numbers by default."""
     runs = []
-    grad = None
     for dtype in (tensors[0].dtype, torch.float64):
         copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
         result = case.meaning(*copies)
