@@ -103,7 +103,8 @@ class Layout:
         strides: Sequence[int] = self.strides[: len(shape)] if self.name is None or not shape else LAYOUTS[self.name](shape)
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else -1
         view = memory(self.offset + last + 1).as_strided(shape, strides, self.offset)
-        return torch._neg_view(view) if self.name == "lazily_negated" else view
+        # Of integers PyTorch makes no such view.
+        return torch._neg_view(view) if self.name == "lazily_negated" and view.is_floating_point() else view
 
     def tensor(self, shape: Shape, dtype: torch.dtype, high: int = 2) -> Tensor:
         """Integers in [-high, high]."""
