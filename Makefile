@@ -11,11 +11,12 @@ IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c
 IR_VENV ?= .venv-sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help train test sanitize sanitize-ir lint format audit accuracy report profile render bench clean
+.PHONY: help train test fuzz sanitize sanitize-ir lint format audit accuracy report profile render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
+	@echo "make fuzz    5,000 random cases over all operations against float64 (FUZZ_EXAMPLES=n for n, FUZZ_SEED=n repeats a run)"
 	@echo "make sanitize  the kernels under a sanitizer: compute-sanitizer on a CUDA GPU, else their IR executed (Python 3.12)"
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
@@ -38,6 +39,12 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+
+# One process, which counts its cases; the seed it prints first and last makes the same ones again.
+fuzz: FUZZ_EXAMPLES ?= 5000
+fuzz: $(INSTALLED)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/kernels/test_fuzz.py --verbose $(ARGS)
 
 # Out-of-bounds accesses, races, reads of what nobody wrote.
 sanitize: $(INSTALLED)

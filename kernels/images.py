@@ -290,7 +290,8 @@ def gather_resize(
     if not runs_triton(images):
         return gather_resize_reference(images, index, size, mean=mean, std=std, dtype=dtype, augmentation=augmentation)
     if augmentation is not None:
-        augmentation = Augmentation(*(t.contiguous() for t in augmentation))
+        # resolve_neg: a kernel sees memory, not the minus that PyTorch still owes it.
+        augmentation = Augmentation(*(t.contiguous().resolve_neg() for t in augmentation))
     output = new_output((len(index), 1, size, size), dtype, images.device)
     _launch_gather_resize(images, index.contiguous(), output, mean=mean, std=std, augmentation=augmentation)
     return output

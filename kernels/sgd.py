@@ -255,6 +255,8 @@ def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype
     if len(tensors) != len(params):
         raise ValueError(f"{name} must be one for each of the {len(params)} params, got {len(tensors)}")
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if name != "grads" and tensor.is_neg():
+            raise ValueError(f"{name}[{i}] must not be lazily negated: it is changed in place")
         if tensor.device != params[0].device:
             raise ValueError(f"{name}[{i}] must be on the device of params[0], {params[0].device}, got {tensor.device}")
         if tensor.dtype != dtype:
@@ -297,7 +299,8 @@ def sgd_step(
 
     Raises:
         TypeError: a dtype other than these.
-        ValueError: lists of different lengths; a device, shape or strides other than those of ``params``; gaps in memory.
+        ValueError: lists of different lengths; a device, shape or strides other than those of ``params``; gaps in memory;
+            anything but ``grads`` and ``lr`` lazily negated (``Tensor.is_neg``).
     """
     if not params:
         return
@@ -321,9 +324,12 @@ def sgd_step(
             raise ValueError(
                 f"params[{i}] must be dense in memory, got shape {tuple(param.shape)} and strides {param.stride()}"
             )
+    # A kernel sees memory, not the minus that PyTorch still owes it.
+    grads = [grad.resolve_neg() for grad in grads]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        lr = lr.resolve_neg()
         if lr.device.type == "cpu" and device.type != "cpu":
             lr = float(lr)
         elif lr.device != device:

@@ -5,22 +5,19 @@ Tensors hold small integers, whose sums are exact in float32, so a result must e
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
 
 from ..conftest import DEVICE
-from ..oracle import DTYPES, integers
+from ..oracle import integers
+from .fuzz import assert_exact
 
 X, W, B = (2, 4, 7, 6), (6, 4, 3, 2), (6,)
 ROWS, MATRIX, VECTOR = (5, 7), (3, 7), (3,)
@@ -146,7 +143,7 @@ REFUSED: dict[str, Call] = {
 
 #: Our messages begin with the argument; PyTorch's own, should one come through, do not.
 NAMES_AN_ARGUMENT = (
-    r"^(only the batch of input|the pool's input|(input|weight|bias|stride|padding|dilation|kernel_size|groups)\b)"
+    r"^(only the batch of input|the pool's input|(input|weight|bias|(pool_)?(stride|padding|kernel_size)|dilation|groups)\b)"
 )
 
 #: What PyTorch takes and these kernels do not run: a clear error, of this kind and with these words.
@@ -164,27 +161,16 @@ def _tensors(shapes: tuple, dtype: torch.dtype, grad: bool = True) -> list[Tenso
     return [integers(*shape, dtype=dtype, grad=grad) for shape in shapes]
 
 
-def _assert_exact(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
-    assert ours.dtype == dtype, f"{name}: dtype {ours.dtype}, expected {dtype}"
-    assert torch.equal(ours, exact.to(dtype)), f"{name}: differs by up to {(ours.double() - exact).abs().max()}"
-
-
-def _assert_same(operation: str, tensors: list[Tensor], arguments: dict[str, Any], layouts: Any = None) -> None:
+def _assert_same(operation: str, tensors: list[Tensor], arguments: dict[str, Any]) -> None:
     """Output and every gradient equal PyTorch's in float64, rounded once."""
-    layouts = layouts or [lambda t: t] * (len(tensors) + 1)
     dtype = tensors[0].dtype
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    results = []
-    for function, leaves in ((getattr(kernels, operation), tensors), (getattr(F, operation), doubles)):
-        views = [layout(t) for layout, t in zip(layouts, leaves, strict=False)]
-        results.append(function(*views, **arguments))
-    ours, exact = results
-    _assert_exact("output", ours, exact, dtype)
-    grad = layouts[-1](integers(*exact.shape, dtype=dtype, grad=False))
+    ours, exact = getattr(kernels, operation)(*tensors, **arguments), getattr(F, operation)(*doubles, **arguments)
+    assert_exact("output", ours, exact, dtype)
+    grad = integers(*exact.shape, dtype=dtype, grad=False)
     gradients = torch.autograd.grad(ours, tensors, grad), torch.autograd.grad(exact, doubles, grad.double())
     for name, got, truth in zip(("input", "weight", "bias"), *gradients, strict=False):
-        _assert_exact(f"gradient of {name}", got, truth, dtype)
+        assert_exact(f"gradient of {name}", got, truth, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -261,107 +247,3 @@ def test_a_window_in_the_padding_alone(rows: int, launches: list[str]) -> None:
     assert y.isneginf().all()
     assert not torch.autograd.grad(y, x, torch.ones_like(y))[0].any()
     assert launches == ["_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel"]
-
-
-# -------------------------------------------------------------------------------------------------------- any case
-
-#: Views whose values are those of their base, or (the last) of its first channel.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as_it_is": lambda t: t,
-    "reversed_axes": lambda t: t.permute([*reversed(range(t.dim()))]).contiguous().permute([*reversed(range(t.dim()))]),
-    "last_axis_outside": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1) if t.dim() else t,
-    "second_axis_inside": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t,
-    "every_other": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2] if t.dim() else t,
-    "cut_out": lambda t: F.pad(t, (1, 2))[..., 1:-2] if t.dim() else t,
-    "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.shape[0] else t,
-}
-
-#: FUZZ_EXAMPLES=2000 hunts with that many random cases an operation; without it, the same ones every time.
-FUZZ_EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
-SETTINGS = hypothesis.settings(
-    max_examples=int(FUZZ_EXAMPLES or 80),
-    derandomize=FUZZ_EXAMPLES is None,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-
-small = st.integers(1, 3)
-pairs = st.one_of(small, st.tuples(small, small))
-paddings = st.one_of(st.integers(0, 3), st.tuples(st.integers(0, 3), st.integers(0, 3)))
-dtypes = st.sampled_from(DTYPES)
-layouts = st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=4, max_size=4)
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> Call:
-    groups = draw(st.integers(1, 3))
-    cg, kg = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    batch = draw(st.one_of(st.just(()), st.tuples(st.integers(0, 3))))
-    image, filters = draw(st.tuples(st.integers(1, 9), st.integers(3, 9))), draw(st.tuples(small, st.integers(1, 4)))
-    shapes = ((*batch, cg * groups, *image), (kg * groups, cg, *filters), *draw(st.sampled_from([(), ((kg * groups,),)])))
-    padding = draw(st.one_of(paddings, st.sampled_from(["same", "valid"])))
-    stride = 1 if padding == "same" else draw(pairs)
-    return "conv2d", shapes, {"stride": stride, "padding": padding, "dilation": draw(pairs), "groups": groups}
-
-
-def _every_window_meets_the_image(
-    image: tuple, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> bool:
-    """Whether no window lies in the padding alone: for one that does, PyTorch's backward pass writes outside its tensor."""
-    steps = kernel_size if stride is None else np.broadcast_to(stride, 2)
-    for size, window, step, pad, distance in zip(image, kernel_size, steps, padding, np.broadcast_to(dilation, 2), strict=True):
-        starts = range(-pad, size + pad, step)  # more than there are: the last ones of ceil_mode too
-        for start in starts[: (size + 2 * pad - distance * (window - 1) - 1) // step + 1 + ceil_mode]:
-            if not any(0 <= start + distance * i < size for i in range(window)):
-                return False
-    return True
-
-
-@st.composite
-def pools(draw: st.DrawFn) -> Call:
-    batch = draw(st.one_of(st.just(()), st.tuples(st.integers(0, 3))))
-    shape = (*batch, draw(st.integers(1, 5)), draw(st.integers(2, 11)), draw(st.integers(2, 11)))
-    window = draw(st.tuples(small, st.integers(1, 5)))
-    arguments = {
-        "kernel_size": window,
-        "stride": draw(st.one_of(st.none(), pairs)),
-        "padding": draw(st.tuples(*(st.integers(0, (size + 1) // 2) for size in window))),  # at times one too much
-        "dilation": draw(pairs),
-        "ceil_mode": draw(st.booleans()),
-    }
-    hypothesis.assume(_every_window_meets_the_image(shape[-2:], **arguments))
-    return "max_pool2d", (shape,), arguments
-
-
-@st.composite
-def linears(draw: st.DrawFn) -> Call:
-    leading = draw(st.lists(st.integers(0, 5), max_size=3))
-    features, outputs = draw(st.integers(0, 40)), draw(st.integers(0, 20))
-    bias = draw(st.sampled_from([(), ((outputs,),), ((1,),), ((),)]))
-    return "linear", ((*leading, features), (outputs, features), *bias), {}
-
-
-@pytest.mark.slow_under_ttsem
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("calls", [convolutions(), pools(), linears()], ids=["conv2d", "max_pool2d", "linear"])
-def test_any_call(calls: st.SearchStrategy[Call]) -> None:
-    """Random shapes, arguments, dtypes and memory layouts of every tensor and of the output's gradient."""
-
-    @SETTINGS
-    @hypothesis.given(call=calls, dtype=dtypes, views=layouts, seed=st.integers(0, 2**31))
-    def run(call: Call, dtype: torch.dtype, views: list[str], seed: int) -> None:
-        operation, shapes, arguments = call
-        torch.manual_seed(seed)
-        tensors = _tensors(shapes, dtype)
-        try:
-            getattr(F, operation)(*(t.detach().double() for t in tensors), **arguments)
-        except (RuntimeError, ValueError):
-            with pytest.raises(ValueError, match=NAMES_AN_ARGUMENT):
-                getattr(kernels, operation)(*tensors, **arguments)
-            return
-        _assert_same(operation, tensors, arguments, [LAYOUTS[name] for name in views])
-
-    run()

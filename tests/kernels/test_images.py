@@ -119,6 +119,13 @@ def test_an_augmentation_that_changes_nothing() -> None:
     assert torch.equal(gather_resize(images, index, 56, augmentation=nothing), gather_resize(images, index, 56))
 
 
+def test_a_lazily_negated_factor_has_the_sign_it_says() -> None:
+    images, index, plain = random_images(6, 8, 8), random_index(4, 6), random_augmentation(4)
+    negated = plain._replace(brightness=torch._neg_view(-plain.brightness), contrast=torch._neg_view(-plain.contrast))
+    got, expected = (gather_resize(images, index, 9, augmentation=a) for a in (negated, plain))
+    assert torch.equal(got, expected)
+
+
 def test_any_strides() -> None:
     images = random_images(28, 6, 56).permute(1, 0, 2)[..., ::2]
     index = random_index(8, 6)[::2]

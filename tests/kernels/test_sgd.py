@@ -224,6 +224,13 @@ def test_strides_that_matter() -> None:
     assert not any(map(is_dense, gaps))
 
 
+def test_a_lazily_negated_gradient_has_the_sign_it_says() -> None:
+    (param,) = make(torch.float32, [(5,)])
+    before, grad = param.clone(), torch._neg_view(torch.ones(5, device=DEVICE))
+    sgd_step([param], [grad], lr=torch._neg_view(torch.full((), -0.5, device=DEVICE)))
+    assert torch.equal(param, before + 0.5)
+
+
 class TestRefused:
     """Nothing is launched, and the message names the argument."""
 
@@ -265,6 +272,11 @@ class TestRefused:
         gaps = [make(torch.float32, [(4, 4)])[0][:, ::2]]
         with pytest.raises(ValueError, match=r"params\[0\] must be dense in memory"):
             sgd_step(gaps, gaps, lr=0.1)
+
+    def test_lazily_negated(self) -> None:
+        tensors = make(torch.float32, [(3,)])
+        with pytest.raises(ValueError, match=r"params\[0\] must not be lazily negated"):
+            sgd_step([torch._neg_view(t) for t in tensors], tensors, lr=0.1)
 
     @pytest.mark.skipif(UNDER_TTSEM, reason="devices are make-believe there")
     def test_devices(self) -> None:

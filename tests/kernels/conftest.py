@@ -1,0 +1,23 @@
+"""The summary of a fuzz run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import fuzz
+
+
+def pytest_report_header() -> list[str]:
+    """The seed, also of a run that does not come to its end."""
+    return [f"fuzz: FUZZ_EXAMPLES={fuzz.FUZZ_EXAMPLES} FUZZ_SEED={fuzz.FUZZ_SEED}"] if fuzz.FUZZ_EXAMPLES else []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Cases by operation; only where one process ran them."""
+    if not fuzz.done:
+        return
+    seed = f"FUZZ_SEED={fuzz.FUZZ_SEED}" if fuzz.FUZZ_EXAMPLES else "the same cases every time"
+    terminalreporter.section(f"fuzz: {fuzz.done.total()} cases, {seed}")
+    for operation, count in fuzz.done.items():
+        also = f" ({fuzz.refused[operation]} refused, as by PyTorch)" if fuzz.refused[operation] else ""
+        terminalreporter.write_line(f"{count:6} {operation}{also}")
