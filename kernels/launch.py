@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,18 @@ Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 
 # A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
 _recorder: Recorder | None = None
+
+#: Triton's interpreter keeps the program that runs in globals of its own: one launch at a time, whatever the thread.
+_interpreter = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _interpreter
+    _interpreter = threading.Lock()
+
+
+# The thread that held it is not in the child.
+os.register_at_fork(after_in_child=_renew_lock)
 
 _INT32_MAX = 2**31 - 1
 
@@ -59,8 +73,8 @@ def _device_of(arguments: dict[str, Any]) -> torch.device:
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = _device_of(arguments)
-    # Triton launches on the current device, which need not be the tensors' own.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    # Triton launches on the current device, which need not be the tensors' own. On the CPU it interprets.
+    with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
         kernel[grid](**arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import triton.runtime.interpreter as interpreter
 from kernels import launch
 
 
-class GuardedMemory:
-    """Stands before the interpreter's loads and stores and lets only addresses inside the launch's tensors pass."""
+class GuardedMemory(threading.local):
+    """Stands before the interpreter's loads and stores; only addresses inside the tensors of the thread's launch pass."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory

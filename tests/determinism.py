@@ -1,0 +1,96 @@
+"""What a computation came to, bit for bit, for one process to compare with another: ``python -m tests.determinism``.
+
+Ten training steps of a network with every kind of layer of AlexNet, in each dtype, and under
+``torch.use_deterministic_algorithms``, which makes PyTorch raise where an operation of its own could give other bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_triton import fuse
+from alexnet_triton.optim import SGD
+from kernels import config
+from kernels.backend import INTERPRETED
+
+from .conftest import DEVICE
+from .interpreter import speed_up
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STEPS = 10
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Of all bits, the sign of a zero and the payload of a NaN included."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Nothing in the block may run that PyTorch knows to be free to give other bits."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def network(dtype: torch.dtype) -> nn.Module:
+    """AlexNet's layers in small: convolution with stride and pool, one in two, one in one, three in a chain, dropout."""
+    torch.manual_seed(0)
+    return fuse(
+        nn.Sequential(
+            nn.Conv2d(1, 16, 11, stride=4, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 40),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(40, 10),
+        ).to(DEVICE, dtype)
+    )
+
+
+def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
+    """The digest of every output, gradient, parameter and momentum of ``steps`` steps."""
+    seen: list[Tensor] = []
+    with deterministic(), config.override(SPLIT=2):
+        net = network(dtype)
+        optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            images = torch.randn((2, 1, 27, 27), generator=generator).to(DEVICE, dtype)
+            labels = torch.randint(0, 10, (2,), generator=generator).to(DEVICE)
+            output = net(images)
+            optimizer.zero_grad()
+            F.cross_entropy(output.float(), labels).backward()
+            optimizer.step()
+            seen += [output, *(p.grad.clone() for p in net.parameters()), *(p.detach().clone() for p in net.parameters())]
+        for state in optimizer.state.values():
+            seen += [value for value in state.values() if isinstance(value, Tensor)]
+    return digest(seen)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            speed_up(patch)
+        print(json.dumps({str(dtype): trained(dtype) for dtype in DTYPES}))

@@ -1,0 +1,67 @@
+"""Kernels from several threads at once, and in processes that a DataLoader forks or spawns."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import kernels
+
+from ..conftest import DEVICE
+from ..oracle import integers, randn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _all_of_it(x: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
+    y = kernels.max_pool2d(kernels.conv2d(x, w, b, padding=1, activation="relu"), 2)
+    return [y.detach(), *torch.autograd.grad(y, (x, w, b), torch.ones_like(y))]
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    """Each on a stream of its own on CUDA; the interpreter runs one launch at a time."""
+    calls = [(randn(2, c, 6, 7, dtype=d), randn(5, c, 3, 3, dtype=d), randn(5, dtype=d)) for c in (3, 16) for d in HALF * 2]
+    expected = [_all_of_it(*call) for call in calls]
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    together = threading.Barrier(len(calls))
+
+    def run(call: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        stream = torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else contextlib.nullcontext()
+        with stream:
+            together.wait()
+            results = _all_of_it(*call)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return results
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        for got, alone in zip(pool.map(run, calls), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+
+
+class _Pooled(Dataset):
+    """Items that a kernel computes, where it can run."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Tensor:
+        x = torch.arange(24.0).view(1, 1, 4, 6) * (index + 1)
+        return kernels.max_pool2d(x, 2)[0]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_kernels_in_the_workers_of_a_data_loader(context: str) -> None:
+    """On tensors of the CPU: what PyTorch says of CUDA after a fork is its own clear error."""
+    # This process has launched kernels already, and so has what a fork copies.
+    kernels.max_pool2d(integers(1, 1, 4, 4, dtype=torch.float32), 2)
+    (batch,) = DataLoader(_Pooled(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
+    pooled = torch.tensor([[7.0, 9.0, 11.0], [19.0, 21.0, 23.0]])
+    assert torch.equal(batch, torch.stack([pooled * i for i in (1, 2, 3)]).unsqueeze(1))

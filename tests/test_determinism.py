@@ -1,0 +1,125 @@
+"""The same bits every time, in every process, wherever a sample stands in its batch.
+
+That no compiled kernel adds floats in an order of chance is checked in its code: ``tests/benchmarks/test_offline.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import config
+from kernels.backend import INTERPRETED
+
+from .conftest import DEVICE, SMALL_TILES, own_devices
+from .determinism import DTYPES, network, trained
+from .oracle import dtype_id, randn
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def _of_another_process() -> dict[str, str]:
+    # Another order of sets and dictionaries, other addresses.
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    command = [sys.executable, "-m", "tests.determinism"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=250)
+    return json.loads(run.stdout)
+
+
+@own_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_ten_steps_twice_here_and_in_another_process(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for on CUDA
+    first = trained(dtype)
+    assert {name for name in launches if "wgrad" in name or "sgd" in name or "dropout" in name}
+    if dtype == torch.float32:  # what one call leaves behind for the next has no dtype
+        assert trained(dtype) == first
+    assert _of_another_process()[str(dtype)] == first
+
+
+def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wrong bit in one gradient of one step is another digest."""
+    first = trained(torch.float32, steps=1)
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: real(*a) * (1 + 2**-23))
+    assert trained(torch.float32, steps=1) != first
+
+
+@pytest.fixture
+def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a row of a matrix product is NumPy's, whose BLAS adds in another order in another row."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        a, b = a.astype(dtype), b.astype(dtype)
+        total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
+        for k in range(a.shape[-1]):
+            total += a[..., k, None] * b[..., k, None, :]
+        return total
+
+    if INTERPRETED:
+        monkeypatch.setattr(np, "matmul", matmul)
+
+
+Operation = Callable[[Tensor], Tensor]
+
+
+def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operation]]:
+    """The shape of a sample, and an operation on a batch of them."""
+
+    def w(*shape: int) -> Tensor:
+        return randn(*shape, dtype=dtype, grad=False)
+
+    stem, stem_bias, wide, wide_bias = w(16, 1, 11, 11), w(16), w(40, 32, 3, 3), w(40)
+    grouped, fc, fc_bias = w(6, 2, 3, 2), w(45, 70), w(45)
+    return {
+        "conv2d_relu_max_pool2d": (
+            (1, 33, 37),
+            lambda x: kernels.conv2d_relu_max_pool2d(x, stem, stem_bias, 4, 1, pool_kernel_size=3, pool_stride=2),
+        ),
+        "conv2d": ((32, 5, 6), lambda x: kernels.conv2d(x, wide, wide_bias, padding=1, activation="relu")),
+        "conv2d_grouped": ((4, 7, 6), lambda x: kernels.conv2d(x, grouped, None, 2, 1, groups=2)),
+        "max_pool2d": ((5, 9, 7), lambda x: kernels.max_pool2d(x, 3, 2, 1)),
+        "linear": ((70,), lambda x: kernels.linear(x, fc, fc_bias, activation="relu")),
+    }
+
+
+@pytest.mark.usefixtures("products_by_rows")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", _operations(torch.float32))
+@pytest.mark.parametrize("images", [0, 1], ids=["for_few", "for_many"])
+def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch.dtype, images: int) -> None:
+    if images and not name.startswith("conv2d"):
+        pytest.skip("only a convolution has a kernel for many images")
+    shape, operation = _operations(dtype)[name]
+    n = 7
+    x = randn(n, *shape, dtype=dtype, grad=False)
+    order = torch.tensor([3, 6, 0, 5, 1, 4, 2], device=DEVICE)
+    with config.override(**SMALL_TILES, IMAGES=images):
+        there, here = operation(x[order]), operation(x)[order]
+        filled = operation(torch.cat([x[:1].expand(n - 1, *shape), x[3:4]]))  # its neighbours do not matter either
+    assert torch.equal(there, here)
+    assert torch.equal(filled[-1], here[0])
+
+
+@own_devices
+@pytest.mark.usefixtures("products_by_rows")
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_network_gives_a_sample_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> None:
+    net = network(dtype).eval()
+    x = randn(5, 1, 33, 37, dtype=dtype, grad=False)
+    with torch.no_grad():
+        assert torch.equal(net(x.flip(0)), net(x).flip(0))
