@@ -223,8 +223,14 @@ def single_operations(dtype: torch.dtype) -> None:
     images, index = torch.empty(60000, 28, 28, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
     kernels.gather_resize(images, index, 224, dtype=dtype)
     ones = torch.ones(128)
-    augmentation = kernels.Augmentation(torch.zeros(128, 2, dtype=torch.int32), ones > 0, ones, ones)
-    kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=augmentation)
+    pairs = torch.ones(128, 2, dtype=torch.int32)
+    for augmentation in (
+        kernels.Augmentation(pairs, ones > 0, ones, ones),
+        kernels.Augmentation(pairs, ones > 0, ones, ones, pairs),
+        kernels.Augmentation(offset=pairs, size=pairs),
+        kernels.Augmentation(flip=ones > 0),
+    ):
+        kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=augmentation)
 
 
 def main() -> None:

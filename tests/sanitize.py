@@ -85,7 +85,8 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     index = torch.tensor([4, 0]).to(device)
     ones = torch.ones(2).to(device)
     augmentation = kernels.Augmentation(torch.tensor([[1, -2], [0, 3]], dtype=torch.int32).to(device), ones > 0, ones, ones)
-    for augmented in (None, augmentation):
+    windows = augmentation._replace(size=torch.tensor([[9, 40], [28, 1]], dtype=torch.int32).to(device))
+    for augmented in (None, augmentation, windows, windows._replace(flip=None, brightness=None, contrast=None)):
         kernels.gather_resize(pixels, index, 45, dtype=dtype, augmentation=augmented)
 
     sizes = (5000, 10, 4097)
