@@ -179,13 +179,13 @@ def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
 
 
 def test_a_window_of_the_images_size_is_a_plain_one_bit_for_bit() -> None:
-    images, index, plain = random_images(6, 28, 28), random_index(4, 6), random_augmentation(4)
+    """But for contrast: its mean may be summed in another order."""
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    plain = random_augmentation(4)._replace(contrast=None)
     sized = plain._replace(size=torch.full((4, 2), 28, dtype=torch.int32, device=DEVICE))
     with use_backend("triton"):
-        # The mean is summed in another order where the window is not where the image is: no offset for it.
-        for changes in ({"offset": None}, {"contrast": None}):
-            got, expected = (gather_resize(images, index, 56, augmentation=a._replace(**changes)) for a in (sized, plain))
-            assert torch.equal(got, expected)
+        got, expected = (gather_resize(images, index, 56, augmentation=a) for a in (sized, plain))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
