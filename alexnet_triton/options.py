@@ -9,6 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
+from .data import EVERYTHING
 from .distributed import Processes
 from .training import describe_backend
 
@@ -38,6 +39,14 @@ class BackendChoice(StrEnum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
+
+
+class CropChoice(StrEnum):
+    """See :class:`alexnet_triton.data.Augment`."""
+
+    none = "none"
+    pad = "pad"
+    resized = "resized"
 
 
 DataOption = Annotated[
@@ -73,7 +82,29 @@ GraphOption = Annotated[
     bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
 ]
 AugmentOption = Annotated[
-    bool, typer.Option("--augment", help="Crop, flip and change brightness and contrast of each image at random.")
+    bool,
+    typer.Option(
+        "--augment",
+        help=f"Change each training image at random: {EVERYTHING}. The next three say which parts, also without it.",
+    ),
+]
+FlipOption = Annotated[
+    bool | None, typer.Option("--flip/--no-flip", help="Mirror every other image.", show_default="with --augment")
+]
+CropOption = Annotated[
+    CropChoice | None,
+    typer.Option(
+        help="pad: move each image by up to a fourteenth of its side. resized: enlarge a random box of it to its size.",
+        show_default="none; with --augment pad",
+    ),
+]
+ColourOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--colour/--no-colour",
+        help="Change brightness and contrast of images of one channel, the light of those of three.",
+        show_default="with --augment",
+    ),
 ]
 TensorboardOption = Annotated[
     bool,

@@ -130,7 +130,7 @@ def _gather_resize_kernel(
         height, width = tl.maximum(height, 1).to(tl.int64), tl.maximum(width, 1).to(tl.int64)
         step_y, step_x = tl.div_rn(height.to(tl.float32), SIZE * 1.0), tl.div_rn(width.to(tl.float32), SIZE * 1.0)
         if offset_ptr is not None:
-            top, left = top.to(tl.int64), left.to(tl.int64)
+            top, left = tl.cast(top, tl.int64), tl.cast(left, tl.int64)
     if flip_ptr is not None:
         flip = tl.load(flip_ptr + i_n) != 0
     if brightness_ptr is not None:
@@ -253,13 +253,12 @@ def _resized_window(pixels: Tensor, augmentation: Augmentation, size: int) -> Te
     """
     offset, flip, brightness, contrast, window = augmentation
     assert window is not None
-    n, image_height, image_width = pixels.shape
     offset = torch.zeros_like(window, dtype=torch.int64) if offset is None else offset.to(torch.int64)
     (top, left), (height, width) = offset[..., None].unbind(1), window.to(torch.int64)[..., None].unbind(1)  # [N, 1] each
     if brightness is not None:
         pixels = (pixels * brightness[:, None, None]).clamp(0, 1)
     if contrast is not None:
-        y, x = (torch.arange(length, device=pixels.device) for length in (image_height, image_width))
+        y, x = (torch.arange(length, device=pixels.device) for length in pixels.shape[1:])
         in_window = ((y >= top) & (y < top + height))[:, :, None] & ((x >= left) & (x < left + width))[:, None, :]
         mean = torch.where(in_window, pixels, 0.0).sum((1, 2)) / (height.to(pixels.dtype) * width)[:, 0]
 
@@ -346,8 +345,8 @@ def gather_resize(
         size: side of the images returned.
         mean, std: subtracted from pixels in [0, 1]; what they are divided by then.
         dtype: of the result: float32, float16 or bfloat16.
-        augmentation: changes of each image before it is resized. Of a window whose height or width is below 1 an image of NaN is
-            made, since nobody can raise an error without waiting for the GPU.
+        augmentation: changes of each image before it is resized. A window whose height or width is below 1 gives an image of
+            NaN: to raise an error one would have to wait for the GPU.
 
     Returns:
         (N, 1, size, size) contiguous; with one channel that is channels-last in memory too. Without a gradient.

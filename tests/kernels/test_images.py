@@ -126,8 +126,8 @@ def test_augmentation_is_torchvisions(backend: str) -> None:
         torch.testing.assert_close(got[n], tv.resize(image, [56, 56]), rtol=0, atol=1e-5)
 
 
-#: Windows of 28 x 28 images, (top, left, height, width): inside, of one pixel, the whole image, over each edge, around the image,
-#: far from it.
+#: Windows of 28 x 28 images, (top, left, height, width): inside, of one pixel, the whole image, over each edge, around it, far
+#: from it.
 WINDOWS = ((3, 5, 11, 17), (27, 0, 1, 1), (0, 0, 28, 28), (-4, 20, 9, 30), (20, -6, 25, 8), (-3, -9, 40, 50), (90, -70, 6, 5))
 
 
@@ -146,7 +146,8 @@ def test_windows_are_torchvisions(changes: str, backend: str) -> None:
     if changes != "crop":
         augmentation = augmentation._replace(flip=torch.arange(n, device=DEVICE) % 2 == 0)
     if changes == "all":
-        augmentation = random_augmentation(n)._replace(offset=augmentation.offset, flip=augmentation.flip, size=augmentation.size)
+        colours = random_augmentation(n)
+        augmentation = augmentation._replace(brightness=colours.brightness, contrast=colours.contrast)
     with use_backend(backend):  # type: ignore[arg-type]
         got = gather_resize(images, index, 56, augmentation=augmentation)
     for number, box in enumerate(WINDOWS):
