@@ -235,7 +235,7 @@ class Augment:
     """What is changed at random in each training image, anew at every step; by default nothing.
 
     Attributes:
-        flip: every other image is mirrored.
+        flip: an image is mirrored with probability 1/2.
         crop: ``"pad"``: the image is moved by up to :data:`SHIFT` pixels of 28 along each axis, black coming in from outside.
             ``"resized"``: a box of it takes its place, enlarged: :func:`draw_boxes`. ``"none"``: all of it, as it stands.
         colour: of images of one channel brightness and contrast (:data:`FACTORS`), of three the light (:func:`draw_light`).

@@ -85,11 +85,11 @@ AugmentOption = Annotated[
     bool,
     typer.Option(
         "--augment",
-        help=f"Change each training image at random: {EVERYTHING}. The next three say which parts, also without it.",
+        help=f"Change each training image at random: {EVERYTHING}. Each has an option of its own.",
     ),
 ]
 FlipOption = Annotated[
-    bool | None, typer.Option("--flip/--no-flip", help="Mirror every other image.", show_default="with --augment")
+    bool | None, typer.Option("--flip/--no-flip", help="Mirror each image with probability 1/2.", show_default="with --augment")
 ]
 CropOption = Annotated[
     CropChoice | None,
