@@ -73,7 +73,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 EpochsOption = Annotated[int, typer.Option(min=1)]
 TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
-SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")]
+SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images, dropout and augmentation.")]
 PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."),

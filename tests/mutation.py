@@ -215,6 +215,13 @@ FAULTS = (
         ("tests/kernels/test_images.py::test_an_index_outside_is_an_image_of_nan_and_touches_no_memory",),
     ),
     Fault(
+        "a window's last row is followed by the image's next one, not by itself",
+        "kernels/images.py",
+        "tl.minimum(y0 + 1, height - 1)",
+        "tl.minimum(y0 + 1, H - 1)",
+        ("tests/kernels/test_images.py::test_windows_are_torchvisions",),
+    ),
+    Fault(
         "a mask one element too long in the optimizer",
         "kernels/sgd.py",
         "o < size - start, lr",
