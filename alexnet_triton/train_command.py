@@ -171,6 +171,10 @@ def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[
     saved = training_state(checkpoint).get("options", {})
     if unknown := [name for name in saved if name not in options]:
         raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
+    try:
+        Augment(**{name: saved[name] for name in _PARTS if name in saved})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: made by another version of this program: {error}") from error
     for name, value in saved.items():
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE" and (name, options[name]) != ("dtype", "auto")
