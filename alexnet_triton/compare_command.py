@@ -113,6 +113,10 @@ def _regularisation(column: Compared) -> str:
     return ", ".join(found) or "none"
 
 
+#: Columns of a table that no terminal shows.
+_WIDE = 400
+
+
 def comparison_table(columns: dict[str, Compared], title: str) -> Table:
     """The table as it is printed: a column for each network."""
     described: dict[str, Callable[[Compared], str]] = {
@@ -215,6 +219,7 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
             plot_comparison(histories, out / CURVES, title)
         except (CheckpointError, OSError) as error:
             raise fail(error) from error
-    console.print(comparison_table(columns, title))
+    # In a file or a pipe no cell is broken into lines: whoever reads that has no width.
+    console.print(comparison_table(columns, title), width=None if console.is_terminal else _WIDE)
     console.print(f"comparison {out / COMPARISON}, {out / CURVES}")
     return 0
