@@ -36,6 +36,7 @@ from .options import (
     console,
     fail,
     local_device,
+    print_table,
 )
 from .plot import plot_comparison
 from .signals import Stopped, StopSignals
@@ -111,10 +112,6 @@ def _regularisation(column: Compared) -> str:
     if column.augmented:
         found.append("augmentation")
     return ", ".join(found) or "none"
-
-
-#: Columns of a table that no terminal shows.
-_WIDE = 400
 
 
 def comparison_table(columns: dict[str, Compared], title: str) -> Table:
@@ -219,7 +216,6 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
             plot_comparison(histories, out / CURVES, title)
         except (CheckpointError, OSError) as error:
             raise fail(error) from error
-    # In a file or a pipe no cell is broken into lines: whoever reads that has no width.
-    console.print(comparison_table(columns, title), width=None if console.is_terminal else _WIDE)
+    print_table(comparison_table(columns, title))
     console.print(f"comparison {out / COMPARISON}, {out / CURVES}")
     return 0
