@@ -36,6 +36,7 @@ from .options import (
     WorkersOption,
     console,
     fail,
+    print_table,
     runs_on,
     show_tracebacks,
     usable_device,
@@ -182,7 +183,7 @@ def summary_command(
             f"{row['parameters']:,}" if row["parameters"] else "",
             f"{row['flops'] / 1e6:,.1f}" if row["flops"] else "",
         )
-    console.print(table)
+    print_table(table)
 
 
 def _import_model(target: str) -> nn.Module:

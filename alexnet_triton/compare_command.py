@@ -40,6 +40,7 @@ from .options import (
     console,
     fail,
     local_device,
+    print_table,
 )
 from .plot import plot_comparison
 from .signals import Stopped, StopSignals
@@ -222,6 +223,6 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
             plot_comparison(histories, out / CURVES, title)
         except (CheckpointError, OSError) as error:
             raise fail(error) from error
-    console.print(comparison_table(columns, title))
+    print_table(comparison_table(columns, title))
     console.print(f"comparison {out / COMPARISON}, {out / CURVES}")
     return 0
