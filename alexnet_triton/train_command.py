@@ -236,7 +236,7 @@ def train_command(
     Written are metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch), best.pt (the best).
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
-    second one ends the process at once.
+    second one ends the process at once, unless it is one of torchrun's, which passes the first on more than once.
 
     With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
@@ -427,7 +427,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
     if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
         console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
         return 0
-    stops = StopSignals()
+    stops = StopSignals(repeats=processes.launched)
     try:
         run_training(run, out, where, processes, stops, checkpoint=checkpoint, begin=begin)
     except Stopped as stopped:
