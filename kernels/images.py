@@ -59,12 +59,15 @@ def _window_pixel(
     H: tl.constexpr,
     W: tl.constexpr,
     AUGMENT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The window's pixels (y, x) in [0, 255], before contrast; 0 where masked."""
     if AUGMENT:
         x = tl.where(flip, W - 1 - x, x) + left
         y = y + top
         mask = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    if WIDE:
+        y, x = y.to(tl.int64), x.to(tl.int64)
     b_pixel = tl.load(p_image + y * stride_ih + x * stride_iw, mask=mask, other=0).to(tl.float32)
     if AUGMENT:
         b_pixel = tl.minimum(tl.maximum(b_pixel * brightness, 0.0), 255.0)
@@ -122,7 +125,7 @@ def _gather_resize_kernel(
             o_s = start + tl.arange(0, BLOCK)
             m_s = inside & (o_s < H * W)
             b_sum += _window_pixel(
-                p_image, o_s // W, o_s % W, m_s, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT
+                p_image, o_s // W, o_s % W, m_s, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE
             )
         window_mean = tl.sum(b_sum) / (H * W)
 
@@ -133,10 +136,10 @@ def _gather_resize_kernel(
     y1, x1 = tl.minimum(y0 + 1, H - 1), tl.minimum(x0 + 1, W - 1)
     b_down, b_right = b_y - y0.to(tl.float32), b_x - x0.to(tl.float32)
     m_load = m_p & inside
-    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_00 = _contrasted(b_00, contrast, window_mean, AUGMENT)
     b_01 = _contrasted(b_01, contrast, window_mean, AUGMENT)
     b_10 = _contrasted(b_10, contrast, window_mean, AUGMENT)
@@ -179,7 +182,7 @@ def _launch_gather_resize(
         W=width,
         SIZE=size,
         AUGMENT=augmentation is not None,
-        WIDE=needs_int64(output),
+        WIDE=needs_int64(images, output),
         **config,
     )
 
