@@ -139,8 +139,8 @@ FAR = {
 }  # fmt: skip
 
 
-#: What of each is put far apart. A bias is copied into a row first, in all of them alike; with its pool in one kernel, the first
-#: layer reads what the first layer alone reads.
+#: What of each is put far apart. A bias is copied into a row first, in all of them alike; and the first layer with its pool in
+#: one kernel reads what it reads alone.
 SPREAD = [
     (name, which)
     for name, far in FAR.items()
