@@ -166,15 +166,18 @@ def resolve(options: Mapping[str, Any], where: torch.device, processes: Processe
     """What the options of a run come down to on ``where``; a ``graph`` of None: one where it can be.
 
     Raises:
-        typer.BadParameter: a CUDA graph where there is none.
+        typer.BadParameter: a CUDA graph where there is none, or data where no path can lead.
         typer.Exit: a package that an option needs is missing, which is said.
     """
     resolved = {field.name: options[field.name] for field in dataclasses.fields(RunOptions)}
     resolved["model"], resolved["backend"] = str(options["model"]), str(options["backend"])
     resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
-    resolved["channels"] = options["channels"] or default_channels(options["data"])
-    if options["data"] not in (None, "sample"):
-        resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
+    try:
+        resolved["channels"] = options["channels"] or default_channels(options["data"])
+        if options["data"] not in (None, "sample"):
+            resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
+    except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
+        raise typer.BadParameter(f"{options['data']!r}: {error}", param_hint="--data") from error
     if options["lr"] is None:
         resolved["lr"] = LEARNING_RATE[options["model"]]
     if options["graph"] is None:
