@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -286,6 +287,22 @@ def test_a_gzip_bomb_is_not_unpacked_further_than_its_header_says(tmp_path: Path
         read_idx(path, 3)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_a_flipped_bit_in_a_gzipped_file_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    """By the checksum at its end; gzip's header has a time in it, which nobody reads."""
+    path = test_data.write_folder(tmp_path / "a") / f"{test_data.IMAGES}.gz"
+    whole, expected = path.read_bytes(), read_idx(path, 3)
+    generator = random.Random(0)
+    messages = []
+    for position in (0, len(whole) - 1, len(whole) - 5, *generator.sample(range(len(whole)), 60)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << generator.randrange(8)]) + whole[position + 1 :])
+        try:
+            assert (read_idx(path, 3) == expected).all(), position
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
 
 
 def test_a_checkpoint_without_permission_or_in_a_closed_folder(place: Path, tmp_path: Path) -> None:
