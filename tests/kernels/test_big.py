@@ -11,7 +11,6 @@ import functools
 import importlib
 import itertools
 import mmap
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -32,12 +31,12 @@ from kernels.max_pool2d import max_pool2d_dgrad
 from kernels.reduction import epilogue_backward, sum_parts
 from kernels.sgd import sgd_step
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers
 
 LIMIT = 2**31
 
-interpreted = pytest.mark.skipif(not INTERPRETED or "ttsem" in sys.modules, reason="needs memory that is not there")
+interpreted = pytest.mark.skipif(not INTERPRETED or UNDER_TTSEM, reason="needs memory that is not there")
 
 _NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 has no name for
 
@@ -413,6 +412,7 @@ def test_offsets_in_32_bits_would_be_noticed(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@own_devices
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with 32 GB")
 def test_the_first_layer_at_a_batch_of_8192() -> None:
     """2.29e9 outputs, 4.6 GB: forward and backward of convolution, pool and dropout, at both ends of the batch."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import kernels
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 from ..oracle import integers, randn
 
 HALF = (torch.float16, torch.bfloat16)
@@ -72,6 +72,7 @@ class _OnTheGpu(_Pooled):
         return kernels.max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), 2)[0].cpu()
 
 
+@own_devices
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_cuda_after_a_fork_is_a_clear_error_and_no_hang(context: str) -> None:
