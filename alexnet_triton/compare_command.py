@@ -204,7 +204,7 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
     columns: dict[str, Compared] = {}
     histories: dict[str, list[EpochMetrics]] = {}
     # One for all runs: a signal too late for one stops the next before its first step.
-    stops = StopSignals()
+    stops = StopSignals(repeats=processes.launched)
     for model in models:
         run = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
         try:

@@ -139,6 +139,8 @@ def fail(message: object) -> typer.Exit:
     """
     if _debug and isinstance(message, BaseException):
         raise message
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
 
