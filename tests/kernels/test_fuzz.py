@@ -560,4 +560,4 @@ def test_sgd_step(case: Step) -> None:
 def test_all_operations_are_here() -> None:
     """But for what has no kernel."""
     fuzzed = {operation.removesuffix("_by_descriptors") for operation in fuzz.CASES}
-    assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "dropout_mask", "use_backend"}
+    assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "Cells", "dropout_mask", "reads_cells", "use_backend"}
