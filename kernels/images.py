@@ -326,7 +326,7 @@ def gather_resize(
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if augmentation is not None:
         _check_augmentation(augmentation, len(index), images.device)
-    shape = (1, size, size)
+    shape: tuple[int, ...] = (1, size, size)
     if cells is not None:
         _, stride, _ = cells.pairs()
         shape = (*cells.size((size, size)), stride * stride)
