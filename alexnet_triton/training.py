@@ -121,7 +121,7 @@ _WARM_UP_STEPS = 3
 class Trainer:
     """Plain SGD on images that live on the device: one step at a time, or as a CUDA graph of the whole step.
 
-    The step is data (gather, augment, resize, scale, cast; as cells where the first layer reads those), forward, loss, backward,
+    The step is data (gather, augment, resize, scale, cast; cells where the first layer reads those), forward, loss, backward,
     optimizer and the sums of loss and hits. Captured, it is one launch for the host, and nothing in an epoch waits for the GPU.
     The last, smaller batch of an epoch runs eagerly. Half-precision parameters have float32 masters
     (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a constant and the learning rate by its inverse, which is

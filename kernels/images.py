@@ -187,7 +187,8 @@ def _launch_gather_resize(
     _, stride, (pad_h, pad_w) = cells.pairs()
     rows, columns = cells.size((size, size))
     elements = rows * columns * stride * stride
-    config = elementwise_config(elements)
+    # Of images, also where cells have more pixels: the block is the order in which a window is summed, and cells the same bits.
+    config = elementwise_config(size * size)
     offset, flip, brightness, contrast = augmentation if augmentation is not None else (None, None, None, None)
     launch(
         _gather_resize_kernel,
@@ -302,7 +303,7 @@ def gather_resize(
         (N, rows, columns, stride * stride) contiguous; the padding around an image is 0, whatever ``mean``.
 
     Raises:
-        TypeError: dtypes other than these.
+        TypeError: dtypes other than these, ``size`` or ``cells`` of another type.
         ValueError: shapes or devices other than these, an image without pixels, ``size`` below 1, ``std`` not above 0, images
             smaller than a filter of ``cells``.
     """
@@ -328,6 +329,8 @@ def gather_resize(
         _check_augmentation(augmentation, len(index), images.device)
     shape: tuple[int, ...] = (1, size, size)
     if cells is not None:
+        if not isinstance(cells, Cells):
+            raise TypeError(f"cells must be kernels.Cells or None, got {cells!r}")
         _, stride, _ = cells.pairs()
         shape = (*cells.size((size, size)), stride * stride)
     if not runs_triton(images):
