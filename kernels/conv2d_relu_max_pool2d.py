@@ -26,7 +26,6 @@ from .conv2d import (
     gradients,
     new_gradients,
 )
-from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, nothing
@@ -251,7 +250,6 @@ def conv2d_relu_max_pool2d(
     if cells:
         images = _check_cells(input, weight, stride, padding, groups, link)
         steps = pair("stride", stride, 1)
-        input = aligned(input)
         if not reads_cells(input, weight, steps, dilation, groups):
             input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input

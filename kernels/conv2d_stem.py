@@ -22,7 +22,7 @@ from . import conv2d_descriptor
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
 from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
-from .conv2d_descriptor import dense_nhwc, store_pixels
+from .conv2d_descriptor import aligned, dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
 from .overrides import overridable
@@ -416,6 +416,7 @@ def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
 
 def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
     """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
+    cells = aligned(cells)
     n, rows, width, depth = cells.shape
     image, row = rows * width * depth, width * depth
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
