@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import kernels
+from kernels.checks import pair
 
 #: Attributes of a module in which hooks on its forward or backward pass live.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,10 +59,11 @@ def _cells_of(run: Run) -> kernels.Cells | None:
     if run.operation != "conv2d_relu_max_pool2d":
         return None
     conv = cast(nn.Conv2d, run.layers[0])
-    padding = (0, 0) if conv.padding == "valid" else conv.padding
-    if conv.stride[0] != conv.stride[1] or conv.dilation != (1, 1) or conv.groups != 1 or isinstance(padding, str):
+    padding = 0 if conv.padding == "valid" else conv.padding
+    step, other = pair("stride", conv.stride, 1)
+    if step != other or pair("dilation", conv.dilation, 1) != (1, 1) or conv.groups != 1 or isinstance(padding, str):
         return None
-    return kernels.Cells(conv.kernel_size, conv.stride[0], padding)
+    return kernels.Cells(conv.kernel_size, step, pair("padding", padding, 0))
 
 
 def _check_cells(run: Run, given: kernels.Cells) -> None:

@@ -82,6 +82,13 @@ def test_alexnet_reads_cells_in_half_precision(dtype: torch.dtype) -> None:
             assert cells_for(net, dtype, 224, channels) is None
 
 
+def test_ints_for_pairs_are_pairs() -> None:
+    """As the layers' own forward passes take them."""
+    net = network(torch.bfloat16)
+    net[0].stride, net[0].padding, net[0].dilation = 4, "valid", [1, 1]
+    assert cells_for(net, torch.bfloat16) == CONV1._replace(padding=(0, 0))
+
+
 def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is the kernels', from where they ask themselves."""
     net = network(torch.bfloat16)
