@@ -12,9 +12,20 @@ if getattr(_kernels, "DISTRIBUTION", None) != "alexnet-triton":
 
 from . import optim
 from .explain import Explanation, explain
-from .fused import FusedSequential, fuse
+from .fused import CellImages, FusedSequential, first_layer_cells, fuse
 from .models import AlexNet, reference_alexnet, reference_lenet
 
 __version__ = "0.1.0"
 
-__all__ = ["AlexNet", "Explanation", "FusedSequential", "explain", "fuse", "optim", "reference_alexnet", "reference_lenet"]
+__all__ = [
+    "AlexNet",
+    "CellImages",
+    "Explanation",
+    "FusedSequential",
+    "explain",
+    "first_layer_cells",
+    "fuse",
+    "optim",
+    "reference_alexnet",
+    "reference_lenet",
+]

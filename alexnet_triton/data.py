@@ -11,9 +11,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
+
+from .fused import CellImages, first_layer_cells
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -199,6 +201,7 @@ def network_input(
     *,
     dtype: torch.dtype = torch.float32,
     augmentation: kernels.Augmentation | None = None,
+    cells: kernels.Cells | None = None,
 ) -> Tensor:
     """The images of ``index`` as :func:`kernels.gather_resize` makes them, which knows one channel: of three, each by itself.
 
@@ -208,12 +211,19 @@ def network_input(
         size: side of the images returned.
         dtype: float32, float16 or bfloat16.
         augmentation: the same for all channels of an image.
+        cells: return the images' cells in their place; of one channel only, since those of three have their channels innermost.
 
     Returns:
-        (N, C, size, size) in [0, 1], contiguous; C is 1 for ``images`` of three dimensions.
+        (N, C, size, size) in [0, 1], contiguous; C is 1 for ``images`` of three dimensions. Or their cells, as
+        :func:`kernels.gather_resize` writes them.
+
+    Raises:
+        ValueError: ``cells`` of images of three channels.
     """
     if images.ndim == 3:
-        return kernels.gather_resize(images, index, size, dtype=dtype, augmentation=augmentation)
+        return kernels.gather_resize(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells)
+    if cells is not None:
+        raise ValueError(f"cells are made of images (D, H, W) of one channel, got shape {tuple(images.shape)}")
     channels = images.shape[1]
     planes = (index[:, None] * channels + torch.arange(channels, device=index.device)).flatten()
     if augmentation is not None:
@@ -330,12 +340,38 @@ def draw_light(n: int, device: torch.device) -> Tensor:
 
 
 def augmented_input(
-    images: Tensor, index: Tensor, size: int, augment: Augment = EVERYTHING, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    index: Tensor,
+    size: int,
+    augment: Augment = EVERYTHING,
+    dtype: torch.dtype = torch.float32,
+    cells: kernels.Cells | None = None,
 ) -> Tensor:
     """:func:`network_input` of images changed at random as ``augment`` says; the same numbers for all channels of an image."""
     grey, n = images.ndim == 3, len(index)
     # Light is added to what the kernel makes, whose changes of colour are one channel's.
     drawn = augment if grey else dataclasses.replace(augment, colour=False)
     augmentation = draw_augmentation(n, index.device, images.shape[-1], drawn)
-    inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation)
+    inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells)
     return inputs if drawn.colour == augment.colour else inputs + draw_light(n, index.device)[:, :, None, None].to(dtype)
+
+
+def input_for(
+    net: nn.Module,
+    images: Tensor,
+    index: Tensor | None,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    augment: Augment = NOTHING,
+) -> Tensor | CellImages:
+    """What ``net`` is called with for the images of ``index``, None for all: :func:`augmented_input` of them.
+
+    In cells where ``net`` reads those (:func:`alexnet_triton.first_layer_cells`), which changes no bit of what it computes: so
+    nothing writes the images only to have them rearranged. Images of three channels stay images.
+    """
+    if index is None:
+        index = torch.arange(len(images), device=images.device)
+    cells = first_layer_cells(net, size, dtype=dtype, device=images.device) if images.ndim == 3 else None
+    inputs = augmented_input(images, index, size, augment, dtype=dtype, cells=cells)
+    return inputs if cells is None else CellImages(inputs, cells)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Split, network_input, to_input
+from .data import Split, input_for
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
 
@@ -45,7 +45,7 @@ def evaluate(
             raise Stopped("before its evaluation")
         share = processes.share(index)
         labels = split.labels[share]
-        logits = net(network_input(split.images, share, image_size, dtype=dtype)).float()
+        logits = net(input_for(net, split.images, share, image_size, dtype=dtype)).float()
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(1) == labels).sum()
     loss, correct = processes.add_up(sums).tolist()
@@ -61,7 +61,8 @@ def classify(net: nn.Module, images: Tensor, *, batch_size: int, image_size: int
     net.eval()
     dtype = next(net.parameters()).dtype
     batches = images.split(batch_size)
-    return torch.cat([net(to_input(batch.to(device), image_size, dtype)).float().softmax(1).cpu() for batch in batches])
+    inputs = (input_for(net, batch.to(device), None, image_size, dtype=dtype) for batch in batches)
+    return torch.cat([net(batch).float().softmax(1).cpu() for batch in inputs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int
     Leaves parameters, gradients and random state as they were.
     """
     few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
-    inputs = to_input(split.images[:few].to(device), image_size, next(net.parameters()).dtype)
+    inputs = input_for(net, split.images[:few].to(device), None, image_size, dtype=next(net.parameters()).dtype)
     labels = split.labels[:few].to(device)
     net.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

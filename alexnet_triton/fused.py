@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import kernels
+from kernels.checks import pair
 
 #: Attributes of a module in which hooks on its forward or backward pass live.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -39,11 +40,89 @@ class Run(NamedTuple):
     output_format: torch.memory_format | None = None
 
 
+class CellImages(NamedTuple):
+    """Images as the cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of the images.
+
+    They go through ``DistributedDataParallel`` and ``torch.compile`` as a tensor does.
+
+    Attributes:
+        data: (N, rows, columns, stride * stride * C), of :func:`kernels.space_to_depth` or :func:`kernels.gather_resize`.
+        cells: what they were made by; a layer that reads other cells refuses them.
+    """
+
+    data: Tensor
+    cells: kernels.Cells
+
+
+def _cells_of(run: Run) -> kernels.Cells | None:
+    """The cells that ``run`` can read instead of its images; None if it reads none."""
+    if run.operation != "conv2d_relu_max_pool2d":
+        return None
+    conv = cast(nn.Conv2d, run.layers[0])
+    padding = 0 if conv.padding == "valid" else conv.padding
+    step, other = pair("stride", conv.stride, 1)
+    if step != other or pair("dilation", conv.dilation, 1) != (1, 1) or conv.groups != 1 or isinstance(padding, str):
+        return None
+    return kernels.Cells(conv.kernel_size, step, pair("padding", padding, 0))
+
+
+def _check_cells(run: Run, given: kernels.Cells) -> None:
+    reads = _cells_of(run)
+    if reads is None or reads.pairs() != given.pairs():
+        names = " + ".join(type(layer).__name__ for layer in run.layers)
+        what = "images" if reads is None else f"images or their {reads}"
+        why = f" ({run.note})" if run.note else ""
+        raise ValueError(f"what the network begins with, {names}{why}, reads {what}, got their {given}")
+
+
+def first_layer_cells(
+    net: nn.Module, image_size: int | Sequence[int], *, dtype: torch.dtype, device: torch.device, channels: int = 1
+) -> kernels.Cells | None:
+    """The cells that ``net`` reads faster than the images they are made of: it would rearrange those itself, first.
+
+    The answer is that of the kernels (:func:`kernels.reads_cells`) for the current backend, the GPU, and the layers as they are
+    now, hooks included. In a training loop::
+
+        cells = first_layer_cells(net, 224, dtype=torch.bfloat16, device=device)
+        inputs = kernels.gather_resize(images, index, 224, dtype=torch.bfloat16, cells=cells)
+        logits = net(inputs if cells is None else CellImages(inputs, cells))
+
+    Args:
+        net: any module.
+        image_size: side of the images, or (rows, columns).
+        dtype, device: of the images.
+        channels: of the images.
+
+    Returns:
+        None where ``net`` is to be given the images: it is no :class:`FusedSequential`, carries a hook (which expects images),
+        begins with something else than Conv2d + ReLU + MaxPool2d, or its first layer's kernel reads images.
+    """
+    if not isinstance(net, FusedSequential) or type(net).forward is not FusedSequential.forward:
+        return None
+    if "forward" in vars(net) or any(getattr(net, hooks) for hooks in _HOOK_DICTS):
+        return None
+    runs = plan(list(itertools.islice(net, _LONGEST_LOOK)))
+    cells = _cells_of(runs[0]) if runs else None
+    if cells is None:
+        return None
+    conv = cast(nn.Conv2d, runs[0].layers[0])
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    # Nothing is read but dtype and device: one element for all of an image.
+    images = torch.empty(1, dtype=dtype, device=device).expand(1, channels, *size)
+    readable = channels == conv.in_channels and kernels.reads_cells(images, conv.weight, cells.stride)
+    return cells if readable else None
+
+
 def call(run: Run, input: Any, link: Tensor | None = None, following: Run | None = None) -> tuple[Any, Tensor | None]:
     """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
 
     ``link`` is what the run before returned beside ``input``: nothing but this run reads that.
+
+    Raises:
+        ValueError: ``input`` are :class:`CellImages`, and the run reads images or other cells.
     """
+    if isinstance(input, CellImages):
+        _check_cells(run, input.cells)
     options: dict[str, Any] = {} if run.output_format is None else {"output_format": run.output_format}
     if run.operation in _TAKE_LINKS:
         options["link"] = link
@@ -88,6 +167,10 @@ def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
     return obstacle
 
 
+#: Layers that are looked at for one run: at most three of it, and the next.
+_LONGEST_LOOK = 4
+
+
 def plan(layers: Sequence[nn.Module]) -> list[Run]:
     """Cut a sequence of layers into the longest runs that one operation can do, first to last.
 
@@ -99,7 +182,7 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
     runs = []
     i = 0
     while i < len(layers):
-        run = _longest_run(layers[i : i + 4])
+        run = _longest_run(layers[i : i + _LONGEST_LOOK])
         runs.append(run)
         i += len(run.layers)
     return runs
@@ -170,7 +253,7 @@ def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None, *, 
 
 
 def _run_conv2d_relu_max_pool2d(
-    input: Tensor,
+    input: Tensor | CellImages,
     conv: nn.Conv2d,
     relu: nn.ReLU,
     pool: nn.MaxPool2d,
@@ -178,15 +261,25 @@ def _run_conv2d_relu_max_pool2d(
     *,
     link: Tensor | None,
 ) -> Tensor:
+    weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
+    cells = isinstance(input, CellImages)
+    if isinstance(input, CellImages):
+        input, padding = input.data, 0  # which is in the cells
     return kernels.conv2d_relu_max_pool2d(
         input,
-        *_conv_arguments(conv),
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
         pool_kernel_size=pool.kernel_size,
         pool_stride=pool.stride,
         pool_padding=pool.padding,
         ceil_mode=pool.ceil_mode,
         output_format=output_format,
         link=link,
+        cells=cells,
     )
 
 
@@ -233,6 +326,8 @@ class FusedSequential(nn.Sequential):
     Its children are the ordinary modules, so everything done with an ``nn.Sequential`` (iterating and calling each layer,
     ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) means the same. The
     runs are looked up at each forward pass. Shapes, dtypes and errors are those of the operations in :mod:`kernels`.
+
+    Where the first layers are a Conv2d, a ReLU and a MaxPool2d, the input may be :class:`CellImages` as well.
     """
 
     def forward(self, input: Any) -> Any:

@@ -30,7 +30,7 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .data import CLASSES, NOTHING, Augment, Split, augmented_input
+from .data import CLASSES, NOTHING, Augment, Split, input_for
 from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
 from .fused import fuse
@@ -121,11 +121,12 @@ _WARM_UP_STEPS = 3
 class Trainer:
     """Plain SGD on images that live on the device: one step at a time, or as a CUDA graph of the whole step.
 
-    The step is data (gather, augment, resize, scale, cast), forward, loss, backward, optimizer and the sums of loss and hits.
-    Captured, it is one launch for the host, and nothing in an epoch waits for the GPU. The last, smaller batch of an epoch runs
-    eagerly. Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a
-    constant and the learning rate by its inverse, which is the same step, with momentum too; a gradient that overflows
-    all the same makes the loss NaN, and the epoch says so. Nothing else reads a loss, so that no step waits for one.
+    The step is data (gather, augment, resize, scale, cast; cells where the first layer reads those), forward, loss, backward,
+    optimizer and the sums of loss and hits. Captured, it is one launch for the host, and nothing in an epoch waits for the GPU.
+    The last, smaller batch of an epoch runs eagerly. Half-precision parameters have float32 masters
+    (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a constant and the learning rate by its inverse, which is
+    the same step, with momentum too; a gradient that overflows all the same makes the loss NaN, and the epoch says so. Nothing
+    else reads a loss, so that no step waits for one.
 
     Between two steps, in the middle of an epoch too, :meth:`state_dict` and :meth:`float32_weights` are all that the rest of
     the training depends on, and :meth:`load_state_dict` of them goes on with the same bits on the same device.
@@ -192,7 +193,7 @@ class Trainer:
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
         share = self.processes.share(index)
-        inputs = augmented_input(self.split.images, share, self.image_size, self.augment, dtype=self.dtype)
+        inputs = input_for(self.net, self.split.images, share, self.image_size, dtype=self.dtype, augment=self.augment)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs).float()

@@ -5,6 +5,10 @@ optimizer) on CPU tensors. Each Triton launch is recorded with its arguments and
 PyTorch operator that would launch something is counted beside it. Beside the totals stand those of the same step of
 ``nn.Sequential`` under bfloat16 or float16 autocast (float32: without), walked on fake tensors.
 
+``--mode train`` is the step that ``python -m benchmarks.report`` times, on images that lie ready. ``--mode trainer`` is the one
+that ``alexnet-triton train`` runs, from the indices of uint8 images to the sums of loss and hits, beside the same loop around
+``nn.Sequential``.
+
 Everything printed is static: read from compiled code and counted from tensors. No time is measured here.
 """
 
@@ -16,7 +20,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -28,12 +32,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alexnet_triton import AlexNet, reference_alexnet
+from alexnet_triton import AlexNet, CellImages, reference_alexnet, training
+from alexnet_triton.data import Split, input_for
 from alexnet_triton.fused import call, plan
+from alexnet_triton.optim import SGD
 from kernels import launch
 
 from .offline import compile_launch, offline_target
-from .work import fewest_bytes, flops
+from .work import flops, moved_bytes
 
 #: Totals that a change may not make worse without changing this file; ``--update`` rewrites it.
 COMMITTED = Path(__file__).parent / "audit.json"
@@ -197,7 +203,7 @@ class LayerMarker:
     def __init__(self) -> None:
         self.name = "other"
 
-    def forward(self, net: nn.Sequential, x: Tensor) -> Tensor:
+    def forward(self, net: nn.Sequential, x: Any) -> Tensor:
         """``net(x)``, run by run, as :meth:`FusedSequential.forward` does it."""
         link = None
         runs = plan(list(net))
@@ -211,6 +217,20 @@ class LayerMarker:
 
     def _set(self, name: str) -> None:
         self.name = name
+
+
+class MarkedSGD(SGD):
+    """The trainer's optimizer, which says when it is at work."""
+
+    def __init__(self, params: Iterable[Tensor], layer: LayerMarker) -> None:
+        super().__init__(params, lr=0.01)
+        self.layer = layer
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """As the base class; the layer is ``"optimizer"`` meanwhile, then the ``"loss"``, whose sums come last."""
+        self.layer._set("optimizer")
+        super().step()
+        self.layer._set("loss")
 
 
 def _step(
@@ -228,7 +248,26 @@ def _step(
     optimizer.step()
 
 
-def _saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def _trainer_step(
+    net: nn.Module, forward: Callable[[Any], Tensor], batch: int, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], None]:
+    """The step of a :class:`training.Trainer` that has made what it keeps; by ``optimizer`` in place of its own, if given."""
+    # No more images than a step reads, since a kernel that gathers is charged for all that it might.
+    split = Split(torch.zeros(batch, 28, 28, dtype=torch.uint8), torch.zeros(batch, dtype=torch.long))
+    trainer = training.Trainer(net, split, batch_size=batch, image_size=224, lr=0.01, device=torch.device("cpu"), graph=False)
+    trainer.parallel = cast(nn.Module, forward)
+    trainer.optimizer = cast(Any, optimizer) or trainer.optimizer
+    with launch.record_launches(lambda *_: None):
+        trainer.step(trainer.index)
+    return lambda: trainer.step(trainer.index)
+
+
+def _plain_input(_: nn.Module, images: Tensor, index: Tensor, size: int, **__: Any) -> Tensor:
+    """:func:`input_for` as a loop in PyTorch alone has it."""
+    return F.interpolate(images[index].unsqueeze(1).float() / 255, (size, size), mode="bilinear")
+
+
+def _saved_bytes(forward: Callable[[Any], Tensor], x: Any) -> int:
     """Bytes of the distinct storages that a forward pass saves for its backward pass."""
     storages: dict[int, int] = {}
 
@@ -242,7 +281,7 @@ def _saved_bytes(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return sum(storages.values())
 
 
-def _saved_bytes_an_image(forward: Callable[[Tensor], Tensor], images: Callable[[int], Tensor]) -> int:
+def _saved_bytes_an_image(forward: Callable[[Any], Tensor], images: Callable[[int], Any]) -> int:
     """The part that grows with the batch: parameters, and their casts, are saved whatever the batch."""
     return (_saved_bytes(forward, images(4)) - _saved_bytes(forward, images(2))) // 2
 
@@ -279,13 +318,13 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
     def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         compiled = compile_launch(kernel, grid, arguments)
         useful, issued = flops(compiled.kernel, grid, arguments)
-        moved = fewest_bytes(launch.tensors_of(arguments))
+        moved = moved_bytes(compiled.kernel, arguments)
         fits = programs_per_multiprocessor(target, compiled.registers, compiled.shared_bytes, compiled.num_warps)
         programs = int(torch.Size(grid).numel())
         records.append(
             Record(
                 layer=layer.name,
-                pass_=pass_of(count.current, compiled.kernel, arguments),
+                pass_=layer.name if count.current is None else pass_of(count.current, compiled.kernel, arguments),
                 kernel=compiled.kernel,
                 arch=arch,
                 dtype=name,
@@ -310,17 +349,26 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
 
     net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = torch.zeros(batch, dtype=torch.long)
-    with offline_target(int(arch.removeprefix("sm_"))), launch.record_launches(record), count:
-        _step(
-            net,
-            lambda x: layer.forward(net, x),
-            _images(dtype)(batch),
-            labels,
-            mode,
-            lambda: layer._set("optimizer"),
-        )
-    with launch.record_launches(lambda *_: None):
-        saved = _saved_bytes_an_image(net.train(), _images(dtype)) if mode == "train" else 0
+    images: Callable[[int], Any] = _images(dtype)
+
+    def forward(x: Tensor | CellImages) -> Tensor:
+        return layer.forward(net, x)
+
+    def step() -> None:
+        _step(net, forward, images(batch), labels, mode, lambda: layer._set("optimizer"))
+
+    with offline_target(int(arch.removeprefix("sm_"))):
+        if mode == "trainer":
+            step = _trainer_step(net, forward, batch, MarkedSGD(net.parameters(), layer))
+            layer.name = "data"  # until the network takes over
+
+            def images(n: int) -> Tensor | CellImages:
+                return input_for(net, torch.zeros(n, 28, 28, dtype=torch.uint8), None, 224, dtype=dtype)
+
+        with launch.record_launches(record), count:
+            step()
+        with launch.record_launches(lambda *_: None):
+            saved = _saved_bytes_an_image(net.train(), images) if mode != "infer" else 0
     return records, _totals(records, count, saved)
 
 
@@ -366,9 +414,16 @@ def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
 
         images = _images(torch.float32)
         labels = torch.zeros(batch, dtype=torch.long)
-        with count, mock.patch.object(F, "dropout", _cuda_dropout):
+
+        def step() -> None:
             _step(net, forward, images(batch), labels, mode, lambda: None)
-        saved = _saved_bytes_an_image(forward, images) if mode == "train" else 0
+
+        with mock.patch.object(F, "dropout", _cuda_dropout), mock.patch.object(training, "input_for", _plain_input):
+            if mode == "trainer":
+                step = _trainer_step(net, forward, batch, torch.optim.SGD(net.parameters(), lr=0.01, foreach=True))
+            with count:
+                step()
+        saved = _saved_bytes_an_image(forward, images) if mode != "infer" else 0
     return {"launches": count.calls, "bytes": count.bytes, "saved_bytes_per_image": saved}
 
 
@@ -454,7 +509,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    order = [*LAYERS, "loss", "optimizer", "other"]
+    order = ["data", *LAYERS, "loss", "optimizer", "other"]
     for r in sorted(result["records"], key=lambda r: order.index(r["layer"])):
         issued = r["issued_flops"]
         table.add_row(
@@ -499,7 +554,7 @@ def main() -> None:
     parser.add_argument("--arch", default="sm_90", choices=list(TARGETS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--mode", default="train", choices=["train", "infer"])
+    parser.add_argument("--mode", default="train", choices=["train", "trainer", "infer"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--update", action="store_true", help=f"write the totals into {COMMITTED.name}")
     arguments = parser.parse_args()

@@ -221,16 +221,18 @@ def single_operations(dtype: torch.dtype) -> None:
     kernels.dropout(kernels.linear(features, weight)).sum().backward()
     kernels.dropout_mask((1000,), 0.5, 1)
     images, index = torch.empty(60000, 28, 28, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
-    kernels.gather_resize(images, index, 224, dtype=dtype)
     ones = torch.ones(128)
     pairs = torch.ones(128, 2, dtype=torch.int32)
-    for augmentation in (
+    changes = (
+        None,
         kernels.Augmentation(pairs, ones > 0, ones, ones),
         kernels.Augmentation(pairs, ones > 0, ones, ones, pairs),
         kernels.Augmentation(offset=pairs, size=pairs),
         kernels.Augmentation(flip=ones > 0),
-    ):
-        kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=augmentation)
+    )
+    cells = kernels.Cells(kernel_size=11, stride=4, padding=1)  # conv1's
+    for change, of_conv1 in itertools.product(changes, (None, cells)):
+        kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=change, cells=of_conv1)
 
 
 def main() -> None:

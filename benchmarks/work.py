@@ -8,6 +8,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from kernels.launch import tensors_of
+
 
 def fewest_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct tensors among ``tensors``, each read or written once; an expanded one counts what it stores."""
@@ -17,6 +19,16 @@ def fewest_bytes(tensors: Iterable[Tensor]) -> int:
         key = tensor.data_ptr()
         sizes[key] = max(sizes.get(key, 0), size)
     return sum(sizes.values())
+
+
+#: Arguments of a kernel that it reads and writes again.
+_IN_PLACE = {"_sgd_kernel": ("param_ptrs", "master_ptrs", "buffer_ptrs")}
+
+
+def moved_bytes(kernel: str, arguments: dict[str, Any]) -> int:
+    """Bytes that a launch must move: :func:`fewest_bytes` of its tensors, of those that it changes in place twice."""
+    changed = {name: arguments[name] for name in _IN_PLACE.get(kernel, ())}
+    return fewest_bytes(tensors_of(arguments)) + fewest_bytes(tensors_of(changed))
 
 
 def _tile_flops(a: dict[str, Any], reduction: int) -> int:

@@ -7,8 +7,8 @@ public function, and a ``*_reference`` beside it in PyTorch's own operations.
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
 from .backend import use_backend
 from .conv2d import conv2d, linked_conv2d
-from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
-from .conv2d_stem import space_to_depth
+from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, reads_cells
+from .conv2d_stem import Cells, space_to_depth
 from .dropout import dropout, dropout_mask
 from .images import Augmentation, gather_resize
 from .linear import linear, linear_relu_dropout
@@ -19,6 +19,7 @@ DISTRIBUTION = "alexnet-triton"
 
 __all__ = [
     "Augmentation",
+    "Cells",
     "conv2d",
     "conv2d_relu_max_pool2d",
     "dropout",
@@ -28,6 +29,7 @@ __all__ = [
     "linear_relu_dropout",
     "linked_conv2d",
     "max_pool2d",
+    "reads_cells",
     "space_to_depth",
     "use_backend",
 ]

@@ -26,7 +26,6 @@ from .conv2d import (
     gradients,
     new_gradients,
 )
-from .conv2d_descriptor import aligned
 from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
 from .launch import new_output, nothing
@@ -251,8 +250,7 @@ def conv2d_relu_max_pool2d(
     if cells:
         images = _check_cells(input, weight, stride, padding, groups, link)
         steps = pair("stride", stride, 1)
-        input = aligned(input)
-        if not (runs_triton(input) and conv2d_stem.takes(input, weight, steps, pair("dilation", dilation, 1), groups)):
+        if not reads_cells(input, weight, steps, dilation, groups):
             input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     shaped = input.new_empty(1).expand(images) if cells else batched
@@ -292,6 +290,27 @@ def conv2d_relu_max_pool2d(
         cells,
     )
     return pooled.squeeze(0) if input.dim() == 3 else pooled
+
+
+def reads_cells(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether :func:`conv2d_relu_max_pool2d` makes cells of ``input`` first, and so is spared that by ``cells=True``.
+
+    It is where a strided first layer of few channels runs through tensor descriptors: under the current backend, in half
+    precision, on Hopper and data-centre Blackwell.
+
+    Args:
+        input: the images (N, C, H, W) or their cells; only dtype, device and whether it is empty matter.
+        weight, stride, dilation, groups: as :func:`kernels.conv2d`.
+    """
+    return runs_triton(input) and conv2d_stem.takes(
+        input, weight, pair("stride", stride, 1), pair("dilation", dilation, 1), groups
+    )
 
 
 def _check_cells(

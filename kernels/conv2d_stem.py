@@ -9,6 +9,7 @@ the reduction, 48 for one channel, 144 for three, and overlapping rows of the im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from . import conv2d_descriptor
 from .backend import HALF, has_copy_engine, runs_triton
 from .checks import check_tensors, pair
 from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
-from .conv2d_descriptor import dense_nhwc, store_pixels
+from .conv2d_descriptor import aligned, dense_nhwc, store_pixels
 from .device import cast, dot, program_id
 from .launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
 from .overrides import overridable
@@ -308,6 +309,48 @@ def _unfold_filter_kernel(
 # ------------------------------------------------------------------------------------------------- what they can take
 
 
+class Cells(NamedTuple):
+    """How images are rearranged for a convolution that reads cells: what :func:`space_to_depth` takes beside them.
+
+    Attributes:
+        kernel_size: of the filters, int or (rows, columns), in pixels.
+        stride: of the convolution, both ways, in pixels: the side of a cell.
+        padding: zeros on each side, below and to the right as many as filters reach; int or (vertical, horizontal).
+    """
+
+    kernel_size: int | Sequence[int]
+    stride: int
+    padding: int | Sequence[int] = 0
+
+    def pairs(self) -> tuple[tuple[int, int], int, tuple[int, int]]:
+        """``kernel_size`` and ``padding`` as pairs, ``stride`` between them.
+
+        Raises:
+            TypeError, ValueError: one of them is not what the attributes say.
+        """
+        step, other = pair("stride", self.stride, 1)
+        if step != other:
+            raise ValueError(f"cells have one stride, got {self.stride}")
+        return pair("kernel_size", self.kernel_size, 1), step, pair("padding", self.padding, 0)
+
+    def output_size(self, input_size: Sequence[int]) -> list[int]:
+        """Rows and columns that the convolution makes of images of so many.
+
+        Raises:
+            ValueError: they are smaller than a filter.
+        """
+        filter_size, step, pads = self.pairs()
+        output_size = [(i + 2 * p - f) // step + 1 for i, p, f in zip(input_size, pads, filter_size, strict=True)]
+        if min(output_size) < 1:
+            raise ValueError(f"images {tuple(input_size)} with padding {pads} are smaller than a filter of {filter_size}")
+        return output_size
+
+    def size(self, input_size: Sequence[int]) -> list[int]:
+        """Rows and columns of cells that images of so many become; errors as :meth:`output_size`."""
+        filter_size, step, _ = self.pairs()
+        return cells_size(step, self.output_size(input_size), filter_size)
+
+
 def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether :func:`space_to_depth` makes this strided convolution one of three rows of 48 or 144 positions."""
     k, c, r, s = weight.shape
@@ -373,6 +416,7 @@ def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
 
 def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
     """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
+    cells = aligned(cells)
     n, rows, width, depth = cells.shape
     image, row = rows * width * depth, width * depth
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
@@ -414,19 +458,23 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
         raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
     if input.requires_grad:
         raise ValueError("space_to_depth takes no gradient; give the images to the convolution where theirs is wanted")
-    filter_size, pads = pair("kernel_size", kernel_size, 1), pair("padding", padding, 0)
-    (step, _) = pair("stride", stride, 1)
-    output_size = [(i + 2 * p - f) // step + 1 for i, p, f in zip(input.shape[2:], pads, filter_size, strict=True)]
-    if min(output_size) < 1:
-        raise ValueError(f"input {tuple(input.shape)} with padding {pads} is smaller than a filter of {filter_size}")
+    cells = Cells(kernel_size, stride, padding)
+    filter_size, step, pads = cells.pairs()
+    output_size = cells.output_size(input.shape[2:])
     if runs_triton(input):
         return space_to_depth_cells(input, step, list(pads), output_size, list(filter_size))
-    rows, columns = cells_size(step, output_size, filter_size)
+    return space_to_depth_reference(input, cells)
+
+
+def space_to_depth_reference(input: Tensor, cells: Cells) -> Tensor:
+    """What :func:`space_to_depth` means, in PyTorch's own operations."""
+    _, step, pads = cells.pairs()
+    rows, columns = cells.size(input.shape[2:])
     below, right = (n * step - p - i for n, p, i in zip((rows, columns), pads, input.shape[2:], strict=True))
     padded = F.pad(input, (pads[1], right, pads[0], below))
     n, c = input.shape[:2]
-    cells = padded.view(n, c, rows, step, columns, step).permute(0, 2, 4, 3, 5, 1)
-    return cells.reshape(n, rows, columns, step * step * c)
+    pixels = padded.view(n, c, rows, step, columns, step).permute(0, 2, 4, 3, 5, 1)
+    return pixels.reshape(n, rows, columns, step * step * c)
 
 
 def depth_to_space(cells: Tensor, channels: int, stride: int) -> Tensor:

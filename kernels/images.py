@@ -2,7 +2,7 @@
 
 A training set of small grey images fits a GPU many times over (Fashion-MNIST: 47 MB), so a batch is an index and nothing is
 copied from the host. A program needs no more than a few hundred bytes of one image, which its cache holds: what the pass costs
-is writing the input.
+is writing the input: to the network's first convolution as it reads it, if that is in cells (:mod:`kernels.conv2d_stem`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .backend import runs_triton
 from .config import elementwise_config
+from .conv2d_stem import Cells, space_to_depth_reference
 from .device import cast, program_id
 from .launch import cdiv, launch, needs_int64, new_output, strides
 
@@ -95,7 +96,7 @@ def _gather_resize_kernel(
     brightness_ptr,  # [N] float32, contiguous
     contrast_ptr,  # [N] float32, contiguous
     size_ptr,  # [N, 2] int32, contiguous
-    y_ptr,  # out: [N, SIZE, SIZE], contiguous
+    y_ptr,  # out: [N, ROWS, COLUMNS, STRIDE, STRIDE], contiguous
     D,
     mean,
     std,
@@ -105,16 +106,29 @@ def _gather_resize_kernel(
     H: tl.constexpr,
     W: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
     AUGMENT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y[n] = (resized(images[index[n]]) / 255 - mean) / std. One program owns BLOCK pixels of one image of the output."""
-    blocks = tl.cdiv(SIZE * SIZE, BLOCK)
+    """y[n] = (resized(images[index[n]]) / 255 - mean) / std, in cells of STRIDE x STRIDE pixels; images are cells of one pixel.
+
+    One program owns BLOCK pixels of one image of the output.
+    """
+    CELL: tl.constexpr = STRIDE * STRIDE
+    blocks = tl.cdiv(ROWS * COLUMNS * CELL, BLOCK)
     pid = program_id(0, WIDE)
     i_n = (pid // blocks).to(tl.int64)
     o_p = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    m_p = o_p < SIZE * SIZE
+    m_p = o_p < ROWS * COLUMNS * CELL
+    o_y = o_p // CELL // COLUMNS * STRIDE + o_p // STRIDE % STRIDE - PAD_H
+    o_x = o_p // CELL % COLUMNS * STRIDE + o_p % STRIDE - PAD_W
+    # What is not in it is the convolution's padding.
+    m_image = m_p & (o_y >= 0) & (o_y < SIZE) & (o_x >= 0) & (o_x < SIZE)
 
     i_d = tl.load(index_ptr + i_n)
     inside = (i_d >= 0) & (i_d < D)
@@ -159,12 +173,12 @@ def _gather_resize_kernel(
         window_mean = tl.sum(b_sum) / pixels
 
     # Centres of pixels lie on centres (align_corners=False); beyond the outermost ones the edge goes on.
-    b_y = tl.maximum(((o_p // SIZE).to(tl.float32) + 0.5) * step_y - 0.5, 0.0)
-    b_x = tl.maximum(((o_p % SIZE).to(tl.float32) + 0.5) * step_x - 0.5, 0.0)
+    b_y = tl.maximum((o_y.to(tl.float32) + 0.5) * step_y - 0.5, 0.0)
+    b_x = tl.maximum((o_x.to(tl.float32) + 0.5) * step_x - 0.5, 0.0)
     y0, x0 = b_y.to(tl.int32), b_x.to(tl.int32)
     y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
     b_down, b_right = b_y - y0.to(tl.float32), b_x - x0.to(tl.float32)
-    m_load = m_p & inside
+    m_load = m_image & inside
     b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
@@ -180,22 +194,37 @@ def _gather_resize_kernel(
     b_out = tl.div_rn(tl.div_rn(b_out, 255.0) - mean, std)
     # Nobody can raise an error here: an image that is not there must not look like one.
     b_out = tl.where(inside, b_out, float("nan"))
-    tl.store(y_ptr + i_n * (SIZE * SIZE) + o_p, cast(b_out, y_ptr.dtype.element_ty), mask=m_p)
+    b_out = tl.where(m_image, b_out, 0.0)
+    tl.store(y_ptr + i_n * (ROWS * COLUMNS * CELL) + o_p, cast(b_out, y_ptr.dtype.element_ty), mask=m_p)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
 
+#: Images themselves: the cells of a convolution that leaves them as they are.
+_PIXELS = Cells(kernel_size=1, stride=1)
+
 
 def _launch_gather_resize(
-    images: Tensor, index: Tensor, output: Tensor, *, mean: float, std: float, augmentation: Augmentation | None
+    images: Tensor,
+    index: Tensor,
+    output: Tensor,
+    size: int,
+    cells: Cells,
+    *,
+    mean: float,
+    std: float,
+    augmentation: Augmentation | None,
 ) -> None:
     depth, height, width = images.shape
-    size = output.shape[-1]
+    _, stride, (pad_h, pad_w) = cells.pairs()
+    rows, columns = cells.size((size, size))
+    elements = rows * columns * stride * stride
+    # Of images, also where cells have more pixels: the block is the order in which a window is summed, and cells the same bits.
     config = elementwise_config(size * size)
     given = augmentation or Augmentation()
     launch(
         _gather_resize_kernel,
-        (len(index) * cdiv(size * size, config["BLOCK"]),),
+        (len(index) * cdiv(elements, config["BLOCK"]),),
         images_ptr=images,
         index_ptr=index,
         **{f"{name}_ptr": tensor for name, tensor in given._asdict().items()},
@@ -207,6 +236,11 @@ def _launch_gather_resize(
         H=height,
         W=width,
         SIZE=size,
+        ROWS=rows,
+        COLUMNS=columns,
+        STRIDE=stride,
+        PAD_H=pad_h,
+        PAD_W=pad_w,
         AUGMENT=augmentation is not None,
         WIDE=needs_int64(images, output),
         **config,
@@ -289,6 +323,7 @@ def gather_resize_reference(
     std: float = 1.0,
     dtype: torch.dtype = torch.float32,
     augmentation: Augmentation | None = None,
+    cells: Cells | None = None,
 ) -> Tensor:
     """What :func:`gather_resize` means, in PyTorch's own operations; dtype may be float64, which it then computes in."""
     pixels = images[index].to(torch.promote_types(dtype, torch.float32)) / 255
@@ -299,7 +334,8 @@ def gather_resize_reference(
     scaled = pixels.unsqueeze(1)
     if pixels.shape[1:] != (size, size):
         scaled = F.interpolate(scaled, size=(size, size), mode="bilinear", align_corners=False)
-    return ((scaled - mean) / std).to(dtype)
+    output = ((scaled - mean) / std).to(dtype)
+    return output if cells is None else space_to_depth_reference(output, cells)
 
 
 def _check_augmentation(augmentation: Augmentation, n: int, device: torch.device) -> None:
@@ -333,6 +369,7 @@ def gather_resize(
     std: float = 1.0,
     dtype: torch.dtype = torch.float32,
     augmentation: Augmentation | None = None,
+    cells: Cells | None = None,
 ) -> Tensor:
     """The images of ``index`` as a network's input: resized bilinearly, scaled to [0, 1], normalised.
 
@@ -350,13 +387,16 @@ def gather_resize(
         dtype: of the result: float32, float16 or bfloat16.
         augmentation: changes of each image before it is resized. A window whose height or width is below 1 gives an image of
             NaN: to raise an error one would have to wait for the GPU.
+        cells: write what :func:`kernels.space_to_depth` would make of the images, the same bits, and no images before it.
 
     Returns:
-        (N, 1, size, size) contiguous; with one channel that is channels-last in memory too. Without a gradient.
+        (N, 1, size, size) contiguous; with one channel that is channels-last in memory too. Without a gradient. With ``cells``
+        (N, rows, columns, stride * stride) contiguous; the padding around an image is 0, whatever ``mean``.
 
     Raises:
-        TypeError: dtypes other than these.
-        ValueError: shapes or devices other than these, an image without pixels, ``size`` below 1, ``std`` not above 0.
+        TypeError: dtypes other than these, ``size`` or ``cells`` of another type.
+        ValueError: shapes or devices other than these, an image without pixels, ``size`` below 1, ``std`` not above 0, images
+            smaller than a filter of ``cells``.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
@@ -380,11 +420,21 @@ def gather_resize(
         _check_augmentation(augmentation, len(index), images.device)
         if all(tensor is None for tensor in augmentation):
             augmentation = None
+    shape: tuple[int, ...] = (1, size, size)
+    if cells is not None:
+        if not isinstance(cells, Cells):
+            raise TypeError(f"cells must be kernels.Cells or None, got {cells!r}")
+        _, stride, _ = cells.pairs()
+        shape = (*cells.size((size, size)), stride * stride)
     if not runs_triton(images):
-        return gather_resize_reference(images, index, size, mean=mean, std=std, dtype=dtype, augmentation=augmentation)
+        return gather_resize_reference(
+            images, index, size, mean=mean, std=std, dtype=dtype, augmentation=augmentation, cells=cells
+        )
     if augmentation is not None:
         # resolve_neg: a kernel sees memory, not the minus that PyTorch still owes it.
         augmentation = Augmentation(*(t if t is None else t.contiguous().resolve_neg() for t in augmentation))
-    output = new_output((len(index), 1, size, size), dtype, images.device)
-    _launch_gather_resize(images, index.contiguous(), output, mean=mean, std=std, augmentation=augmentation)
+    output = new_output((len(index), *shape), dtype, images.device)
+    _launch_gather_resize(
+        images, index.contiguous(), output, size, cells or _PIXELS, mean=mean, std=std, augmentation=augmentation
+    )
     return output

@@ -222,6 +222,27 @@ FAULTS = (
         ("tests/kernels/test_images.py::test_windows_are_torchvisions",),
     ),
     Fault(
+        "the padding in cells is an edge that goes on, not zero",
+        "kernels/images.py",
+        "    b_out = tl.where(m_image, b_out, 0.0)\n",
+        "",
+        ("tests/kernels/test_images.py::test_cells_are_those_of_the_images_bit_for_bit",),
+    ),
+    Fault(
+        "rows and columns swapped within a cell",
+        "kernels/images.py",
+        "    o_x = o_p // CELL % COLUMNS * STRIDE + o_p % STRIDE - PAD_W\n",
+        "    o_x = o_p // CELL % COLUMNS * STRIDE + o_p // STRIDE % STRIDE - PAD_W\n",
+        ("tests/kernels/test_images.py::test_cells_are_those_of_the_images_bit_for_bit",),
+    ),
+    Fault(
+        "a network takes cells that were made for another padding",
+        "alexnet_triton/fused.py",
+        "    if reads is None or reads.pairs() != given.pairs():\n",
+        "    if reads is None:\n",
+        ("tests/alexnet_triton/test_cells.py::test_other_cells_and_layers_that_read_none_are_refused",),
+    ),
+    Fault(
         "a mask one element too long in the optimizer",
         "kernels/sgd.py",
         "o < size - start, lr",

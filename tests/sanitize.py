@@ -8,6 +8,7 @@ wrote.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -86,8 +87,9 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     ones = torch.ones(2).to(device)
     augmentation = kernels.Augmentation(torch.tensor([[1, -2], [0, 3]], dtype=torch.int32).to(device), ones > 0, ones, ones)
     windows = augmentation._replace(size=torch.tensor([[9, 40], [28, 1]], dtype=torch.int32).to(device))
-    for augmented in (None, augmentation, windows, windows._replace(flip=None, brightness=None, contrast=None)):
-        kernels.gather_resize(pixels, index, 45, dtype=dtype, augmentation=augmented)
+    changes = (None, augmentation, windows, windows._replace(flip=None, brightness=None, contrast=None))
+    for augmented, cells in itertools.product(changes, (None, kernels.Cells(11, 4, (1, 2)))):
+        kernels.gather_resize(pixels, index, 45, dtype=dtype, augmentation=augmented, cells=cells)
 
     sizes = (5000, 10, 4097)
     params, grads = ([randn(size, grad=False) for size in sizes] for _ in range(2))

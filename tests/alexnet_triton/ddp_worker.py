@@ -1,4 +1,4 @@
-"""What each process of test_distributed runs: its half of a batch through DistributedDataParallel, against the whole batch."""
+"""What each process of test_distributed runs: its part of a batch by DistributedDataParallel, as images and as cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
-from alexnet_triton import FusedSequential
+from alexnet_triton import CellImages, FusedSequential
+from alexnet_triton.data import input_for, network_input
+from kernels.backend import has_copy_engine
 
 kernels.use_backend("triton").__enter__()  # for all that follows: an error where the kernels cannot run
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +39,25 @@ half = slice(2 * rank, 2 * rank + 2)
 nn.functional.cross_entropy(parallel(x[half]), labels[half]).backward()
 for ours, whole in zip(net.parameters(), alone.parameters(), strict=True):
     torch.testing.assert_close(ours.grad, whole.grad)
+# Shares of a batch as cells and as images: the same bits, of two images and one, then of one and none.
+if has_copy_engine(torch.device(device)):
+    first = (nn.Conv2d(1, 8, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten())
+    net = FusedSequential(*first, nn.Linear(32, 3)).to(device, torch.bfloat16)
+    parallel = DistributedDataParallel(net, device_ids=[device] if device == "cuda" else None)
+    pixels = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8, device=device)
+    for batch in ([4, 0, 2], [3]):
+        index = torch.tensor(batch, device=device).tensor_split(2)[rank]
+        as_cells = input_for(net, pixels, index, 28, dtype=torch.bfloat16)
+        assert isinstance(as_cells, CellImages)
+        grads = []
+        for given in (as_cells, network_input(pixels, index, 28, dtype=torch.bfloat16)):
+            net.zero_grad(set_to_none=True)
+            parallel(given).float().square().sum().backward()
+            grads.append([p.grad.clone() for p in net.parameters()])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+        assert all(bool(grad.any()) for grad in grads[0])
+
+
 del parallel  # it holds the group, which else would go with the interpreter
 dist.barrier()  # nobody closes a connection that the other one still waits at
 dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""DistributedDataParallel over a fused network: two processes, half a batch each, give the whole batch's gradients."""
+"""DistributedDataParallel over a fused network: two processes, half a batch each, give the whole batch's gradients.
+
+And on the cells of its first layer those of the images, bit for bit.
+"""
 
 from __future__ import annotations
 

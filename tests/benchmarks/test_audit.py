@@ -24,7 +24,7 @@ from benchmarks.audit import (
     programs_per_multiprocessor,
     worse,
 )
-from benchmarks.work import _meeting, fewest_bytes, flops
+from benchmarks.work import _meeting, fewest_bytes, flops, moved_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +101,44 @@ def test_forward_nothing_of_conv1_before_its_pool_is_written(step: tuple[dict, s
     assert sum(r["min_bytes"] for r in records) < 2 * unpooled
 
 
+@pytest.fixture(scope="module")
+def trainer_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The step of ``alexnet-triton train`` at batch 128 in bfloat16 for sm_90."""
+    return run_audit(tmp_path_factory.mktemp("audit") / "a.json", "--mode", "trainer")[0]
+
+
+def test_the_trainers_step_writes_what_conv1_reads(step: tuple[dict, str], trainer_step: dict) -> None:
+    """The launches of the step on ready images without their rearranging, the data before them and the optimizer after."""
+    triton = [r for r in trainer_step["records"] if r["grid"]]
+    data, *network = triton
+    (sgd,) = [r for r in triton if r["layer"] == "optimizer"]
+    network.remove(sgd)
+    assert (data["layer"], data["kernel"]) == ("data", "_gather_resize_kernel")
+    assert data["min_bytes"] == 128 * (28 * 28 + 8 + 2 * 56 * 56 * 16)  # pixels, indices, cells
+    assert sgd["min_bytes"] == 14 * 46_764_746  # parameter and master read and written, gradient read
+    ready = [r for r in step[0]["records"] if r["grid"]]
+    (rearranged,) = [r for r in ready if r["kernel"] == "_space_to_depth_kernel"]
+    assert rearranged["min_bytes"] == 2 * 128 * (
+        224 * 224 + 56 * 56 * 16
+    )  # what cells from the data's kernel save, and a launch
+    ready.remove(rearranged)
+    assert network == ready
+    assert {r["layer"] for r in trainer_step["records"] if not r["grid"]} == {"data", "fc1", "fc2", "loss"}
+
+
+def test_older_gpus_are_given_images(tmp_path: Path) -> None:
+    records = run_audit(tmp_path / "a.json", "--mode", "trainer", "--arch", "sm_80", "--batch", "2")[0]["records"]
+    (data,) = [r for r in records if r["kernel"] == "_gather_resize_kernel"]
+    assert data["min_bytes"] == 2 * (28 * 28 + 8 + 2 * 224 * 224)
+
+
+def test_the_peers_loop_is_counted_with_its_data() -> None:
+    ready, loop = (audit_peer(torch.float32, 2, mode) for mode in ("train", "trainer"))
+    # Two gathers, a cast, a division, the resizing; a product with the loss and its gradient's; argmax, ==, sum, two additions.
+    assert loop["launches"] == ready["launches"] + 5 + 2 + 5
+    assert loop["saved_bytes_per_image"] == ready["saved_bytes_per_image"]
+
+
 def test_flops_of_conv1_with_its_pool() -> None:
     """Three rows of pixels for each row of windows, and a column more for each strip."""
     a = {"N": 128, "K": 96, "USEFUL_POSITIONS": 121, "CONV_SIZE": 54 * 54, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_N2": 32}
@@ -145,7 +183,7 @@ def test_the_committed_file_covers_the_targets_and_batches() -> None:
     committed = json.loads(COMMITTED.read_text())
     wanted = {case_name(arch, "bfloat16", 128, "train") for arch in TARGETS}
     wanted |= {case_name("sm_90", "bfloat16", batch, "train") for batch in (1, 1024)}
-    assert wanted | {case_name("sm_90", "bfloat16", 128, "infer")} == set(committed)
+    assert wanted | {case_name("sm_90", "bfloat16", 128, mode) for mode in ("infer", "trainer")} == set(committed)
 
 
 def test_float32(tmp_path: Path) -> None:
@@ -175,6 +213,13 @@ def test_fewest_bytes_counts_a_tensor_once_and_an_expanded_one_as_stored() -> No
     x, y = torch.zeros(10, 10), torch.zeros(3)
     assert fewest_bytes([x, x, x[:], y]) == 400 + 12
     assert fewest_bytes([y[:1].expand(1000)]) == 12
+
+
+def test_what_is_changed_in_place_is_read_and_written() -> None:
+    params, grads = (torch.zeros(8), torch.zeros(5)), (torch.ones(8), torch.ones(5))
+    arguments = {"param_ptrs": params, "grad_ptrs": grads, "master_ptrs": None, "buffer_ptrs": None, "lr": 0.1}
+    assert moved_bytes("_sgd_kernel", arguments) == 4 * 13 * 3
+    assert moved_bytes("_matmul_kernel", {"a_ptr": params[0], "c_ptr": grads[1]}) == 4 * 13
 
 
 @pytest.mark.parametrize(

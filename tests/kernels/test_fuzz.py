@@ -434,17 +434,29 @@ class Gather:
     n: int
     size: int
     parts: frozenset[str]
+    cells: kernels.Cells | None
     dtype: torch.dtype
     layouts: tuple[Layout, ...]
     seed: int
 
 
+#: A filter is not larger than an image of 1 pixel with its padding.
+of_filters = st.one_of(
+    st.none(),
+    st.builds(
+        lambda stride, below, right, filter_size: kernels.Cells(
+            (min(filter_size[0], 1 + 2 * below), min(filter_size[1], 1 + 2 * right)), stride, (below, right)
+        ),
+        *(st.integers(1, 5), st.integers(0, 6), st.integers(0, 6), st.tuples(st.integers(1, 12), st.integers(1, 12))),
+    ),
+)
 gathers = st.builds(
     Gather,
     images=st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12)),
     n=st.integers(0, 5),
     size=st.integers(1, 17),
     parts=st.frozensets(st.sampled_from(kernels.Augmentation._fields)),
+    cells=of_filters,
     dtype=st.sampled_from(SINGLE_AND_HALF),
     layouts=st.tuples(*[fuzz.layouts] * 7),
     seed=st.integers(0, 2**31),
@@ -466,7 +478,7 @@ def test_gather_resize(case: Gather) -> None:
         of_size.view((n, 2), lambda e: torch.randint(1, 15, (e,), dtype=torch.int32, device=DEVICE)),
     )
     augmentation = kernels.Augmentation(**{part: getattr(every, part) for part in case.parts}) if case.parts else None
-    arguments = {"mean": 0.3, "std": 0.4, "augmentation": augmentation}
+    arguments = {"mean": 0.3, "std": 0.4, "augmentation": augmentation, "cells": case.cells}
     got = kernels.gather_resize(images, index, case.size, dtype=case.dtype, **arguments)
     peer, exact = (gather_resize_reference(images, index, case.size, dtype=d, **arguments) for d in (case.dtype, torch.float64))
     assert_within_tolerance("images", got, peer, exact)
@@ -560,4 +572,4 @@ def test_sgd_step(case: Step) -> None:
 def test_all_operations_are_here() -> None:
     """But for what has no kernel."""
     fuzzed = {operation.removesuffix("_by_descriptors") for operation in fuzz.CASES}
-    assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "dropout_mask", "use_backend"}
+    assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "Cells", "dropout_mask", "reads_cells", "use_backend"}

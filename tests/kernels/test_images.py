@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
-from kernels import Augmentation, gather_resize, launch, use_backend
+from kernels import Augmentation, Cells, gather_resize, launch, space_to_depth, use_backend
 from kernels.images import gather_resize_reference
 
 from ..conftest import DEVICE
@@ -276,7 +276,77 @@ def test_an_index_outside_is_an_image_of_nan_and_touches_no_memory() -> None:
 
 
 def test_no_images() -> None:
-    assert gather_resize(random_images(3, 28, 28), random_index(0, 3), 56).shape == (0, 1, 56, 56)
+    images, index = random_images(3, 28, 28), random_index(0, 3)
+    assert gather_resize(images, index, 56).shape == (0, 1, 56, 56)
+    assert gather_resize(images, index, 56, cells=Cells(11, 4, 1)).shape == (0, 14, 14, 16)
+
+
+#: What images become cells by: AlexNet's first layer, one with a border, more padding than a cell, pixels that no filter sees,
+#: a filter as large as the image, cells of one pixel.
+CELLS = {
+    "K11-S4-P1": (28, Cells(11, 4, 1)),
+    "K11x9-S4-P2x0": (31, Cells((11, 9), 4, (2, 0))),
+    "K7-S2-P5": (13, Cells(7, 2, 5)),
+    "K3-S5-P0": (29, Cells(3, 5)),
+    "K19-S3-P0": (19, Cells(19, 3)),
+    "K3-S1-P1": (8, Cells(3, 1, 1)),
+}
+
+
+def equal_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Signs of zeros and payloads of NaN included."""
+    integers = {4: torch.int32, 2: torch.int16}[got.element_size()]
+    return got.dtype == expected.dtype and torch.equal(got.contiguous().view(integers), expected.contiguous().view(integers))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_are_those_of_the_images_bit_for_bit(
+    name: str, dtype: torch.dtype, augmented: bool, backend: str, launches: list[str]
+) -> None:
+    """Padding is zero, not a black pixel; one launch, and no images before the cells."""
+    size, cells = CELLS[name]
+    images, index = random_images(5, 28, 30), random_index(3, 5)
+    given = {"mean": 0.3, "std": 0.4, "dtype": dtype, "augmentation": random_augmentation(3) if augmented else None}
+    with use_backend(backend):  # type: ignore[arg-type]
+        expected = space_to_depth(gather_resize(images, index, size, **given), *cells)
+        launches.clear()
+        got = gather_resize(images, index, size, **given, cells=cells)
+    assert launches == ["_gather_resize_kernel"] * (backend == "triton")
+    assert got.is_contiguous()
+    assert equal_bits(got, expected)
+    padded = space_to_depth(torch.ones(3, 1, size, size, device=DEVICE), *cells) == 0
+    assert bool((got[padded] == 0).all())
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("n", [1, 4])
+def test_cells_in_blocks_that_end_inside_a_cell(n: int) -> None:
+    """Cells of 25 pixels, 8 x 8 of them an image, in blocks of 128."""
+    images, index, augmentation = random_images(6, 28, 28), random_index(n, 6), random_augmentation(n)
+    cells = Cells(9, 5, 2)
+    for augment in (None, augmentation):
+        got = gather_resize(images, index, 37, mean=0.3, augmentation=augment, cells=cells)
+        assert got.shape == (n, 8, 8, 25)
+        assert equal_bits(got, space_to_depth(gather_resize(images, index, 37, mean=0.3, augmentation=augment), *cells))
+
+
+def test_cells_of_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, index = random_images(6, 28, 28), random_index(3, 6)
+    expected = gather_resize(images, index, 30, cells=Cells(11, 4, 1))
+    monkeypatch.setattr(launch, "force_int64", True)
+    assert torch.equal(gather_resize(images, index, 30, cells=Cells(11, 4, 1)), expected)
+
+
+def test_cells_of_an_index_outside_are_nan_within_their_padding() -> None:
+    images, cells = random_images(3, 28, 28), Cells(11, 4, 1)
+    index = torch.tensor([0, 3, -1, 2**40, 2], device=DEVICE)
+    with use_backend("triton"):
+        got, pixels = (gather_resize(images, index, 30, cells=of) for of in (cells, None))
+    assert equal_bits(got, space_to_depth(pixels, *cells))
+    assert got.isnan().flatten(1).any(1).tolist() == [False, True, True, True, False]
 
 
 IMAGES, INDEX = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
@@ -294,6 +364,11 @@ BAD = {
     "std": ({"std": 0.0}, ValueError, "std finite and above 0"),
     "mean": ({"mean": float("nan")}, ValueError, "mean must be finite"),
     "dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32, float16 or bfloat16"),
+    "filter": ({"cells": Cells(11, 4, 1)}, ValueError, r"images \(8, 8\) with padding \(1, 1\) are smaller than a filter of"),
+    "strides": ({"cells": Cells(3, (4, 2))}, ValueError, r"cells have one stride, got \(4, 2\)"),  # type: ignore[arg-type]
+    "no_stride": ({"cells": Cells(3, 0)}, ValueError, "stride must be at least 1, got 0"),
+    "padding": ({"cells": Cells(3, 2, -1)}, ValueError, "padding must be at least 0, got -1"),
+    "cells": ({"cells": True}, TypeError, "cells must be kernels.Cells or None, got True"),
     "offset": ({"augmentation": SOME._replace(offset=SOME.offset.long())}, TypeError, "offset must be torch.int32"),
     "window_dtype": ({"augmentation": Augmentation(size=ONES.expand(2, 2))}, TypeError, r"\.size must be torch\.int32"),
     "window_shape": (

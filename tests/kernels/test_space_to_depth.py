@@ -74,6 +74,35 @@ def test_few_images_have_a_gradient_too() -> None:
     assert torch.equal(ours, exact)
 
 
+def test_cells_that_are_not_aligned() -> None:
+    """A view that begins where no descriptor may: in both passes."""
+    x, w = integers(2, 1, 27, 27, dtype=torch.float16, high=1), integers(16, 1, 11, 11, dtype=torch.float16, high=1)
+    cells = kernels.space_to_depth(x.detach(), 11, 4)
+    memory = torch.empty(cells.numel() + 1, dtype=cells.dtype, device=DEVICE)
+    shifted = memory[1:].view(cells.shape).copy_(cells)
+    assert shifted.data_ptr() % 16 != 0
+    results = []
+    for given in (cells, shifted):
+        y = kernels.conv2d_relu_max_pool2d(given, w, stride=4, cells=True, **POOL)
+        results.append((y, *torch.autograd.grad(y.sum(), w)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_reads_cells() -> None:
+    w = randn(16, 1, 11, 11, dtype=torch.float16)
+    like = images(1, 1, torch.float16)
+    assert kernels.reads_cells(like, w, 4)
+    assert kernels.reads_cells(like, w, (4, 4), 1, 1)
+    assert not kernels.reads_cells(like.float(), w.float(), 4)
+    assert not kernels.reads_cells(like[:0], w, 4)
+    assert not kernels.reads_cells(like, w, (4, 2))
+    assert not kernels.reads_cells(like, w, 4, 2)
+    assert not kernels.reads_cells(like, w[:9], 4)
+    assert not kernels.reads_cells(like, w, 3)
+    with kernels.use_backend("torch"):
+        assert not kernels.reads_cells(like, w, 4)
+
+
 def test_what_is_refused() -> None:
     x = images(1, 1, torch.float16)
     w = randn(16, 1, 11, 11, dtype=torch.float16)
@@ -91,5 +120,7 @@ def test_what_is_refused() -> None:
         kernels.space_to_depth(x.clone().requires_grad_(), 11, 4)
     with pytest.raises(ValueError, match="smaller than a filter"):
         kernels.space_to_depth(x, 50, 4)
+    with pytest.raises(ValueError, match=r"cells have one stride, got \(4, 2\)"):
+        kernels.space_to_depth(x, 11, (4, 2))
     with pytest.raises(ValueError, match=r"input must be \(N, C, H, W\)"):
         kernels.space_to_depth(x[0], 11, 4)
