@@ -18,7 +18,7 @@ import kernels
 from alexnet_triton import cli, training
 from alexnet_triton.checkpoint import read_checkpoint
 from alexnet_triton.data import load_fashion_mnist
-from alexnet_triton.distributed import ALONE, Processes
+from alexnet_triton.distributed import ALONE, Processes, joined
 
 from .test_checkpoint import contents, flat
 from .test_signals import read_until, start
@@ -164,3 +164,13 @@ def test_alone_needs_no_process_group() -> None:
     assert ALONE.any(True)
     assert not ALONE.any(False)
     assert os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def test_a_launchers_only_process_gets_its_signals_repeated_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with joined() as processes:
+        assert processes is ALONE
+        assert not processes.launched
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # as torchrun --nproc-per-node=1 sets it
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined() as processes:
+        assert (processes.size, processes.launched) == (1, True)
