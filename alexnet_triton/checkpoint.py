@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data import EVERYTHING, NOTHING
+
 FORMAT = "alexnet-triton checkpoint 1"
 
 #: In the folder of a run: the newest checkpoint, and that of the best test accuracy.
@@ -200,15 +202,27 @@ def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
             )
 
 
+#: Of what :func:`training_state` returns, how the run was begun.
+_SETTINGS = ("configuration", "options")
+
+
+def _renewed(settings: Any) -> Any:
+    """``settings`` of a file from before the parts of the augmentation had flags of their own: what was one for all of them."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("augment"), bool):
+        return settings
+    parts = dataclasses.asdict(EVERYTHING if settings["augment"] else NOTHING)
+    return {key: value for key, value in settings.items() if key != "augment"} | parts
+
+
 def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What training needs to go on from ``checkpoint``.
+    """What training needs to go on from ``checkpoint``, in the words of today.
 
     Raises:
         CheckpointError: it holds weights only.
     """
     if checkpoint.training is None:
         raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
-    return checkpoint.training
+    return {key: _renewed(value) if key in _SETTINGS else value for key, value in checkpoint.training.items()}
 
 
 def check_configuration(checkpoint: Checkpoint, here: Mapping[str, object]) -> dict[str, Any]:

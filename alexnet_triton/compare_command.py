@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from .checkpoint import CheckpointError, write_atomically
+from .data import NOTHING
 from .distributed import Processes, joined
 from .models import IMAGE_SIZE
 from .options import (
@@ -21,9 +22,12 @@ from .options import (
     BackendChoice,
     BackendOption,
     ChannelsOption,
+    ColourOption,
+    CropOption,
     DataOption,
     DeviceOption,
     EpochsOption,
+    FlipOption,
     GraphOption,
     LimitOption,
     Model,
@@ -56,7 +60,7 @@ class Compared:
         activations: names of their modules' classes, each once, in the order of the network.
         dropout: probabilities of its dropout layers, each once.
         weight_decay: factor of the L2 penalty's gradient.
-        augmented: whether the training images were changed at random.
+        augmentation: what was changed in the training images at random; empty: nothing.
         input: channels, height and width of what it takes.
         parameters: how many numbers it learns.
         epochs: how many it was trained for.
@@ -70,7 +74,7 @@ class Compared:
     activations: list[str]
     dropout: list[float]
     weight_decay: float
-    augmented: bool
+    augmentation: str
     input: tuple[int, int, int]
     parameters: int
     epochs: int
@@ -93,7 +97,7 @@ def compared(finished: FinishedRun, run: RunOptions) -> Compared:
         activations=list(dict.fromkeys(activations)),
         dropout=list(dict.fromkeys(layer.p for layer in layers if isinstance(layer, nn.Dropout))),
         weight_decay=run.weight_decay,
-        augmented=run.augment,
+        augmentation="" if run.augment == NOTHING else str(run.augment),
         input=(convolutions[0].in_channels, side, side),
         parameters=sum(parameter.numel() for parameter in finished.net.parameters()),
         epochs=last.epoch,
@@ -108,8 +112,8 @@ def _regularisation(column: Compared) -> str:
     found = [f"dropout {p:g}" for p in column.dropout]
     if column.weight_decay:
         found.append(f"weight decay {column.weight_decay:g}")
-    if column.augmented:
-        found.append("augmentation")
+    if column.augmentation:
+        found.append(f"augmentation ({column.augmentation})")
     return ", ".join(found) or "none"
 
 
@@ -155,6 +159,9 @@ def compare_command(
     dtype: PrecisionOption = PrecisionChoice.auto,
     graph: GraphOption = None,
     augment: AugmentOption = False,
+    flip: FlipOption = None,
+    crop: CropOption = None,
+    colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/compare-DATE-TIME")] = None,

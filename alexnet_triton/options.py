@@ -9,6 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
+from .data import EVERYTHING
 from .distributed import Processes
 from .training import describe_backend
 
@@ -40,6 +41,14 @@ class BackendChoice(StrEnum):
     torch = "torch"
 
 
+class CropChoice(StrEnum):
+    """See :class:`alexnet_triton.data.Augment`."""
+
+    none = "none"
+    pad = "pad"
+    resized = "resized"
+
+
 DataOption = Annotated[
     str | None,
     typer.Option(
@@ -64,7 +73,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 EpochsOption = Annotated[int, typer.Option(min=1)]
 TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
-SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images and dropout.")]
+SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images, dropout and augmentation.")]
 PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."),
@@ -73,7 +82,29 @@ GraphOption = Annotated[
     bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
 ]
 AugmentOption = Annotated[
-    bool, typer.Option("--augment", help="Crop, flip and change brightness and contrast of each image at random.")
+    bool,
+    typer.Option(
+        "--augment",
+        help=f"Change each training image at random: {EVERYTHING}. Each has an option of its own.",
+    ),
+]
+FlipOption = Annotated[
+    bool | None, typer.Option("--flip/--no-flip", help="Mirror each image with probability 1/2.", show_default="with --augment")
+]
+CropOption = Annotated[
+    CropChoice | None,
+    typer.Option(
+        help="pad: move each image by up to a fourteenth of its side. resized: enlarge a random box of it to its size.",
+        show_default="none; with --augment pad",
+    ),
+]
+ColourOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--colour/--no-colour",
+        help="Change brightness and contrast of images of one channel, the light of those of three.",
+        show_default="with --augment",
+    ),
 ]
 TensorboardOption = Annotated[
     bool,

@@ -19,7 +19,7 @@ from torch import nn
 import kernels
 
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
-from .data import DataError, Dataset
+from .data import EVERYTHING, NOTHING, Augment, DataError, Dataset
 from .distributed import Processes, joined
 from .evaluation import measure_speed, predict_split
 from .events import EpochEvents, summary_writer
@@ -30,9 +30,12 @@ from .options import (
     BackendChoice,
     BackendOption,
     ChannelsOption,
+    ColourOption,
+    CropOption,
     DataOption,
     DeviceOption,
     EpochsOption,
+    FlipOption,
     GraphOption,
     LimitOption,
     Model,
@@ -118,10 +121,20 @@ class RunOptions:
     seed: int
     dtype: str
     graph: bool
-    augment: bool
+    flip: bool
+    crop: str
+    colour: bool
     tensorboard: bool
     device: str
 
+    @property
+    def augment(self) -> Augment:
+        """What is changed in the training images."""
+        return Augment(self.flip, self.crop, self.colour)  # type: ignore[arg-type]  # which checks it
+
+
+#: The options that are parts of the augmentation.
+_PARTS = tuple(field.name for field in dataclasses.fields(Augment))
 
 #: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
 _MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "tensorboard", "weight_decay", "workers"})
@@ -144,15 +157,24 @@ def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
     return path
 
 
+def _with_parts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with each part of the augmentation: as ``augment`` has it where it is None."""
+    parts = dataclasses.asdict(EVERYTHING if options["augment"] else NOTHING)
+    return {**options} | {name: value if options[name] is None else options[name] for name, value in parts.items()}
+
+
 def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[str, Any]:
     """The parameters of ``train``: those of the run in ``checkpoint``, apart from what is given on the command line."""
     options = dict(context.params)
+    if options["augment"]:
+        options = _with_parts(options)
     saved = training_state(checkpoint).get("options", {})
     if unknown := [name for name in saved if name not in options]:
         raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
     for name, value in saved.items():
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE" and (name, options[name]) != ("dtype", "auto")
+        given = given or (name in _PARTS and options["augment"])
         if given and name not in _MAY_CHANGE and options[name] != value:
             raise typer.BadParameter(
                 f"the run in {checkpoint.path} has {value}, not {options[name]}", param_hint="--" + name.replace("_", "-")
@@ -169,8 +191,10 @@ def resolve(options: Mapping[str, Any], where: torch.device, processes: Processe
         typer.BadParameter: a CUDA graph where there is none.
         typer.Exit: a package that an option needs is missing, which is said.
     """
+    options = _with_parts(options)
     resolved = {field.name: options[field.name] for field in dataclasses.fields(RunOptions)}
-    resolved["model"], resolved["backend"] = str(options["model"]), str(options["backend"])
+    for name in ("model", "backend", "crop"):  # plain strings, which a checkpoint can keep
+        resolved[name] = str(options[name])
     resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
     resolved["channels"] = options["channels"] or default_channels(options["data"])
     if options["data"] not in (None, "sample"):
@@ -217,6 +241,9 @@ def train_command(
     dtype: PrecisionOption = PrecisionChoice.auto,
     graph: GraphOption = None,
     augment: AugmentOption = False,
+    flip: FlipOption = None,
+    crop: CropOption = None,
+    colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,

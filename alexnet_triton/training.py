@@ -30,7 +30,7 @@ from .checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from .data import CLASSES, Split, input_for
+from .data import CLASSES, NOTHING, Augment, Split, input_for
 from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
 from .fused import fuse
@@ -138,7 +138,7 @@ class Trainer:
         net: on ``device``, in the dtype it trains in.
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
-        augment: change each image at random (:func:`alexnet_triton.data.augmented_input`).
+        augment: what to change in each image at random (:func:`alexnet_triton.data.augmented_input`).
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
             for :meth:`float32_weights`.
@@ -157,7 +157,7 @@ class Trainer:
         lr: float,
         device: torch.device,
         graph: bool,
-        augment: bool = False,
+        augment: Augment = NOTHING,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         processes: Processes = ALONE,
@@ -421,7 +421,7 @@ def train(
     device: torch.device,
     out: Path,
     graph: bool = False,
-    augment: bool = False,
+    augment: Augment = NOTHING,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     resume: Checkpoint | None = None,
@@ -444,7 +444,7 @@ def train(
         model: its name.
         classes: what it tells apart, in the order of the labels.
         graph: run each step as a CUDA graph.
-        augment: change each training image at random.
+        augment: what to change in each training image at random.
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         resume: go on from there, up to ``epochs`` in all. ``metrics.jsonl`` becomes its epochs, and goes on.
         options: kept in the checkpoint for whoever resumes it; numbers, strings, None.
@@ -475,7 +475,7 @@ def train(
         "batch_size": batch_size,
         "momentum": momentum,
         "seed": seed,
-        "augment": augment,
+        **dataclasses.asdict(augment),
         "processes": processes.size,
         "training images": len(train_split),
         "data checksum": _checksum(train_split),

@@ -222,9 +222,16 @@ def single_operations(dtype: torch.dtype) -> None:
     kernels.dropout_mask((1000,), 0.5, 1)
     images, index = torch.empty(60000, 28, 28, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
     ones = torch.ones(128)
-    augmentation = kernels.Augmentation(torch.zeros(128, 2, dtype=torch.int32), ones > 0, ones, ones)
+    pairs = torch.ones(128, 2, dtype=torch.int32)
     cells = kernels.Cells(kernel_size=11, stride=4, padding=1)  # conv1's
-    for change, of_conv1 in itertools.product((None, augmentation), (None, cells)):
+    changes = (
+        None,
+        kernels.Augmentation(pairs, ones > 0, ones, ones),
+        kernels.Augmentation(pairs, ones > 0, ones, ones, pairs),
+        kernels.Augmentation(offset=pairs, size=pairs),
+        kernels.Augmentation(flip=ones > 0),
+    )
+    for change, of_conv1 in itertools.product(changes, (None, cells)):
         kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=change, cells=of_conv1)
 
 

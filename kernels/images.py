@@ -26,20 +26,23 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Augmentation(NamedTuple):
-    """What :func:`gather_resize` changes in each of N images before it resizes them, in this order.
+    """What :func:`gather_resize` changes in each of N images before it resizes them, in this order; None: not that.
 
     Attributes:
         offset: (N, 2) int32: row and column of the image where the window begins that takes its place; what lies outside of the
-            image is black. A crop of the size of the image from the image with a border.
-        flip: (N,) bool: left and right are swapped.
+            image is black. None: 0 and 0.
+        flip: (N,) bool: left and right of the window are swapped.
         brightness: (N,) float32: factor of the pixels, then limited to [0, 1].
         contrast: (N,) float32, of the distance of the pixels from their mean over the window, then limited to [0, 1].
+        size: (N, 2) int32, 1 or more: height and width of the window. None: those of the image, so that the window is a crop
+            from the image with a border. (The last field; it is a part of the first change.)
     """
 
-    offset: Tensor
-    flip: Tensor
-    brightness: Tensor
-    contrast: Tensor
+    offset: Tensor | None = None
+    flip: Tensor | None = None
+    brightness: Tensor | None = None
+    contrast: Tensor | None = None
+    size: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -53,6 +56,7 @@ def _window_pixel(
     mask,
     top,
     left,
+    width,
     flip,
     brightness,
     stride_ih,
@@ -61,9 +65,9 @@ def _window_pixel(
     W: tl.constexpr,
     AUGMENT: tl.constexpr,
 ):
-    """The window's pixels (y, x) in [0, 255], before contrast; 0 where masked."""
+    """The pixels (y, x) of a window ``width`` wide, in [0, 255], before contrast; 0 where masked."""
     if AUGMENT:
-        x = tl.where(flip, W - 1 - x, x) + left
+        x = tl.where(flip, width - 1 - x, x) + left
         y = y + top
         mask = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
     b_pixel = tl.load(p_image + y * stride_ih + x * stride_iw, mask=mask, other=0).to(tl.float32)
@@ -73,9 +77,9 @@ def _window_pixel(
 
 
 @triton.jit
-def _contrasted(b_pixel, contrast, mean, AUGMENT: tl.constexpr):
+def _contrasted(b_pixel, contrast, mean, CONTRAST: tl.constexpr):
     """Pixels in [0, 255] moved away from ``mean``, or towards it."""
-    if AUGMENT:
+    if CONTRAST:
         b_pixel = tl.minimum(tl.maximum(contrast * b_pixel + (1.0 - contrast) * mean, 0.0), 255.0)
     return b_pixel
 
@@ -84,10 +88,11 @@ def _contrasted(b_pixel, contrast, mean, AUGMENT: tl.constexpr):
 def _gather_resize_kernel(
     images_ptr,  # [D, H, W] uint8, any strides
     index_ptr,  # [N] int64, contiguous
-    offset_ptr,  # [N, 2] int32, contiguous; with AUGMENT, as the next three
+    offset_ptr,  # [N, 2] int32, contiguous; or None, as the next four. AUGMENT says whether any is there
     flip_ptr,  # [N] bool, contiguous
     brightness_ptr,  # [N] float32, contiguous
     contrast_ptr,  # [N] float32, contiguous
+    size_ptr,  # [N, 2] int32, contiguous
     y_ptr,  # out: [N, ROWS, COLUMNS, STRIDE, STRIDE], contiguous
     D,
     mean,
@@ -125,36 +130,60 @@ def _gather_resize_kernel(
     i_d = tl.load(index_ptr + i_n)
     inside = (i_d >= 0) & (i_d < D)
     p_image = images_ptr + i_d * stride_id
-    top, left, flip, brightness, contrast, window_mean = 0, 0, False, 1.0, 1.0, 0.0
-    if AUGMENT:
+    # The window in pixels of the image, and how many of them a step of one pixel in the output is.
+    top, left, height, width = 0, 0, H, W
+    step_y, step_x = H / SIZE, W / SIZE
+    flip, brightness, contrast, window_mean = False, 1.0, 1.0, 0.0
+    CONTRAST: tl.constexpr = contrast_ptr is not None
+    if offset_ptr is not None:
         top, left = tl.load(offset_ptr + 2 * i_n), tl.load(offset_ptr + 2 * i_n + 1)
+    if size_ptr is not None:
+        height, width = tl.load(size_ptr + 2 * i_n), tl.load(size_ptr + 2 * i_n + 1)
+        inside = inside & (height > 0) & (width > 0)
+        # In int64, so that no window is so large or so far away that a sum wraps around and is inside of the image.
+        height, width = tl.maximum(height, 1).to(tl.int64), tl.maximum(width, 1).to(tl.int64)
+        step_y, step_x = tl.div_rn(height.to(tl.float32), SIZE * 1.0), tl.div_rn(width.to(tl.float32), SIZE * 1.0)
+        if offset_ptr is not None:
+            top, left = tl.cast(top, tl.int64), tl.cast(left, tl.int64)
+    if flip_ptr is not None:
         flip = tl.load(flip_ptr + i_n) != 0
-        brightness, contrast = tl.load(brightness_ptr + i_n), tl.load(contrast_ptr + i_n)
+    if brightness_ptr is not None:
+        brightness = tl.load(brightness_ptr + i_n)
+    if CONTRAST:
+        contrast = tl.load(contrast_ptr + i_n)
         # Each program sums the whole window: it is as small as the block, and no second launch is needed.
         b_sum = tl.zeros([BLOCK], tl.float32)
+        pixels, flip_s = H * W, flip
+        if size_ptr is not None:
+            pixels, flip_s = height.to(tl.float32) * width.to(tl.float32), False  # the sum is the same
         for start in range(0, H * W, BLOCK):
             o_s = start + tl.arange(0, BLOCK)
             m_s = inside & (o_s < H * W)
+            y_s, x_s = o_s // W, o_s % W
+            if size_ptr is not None:
+                # Over the image, not over the window: however large that is, the rest of it is black.
+                y_s, x_s = y_s - top, x_s - left
+                m_s = m_s & (y_s >= 0) & (y_s < height) & (x_s >= 0) & (x_s < width)
             b_sum += _window_pixel(
-                p_image, o_s // W, o_s % W, m_s, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT
+                p_image, y_s, x_s, m_s, top, left, width, flip_s, brightness, stride_ih, stride_iw, H, W, AUGMENT
             )
-        window_mean = tl.sum(b_sum) / (H * W)
+        window_mean = tl.sum(b_sum) / pixels
 
     # Centres of pixels lie on centres (align_corners=False); beyond the outermost ones the edge goes on.
-    b_y = tl.maximum((o_y.to(tl.float32) + 0.5) * (H / SIZE) - 0.5, 0.0)
-    b_x = tl.maximum((o_x.to(tl.float32) + 0.5) * (W / SIZE) - 0.5, 0.0)
+    b_y = tl.maximum((o_y.to(tl.float32) + 0.5) * step_y - 0.5, 0.0)
+    b_x = tl.maximum((o_x.to(tl.float32) + 0.5) * step_x - 0.5, 0.0)
     y0, x0 = b_y.to(tl.int32), b_x.to(tl.int32)
-    y1, x1 = tl.minimum(y0 + 1, H - 1), tl.minimum(x0 + 1, W - 1)
+    y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
     b_down, b_right = b_y - y0.to(tl.float32), b_x - x0.to(tl.float32)
     m_load = m_image & inside
-    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_00 = _contrasted(b_00, contrast, window_mean, AUGMENT)
-    b_01 = _contrasted(b_01, contrast, window_mean, AUGMENT)
-    b_10 = _contrasted(b_10, contrast, window_mean, AUGMENT)
-    b_11 = _contrasted(b_11, contrast, window_mean, AUGMENT)
+    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_00 = _contrasted(b_00, contrast, window_mean, CONTRAST)
+    b_01 = _contrasted(b_01, contrast, window_mean, CONTRAST)
+    b_10 = _contrasted(b_10, contrast, window_mean, CONTRAST)
+    b_11 = _contrasted(b_11, contrast, window_mean, CONTRAST)
     b_upper = (1.0 - b_right) * b_00 + b_right * b_01
     b_lower = (1.0 - b_right) * b_10 + b_right * b_11
     b_out = (1.0 - b_down) * b_upper + b_down * b_lower
@@ -189,16 +218,13 @@ def _launch_gather_resize(
     elements = rows * columns * stride * stride
     # Of images, also where cells have more pixels: the block is the order in which a window is summed, and cells the same bits.
     config = elementwise_config(size * size)
-    offset, flip, brightness, contrast = augmentation if augmentation is not None else (None, None, None, None)
+    given = augmentation or Augmentation()
     launch(
         _gather_resize_kernel,
         (len(index) * cdiv(elements, config["BLOCK"]),),
         images_ptr=images,
         index_ptr=index,
-        offset_ptr=offset,
-        flip_ptr=flip,
-        brightness_ptr=brightness,
-        contrast_ptr=contrast,
+        **{f"{name}_ptr": tensor for name, tensor in given._asdict().items()},
         y_ptr=output,
         D=depth,
         mean=float(mean),
@@ -222,19 +248,67 @@ def _launch_gather_resize(
 
 
 def _augmented(pixels: Tensor, augmentation: Augmentation) -> Tensor:
-    """``pixels`` (N, H, W) in [0, 1] after :class:`Augmentation`."""
+    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` whose windows are of the size of the image."""
     n, height, width = pixels.shape
-    offset, flip, brightness, contrast = augmentation
+    offset, flip, brightness, contrast, _ = augmentation
     device = pixels.device
-    y = offset[:, :1] + torch.arange(height, device=device)  # [N, H]
-    x = torch.arange(width, device=device).expand(n, width)
-    x = offset[:, 1:] + torch.where(flip[:, None], width - 1 - x, x)  # [N, W]
+    y, x = (torch.arange(length, device=device).expand(n, length) for length in (height, width))
+    if flip is not None:
+        x = torch.where(flip[:, None], width - 1 - x, x)
+    if offset is not None:
+        y, x = y + offset[:, :1], x + offset[:, 1:]
+    window = _at(pixels, y, x)
+    if brightness is not None:
+        window = (window * brightness[:, None, None]).clamp(0, 1)
+    if contrast is not None:
+        window = _contrasted_reference(window, contrast, window.mean((1, 2)))
+    return window
+
+
+def _at(pixels: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The pixels of each image in its rows ``y`` (N, P) and columns ``x`` (N, Q), 0 where it has none: (N, P, Q)."""
+    n, height, width = pixels.shape
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    image = torch.arange(n, device=device)[:, None, None]
-    window = pixels[image, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
-    window = (torch.where(inside, window, 0.0) * brightness[:, None, None]).clamp(0, 1)
-    mean = window.mean((1, 2), keepdim=True)
-    return (contrast[:, None, None] * window + (1 - contrast[:, None, None]) * mean).clamp(0, 1)
+    image = torch.arange(n, device=pixels.device)[:, None, None]
+    found = pixels[image, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    return torch.where(inside, found, 0.0)
+
+
+def _contrasted_reference(pixels: Tensor, contrast: Tensor, mean: Tensor) -> Tensor:
+    """``pixels`` (N, P, Q) in [0, 1] moved away from the ``mean`` (N,) of each image, or towards it."""
+    contrast = contrast[:, None, None]
+    return (contrast * pixels + (1 - contrast) * mean[:, None, None]).clamp(0, 1)
+
+
+def _resized_window(pixels: Tensor, augmentation: Augmentation, size: int) -> Tensor:
+    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` with windows of their own sizes, resized: (N, size, size).
+
+    F.interpolate cannot: each image is enlarged by another factor. And to know the factors, the host would have to wait.
+    """
+    offset, flip, brightness, contrast, window = augmentation
+    assert window is not None
+    offset = torch.zeros_like(window, dtype=torch.int64) if offset is None else offset.to(torch.int64)
+    (top, left), (height, width) = offset[..., None].unbind(1), window.to(torch.int64)[..., None].unbind(1)  # [N, 1] each
+    if brightness is not None:
+        pixels = (pixels * brightness[:, None, None]).clamp(0, 1)
+    if contrast is not None:
+        y, x = (torch.arange(length, device=pixels.device) for length in pixels.shape[1:])
+        in_window = ((y >= top) & (y < top + height))[:, :, None] & ((x >= left) & (x < left + width))[:, None, :]
+        mean = torch.where(in_window, pixels, 0.0).sum((1, 2)) / (height.to(pixels.dtype) * width)[:, 0]
+
+    def corner(y: Tensor, x: Tensor) -> Tensor:
+        x = x if flip is None else torch.where(flip[:, None], width - 1 - x, x)
+        found = _at(pixels, y + top, x + left)
+        return found if contrast is None else _contrasted_reference(found, contrast, mean)
+
+    centres = torch.arange(size, device=pixels.device, dtype=pixels.dtype) + 0.5
+    y, x = ((centres * (length.to(pixels.dtype) / size) - 0.5).clamp(min=0) for length in (height, width))
+    y0, x0 = y.to(torch.int64), x.to(torch.int64)
+    y1, x1 = torch.minimum(y0 + 1, height - 1), torch.minimum(x0 + 1, width - 1)
+    down, right = (y - y0)[:, :, None], (x - x0)[:, None, :]
+    upper, lower = ((1 - right) * corner(row, x0) + right * corner(row, x1) for row in (y0, y1))
+    resized = (1 - down) * upper + down * lower
+    return torch.where(((height > 0) & (width > 0))[:, :, None], resized, torch.nan)
 
 
 def gather_resize_reference(
@@ -250,18 +324,30 @@ def gather_resize_reference(
 ) -> Tensor:
     """What :func:`gather_resize` means, in PyTorch's own operations; dtype may be float64, which it then computes in."""
     pixels = images[index].to(torch.promote_types(dtype, torch.float32)) / 255
-    if augmentation is not None:
+    if augmentation is not None and augmentation.size is not None:
+        pixels = _resized_window(pixels, augmentation, size)
+    elif augmentation is not None:
         pixels = _augmented(pixels, augmentation)
     scaled = pixels.unsqueeze(1)
-    if images.shape[1:] != (size, size):
+    if pixels.shape[1:] != (size, size):
         scaled = F.interpolate(scaled, size=(size, size), mode="bilinear", align_corners=False)
     output = ((scaled - mean) / std).to(dtype)
     return output if cells is None else space_to_depth_reference(output, cells)
 
 
 def _check_augmentation(augmentation: Augmentation, n: int, device: torch.device) -> None:
-    expected = Augmentation(((n, 2), torch.int32), ((n,), torch.bool), ((n,), torch.float32), ((n,), torch.float32))  # type: ignore[arg-type]
-    for name, tensor, (shape, dtype) in zip(Augmentation._fields, augmentation, expected, strict=True):
+    pair, one = (n, 2), (n,)
+    expected = {
+        "offset": (pair, torch.int32),
+        "flip": (one, torch.bool),
+        "brightness": (one, torch.float32),
+        "contrast": (one, torch.float32),
+        "size": (pair, torch.int32),
+    }
+    for name, (shape, dtype) in expected.items():
+        tensor = getattr(augmentation, name)
+        if tensor is None:
+            continue
         if tensor.dtype != dtype:
             raise TypeError(f"augmentation.{name} must be {dtype}, got {tensor.dtype}")
         if tuple(tensor.shape) != shape:
@@ -285,8 +371,9 @@ def gather_resize(
     """The images of ``index`` as a network's input: resized bilinearly, scaled to [0, 1], normalised.
 
     Resizing has the meaning of ``F.interpolate(..., mode="bilinear", align_corners=False)``; where it enlarges that is
-    ``torchvision.transforms.v2.functional.resize`` too (which smooths before it shrinks). Computed in float32. Never waits for
-    the GPU, and can be captured in a CUDA graph.
+    ``torchvision.transforms.v2.functional.resize`` too (which smooths before it shrinks). A window of ``augmentation`` is
+    resized as if it were the whole image: as ``resized_crop`` there does where the window is no larger than the output, and
+    without smoothing where it is. Computed in float32. Never waits for the GPU, and can be captured in a CUDA graph.
 
     Args:
         images: (D, H, W) uint8, any strides.
@@ -295,7 +382,8 @@ def gather_resize(
         size: side of the images returned.
         mean, std: subtracted from pixels in [0, 1]; what they are divided by then.
         dtype: of the result: float32, float16 or bfloat16.
-        augmentation: changes of each image before it is resized.
+        augmentation: changes of each image before it is resized. A window whose height or width is below 1 gives an image of
+            NaN: to raise an error one would have to wait for the GPU.
         cells: write what :func:`kernels.space_to_depth` would make of the images, the same bits, and no images before it.
 
     Returns:
@@ -327,6 +415,8 @@ def gather_resize(
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if augmentation is not None:
         _check_augmentation(augmentation, len(index), images.device)
+        if all(tensor is None for tensor in augmentation):
+            augmentation = None
     shape: tuple[int, ...] = (1, size, size)
     if cells is not None:
         if not isinstance(cells, Cells):
@@ -339,7 +429,7 @@ def gather_resize(
         )
     if augmentation is not None:
         # resolve_neg: a kernel sees memory, not the minus that PyTorch still owes it.
-        augmentation = Augmentation(*(t.contiguous().resolve_neg() for t in augmentation))
+        augmentation = Augmentation(*(t if t is None else t.contiguous().resolve_neg() for t in augmentation))
     output = new_output((len(index), *shape), dtype, images.device)
     _launch_gather_resize(
         images, index.contiguous(), output, size, cells or _PIXELS, mean=mean, std=std, augmentation=augmentation

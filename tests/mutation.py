@@ -236,6 +236,13 @@ FAULTS = (
         ("tests/alexnet_triton/test_cells.py::test_other_cells_and_layers_that_read_none_are_refused",),
     ),
     Fault(
+        "a window's last row is followed by the image's next one, not by itself",
+        "kernels/images.py",
+        "tl.minimum(y0 + 1, height - 1)",
+        "tl.minimum(y0 + 1, H - 1)",
+        ("tests/kernels/test_images.py::test_windows_are_torchvisions",),
+    ),
+    Fault(
         "a mask one element too long in the optimizer",
         "kernels/sgd.py",
         "o < size - start, lr",

@@ -86,7 +86,9 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     index = torch.tensor([4, 0]).to(device)
     ones = torch.ones(2).to(device)
     augmentation = kernels.Augmentation(torch.tensor([[1, -2], [0, 3]], dtype=torch.int32).to(device), ones > 0, ones, ones)
-    for augmented, cells in itertools.product((None, augmentation), (None, kernels.Cells(11, 4, (1, 2)))):
+    windows = augmentation._replace(size=torch.tensor([[9, 40], [28, 1]], dtype=torch.int32).to(device))
+    changes = (None, augmentation, windows, windows._replace(flip=None, brightness=None, contrast=None))
+    for augmented, cells in itertools.product(changes, (None, kernels.Cells(11, 4, (1, 2)))):
         kernels.gather_resize(pixels, index, 45, dtype=dtype, augmentation=augmented, cells=cells)
 
     sizes = (5000, 10, 4097)

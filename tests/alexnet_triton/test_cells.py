@@ -21,7 +21,16 @@ from alexnet_triton import (
     reference_alexnet,
     reference_lenet,
 )
-from alexnet_triton.data import Split, augmented_input, input_for, load_fashion_mnist, network_input
+from alexnet_triton.data import (
+    EVERYTHING,
+    NOTHING,
+    Augment,
+    Split,
+    augmented_input,
+    input_for,
+    load_fashion_mnist,
+    network_input,
+)
 from alexnet_triton.evaluation import evaluate, measure_speed, predict_split
 from alexnet_triton.training import Trainer
 from kernels.backend import HALF, INTERPRETED, has_copy_engine
@@ -272,7 +281,7 @@ def _state(trainer: Trainer) -> list[Tensor]:
     return [t.detach().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 
-def _trained(dtype: torch.dtype, augment: bool) -> list[Tensor]:
+def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
     """Two epochs of 4 and 3 images."""
     trainer = Trainer(
         network(dtype), split(7), batch_size=4, image_size=SIZE, lr=0.1, device=DEVICE_, graph=False, augment=augment
@@ -284,9 +293,9 @@ def _trained(dtype: torch.dtype, augment: bool) -> list[Tensor]:
 
 
 @HALF_DTYPES
-@pytest.mark.parametrize("augment", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("augment", [NOTHING, EVERYTHING], ids=["plain", "augmented"])
 def test_training_computes_the_same_bits(
-    augment: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+    augment: Augment, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
     on_cells = _trained(dtype, augment)
     assert "_space_to_depth_kernel" not in launches
@@ -344,7 +353,7 @@ def test_images_of_three_channels_stay_images() -> None:
     net = AlexNet(in_channels=3)[:3].to(DEVICE, torch.bfloat16)
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, device=DEVICE)
     index = torch.tensor([1], device=DEVICE)
-    for augment in (False, True):
+    for augment in (NOTHING, EVERYTHING):
         given = input_for(net, images, index, 32, dtype=torch.bfloat16, augment=augment)
         assert isinstance(given, Tensor)
         assert given.shape == (1, 3, 32, 32)
@@ -357,7 +366,7 @@ def test_augmented_cells_are_drawn_as_augmented_images() -> None:
     results = []
     for cells in (None, CONV1):
         torch.manual_seed(3)
-        results.append(augmented_input(images, index, SIZE, torch.bfloat16, cells))
+        results.append(augmented_input(images, index, SIZE, dtype=torch.bfloat16, cells=cells))
     assert torch.equal(kernels.space_to_depth(results[0], *CONV1), results[1])
 
 

@@ -33,7 +33,7 @@ from alexnet_triton.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.data import EVERYTHING, NOTHING, Augment, load_fashion_mnist
 from alexnet_triton.training import Stopped, train
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
@@ -288,7 +288,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     momentum: float = 0.0
     dropout: float = 0.0
-    augment: bool = False
+    augment: Augment = NOTHING
     graph: bool = False
     device: torch.device = CPU
 
@@ -297,12 +297,14 @@ CASES = {
     "plain": Case(),
     "momentum": Case(momentum=0.9),
     "dropout": Case(dropout=0.5),
-    "augment": Case(augment=True),
+    "augment": Case(augment=EVERYTHING),
+    "resized_crop": Case(augment=Augment(crop="resized")),
+    "augment-resized_crop": Case(augment=Augment(flip=True, crop="resized", colour=True)),
     "bfloat16": Case(torch.bfloat16),
     "float16-momentum": Case(torch.float16, momentum=0.9),
-    "bfloat16-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True),
-    "gpu-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True, device=CUDA),
-    "gpu-graph-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=True, graph=True, device=CUDA),
+    "bfloat16-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=EVERYTHING),
+    "gpu-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=EVERYTHING, device=CUDA),
+    "gpu-graph-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=EVERYTHING, graph=True, device=CUDA),
 }
 cases = pytest.mark.parametrize(
     "case", [pytest.param(c, id=n, marks=[needs_a_gpu] * (c.device == CUDA)) for n, c in CASES.items()]
@@ -458,7 +460,9 @@ OTHER = {
     "batch_size": ({"batch_size": 8}, {}, "batch_size 16, this run has 8"),
     "momentum": ({"momentum": 0.5}, {}, r"momentum 0.0, this run has 0.5"),
     "seed": ({"seed": 6}, {}, "seed 5, this run has 6"),
-    "augment": ({"augment": True}, {}, "augment False, this run has True"),
+    "flip": ({"augment": Augment(flip=True)}, {}, "flip False, this run has True"),
+    "crop": ({"augment": Augment(crop="resized")}, {}, "crop none, this run has resized"),
+    "colour": ({"augment": Augment(colour=True)}, {}, "colour False, this run has True"),
     "model": ({"model": "alexnet"}, {}, "model lenet, this run has alexnet"),
 }
 
@@ -472,6 +476,28 @@ def test_a_checkpoint_of_another_configuration_is_refused(other: str, tmp_path: 
     with pytest.raises(CheckpointError, match=f"checkpoint.pt: was trained with {message}"):
         resume(dataclasses.replace(case, **changes), tmp_path, **options)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("augment", [NOTHING, EVERYTHING], ids=str)
+def test_a_run_from_before_the_parts_of_the_augmentation_had_flags_goes_on(augment: Augment, tmp_path: Path) -> None:
+    """Its file has one for all of them; what it drew is drawn on. With a part changed it is refused."""
+    case = Case(augment=augment, dropout=0.5)
+    run(case, tmp_path / "whole")
+    run(case, tmp_path / "parts", epochs=1)
+    for name in ("checkpoint.pt", "best.pt"):
+        path = tmp_path / "parts" / name
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.training is not None
+        configuration = checkpoint.training["configuration"]
+        for part in ("flip", "crop", "colour"):
+            del configuration[part]
+        configuration["augment"] = augment == EVERYTHING
+        save_checkpoint(path, checkpoint)
+    with pytest.raises(CheckpointError, match=r"crop (none|pad), this run has resized"):
+        resume(dataclasses.replace(case, augment=dataclasses.replace(augment, crop="resized")), tmp_path / "parts")
+    resume(case, tmp_path / "parts")
+    expected, found = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert (found[0], found[-1]) == (expected[0], expected[-1])
 
 
 def test_other_classes_channels_and_images_are_refused(tmp_path: Path) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2 as transforms
+import torchvision.transforms.v2.functional as tv
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 from alexnet_triton import data
 from alexnet_triton.data import (
+    AREA,
+    EVERYTHING,
     FACTORS,
+    NOTHING,
     SHIFT,
+    Augment,
     DataError,
+    augmented_input,
     draw_augmentation,
+    draw_boxes,
+    draw_light,
     load_fashion_mnist,
     read_folder,
     read_idx,
@@ -193,9 +207,23 @@ def test_resize_is_torchvisions() -> None:
     assert torch.equal(to_input(images, 28)[:, 0], images.float() / 255)
 
 
+CPU = torch.device("cpu")
+
+#: Each part alone, and all of them with each crop.
+PARTS = {
+    "flip": Augment(flip=True),
+    "pad": Augment(crop="pad"),
+    "resized": Augment(crop="resized"),
+    "colour": Augment(colour=True),
+    "all_pad": EVERYTHING,
+    "all_resized": Augment(flip=True, crop="resized", colour=True),
+}
+
+
 def test_augmentations_fill_their_ranges_and_follow_the_seed() -> None:
     torch.manual_seed(5)
-    offset, flip, brightness, contrast = draw_augmentation(500, torch.device("cpu"))
+    offset, flip, brightness, contrast, size = draw_augmentation(500, CPU)
+    assert size is None
     assert set(offset.flatten().tolist()) == set(range(-SHIFT, SHIFT + 1))
     assert 0.4 < flip.float().mean() < 0.6
     for factor in (brightness, contrast):
@@ -203,7 +231,198 @@ def test_augmentations_fill_their_ranges_and_follow_the_seed() -> None:
         assert FACTORS[1] - 0.01 < factor.max() <= FACTORS[1]
     assert not torch.equal(brightness, contrast)
     torch.manual_seed(5)
-    assert torch.equal(draw_augmentation(500, torch.device("cpu")).contrast, contrast)
+    assert torch.equal(draw_augmentation(500, CPU).contrast, contrast)
+
+
+#: The random numbers of each part, in their order.
+DRAWN: dict[str, list[Callable[[], object]]] = {
+    "flip": [lambda: torch.rand(7)],
+    "pad": [lambda: torch.randint(-2, 3, (7, 2), dtype=torch.int32)],
+    "resized": [lambda: torch.rand(7, 10), lambda: torch.rand(7, 10), lambda: torch.rand(7, 2)],
+    "colour": [lambda: torch.rand(7), lambda: torch.rand(7)],
+}
+DRAWN["all_pad"] = DRAWN["pad"] + DRAWN["flip"] + DRAWN["colour"]
+DRAWN["all_resized"] = DRAWN["resized"] + DRAWN["flip"] + DRAWN["colour"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("part", ["nothing", *PARTS])
+def test_nothing_is_drawn_for_a_part_that_is_off(part: str, channels: int) -> None:
+    """The generator stands where the part's own draws leave it."""
+    images = torch.randint(0, 256, (7, 28, 28) if channels == 1 else (7, 3, 28, 28), dtype=torch.uint8)
+    augment = PARTS.get(part, NOTHING)
+    draws = DRAWN.get(part, [])
+    if channels == 3 and augment.colour:
+        draws = [*draws[:-2], lambda: torch.randn(3, 7)]
+    torch.manual_seed(1)
+    augmented_input(images, torch.arange(7), 28, augment)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    for draw in draws:
+        draw()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("part", PARTS)
+def test_augmented_images_are_torchvisions(part: str, backend: str, channels: int) -> None:
+    """The same parameters, one image after the other; none stays as it is."""
+    images = torch.randint(0, 256, (5, 28, 28) if channels == 1 else (5, 3, 28, 28), dtype=torch.uint8)
+    index, augment = torch.tensor([4, 0, 0, 2, 1, 3]), PARTS[part]
+    torch.manual_seed(2)
+    with kernels.use_backend(backend):  # type: ignore[arg-type]
+        ours = augmented_input(images, index, 56, augment)
+    torch.manual_seed(2)
+    offset, flip, brightness, contrast, size = draw_augmentation(
+        6, CPU, augment=Augment(augment.flip, augment.crop, augment.colour and channels == 1)
+    )
+    light = draw_light(6, CPU) if augment.colour and channels == 3 else torch.zeros(6, channels)
+    assert (offset is None, flip is None) == (augment.crop == "none", not augment.flip)
+    changed = 0
+    for n in range(6):
+        plain = image = images[index[n]].view(channels, 28, 28).float() / 255
+        if offset is not None:
+            image = tv.crop(image, *offset[n].tolist(), *([28, 28] if size is None else size[n].tolist()))
+        if flip is not None and flip[n]:
+            image = tv.horizontal_flip(image)
+        if brightness is not None:
+            image = tv.adjust_contrast(tv.adjust_brightness(image, brightness[n].item()), contrast[n].item())
+        expected = tv.resize(image, [56, 56]) + light[n][:, None, None]
+        torch.testing.assert_close(ours[n], expected, rtol=0, atol=1e-5)
+        changed += not torch.allclose(ours[n], tv.resize(plain, [56, 56]), rtol=0, atol=1e-3)
+    assert changed >= (1 if part == "flip" else 5)
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of Kolmogorov and Smirnov: the largest difference between the distribution functions of two samples."""
+    values = torch.cat([ours, theirs]).unique()
+    functions = (torch.searchsorted(x.sort().values, values, right=True) / len(x) for x in (ours, theirs))
+    return torch.sub(*functions).abs().max().item()
+
+
+#: What says of a box (top, left, height, width) how it is distributed.
+MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "top": lambda b: b[0],
+    "left": lambda b: b[1],
+    "height": lambda b: b[2],
+    "width": lambda b: b[3],
+    "area": lambda b: b[2] * b[3],
+    "aspect": lambda b: b[3] / b[2],
+    "bottom": lambda b: b[0] + b[2],
+    "right": lambda b: b[1] + b[3],
+}
+
+BOXES = 20_000
+#: Two samples of one distribution are further apart in one of 10,000 cases.
+FAR = math.sqrt(-math.log(1e-4 / 2) / BOXES)
+
+
+def our_boxes(size: int) -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.cat(draw_boxes(BOXES, CPU, size), 1).double().T  # [4, BOXES]
+
+
+def their_boxes(size: int, area: tuple[float, float]) -> torch.Tensor:
+    torch.manual_seed(4)
+    crop, image = transforms.RandomResizedCrop(size, scale=area), torch.empty(1, size, size)
+    drawn = (crop.make_params([image]) for _ in range(BOXES))
+    return torch.tensor([[p[key] for key in ("top", "left", "height", "width")] for p in drawn], dtype=torch.float64).T
+
+
+@pytest.mark.parametrize(
+    ("size", "area"), [(28, AREA), (224, AREA), (28, (0.97, 1.0))], ids=["S28", "S224", "S28-where_few_fit"]
+)
+def test_boxes_are_distributed_as_torchvisions(size: int, area: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "AREA", area)
+    ours, theirs = our_boxes(size), their_boxes(size, area)
+    for name, measure in MEASURES.items():
+        assert distance(measure(ours), measure(theirs)) < FAR, name
+    assert ours.min() == 0
+    assert (ours[:2] + ours[2:]).max() == size
+    assert ours[2:].min() >= 1
+    # That the whole image takes the place of ten tries is seen where few of them fit.
+    whole = ((ours[2] == size) & (ours[3] == size)).double().mean()
+    assert whole < 0.01 if area == AREA else whole > 0.2
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "area": {"AREA": (0.12, 1.0)},
+    "aspect": {"ASPECT": (0.8, 1.25)},
+    "reversed": {"ASPECT": (0.8, 4 / 3)},
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "one_try"])
+def test_the_comparison_of_distributions_sees_a_wrong_one(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    area = AREA if wrong in WRONG else (0.97, 1.0)
+    for name, value in WRONG.get(wrong, {"AREA": area, "TRIES": 1}).items():
+        monkeypatch.setattr(data, name, value)
+    ours, theirs = our_boxes(28), their_boxes(28, area)
+    assert max(distance(measure(ours), measure(theirs)) for measure in MEASURES.values()) > 1.5 * FAR
+
+
+def test_where_no_try_fits_it_is_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "ASPECT", (3.0, 4.0))
+    monkeypatch.setattr(data, "AREA", (0.9, 1.0))
+    corner, box = draw_boxes(50, CPU, 28)
+    assert corner.unique().tolist() == [0]
+    assert box.unique().tolist() == [28]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_boxes_of_no_image_and_of_one_pixel(n: int) -> None:
+    corner, box = draw_boxes(n, CPU, 1)
+    assert (corner.shape, box.shape) == ((n, 2), (n, 2))
+    assert corner.dtype == box.dtype == torch.int32
+    assert corner.tolist() == [[0, 0]] * n
+    assert box.tolist() == [[1, 1]] * n
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+#: What a step that is captured cannot do: read a number of the device, or copy a constant of the host.
+NOT_CAPTURABLE = {"_local_scalar_dense", "item", "nonzero", "equal", "lift_fresh", "masked_select", "unique"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("part", PARTS)
+def test_no_draw_waits_for_the_device_or_copies_to_it(part: str, channels: int) -> None:
+    """Nor do the images: on a GPU, test_training sees it of the whole step."""
+    images = torch.randint(0, 256, (5, 28, 28) if channels == 1 else (5, 3, 28, 28), dtype=torch.uint8)
+    index = torch.tensor([4, 0, 2])
+    with Operations() as seen, kernels.use_backend("torch"):
+        augmented_input(images, index, 56, PARTS[part])
+    assert seen.names & {"rand", "randint", "randn"}
+    assert not seen.names & NOT_CAPTURABLE
+    with Operations() as seen:
+        torch.tensor([1.0, 2.0]).max().item()
+    assert len(seen.names & NOT_CAPTURABLE) == 2
+
+
+def test_an_augmentation_says_what_it_is_and_refuses_what_there_is_not() -> None:
+    assert Augment() == NOTHING
+    assert str(NOTHING) == "nothing"
+    assert str(EVERYTHING) == "flip, pad crop, colour"
+    assert str(PARTS["resized"]) == "resized crop"
+    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, got 'centre'"):
+        Augment(crop="centre")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, got True"):
+        Augment(crop=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="flip must be a bool, got 'pad'"):
+        Augment("pad")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="colour must be a bool, got 1"):
+        Augment(colour=1)  # type: ignore[arg-type]
 
 
 def test_read_idx_takes_labels_too(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from alexnet_triton import cli, train_command
+from alexnet_triton import cli, train_command, training
 from alexnet_triton.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from alexnet_triton.data import EVERYTHING, Augment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,13 +66,99 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
         ("--seed", 4, "has 3, not 4"),
         ("--limit", 5, "has 24, not 5"),
         ("--momentum", 0.9, "has 0.5, not 0.9"),
+        ("--crop", "resized", "has pad, not resized"),
         ("--out", "elsewhere", "a resumed run goes on in its own folder"),
     ):
         refused = command("train", "--resume", "runs/parts", "--epochs", "3", option, value)
         assert refused.exit_code == 2, refused.output
         assert message in refused.output
         assert option in refused.output
+    refused = command("train", "--resume", "runs/parts", "--epochs", "3", "--no-flip")
+    assert refused.exit_code == 2
+    assert "has True, not False" in refused.output
+    assert "--flip" in refused.output
     assert not (tmp_path / "elsewhere").exists()
+
+
+#: What is said of the augmentation, and what the run has then.
+AUGMENTED = {
+    "": Augment(),
+    "--augment": EVERYTHING,
+    "--augment --no-colour": Augment(flip=True, crop="pad"),
+    "--augment --crop resized": Augment(flip=True, crop="resized", colour=True),
+    "--augment --crop none --no-flip": Augment(colour=True),
+    "--flip --crop resized": Augment(flip=True, crop="resized"),
+    "--crop pad": Augment(crop="pad"),
+    "--colour --no-flip": Augment(colour=True),
+}
+
+
+@pytest.mark.parametrize("said", AUGMENTED)
+def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the trainer and is kept; a resumed run has it, told or not, and another is refused."""
+    trained: list[Augment] = []
+    real = training.Trainer
+
+    def noted(*arguments: Any, **options: Any) -> training.Trainer:
+        trained.append(options["augment"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(training, "Trainer", noted)
+    for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):  # which take longer than the run
+        monkeypatch.setattr(train_command, picture, lambda *_: None)
+    expected, options = AUGMENTED[said], said.split()
+    first = command("train", *OPTIONS, "--data", "sample", "--epochs", "1", "--out", "run", *options)
+    assert first.exit_code == 0, first.output
+    for epochs, again in ((2, []), (3, options)):
+        resumed = command("train", "--resume", "run", "--epochs", epochs, *again)
+        assert resumed.exit_code == 0, resumed.output
+    assert trained == [expected] * 3
+    kept = read_checkpoint(tmp_path / "run" / "checkpoint.pt").training
+    assert kept is not None
+    parts = {"flip": expected.flip, "crop": expected.crop, "colour": expected.colour}
+    for settings in ("configuration", "options"):
+        assert {name: value for name, value in kept[settings].items() if name in ("augment", *parts)} == parts
+    if expected != EVERYTHING:
+        refused = command("train", "--resume", "run", "--epochs", "4", "--augment")
+        assert refused.exit_code == 2
+        assert re.search(r"the run in run/checkpoint\.pt has \w+, not \w+", refused.output)
+    assert len(trained) == 3
+
+
+def test_a_run_from_before_the_parts_of_the_augmentation_were_options_goes_on(tmp_path: Path) -> None:
+    assert command("train", *SHORT, "--epochs", "2", "--out", "whole").exit_code == 0
+    assert command("train", *SHORT, "--epochs", "1", "--out", "parts").exit_code == 0
+    path = tmp_path / "parts" / "checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.training is not None
+    for settings in ("configuration", "options"):
+        for part in ("flip", "crop", "colour"):
+            del checkpoint.training[settings][part]
+        checkpoint.training[settings]["augment"] = True
+    save_checkpoint(path, checkpoint)
+    refused = command("train", "--resume", "parts", "--epochs", "2", "--no-colour")
+    assert refused.exit_code == 2
+    assert "has True, not False" in refused.output
+    resumed = command("train", "--resume", "parts", "--epochs", "2")
+    assert resumed.exit_code == 0, resumed.output
+    expected, found = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(expected.weights[key], weight) for key, weight in found.weights.items())
+    assert expected.training is not None
+    assert found.training is not None
+    assert [found.training[s] for s in ("configuration", "options")] == [
+        expected.training[s] for s in ("configuration", "options")
+    ]
+
+
+@pytest.mark.parametrize("name", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--crop", "centre"], "--crop"), (["--crop"], "--crop"), (["--no-crop"], "--no-crop"), (["--flip", "yes"], "yes")],
+)
+def test_no_such_augmentation(name: str, options: list[str], said: str) -> None:
+    result = command(name, *options)
+    assert result.exit_code == 2
+    assert said in result.output
 
 
 def test_nothing_to_resume() -> None:

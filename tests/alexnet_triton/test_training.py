@@ -16,7 +16,7 @@ from torch import nn
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet, training
 from alexnet_triton.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
-from alexnet_triton.data import CLASSES, load_fashion_mnist, to_input
+from alexnet_triton.data import CLASSES, EVERYTHING, NOTHING, Augment, load_fashion_mnist, to_input
 from alexnet_triton.evaluation import evaluate, measure_speed
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.plot import plot_curves
@@ -401,10 +401,11 @@ def test_a_half_precision_checkpoint_is_float32_and_loads_anywhere(tmp_path: Pat
 
 def test_augmented_images_are_others_at_every_step() -> None:
     """Weights stand still: the losses of one batch differ just where images are drawn anew."""
-    for augment in (False, True):
+    every_part = [Augment(flip=True), Augment(crop="pad"), Augment(crop="resized"), Augment(colour=True)]
+    for augment in (NOTHING, *every_part, EVERYTHING):
         trainer = small_trainer(lr=0.0, images=16, augment=augment)
         losses = {trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(3)}
-        assert len(losses) == (3 if augment else 1)
+        assert len(losses) == (1 if augment == NOTHING else 3), augment
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("tf32", "tf32"), ("float32", "ieee"), ("bfloat16", "ieee")])
@@ -438,13 +439,13 @@ def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("random", ["nothing", "dropout", "augment"])
+@pytest.mark.parametrize("random", ["nothing", "dropout", "flip", "pad crop", "resized crop", "colour"])
 def test_replays_draw_anew(random: str) -> None:
     """One batch again and again with weights that stand still: its loss changes just where something is drawn."""
     cuda = torch.device("cuda")
-    trainer = small_trainer(
-        cuda, dropout=0.5 * (random == "dropout"), augment=random == "augment", lr=0.0, images=16, graph=True
-    )
+    crop = random.removesuffix(" crop") if random.endswith(" crop") else "none"
+    augment = Augment(flip=random == "flip", crop=crop, colour=random == "colour")  # type: ignore[arg-type]
+    trainer = small_trainer(cuda, dropout=0.5 * (random == "dropout"), augment=augment, lr=0.0, images=16, graph=True)
     assert trainer.replay is not None
     losses = []
     for _ in range(4):
@@ -455,20 +456,24 @@ def test_replays_draw_anew(random: str) -> None:
 
 
 @needs_a_gpu
+@pytest.mark.parametrize("crop", ["pad", "resized"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_the_same_seed_gives_the_same_bits_on_the_gpu(graph: bool) -> None:
+def test_the_same_seed_gives_the_same_bits_on_the_gpu(graph: bool, crop: str) -> None:
     runs = []
     for _ in range(2):
-        trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=True, graph=graph)
+        augment = Augment(flip=True, crop=crop, colour=True)  # type: ignore[arg-type]
+        trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=augment, graph=graph)
         generator = torch.Generator("cuda").manual_seed(1)
         runs.append([trainer.epoch(generator)[:2] for _ in range(2)])
     assert runs[0] == runs[1]
 
 
 @needs_a_gpu
+@pytest.mark.parametrize("crop", ["pad", "resized"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_no_step_waits_for_the_gpu(graph: bool) -> None:
-    trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=True, graph=graph)
+def test_no_step_waits_for_the_gpu(graph: bool, crop: str) -> None:
+    augment = Augment(flip=True, crop=crop, colour=True)  # type: ignore[arg-type]
+    trainer = small_trainer(torch.device("cuda"), torch.bfloat16, dropout=0.5, augment=augment, graph=graph)
     index = torch.arange(16, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

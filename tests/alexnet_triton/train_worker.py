@@ -12,7 +12,7 @@ from torch import nn
 
 import kernels
 from alexnet_triton import FusedSequential, checkpoint, training
-from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.data import Augment, load_fashion_mnist
 from alexnet_triton.distributed import Processes, joined
 from alexnet_triton.training import Stopped, train
 
@@ -43,7 +43,7 @@ def run(out: Path, processes: Processes, name: str = "partial", dropout: float =
 
 def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
     """With dropout and augmentation, whose draws differ between processes; one process alone is asked to stop."""
-    every = {"dropout": 0.5, "augment": True}
+    every = {"dropout": 0.5, "augment": Augment(flip=True, crop="resized", colour=True)}
     run(folder / "whole", processes, **every)
     for call in (2, 5):  # in the middle of the first epoch, in its evaluation
         calls = iter(range(1, 100))

@@ -428,12 +428,12 @@ def test_dropout(case: Case, seed: int, as_tensor: bool, launches: list[str]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """A call of gather_resize; ``layouts``: of the images, the index, and the augmentation's four tensors."""
+    """A call of gather_resize; ``layouts``: of the images, the index, and the augmentation's tensors, of those ``parts``."""
 
     images: Shape
     n: int
     size: int
-    augmented: bool
+    parts: frozenset[str]
     cells: kernels.Cells | None
     dtype: torch.dtype
     layouts: tuple[Layout, ...]
@@ -455,10 +455,10 @@ gathers = st.builds(
     images=st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12)),
     n=st.integers(0, 5),
     size=st.integers(1, 17),
-    augmented=st.booleans(),
+    parts=st.frozensets(st.sampled_from(kernels.Augmentation._fields)),
     cells=of_filters,
     dtype=st.sampled_from(SINGLE_AND_HALF),
-    layouts=st.tuples(*[fuzz.layouts] * 6),
+    layouts=st.tuples(*[fuzz.layouts] * 7),
     seed=st.integers(0, 2**31),
 )
 
@@ -466,18 +466,18 @@ gathers = st.builds(
 @pytest.mark.usefixtures("small_tiles")
 @any_case("gather_resize", gathers)
 def test_gather_resize(case: Gather) -> None:
-    of_images, of_index, of_offset, of_flip, of_brightness, of_contrast = case.layouts
+    of_images, of_index, of_offset, of_flip, of_brightness, of_contrast, of_size = case.layouts
     n, depth = case.n, case.images[0]
     images = of_images.view(case.images, lambda e: torch.randint(0, 256, (e,), dtype=torch.uint8, device=DEVICE))
     index = of_index.view((n,), lambda e: torch.randint(0, depth, (e,), device=DEVICE))
-    augmentation = None
-    if case.augmented:
-        augmentation = kernels.Augmentation(
-            of_offset.view((n, 2), lambda e: torch.randint(-5, 6, (e,), dtype=torch.int32, device=DEVICE)),
-            of_flip.view((n,), lambda e: torch.randint(0, 2, (e,), device=DEVICE).bool()),
-            of_brightness.view((n,), lambda e: torch.rand(e, device=DEVICE) * 2),
-            of_contrast.view((n,), lambda e: torch.rand(e, device=DEVICE) * 3),
-        )
+    every = kernels.Augmentation(
+        of_offset.view((n, 2), lambda e: torch.randint(-5, 6, (e,), dtype=torch.int32, device=DEVICE)),
+        of_flip.view((n,), lambda e: torch.randint(0, 2, (e,), device=DEVICE).bool()),
+        of_brightness.view((n,), lambda e: torch.rand(e, device=DEVICE) * 2),
+        of_contrast.view((n,), lambda e: torch.rand(e, device=DEVICE) * 3),
+        of_size.view((n, 2), lambda e: torch.randint(1, 15, (e,), dtype=torch.int32, device=DEVICE)),
+    )
+    augmentation = kernels.Augmentation(**{part: getattr(every, part) for part in case.parts}) if case.parts else None
     arguments = {"mean": 0.3, "std": 0.4, "augmentation": augmentation, "cells": case.cells}
     got = kernels.gather_resize(images, index, case.size, dtype=case.dtype, **arguments)
     peer, exact = (gather_resize_reference(images, index, case.size, dtype=d, **arguments) for d in (case.dtype, torch.float64))

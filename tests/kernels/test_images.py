@@ -37,23 +37,37 @@ def random_index(n: int, depth: int) -> torch.Tensor:
     return torch.randint(0, depth, (n,), device=DEVICE)
 
 
-def random_augmentation(n: int) -> Augmentation:
-    """Stronger than in training: windows that leave most of the image, factors that hit both limits."""
+def random_augmentation(n: int, largest: int | None = None) -> Augmentation:
+    """Stronger than in training: windows that leave most of the image, factors that hit both limits.
+
+    With ``largest`` windows of their own sizes, up to that: single pixels, oblong ones, and if it is large ones that hold the
+    image.
+    """
     return Augmentation(
         torch.randint(-9, 10, (n, 2), dtype=torch.int32, device=DEVICE),
         torch.arange(n, device=DEVICE) % 2 == 0,
         torch.rand(n, device=DEVICE) * 2,
         torch.rand(n, device=DEVICE) * 3,
+        None if largest is None else torch.randint(1, largest + 1, (n, 2), dtype=torch.int32, device=DEVICE),
     )
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+#: What is done to the images: nothing, all of it with windows of the image's size, and with others.
+AUGMENTED = {
+    "plain": lambda n: None,
+    "augmented": random_augmentation,
+    "windows": lambda n: random_augmentation(n, 28),
+    "large_windows": lambda n: random_augmentation(n, 100),
+}
+
+
+@pytest.mark.parametrize("augmented", AUGMENTED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values(shape: str, dtype: torch.dtype, augmented: bool) -> None:
+def test_values(shape: str, dtype: torch.dtype, augmented: str) -> None:
     (depth, height, width), n, size = SHAPES[shape]
     images, index = random_images(depth, height, width), random_index(n, depth)
-    augmentation = random_augmentation(n) if augmented else None
+    augmentation = AUGMENTED[augmented](n)
     got = gather_resize(images, index, size, mean=0.3, std=0.4, dtype=dtype, augmentation=augmentation)
     peer, exact = (
         gather_resize_reference(images, index, size, mean=0.3, std=0.4, dtype=d, augmentation=augmentation)
@@ -65,11 +79,11 @@ def test_values(shape: str, dtype: torch.dtype, augmented: bool) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
-def test_blocks_that_end_inside_an_image(augmented: bool, launches: list[str]) -> None:
+@pytest.mark.parametrize("augmented", AUGMENTED)
+def test_blocks_that_end_inside_an_image(augmented: str, launches: list[str]) -> None:
     """Tiles of 128 pixels: 13 x 13 has a ragged second one, and the window is summed in several."""
     images, index = random_images(6, 28, 28), random_index(4, 6)
-    augmentation = random_augmentation(4) if augmented else None
+    augmentation = AUGMENTED[augmented](4)
     got = gather_resize(images, index, 13, augmentation=augmentation)
     assert launches == ["_gather_resize_kernel"]
     peer, exact = (
@@ -112,6 +126,116 @@ def test_augmentation_is_torchvisions(backend: str) -> None:
         torch.testing.assert_close(got[n], tv.resize(image, [56, 56]), rtol=0, atol=1e-5)
 
 
+#: Windows of 28 x 28 images, (top, left, height, width): inside, of one pixel, the whole image, over each edge, around it, far
+#: from it.
+WINDOWS = ((3, 5, 11, 17), (27, 0, 1, 1), (0, 0, 28, 28), (-4, 20, 9, 30), (20, -6, 25, 8), (-3, -9, 40, 50), (90, -70, 6, 5))
+
+
+def windows_at(boxes: tuple[tuple[int, int, int, int], ...]) -> Augmentation:
+    """Nothing but these windows."""
+    corners = torch.tensor(boxes, dtype=torch.int32, device=DEVICE)
+    return Augmentation(offset=corners[:, :2], size=corners[:, 2:])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("changes", ["crop", "crop_and_flip", "all"])
+def test_windows_are_torchvisions(changes: str, backend: str) -> None:
+    """torchvision's own functions with the same parameters, one image after the other, enlarged to 56."""
+    n = len(WINDOWS)
+    images, index, augmentation = random_images(6, 28, 28), random_index(n, 6), windows_at(WINDOWS)
+    if changes != "crop":
+        augmentation = augmentation._replace(flip=torch.arange(n, device=DEVICE) % 2 == 0)
+    if changes == "all":
+        colours = random_augmentation(n)
+        augmentation = augmentation._replace(brightness=colours.brightness, contrast=colours.contrast)
+    with use_backend(backend):  # type: ignore[arg-type]
+        got = gather_resize(images, index, 56, augmentation=augmentation)
+    for number, box in enumerate(WINDOWS):
+        image = images[index[number]].unsqueeze(0).float() / 255
+        expected = tv.crop(image, *box)
+        if changes != "crop" and number % 2 == 0:
+            expected = tv.horizontal_flip(expected)
+        if changes == "all":
+            expected = tv.adjust_brightness(expected, augmentation.brightness[number].item())
+            expected = tv.adjust_contrast(expected, augmentation.contrast[number].item())
+        torch.testing.assert_close(got[number], tv.resize(expected, [56, 56]), rtol=0, atol=1e-5)
+        if changes == "crop":
+            torch.testing.assert_close(got[number], tv.resized_crop(image, *box, [56, 56]), rtol=0, atol=1e-5)
+    assert got[-1].unique().numel() == 1  # outside of the image all is black, whose mean is black
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
+    """F.interpolate's meaning, as of a whole image."""
+    boxes = ((0, 0, 28, 28), (4, 2, 20, 25), (-5, 3, 31, 9))
+    images, index = random_images(6, 28, 28), random_index(3, 6)
+    with use_backend(backend):  # type: ignore[arg-type]
+        got = gather_resize(images, index, 9, augmentation=windows_at(boxes))
+    for number, box in enumerate(boxes):
+        window = tv.crop(images[index[number]].unsqueeze(0).float() / 255, *box)
+        expected = F.interpolate(window[None], (9, 9), mode="bilinear")[0]
+        torch.testing.assert_close(got[number], expected, rtol=0, atol=1e-5)
+        smoothed = tv.resized_crop(images[index[number]].unsqueeze(0).float() / 255, *box, [9, 9])
+        assert (got[number] - smoothed).abs().max() > 0.05
+
+
+def test_a_window_of_the_images_size_is_a_plain_one_bit_for_bit() -> None:
+    """But for contrast: its mean may be summed in another order."""
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    plain = random_augmentation(4)._replace(contrast=None)
+    sized = plain._replace(size=torch.full((4, 2), 28, dtype=torch.int32, device=DEVICE))
+    with use_backend("triton"):
+        got, expected = (gather_resize(images, index, 56, augmentation=a) for a in (sized, plain))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_window_without_pixels_is_an_image_of_nan(backend: str) -> None:
+    images, index = random_images(3, 28, 28), random_index(6, 3)
+    good = random_augmentation(6, 20)
+    size = torch.tensor([[5, 5], [0, 5], [5, 0], [-3, -3], [-(2**31), 7], [1, 1]], dtype=torch.int32, device=DEVICE)
+    for augmentation in (good._replace(size=size), Augmentation(size=size)):
+        with use_backend(backend):  # type: ignore[arg-type]
+            got = gather_resize(images, index, 30, augmentation=augmentation)
+        assert got.isnan().flatten(1).all(1).tolist() == [False, True, True, True, True, False]
+        assert not got[[0, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_windows_at_the_ends_of_int32_are_black(backend: str) -> None:
+    """Where sums of a place and a size wrap around, nothing of the image may come back; and no memory be touched."""
+    largest, smallest = 2**31 - 1, -(2**31)
+    boxes = ((largest, 0, 28, 28), (0, largest, 5, largest), (smallest, smallest, 28, 28), (largest, largest, largest, largest))
+    windows = windows_at(boxes)
+    images, index = random_images(3, 28, 28), random_index(4, 3)
+    for augmentation in (windows, random_augmentation(4)._replace(offset=windows.offset, size=windows.size)):
+        with use_backend(backend):  # type: ignore[arg-type]
+            assert gather_resize(images, index, 32, augmentation=augmentation).abs().max() == 0
+
+
+PARTS = ("offset", "flip", "brightness", "contrast", "size")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_alone_is_the_others_doing_nothing(part: str, backend: str) -> None:
+    n = 5
+    images, index, every = random_images(6, 28, 28), random_index(n, 6), random_augmentation(n, 28)
+    ones = torch.ones(n, device=DEVICE)
+    nothing = Augmentation(torch.zeros(n, 2, dtype=torch.int32, device=DEVICE), ones == 0, ones, ones)
+    changes = {part: getattr(every, part)}
+    with use_backend(backend):  # type: ignore[arg-type]
+        got = gather_resize(images, index, 56, augmentation=Augmentation(**changes))
+        expected = gather_resize(images, index, 56, augmentation=nothing._replace(**changes))
+        assert not torch.equal(got, gather_resize(images, index, 56))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_an_empty_augmentation_is_none() -> None:
+    images, index = random_images(6, 28, 28), random_index(4, 6)
+    assert torch.equal(gather_resize(images, index, 56, augmentation=Augmentation()), gather_resize(images, index, 56))
+
+
 def test_an_augmentation_that_changes_nothing() -> None:
     images, index = random_images(6, 28, 28), random_index(4, 6)
     ones = torch.ones(4, device=DEVICE)
@@ -121,7 +245,8 @@ def test_an_augmentation_that_changes_nothing() -> None:
 
 def test_a_lazily_negated_factor_has_the_sign_it_says() -> None:
     images, index, plain = random_images(6, 8, 8), random_index(4, 6), random_augmentation(4)
-    negated = plain._replace(brightness=torch._neg_view(-plain.brightness), contrast=torch._neg_view(-plain.contrast))
+    plain = plain._replace(size=torch.randint(1, 9, (4, 2), dtype=torch.int32, device=DEVICE))
+    negated = plain._replace(**{name: torch._neg_view(-getattr(plain, name)) for name in PARTS if name != "flip"})
     got, expected = (gather_resize(images, index, 9, augmentation=a) for a in (negated, plain))
     assert torch.equal(got, expected)
 
@@ -143,7 +268,7 @@ def test_an_index_outside_is_an_image_of_nan_and_touches_no_memory() -> None:
     """The guard of the suite would raise on the access."""
     images = random_images(3, 28, 28)
     index = torch.tensor([0, 3, -1, 2**40, 2], device=DEVICE)
-    for augmentation in (None, random_augmentation(5)):
+    for augmentation in (None, random_augmentation(5), random_augmentation(5, 28)):
         with use_backend("triton"):
             got = gather_resize(images, index, 30, augmentation=augmentation)
         assert got.isnan().flatten(1).all(1).tolist() == [False, True, True, True, False]
@@ -175,16 +300,17 @@ def equal_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("augmented", ["plain", "augmented", "windows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_are_those_of_the_images_bit_for_bit(
-    name: str, dtype: torch.dtype, augmented: bool, backend: str, launches: list[str]
+    name: str, dtype: torch.dtype, augmented: str, backend: str, launches: list[str]
 ) -> None:
     """Padding is zero, not a black pixel; one launch, and no images before the cells."""
     size, cells = CELLS[name]
     images, index = random_images(5, 28, 30), random_index(3, 5)
-    given = {"mean": 0.3, "std": 0.4, "dtype": dtype, "augmentation": random_augmentation(3) if augmented else None}
+    change = random_augmentation(3, 40 if augmented == "windows" else None) if augmented != "plain" else None
+    given = {"mean": 0.3, "std": 0.4, "dtype": dtype, "augmentation": change}
     with use_backend(backend):  # type: ignore[arg-type]
         expected = space_to_depth(gather_resize(images, index, size, **given), *cells)
         launches.clear()
@@ -245,6 +371,12 @@ BAD = {
     "padding": ({"cells": Cells(3, 2, -1)}, ValueError, "padding must be at least 0, got -1"),
     "cells": ({"cells": True}, TypeError, "cells must be kernels.Cells or None, got True"),
     "offset": ({"augmentation": SOME._replace(offset=SOME.offset.long())}, TypeError, "offset must be torch.int32"),
+    "window_dtype": ({"augmentation": Augmentation(size=ONES.expand(2, 2))}, TypeError, r"\.size must be torch\.int32"),
+    "window_shape": (
+        {"augmentation": SOME._replace(size=SOME.offset[:, :1])},
+        ValueError,
+        r"augmentation\.size must have shape \(2, 2\), got \(2, 1\)",
+    ),
     "flip": ({"augmentation": SOME._replace(flip=SOME.flip[:1])}, ValueError, r"flip must have shape \(2,\), got \(1,\)"),
 }
 
