@@ -9,14 +9,17 @@ PYTHONS_FOR_IR := python3.12 python3.13 $(PYTHON) $(wildcard $(HOME)/.pyenv/vers
 IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c \
 	'import sys; (3, 12) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
 IR_VENV ?= .venv-sanitize
+LOWEST_VENV ?= .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test fuzz sanitize sanitize-ir lint format audit accuracy report profile render bench clean
+.PHONY: help train test test-lowest fuzz mutation sanitize sanitize-ir lint format audit accuracy report profile render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
+	@echo "make test-lowest  the suite on the lowest versions of torch, Triton and the others that are supported"
 	@echo "make fuzz    5,000 random cases over all operations against float64 (FUZZ_EXAMPLES=n for n, FUZZ_SEED=n repeats a run)"
+	@echo "make mutation  plants faults in the kernels one by one and shows that the suite catches each"
 	@echo "make sanitize  the kernels under a sanitizer: compute-sanitizer on a CUDA GPU, else their IR executed (Python 3.12)"
 	@echo "make lint    ruff and mypy"
 	@echo "make audit   what a training step launches, compiled for an H100 that need not be there"
@@ -37,14 +40,26 @@ train: $(INSTALLED)
 	then $(BIN)/alexnet-triton train $(ARGS); \
 	else $(BIN)/alexnet-triton train --data sample --batch-size 8 --lr 0.03 --epochs 2 $(ARGS); fi
 
+# A thread for each of the processes: the threads of small operations only wait for each other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+
+test-lowest: $(LOWEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+
+$(LOWEST_VENV)/installed: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint tests/lowest.txt
+	@touch $@
 
 # One process, which counts its cases; the seed it prints first and last makes the same ones again.
 fuzz: FUZZ_EXAMPLES ?= 5000
 fuzz: $(INSTALLED)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/kernels/test_fuzz.py --verbose $(ARGS)
+
+mutation: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
 
 # Out-of-bounds accesses, races, reads of what nobody wrote.
 sanitize: $(INSTALLED)
@@ -90,4 +105,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(IR_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -142,9 +142,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: no such file, a damaged one, or one of another program.
     """
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # to open a pipe would wait for a writer
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # to open a pipe would wait for a writer
         # torch.load does not look at the checksums of the archive that a checkpoint is.
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -156,6 +156,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path}: not a readable checkpoint, or one cut short: {error}") from error
     except pickle.UnpicklingError as error:

@@ -36,6 +36,7 @@ from .options import (
     WorkersOption,
     console,
     fail,
+    print_table,
     runs_on,
     show_tracebacks,
     usable_device,
@@ -182,7 +183,7 @@ def summary_command(
             f"{row['parameters']:,}" if row["parameters"] else "",
             f"{row['flops'] / 1e6:,.1f}" if row["flops"] else "",
         )
-    console.print(table)
+    print_table(table)
 
 
 def _import_model(target: str) -> nn.Module:
@@ -231,7 +232,10 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line."""
-    sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
+    try:
+        sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
+    except OSError as error:  # of a path on the command line, before a command opens anything: not to be entered, too long, ...
+        raise SystemExit(fail(error).exit_code) from error
 
 
 @app.command(name="tune")
@@ -270,5 +274,8 @@ def tune_command(
                 console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
     work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
-    results = tune.tune(work, getattr(torch, dtype), path, show)
+    try:
+        results = tune.tune(work, getattr(torch, dtype), path, show)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise fail(error) from error
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

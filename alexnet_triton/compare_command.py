@@ -40,6 +40,7 @@ from .options import (
     console,
     fail,
     local_device,
+    print_table,
 )
 from .plot import plot_comparison
 from .signals import Stopped, StopSignals
@@ -203,7 +204,7 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
     columns: dict[str, Compared] = {}
     histories: dict[str, list[EpochMetrics]] = {}
     # One for all runs: a signal too late for one stops the next before its first step.
-    stops = StopSignals()
+    stops = StopSignals(repeats=processes.launched)
     for model in models:
         run = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
         try:
@@ -222,6 +223,6 @@ def _compare(context: typer.Context, models: list[Model], out: Path | None, proc
             plot_comparison(histories, out / CURVES, title)
         except (CheckpointError, OSError) as error:
             raise fail(error) from error
-    console.print(comparison_table(columns, title))
+    print_table(comparison_table(columns, title))
     console.print(f"comparison {out / COMPARISON}, {out / CURVES}")
     return 0

@@ -156,7 +156,7 @@ def read_folder(folder: Path) -> Dataset:
         DataError: a file is missing or broken.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not holds_idx(folder):
         raise DataError(f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val)")
     return Dataset(_read_split(folder, "train"), _read_split(folder, "test"), folder)

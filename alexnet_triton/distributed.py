@@ -24,11 +24,14 @@ class Processes:
         rank: of this process; 0 leads: it reads, writes and prints.
         size: how many there are.
         local_rank: of this process on its machine, and of its GPU.
+        launched: whether a launcher (torchrun, Slurm, MPI) started them, one process too. It hands on to them the signals that
+            it gets itself, and may get once more, so that one request to stop reaches a process several times.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    launched: bool = False
 
     @property
     def leads(self) -> bool:
@@ -98,14 +101,14 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none or one."""
+    """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield Processes(launched=True) if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
         return
     # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    processes = Processes(dist.get_rank(), size, dist.get_node_local_rank())
+    processes = Processes(dist.get_rank(), size, dist.get_node_local_rank(), launched=True)
     yield processes
     processes.wait()  # nobody takes leave from one that still talks
     # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.

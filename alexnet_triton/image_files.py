@@ -29,9 +29,9 @@ def _decode(path: Path, channels: int) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise DataError(f"{path}: no regular file")  # to open a pipe would wait for a writer
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{path}: no regular file")  # to open a pipe would wait for a writer
         with warnings.catch_warnings():
             # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
             warnings.simplefilter("error", Image.DecompressionBombWarning)

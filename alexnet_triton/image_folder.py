@@ -59,6 +59,31 @@ def _list_images(folder: Path, classes: Sequence[str] | None) -> tuple[list[str]
     return names, [Path(path) for path, _ in found.samples], [names.index(found.classes[label]) for _, label in found.samples]
 
 
+def _check_tree(data: Path, folder: Path) -> None:
+    """That all of ``folder``, one of ``data``'s, can be listed, and that what is in it is in ``data``.
+
+    Else a data set from elsewhere could show any file of this machine. Nor may a link lead to a folder: one that leads to its
+    own would be read again and again.
+
+    Raises:
+        DataError: a folder that cannot be read; a link that leads out of ``data``, to a folder, or nowhere.
+    """
+
+    def unreadable(error: OSError) -> None:  # which ImageFolder would pass over in silence
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    root = os.path.realpath(data)
+    links = [str(folder)] if folder.is_symlink() else []
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        links += [path for name in (*folders, *files) if os.path.islink(path := os.path.join(parent, name))]
+    for link in links:
+        target = Path(os.path.realpath(link))
+        if not target.is_relative_to(root):
+            raise DataError(f"{link}: a link that leads out of {data}, to {target}: nothing outside of it is read")
+        if link != str(folder) and not target.is_file():
+            raise DataError(f"{link}: a link to {'a folder' if target.is_dir() else 'no file'}, {target}")
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -167,7 +192,7 @@ def load_data(
 
     Args:
         data: a folder of ``train`` and ``test`` (or ``val``, where there is no ``test``), each of a folder for every class with
-            its images; anything else as in :func:`alexnet_triton.data.load_fashion_mnist`.
+            its images, and no links out of it; anything else as in :func:`alexnet_triton.data.load_fashion_mnist`.
         size: side of a folder's images. Fashion-MNIST's are 28 x 28.
         channels: 1 or 3; Fashion-MNIST has one.
         limit, workers, device: as in :func:`read_split`; of Fashion-MNIST, the first ``limit`` images.
@@ -184,6 +209,8 @@ def load_data(
     if not (folder / TRAIN).is_dir():
         raise DataError(f"{folder}: no folder {TRAIN} in it")
     test_folder = _test_folder(folder)
+    for each in (folder / TRAIN, test_folder):
+        _check_tree(folder, each)
     # Before anything is decoded, which can take minutes.
     classes, _, _ = _list_images(folder / TRAIN, None)
     if len(classes) < 2:
@@ -213,6 +240,7 @@ def load_test(
     """
     if is_image_folder(data):
         folder = _test_folder(Path(str(data)).expanduser())
+        _check_tree(folder.parent, folder)
         return read_split(folder, size=size, channels=channels, classes=classes, limit=limit, workers=workers, device=device)[0]
     if tuple(classes) != CLASSES:
         raise DataError(

@@ -8,12 +8,18 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from .data import EVERYTHING
 from .distributed import Processes
 from .training import describe_backend
 
 console = Console(soft_wrap=True, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """Print ``table``; in a file or a pipe, which has no width, without breaking a cell into lines."""
+    (console if console.is_terminal else Console(width=400, highlight=False, quiet=console.quiet)).print(table)
 
 
 class Model(StrEnum):
@@ -133,6 +139,8 @@ def fail(message: object) -> typer.Exit:
     """
     if _debug and isinstance(message, BaseException):
         raise message
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
 

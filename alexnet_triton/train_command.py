@@ -171,6 +171,10 @@ def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[
     saved = training_state(checkpoint).get("options", {})
     if unknown := [name for name in saved if name not in options]:
         raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
+    try:
+        Augment(**{name: saved[name] for name in _PARTS if name in saved})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: made by another version of this program: {error}") from error
     for name, value in saved.items():
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE" and (name, options[name]) != ("dtype", "auto")
@@ -188,7 +192,7 @@ def resolve(options: Mapping[str, Any], where: torch.device, processes: Processe
     """What the options of a run come down to on ``where``; a ``graph`` of None: one where it can be.
 
     Raises:
-        typer.BadParameter: a CUDA graph where there is none.
+        typer.BadParameter: a CUDA graph where there is none, or data where no path can lead.
         typer.Exit: a package that an option needs is missing, which is said.
     """
     options = _with_parts(options)
@@ -196,9 +200,12 @@ def resolve(options: Mapping[str, Any], where: torch.device, processes: Processe
     for name in ("model", "backend", "crop"):  # plain strings, which a checkpoint can keep
         resolved[name] = str(options[name])
     resolved["dtype"] = default_precision(where) if options["dtype"] == PrecisionChoice.auto else str(options["dtype"])
-    resolved["channels"] = options["channels"] or default_channels(options["data"])
-    if options["data"] not in (None, "sample"):
-        resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
+    try:
+        resolved["channels"] = options["channels"] or default_channels(options["data"])
+        if options["data"] not in (None, "sample"):
+            resolved["data"] = str(Path(options["data"]).expanduser().resolve())  # found from another folder too
+    except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
+        raise typer.BadParameter(f"{options['data']!r}: {error}", param_hint="--data") from error
     if options["lr"] is None:
         resolved["lr"] = LEARNING_RATE[options["model"]]
     if options["graph"] is None:
@@ -263,7 +270,7 @@ def train_command(
     Written are metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch), best.pt (the best).
 
     Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
-    second one ends the process at once.
+    second one ends the process at once, unless it is one of torchrun's, which passes the first on more than once.
 
     With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
@@ -454,7 +461,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
     if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
         console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
         return 0
-    stops = StopSignals()
+    stops = StopSignals(repeats=processes.launched)
     try:
         run_training(run, out, where, processes, stops, checkpoint=checkpoint, begin=begin)
     except Stopped as stopped:

@@ -400,14 +400,26 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _table_so_far(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {"configs": {}, "measured": {}}
+    content = config.load_table(path)
+    if not isinstance(content.get("measured"), dict):
+        raise ValueError(f"{path}: not a table of tuned configurations: it does not say what was measured")
+    return content
+
+
 def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
     """Write or update a table; other entries of the file stay, those that another process writes meanwhile too.
 
     A reader sees the old file or the new one.
+
+    Raises:
+        ValueError, CheckpointError: as :func:`tune`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"configs": {}, "measured": {}}
+        content = _table_so_far(path)
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
         content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -428,7 +440,13 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
 
 
 def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
-    """Tune every job and write the table to ``path`` after each."""
+    """Tune every job and write the table to ``path`` after each.
+
+    Raises:
+        ValueError: ``path`` is another file than a table; nothing was tuned, and it stays what it is.
+        CheckpointError: the table cannot be written.
+    """
+    _table_so_far(path)  # before minutes of work
     torch.backends.cudnn.benchmark = True
     compile_all(work, dtype)
     results = []

@@ -10,8 +10,9 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,21 +56,66 @@ def _table_name(index: int) -> str:
     return gpu_slug(torch.cuda.get_device_name(index))
 
 
+_POWERS_OF_2 = frozenset(1 << i for i in range(11))
+_BLOCKS = _POWERS_OF_2 - {1, 2, 4, 8}  # a product's tiles
+_FLAG = frozenset((0, 1))
+_COUNT = range(1, 2**16)  # as many programs as CUDA takes along a grid's second axis
+
+#: What a table may say: the values that a kernel can be compiled for, if not for every shape.
+_ALLOWED: dict[str, Container[int]] = {
+    **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _BLOCKS),
+    **dict.fromkeys(("BLOCK_N2", "BLOCK_K2"), _BLOCKS | {0}),
+    **dict.fromkeys(("NB", "TH", "TW"), _POWERS_OF_2),
+    **dict.fromkeys(("IMAGES", "FUSED", "WARP_SPECIALIZE"), _FLAG),
+    **dict.fromkeys(("SPLIT", "COLUMNS", "ROWS", "PIXELS", "POSITIONS"), _COUNT),
+    "num_warps": frozenset((1, 2, 4, 8, 16)),
+    "num_stages": range(1, 11),
+}
+
+#: Far above what tuning writes: a hundred entries take 60 kB.
+_LARGEST_TABLE = 2**24
+
+
+def check_table(content: object) -> None:
+    """That ``content`` is a table as JSON has it.
+
+    Raises:
+        ValueError: not what ``alexnet-triton tune`` writes, or a value that no kernel can have.
+    """
+    configs = content.get("configs") if isinstance(content, dict) else None
+    if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
+        raise ValueError("it has no 'configs' by operation and shape")
+    for key, config in configs.items():
+        for name, value in config.items():
+            if type(value) is not int or value not in _ALLOWED.get(name, ()):
+                raise ValueError(f"no kernel has {name!r} = {str(value)[:50]} ({key!r})")
+
+
+def load_table(path: Path) -> dict[str, Any]:
+    """The JSON of a table, checked by :func:`check_table`; no more than read, whatever it says.
+
+    Raises:
+        ValueError: as :func:`check_table`, or no JSON; the message names the file.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_TABLE:
+            raise ValueError(f"larger than {_LARGEST_TABLE >> 20} MB")
+        content: dict[str, Any] = json.loads(path.read_text())
+        check_table(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a table of tuned configurations: {error}") from error
+    return content
+
+
 @functools.cache
 def read_table(name: str) -> dict[str, dict[str, int]]:
     """The tuned configurations of a GPU, operation and shape -> values; empty if there is no file.
 
     Raises:
-        ValueError: the file is not what ``alexnet-triton tune`` writes.
+        ValueError: as :func:`load_table`.
     """
     path = TABLES / f"{name}.json"
-    if not path.is_file():
-        return {}
-    try:
-        configs = json.loads(path.read_text())["configs"]
-        return {key: {name: int(value) for name, value in config.items()} for key, config in configs.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a table of tuned configurations: {error}") from error
+    return load_table(path)["configs"] if path.is_file() else {}
 
 
 _use_tables = True

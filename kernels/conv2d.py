@@ -115,7 +115,7 @@ def _conv2d_fprop_kernel(
         w = o_w[:, None] + (o_s * dilation_w)[None, :]
         m_x = m_m[:, None] & m_j[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         if WIDE:
-            o_c = o_c.to(tl.int64)
+            o_c, o_r, o_s = o_c.to(tl.int64), o_r.to(tl.int64), o_s.to(tl.int64)
         p_x = x_ptr + o_xn[:, None] + (o_c * stride_xc)[None, :] + h * stride_xh + w * stride_xw
         b_x = tl.load(p_x, mask=m_x, other=0.0)
         p_w = w_ptr + o_wk[None, :] + (o_c * stride_wc + o_r * stride_wr + o_s * stride_ws)[:, None]
@@ -224,7 +224,7 @@ def _conv2d_dgrad_kernel(
         q = wq // STRIDE_W
         m_z = m_m[:, None] & m_j[None, :] & (hp >= 0) & (p < P) & (wq >= 0) & (q < Q)
         if WIDE:
-            o_k = o_k.to(tl.int64)
+            o_k, o_r, o_s = o_k.to(tl.int64), o_r.to(tl.int64), o_s.to(tl.int64)
         p_z = dz_ptr + o_zn[:, None] + (o_k * stride_zk)[None, :] + p * stride_zp + q * stride_zq
         b_z = tl.load(p_z, mask=m_z, other=0.0)
         o_wj = (group * KG + o_k) * stride_wk + o_r * stride_wr + o_s * stride_ws

@@ -62,7 +62,7 @@ def _space_to_depth_kernel(
     m_e = o_e < WS * DEPTH
     m_x = m_e & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     if WIDE:
-        o_c = o_c.to(tl.int64)
+        o_c, h, w = o_c.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     b_x = tl.load(x_ptr + n * stride_xn + o_c * stride_xc + h * stride_xh + w * stride_xw, mask=m_x, other=0.0)
     tl.store(out_ptr + pid * (WS * DEPTH) + o_e, b_x, mask=m_e)
 

@@ -144,13 +144,13 @@ register_autograd(DropoutFunction, dropout_apply)
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def philox_uniform_reference(seed: Tensor, count: int) -> Tensor:
-    """The first ``count`` uniform float32 numbers of the stream of ``seed``, in PyTorch's integer operations.
+def philox_uniform_reference(seed: Tensor, count: int, first: int = 0) -> Tensor:
+    """``count`` uniform float32 numbers of the stream of ``seed``, from number ``first`` on, in PyTorch's integer operations.
 
     Words are kept as int64 in [0, 2^32), since PyTorch has no full set of uint32 operations.
     """
     low = 0xFFFFFFFF
-    counter = torch.arange(count, dtype=torch.int64, device=seed.device)
+    counter = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
     c0, c1 = counter & low, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
     k0, k1 = seed & low, (seed >> 32) & low

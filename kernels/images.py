@@ -64,12 +64,15 @@ def _window_pixel(
     H: tl.constexpr,
     W: tl.constexpr,
     AUGMENT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The pixels (y, x) of a window ``width`` wide, in [0, 255], before contrast; 0 where masked."""
     if AUGMENT:
         x = tl.where(flip, width - 1 - x, x) + left
         y = y + top
         mask = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    if WIDE:
+        y, x = y.to(tl.int64), x.to(tl.int64)
     b_pixel = tl.load(p_image + y * stride_ih + x * stride_iw, mask=mask, other=0).to(tl.float32)
     if AUGMENT:
         b_pixel = tl.minimum(tl.maximum(b_pixel * brightness, 0.0), 255.0)
@@ -165,7 +168,7 @@ def _gather_resize_kernel(
                 y_s, x_s = y_s - top, x_s - left
                 m_s = m_s & (y_s >= 0) & (y_s < height) & (x_s >= 0) & (x_s < width)
             b_sum += _window_pixel(
-                p_image, y_s, x_s, m_s, top, left, width, flip_s, brightness, stride_ih, stride_iw, H, W, AUGMENT
+                p_image, y_s, x_s, m_s, top, left, width, flip_s, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE
             )
         window_mean = tl.sum(b_sum) / pixels
 
@@ -176,10 +179,10 @@ def _gather_resize_kernel(
     y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
     b_down, b_right = b_y - y0.to(tl.float32), b_x - x0.to(tl.float32)
     m_load = m_image & inside
-    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
-    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT)
+    b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
+    b_11 = _window_pixel(p_image, y1, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_00 = _contrasted(b_00, contrast, window_mean, CONTRAST)
     b_01 = _contrasted(b_01, contrast, window_mean, CONTRAST)
     b_10 = _contrasted(b_10, contrast, window_mean, CONTRAST)
@@ -239,7 +242,7 @@ def _launch_gather_resize(
         PAD_H=pad_h,
         PAD_W=pad_w,
         AUGMENT=augmentation is not None,
-        WIDE=needs_int64(output),
+        WIDE=needs_int64(images, output),
         **config,
     )
 

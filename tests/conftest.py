@@ -70,6 +70,28 @@ def _mend_ttsem() -> None:
         return [block.reshape(ops._rty(op).shape)]
 
     ops.OPS["tt.descriptor_load"] = reshaped
+    _stop_at_the_ir()
+
+
+def _stop_at_the_ir() -> None:
+    """Let ttsem compile a kernel as far as the IR that it executes, and each specialization once in a process.
+
+    It compiles down to machine code, which is most of its time here, and throws all but that IR away. What machine code needs
+    (registers, shared memory) is checked in ``tests/benchmarks/test_offline.py``.
+    """
+    from ttsem import harness, mlir
+
+    texts: dict[tuple[str, ...], str] = {}
+    mlir.enable_generic_printing()
+
+    def ir_for_launch(record: Any, stage: str, target: Any, *_: object) -> str:
+        options, *specialization = harness._specialize(record.fn, record.args, record.kwargs, target)
+        key = (record.fn.cache_key, repr(specialization), options.hash(), stage, repr(target))
+        if key not in texts:
+            texts[key] = harness._stage_text(record, stage, target)
+        return texts[key]
+
+    harness.ir_for_launch = ir_for_launch
 
 
 #: Under ``python -m ttsem.sanitize`` tensors say that they are on CUDA, and are not.

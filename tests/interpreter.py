@@ -48,7 +48,71 @@ def _patch_once(monkeypatch: Any) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
 
 
+_slow_block_type, _slow_tensor = tl.block_type.__init__, tl.tensor.__init__
+_slow_equal, _slow_broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
+
+#: What a shape comes to in a type, and in the tensors of that type: found once, and the same objects from then on.
+_shapes: dict[tuple[int, ...], dict[str, Any]] = {}
+_names: dict[tuple[tuple[int, ...], str], str] = {}
+
+
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    """As ``tl.block_type``'s own, for each shape once."""
+    sizes = tuple([s.value if type(s) is tl.constexpr else s for s in shape])
+    known = _shapes.get(sizes)
+    if known is None:
+        _slow_block_type(self, element_ty, shape)
+        tensor = tl.tensor.__new__(tl.tensor)
+        _slow_tensor(tensor, None, self)
+        _shapes[sizes] = {"shape": self.shape, "numel": self.numel, "of_tensors": (tensor.shape, tensor.numel)}
+        return
+    self.element_ty, self.shape, self.numel = element_ty, known["shape"], known["numel"]
+    name = _names.get((sizes, element_ty.name))
+    if name is None:
+        name = _names[sizes, element_ty.name] = f"<{self.shape}, {element_ty}>"
+    self.name, self._of_tensors = name, known["of_tensors"]
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    """As ``tl.tensor``'s own, for each shape once."""
+    of_tensors = getattr(type, "_of_tensors", None)
+    if of_tensors is None:
+        _slow_tensor(self, handle, type)
+        return
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = of_tensors
+
+
+def _equal(self: Any, other: Any) -> bool:
+    """As ``tl.dtype``'s own; the usual types are objects that there are once."""
+    return self is other or _slow_equal(self, other)
+
+
+def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+    """As the interpreter's own; tensors of one shape are ready as they are."""
+    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+        return lhs, rhs
+    return _slow_broadcast(self, lhs, rhs)
+
+
+_slow_np_dtype = interpreter._get_np_dtype
+_np_dtypes: dict[str, Any] = {}
+
+
+def _np_dtype(kind: Any) -> Any:
+    """As the interpreter's own, which makes a table of all types at each call."""
+    found = _np_dtypes.get(kind.name)
+    if found is None:
+        found = _np_dtypes[kind.name] = _slow_np_dtype(kind)
+    return found
+
+
 def speed_up(monkeypatch: Any) -> None:
     """Run kernels faster from here on, to the same results and the same errors."""
     monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)
+    monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", _broadcast)
+    monkeypatch.setattr(tl.block_type, "__init__", _block_type)
+    monkeypatch.setattr(tl.tensor, "__init__", _tensor)
+    monkeypatch.setattr(tl.dtype, "__eq__", _equal)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", _np_dtype)
     _patch_once(monkeypatch)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 import kernels
+from alexnet_triton.data import draw_augmentation, load_fashion_mnist
+from alexnet_triton.training import Trainer
 from kernels import config
 from kernels.backend import INTERPRETED
 
 from .conftest import DEVICE, SMALL_TILES, own_devices
-from .determinism import DTYPES, network, trained
+from .determinism import DTYPES, deterministic, digest, network, trained
 from .oracle import dtype_id, randn
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,75 @@ def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: real(*a) * (1 + 2**-23))
     assert trained(torch.float32, steps=1) != first
+
+
+def _each_operation() -> dict[str, Callable[[], list[Tensor]]]:
+    """What each public operation gives, and the gradients of all that it takes."""
+
+    def all_of(run: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
+        leaves = [randn(*shape, dtype=torch.float32) for shape in shapes]
+        output = run(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+
+    def linked(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        y, link = kernels.linked_conv2d(x, w, padding=1)
+        return kernels.conv2d(y, v, padding=1, link=link)
+
+    def resized() -> list[Tensor]:
+        images = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8, device=DEVICE)
+        index = torch.tensor([4, 0, 4], device=DEVICE)
+        return [kernels.gather_resize(images, index, 30, augmentation=draw_augmentation(3, index.device))]
+
+    x, w, b = (2, 4, 9, 7), (6, 4, 3, 3), (6,)
+    return {
+        "conv2d": lambda: all_of(lambda x, w, b: kernels.conv2d(x, w, b, 2, 1, activation="relu"), x, w, b),
+        "linked_conv2d": lambda: all_of(linked, x, w, (5, 6, 3, 3)),
+        "fused": lambda: all_of(lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, pool_kernel_size=2), x, w, b),
+        "max_pool2d": lambda: all_of(lambda x: kernels.max_pool2d(x, 3, 2, 1, return_indices=True)[0], x),
+        "max_pool2d_of_large_windows": lambda: all_of(lambda x: kernels.max_pool2d(x, 5, 1, 2), x),
+        "linear": lambda: all_of(lambda x, w, b: kernels.linear(x, w, b, activation="relu"), (5, 70), (9, 70), (9,)),
+        "linear_relu_dropout": lambda: all_of(kernels.linear_relu_dropout, (5, 70), (9, 70), (9,)),
+        "dropout": lambda: all_of(kernels.dropout, (5, 70)),
+        "gather_resize": resized,
+    }
+
+
+@own_devices
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", _each_operation())
+def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
+    """Twice from one seed, under ``torch.use_deterministic_algorithms``, which also fills what nothing has written yet."""
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with deterministic():
+            results.append(digest(_each_operation()[name]()))
+    assert results[0] == results[1]
+
+
+@own_devices
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE != "cuda", reason="CUDA's"))])
+def test_an_epoch_of_the_trainer_satisfies_deterministic_algorithms(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With augmentation, dropout, momentum and a smaller last batch."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    split = load_fashion_mnist("sample").train.limited(10)
+    results = []
+    for _ in range(2):
+        with deterministic():
+            net = network(torch.float32)
+            trainer = Trainer(
+                net, split, batch_size=4, image_size=27, lr=0.1, device=torch.device(DEVICE), graph=graph, augment=True,
+                momentum=0.9,
+            )  # fmt: skip
+            trainer.epoch(torch.Generator().manual_seed(1))
+            results.append(digest(p.clone() for p in net.parameters()))
+    assert results[0] == results[1]
+
+
+def test_deterministic_algorithms_refuse_what_is_not() -> None:
+    values = torch.zeros(3, device=DEVICE)
+    with deterministic(), pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        values.put_(torch.tensor([0, 0], device=DEVICE), torch.ones(2, device=DEVICE))
 
 
 @pytest.fixture

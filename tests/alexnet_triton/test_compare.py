@@ -20,6 +20,7 @@ from alexnet_triton import models, train_command, training
 from alexnet_triton.checkpoint import read_checkpoint
 from alexnet_triton.compare_command import compared, comparison_table
 from alexnet_triton.fused import fuse
+from alexnet_triton.options import console
 from alexnet_triton.plot import plot_comparison
 from alexnet_triton.train_command import FinishedRun, RunOptions
 from alexnet_triton.training import EpochMetrics
@@ -43,8 +44,9 @@ def cells(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path) -> None:
+def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The starting document's table, from the modules, and beside it what the two runs measured."""
+    monkeypatch.setattr(console, "_width", 60)  # no cell is broken where no terminal is
     result = run_here("compare", *SHORT, "--epochs", "1", "--augment", "--no-flip", "--out", "both", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "both"

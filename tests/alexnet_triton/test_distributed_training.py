@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from alexnet_triton.checkpoint import read_checkpoint
 from alexnet_triton.data import load_fashion_mnist
 from alexnet_triton.distributed import ALONE, Processes
 
-from .test_checkpoint import contents
+from .test_checkpoint import contents, flat
 from .test_signals import read_until, start
 from .train_worker import CPU, RUNS, run
 
@@ -99,6 +101,40 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     assert alone.exit_code == 1
     assert "was trained with processes 2, this run has 1" in alone.output
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_signals_that_come_again_while_it_saves_lose_nothing(tmp_path: Path) -> None:
+    """As from Slurm, which signals torchrun and its processes, and torchrun passes it on; then Ctrl-C again, impatiently.
+
+    torchrun makes a SIGTERM of the second one. The run that goes on has the bits of one that never stopped.
+    """
+    script, out = Path(__file__).with_name("slow_disk_worker.py"), tmp_path / "run"
+    options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
+
+    def torchrun(*arguments: object) -> subprocess.Popen[str]:
+        return start(*TORCHRUN, script, tmp_path, "train", *arguments, start_new_session=True)
+
+    process = torchrun(*options, "--epochs", 100000, "--out", out)
+    read_until(process, "epoch   1 ")
+    for rank in (0, 1):
+        os.kill(int((tmp_path / f"pid-{rank}").read_text()), signal.SIGINT)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=60)
+    assert output.splitlines()[-1].startswith("SIGINT: stopped in epoch "), errors
+    assert errors.count("closing signal SIGINT") == errors.count("closing signal SIGTERM") == 2
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "best.pt", "metrics.jsonl"}
+
+    epochs = len(read_checkpoint(out / "checkpoint.pt").metrics) + 1
+    runs = (("--resume", out), (*options, "--out", tmp_path / "whole"))
+    for process in [torchrun(*each, "--epochs", epochs) for each in runs]:  # both at once
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    resumed, whole = (read_checkpoint(folder / "checkpoint.pt") for folder in (out, tmp_path / "whole"))
+    states = [flat([c.metrics, c.weights, c.training]) for c in (resumed, whole)]
+    assert states[0] == states[1]
 
 
 def test_shares_are_a_batch() -> None:

@@ -1,7 +1,8 @@
-"""Importing: light, and clear about a foreign package called ``kernels``."""
+"""Importing: light, silent, and clear about a foreign package called ``kernels``. What the code calls, and must not call."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,56 @@ def test_import_needs_only_torch_triton_and_numpy() -> None:
     )
     result = _python(code, ROOT)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_module_opens_a_socket_or_starts_a_process_when_it_is_imported() -> None:
+    """Nor does a command that needs neither. Python itself reports each attempt, whoever makes it."""
+    code = (
+        "import importlib, pkgutil\n"
+        "def refuse(event, arguments):\n"
+        "    if event.startswith(('socket.', 'subprocess.', 'os.system', 'os.posix_spawn', 'os.exec', 'os.fork', 'urllib.')):\n"
+        "        raise AssertionError(f'{event} {arguments}')\n"
+        "import torch, triton, torchvision\n"  # whose own imports are theirs to answer for
+        "sys.addaudithook(refuse)\n"
+        "import alexnet_triton, kernels\n"
+        "for package in (kernels, alexnet_triton):\n"
+        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "        importlib.import_module(f'{package.__name__}.{module.name}')\n"
+        "sys.argv = ['alexnet-triton', 'summary', '--json']\n"
+        "try: alexnet_triton.cli.main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "import socket\n"
+        "try: socket.socket()\n"
+        "except AssertionError: print('refused')\n"
+    )
+    result = _python(code, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "refused"  # it would have been noticed
+
+
+#: What runs code that is data, and what starts programs. ``alexnet-triton explain`` imports what the user names: its very use.
+_RUNS_CODE = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "yaml.load", "runpy.run_path", "subprocess.run"),
+    *("subprocess.Popen", "subprocess.call", "subprocess.check_output", "numpy.load", "np.load", "torch.jit.load"),
+}
+
+
+def _calls(source: str) -> set[str]:
+    """The dotted names of all calls; of ``torch.load`` without ``weights_only=True`` with a question mark."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            careful = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            found.add(name + "?" * (name == "torch.load" and not careful))
+    return found
+
+
+def test_nothing_that_is_read_can_run() -> None:
+    for path in (*(ROOT / "kernels").glob("*.py"), *(ROOT / "alexnet_triton").glob("*.py")):
+        assert not _calls(path.read_text()) & (_RUNS_CODE | {"torch.load?"}), path
+    assert _calls("torch.load(p, weights_only=False); np.load(q)(3)") >= {"torch.load?", "np.load"}
 
 
 def test_the_command_line_without_its_extras_says_what_to_install() -> None:

@@ -167,13 +167,15 @@ def test_nothing_to_resume() -> None:
     assert "no folder in runs/ holds a checkpoint" in result.output
 
 
-@pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer"])
+@pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer", "newer crop"])
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     if kind == "weights alone":
         save_checkpoint(path, Checkpoint("lenet", [], [], {}))
     elif kind == "newer":
         save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": {"telepathy": True}}))
+    elif kind == "newer crop":
+        save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": {"crop": "elastic"}}))
     elif kind != "missing":
         save_checkpoint(path, Checkpoint("lenet", [], [], {"weight": torch.ones(300)}, {}))
         content = bytearray(path.read_bytes())

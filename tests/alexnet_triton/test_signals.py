@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import torch
 
 from alexnet_triton import signals, training
 from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.signals import StopSignals
+from alexnet_triton.signals import Stopped, StopSignals
 
 from .test_checkpoint import CASES, contents, resume, run
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 
 
-def start(*command: object) -> subprocess.Popen[str]:
+def start(*command: object, start_new_session: bool = False) -> subprocess.Popen[str]:
     """A process that gets Ctrl-C even where this one runs in the background of a script."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -36,6 +37,7 @@ def start(*command: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=start_new_session,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -62,6 +64,27 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number: signal.Signals
         assert stops()
         assert stops.received is number
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@BOTH
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_a_launchers_signals_after_the_first_are_ignored_to_the_end(elsewhere: bool, number: signal.Signals) -> None:
+    """Whichever they are; also where the first one came to another process, and stopped this one with it."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with contextlib.suppress(Stopped), StopSignals(repeats=True) as stops:
+            if not elsewhere:
+                for each in (number, signal.SIGINT, signal.SIGTERM):
+                    os.kill(os.getpid(), each)
+                assert stops.received is number
+            raise Stopped("after step 1")
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_IGN] * 2
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    with StopSignals(repeats=True):
+        pass
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 

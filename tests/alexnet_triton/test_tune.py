@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +41,7 @@ def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None
     cpu, shape = torch.device("cpu"), (128, 12, 12, 256, 384, 3, 3)
     rule = config.conv2d_images_config(cpu, "conv2d_fprop", *shape)
     assert rule["num_stages"] != 2
-    _write(tables, {config.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "of another kernel": 7}})
+    _write(tables, {config.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "FUSED": 1}})
     config.read_table.cache_clear()
     assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
     with config.untuned():
@@ -50,11 +52,60 @@ def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None
     assert config.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"configs": {"a": {"b": "c"}}}', '{"configs": 3}', "{}"])
-def test_a_broken_table_is_named(content: str, tables: Path) -> None:
-    (tables / f"{H100}.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"{H100}\.json: not a table of tuned configurations"):
-        config.tuned(torch.device("cpu"), "anything")
+def _entry(name: str, value: object) -> str:
+    return json.dumps({"configs": {"a": {name: value}}, "measured": {}})
+
+
+BROKEN = {
+    "cut_short": ("{", "Expecting"),
+    "no_dict": ("[]", "it has no 'configs'"),
+    "empty": ("{}", "it has no 'configs'"),
+    "number": ('{"configs": 3}', "it has no 'configs'"),
+    "entry": ('{"configs": {"a": [1]}}', "it has no 'configs'"),
+    "deep": ("[" * 100_000, "recursion"),
+    "not_text": (b"\xff\xfe\0", "codec can't decode"),
+    "long_number": ('{"configs": {"a": {"SPLIT": 1' + "0" * 5000 + "}}}", "integer string conversion"),
+    "unknown": (_entry("BLOCK", 64), r"no kernel has 'BLOCK' = 64 \('a'\)"),
+    "text": (_entry("num_warps", "4"), "no kernel has 'num_warps' = 4"),
+    "code": (_entry("num_warps", "__import__('os').mkdir('ran')"), "no kernel has 'num_warps' = __import__"),
+    "fraction": (_entry("num_warps", 4.0), r"no kernel has 'num_warps' = 4\.0"),
+    "true": (_entry("SPLIT", True), "no kernel has 'SPLIT' = True"),
+    "list": (_entry("SPLIT", [1]), r"no kernel has 'SPLIT' = \[1\]"),
+    "nan": ('{"configs": {"a": {"SPLIT": NaN}}}', "no kernel has 'SPLIT' = nan"),
+    "no_power_of_2": (_entry("BLOCK_M", 96), "no kernel has 'BLOCK_M' = 96"),
+    "too_small": (_entry("BLOCK_N", 8), "no kernel has 'BLOCK_N' = 8"),
+    "negative": (_entry("SPLIT", -1), "no kernel has 'SPLIT' = -1"),
+    "zero": (_entry("SPLIT", 0), "no kernel has 'SPLIT' = 0"),
+    "huge": (_entry("num_warps", 2**40), "no kernel has 'num_warps' = 1099511627776"),
+    "large": (" " * (2**24 + 1), "larger than 16 MB"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_or_hostile_table_is_named_and_nothing_of_it_is_used(fault: str, tables: Path) -> None:
+    content, message = BROKEN[fault]
+    path = tables / f"{H100}.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for use in (lambda: config.tuned(torch.device("cpu"), "a"), lambda: tune.tune([], torch.bfloat16, path, print)):
+        with pytest.raises(ValueError, match=rf"{H100}\.json: not a table of tuned configurations: .*{message}") as error:
+            use()
+        assert len(str(error.value)) < 400
+    assert not Path("ran").exists()
+
+
+def test_tuning_leaves_a_file_that_is_no_table_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "package.json"
+    path.write_text(_entry("SPLIT", 2).replace(', "measured": {}', ""))
+    before = path.read_bytes()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = CliRunner().invoke(app, ["tune", "--out", str(path)])
+    assert (result.exit_code, path.read_bytes()) == (1, before)
+    line = f"alexnet-triton: {path}: not a table of tuned configurations: it does not say what was measured\n"
+    assert result.output == line
+
+
+def test_a_gpus_name_leads_to_no_other_folder() -> None:
+    assert Path(config.gpu_slug("NVIDIA ../../A/B 80GB")).name == "..-..-a-b-80gb"
 
 
 def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
@@ -65,6 +116,7 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
         assert values in known[key].candidates()
+        assert config.read_table(H100)[key] == values
         assert table["measured"][key]["wrong"] == 0
 
 
@@ -73,13 +125,34 @@ def test_every_pass_has_candidates(batch: int) -> None:
     for job in tune.jobs((batch,)):
         few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
         assert few_images or len(job.candidates()) > 3, job
+        config.check_table({"configs": {str(i): candidate for i, candidate in enumerate(job.candidates())}})
 
 
-def _write_entries(path: Path, batches: list[int]) -> None:
+BATCHES = range(1, 61)
+
+
+def _at_the_same_time(run: Callable[[int], None], processes: int) -> list[int | None]:
+    """``run(0)``, ``run(1)``, ... each in a process of its own, and none before all are there; their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Barrier(processes)
+
+    def start(number: int) -> None:
+        ready.wait(60)
+        run(number)
+
+    started = [fork.Process(target=start, args=(number,)) for number in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def _write_entries(path: Path, batches: Sequence[int]) -> None:
     with mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"):
         for batch in batches:
             job = tune.Job("conv3", "fprop", batch)
-            tune.write_table([tune.Tuned(job, 2.0, 1.0, 3.0, {"BLOCK_M": batch}, [], [(1.0, {})])], torch.bfloat16, path)
+            tune.write_table([tune.Tuned(job, 2.0, 1.0, 3.0, {"SPLIT": batch}, [], [(1.0, {})])], torch.bfloat16, path)
 
 
 def test_entries_of_another_run_stay(tmp_path: Path) -> None:
@@ -87,23 +160,34 @@ def test_entries_of_another_run_stay(tmp_path: Path) -> None:
     _write_entries(path, [128, 64])
     content = json.loads(path.read_text())
     assert [content["configs"][tune.Job("conv3", "fprop", batch).key] for batch in (128, 64)] == [
-        {"BLOCK_M": 128},
-        {"BLOCK_M": 64},
+        {"SPLIT": 128},
+        {"SPLIT": 64},
     ]
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_processes_that_tune_at_the_same_time_keep_each_others_entries(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_write_entries, args=(path, list(range(i, 61, 3)))) for i in (1, 2, 3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert _at_the_same_time(lambda i: _write_entries(path, BATCHES[i::3]), 3) == [0, 0, 0]
     configs = json.loads(path.read_text())["configs"]
-    assert configs == {tune.Job("conv3", "fprop", batch).key: {"BLOCK_M": batch} for batch in range(1, 61)}
+    assert configs == {tune.Job("conv3", "fprop", batch).key: {"SPLIT": batch} for batch in BATCHES}
+
+
+def test_without_their_lock_they_would_lose_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have read the file before one writes it: one entry is lost, or the other process trips over the first one's file."""
+    path = tmp_path / "gpu.json"
+    both_read = multiprocessing.get_context("fork").Barrier(2)
+    read = tune._table_so_far
+
+    def read_and_wait(path: Path) -> dict:
+        content = read(path)
+        both_read.wait(60)
+        return content
+
+    monkeypatch.setattr(tune, "_table_so_far", read_and_wait)
+    monkeypatch.setattr(tune, "_locked", lambda _: contextlib.nullcontext())
+    assert 0 in _at_the_same_time(lambda i: _write_entries(path, [i + 1]), 2)
+    assert len(json.loads(path.read_text())["configs"]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")

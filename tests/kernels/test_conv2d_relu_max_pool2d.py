@@ -38,6 +38,8 @@ CASES = (
     Case("padded_pool", pool={"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}),
     Case("ceil", x=(1, 3, 12, 12), pool={"pool_kernel_size": 3, "pool_stride": 2, "ceil_mode": True}),
     Case("own_stride", pool={"pool_kernel_size": (2, 3)}),
+    Case("filter_is_image", x=(2, 3, 5, 4), w=(4, 3, 5, 4), conv=(1, 0), pool={"pool_kernel_size": 1}),
+    Case("one_pixel", x=(1, 1, 1, 1), w=(1, 1, 1, 1), conv=(1, 0), pool={"pool_kernel_size": 1}),
 )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import kernels
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 from ..oracle import integers, randn
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,3 +65,22 @@ def test_kernels_in_the_workers_of_a_data_loader(context: str) -> None:
     (batch,) = DataLoader(_Pooled(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
     pooled = torch.tensor([[7.0, 9.0, 11.0], [19.0, 21.0, 23.0]])
     assert torch.equal(batch, torch.stack([pooled * i for i in (1, 2, 3)]).unsqueeze(1))
+
+
+class _OnTheGpu(_Pooled):
+    def __getitem__(self, index: int) -> Tensor:
+        return kernels.max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), 2)[0].cpu()
+
+
+@own_devices
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_cuda_after_a_fork_is_a_clear_error_and_no_hang(context: str) -> None:
+    """CUDA is in use here: a forked worker cannot use it, a spawned one can."""
+    kernels.max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), 2)
+    loader = DataLoader(_OnTheGpu(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
+    if context == "spawn":
+        assert torch.equal(next(iter(loader)), torch.ones(3, 1, 2, 2))
+        return
+    with pytest.raises(RuntimeError, match="Cannot re-initialize CUDA in forked subprocess"):
+        next(iter(loader))

@@ -1,0 +1,25 @@
+"""The command line on a disk so slow that a signal finds each process while it saves.
+
+``python slow_disk_worker.py FOLDER train ...``; ``FOLDER`` gets a file ``pid-RANK`` of each process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from alexnet_triton import checkpoint
+from alexnet_triton.__main__ import main
+
+if __name__ == "__main__":
+    write = checkpoint._write
+
+    def slow(path: Path, content: bytes) -> None:
+        time.sleep(0.5)
+        write(path, content)
+
+    checkpoint._write = slow
+    (Path(sys.argv.pop(1)) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    main()

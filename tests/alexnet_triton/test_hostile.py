@@ -1,0 +1,324 @@
+"""Files and names that someone made up to do harm, or that a machine spoiled: one line, exit code 1 or 2, nothing written.
+
+What each parser makes of damaged content is in test_data, test_image_folder, test_predict and test_checkpoint.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alexnet_triton import data, image_folder
+from alexnet_triton.checkpoint import CheckpointError, read_checkpoint
+from alexnet_triton.data import DataError, read_folder, read_idx
+from alexnet_triton.image_folder import load_data, load_test
+
+from ..permissions import permissions_hold
+from . import test_data
+from .command import run_here
+from .test_image_folder import COLOURS, write_folder, write_images
+from .test_predict import _bomb, _png, checkpoint_of
+
+ON_PYTORCH = ("--device", "cpu", "--backend", "torch")
+TRAIN = ("train", "--model", "lenet", *ON_PYTORCH, "--epochs", "1", "--limit", "8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of traps: a pipe, a link to itself, a folder that may not be entered; and of a good checkpoint and image."""
+    place = tmp_path_factory.mktemp("place")
+    os.mkfifo(place / "pipe")
+    (place / "circle").symlink_to("circle")
+    (place / "file").write_text("x")
+    write_folder(place / "closed" / "images", train=1, tests=1)
+    checkpoint_of(place / "closed")
+    (place / "closed").chmod(0)
+    checkpoint_of(place, channels=3, classes=tuple(sorted(COLOURS)))
+    (place / "good.png").write_bytes(_png())
+    yield place
+    (place / "closed").chmod(0o700)  # for pytest to remove it
+
+
+LONG = "a" * 300
+#: Options with a path that leads nowhere good, relative to ``place``.
+NAMES = {
+    "data_too_long": (*TRAIN, "--data", LONG),
+    "data_pipe": (*TRAIN, "--data", "pipe"),
+    "data_device": (*TRAIN, "--data", "/dev/zero"),
+    "data_file": (*TRAIN, "--data", "file"),
+    "data_circle": (*TRAIN, "--data", "circle"),
+    "data_circle_of_known_channels": (*TRAIN, "--data", "circle", "--channels", "3"),
+    "data_zero_byte": (*TRAIN, "--data", "a\0b"),
+    "data_nobodys_home": (*TRAIN, "--data", "~nobody-of-this-name/x"),
+    "data_closed": (*TRAIN, "--data", "closed/images"),
+    "out_too_long": (*TRAIN, "--data", "sample", "--out", LONG),
+    "out_file": (*TRAIN, "--data", "sample", "--out", "file"),
+    "out_under_a_file": (*TRAIN, "--data", "sample", "--out", "file/out"),
+    "out_circle": (*TRAIN, "--data", "sample", "--out", "circle"),
+    "out_closed": (*TRAIN, "--data", "sample", "--out", "closed/out"),
+    "resume_too_long": ("train", "--resume", LONG),
+    "resume_pipe": ("train", "--resume", "pipe"),
+    "resume_device": ("train", "--resume", "/dev/zero"),
+    "resume_closed": ("train", "--resume", "closed/lenet1.pt"),
+    "compare_data_too_long": ("compare", "lenet", *ON_PYTORCH, "--data", LONG),
+    "compare_out_too_long": ("compare", "lenet", *ON_PYTORCH, "--data", "sample", "--out", LONG),
+    "evaluate_too_long": ("evaluate", LONG, *ON_PYTORCH),
+    "evaluate_pipe": ("evaluate", "pipe", *ON_PYTORCH),
+    "evaluate_circle": ("evaluate", "circle", *ON_PYTORCH),
+    "evaluate_folder": ("evaluate", ".", *ON_PYTORCH),
+    "evaluate_closed": ("evaluate", "closed/lenet1.pt", *ON_PYTORCH),
+    "evaluate_closed_data": ("evaluate", "lenet3.pt", "--data", "closed/images", *ON_PYTORCH),
+    "predict_too_long": ("predict", "lenet3.pt", LONG, *ON_PYTORCH),
+    "predict_device": ("predict", "lenet3.pt", "/dev/zero", *ON_PYTORCH),
+    "predict_closed": ("predict", "lenet3.pt", "closed/x.png", *ON_PYTORCH),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> None:
+    arguments = NAMES[name]
+    before = sorted(place.iterdir())
+    if name.startswith(("data", "compare_data")):
+        arguments += ("--out", "out")
+    with permissions_hold():
+        result = run_here(*arguments, cwd=place)
+    lines = result.stderr.splitlines()
+    if result.returncode == 2:  # Click's usage comes before the line
+        assert lines[0].startswith("Usage: ")
+        assert "Invalid value for " in lines[-1]
+    else:
+        assert result.returncode == 1
+        assert len(lines) == 1
+        assert lines[0].startswith("alexnet-triton: ")
+    assert "Errno" not in result.stderr
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [(("train", "--resume", LONG), OSError), (("evaluate", "pipe"), CheckpointError), ((*TRAIN, "--data", "pipe"), DataError)],
+    ids=["train", "evaluate", "data"],
+)
+def test_with_debug_there_is_a_traceback(arguments: tuple[str, ...], kind: type[Exception], place: Path) -> None:
+    with pytest.raises(kind):
+        run_here("--debug", *arguments, cwd=place)
+
+
+def test_one_image_that_may_not_be_read_does_not_keep_the_others_from_being_classified(place: Path) -> None:
+    with permissions_hold():
+        result = run_here("predict", "lenet3.pt", "closed/x.png", "good.png", *ON_PYTORCH, cwd=place)
+    assert (result.returncode, result.stderr) == (1, "alexnet-triton: closed/x.png: cannot be read: Permission denied\n")
+    assert result.stdout.splitlines()[0] == "good.png"
+
+
+# ------------------------------------------------------------------------------------------------------------------ links
+
+Trap = Callable[[Path], object]
+
+
+def _link(name: str, target: str) -> Trap:
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def _folder_elsewhere(folder: Path) -> None:
+    shutil.move(folder / "train" / "sky", folder.parent / "elsewhere")
+    (folder / "train" / "sky").symlink_to(folder.parent / "elsewhere")
+
+
+def _train_elsewhere(folder: Path) -> None:
+    shutil.move(folder / "train", folder.parent / "elsewhere")
+    (folder / "train").symlink_to(folder.parent / "elsewhere")
+
+
+#: Below the folder, what makes them, and what is said.
+LINKS: dict[str, tuple[Trap, str]] = {
+    "file_outside": (_link("test/sky/x.png", "../../../good.png"), r"sky/x\.png: a link that leads out of "),
+    "absolute": (_link("train/sky/x.png", "/etc/passwd"), r"sky/x\.png: a link that leads out of .*, to /etc/passwd"),
+    "of_no_image": (_link("train/sky/notes.txt", "/etc/passwd"), r"notes\.txt: a link that leads out of "),
+    "device": (_link("train/sky/x.png", "/dev/zero"), r"x\.png: a link that leads out of .*, to /dev/zero"),
+    "class_elsewhere": (_folder_elsewhere, r"train/sky: a link that leads out of "),
+    "train_elsewhere": (_train_elsewhere, r"train: a link that leads out of "),
+    "to_the_folder_itself": (_link("train/sky/again", "."), r"sky/again: a link to a folder, "),
+    "to_the_root": (_link("train/again", ".."), r"train/again: a link to a folder, "),
+    "broken": (_link("train/sky/x.png", "gone.png"), r"x\.png: a link to no file, "),
+    "circle": (_link("train/sky/x.png", "x.png"), r"x\.png: a link to no file, "),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_out_of_the_folder_and_to_folders_are_refused(name: str, tmp_path: Path) -> None:
+    trap, message = LINKS[name]
+    (tmp_path / "good.png").write_bytes(_png())
+    folder = write_folder(tmp_path / "a", train=1, tests=1)
+    trap(folder)
+    with pytest.raises(DataError, match=message) as error:
+        load_data(folder, size=20, channels=3, workers=0)
+    result = run_here(*TRAIN, "--data", str(folder), "--workers", "0", "--out", str(tmp_path / "out"))
+    assert (result.returncode, result.stderr) == (1, f"alexnet-triton: {error.value}\n")
+    assert not (tmp_path / "out").exists()
+    if name == "file_outside":
+        with pytest.raises(DataError, match=message):
+            load_test(folder, classes=sorted(COLOURS), size=20, channels=3, workers=0)
+
+
+def test_links_inside_of_the_folder_and_to_the_folder_are_followed(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", train=1, tests=1)
+    (folder / "train" / "sky" / "x.png").symlink_to("../../test/sky/00.png")
+    shutil.move(folder / "test", folder / "kept")
+    (folder / "test").symlink_to("kept")
+    (folder / "train" / "sky" / "x.png").unlink()
+    (folder / "train" / "sky" / "x.png").symlink_to(folder / "kept" / "sky" / "00.png")
+    (tmp_path / "link").symlink_to("a")
+    found = load_data(tmp_path / "link", size=20, channels=3, workers=0)
+    assert (len(found.train), len(found.test)) == (4, 3)
+    assert (found.train.images[-1] == found.test.images[-1]).all()
+
+
+# --------------------------------------------------------------------------------------------------- traps among the images
+
+
+def _pipe(file: Path) -> None:
+    os.mkfifo(file)  # to open which would wait for ever
+
+
+TRAPS: dict[str, tuple[Trap, str]] = {
+    "pipe": (_pipe, "no regular file"),
+    "bomb": (lambda file: file.write_bytes(_bomb(20_000)), "too large to be decoded: "),
+    "cut_short": (lambda file: file.write_bytes(_png()[:400]), "cannot be read: image file is truncated"),
+    "closed": (lambda file: (file.write_bytes(_png()), file.chmod(0)), "cannot be read: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_among_the_images_is_named_and_nothing_is_written(name: str, workers: int, tmp_path: Path) -> None:
+    trap, message = TRAPS[name]
+    folder = write_folder(tmp_path / "a", train=2, tests=1)
+    file = folder / "train" / "sky" / "01.png"
+    file.unlink()
+    trap(file)
+    with permissions_hold():
+        result = run_here(*TRAIN, "--data", str(folder), "--workers", str(workers), "--out", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"alexnet-triton: {file}: {message}")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("closed", ["train", "train/sky", "train/sky/more"])
+def test_a_folder_that_may_not_be_read_is_not_passed_over(closed: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", train=1, tests=1)
+    write_images(folder / "train" / "sky", {"more": 1})
+    (folder / closed).chmod(0)
+    with permissions_hold(), pytest.raises(DataError, match=rf"{closed}: cannot be read: Permission denied"):
+        load_data(folder, size=20, channels=3, workers=0)
+    (folder / closed).chmod(0o700)
+    assert len(load_data(folder, size=20, channels=3, workers=0).train) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_after_the_folder_was_listed_is_named(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", train=2, tests=1)
+    room = image_folder._room_for
+
+    def vanish(*arguments: object) -> object:
+        (folder / "train" / "sky" / "00.png").unlink(missing_ok=True)
+        return room(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(image_folder, "_room_for", vanish)
+    with pytest.raises(DataError, match=r"train/sky/00\.png: no such file"):
+        load_data(folder, size=20, channels=3, workers=workers)
+
+
+# ------------------------------------------------------------------------------------------------ IDX files and checkpoints
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "circle", "device"])
+def test_an_idx_file_that_is_no_file_is_not_opened(kind: str, tmp_path: Path) -> None:
+    folder = test_data.write_folder(tmp_path / "a")
+    path = folder / f"{test_data.LABELS}.gz"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"circle": path.name, "device": "/dev/zero"}[kind])
+    with pytest.raises(DataError, match=f"no file {test_data.LABELS}"):
+        read_folder(folder)
+
+
+def test_idx_files_may_be_links(tmp_path: Path) -> None:
+    """The four names are known: a link shows no file that is none of them, and what is no IDX file is refused."""
+    folder = test_data.write_folder(tmp_path / "a")
+    path = folder / f"{test_data.LABELS}.gz"
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert len(read_folder(folder).train) == 20
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    with pytest.raises(DataError, match=r"gz: cannot be read: Not a gzipped file"):
+        read_folder(folder)
+
+
+def test_idx_files_without_permission(tmp_path: Path) -> None:
+    folder = test_data.write_folder(tmp_path / "a")
+    (folder / f"{test_data.LABELS}.gz").chmod(0)
+    with permissions_hold(), pytest.raises(DataError, match=r"gz: cannot be read: .*Permission denied"):
+        read_folder(folder)
+
+
+def test_a_gzip_bomb_is_not_unpacked_further_than_its_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.gz"
+    header = b"\0\0\x08\x03" + (1).to_bytes(4, "big") + 2 * b"\0\0\0\x1c"
+    path.write_bytes(gzip.compress(header + bytes(64 << 20), 1))
+    assert path.stat().st_size < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"header announces 784 bytes of data .*, the file has more"):
+        read_idx(path, 3)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_flipped_bit_in_a_gzipped_file_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    """By the checksum at its end; gzip's header has a time in it, which nobody reads."""
+    path = test_data.write_folder(tmp_path / "a") / f"{test_data.IMAGES}.gz"
+    whole, expected = path.read_bytes(), read_idx(path, 3)
+    generator = random.Random(0)
+    messages = []
+    for position in (0, len(whole) - 1, len(whole) - 5, *generator.sample(range(len(whole)), 60)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << generator.randrange(8)]) + whole[position + 1 :])
+        try:
+            assert (read_idx(path, 3) == expected).all(), position
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+
+
+def test_a_checkpoint_without_permission_or_in_a_closed_folder(place: Path, tmp_path: Path) -> None:
+    path = checkpoint_of(tmp_path)
+    path.chmod(0)
+    for each in (path, place / "closed" / "lenet1.pt"):
+        with permissions_hold(), pytest.raises(CheckpointError, match=rf"{each.name}: cannot be read: Permission denied"):
+            read_checkpoint(each)
+
+
+def test_the_usual_places_may_be_closed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, not a set from the next place that the user may not know of."""
+    monkeypatch.setattr(data, "USUAL_PLACES", (place / "closed",))
+    with permissions_hold():
+        result = run_here(*TRAIN, "--out", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"alexnet-triton: {place}/closed/")
+    assert result.stderr.endswith(": Permission denied\n")
+    assert not (tmp_path / "out").exists()

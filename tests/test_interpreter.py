@@ -1,0 +1,67 @@
+"""The suite's faster interpreter (``tests/interpreter.py``) computes what Triton's own does, and refuses what that refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import kernels
+from kernels import launch
+
+from .conftest import DEVICE
+from .oracle import randn
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's")
+
+
+@triton.jit
+def _broadcasting_kernel(x_ptr, y_ptr, WIDTH: tl.constexpr, OTHER: tl.constexpr, DTYPE: tl.constexpr):
+    """y = 2 * x + [column] + [[row]] + [[[0]]], with as many columns as OTHER says on one side."""
+    o_r, o_c = tl.arange(0, 4)[:, None], tl.arange(0, OTHER)[None, :]
+    x = tl.load(x_ptr + o_r * OTHER + tl.arange(0, WIDTH)[None, :]).to(DTYPE)
+    y = 2 * x + o_c.to(tl.float32) + o_r
+    y = tl.sum(y[None, :, :] + tl.zeros([2, 1, 1], tl.float32), axis=0)
+    tl.store(y_ptr + o_r * OTHER + o_c, y)
+
+
+def _broadcasting(width: int, other: int, dtype: object) -> torch.Tensor:
+    y = torch.empty(4, 8)
+    launch.launch(
+        _broadcasting_kernel, (1,), x_ptr=torch.arange(32.0).view(4, 8), y_ptr=y, WIDTH=width, OTHER=other, DTYPE=dtype
+    )
+    return y
+
+
+def _everything() -> list[torch.Tensor]:
+    """Results and gradients of operations that use most of the language, and blocks of one to three dimensions."""
+    torch.manual_seed(0)
+    results = [_broadcasting(8, 8, dtype) for dtype in (tl.float32, tl.float16, tl.int32, tl.int8)]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w, b = (randn(*size, dtype=dtype) for size in ((2, 3, 9, 8), (5, 3, 3, 2), (5,)))
+        y = kernels.conv2d_relu_max_pool2d(x, w, b, (2, 1), 1, pool_kernel_size=2)
+        results += [y, *torch.autograd.grad(y.float().square().sum(), (x, w, b))]
+        v = randn(7, 40, dtype=dtype)
+        z = kernels.linear_relu_dropout(y.flatten(1)[:, :40], v, None, 0.5, seed=torch.tensor(3))
+        results += [z, *torch.autograd.grad(z.float().sum(), (v,))]
+    return [result.detach() for result in results]
+
+
+def test_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = _everything()
+    monkeypatch.undo()  # of the suite's fixtures too: Triton's own interpreter
+    for ours, own in zip(fast, _everything(), strict=True):
+        assert ours.dtype == own.dtype
+        assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (ours, own)))
+
+
+@pytest.mark.parametrize(("width", "other", "message"), [(4, 8, "incompatible dimensions"), (6, 8, "power of 2")])
+def test_the_same_errors(width: int, other: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a shape that has been seen before in a tensor that was right."""
+    _broadcasting(8, 8, tl.float32)
+    with pytest.raises(Exception, match=message):
+        _broadcasting(width, other, tl.float32)
+    monkeypatch.undo()
+    with pytest.raises(Exception, match=message):
+        _broadcasting(width, other, tl.float32)
