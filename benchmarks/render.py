@@ -263,7 +263,7 @@ def tuned_markdown(table: dict[str, Any]) -> str:
 
 
 #: The audit's cases that the README shows.
-README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-infer")
+README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-trainer", "sm_90-bfloat16-N128-infer")
 
 
 def readme(text: str, results: Iterable[Path]) -> str:

@@ -213,6 +213,7 @@ def test_an_output_can_be_changed_in_place() -> None:
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
+@own_devices
 def test_meta_tensors_have_the_shape() -> None:
     x, w = torch.empty(2, 6, 9, 7, device="meta"), torch.empty(8, 6, 3, 3, device="meta")
     assert kernels.conv2d(x, w).shape == (2, 8, 7, 5)
