@@ -16,6 +16,10 @@ import kernels
 from ..conftest import DEVICE, own_devices
 from ..oracle import integers, randn
 
+pytestmark = pytest.mark.skipif(
+    UNDER_TTSEM, reason="ttsem executes one launch at a time, in the process that it was started in"
+)
+
 HALF = (torch.float16, torch.bfloat16)
 
 
