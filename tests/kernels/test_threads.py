@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import kernels
 
-from ..conftest import DEVICE, own_devices
+from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers, randn
 
 pytestmark = pytest.mark.skipif(
