@@ -12,7 +12,7 @@ IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest fuzz mutation sanitize sanitize-ir lint format audit accuracy report profile render bench clean
+.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -67,6 +67,10 @@ sanitize: $(INSTALLED)
 	then $(BIN)/python -m tests.sanitize $(ARGS); \
 	elif test -n "$(IR_PYTHON)"; then $(MAKE) --no-print-directory sanitize-ir; \
 	else echo "no Python 3.12: the IR checks are left out"; fi
+
+# Fails where there is no Python for the IR checks.
+ir-python:
+	@test -n "$(IR_PYTHON)"
 
 sanitize-ir: $(IR_VENV)/installed
 	SANITIZE_IR=1 OMP_NUM_THREADS=1 $(IR_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 \
