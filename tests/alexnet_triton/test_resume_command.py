@@ -96,6 +96,7 @@ AUGMENTED = {
 }
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("said", AUGMENTED)
 def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reaches the trainer and is kept; a resumed run has it, told or not, and another is refused."""
@@ -107,8 +108,6 @@ def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, m
         return real(*arguments, **options)
 
     monkeypatch.setattr(training, "Trainer", noted)
-    for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):  # which take longer than the run
-        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
     expected, options = AUGMENTED[said], said.split()
     first = command("train", *OPTIONS, "--data", "sample", "--epochs", "1", "--out", "run", *options)
     assert first.exit_code == 0, first.output
@@ -207,22 +206,31 @@ def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path:
 
     whole = command("train", *SHORT, "--epochs", "2", "--out", "whole")
     assert whole.exit_code == 0, whole.output
-    for name in PICTURES[1:]:  # the curves too show what a clock measured: no
+    for name in PICTURES:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     done = command("train", "--resume", "run")
     assert (done.exit_code, done.output) == (0, "run: all 2 epochs are done; --resume run --epochs N goes on\n")
 
 
-@pytest.mark.parametrize("missing", [*PICTURES, "metrics.jsonl"])
-def test_each_missing_file_of_a_finished_run_is_noticed(missing: str, tmp_path: Path) -> None:
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty files for those, which take longer than the run."""
+    for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):
+        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
     assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
-    before = (tmp_path / "run" / missing).read_bytes()
-    (tmp_path / "run" / missing).unlink()
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = path.read_bytes()
+    path.unlink()
     result = command("train", "--resume", "run")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "run" / missing).read_bytes() == before
+    assert path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """best.pt of the first epoch, when the run has three; when it was stopped in its second; and when nothing is lost by it."""
     accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
@@ -236,8 +244,8 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
         refused = command("train", "--resume", "run/best.pt", *options)
         assert refused.exit_code == 1
         assert refused.output == (
-            "alexnet-triton: run/best.pt has 1 whole epoch(s), the run in run/checkpoint.pt came further (3): that would be lost; "
-            "--resume run, or copy best.pt into a folder of its own, as checkpoint.pt, and resume that\n"
+            "alexnet-triton: run/best.pt has 1 whole epoch(s), the run in run/checkpoint.pt came further (3): that would be "
+            "lost; --resume run, or copy best.pt into a folder of its own, as checkpoint.pt, and resume that\n"
         )
         assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
     Path("other").mkdir()
@@ -254,6 +262,7 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
     assert "after 2 epoch(s)" in command("train", "--resume", "stopped/best.pt", "--epochs", "2").output
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_without_a_path_a_run_of_a_comparison_is_found_too(tmp_path: Path) -> None:
     for number, folder in enumerate(("runs/lenet-1", "runs/compare-1/lenet")):
         assert command("train", *SHORT, "--epochs", "1", "--out", folder).exit_code == 0
@@ -264,6 +273,7 @@ def test_without_a_path_a_run_of_a_comparison_is_found_too(tmp_path: Path) -> No
     assert command("train", "--resume").output.startswith("runs/lenet-1: all 1 epochs are done")
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("how", [("--resume", "runs/x"), ("--resume", "--out", "runs/x"), ("--resume",)], ids=" ".join)
 def test_a_run_that_died_between_its_first_two_checkpoints_goes_on(
