@@ -1,4 +1,4 @@
-"""What a process of test_kills runs: ``alexnet-triton train``, killed at random moments and resumed until it has come to its end.
+"""What a process of test_kills runs: ``alexnet-triton train``, killed at random moments and resumed until it ends by itself.
 
 Children are forked from a process that has imported torch: each begins at once.
 """
@@ -11,81 +11,100 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from alexnet_triton import training
+from alexnet_triton import train_command, training
 from alexnet_triton.__main__ import main
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.train_command import last_checkpoint
+from alexnet_triton.checkpoint import BEST, LAST, read_checkpoint
 
+EPOCHS = 10
 OPTIONS = (
-    *("--model", "lenet", "--data", "sample", "--limit", "64", "--batch-size", "8", "--epochs", "8", "--device", "cpu"),
+    *("--model", "lenet", "--data", "sample", "--limit", "64", "--batch-size", "8", "--epochs", str(EPOCHS), "--device", "cpu"),
     *("--backend", "torch", "--dtype", "bfloat16", "--momentum", "0.9", "--lr", "0.05", "--augment", "--seed", "3"),
 )
 
 
-def start(arguments: list[str], folder: Path) -> int:
-    """A child that runs the command; its number."""
+def start(*arguments: str) -> tuple[int, TextIO]:
+    """A child that runs the command: its number, and what it prints."""
+    hear, tell = os.pipe()
     child = os.fork()
     if child:
-        return child
+        os.close(tell)
+        return child, os.fdopen(hear)
     code = 70  # of a traceback
     try:
-        with (folder / "output").open("a") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
+        os.dup2(tell, 1)
+        os.dup2(tell, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         sys.argv = ["alexnet-triton", *arguments]
         main()
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 
-def whole_run(folder: Path) -> float:
-    """The run that nobody kills; its seconds."""
-    begin = time.monotonic()
-    _, status = os.waitpid(start(["train", *OPTIONS, "--out", str(folder / "whole")], folder), 0)
-    assert status == 0
-    return time.monotonic() - begin
+def read_until_it_trains(lines: TextIO) -> None:
+    """Up to the line that is printed just before."""
+    for line in lines:
+        if line.startswith("data "):
+            return
+    raise AssertionError("it ended before it trained")
 
 
-def killed_run(folder: Path, seconds: float, least: int) -> tuple[int, int]:
-    """Kills within the first ``seconds`` of each child, until one has ended after ``least`` kills; kills, and those in training."""
-    out = folder / "killed"
+def end_of(child: int, lines: TextIO) -> None:
+    """Wait until it ends by itself."""
+    output = lines.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, output
+
+
+def position(out: Path) -> tuple[int, bool, int]:
+    """How far the run in ``out`` has come, by its last checkpoint, which is whole."""
+    files = [path for path in (out / LAST, out / BEST) if path.exists()]
+    return training.position(read_checkpoint(files[0])) if files else (0, False, 0)
+
+
+def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
+    """Kill it up to ``seconds`` after it begins to train, until it ends before that, or has been killed ``most`` times.
+
+    Returns:
+        How many kills there were; how many found it in its training, with a checkpoint.
+    """
     kills, while_training, before = 0, 0, (0, False, 0)
     while True:
-        try:
-            path = last_checkpoint(out)
-            position = training.position(read_checkpoint(path)) if path.exists() else (0, False, 0)
-            while_training += kills > 0 and position[0] < 8
-            assert position >= before  # no kill takes a saved epoch away
-            before = position
-        except FileNotFoundError:
-            pass
-        begun = any((out / name).exists() for name in ("checkpoint.pt", "best.pt"))
-        child = start(["train", "--resume", str(out)] if begun else ["train", *OPTIONS, "--out", str(out)], folder)
-        end = time.monotonic() + random.uniform(0.2, 1) * seconds
-        while time.monotonic() < end or kills >= 4 * least:
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                assert status == 0, status
-                if kills >= least:
-                    return kills, while_training
-                break
-            time.sleep(0.001)
-        else:
+        begun = any((out / name).exists() for name in (LAST, BEST))
+        child, lines = start("train", *(("--resume", str(out)) if begun else (*OPTIONS, "--out", str(out))))
+        with lines:
+            read_until_it_trains(lines)
+            if kills == most:
+                end_of(child, lines)
+                return kills, while_training
+            time.sleep(random.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
+            if os.waitpid(child, 0)[1] == 0:  # it was faster
+                return kills, while_training
+        kills += 1
+        now = position(out)
+        assert now >= before  # no kill takes away what was saved
+        before = now
+        while_training += 0 < now[0] < EPOCHS
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    random.seed(int(sys.argv[2]))
+    random.seed(0)
+    train_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
     place = Path(sys.argv[1])
-    kills, while_training = killed_run(place, whole_run(place), least=6)
-    print(f"{kills} kills, {while_training} while it trained")
+    process, printed = start("train", *OPTIONS, "--out", str(place / "whole"))
+    with printed:
+        read_until_it_trains(printed)
+        begin = time.monotonic()
+        while (place / "whole" / "curves.png").exists() is False:
+            time.sleep(0.001)
+        span = time.monotonic() - begin
+        end_of(process, printed)
+    print("{} kills, {} while it trained".format(*killed_run(place / "killed", 0.7 * span, int(sys.argv[2]))))
