@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import itertools
 import json
@@ -30,7 +31,6 @@ from kernels.conv2d import dgrad, fprop, wgrad
 from kernels.launch import cdiv
 
 from .checkpoint import write_atomically
-from .folders import locked
 from .training import float32_products
 
 Candidate = dict[str, int]
@@ -389,6 +389,17 @@ def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = Non
         worker.join()
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No two processes are in such a block at a time; the lock goes when its process ends, however that is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _table_so_far(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"configs": {}, "measured": {}}
@@ -407,7 +418,7 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         ValueError, CheckpointError: as :func:`tune`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):
+    with _locked(path.parent):
         content = _table_so_far(path)
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
