@@ -69,7 +69,7 @@ def position(out: Path) -> tuple[int, bool, int]:
 
 
 def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
-    """Kill it up to ``seconds`` after it begins to train, until it ends before that, or has been killed ``most`` times.
+    """Kill it up to ``seconds`` after none to two lines of its epochs, until it ends before that, or ``most`` times.
 
     Returns:
         How many kills there were; how many found it in its training, with a checkpoint.
@@ -83,6 +83,8 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
             if kills == most:
                 end_of(child, lines)
                 return kills, while_training
+            for _ in range(random.randrange(3)):
+                lines.readline()
             time.sleep(random.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
             if os.waitpid(child, 0)[1] == 0:  # it was faster
@@ -103,8 +105,8 @@ if __name__ == "__main__":
     with printed:
         read_until_it_trains(printed)
         begin = time.monotonic()
-        while (place / "whole" / "curves.png").exists() is False:
-            time.sleep(0.001)
-        span = time.monotonic() - begin
+        for _ in range(EPOCHS):
+            printed.readline()
+        epoch = (time.monotonic() - begin) / EPOCHS
         end_of(process, printed)
-    print("{} kills, {} while it trained".format(*killed_run(place / "killed", 0.7 * span, int(sys.argv[2]))))
+    print("{} kills, {} while it trained".format(*killed_run(place / "killed", epoch, int(sys.argv[2]))))
