@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import matplotlib
 import torch
@@ -15,6 +17,23 @@ from .evaluation import Predictions
 from .training import EpochMetrics
 
 matplotlib.use("Agg")
+
+#: More classes than these are not named beside the confusion matrix, nor, more than those, counted in it: nobody could read it.
+MOST_NAMED, MOST_COUNTED = 50, 30
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _names_as_they_stand(plot: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Formulas are not parsed in what ``plot`` writes: the name of a class or of a folder may have dollar signs in it."""
+
+    @functools.wraps(plot)
+    def plain(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return plot(*args, **kwargs)
+
+    return plain
 
 
 #: Colours of training loss, training accuracy and test accuracy in the curves of one run.
@@ -32,6 +51,7 @@ def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path,
     _plot_runs(runs, path, title)
 
 
+@_names_as_they_stand
 def _plot_runs(
     runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, three colours
     path: Path,
@@ -64,18 +84,26 @@ def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
+@_names_as_they_stand
 def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
-    """Write the confusion matrix as a PNG: counts, coloured by their share of the true class."""
+    """Write the confusion matrix as a PNG: counts, coloured by their share of the true class.
+
+    The picture's side grows with the classes up to :data:`MOST_NAMED`; more than these are numbered in the order of ``names``.
+    """
     counts = confusion_matrix(split.labels.cpu(), predictions.classes, len(names))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = 2.5 + 0.5 * len(names)
+    side = 2.5 + 0.5 * min(len(names), MOST_NAMED)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    if len(names) <= MOST_NAMED:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="predicted", ylabel="true")
-    if len(names) <= 30:  # more would not be legible
+    if len(names) <= MOST_COUNTED:
         for row, column in ((r, c) for r in range(len(names)) for c in range(len(names)) if counts[r, c]):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
@@ -89,6 +117,7 @@ def most_wrong(split: Split, predictions: Predictions, most: int) -> torch.Tenso
     return wrong[predictions.true[wrong].argsort(stable=True)][:most]
 
 
+@_names_as_they_stand
 def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
     figure = Figure(figsize=(10, 11), layout="constrained")
