@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import sys
@@ -232,6 +233,10 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file or of a class may have what the terminal cannot write, or not be UTF-8 at all.
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
     except OSError as error:  # of a path on the command line, before a command opens anything: not to be entered, too long, ...

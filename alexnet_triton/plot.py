@@ -36,6 +36,11 @@ def _names_as_they_stand(plot: Callable[_P, _R]) -> Callable[_P, _R]:
     return plain
 
 
+def _drawable(name: str) -> str:
+    """``name`` with what is no character written as an escape: a file's name is bytes, which need not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 #: Colours of training loss, training accuracy and test accuracy in the curves of one run.
 _CURVE_COLOURS = ("tab:red", "tab:blue", "tab:green")
 
@@ -47,7 +52,7 @@ def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None
 
 def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path, title: str) -> None:
     """Write the curves of :func:`plot_curves` of several runs into one PNG, each run in a colour of its own."""
-    runs = [(f"{name}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
+    runs = [(f"{_drawable(name)}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
     _plot_runs(runs, path, title)
 
 
@@ -75,7 +80,7 @@ def _plot_runs(
     loss_axis.grid(alpha=0.3)
     # A legend is filled column by column: a column for each run, or for each line of a single one.
     figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 3, frameon=False)
-    loss_axis.set_title(title, fontsize=10)
+    loss_axis.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -97,8 +102,9 @@ def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str],
     axes = figure.add_subplot()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(names) <= MOST_NAMED:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        labels = [*map(_drawable, names)]
+        axes.set_xticks(range(len(names)), labels, rotation=90)
+        axes.set_yticks(range(len(names)), labels)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -107,7 +113,7 @@ def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str],
         for row, column in ((r, c) for r in range(len(names)) for c in range(len(names)) if counts[r, c]):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -127,7 +133,7 @@ def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str]
         image = split.images[i].cpu()
         axes.imshow(image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
-        true, predicted = names[int(split.labels[i])], names[int(predictions.classes[i])]
+        true, predicted = (_drawable(names[int(label)]) for label in (split.labels[i], predictions.classes[i]))
         axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
-    figure.suptitle(title if indices else f"{title}: nothing is wrong", fontsize=10)
+    figure.suptitle(_drawable(title) + (": nothing is wrong" if not indices else ""), fontsize=10)
     figure.savefig(path, dpi=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import time
@@ -152,7 +153,7 @@ def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
         if not runs:
             raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
         path = runs[-1]
-    if out is not None and path.resolve().parent != out.resolve():
+    if out is not None and os.path.dirname(os.path.realpath(path)) != os.path.realpath(out):  # of links in a circle, too
         raise typer.BadParameter(f"a resumed run goes on in its own folder, {path.parent}", param_hint="--out")
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -76,17 +77,20 @@ def test_many_classes_are_a_picture_of_bounded_size(tmp_path: Path) -> None:
     assert ((red < 0.2) & (green < 0.4) & (blue > 0.3)).any()  # the dark blue of a class that is always right
 
 
-DOLLARS = r"price $\in$ $\eur$"  # two formulas, the second one with a command that there is not
+#: Names that are no text to be set: two formulas, the second one with a command that there is not; bytes that are not UTF-8.
+NAMES = {"dollars": r"price $\in$ $\eur$", "not_utf_8": os.fsdecode(b"caf\xe9")}
 
 
-def test_dollar_signs_in_names_are_no_formulas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", NAMES)
+def test_any_name_can_be_drawn(kind: str, tmp_path: Path) -> None:
+    name = NAMES[kind]
     before = matplotlib.rcParams["text.parse_math"]
-    names = [DOLLARS, "b", "$"]
+    names = [name, "b", "$"]
     history = [EpochMetrics(1, 1.0, 0.5, 0.5, 10.0, 1.0)]
-    plot_curves(history, tmp_path / "curves.png", DOLLARS)
-    plot_comparison({DOLLARS: history, "b": history}, tmp_path / "comparison.png", DOLLARS)
-    plot_confusion(split(1), PREDICTIONS, names, tmp_path / "confusion.png", DOLLARS)
-    plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", DOLLARS)
+    plot_curves(history, tmp_path / "curves.png", name)
+    plot_comparison({name: history, "b": history}, tmp_path / "comparison.png", name)
+    plot_confusion(split(1), PREDICTIONS, names, tmp_path / "confusion.png", name)
+    plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "confusion.png", "curves.png", "wrong.png"]
     assert matplotlib.rcParams["text.parse_math"] == before  # another's pictures in this process
 
