@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import kernels
 from alexnet_triton import FusedSequential
 
-kernels.use_backend("triton").__enter__()  # for all that follows: an error where the kernels cannot run
+backend = kernels.use_backend("triton")
+backend.__enter__()  # for all that follows: an error where the kernels cannot run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 net = FusedSequential(
