@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 from torch import nn
 
-from .checkpoint import CheckpointError, write_atomically
-from .data import NOTHING
-from .distributed import Processes, joined
+from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state, write_atomically
+from .data import NOTHING, Dataset
+from .distributed import Processes
+from .folders import claimed, held
 from .models import IMAGE_SIZE
 from .options import (
     AugmentOption,
@@ -31,24 +35,44 @@ from .options import (
     GraphOption,
     LimitOption,
     Model,
+    MomentumOption,
     PrecisionChoice,
     PrecisionOption,
     SeedOption,
     TensorboardOption,
     TotalBatchOption,
+    WeightDecayOption,
     WorkersOption,
     console,
     fail,
+    joined_command,
     local_device,
     print_table,
 )
 from .plot import plot_comparison
 from .signals import Stopped, StopSignals
-from .train_command import FinishedRun, RunOptions, report_stop, resolve, run_training
+from .train_command import (
+    MAY_CHANGE,
+    FinishedRun,
+    RunOptions,
+    graph_of_resumed,
+    last_checkpoint,
+    newest,
+    options_of_resumed,
+    report_stop,
+    resolve,
+    run_training,
+)
 from .training import LEARNING_RATE, EpochMetrics, holds_run
 
 #: In the folder of a comparison, beside a folder for each run.
 COMPARISON, CURVES = "comparison.json", "comparison.png"
+
+#: Of :class:`RunOptions`, what each run has for itself.
+_OWN = ("model", "lr")
+
+#: What a resumed comparison may have otherwise: nothing that would make its runs differ.
+_MAY_CHANGE = MAY_CHANGE - {"lr", "weight_decay"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +84,7 @@ class Compared:
         conv_channels: the most that any convolution puts out.
         activations: names of their modules' classes, each once, in the order of the network.
         dropout: probabilities of its dropout layers, each once.
+        lr: learning rate.
         weight_decay: factor of the L2 penalty's gradient.
         augmentation: what was changed in the training images at random; empty: nothing.
         input: channels, height and width of what it takes.
@@ -74,6 +99,7 @@ class Compared:
     conv_channels: int
     activations: list[str]
     dropout: list[float]
+    lr: float
     weight_decay: float
     augmentation: str
     input: tuple[int, int, int]
@@ -97,6 +123,7 @@ def compared(finished: FinishedRun, run: RunOptions) -> Compared:
         conv_channels=max(layer.out_channels for layer in convolutions),
         activations=list(dict.fromkeys(activations)),
         dropout=list(dict.fromkeys(layer.p for layer in layers if isinstance(layer, nn.Dropout))),
+        lr=run.lr,
         weight_decay=run.weight_decay,
         augmentation="" if run.augment == NOTHING else str(run.augment),
         input=(convolutions[0].in_channels, side, side),
@@ -155,6 +182,8 @@ def compare_command(
     workers: WorkersOption = None,
     epochs: EpochsOption = 10,
     batch_size: TotalBatchOption = 128,
+    momentum: MomentumOption = 0.0,
+    weight_decay: WeightDecayOption = 0.0,
     limit: LimitOption = None,
     seed: SeedOption = 0,
     dtype: PrecisionOption = PrecisionChoice.auto,
@@ -166,63 +195,210 @@ def compare_command(
     tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/compare-DATE-TIME")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Go on with the comparison of a folder, without a path with the newest one in runs/: its finished runs are "
+            "taken as they are, the others trained to their end. All options are its own; these may be given anew: "
+            + ", ".join(sorted(_MAY_CHANGE)),
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train networks one after the other, and print a table of what they are and what they reach.
 
     Each is trained as `train` does it, with its own default learning rate, into a folder of its name. Beside these folders are
-    comparison.json, the values of the table, and comparison.png, the curves of all.
+    comparison.json, the values of the table and the options, and comparison.png, the curves of all.
 
-    Ctrl-C and SIGTERM are what they are for `train`: the run that they stop can be resumed by `train --resume`.
+    Ctrl-C and SIGTERM are what they are for `train`: the comparison can be resumed.
     """
-    with joined() as processes:
-        console.quiet = not processes.leads
-        status = _compare(context, models or [Model.lenet, Model.alexnet], out, processes)
+    with joined_command() as processes:
+        status = _compare(context, resume, out, processes)
     if status:
         raise typer.Exit(status)
 
 
-def _folder(models: list[Model], out: Path | None) -> Path:
-    """The folder for the results, in which there are none yet."""
-    if len(set(models)) < len(models):
-        raise typer.BadParameter("a network is given twice", param_hint="MODEL")
-    out = out or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
-    for folder in (out, *(out / model for model in models)):
-        if holds_run(folder):
-            raise typer.BadParameter(f"{folder} already holds a run; choose another folder", param_hint="--out")
-    if (out / COMPARISON).exists():
-        raise typer.BadParameter(f"{out} already holds a comparison; choose another folder", param_hint="--out")
-    return out
+@dataclasses.dataclass
+class _Comparison:
+    """What ``comparison.json`` holds: written when the first run begins, and after each run.
+
+    Attributes:
+        networks: names of those that are compared.
+        options: what :class:`RunOptions` they have in common.
+        data, place: as in :class:`FinishedRun`; empty before there was a run.
+        models: the columns of the runs that have finished.
+    """
+
+    networks: list[str]
+    options: dict[str, Any]
+    data: str = ""
+    place: str = ""
+    models: dict[str, Compared] = dataclasses.field(default_factory=dict)
+
+    def write(self, out: Path) -> None:
+        """Into the folder ``out``.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        write_atomically(out / COMPARISON, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+
+    @property
+    def title(self) -> str:
+        """Above the table and the curves."""
+        return f"{self.data}, {self.options['epochs']} epoch(s), {self.place}"
 
 
-def _compare(context: typer.Context, models: list[Model], out: Path | None, processes: Processes) -> int:
+def _read_comparison(path: Path) -> tuple[list[Model], dict[str, Any]]:
+    """Networks and options of a file of :class:`_Comparison`.
+
+    Raises:
+        CheckpointError: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        models, options = [Model(name) for name in content["networks"]], dict(content["options"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a comparison that can be resumed") from error
+    expected = {field.name for field in dataclasses.fields(RunOptions)} - set(_OWN)
+    if not models or set(options) != expected:
+        raise CheckpointError(f"{path}: made by another version of this program, or damaged")
+    return models, options
+
+
+def _comparison_to_resume(resume: str, out: Path | None) -> Path:
+    """The folder that ``--resume`` means: its path, or for "" ``out`` or the newest comparison."""
+    if out is not None and resume and Path(resume).resolve() != out.resolve():
+        raise typer.BadParameter(f"a resumed comparison goes on in its own folder, {resume}", param_hint="--out")
+    if resume:
+        return Path(resume)
+    if out is not None:
+        return out
+    found = newest(f"*/{COMPARISON}")
+    if found is None:
+        raise typer.BadParameter("no folder in runs/ holds a comparison; give a path", param_hint="--resume")
+    return found.parent
+
+
+def _what_to_compare(
+    context: typer.Context, resume: str | None, out: Path | None, while_comparing: contextlib.ExitStack
+) -> tuple[list[Model], dict[str, Any], Path]:
+    """The networks, the parameters of ``compare``, and the folder for the results.
+
+    The folder is entered into ``while_comparing``: no other command can have it as long.
+    """
+    models: list[Model] | None = context.params["models"]
+    try:
+        if resume is not None:
+            out = _comparison_to_resume(resume, out)
+            while_comparing.enter_context(held(out, console.print))
+            networks, options = _read_comparison(out / COMPARISON)
+            if models and models != networks:
+                raise typer.BadParameter(f"{out} compares {' '.join(networks)}", param_hint="MODEL")
+            return networks, options_of_resumed(context, options, out / COMPARISON, _MAY_CHANGE), out
+        networks = models or [Model.lenet, Model.alexnet]
+        if len(set(networks)) < len(networks):
+            raise typer.BadParameter("a network is given twice", param_hint="MODEL")
+        default = Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = while_comparing.enter_context(claimed(out or default, console.print, renamed=out is None))
+        if (out / COMPARISON).exists():
+            raise typer.BadParameter(
+                f"{out} already holds a comparison; choose another folder, or go on with it by --resume {out}",
+                param_hint="--out",
+            )
+        for folder in (out, *(out / model for model in networks)):
+            if holds_run(folder):
+                raise typer.BadParameter(f"{folder} already holds a run; choose another folder", param_hint="--out")
+    except (CheckpointError, OSError) as error:
+        raise fail(error) from error
+    return networks, dict(context.params), out
+
+
+def _begun(
+    folder: Path, first: RunOptions, model: Model, while_training: contextlib.ExitStack
+) -> tuple[RunOptions, Checkpoint | None]:
+    """How ``model`` is trained in ``folder``, which is entered into ``while_training``, and its checkpoint if it has one.
+
+    A run that was resumed by itself keeps the learning rate and the weight decay that it got then.
+    """
+    run = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
+    try:
+        while_training.enter_context(claimed(folder, console.print))
+        path = last_checkpoint(folder)
+        if not path.exists():
+            return run, None
+        checkpoint = read_checkpoint(path)
+        saved = training_state(checkpoint).get("options")
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{path}: damaged: 'options' is missing or no dict")
+        own = {name: saved[name] for name in ("lr", "weight_decay") if name in saved}
+        return dataclasses.replace(run, **own), checkpoint
+    except (CheckpointError, OSError) as error:
+        raise fail(error) from error
+
+
+def _compare(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``compare`` does, in each of the processes; the exit code."""
-    begin = time.perf_counter()
-    out = processes.from_leader(lambda: _folder(models, out))
-    where = local_device(context.params["device"], processes)
-    only_of_train = {"model": models[0], "lr": None, "momentum": 0.0, "weight_decay": 0.0}
-    first = resolve(context.params | only_of_train, where, processes)
-    columns: dict[str, Compared] = {}
+    with contextlib.ExitStack() as while_comparing:
+        begin = time.perf_counter()
+        models, parameters, out = processes.from_leader(lambda: _what_to_compare(context, resume, out, while_comparing))
+        where = local_device(parameters["device"], processes)
+        if resume is not None:
+            parameters["graph"] = graph_of_resumed(context, parameters["graph"], processes)
+        first = resolve(parameters | {"model": models[0], "lr": None}, where, processes)
+        shared = {name: value for name, value in dataclasses.asdict(first).items() if name not in _OWN}
+        comparison = _Comparison([str(model) for model in models], shared)
+        return _compare_in(out, comparison, first, where, processes, begin)
+
+
+def _compare_in(
+    out: Path, comparison: _Comparison, first: RunOptions, where: torch.device, processes: Processes, begin: float
+) -> int:
+    """Train what is to be trained of ``comparison`` in ``out``, and show the table; the exit code."""
     histories: dict[str, list[EpochMetrics]] = {}
-    # One for all runs: a signal too late for one stops the next before its first step.
+    columns = comparison.models
     stops = StopSignals(repeats=processes.launched)
-    for model in models:
-        run = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
+
+    def on_ready(dataset: Dataset, place: str) -> None:
+        comparison.data, comparison.place = dataset.name, place
+        if processes.leads and not columns:
+            comparison.write(out)  # from here on there is something to go on with
+
+    for model in map(Model, comparison.networks):
         try:
-            finished = run_training(run, out / model, where, processes, stops, begin=begin)
-        except Stopped as stopped:
-            return report_stop(stopped, out / model, processes, stops)
+            if processes.any(stops()):  # too late for the run before
+                raise Stopped(f"before {model} began")
+            with contextlib.ExitStack() as while_training:
+                run, checkpoint = processes.from_leader(
+                    lambda model=model, stack=while_training: _begun(out / model, first, model, stack)  # type: ignore[misc]
+                )
+                finished = run_training(
+                    run, out / model, where, processes, stops, checkpoint=checkpoint, begin=begin, on_ready=on_ready,
+                    restart=f"train it by itself (alexnet-triton train --model {model})",
+                )  # fmt: skip
+        except (Stopped, typer.Exit) as end:
+            if columns:
+                print_table(comparison_table(columns, comparison.title))
+            if isinstance(end, Stopped):
+                return report_stop(end, "compare", out, processes, stops)
+            if (out / COMPARISON).exists():
+                console.print(f"go on with: alexnet-triton compare --resume {shlex.quote(str(out))}")
+            raise
         columns[model], histories[model] = compared(finished, run), finished.history
-        data, place = finished.data, finished.place
         del finished  # else its weights stay on the device while the next network trains
         begin = time.perf_counter()
-    title = f"{data}, {run.epochs} epoch(s), {place}"
-    if processes.leads:
-        content = {"data": data, "place": place, "models": {name: dataclasses.asdict(c) for name, c in columns.items()}}
         try:
-            write_atomically(out / COMPARISON, (json.dumps(content, indent=2) + "\n").encode())
-            plot_comparison(histories, out / CURVES, title)
-        except (CheckpointError, OSError) as error:
+            if processes.leads:
+                comparison.write(out)
+        except CheckpointError as error:
             raise fail(error) from error
-    print_table(comparison_table(columns, title))
+    try:
+        if processes.leads:
+            plot_comparison(histories, out / CURVES, comparison.title)
+    except OSError as error:
+        raise fail(error) from error
+    print_table(comparison_table(columns, comparison.title))
     console.print(f"comparison {out / COMPARISON}, {out / CURVES}")
     return 0

@@ -98,6 +98,22 @@ class Processes:
 #: A run of one process.
 ALONE = Processes()
 
+#: Where the processes of this run leave word for each other, without waiting; None where there is one.
+_store: Any = None
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no process of this run has said ``message`` yet: what all of them find out, one tells the user.
+
+    It waits for nobody, so that one that fails can ask it. Where the store has gone with the process that kept it: yes.
+    """
+    if _store is None:
+        return True
+    try:
+        return _store.add(f"said: {message}", 1) == 1
+    except RuntimeError:
+        return True
+
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
@@ -106,8 +122,12 @@ def joined() -> Iterator[Processes]:
     if size == 1:
         yield Processes(launched=True) if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
         return
+    global _store
+    _store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    own = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     processes = Processes(dist.get_rank(), size, dist.get_node_local_rank(), launched=True)
     yield processes
     processes.wait()  # nobody takes leave from one that still talks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -34,35 +36,57 @@ def summary_writer() -> type[SummaryWriter]:
 class EpochEvents:
     """In its block, writes loss, accuracies, images a second and learning rate of each epoch into ``out / EVENTS``.
 
+    All epochs before are written anew, and TensorBoard leaves out what older files of the folder say: a run may go on from an
+    older checkpoint than its newest, a process may have ended between a checkpoint and its events, and a run may have begun
+    without events.
+
     Args:
         out: folder of the run.
-        first: the epoch that comes next. What the folder already has of it and of later ones, TensorBoard leaves out: a run may
-            go on from an older checkpoint than its newest.
+        before: the epochs so far.
+        rates: the learning rate of each.
         lr: learning rate of the epochs to come.
 
     Raises:
         ImportError: as :func:`summary_writer`.
+        OSError: a file cannot be written; it names the folder.
     """
 
-    def __init__(self, out: Path, first: int, lr: float) -> None:
-        self.lr = lr
-        self.writer = summary_writer()(str(out / EVENTS), purge_step=first)
+    def __init__(self, out: Path, before: Sequence[EpochMetrics], rates: Sequence[float], lr: float) -> None:
+        self.lr, self.folder = lr, out / EVENTS
+        with self._naming_the_folder():
+            self.writer = summary_writer()(str(self.folder), purge_step=1)
+            for metrics, rate in zip(before, rates, strict=True):
+                self._add(metrics, rate)
+            self.writer.flush()
 
     def __enter__(self) -> EpochEvents:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.writer.close()
+        with self._naming_the_folder():
+            self.writer.close()
 
-    def write(self, metrics: EpochMetrics) -> None:
-        """Write one epoch; it is in the file when this returns."""
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """TensorBoard's writer hands on what its thread met, which names no file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.folder)) from error
+
+    def _add(self, metrics: EpochMetrics, lr: float) -> None:
         values = {
             "loss/train": metrics.loss,
             "accuracy/train": metrics.train_acc,
             "accuracy/test": metrics.test_acc,
             "images_per_s": metrics.images_per_s,
-            "learning_rate": self.lr,
+            "learning_rate": lr,
         }
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, metrics.epoch)
-        self.writer.flush()  # else a killed process would take up to two minutes of epochs with it
+
+    def write(self, metrics: EpochMetrics) -> None:
+        """Write one epoch; it is in the file when this returns."""
+        with self._naming_the_folder():
+            self._add(metrics, self.lr)
+            self.writer.flush()  # else a killed process would take up to two minutes of epochs with it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .data import EVERYTHING
-from .distributed import Processes
+from .distributed import Processes, first_to_say, joined
 from .training import describe_backend
 
 console = Console(soft_wrap=True, highlight=False)
@@ -79,6 +81,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 EpochsOption = Annotated[int, typer.Option(min=1)]
 TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
+MomentumOption = Annotated[float, typer.Option(min=0.0, help="Of SGD.")]
+WeightDecayOption = Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")]
 SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images, dropout and augmentation.")]
 PrecisionOption = Annotated[
     PrecisionChoice,
@@ -134,6 +138,8 @@ def show_tracebacks(show: bool) -> None:
 def fail(message: object) -> typer.Exit:
     """Print ``message`` as one line of standard error; what to raise then, for exit code 1.
 
+    Of the processes of a run that fail alike, one prints it.
+
     Raises:
         BaseException: ``message`` itself, if it is one and :func:`show_tracebacks` was called for it.
     """
@@ -141,8 +147,22 @@ def fail(message: object) -> typer.Exit:
         raise message
     if isinstance(message, OSError) and message.filename is not None:
         message = f"{message.filename}: {message.strerror}"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
+    if first_to_say(str(message)):
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
+
+
+@contextlib.contextmanager
+def joined_command() -> Iterator[Processes]:
+    """:func:`alexnet_triton.distributed.joined` for a command: one process prints, also what is wrong with an option."""
+    with joined() as processes:
+        console.quiet = not processes.leads
+        try:
+            yield processes
+        except typer.BadParameter as error:
+            if not first_to_say(str(error)):
+                raise SystemExit(error.exit_code) from error
+            raise
 
 
 def _one_or_three(channels: int | None) -> int | None:

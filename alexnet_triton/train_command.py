@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +21,10 @@ import kernels
 
 from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
 from .data import EVERYTHING, NOTHING, Augment, DataError, Dataset
-from .distributed import Processes, joined
+from .distributed import Processes
 from .evaluation import measure_speed, predict_split
 from .events import EpochEvents, summary_writer
+from .folders import claimed, held
 from .image_folder import default_channels, is_image_folder, load_data
 from .models import IMAGE_SIZE
 from .options import (
@@ -40,14 +41,17 @@ from .options import (
     GraphOption,
     LimitOption,
     Model,
+    MomentumOption,
     PrecisionChoice,
     PrecisionOption,
     SeedOption,
     TensorboardOption,
     TotalBatchOption,
+    WeightDecayOption,
     WorkersOption,
     console,
     fail,
+    joined_command,
     local_device,
     runs_on,
 )
@@ -59,8 +63,12 @@ from .training import (
     EpochMetrics,
     default_precision,
     float32_products,
+    history_of,
     holds_run,
+    learning_rates,
+    metrics_file,
     new_model,
+    position,
     train,
 )
 
@@ -138,24 +146,56 @@ class RunOptions:
 _PARTS = tuple(field.name for field in dataclasses.fields(Augment))
 
 #: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
-_MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "tensorboard", "weight_decay", "workers"})
+MAY_CHANGE = frozenset({"backend", "data", "device", "epochs", "graph", "lr", "tensorboard", "weight_decay", "workers"})
+
+
+def newest(*patterns: str) -> Path | None:
+    """The file in ``runs/`` that was written last, of those that match; None if there is none."""
+    files = (file for pattern in patterns for file in Path("runs").glob(pattern))
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint in ``folder``, or where it would be: of a run that a crash ended before it had two, the best."""
+    return folder / (BEST if (folder / BEST).exists() and not (folder / LAST).exists() else LAST)
 
 
 def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
     """The file that ``--resume`` means: a file, that of a folder, or for "" that of ``out`` or of the newest run."""
     if resume:
         path = Path(resume)
-        path = path / LAST if path.is_dir() else path
+        path = last_checkpoint(path) if path.is_dir() else path
     elif out is not None:
-        path = out / LAST
+        path = last_checkpoint(out)
     else:
-        runs = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda file: file.stat().st_mtime)
-        if not runs:
+        found = newest(*(f"{run}/{name}" for run in ("*", "*/*") for name in (LAST, BEST)))  # a comparison's are one deeper
+        if found is None:
             raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
-        path = runs[-1]
+        path = last_checkpoint(found.parent)
     if out is not None and os.path.dirname(os.path.realpath(path)) != os.path.realpath(out):  # of links in a circle, too
         raise typer.BadParameter(f"a resumed run goes on in its own folder, {path.parent}", param_hint="--out")
     return path
+
+
+def _check_nothing_is_lost(checkpoint: Checkpoint, path: Path) -> None:
+    """That the run in the folder of ``path`` has not come further than ``checkpoint``, which is in that file.
+
+    Raises:
+        CheckpointError: it has, by its last checkpoint.
+    """
+    last = path.with_name(LAST)
+    if path.name == LAST or not last.exists():
+        return
+    try:
+        newer = read_checkpoint(last)
+        further = position(newer) > position(checkpoint)
+    except CheckpointError:  # there is nothing that could be lost
+        return
+    if further:
+        raise CheckpointError(
+            f"{path} has {len(checkpoint.metrics)} whole epoch(s), the run in {last} came further ({len(newer.metrics)}): that "
+            f"would be lost; --resume {path.parent}, or copy {path.name} into a folder of its own, as {LAST}, and resume that"
+        )
 
 
 def _with_parts(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,25 +204,35 @@ def _with_parts(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options} | {name: value if options[name] is None else options[name] for name, value in parts.items()}
 
 
-def _options_of_resumed(context: typer.Context, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The parameters of ``train``: those of the run in ``checkpoint``, apart from what is given on the command line."""
+def options_of_resumed(
+    context: typer.Context, saved: Mapping[str, Any], source: Path, may_change: Set[str] = MAY_CHANGE
+) -> dict[str, Any]:
+    """The parameters of a command: ``saved``, which are in the file ``source``, apart from what is given on the command line.
+
+    Raises:
+        CheckpointError: ``saved`` are not those of this version of the command.
+        typer.BadParameter: given is another value than the saved one of what must stay.
+    """
     options = dict(context.params)
     if options["augment"]:
         options = _with_parts(options)
-    saved = training_state(checkpoint).get("options", {})
     if unknown := [name for name in saved if name not in options]:
-        raise CheckpointError(f"{checkpoint.path}: made by another version of this program: it has an option {unknown[0]}")
+        raise CheckpointError(f"{source}: made by another version of this program: it has an option {unknown[0]}")
     try:
         Augment(**{name: saved[name] for name in _PARTS if name in saved})
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: made by another version of this program: {error}") from error
+        raise CheckpointError(f"{source}: made by another version of this program: {error}") from error
     for name, value in saved.items():
-        source = context.get_parameter_source(name)
-        given = source is not None and source.name == "COMMANDLINE" and (name, options[name]) != ("dtype", "auto")
+        parameter_source = context.get_parameter_source(name)
+        given = (
+            parameter_source is not None
+            and parameter_source.name == "COMMANDLINE"
+            and (name, options[name]) != ("dtype", "auto")
+        )
         given = given or (name in _PARTS and options["augment"])
-        if given and name not in _MAY_CHANGE and options[name] != value:
+        if given and name not in may_change and options[name] != value:
             raise typer.BadParameter(
-                f"the run in {checkpoint.path} has {value}, not {options[name]}", param_hint="--" + name.replace("_", "-")
+                f"the run in {source} has {value}, not {options[name]}", param_hint="--" + name.replace("_", "-")
             )
         if not given:
             options[name] = value
@@ -242,8 +292,8 @@ def train_command(
     lr: Annotated[
         float | None, typer.Option(min=0.0, help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
     ] = None,
-    momentum: Annotated[float, typer.Option(min=0.0, help="Of SGD.")] = 0.0,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")] = 0.0,
+    momentum: MomentumOption = 0.0,
+    weight_decay: WeightDecayOption = 0.0,
     limit: LimitOption = None,
     seed: SeedOption = 0,
     dtype: PrecisionOption = PrecisionChoice.auto,
@@ -261,7 +311,7 @@ def train_command(
             metavar="[PATH]",
             help="Go on with the run of a checkpoint or folder, without a path with the newest one in runs/, to the same bits "
             "as if it had never stopped. All options are the run's own; these may be given anew: "
-            + ", ".join(sorted(_MAY_CHANGE)),
+            + ", ".join(sorted(MAY_CHANGE)),
             show_default=False,
         ),
     ] = None,
@@ -275,30 +325,58 @@ def train_command(
 
     With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
-    with joined() as processes:
-        console.quiet = not processes.leads
+    with joined_command() as processes:
         status = _train(context, resume, out, processes)
     if status:
         raise typer.Exit(status)
 
 
 def _what_to_train(
-    context: typer.Context, resume: str | None, out: Path | None
+    context: typer.Context, resume: str | None, out: Path | None, while_training: contextlib.ExitStack
 ) -> tuple[dict[str, Any], Path, Checkpoint | None]:
-    """The parameters of ``train``, the folder to write into, and the checkpoint to resume."""
-    if resume is not None:
-        path = _checkpoint_to_resume(resume, out)
-        try:
+    """The parameters of ``train``, the folder to write into, and the checkpoint to resume.
+
+    The folder is entered into ``while_training``: no other run can have it as long.
+    """
+    try:
+        if resume is not None:
+            path = _checkpoint_to_resume(resume, out)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # which the checkpoint's reader tells better
+                while_training.enter_context(held(path.parent, console.print))
             checkpoint = read_checkpoint(path)
-            return _options_of_resumed(context, checkpoint), path.parent, checkpoint
-        except CheckpointError as error:
-            raise fail(error) from error
-    out = out or Path("runs") / f"{context.params['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+            _check_nothing_is_lost(checkpoint, path)
+            saved = training_state(checkpoint).get("options", {})
+            return options_of_resumed(context, saved, path), path.parent, checkpoint
+        default = Path("runs") / f"{context.params['model']}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = while_training.enter_context(claimed(out or default, console.print, renamed=out is None))
+    except (CheckpointError, OSError) as error:
+        raise fail(error) from error
     if holds_run(out):
         raise typer.BadParameter(
             f"{out} already holds a run; choose another folder, or go on with it by --resume {out}", param_hint="--out"
         )
     return dict(context.params), out, None
+
+
+def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the folder of a run that has come to its end in ``checkpoint`` has all its files, the metrics up to there.
+
+    Raises:
+        CheckpointError: the checkpoint's metrics are damaged.
+    """
+    files = [out / name for name in (LAST, BEST, METRICS, CURVES, CONFUSION, MOST_WRONG)]
+    return all(file.is_file() for file in files) and (out / METRICS).read_bytes() == metrics_file(history_of(checkpoint))
+
+
+def _draw(plot: Callable[[Path], None], path: Path) -> None:
+    """Write a picture beside ``path`` first: what is there is whole, so that a resumed run knows which are missing."""
+    partial = path.with_name(f"partial-{path.name}")  # plotting asks the end of a name for the format
+    try:
+        plot(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _load(run: RunOptions, device: torch.device, processes: Processes) -> Dataset:
@@ -342,18 +420,27 @@ def run_training(
     *,
     checkpoint: Checkpoint | None = None,
     begin: float,
+    restart: str = "start again",
+    on_ready: Callable[[Dataset, str], None] | None = None,
 ) -> FinishedRun:
     """One run: train as ``run`` says, or go on from ``checkpoint``, with everything printed and written into ``out``.
 
+    Of a run that ``checkpoint`` has finished, the files that are missing are written.
+
     Args:
+        out: a folder that is there, and that this process has for itself.
         stops: entered while something could be saved.
         begin: when the run began, by ``time.perf_counter``.
+        restart: as in :func:`alexnet_triton.training.train`.
+        on_ready: given the data and what the run is on, called when its first step is about to be taken.
 
     Raises:
         Stopped: ``stops`` said so; all is saved.
         typer.Exit: it failed, which is said.
     """
     try:
+        finished = checkpoint is not None and len(checkpoint.metrics) >= run.epochs
+        complete = checkpoint is not None and finished and is_complete(out, checkpoint)
         dataset = _load(run, where, processes)
         with kernels.use_backend(run.backend), float32_products(run.dtype), contextlib.ExitStack() as while_training:  # type: ignore[arg-type]
             place = f"{runs_on(where)}, {run.dtype}" + f", {processes.size} processes" * (processes.size > 1)
@@ -365,7 +452,7 @@ def run_training(
             net = new_model(run.model, run.seed, where, torch_dtype, len(dataset.classes), training.channels)
             expected = ""
             # A step that is not captured says nothing of one that is, nor one process of several.
-            if not run.graph and processes.size == 1:
+            if not run.graph and processes.size == 1 and not finished:
                 speed = measure_speed(net, training, run.batch_size, IMAGE_SIZE[run.model], where)
                 expected = (
                     f": about {_duration(len(training) / speed)} an epoch of {len(training)} images ({speed:.1f} images/s)"
@@ -377,16 +464,17 @@ def run_training(
             )
             if checkpoint is not None:
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
-            if processes.leads:
-                out.mkdir(parents=True, exist_ok=True)
             bar = _Bar(len(training), run.epochs)
 
             def begin_training() -> None:
                 ready.append(time.perf_counter())
                 while_training.enter_context(stops)  # until then nothing could be saved
                 if run.tensorboard and processes.leads:
-                    first = 1 if checkpoint is None else len(checkpoint.metrics) + 1
-                    events.append(while_training.enter_context(EpochEvents(out, first, run.lr)))
+                    before = [] if checkpoint is None else history_of(checkpoint)
+                    rates = [] if checkpoint is None else learning_rates(checkpoint, run.lr)
+                    events.append(while_training.enter_context(EpochEvents(out, before, rates, run.lr)))
+                if on_ready is not None:
+                    on_ready(dataset, place)
 
             def end_epoch(metrics: EpochMetrics) -> None:
                 _print_epoch(metrics)
@@ -414,17 +502,18 @@ def run_training(
                     options=dataclasses.asdict(run),
                     stop=stops,
                     processes=processes,
+                    restart=restart,
                     on_ready=begin_training,
                     on_batch=bar.epoch,
                     on_epoch=end_epoch,
                 )
-            if processes.leads:
+            if processes.leads and not complete:
                 said = predict_split(net, test, batch_size=run.batch_size, image_size=IMAGE_SIZE[run.model], device=where)
-        if processes.leads:
+        if processes.leads and not complete:
             title = f"{run.model} on {dataset.name}, {place}"
-            plot_curves(history, out / CURVES, title)
-            plot_confusion(test, said, dataset.classes, out / CONFUSION, title)
-            plot_most_wrong(test, said, dataset.classes, out / MOST_WRONG, title)
+            _draw(lambda path: plot_curves(history, path, title), out / CURVES)
+            _draw(lambda path: plot_confusion(test, said, dataset.classes, path, title), out / CONFUSION)
+            _draw(lambda path: plot_most_wrong(test, said, dataset.classes, path, title), out / MOST_WRONG)
     except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise fail(error) from error
     last = history[-1]
@@ -441,30 +530,43 @@ def run_training(
     return FinishedRun(net, history, images_per_s, dataset.name, place)
 
 
-def report_stop(stopped: Stopped, out: Path, processes: Processes, stops: StopSignals) -> int:
-    """Say how to go on with the run in ``out``; the exit code."""
+def report_stop(stopped: Stopped, command: str, out: Path, processes: Processes, stops: StopSignals) -> int:
+    """Say how ``command`` goes on in ``out``; the exit code."""
     received = stops.received or signal.SIGTERM  # another process may have got it
-    again = f"train --resume {shlex.quote(str(out))}"
+    again = f"{command} --resume {shlex.quote(str(out))}"
     if processes.size > 1:
         again += f" in {processes.size} processes"
     console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
     return 128 + received
 
 
+def graph_of_resumed(context: typer.Context, wanted: bool, processes: Processes) -> bool | None:
+    """``graph`` of a resumed run, for :func:`resolve`: unless it was said, where it can be, or none as the run had none."""
+    return None if context.params["graph"] is None and (wanted or processes.size > 1) else wanted
+
+
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``train`` does, in each of the processes; the exit code."""
     begin = time.perf_counter()
-    parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out))
-    where = local_device(parameters["device"], processes)
-    if checkpoint is not None and context.params["graph"] is None and (parameters["graph"] or processes.size > 1):
-        parameters["graph"] = None  # where it can be; a run that was without one stays so
-    run = resolve(parameters, where, processes)
-    if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
-        console.print(f"{out}: all {run.epochs} epochs are done; --resume {out} --epochs N goes on")
-        return 0
-    stops = StopSignals(repeats=processes.launched)
-    try:
-        run_training(run, out, where, processes, stops, checkpoint=checkpoint, begin=begin)
-    except Stopped as stopped:
-        return report_stop(stopped, out, processes, stops)
+    with contextlib.ExitStack() as while_training:
+        parameters, out, checkpoint = processes.from_leader(lambda: _what_to_train(context, resume, out, while_training))
+        where = local_device(parameters["device"], processes)
+        if checkpoint is not None:
+            parameters["graph"] = graph_of_resumed(context, parameters["graph"], processes)
+        run = resolve(parameters, where, processes)
+        if checkpoint is not None and len(checkpoint.metrics) >= run.epochs:
+            done = f"{out}: all {run.epochs} epochs are done"
+            try:
+                complete = processes.from_leader(lambda: is_complete(out, checkpoint))
+            except (CheckpointError, OSError) as error:
+                raise fail(error) from error
+            if complete:
+                console.print(f"{done}; --resume {out} --epochs N goes on")
+                return 0
+            console.print(f"{done}, not all its files are there: they are written now")
+        stops = StopSignals(repeats=processes.launched)
+        try:
+            run_training(run, out, where, processes, stops, checkpoint=checkpoint, begin=begin)
+        except Stopped as stopped:
+            return report_stop(stopped, "train", out, processes, stops)
     return 0

@@ -28,6 +28,7 @@ from .checkpoint import (
     copy_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    training_state,
     write_atomically,
 )
 from .data import CLASSES, NOTHING, Augment, Split, augmented_input
@@ -67,6 +68,7 @@ class EpochMetrics:
 
 
 #: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
+#: Images are those of all processes, the loss is that of this one's.
 Progress = Callable[[int, float, float], None]
 
 
@@ -264,6 +266,8 @@ class Trainer:
             self.correct.zero_()
         start = begin - self.seconds
         shown, seen = begin, self.steps * self.batch_size
+        # Of this process, whose losses are all that it can show: to add up all would make every process wait.
+        own = sum(len(self.processes.share(index)) for index in self.order.split(self.batch_size)[: self.steps])
         for index in self.order.split(self.batch_size)[self.steps :]:
             if stop is not None and stop():
                 synchronize(self.device)
@@ -277,9 +281,10 @@ class Trainer:
             self.loss_sums[self.steps].copy_(self.loss_sum)
             self.steps += 1
             seen += len(index)
+            own += len(self.processes.share(index))
             now = time.perf_counter()
             if progress is not None and (now - shown > _PROGRESS_INTERVAL or seen == total):
-                loss = self.loss_sum.item() / seen
+                loss = self.loss_sum.item() / max(own, 1)  # it may have had no share yet
                 progress(seen, loss, seen / (now - start))
                 if not math.isfinite(loss) and self.processes.size == 1:
                     break
@@ -383,25 +388,62 @@ def _checksum(split: Split) -> int:
     return zlib.crc32(split.labels.cpu().numpy().tobytes(), checksum)
 
 
-def _history(checkpoint: Checkpoint) -> list[EpochMetrics]:
+def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:
+    """The metrics of the epochs in ``checkpoint``.
+
+    Raises:
+        CheckpointError: they are something else.
+    """
     try:
         return [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
     except TypeError as error:
         raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not those of epochs: {error}") from error
 
 
+def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
+    """The learning rate of each epoch in ``checkpoint``; in a file from before it kept them, its last one, or ``otherwise``.
+
+    Raises:
+        CheckpointError: they are something else, or there is no training state.
+    """
+    state = training_state(checkpoint)
+    options = state.get("options")
+    last = options.get("lr", otherwise) if isinstance(options, dict) else otherwise
+    rates = state.get("learning_rates", [last] * len(checkpoint.metrics))
+    if (
+        not isinstance(rates, list)
+        or len(rates) != len(checkpoint.metrics)
+        or not all(isinstance(rate, int | float) for rate in rates)
+    ):
+        raise CheckpointError(f"{checkpoint.path}: damaged: 'learning_rates' are not those of its epochs")
+    return list(rates)
+
+
 def _as_line(metrics: EpochMetrics) -> str:
     return json.dumps(dataclasses.asdict(metrics)) + "\n"
 
 
+def metrics_file(history: Sequence[EpochMetrics]) -> bytes:
+    """The content of ``metrics.jsonl`` after ``history``."""
+    return "".join(map(_as_line, history)).encode()
+
+
+def position(checkpoint: Checkpoint) -> tuple[int, bool, int]:
+    """How far a run had come, as a value to compare: whole epochs, whether the next one lacks but its evaluation, its steps."""
+    state = training_state(checkpoint)
+    trainer = state.get("trainer")
+    steps = trainer.get("steps") if isinstance(trainer, dict) and trainer.get("order") is not None else 0
+    return len(checkpoint.metrics), state.get("trained") is not None, steps if isinstance(steps, int) else 0
+
+
 @contextlib.contextmanager
-def _advice(epoch: int, out: Path, dtype: torch.dtype) -> Iterator[None]:
+def _advice(epoch: int, out: Path, dtype: torch.dtype, restart: str) -> Iterator[None]:
     """Add to a FloatingPointError of the block where it happened, what is left, and what to try."""
     try:
         yield
     except FloatingPointError as error:
         last = out / LAST
-        good = f"the last good checkpoint is {last}: resume it" if last.exists() else "there is no checkpoint yet: start again"
+        good = f"the last good checkpoint is {last}: resume it" if last.exists() else f"there is no checkpoint yet: {restart}"
         other = ", or --dtype float32, whose range is wider" if dtype == torch.float16 else ""
         raise FloatingPointError(f"epoch {epoch}: {error}; {good} with a smaller --lr{other}") from error
 
@@ -427,6 +469,7 @@ def train(
     options: Mapping[str, Any] | None = None,
     stop: Stop | None = None,
     processes: Processes = ALONE,
+    restart: str = "start again",
     on_ready: Callable[[], None] | None = None,
     on_batch: Callable[[int], Progress] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -450,6 +493,7 @@ def train(
         stop: asked before each step and each batch of the evaluation.
         processes: that train together, each by this call, on equal shares of each batch: ``batch_size`` is that of all. The one
             that leads writes. Each draws its own dropout and augmentation.
+        restart: what to do with a smaller learning rate where the loss is not finite and there is no checkpoint yet.
         on_ready: called once, when everything is compiled and captured and the first epoch begins.
         on_batch: given the epoch, makes the epoch's progress callback.
         on_epoch: called after each epoch.
@@ -480,10 +524,13 @@ def train(
         "data checksum": _checksum(train_split),
     }
     history: list[EpochMetrics] = []
+    #: The learning rate of each epoch in it, which may change where a run is resumed.
+    rates: list[float] = []
     if resume is not None:
         check_weights(net, resume)
         state = check_configuration(resume, configuration)
-        history = _history(resume)
+        history = history_of(resume)
+        rates = learning_rates(resume, lr)
     if not processes.leads:
         torch.manual_seed(seed + processes.rank)  # masks of its own
     generator = torch.Generator(device).manual_seed(seed)  # the same order of images in all
@@ -512,7 +559,9 @@ def train(
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
         if processes.leads:
-            write_atomically(out / METRICS, "".join(map(_as_line, history)).encode())
+            write_atomically(out / METRICS, metrics_file(history))
+            if resume.path == out / BEST and not (out / LAST).exists():  # a crash came between the two
+                copy_checkpoint(out / BEST, out / LAST)
     if stop is not None and processes.size > 1:
         asked = stop
 
@@ -526,6 +575,7 @@ def train(
             "trainer": trainer.state_dict(),
             "generator": generator.get_state(),
             "trained": trained,
+            "learning_rates": rates,
         }
         metrics = [dataclasses.asdict(m) for m in history]
         if processes.leads:
@@ -537,13 +587,13 @@ def train(
     for epoch in range(len(history) + 1, epochs + 1):
         try:
             if trained is None:
-                with _advice(epoch, out, trainer.dtype):
+                with _advice(epoch, out, trainer.dtype, restart):
                     trained = trainer.epoch(generator, on_batch(epoch) if on_batch is not None else None, stop)
             _, test_acc = evaluate(
                 net, test_split, batch_size=batch_size, image_size=image_size, device=device, stop=stop, processes=processes
             )
         except Stopped as stopped:
-            with _advice(epoch, out, trainer.dtype):
+            with _advice(epoch, out, trainer.dtype, restart):
                 trainer.check_finite()
             save(out / LAST)
             processes.wait()  # torchrun ends all when the first has gone
@@ -552,6 +602,7 @@ def train(
         metrics = EpochMetrics(epoch, loss, train_acc, test_acc, len(train_split) / seconds, seconds)
         best = all(test_acc > earlier.test_acc for earlier in history)
         history.append(metrics)
+        rates.append(lr)
         trained = None
         # The best one first: a crash before the other repeats the epoch, and both are written again.
         save(out / (BEST if best else LAST))

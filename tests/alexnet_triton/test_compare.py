@@ -26,6 +26,7 @@ from alexnet_triton.train_command import FinishedRun, RunOptions
 from alexnet_triton.training import EpochMetrics
 
 from .command import run_here
+from .test_checkpoint import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,12 +106,29 @@ def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
     assert "after 3 epoch(s)" in resumed.stdout
 
 
+def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network under AlexNet's name: what matters is that it comes second."""
+    monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
+    monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
+
+
+def same_results(ours: Path, theirs: Path) -> None:
+    """Weights, metrics and the table's values, but for what a clock measured; and all files."""
+    columns = []
+    for out in (ours, theirs):
+        assert {p.name for p in out.iterdir()} == {"lenet", "alexnet", "comparison.json", "comparison.png"}
+        assert all({p.name for p in (out / model).iterdir()} == RUN_FILES for model in ("lenet", "alexnet"))
+        columns.append(flat(json.loads((out / "comparison.json").read_text())))
+    assert columns[0] == columns[1]
+    for model in ("lenet", "alexnet"):
+        kept = [read_checkpoint(out / model / "checkpoint.pt") for out in (ours, theirs)]
+        assert flat([kept[0].weights, kept[0].metrics]) == flat([kept[1].weights, kept[1].metrics])
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["while it trains", "when its training is over"])
 def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal too late for one run stops the next one, before its first step."""
-    # A small network under AlexNet's name: what matters is that it comes second.
-    monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
-    monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
+    small_alexnet(monkeypatch)
     module, name = (train_command, "predict_split") if late else (training, "evaluate")
     real = getattr(module, name)
 
@@ -122,18 +140,18 @@ def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monk
         patch.setattr(module, name, signalling)
         stopped = run_here("compare", *SHORT, "--epochs", "1", "--out", "both", cwd=tmp_path)
     assert stopped.returncode == 128 + signal.SIGTERM
-    model, where = ("alexnet", "after step 0 of 2") if late else ("lenet", "before its evaluation")
+    where = "before alexnet began" if late else "in epoch 1 before its evaluation"
     last = stopped.stdout.splitlines()[-1]
-    assert last == f"SIGTERM: stopped in epoch 1 {where}; go on with: alexnet-triton train --resume both/{model}"
-    assert (tmp_path / "both" / "alexnet").exists() == late
-    assert not (tmp_path / "both" / "comparison.json").exists()
+    assert last == f"SIGTERM: stopped {where}; go on with: alexnet-triton compare --resume both"
+    assert ("test accuracy" in cells(stopped.stdout)) == late  # the table of what has finished
+    assert stopped.stdout.count(" on PyTorch reference on the CPU") == 1 + late  # with the table's title; no second run began
+    assert not (tmp_path / "both" / "alexnet").exists()
 
-    resumed = run_here("train", "--resume", f"both/{model}", cwd=tmp_path)
+    resumed = run_here("compare", "--resume", "both", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    whole = run_here("train", "--model", model, *SHORT, "--epochs", "1", "--out", "whole", cwd=tmp_path)
+    whole = run_here("compare", *SHORT, "--epochs", "1", "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    ours, expected = (read_checkpoint(tmp_path / path / "checkpoint.pt") for path in (f"both/{model}", "whole"))
-    assert all(torch.equal(expected.weights[key], weight) for key, weight in ours.weights.items())
+    same_results(tmp_path / "both", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("held", ["metrics.jsonl", "lenet/checkpoint.pt", "alexnet/best.pt", "comparison.json"])

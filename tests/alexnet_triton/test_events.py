@@ -11,9 +11,11 @@ import pytest
 
 from alexnet_triton import train_command
 from alexnet_triton.checkpoint import read_checkpoint, save_checkpoint
-from alexnet_triton.events import EVENTS
+from alexnet_triton.events import EVENTS, EpochEvents
+from alexnet_triton.training import EpochMetrics
 
 from .command import run_here
+from .test_checkpoint import file_size_limit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,29 +74,83 @@ def test_old_checkpoints_and_machines_without_the_package_can_go_on(tmp_path: Pa
 
 
 def test_events_are_the_metrics_also_of_a_resumed_run(tmp_path: Path) -> None:
-    """Resumed from its second epoch when it had three: the third is there once, as it was the last time."""
+    """Resumed from its second epoch when it had three, as from a backup: the third is there once, as it was the last time."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,unused-ignore]
-        EventAccumulator,
-    )
-
     out = tmp_path / "run"
     run(*TRAIN, "--epochs", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
     shutil.copy(out / "checkpoint.pt", out / "second.pt")
     run("train", "--resume", "run", "--epochs", "3", cwd=tmp_path)
-    run("train", "--resume", "run/second.pt", "--epochs", "4", "--lr", "0.25", cwd=tmp_path)
+    shutil.move(out / "second.pt", out / "checkpoint.pt")
+    run("train", "--resume", "run", "--epochs", "4", "--lr", "0.25", cwd=tmp_path)
+
+    check_events(out, [0.9, 0.9, 0.25, 0.25])
+
+
+def check_events(out: Path, rates: list[float]) -> None:
+    """TensorBoard reads the metrics of the run in ``out`` and these learning rates, each epoch once."""
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,unused-ignore]
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(out / EVENTS)).Reload()
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [m["epoch"] for m in metrics] == [1, 2, 3, 4]
+    epochs = [m["epoch"] for m in metrics]
+    assert epochs == list(range(1, len(rates) + 1))
     expected = {
         "loss/train": [m["loss"] for m in metrics],
         "accuracy/train": [m["train_acc"] for m in metrics],
         "accuracy/test": [m["test_acc"] for m in metrics],
         "images_per_s": [m["images_per_s"] for m in metrics],
-        "learning_rate": [0.9, 0.9, 0.25, 0.25],
+        "learning_rate": rates,
     }
     assert set(events.Tags()["scalars"]) == set(expected)
     for tag, values in expected.items():
-        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4]
+        assert [event.step for event in events.Scalars(tag)] == epochs
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(values, rel=1e-6)
+
+
+def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_path: Path) -> None:
+    """Those of a run without events, and of a process that ended between a checkpoint and its events."""
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    run(*TRAIN, "--epochs", "2", "--out", "run", cwd=tmp_path)
+    run("train", "--resume", "run", "--epochs", "3", "--tensorboard", "--lr", "0.5", cwd=tmp_path)
+    check_events(out, [0.9, 0.9, 0.5])
+
+    for file in (out / EVENTS).iterdir():
+        file.unlink()
+    path = out / "checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.training is not None
+    assert checkpoint.training.pop("learning_rates") == [0.9, 0.9, 0.5]  # as a file from before they were kept
+    save_checkpoint(path, checkpoint)
+    run("train", "--resume", "run", "--epochs", "4", cwd=tmp_path)
+    check_events(out, [0.5] * 4)
+
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.training is not None
+    for damaged in (3, [0.5], ["fast"] * 4):
+        checkpoint.training["learning_rates"] = damaged
+        save_checkpoint(path, checkpoint)
+        refused = run_here("train", "--resume", "run", "--epochs", "5", cwd=tmp_path)
+        assert refused.returncode == 1
+        assert refused.stderr == ("alexnet-triton: run/checkpoint.pt: damaged: 'learning_rates' are not those of its epochs\n")
+
+
+def test_a_full_disk_is_said_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's own error names no file; the checkpoint of the epoch is there all the same."""
+    pytest.importorskip("tensorboard")
+    real = EpochEvents.write
+
+    def write(events: EpochEvents, metrics: EpochMetrics) -> None:
+        size = max(file.stat().st_size for file in (tmp_path / "run" / EVENTS).iterdir())
+        with file_size_limit(size + 10):
+            real(events, metrics)
+
+    monkeypatch.setattr(EpochEvents, "write", write)
+    result = run_here(*TRAIN, "--epochs", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "alexnet-triton: run/tensorboard: File too large\n")
+    assert len(read_checkpoint(tmp_path / "run" / "checkpoint.pt").metrics) == 1
+    monkeypatch.setattr(EpochEvents, "write", real)
+    run("train", "--resume", "run", cwd=tmp_path)
+    check_events(tmp_path / "run", [0.9, 0.9])

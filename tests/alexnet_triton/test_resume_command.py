@@ -57,7 +57,6 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
         os.utime(tmp_path / "runs" / name / "checkpoint.pt", (number, number))
     done = command("train", "--resume")
     assert (done.exit_code, done.output) == (0, "runs/parts: all 2 epochs are done; --resume runs/parts --epochs N goes on\n")
-    assert "resumed from runs/whole/best.pt after 1 whole" in command("train", "--resume", "runs/whole/best.pt").output
     assert "runs/whole: all 2 epochs" in command("train", "--resume", "--out", "runs/whole").output
 
     for option, value, message in (
@@ -105,7 +104,7 @@ def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, m
 
     monkeypatch.setattr(training, "Trainer", noted)
     for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):  # which take longer than the run
-        monkeypatch.setattr(train_command, picture, lambda *_: None)
+        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
     expected, options = AUGMENTED[said], said.split()
     first = command("train", *OPTIONS, "--data", "sample", "--epochs", "1", "--out", "run", *options)
     assert first.exit_code == 0, first.output

@@ -1,0 +1,105 @@
+"""Folders that one process at a time works in."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+#: What a file system answers that has no such locks, or none on folders (NFS: EBADF).
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """No two processes are in such a block of ``folder`` at a time; the lock goes when its process ends, however that is.
+
+    The folder itself is locked, so that no file is left in it.
+
+    Raises:
+        BlockingIOError: another process is in one, and ``wait`` is false.
+        OSError: ``folder`` cannot be opened, or its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            reason = "another run goes on in it" if isinstance(error, BlockingIOError) else error.strerror
+            raise OSError(error.errno, reason, str(folder)) from error  # the errno makes it a BlockingIOError again
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
+    """:func:`locked` for the time of a run, without waiting; where folders cannot be locked, ``warn`` is told so.
+
+    Raises:
+        BlockingIOError, OSError: as :func:`locked`.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warn(f"{folder} cannot be locked ({error.strerror}): start no other run in it while this one goes on")
+        yield
+
+
+def _make(folder: Path, *, exist_ok: bool) -> list[Path]:
+    """Make ``folder`` and its parents; those that were not there, innermost first."""
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    folder.mkdir(parents=True, exist_ok=exist_ok)
+    return missing
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, warn: Callable[[str], object], *, renamed: bool = False) -> Iterator[Path]:
+    """In the block ``folder`` is there and :func:`held`. What was made for it and is empty at the end is removed.
+
+    Args:
+        renamed: where there is a ``folder`` already, make one of the same name with the first free number after it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BlockingIOError, OSError: as :func:`held`; or it cannot be made.
+    """
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)))
+    name = next(names)
+    made: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        # Another process may remove its empty folder between the making and the locking of this one; not again and again.
+        for attempts_left in (2, 1, 0):
+            try:
+                while True:
+                    try:
+                        made = _make(name, exist_ok=not renamed)
+                        break
+                    except FileExistsError:
+                        if not renamed:
+                            raise
+                        name = next(names)
+                with contextlib.ExitStack() as attempt:
+                    attempt.enter_context(held(name, warn))
+                    if not name.exists():  # its name went before it was locked
+                        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name))
+                    stack.push(attempt.pop_all())
+                break
+            except FileNotFoundError:
+                if not attempts_left:
+                    raise
+        try:
+            yield name
+        finally:
+            with contextlib.suppress(OSError):  # not empty: it and those that it is in stay
+                for each in made:
+                    each.rmdir()
