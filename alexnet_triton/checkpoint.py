@@ -183,8 +183,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     images = {"channels": content.get("channels", 1), "size": content.get("size", 28)}
     if images["channels"] not in (1, 3) or type(images["size"]) is not int or images["size"] < 1:
         raise CheckpointError(f"{path}: damaged: no network takes images of {images}")
-    if not all(isinstance(name, str) for name in content["classes"]):
-        raise CheckpointError(f"{path}: damaged: 'classes' are not names")
+    for key in ("classes", "state_dict"):
+        if not all(isinstance(name, str) for name in content[key]):
+            raise CheckpointError(f"{path}: damaged: {key!r} are not names" + " and weights" * (key == "state_dict"))
     return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
 
 

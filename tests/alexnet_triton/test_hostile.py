@@ -143,6 +143,21 @@ def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (1, f"alexnet-triton: {tmp_path}/\\u5730.png: no such file\n")
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("seed", [10**20 - 1, 2**63, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_one_line(seed: int, command: str, tmp_path: Path) -> None:
+    result = run_here(command, *ON_PYTORCH, "--data", "sample", "--seed", str(seed), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Invalid value for '--seed'" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_the_largest_and_the_smallest_seed(seed: int, tmp_path: Path) -> None:
+    result = run_here(*TRAIN, "--data", "sample", "--seed", str(seed), "--out", str(tmp_path / "out"))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [(("train", "--resume", LONG), OSError), (("evaluate", "pipe"), CheckpointError), ((*TRAIN, "--data", "pipe"), DataError)],
