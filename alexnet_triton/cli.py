@@ -281,6 +281,6 @@ def tune_command(
     work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
     try:
         results = tune.tune(work, getattr(torch, dtype), path, show)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

@@ -29,11 +29,11 @@ from .checkpoint import (
     read_checkpoint,
     save_checkpoint,
     training_state,
-    write_atomically,
 )
 from .data import CLASSES, NOTHING, Augment, Split, augmented_input
 from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
+from .files import WriteError, write_atomically
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
@@ -605,7 +605,10 @@ def train(
         except Exception as error:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
         if processes.leads:
-            write_atomically(out / METRICS, metrics_file(history))
+            try:
+                write_atomically(out / METRICS, metrics_file(history))
+            except WriteError as error:
+                raise CheckpointError(str(error)) from error
             if resume.path == out / BEST and not (out / LAST).exists():  # a crash came between the two
                 copy_checkpoint(out / BEST, out / LAST)
     if stop is not None and processes.size > 1:

@@ -23,17 +23,16 @@ import pytest
 import torch
 
 import kernels
-from alexnet_triton import checkpoint as module
-from alexnet_triton import training
+from alexnet_triton import files, training
 from alexnet_triton.checkpoint import (
     Checkpoint,
     CheckpointError,
     copy_checkpoint,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from alexnet_triton.data import EVERYTHING, NOTHING, Augment, load_fashion_mnist
+from alexnet_triton.files import WriteError, write_atomically
 from alexnet_triton.training import Stopped, train
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
@@ -143,8 +142,11 @@ def test_a_disk_that_is_full_when_it_is_asked_to_keep(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    for write in (lambda: save_checkpoint(path, tiny(2.0)), lambda: write_atomically(path, b"2")):
-        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be written.*: No space left on device"):
+    for write, kind in (
+        (lambda: save_checkpoint(path, tiny(2.0)), CheckpointError),
+        (lambda: write_atomically(path, b"2"), WriteError),
+    ):
+        with pytest.raises(kind, match=r"checkpoint\.pt: cannot be written.*: No space left on device"):
             write()
         assert list(tmp_path.iterdir()) == ([] if first else [path])
         assert first or same(read_checkpoint(path), tiny(1.0))
@@ -616,7 +618,7 @@ def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, m
     """The second epoch cannot be saved: the first one stays, and with space again the run ends as if nothing had been."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
-    real = module._write
+    real = files.write
     writes = 0
 
     def write(path: Path, content: bytes) -> None:
@@ -625,11 +627,11 @@ def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, m
         with file_size_limit(1000) if writes > 1 else contextlib.nullcontext():
             real(path, content)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(files, "write", write)
     with pytest.raises(CheckpointError, match="cannot be written"):
         run(case, tmp_path / "full")
     assert len(read_checkpoint(tmp_path / "full" / "checkpoint.pt").metrics) == 1
     assert not list((tmp_path / "full").glob("*.partial"))
-    monkeypatch.setattr(module, "_write", real)
+    monkeypatch.setattr(files, "write", real)
     resume(case, tmp_path / "full")
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
