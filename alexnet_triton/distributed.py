@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -130,6 +131,8 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     processes = Processes(dist.get_rank(), size, dist.get_node_local_rank(), launched=True)
     yield processes
+    gc.collect()  # a DistributedDataParallel that is left holds the group, which would go with the interpreter: it can abort
     processes.wait()  # nobody takes leave from one that still talks
     # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.
     dist.destroy_process_group()
+    _store = None

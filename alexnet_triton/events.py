@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -60,11 +61,21 @@ class EpochEvents:
             self.writer.flush()
 
     def __enter__(self) -> EpochEvents:
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._note_thread
         return self
 
+    def _note_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """No traceback of the writer's thread: what it met, the next flush raises."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._excepthook(failed)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        with self._naming_the_folder():
-            self.writer.close()
+        try:
+            with self._naming_the_folder():
+                self.writer.close()
+        finally:
+            threading.excepthook = self._excepthook
 
     @contextlib.contextmanager
     def _naming_the_folder(self) -> Iterator[None]:

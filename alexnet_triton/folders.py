@@ -82,7 +82,7 @@ def claimed(folder: Path, warn: Callable[[str], object], *, renamed: bool = Fals
             try:
                 while True:
                     try:
-                        made = _make(name, exist_ok=not renamed)
+                        made = sorted({*made, *_make(name, exist_ok=not renamed)}, reverse=True)  # a parent is less
                         break
                     except FileExistsError:
                         if not renamed:

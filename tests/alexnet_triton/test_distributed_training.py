@@ -21,6 +21,7 @@ from alexnet_triton.data import load_fashion_mnist
 from alexnet_triton.distributed import ALONE, Processes
 
 from .test_checkpoint import contents, flat
+from .test_image_folder import write_folder
 from .test_signals import read_until, start
 from .train_worker import CPU, RUNS, run
 
@@ -59,6 +60,16 @@ def test_two_processes_train_what_one_trains(name: str, two_processes: Path, tmp
     assert (two_processes / name / "metrics.jsonl").read_text().count("\n") == 2
 
 
+def test_the_loss_that_a_bar_shows_is_that_of_the_images_that_its_process_has_seen(two_processes: Path) -> None:
+    """Both together make the epoch's; each alone is no half of it."""
+    shown = [json.loads((two_processes / f"progress{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["own"] for each in shown] == [13, 7]  # of batches of 3, and a last one of 2
+    for each in shown:
+        assert [seen for seen, _ in each["shown"]] == [3, 6, 9, 12, 15, 18, 20]
+    together = sum(each["own"] * each["shown"][-1][1] for each in shown) / 20
+    assert together == pytest.approx(shown[0]["loss"], rel=1e-5)
+
+
 def test_a_resumed_run_of_two_processes_has_the_same_bits(two_processes: Path) -> None:
     whole = contents(two_processes / "whole")
     for call in ("2", "5"):
@@ -83,6 +94,8 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
     process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
     read_until(process, "epoch   1 ")
+    other = CliRunner().invoke(cli.app, ["train", "--resume", str(out)])
+    assert (other.exit_code, other.output) == (1, f"alexnet-triton: {out}: another run goes on in it\n")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -101,6 +114,19 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     assert alone.exit_code == 1
     assert "was trained with processes 2, this run has 1" in alone.output
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["data", "option"])
+def test_what_all_processes_find_wrong_is_said_once(kind: str, tmp_path: Path) -> None:
+    """Each decodes a folder of images for itself, each sees that it cannot do what an option says."""
+    image = write_folder(tmp_path / "images", train=2, tests=1) / "train" / "sky" / "00.png"
+    image.write_bytes(b"no image")
+    options = ("--data", tmp_path / "images", "--workers", "0") if kind == "data" else ("--data", "sample", "--graph")
+    command = ("-m", "alexnet_triton", "train", "--model", "lenet", "--device", "cpu", *options, "--out", tmp_path / "run")
+    output, errors = start(*TORCHRUN, *command).communicate(timeout=120)
+    assert output == (f"reading the images of {tmp_path / 'images'}\n" if kind == "data" else "")
+    assert errors.count(f"alexnet-triton: {image}: " if kind == "data" else "a CUDA graph needs a CUDA device") == 1, errors
+    assert [each.name for each in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.slow

@@ -137,6 +137,7 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
         assert refused.stderr == ("alexnet-triton: run/checkpoint.pt: damaged: 'learning_rates' are not those of its epochs\n")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_said_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard's own error names no file; the checkpoint of the epoch is there all the same."""
     pytest.importorskip("tensorboard")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from typer.testing import CliRunner, Result
 from alexnet_triton import cli, train_command, training
 from alexnet_triton.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from alexnet_triton.data import EVERYTHING, Augment
+
+from .test_checkpoint import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +96,7 @@ AUGMENTED = {
 }
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("said", AUGMENTED)
 def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reaches the trainer and is kept; a resumed run has it, told or not, and another is refused."""
@@ -103,8 +108,6 @@ def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, m
         return real(*arguments, **options)
 
     monkeypatch.setattr(training, "Trainer", noted)
-    for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):  # which take longer than the run
-        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
     expected, options = AUGMENTED[said], said.split()
     first = command("train", *OPTIONS, "--data", "sample", "--epochs", "1", "--out", "run", *options)
     assert first.exit_code == 0, first.output
@@ -164,6 +167,132 @@ def test_nothing_to_resume() -> None:
     result = command("train", "--resume")
     assert result.exit_code == 2
     assert "no folder in runs/ holds a checkpoint" in result.output
+
+
+PICTURES = ("curves.png", "confusion.png", "most_wrong.png")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def dies(*_: object, **__: object) -> None:
+    raise Killed
+
+
+def killed(*arguments: object) -> None:
+    with pytest.raises(Killed):
+        CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("where", ["predict_split", "plot_curves", "plot_confusion", "plot_most_wrong"])
+def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, where, dies)
+        killed("train", *SHORT, "--epochs", "2", "--out", "run")
+    drawn = {"plot_confusion": 1, "plot_most_wrong": 2}.get(where, 0)
+    assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt", *PICTURES[:drawn]}
+    lines, checkpoint = (out / "metrics.jsonl").read_text(), (out / "checkpoint.pt").read_bytes()
+    (out / "metrics.jsonl").write_text(lines.splitlines()[0] + '\n{"epoch": 2, "lo')  # as after a crash of the machine
+
+    result = command("train", "--resume", "run")
+    assert result.exit_code == 0, result.output
+    assert "run: all 2 epochs are done, not all its files are there: they are written now\n" in result.output
+    assert "after 2 epoch(s)" in result.output
+    assert "an epoch of" not in result.output
+    assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt", *PICTURES}
+    assert ((out / "metrics.jsonl").read_text(), (out / "checkpoint.pt").read_bytes()) == (lines, checkpoint)
+
+    whole = command("train", *SHORT, "--epochs", "2", "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    for name in PICTURES:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    done = command("train", "--resume", "run")
+    assert (done.exit_code, done.output) == (0, "run: all 2 epochs are done; --resume run --epochs N goes on\n")
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty files for those, which take longer than the run."""
+    for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):
+        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
+    assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = path.read_bytes()
+    path.unlink()
+    result = command("train", "--resume", "run")
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """best.pt of the first epoch, when the run has three; when it was stopped in its second; and when nothing is lost by it."""
+    accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
+    shutil.copytree("run", "stopped")
+    assert command("train", "--resume", "run", "--epochs", "3").exit_code == 0
+    before = {p.name: p.read_bytes() for p in Path("run").iterdir()}
+    assert len(read_checkpoint(Path("run/best.pt")).metrics) == 1
+    for options in ((), ("--epochs", "2"), ("--epochs", "5"), ("--lr", "0.01")):
+        refused = command("train", "--resume", "run/best.pt", *options)
+        assert refused.exit_code == 1
+        assert refused.output == (
+            "alexnet-triton: run/best.pt has 1 whole epoch(s), the run in run/checkpoint.pt came further (3): that would be "
+            "lost; --resume run, or copy best.pt into a folder of its own, as checkpoint.pt, and resume that\n"
+        )
+        assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
+    Path("other").mkdir()
+    shutil.copy("run/best.pt", "other/checkpoint.pt")
+    assert "after 2 epoch(s)" in command("train", "--resume", "other", "--epochs", "2").output  # what the message says
+
+    stopped = training.Trainer.step
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), stopped(*a)))
+        assert "in epoch 2 after step 1 of 3" in command("train", "--resume", "stopped", "--epochs", "2").output
+    refused = command("train", "--resume", "stopped/best.pt", "--epochs", "2")
+    assert "has 1 whole epoch(s), the run in stopped/checkpoint.pt came further (1)" in refused.output
+    Path("stopped/checkpoint.pt").write_bytes(b"damaged")
+    assert "after 2 epoch(s)" in command("train", "--resume", "stopped/best.pt", "--epochs", "2").output
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_without_a_path_a_run_of_a_comparison_is_found_too(tmp_path: Path) -> None:
+    for number, folder in enumerate(("runs/lenet-1", "runs/compare-1/lenet")):
+        assert command("train", *SHORT, "--epochs", "1", "--out", folder).exit_code == 0
+        os.utime(tmp_path / folder / "checkpoint.pt", (number, number))
+        os.utime(tmp_path / folder / "best.pt", (number, number))
+    assert command("train", "--resume").output.startswith("runs/compare-1/lenet: all 1 epochs are done")
+    os.utime("runs/lenet-1/checkpoint.pt", (9, 9))
+    assert command("train", "--resume").output.startswith("runs/lenet-1: all 1 epochs are done")
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("how", [("--resume", "runs/x"), ("--resume", "--out", "runs/x"), ("--resume",)], ids=" ".join)
+def test_a_run_that_died_between_its_first_two_checkpoints_goes_on(
+    epochs: int, how: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has best.pt, and no checkpoint.pt yet."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "copy_checkpoint", dies)
+        killed("train", *SHORT, "--epochs", epochs, "--out", "runs/x")
+    assert {p.name for p in (tmp_path / "runs" / "x").iterdir()} == {"best.pt"}
+    refused = command("train", *SHORT, "--epochs", epochs, "--out", "runs/x")
+    assert "already holds a run" in refused.output
+    resumed = command("train", *how)
+    assert resumed.exit_code == 0, resumed.output
+    assert command("train", *SHORT, "--epochs", epochs, "--out", "whole").exit_code == 0
+    ours, expected = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("runs/x", "whole"))
+    assert flat([ours.weights, ours.metrics]) == flat([expected.weights, expected.metrics])
+    assert len((tmp_path / "runs" / "x" / "metrics.jsonl").read_text().splitlines()) == epochs
+    assert (tmp_path / "runs" / "x" / "curves.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer", "newer crop"])

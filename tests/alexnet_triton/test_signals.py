@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 
 
-def start(*command: object, start_new_session: bool = False) -> subprocess.Popen[str]:
+def start(*command: object, start_new_session: bool = False, cwd: Path | None = None) -> subprocess.Popen[str]:
     """A process that gets Ctrl-C even where this one runs in the background of a script."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -38,6 +38,7 @@ def start(*command: object, start_new_session: bool = False) -> subprocess.Popen
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=start_new_session,
+        cwd=cwd,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
         run(folder / str(call), processes, **every, resume=there)
 
 
+def progress_is_shown(folder: Path, processes: Processes) -> None:
+    """What each process's bar would show: images seen, loss; and of how many images the loss is."""
+    shown: list[tuple[int, float]] = []
+    training._PROGRESS_INTERVAL, before = -1.0, training._PROGRESS_INTERVAL
+    images, batch_size, _, _ = RUNS["unequal_shares"]
+    try:
+        history = run(
+            folder, processes, "unequal_shares", epochs=1,
+            on_batch=lambda _: lambda seen, loss, speed: shown.append((seen, loss)),
+        )  # fmt: skip
+    finally:
+        training._PROGRESS_INTERVAL = before
+    own = sum(len(processes.share(index)) for index in torch.arange(images).split(batch_size))
+    content = {"shown": shown, "own": own, "loss": history[0].loss}
+    (folder.parent / f"progress{processes.rank}.json").write_text(json.dumps(content))
+
+
 def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
     """The labels of all but the leader's shares give a loss of infinity in the second step."""
     steps = 0
@@ -87,6 +105,7 @@ def main(folder: Path) -> None:
         for name in RUNS:
             run(folder / name, processes, name)
         if processes.size > 1:
+            progress_is_shown(folder / "progress", processes)
             resumed_runs_have_the_same_bits(folder, processes)
             message = a_loss_of_one_process_that_is_not_finite_stops_all(folder / "broken", processes)
             (folder / f"message{processes.rank}").write_text(message)
