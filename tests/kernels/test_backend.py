@@ -17,7 +17,7 @@ import kernels
 from kernels import config, launch
 from kernels.backend import current_backend
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 
 
 def test_torch_runs_no_kernel(launches: list[str]) -> None:
@@ -117,6 +117,7 @@ def test_many_threads_that_overlap_leave_nothing_behind() -> None:
     assert current_backend() == "auto"
 
 
+@own_devices
 def test_the_backend_is_seen_by_other_threads_and_by_torch_compile() -> None:
     """By a forward pass that autograd runs again in a thread of its own; and a graph is compiled anew for another backend."""
     seen: list[str] = []
