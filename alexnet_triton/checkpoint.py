@@ -1,7 +1,6 @@
 """Checkpoints: a run in one file, which is whole or not there.
 
-A file is written beside the one that it replaces, forced to the disk, and only then renamed over it. Whatever ends the process
-or the machine in between, the old file or the new one is under the name, never half of one.
+:mod:`alexnet_triton.files` writes it: whatever ends the process or the machine, the old file or the new one is there.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import EVERYTHING, NOTHING
+from .files import WriteError, replacing, write, write_atomically
 
 FORMAT = "alexnet-triton checkpoint 1"
 
@@ -57,52 +57,18 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place when the block ends; on any error it is removed."""
-    partial = path.with_name(path.name + ".partial")
+def _as_checkpoint_error() -> Iterator[None]:
     try:
-        try:
-            yield partial
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written, what was there stays: {error.strerror or error}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # before a rename: else a power cut could leave the name on an empty file
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Make ``content`` the content of ``path``; a failure or a crash at any moment leaves what was there.
-
-    Raises:
-        CheckpointError: it cannot be written (no space, no permission, ...); nothing is left of the attempt.
-    """
-    with _replacing(path) as partial:
-        _write(partial, content)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the folder's names to the disk: a rename is a change of the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a file that ``torch.load(path, weights_only=True)`` reads: a dict with the weights under ``"state_dict"``.
 
     Raises:
-        CheckpointError: as :func:`write_atomically`.
+        CheckpointError: it cannot be written (no space, no permission, ...); what was there stays.
     """
     content = {
         "format": FORMAT,
@@ -118,22 +84,23 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     # Not getbuffer(): Python 3.12.1 can crash when it collects a view of a BytesIO, which a traceback keeps.
-    write_atomically(path, buffer.getvalue())
+    with _as_checkpoint_error():
+        write_atomically(path, buffer.getvalue())
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Give the file ``source`` the second name ``target``, in place of what that named.
 
     Raises:
-        CheckpointError: as :func:`write_atomically`.
+        CheckpointError: it cannot be written (no space, no permission, ...); what was there stays.
     """
-    with _replacing(target) as partial:
+    with _as_checkpoint_error(), replacing(target) as partial:
         partial.unlink(missing_ok=True)  # a crash may have left it, and a link does not overwrite
         try:
             # A checkpoint is replaced, never changed: two names of one file stay what they are, and nothing is written twice.
             os.link(source, partial)
         except OSError:  # a file system without second names
-            _write(partial, source.read_bytes())
+            write(partial, source.read_bytes())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -183,8 +150,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     images = {"channels": content.get("channels", 1), "size": content.get("size", 28)}
     if images["channels"] not in (1, 3) or type(images["size"]) is not int or images["size"] < 1:
         raise CheckpointError(f"{path}: damaged: no network takes images of {images}")
-    if not all(isinstance(name, str) for name in content["classes"]):
-        raise CheckpointError(f"{path}: damaged: 'classes' are not names")
+    for key in ("classes", "state_dict"):
+        if not all(isinstance(name, str) for name in content[key]):
+            raise CheckpointError(f"{path}: damaged: {key!r} are not names" + " and weights" * (key == "state_dict"))
     return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import sys
@@ -232,6 +233,10 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file or of a class may have what the terminal cannot write, or not be UTF-8 at all.
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
     except OSError as error:  # of a path on the command line, before a command opens anything: not to be entered, too long, ...
@@ -276,6 +281,6 @@ def tune_command(
     work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
     try:
         results = tune.tune(work, getattr(torch, dtype), path, show)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

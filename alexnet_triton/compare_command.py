@@ -16,9 +16,10 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state, write_atomically
+from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
 from .data import NOTHING, Dataset
 from .distributed import Processes
+from .files import write_atomically
 from .folders import claimed, held
 from .models import IMAGE_SIZE
 from .options import (

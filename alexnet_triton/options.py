@@ -83,7 +83,12 @@ EpochsOption = Annotated[int, typer.Option(min=1)]
 TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
 MomentumOption = Annotated[float, typer.Option(min=0.0, help="Of SGD.")]
 WeightDecayOption = Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")]
-SeedOption = Annotated[int, typer.Option(help="Of the weights, the order of the images, dropout and augmentation.")]
+#: What torch's generators take, with room for a number of processes to add.
+LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
+SeedOption = Annotated[
+    int,
+    typer.Option(min=LEAST_SEED, max=MOST_SEED, help="Of the weights, the order of the images, dropout and augmentation."),
+]
 PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."),

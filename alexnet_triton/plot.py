@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import matplotlib
 import torch
@@ -15,6 +17,28 @@ from .evaluation import Predictions
 from .training import EpochMetrics
 
 matplotlib.use("Agg")
+
+#: More classes than these are not named beside the confusion matrix, nor, more than those, counted in it: nobody could read it.
+MOST_NAMED, MOST_COUNTED = 50, 30
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _names_as_they_stand(plot: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Formulas are not parsed in what ``plot`` writes: the name of a class or of a folder may have dollar signs in it."""
+
+    @functools.wraps(plot)
+    def plain(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return plot(*args, **kwargs)
+
+    return plain
+
+
+def _drawable(name: str) -> str:
+    """``name`` with what is no character written as an escape: a file's name is bytes, which need not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 #: Colours of training loss, training accuracy and test accuracy in the curves of one run.
@@ -28,10 +52,11 @@ def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None
 
 def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path, title: str) -> None:
     """Write the curves of :func:`plot_curves` of several runs into one PNG, each run in a colour of its own."""
-    runs = [(f"{name}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
+    runs = [(f"{_drawable(name)}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
     _plot_runs(runs, path, title)
 
 
+@_names_as_they_stand
 def _plot_runs(
     runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, three colours
     path: Path,
@@ -55,7 +80,7 @@ def _plot_runs(
     loss_axis.grid(alpha=0.3)
     # A legend is filled column by column: a column for each run, or for each line of a single one.
     figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 3, frameon=False)
-    loss_axis.set_title(title, fontsize=10)
+    loss_axis.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -64,22 +89,31 @@ def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
+@_names_as_they_stand
 def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
-    """Write the confusion matrix as a PNG: counts, coloured by their share of the true class."""
+    """Write the confusion matrix as a PNG: counts, coloured by their share of the true class.
+
+    The picture's side grows with the classes up to :data:`MOST_NAMED`; more than these are numbered in the order of ``names``.
+    """
     counts = confusion_matrix(split.labels.cpu(), predictions.classes, len(names))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = 2.5 + 0.5 * len(names)
+    side = 2.5 + 0.5 * min(len(names), MOST_NAMED)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    if len(names) <= MOST_NAMED:
+        labels = [*map(_drawable, names)]
+        axes.set_xticks(range(len(names)), labels, rotation=90)
+        axes.set_yticks(range(len(names)), labels)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="predicted", ylabel="true")
-    if len(names) <= 30:  # more would not be legible
+    if len(names) <= MOST_COUNTED:
         for row, column in ((r, c) for r in range(len(names)) for c in range(len(names)) if counts[r, c]):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -89,6 +123,7 @@ def most_wrong(split: Split, predictions: Predictions, most: int) -> torch.Tenso
     return wrong[predictions.true[wrong].argsort(stable=True)][:most]
 
 
+@_names_as_they_stand
 def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
     figure = Figure(figsize=(10, 11), layout="constrained")
@@ -98,7 +133,7 @@ def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str]
         image = split.images[i].cpu()
         axes.imshow(image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
-        true, predicted = names[int(split.labels[i])], names[int(predictions.classes[i])]
+        true, predicted = (_drawable(names[int(label)]) for label in (split.labels[i], predictions.classes[i]))
         axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
-    figure.suptitle(title if indices else f"{title}: nothing is wrong", fontsize=10)
+    figure.suptitle(_drawable(title) + (": nothing is wrong" if not indices else ""), fontsize=10)
     figure.savefig(path, dpi=120)

@@ -8,9 +8,9 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Container, Mapping, Set
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -28,11 +28,14 @@ from .folders import claimed, held
 from .image_folder import default_channels, is_image_folder, load_data
 from .models import IMAGE_SIZE
 from .options import (
+    LEAST_SEED,
+    MOST_SEED,
     AugmentOption,
     BackendChoice,
     BackendOption,
     ChannelsOption,
     ColourOption,
+    CropChoice,
     CropOption,
     DataOption,
     DeviceOption,
@@ -172,7 +175,7 @@ def _checkpoint_to_resume(resume: str, out: Path | None) -> Path:
         if found is None:
             raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
         path = last_checkpoint(found.parent)
-    if out is not None and path.resolve().parent != out.resolve():
+    if out is not None and os.path.dirname(os.path.realpath(path)) != os.path.realpath(out):  # of links in a circle, too
         raise typer.BadParameter(f"a resumed run goes on in its own folder, {path.parent}", param_hint="--out")
     return path
 
@@ -204,6 +207,33 @@ def _with_parts(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options} | {name: value if options[name] is None else options[name] for name, value in parts.items()}
 
 
+#: What a value of these options is one of, and the least that one can be. Their types are those of the fields above.
+_ONE_OF: dict[str, Container[object]] = {
+    "model": list(Model),
+    "backend": list(BackendChoice),
+    "crop": list(CropChoice),
+    "dtype": list(PrecisionChoice),
+    "channels": (1, 3),
+    "seed": range(LEAST_SEED, MOST_SEED + 1),
+}
+_LEAST = {"epochs": 1, "batch_size": 1, "limit": 1, "workers": 0, "lr": 0.0, "momentum": 0.0, "weight_decay": 0.0}
+
+
+def _check_saved(saved: Mapping[str, Any], source: Path) -> None:
+    """That a command line could have given each of ``saved``, which are in the file ``source``.
+
+    Raises:
+        CheckpointError: it could not.
+    """
+    for name, kind in get_type_hints(RunOptions).items():
+        value: Any = saved.get(name)
+        if name not in saved or (value is None and isinstance(None, kind)):
+            continue
+        fits = isinstance(value, kind | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or value not in _ONE_OF.get(name, [value]) or not value >= _LEAST.get(name, value):
+            raise CheckpointError(f"{source}: damaged: no --{name.replace('_', '-')} can be {str(value)[:50]!r}")
+
+
 def options_of_resumed(
     context: typer.Context, saved: Mapping[str, Any], source: Path, may_change: Set[str] = MAY_CHANGE
 ) -> dict[str, Any]:
@@ -216,8 +246,11 @@ def options_of_resumed(
     options = dict(context.params)
     if options["augment"]:
         options = _with_parts(options)
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{source}: damaged: its options are a {type(saved).__name__}")
     if unknown := [name for name in saved if name not in options]:
         raise CheckpointError(f"{source}: made by another version of this program: it has an option {unknown[0]}")
+    _check_saved(saved, source)
     try:
         Augment(**{name: saved[name] for name in _PARTS if name in saved})
     except (TypeError, ValueError) as error:

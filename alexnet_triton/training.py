@@ -29,11 +29,11 @@ from .checkpoint import (
     read_checkpoint,
     save_checkpoint,
     training_state,
-    write_atomically,
 )
 from .data import CLASSES, NOTHING, Augment, Split, input_for
 from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
+from .files import WriteError, write_atomically
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
@@ -44,6 +44,20 @@ LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
 
 #: In the folder of a run, beside its checkpoints: a line of JSON an epoch.
 METRICS = "metrics.jsonl"
+
+
+def _check_number(name: str, value: object) -> None:
+    """Raise a TypeError unless ``value`` is a Python number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def _copy(into: torch.Tensor, value: object, name: str) -> None:
+    """Copy a tensor of the same shape; ``copy_`` alone would repeat a smaller one."""
+    if not isinstance(value, torch.Tensor) or value.shape != into.shape:
+        found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {found}, not a tensor of shape {list(into.shape)}")
+    into.copy_(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +79,12 @@ class EpochMetrics:
     test_acc: float
     images_per_s: float
     seconds: float
+
+    def __post_init__(self) -> None:
+        if type(self.epoch) is not int:
+            raise TypeError(f"epoch is a {type(self.epoch).__name__}")
+        for name, value in dataclasses.asdict(self).items():
+            _check_number(name, value)
 
 
 #: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
@@ -341,20 +361,37 @@ class Trainer:
         """Become what another trainer was when it gave its :meth:`float32_weights` and its :meth:`state_dict`.
 
         Everything is copied into the tensors that are there, which a captured step reads.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: ``state`` is not one of such a trainer; this one is then neither.
         """
+        momentum, order, all_own = state["momentum"], state["order"], state["processes"]
+        steps, seconds = state["steps"], state["seconds"]
+        if not isinstance(momentum, dict):
+            raise TypeError(f"momentum is a {type(momentum).__name__}")
+        if not isinstance(all_own, list) or len(all_own) != self.processes.size:
+            raise ValueError(f"processes is no list of {self.processes.size}")
+        if type(steps) is not int or not 0 <= steps <= len(self.loss_sums):
+            raise ValueError(f"steps is no number up to {len(self.loss_sums)}")
+        _check_number("seconds", seconds)
+        total = len(self.split)
+        if order is not None and not (
+            # An index that is no image would end the process on a GPU, and read any memory on none.
+            isinstance(order, torch.Tensor) and order.dtype == torch.int64 and order.sort()[0].equal(torch.arange(total))
+        ):
+            raise ValueError(f"order is no permutation of {total} images")
         self.net.load_state_dict(weights)
         for name, param in self.net.named_parameters():
             if param.dtype != torch.float32:
                 self._optimizer_state(param, "master").copy_(weights[name])
-            if name in state["momentum"]:
-                self._optimizer_state(param, "momentum_buffer").copy_(state["momentum"][name])
-        order = state["order"]
+            if name in momentum:
+                _copy(self._optimizer_state(param, "momentum_buffer"), momentum[name], f"momentum of {name}")
         self.order = None if order is None else order.to(self.device)
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        own = state["processes"][self.processes.rank]
-        self.loss_sums.copy_(own["loss_sums"])
-        self.loss_sum.copy_(own["loss_sum"])
-        self.correct.copy_(own["correct"])
+        self.steps, self.seconds = steps, seconds
+        own = all_own[self.processes.rank]
+        _copy(self.loss_sums, own["loss_sums"], "loss_sums")
+        _copy(self.loss_sum, own["loss_sum"], "loss_sum")
+        _copy(self.correct, own["correct"], "correct")
         torch.set_rng_state(own["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
@@ -399,6 +436,13 @@ def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:
         return [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
     except TypeError as error:
         raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not those of epochs: {error}") from error
+
+
+def _trained(loss: object, accuracy: object, seconds: object) -> tuple[Any, Any, Any]:
+    """What :meth:`Trainer.epoch` returned, from a file: numbers."""
+    for name, value in {"loss": loss, "accuracy": accuracy, "seconds": seconds}.items():
+        _check_number(name, value)
+    return loss, accuracy, seconds
 
 
 def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
@@ -556,11 +600,16 @@ def train(
         try:
             trainer.load_state_dict(resume.weights, state["trainer"])
             generator.set_state(state["generator"])
-            trained = state["trained"]
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            if state["trained"] is not None:
+                trained = _trained(*state["trained"])
+        # What a tensor of another kind makes PyTorch raise is not documented: all of it means the same here.
+        except Exception as error:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
         if processes.leads:
-            write_atomically(out / METRICS, metrics_file(history))
+            try:
+                write_atomically(out / METRICS, metrics_file(history))
+            except WriteError as error:
+                raise CheckpointError(str(error)) from error
             if resume.path == out / BEST and not (out / LAST).exists():  # a crash came between the two
                 copy_checkpoint(out / BEST, out / LAST)
     if stop is not None and processes.size > 1:

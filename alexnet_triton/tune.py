@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import itertools
 import json
@@ -30,7 +29,8 @@ from kernels import config, conv2d_stem, launch
 from kernels.conv2d import dgrad, fprop, wgrad
 from kernels.launch import cdiv
 
-from .checkpoint import write_atomically
+from .files import check_writable, write_atomically
+from .folders import locked
 from .training import float32_products
 
 Candidate = dict[str, int]
@@ -389,17 +389,6 @@ def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = Non
         worker.join()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """No two processes are in such a block at a time; the lock goes when its process ends, however that is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _table_so_far(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"configs": {}, "measured": {}}
@@ -415,10 +404,10 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
     A reader sees the old file or the new one.
 
     Raises:
-        ValueError, CheckpointError: as :func:`tune`.
+        ValueError, OSError: as :func:`tune`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with locked(path.parent):
         content = _table_so_far(path)
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
@@ -444,9 +433,13 @@ def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tune
 
     Raises:
         ValueError: ``path`` is another file than a table; nothing was tuned, and it stays what it is.
-        CheckpointError: the table cannot be written.
+        OSError: the table cannot be written. Where that can be known, nothing was tuned.
     """
-    _table_so_far(path)  # before minutes of work
+    # Before minutes of work.
+    _table_so_far(path)
+    check_writable(path)
+    with locked(path.parent):
+        pass
     torch.backends.cudnn.benchmark = True
     compile_all(work, dtype)
     results = []

@@ -29,13 +29,14 @@ of each neighbour it takes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -300,13 +301,31 @@ def rows(name: str, dtype: torch.dtype, errors: Sequence[Error]) -> tuple[str, .
     return (name, str(dtype).removeprefix("torch."), *values)
 
 
+def _verdict(broken: list[str]) -> str | int:
+    return "\n".join(["accuracy: beyond the rule:", *broken]) if broken else 0
+
+
+@contextlib.contextmanager
+def _as_the_suite() -> Iterator[None]:
+    """Float32 products exact, so that float32 is held to float32's error; in one thread. Afterwards as it was."""
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    before = cudnn.allow_tf32, matmul.fp32_precision
+    cudnn.allow_tf32, matmul.fp32_precision = False, "ieee"
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.fp32_precision = before
+        torch.set_num_threads(threads)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the table; exit with 1 where the rule is broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--operations", nargs="+", help="names of those to measure; all by default")
     parser.add_argument("--magnitudes", nargs="+", type=float, default=MAGNITUDES, help="of the inputs")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
-    parser.add_argument("--out", type=Path, help="of the Markdown file; by default in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="of the Markdown file; by default, of the whole table, in benchmarks/results")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = operations(device)
@@ -315,15 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown:
             parser.error(f"no operation {', '.join(sorted(unknown))}; there are {', '.join(o.name for o in chosen)}")
         chosen = [o for o in chosen if o.name in arguments.operations]
-    # As the suite: float32 products exact, so that float32 is held to float32's error.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     table, broken = Table(*HEADER), []
     lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
     # An overflow in the interpreter is NumPy's: the result is looked at, not the warning.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with _as_the_suite(), np.errstate(over="ignore", invalid="ignore"):
         for operation in chosen:
             for dtype in DTYPES:
                 errors = measure(operation, dtype, device, arguments.magnitudes, arguments.seeds)
@@ -334,15 +348,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if not e.within:
                         where = f"{operation.name} in {row[1]}, {e.name} at {e.magnitude:.0e}"
                         broken.append(f"{where}: {e.ours:.2f} units, PyTorch's {e.peer:.2f}, allowed {e.allowed:.2f}")
-    torch.set_num_threads(threads)
     Console().print(environment(device), table)
     slug = gpu_slug(torch.cuda.get_device_name()) if device.type == "cuda" else "cpu-interpreter"
     path = arguments.out or RESULTS / f"accuracy-{slug}.md"
+    whole = (len(chosen), [*arguments.magnitudes], arguments.seeds) == (len(operations(device)), [*MAGNITUDES], SEEDS)
+    if not (whole or arguments.out):
+        print(f"a part of the table: {path} stays; --out writes one")
+        sys.exit(_verdict(broken))
     explained = (__doc__ or "").split("\n\n", 1)[1]
     seen = f"{environment(device)}; {arguments.seeds} seeds."
     path.write_text("\n".join([f"# Accuracy\n\n{explained}\n{seen}\n", *lines, ""]), encoding="utf-8")
     print(path)
-    sys.exit("\n".join(["accuracy: beyond the rule:", *broken]) if broken else 0)
+    sys.exit(_verdict(broken))
 
 
 if __name__ == "__main__":

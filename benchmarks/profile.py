@@ -23,7 +23,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_triton.checkpoint import write_atomically
+from alexnet_triton.files import check_writable, write_atomically
 from kernels import launch
 from kernels.config import gpu_slug
 
@@ -163,9 +163,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("profile: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
+    path = arguments.out / "profile" / f"{gpu_slug(torch.cuda.get_device_name())}.json"
+    check_writable(path)
     rows, whole = profile_step(arguments.impl, DTYPES[arguments.dtype], arguments.batch, arguments.mode)
     print_rows(rows, whole, Console(width=None if sys.stdout.isatty() else 140))
-    path = arguments.out / "profile" / f"{gpu_slug(torch.cuda.get_device_name())}.json"
     content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     name = "-".join((arguments.impl, arguments.dtype, f"N{arguments.batch}", arguments.mode))
     content[name] = {
@@ -177,7 +178,6 @@ def main() -> None:
             for r in rows
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from . import launch
+from .switch import Switch
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -19,9 +20,7 @@ Backend = Literal["auto", "triton", "torch"]
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 _BACKENDS = ("auto", "triton", "torch")
-# A plain global, as torch.backends' switches are: torch.compile can guard on it, and a checkpointed forward pass that autograd
-# runs again in a thread of its own sees it.
-_current: str = "auto"
+_current: Switch[str] = Switch("auto")
 
 
 @contextlib.contextmanager
@@ -35,24 +34,20 @@ def use_backend(backend: Backend) -> Iterator[None]:
             ``"torch"``: the PyTorch reference, on any device.
 
     The choice is the process's, not the thread's, and holds for the forward call; a backward pass runs what its forward
-    recorded.
+    recorded. Where blocks of several threads overlap, that one holds which was entered last and has not ended.
 
     Raises:
         ValueError: ``backend`` is none of the three.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
-    global _current
-    previous, _current = _current, backend
-    try:
+    with _current.set(backend):
         yield
-    finally:
-        _current = previous
 
 
 def current_backend() -> str:
     """The name that the innermost :func:`use_backend` gave, ``"auto"`` outside of any."""
-    return _current
+    return _current.value
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -61,10 +56,10 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the backend is ``"triton"`` and the tensor is where no Triton kernel can run.
     """
-    if _current == "torch":
+    if _current.value == "torch":
         return False
     can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.is_recording()))
-    if _current == "triton" and not can_run:
+    if _current.value == "triton" and not can_run:
         raise RuntimeError(
             f"the Triton kernels cannot run on a tensor on {tensor.device}: move it to a CUDA device, "
             "or set TRITON_INTERPRET=1 before importing kernels to run them on the CPU in Triton's interpreter"

@@ -56,6 +56,16 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     return values[0], values[-1]
 
 
+def integer(name: str, value: object) -> int:
+    """``value`` as an int; NumPy's are as good, booleans are not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]  # which is what is asked
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
 def check_activation(activation: str | None) -> bool:
     """Whether the activation is ReLU; raises on any but None and "relu"."""
     if activation not in (None, "relu"):

@@ -18,9 +18,9 @@ import torch
 
 from .backend import INTERPRETED, capability
 from .launch import cdiv, next_power_of_2
+from .switch import Switch
 
-# A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
-_overrides: dict[str, int] = {}
+_overrides: Switch[dict[str, int]] = Switch({}, combine=lambda blocks: {k: v for block in blocks for k, v in block.items()})
 
 
 @contextlib.contextmanager
@@ -30,16 +30,13 @@ def override(**values: int) -> Iterator[None]:
     For tests and tuning: with small tiles a small shape already spans several programs with ragged edges. A value that a
     kernel does not have is ignored by it.
     """
-    global _overrides
-    previous, _overrides = _overrides, {**_overrides, **values}
-    try:
+    with _overrides.set(values):
         yield
-    finally:
-        _overrides = previous
 
 
 def _apply_overrides(config: dict[str, int]) -> dict[str, int]:
-    return {key: _overrides.get(key, value) for key, value in config.items()}
+    overrides = _overrides.value
+    return {key: overrides.get(key, value) for key, value in config.items()}
 
 
 #: Where ``alexnet-triton tune`` writes ``<gpu>.json``.
@@ -118,18 +115,14 @@ def read_table(name: str) -> dict[str, dict[str, int]]:
     return load_table(path)["configs"] if path.is_file() else {}
 
 
-_use_tables = True
+_use_tables = Switch(True)
 
 
 @contextlib.contextmanager
 def untuned() -> Iterator[None]:
     """Follow the rules alone inside the block, whatever was measured: for tuning and its tests."""
-    global _use_tables
-    previous, _use_tables = _use_tables, False
-    try:
+    with _use_tables.set(False):
         yield
-    finally:
-        _use_tables = previous
 
 
 def tuned(device: torch.device, key: str) -> dict[str, int]:
@@ -137,7 +130,7 @@ def tuned(device: torch.device, key: str) -> dict[str, int]:
 
     While launches are recorded for a Hopper GPU that is not there, it is an H100.
     """
-    if INTERPRETED or not _use_tables:
+    if INTERPRETED or not _use_tables.value:
         return {}
     if device.type == "cuda":
         name = _table_name(torch.cuda.current_device() if device.index is None else device.index)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import runs_triton
-from .checks import check_probability, check_tensors
+from .checks import check_probability, check_tensors, integer
 from .config import elementwise_config
 from .device import cast, dropout_factor, program_id
 from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
@@ -66,9 +66,13 @@ def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}")
         return seed.to(device).reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be an int64 integer or an int64 tensor of one element, got {seed!r}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    try:
+        value = integer("seed", seed)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"seed must be an int64 integer or an int64 tensor of one element, got {seed!r}") from None
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("alexnet_triton::dropout_apply", mutates_args=())

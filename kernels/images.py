@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import runs_triton
+from .checks import integer
 from .config import elementwise_config
 from .conv2d_stem import Cells, space_to_depth_reference
 from .device import cast, program_id
@@ -408,8 +409,7 @@ def gather_resize(
         raise ValueError(f"index must have one dimension, got shape {tuple(index.shape)}")
     if index.device != images.device:
         raise ValueError(f"index must be on the device of images, {images.device}, got {index.device}")
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"size must be an int, got {size!r}")
+    size = integer("size", size)
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
     if not math.isfinite(mean) or not 0 < std < math.inf:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .switch import Switch
+
 #: ``(kernel, grid, arguments) -> None``; what :func:`record_launches` hands each launch to.
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 
-# A plain global, not a context variable: autograd launches a CUDA backward pass from threads of its own.
-_recorder: Recorder | None = None
+_recorder: Switch[Recorder | None] = Switch(None)
 
 #: Triton's interpreter keeps the program that runs in globals of its own: one launch at a time, whatever the thread.
 _interpreter = threading.Lock()
@@ -47,8 +48,9 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
     if 0 in grid:
         return
-    if _recorder is not None:
-        _recorder(kernel, grid, arguments)
+    recorder = _recorder.value
+    if recorder is not None:
+        recorder(kernel, grid, arguments)
         return
     run_launch(kernel, grid, arguments)
 
@@ -85,17 +87,13 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
     CPU tensors count as able to run Triton kernels meanwhile, so that the real code path can be walked, and its kernels
     compiled for any target, on a machine without a GPU.
     """
-    global _recorder
-    previous, _recorder = _recorder, recorder
-    try:
+    with _recorder.set(recorder):
         yield
-    finally:
-        _recorder = previous
 
 
 def is_recording() -> bool:
     """Whether a :func:`record_launches` block is active."""
-    return _recorder is not None
+    return _recorder.value is not None
 
 
 def strides(prefix: str, axes: str, tensor: torch.Tensor) -> dict[str, int]:

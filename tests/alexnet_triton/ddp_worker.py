@@ -22,7 +22,8 @@ from alexnet_triton import CellImages, FusedSequential
 from alexnet_triton.data import input_for, network_input
 from kernels.backend import has_copy_engine
 
-kernels.use_backend("triton").__enter__()  # for all that follows: an error where the kernels cannot run
+backend = kernels.use_backend("triton")
+backend.__enter__()  # for all that follows: an error where the kernels cannot run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 net = FusedSequential(

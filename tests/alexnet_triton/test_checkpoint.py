@@ -23,17 +23,16 @@ import pytest
 import torch
 
 import kernels
-from alexnet_triton import checkpoint as module
-from alexnet_triton import training
+from alexnet_triton import files, training
 from alexnet_triton.checkpoint import (
     Checkpoint,
     CheckpointError,
     copy_checkpoint,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from alexnet_triton.data import EVERYTHING, NOTHING, Augment, load_fashion_mnist
+from alexnet_triton.files import WriteError, write_atomically
 from alexnet_triton.training import Stopped, train
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
@@ -143,8 +142,11 @@ def test_a_disk_that_is_full_when_it_is_asked_to_keep(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    for write in (lambda: save_checkpoint(path, tiny(2.0)), lambda: write_atomically(path, b"2")):
-        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: cannot be written.*: No space left on device"):
+    for write, kind in (
+        (lambda: save_checkpoint(path, tiny(2.0)), CheckpointError),
+        (lambda: write_atomically(path, b"2"), WriteError),
+    ):
+        with pytest.raises(kind, match=r"checkpoint\.pt: cannot be written.*: No space left on device"):
             write()
         assert list(tmp_path.iterdir()) == ([] if first else [path])
         assert first or same(read_checkpoint(path), tiny(1.0))
@@ -533,10 +535,72 @@ def test_weights_alone_and_damaged_states_are_refused(tmp_path: Path) -> None:
         "'configuration' is missing": dataclasses.replace(whole, training={}),
         "its training state does not load": dataclasses.replace(whole, training={**state, "trainer": {"order": 3}}),
         "its metrics are not those of epochs": dataclasses.replace(whole, metrics=[{"epoch": 1}]),
+        "loss is a str": dataclasses.replace(whole, metrics=[dict.fromkeys(whole.metrics[0], "1") | {"epoch": 1}]),
+        "epoch is a float": dataclasses.replace(whole, metrics=[whole.metrics[0] | {"epoch": 1.0}]),
+        "argument after ": dataclasses.replace(whole, metrics=[3]),
     }
     for message, checkpoint in damaged.items():
         with pytest.raises(CheckpointError, match=rf"checkpoint\.pt: .*{message}"):
             run(case, tmp_path, resume=checkpoint)
+
+
+#: A value that a training state cannot have, and what is said of it. Of the state itself, of its trainer, of its process.
+CRAFTED: dict[str, tuple[tuple[str | int, ...], object, str]] = {
+    "trained_of_one": (("trained",), (1,), "missing 2 required"),
+    "trained_of_strings": (("trained",), ("a", "b", "c"), "loss is a str"),
+    "trained_number": (("trained",), 3, "must be an iterable"),
+    "generator": (("generator",), torch.zeros(3), "generator|RNG|state"),
+    "trainer": (("trainer",), [], "list indices"),
+    "no_processes": (("trainer", "processes"), [], "processes is no list of 1"),
+    "processes_of_none": (("trainer", "processes"), [None], "not subscriptable"),
+    "processes_number": (("trainer", "processes"), 1, "processes is no list of 1"),
+    "steps_float": (("trainer", "steps"), 1.0, "steps is no number up to 3"),
+    "steps_negative": (("trainer", "steps"), -1, "steps is no number up to 3"),
+    "steps_too_many": (("trainer", "steps"), 4, "steps is no number up to 3"),
+    "seconds": (("trainer", "seconds"), "1", "seconds is a str"),
+    "order_of_others": (("trainer", "order"), torch.arange(40) + 1, "order is no permutation of 40 images"),
+    "order_twice": (("trainer", "order"), torch.zeros(40, dtype=torch.int64), "order is no permutation of 40 images"),
+    "order_short": (("trainer", "order"), torch.arange(39), "order is no permutation of 40 images"),
+    "order_float": (("trainer", "order"), torch.arange(40.0), "order is no permutation of 40 images"),
+    "order_list": (("trainer", "order"), [0], "order is no permutation of 40 images"),
+    "momentum_list": (("trainer", "momentum"), [], "momentum is a list"),
+    "momentum_scalar": (
+        ("trainer", "momentum", "0.weight"),
+        torch.zeros(()),
+        r"momentum of 0\.weight is \[\], not a tensor of",
+    ),
+    "loss_sums": (("trainer", "processes", 0, "loss_sums"), torch.zeros(1), r"loss_sums is \[1\], not a tensor of shape \[3\]"),
+    "loss_sum": (("trainer", "processes", 0, "loss_sum"), 1.0, r"loss_sum is float, not a tensor of shape \[\]"),
+    "rng": (("trainer", "processes", 0, "rng"), torch.zeros(3), "RNG|state"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_training_state_that_no_run_has_is_refused(name: str, tmp_path: Path) -> None:
+    """Nothing is written, and no later step finds what is wrong; an index out of range would be a read of any memory."""
+    place, value, message = CRAFTED[name]
+    case = CASES["momentum"]
+    with pytest.raises(Stopped):
+        run(case, tmp_path, stop=at(3))
+    whole = read_checkpoint(tmp_path / "checkpoint.pt")
+    at_place: Any = whole.training
+    for key in place[:-1]:
+        at_place = at_place[key]
+    assert place[-1] in at_place
+    at_place[place[-1]] = value
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint\.pt: damaged: its training state does not load: .*({message})"
+    ) as error:
+        run(case, tmp_path, resume=whole)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_weights_without_names_are_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", dataclasses.replace(tiny(), weights={1: torch.ones(3), "b": torch.ones(3)}))  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match=r"a\.pt: damaged: 'state_dict' are not names and weights"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
@@ -554,7 +618,7 @@ def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, m
     """The second epoch cannot be saved: the first one stays, and with space again the run ends as if nothing had been."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
-    real = module._write
+    real = files.write
     writes = 0
 
     def write(path: Path, content: bytes) -> None:
@@ -563,11 +627,11 @@ def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, m
         with file_size_limit(1000) if writes > 1 else contextlib.nullcontext():
             real(path, content)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(files, "write", write)
     with pytest.raises(CheckpointError, match="cannot be written"):
         run(case, tmp_path / "full")
     assert len(read_checkpoint(tmp_path / "full" / "checkpoint.pt").metrics) == 1
     assert not list((tmp_path / "full").glob("*.partial"))
-    monkeypatch.setattr(module, "_write", real)
+    monkeypatch.setattr(files, "write", real)
     resume(case, tmp_path / "full")
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")

@@ -27,6 +27,7 @@ from alexnet_triton.training import EpochMetrics
 
 from .command import run_here
 from .test_checkpoint import flat
+from .test_training import small_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,6 +111,21 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network under AlexNet's name: what matters is that it comes second."""
     monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
     monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
+
+
+def test_the_second_run_of_a_comparison_is_that_of_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the first one is left in it: not in the random states, of which its dropout and augmentation draw."""
+    small_alexnet(monkeypatch)
+    monkeypatch.setattr(training, "AlexNet", lambda *_: small_net(0.5))
+    options = (*SHORT, "--seed", "3", "--epochs", "2", "--augment")
+    for arguments in (
+        ("compare", "lenet", "alexnet", *options, "--out", "both"),
+        ("train", "--model", "alexnet", *options, "--out", "alone"),
+    ):
+        result = run_here(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    ours, alone = (read_checkpoint(tmp_path / path / "checkpoint.pt") for path in ("both/alexnet", "alone"))
+    assert flat([ours.weights, ours.metrics, ours.training]) == flat([alone.weights, alone.metrics, alone.training])
 
 
 def same_results(ours: Path, theirs: Path) -> None:

@@ -9,6 +9,8 @@ import gzip
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +65,25 @@ NAMES = {
     "out_under_a_file": (*TRAIN, "--data", "sample", "--out", "file/out"),
     "out_circle": (*TRAIN, "--data", "sample", "--out", "circle"),
     "out_closed": (*TRAIN, "--data", "sample", "--out", "closed/out"),
+    "out_zero_byte": (*TRAIN, "--data", "sample", "--out", "a\0b"),
+    "data_closed_itself": (*TRAIN, "--data", "closed"),
+    "data_closed_limit_of_known_channels": (*TRAIN, "--data", "closed/images", "--channels", "3"),
     "resume_too_long": ("train", "--resume", LONG),
     "resume_pipe": ("train", "--resume", "pipe"),
     "resume_device": ("train", "--resume", "/dev/zero"),
     "resume_closed": ("train", "--resume", "closed/lenet1.pt"),
+    "resume_closed_folder": ("train", "--resume", "closed"),
+    "resume_circle": ("train", "--resume", "circle"),
+    "resume_zero_byte": ("train", "--resume", "a\0b"),
+    "resume_under_a_file": ("train", "--resume", "file/x"),
+    "resume_out_closed": ("train", "--resume=", "--out", "closed/out"),
+    "resume_out_circle": ("train", "--resume", "lenet3.pt", "--out", "circle"),
+    "resume_out_too_long": ("train", "--resume", "lenet3.pt", "--out", LONG),
+    "compare_data_nobodys_home": ("compare", "lenet", *ON_PYTORCH, "--data", "~nobody-of-this-name/x"),
+    "compare_data_closed": ("compare", "lenet", *ON_PYTORCH, "--data", "closed/images"),
+    "compare_out_closed": ("compare", "lenet", *ON_PYTORCH, "--data", "sample", "--out", "closed/out"),
+    "compare_out_circle": ("compare", "lenet", *ON_PYTORCH, "--data", "sample", "--out", "circle"),
+    "compare_out_file": ("compare", "lenet", *ON_PYTORCH, "--data", "sample", "--limit", "8", "--out", "file"),
     "compare_data_too_long": ("compare", "lenet", *ON_PYTORCH, "--data", LONG),
     "compare_out_too_long": ("compare", "lenet", *ON_PYTORCH, "--data", "sample", "--out", LONG),
     "evaluate_too_long": ("evaluate", LONG, *ON_PYTORCH),
@@ -75,6 +92,13 @@ NAMES = {
     "evaluate_folder": ("evaluate", ".", *ON_PYTORCH),
     "evaluate_closed": ("evaluate", "closed/lenet1.pt", *ON_PYTORCH),
     "evaluate_closed_data": ("evaluate", "lenet3.pt", "--data", "closed/images", *ON_PYTORCH),
+    "evaluate_data_zero_byte": ("evaluate", "lenet3.pt", "--data", "a\0b", *ON_PYTORCH),
+    "evaluate_zero_byte": ("evaluate", "a\0b", *ON_PYTORCH),
+    "evaluate_data_nobodys_home": ("evaluate", "lenet3.pt", "--data", "~nobody-of-this-name/x", *ON_PYTORCH),
+    "evaluate_data_too_long": ("evaluate", "lenet3.pt", "--data", LONG, *ON_PYTORCH),
+    "evaluate_data_circle": ("evaluate", "lenet3.pt", "--data", "circle", *ON_PYTORCH),
+    "predict_zero_byte": ("predict", "lenet3.pt", "a\0b", *ON_PYTORCH),
+    "predict_checkpoint_closed": ("predict", "closed/lenet1.pt", "good.png", *ON_PYTORCH),
     "predict_too_long": ("predict", "lenet3.pt", LONG, *ON_PYTORCH),
     "predict_device": ("predict", "lenet3.pt", "/dev/zero", *ON_PYTORCH),
     "predict_closed": ("predict", "lenet3.pt", "closed/x.png", *ON_PYTORCH),
@@ -99,6 +123,39 @@ def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> N
         assert lines[0].startswith("alexnet-triton: ")
     assert "Errno" not in result.stderr
     assert sorted(place.iterdir()) == before
+
+
+def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
+    """In a process of its own, whose output has an encoding: an ASCII terminal, and a file name that is no text at all."""
+    file = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
+    Path(file).write_bytes(_png())
+    arguments = ("predict", str(checkpoint_of(tmp_path, classes=("\u5929\u7a7a", "b"))), file, str(tmp_path / "\u5730.png"))
+    result = subprocess.run(
+        [sys.executable, "-m", "alexnet_triton", *arguments, *ON_PYTORCH],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first, *classes = result.stdout.splitlines()
+    assert first == f"{tmp_path}/caf\\udce9.png"
+    assert sorted(line.split()[0] for line in classes) == ["\\u5929\\u7a7a", "b"]
+    assert (result.returncode, result.stderr) == (1, f"alexnet-triton: {tmp_path}/\\u5730.png: no such file\n")
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("seed", [10**20 - 1, 2**63, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_one_line(seed: int, command: str, tmp_path: Path) -> None:
+    result = run_here(command, *ON_PYTORCH, "--data", "sample", "--seed", str(seed), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Invalid value for '--seed'" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_the_largest_and_the_smallest_seed(seed: int, tmp_path: Path) -> None:
+    result = run_here(*TRAIN, "--data", "sample", "--seed", str(seed), "--out", str(tmp_path / "out"))
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from matplotlib.image import imread
@@ -11,7 +14,16 @@ from torch import nn
 
 from alexnet_triton.data import Split, to_input
 from alexnet_triton.evaluation import Predictions, predict_split
-from alexnet_triton.plot import confusion_matrix, most_wrong, plot_confusion, plot_most_wrong
+from alexnet_triton.plot import (
+    MOST_NAMED,
+    confusion_matrix,
+    most_wrong,
+    plot_comparison,
+    plot_confusion,
+    plot_curves,
+    plot_most_wrong,
+)
+from alexnet_triton.training import EpochMetrics
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
 PREDICTIONS = Predictions(classes=torch.tensor([0, 1, 1, 0, 2, 1]), true=torch.tensor([0.9, 0.2, 0.8, 0.05, 0.7, 0.3]))
@@ -41,6 +53,46 @@ def test_pictures_are_written(channels: int, tmp_path: Path) -> None:
     pictures = {name: imread(tmp_path / f"{name}.png") for name in ("confusion", "wrong", "nothing")}
     assert all(p.ndim == 3 and p.std() > 0.01 for p in pictures.values())
     assert (pictures["wrong"] < 0.5).mean() > (pictures["nothing"] < 0.5).mean()
+
+
+def confusion_of(classes: int, path: Path) -> None:
+    """A test image of each class, one in seven taken for the next class."""
+    labels = torch.arange(classes)
+    predicted = torch.where(labels % 7 == 0, (labels + 1) % classes, labels)
+    images = Split(torch.zeros(classes, 2, 2, dtype=torch.uint8), labels)
+    names = [f"class {i}" for i in range(classes)]
+    plot_confusion(images, Predictions(predicted, torch.ones(classes)), names, path, "title")
+
+
+def test_many_classes_are_a_picture_of_bounded_size(tmp_path: Path) -> None:
+    """1,000 classes at half an inch each would be 3.6 billion pixels, and a name and its tick each take their time."""
+    begin = time.process_time()
+    confusion_of(MOST_NAMED, tmp_path / "named.png")
+    between = time.process_time()
+    confusion_of(300, tmp_path / "many.png")
+    assert time.process_time() - between < 2 * (between - begin)
+    named, many = imread(tmp_path / "named.png"), imread(tmp_path / "many.png")
+    assert named.shape == many.shape
+    red, green, blue = many[..., 0], many[..., 1], many[..., 2]
+    assert ((red < 0.2) & (green < 0.4) & (blue > 0.3)).any()  # the dark blue of a class that is always right
+
+
+#: Names that are no text to be set: two formulas, the second one with a command that there is not; bytes that are not UTF-8.
+NAMES = {"dollars": r"price $\in$ $\eur$", "not_utf_8": os.fsdecode(b"caf\xe9")}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_any_name_can_be_drawn(kind: str, tmp_path: Path) -> None:
+    name = NAMES[kind]
+    before = matplotlib.rcParams["text.parse_math"]
+    names = [name, "b", "$"]
+    history = [EpochMetrics(1, 1.0, 0.5, 0.5, 10.0, 1.0)]
+    plot_curves(history, tmp_path / "curves.png", name)
+    plot_comparison({name: history, "b": history}, tmp_path / "comparison.png", name)
+    plot_confusion(split(1), PREDICTIONS, names, tmp_path / "confusion.png", name)
+    plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "confusion.png", "curves.png", "wrong.png"]
+    assert matplotlib.rcParams["text.parse_math"] == before  # another's pictures in this process
 
 
 def test_predictions_are_the_networks_in_eval_mode() -> None:

@@ -326,6 +326,46 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(kind: str, tm
     assert type(debugged.exception).__name__ == "CheckpointError"
 
 
+#: Options that no command line could have given, and what are no options at all.
+CRAFTED: dict[str, Any] = {
+    "epochs_string": {"epochs": "x"},
+    "epochs_none": {"epochs": None},
+    "epochs_fraction": {"epochs": 1.5},
+    "epochs_zero": {"epochs": 0},
+    "batch_size_list": {"batch_size": []},
+    "batch_size_negative": {"batch_size": -8},
+    "lr_string": {"lr": "fast"},
+    "seed_too_large": {"seed": 2**80},
+    "model": {"model": "resnet"},
+    "model_tensor": {"model": torch.zeros(2)},
+    "dtype": {"dtype": "int4"},
+    "backend": {"backend": 3},
+    "device_number": {"device": 3},
+    "device_list": {"device": ["cpu"]},
+    "data_number": {"data": 3},
+    "channels": {"channels": 2},
+    "lr_nan": {"lr": float("nan")},
+    "graph_none": {"graph": None},
+    "graph": {"graph": "perhaps"},
+    "limit": {"limit": "all"},
+    "no_dict": 3,
+    "a_list": [["epochs", 1]],
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_options_that_no_command_line_could_have_given_are_one_line(name: str, tmp_path: Path) -> None:
+    path, crafted = tmp_path / "checkpoint.pt", CRAFTED[name]
+    save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": crafted}))
+    before = path.read_bytes()
+    result = command("train", "--resume", path)
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"alexnet-triton: {path}: damaged: (no --[a-z-]+ can be .*|its options are a \w+)\n", result.output)
+    assert isinstance(result.exception, SystemExit)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -18,6 +18,7 @@ from alexnet_triton.cli import app
 from kernels import config
 
 from ..conftest import DEVICE
+from ..permissions import permissions_hold
 
 H100 = "h100-80gb-hbm3"
 
@@ -104,6 +105,27 @@ def test_tuning_leaves_a_file_that_is_no_table_as_it_is(tmp_path: Path, monkeypa
     assert result.output == line
 
 
+@pytest.mark.parametrize("where", ["closed/gpu.json", "closed/new/gpu.json", "file/gpu.json", "folder"])
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_tuned(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("minutes of work")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "compile_all", never)
+    (tmp_path / "closed").mkdir(0o500)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with permissions_hold():
+        result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / where)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"alexnet-triton: {tmp_path / where}: cannot be written")
+    assert result.output.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_gpus_name_leads_to_no_other_folder() -> None:
     assert Path(config.gpu_slug("NVIDIA ../../A/B 80GB")).name == "..-..-a-b-80gb"
 
@@ -185,7 +207,7 @@ def test_without_their_lock_they_would_lose_some(tmp_path: Path, monkeypatch: py
         return content
 
     monkeypatch.setattr(tune, "_table_so_far", read_and_wait)
-    monkeypatch.setattr(tune, "_locked", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "locked", lambda _: contextlib.nullcontext())
     assert 0 in _at_the_same_time(lambda i: _write_entries(path, [i + 1]), 2)
     assert len(json.loads(path.read_text())["configs"]) == 1
 

@@ -51,3 +51,29 @@ def test_the_table_is_written_and_a_planted_error_fails(
     with pytest.raises(SystemExit):
         accuracy.main(["--operations", "fc9"])
     assert "no operation fc9; there are conv1, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [ARGUMENTS[:3], ["--magnitudes", "1"], ["--seeds", "1"]], ids=lambda part: part[0])
+def test_a_part_of_the_table_does_not_replace_the_whole(
+    part: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And of the process everything is as it was."""
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    few = [operation for operation in accuracy.operations(torch.device("cpu")) if operation.name in ("fc1_relu", "sgd_step")]
+    monkeypatch.setattr(accuracy, "operations", lambda _: few)
+    monkeypatch.setattr(accuracy, "MAGNITUDES", (1.0, 2.0))
+    monkeypatch.setattr(accuracy, "SEEDS", 2)
+    cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    cudnn.allow_tf32, matmul.fp32_precision = True, "tf32"  # the suite's fixture takes them back
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(SystemExit) as done:
+            accuracy.main(part[:2])
+        assert (torch.get_num_threads(), matmul.fp32_precision, cudnn.allow_tf32) == (2, "tf32", True)
+        assert (done.value.code, list(tmp_path.iterdir())) == (0, [])
+        assert "a part of the table: " in capsys.readouterr().out
+        with pytest.raises(SystemExit) as done:
+            accuracy.main([])
+        assert (done.value.code, len(list(tmp_path.iterdir()))) == (0, 1)
+    finally:
+        torch.set_num_threads(threads)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import kernels
+from kernels import config, launch
 from kernels.backend import current_backend
 
-from ..conftest import DEVICE
+from ..conftest import DEVICE, own_devices
 
 
 def test_torch_runs_no_kernel(launches: list[str]) -> None:
@@ -41,6 +47,109 @@ def test_nests_and_restores() -> None:
             1 / 0  # noqa: B018
         assert current_backend() == "torch"
     assert current_backend() == "auto"
+
+
+def _ignore(kernel: object, grid: object, arguments: object) -> None:
+    raise AssertionError
+
+
+#: Each of the process's switches: two blocks, and what holds.
+SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
+    "use_backend": (lambda: kernels.use_backend("torch"), lambda: kernels.use_backend("triton"), current_backend),
+    "override": (
+        lambda: config.override(A=1, B=1),
+        lambda: config.override(B=2),
+        lambda: config._apply_overrides({"A": 0, "B": 0}),
+    ),
+    "untuned": (config.untuned, config.untuned, lambda: config._use_tables.value),
+    "record_launches": (lambda: launch.record_launches(_ignore), lambda: launch.record_launches(_ignore), launch.is_recording),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_blocks_of_two_threads_that_overlap_leave_nothing_behind(name: str) -> None:
+    """The first one ends within the second: what it changed must go with it, and the second's must stay."""
+    first, second, current = SWITCHES[name]
+    outside = current()
+    with first():
+        in_first = current()
+    with second():
+        in_second = current()
+    assert in_first != outside != in_second
+    entered, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with second():
+            entered.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=other)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(first())
+        thread.start()
+        entered.wait(60)
+    assert current() == in_second
+    ended.set()
+    thread.join()
+    assert current() == outside
+
+
+def test_many_threads_that_overlap_leave_nothing_behind() -> None:
+    together = threading.Barrier(8)
+
+    def work(seed: int) -> None:
+        choose = random.Random(seed)
+        together.wait()
+        for _ in range(300):
+            with kernels.use_backend(choose.choice(["auto", "triton", "torch"])):  # type: ignore[arg-type]
+                time.sleep(0)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert current_backend() == "auto"
+
+
+@own_devices
+def test_the_backend_is_seen_by_other_threads_and_by_torch_compile() -> None:
+    """By a forward pass that autograd runs again in a thread of its own; and a graph is compiled anew for another backend."""
+    seen: list[str] = []
+    with kernels.use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(current_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["torch"]
+
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(str(graph.graph))
+        return graph
+
+    def inside(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with kernels.use_backend("torch"):
+            return kernels.conv2d(x, w)
+
+    x, w = torch.randn(1, 2, 5, 5, device=DEVICE), torch.randn(3, 2, 3, 3, device=DEVICE)
+    for function, runs_triton in ((kernels.conv2d, [True, False]), (inside, [False, False])):
+        graphs.clear()
+        torch.compiler.reset()
+        run = torch.compile(function, fullgraph=True, backend=record)
+        with kernels.use_backend("triton"):
+            first = run(x, w)
+        with kernels.use_backend("torch"):
+            torch.testing.assert_close(run(x, w), first)
+        with kernels.use_backend("triton"):
+            run(x, w)
+        assert current_backend() == "auto"
+        assert ["alexnet_triton.conv2d" in graph for graph in graphs] == runs_triton
 
 
 def test_unknown_backend_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,7 +130,18 @@ def test_bad_types_are_refused_by_name() -> None:
         kernels.dropout_mask(5, 0.5, 1)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("seed", [2**63, 1.5, True, torch.tensor([1, 2]), torch.tensor(1.0)], ids=str)
+@pytest.mark.parametrize("seed", [np.int64(7), np.uint8(7), torch.tensor(7)], ids=lambda seed: type(seed).__name__)
+def test_a_seed_of_another_kind_of_integer(seed: int) -> None:
+    x = torch.ones(50, device=DEVICE)
+    assert torch.equal(kernels.dropout(x, 0.5, seed=seed), kernels.dropout(x, 0.5, seed=7))
+    assert torch.equal(kernels.dropout_mask((50,), 0.5, seed), kernels.dropout_mask((50,), 0.5, 7))
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [2**63, np.uint64(2**63), 1.5, np.float64(1), np.bool_(True), True, torch.tensor([1, 2]), torch.tensor(1.0)],
+    ids=str,
+)
 def test_bad_seed_is_refused(seed: object) -> None:
     with pytest.raises(ValueError, match="seed must be an int"):
         kernels.dropout(torch.ones(3), seed=seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,6 +353,15 @@ def test_cells_of_an_index_outside_are_nan_within_their_padding() -> None:
 
 IMAGES, INDEX = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
 ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize("size", [np.int64(8), np.uint8(8)], ids=lambda size: type(size).__name__)
+def test_a_size_of_another_kind_of_integer(size: int) -> None:
+    """All integers are as good here as a convolution's padding, which PyTorch takes as well."""
+    images, index = IMAGES.to(DEVICE), INDEX.to(DEVICE)
+    assert torch.equal(gather_resize(images, index, size), gather_resize(images, index, 8))
+
+
 GOOD = {"images": IMAGES, "index": INDEX, "size": 8}
 SOME = Augmentation(torch.zeros(2, 2, dtype=torch.int32), ONES > 0, ONES, ONES)
 BAD = {
@@ -362,6 +372,7 @@ BAD = {
     "index_rank": ({"index": INDEX[:, None]}, ValueError, "index must have one dimension"),
     "size": ({"size": 0}, ValueError, "size must be at least 1, got 0"),
     "size_type": ({"size": 8.0}, TypeError, "size must be an int"),
+    "size_true": ({"size": True}, TypeError, "size must be an int"),
     "std": ({"std": 0.0}, ValueError, "std finite and above 0"),
     "mean": ({"mean": float("nan")}, ValueError, "mean must be finite"),
     "dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32, float16 or bfloat16"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import multiprocessing
+import os
 import threading
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import kernels
+from kernels import launch
+from kernels.backend import INTERPRETED
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers, randn
@@ -69,6 +73,38 @@ def test_kernels_in_the_workers_of_a_data_loader(context: str) -> None:
     (batch,) = DataLoader(_Pooled(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
     pooled = torch.tensor([[7.0, 9.0, 11.0], [19.0, 21.0, 23.0]])
     assert torch.equal(batch, torch.stack([pooled * i for i in (1, 2, 3)]).unsqueeze(1))
+
+
+def _pool_and_leave() -> None:
+    y = kernels.max_pool2d(torch.arange(16.0).view(1, 1, 4, 4), 2)
+    os._exit(0 if y.flatten().tolist() == [5, 7, 13, 15] else 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's lock")
+def test_a_fork_in_the_middle_of_another_threads_launch() -> None:
+    """What that thread holds nobody would ever release in the child, which has no such thread."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def launching() -> None:
+        with launch._interpreter:
+            inside.set()
+            leave.wait(120)
+
+    thread = threading.Thread(target=launching)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        child = multiprocessing.get_context("fork").Process(target=_pool_and_leave)
+        child.start()
+        child.join(60)
+        waits = child.is_alive()
+        child.kill()
+        child.join()
+    finally:
+        leave.set()
+        thread.join()
+    assert not waits
+    assert child.exitcode == 0
 
 
 class _OnTheGpu(_Pooled):
