@@ -481,7 +481,9 @@ def test_gather_resize(case: Gather) -> None:
     arguments = {"mean": 0.3, "std": 0.4, "augmentation": augmentation, "cells": case.cells}
     got = kernels.gather_resize(images, index, case.size, dtype=case.dtype, **arguments)
     peer, exact = (gather_resize_reference(images, index, case.size, dtype=d, **arguments) for d in (case.dtype, torch.float64))
-    assert_within_tolerance("images", got, peer, exact)
+    # A coordinate of each axis is rounded twice in float32, and pixels differ by up to 1 / std from one to the next.
+    side = max(*case.images[1:], 14)
+    assert_within_tolerance("images", got, peer, exact, inherent=2 * side * torch.finfo(torch.float32).eps / 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
