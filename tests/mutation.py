@@ -21,6 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.render import markdown_table
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -318,6 +320,7 @@ def check_fault(tree: Path, fault: Fault) -> Outcome:
 def main() -> None:
     """Check every fault; the exit code is 1 unless each is caught."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="write the table there too, as Markdown")
     parser.add_argument("words", nargs="*", help="only faults whose name or file contains one of these")
     arguments = parser.parse_args()
     faults = [f for f in FAULTS if not arguments.words or any(w in f.name + f.path for w in arguments.words)]
@@ -325,7 +328,7 @@ def main() -> None:
         sys.exit(f"mutation: no fault is called {' or '.join(arguments.words)}")
     console = Console()
     table = Table("fault", "file", "verdict", "caught by", title=f"{len(faults)} faults")
-    bad = []
+    rows, bad = [], []
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
@@ -336,10 +339,16 @@ def main() -> None:
         for fault in faults:
             outcome = check_fault(tree, fault)
             bad += [fault.name] * (outcome.verdict != "caught")
-            table.add_row(fault.name, fault.path, outcome.verdict, outcome.by)
+            rows.append((fault.name, fault.path, outcome.verdict, outcome.by))
+            table.add_row(*rows[-1])
             print(f"{outcome.verdict:8}  {fault.name}", flush=True)
     console.print(table)
     caught = len(faults) - len(bad)
+    if arguments.out is not None:
+        head = f"# Planted faults\n\n`python -m tests.mutation`: {caught} of {len(faults)} caught.\n\n"
+        arguments.out.write_text(
+            head + markdown_table(("fault", "file", "verdict", "caught by"), rows) + "\n", encoding="utf-8"
+        )
     print(f"{caught} of {len(faults)} faults caught in {time.perf_counter() - start:.0f} s")
     sys.exit(1 if bad else 0)
 
