@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -116,6 +117,28 @@ def first_to_say(message: str) -> bool:
         return True
 
 
+def leave() -> None:
+    """Take leave of the other processes, when all have come here; the group must be able to talk on the CPU, by gloo.
+
+    gloo's thread lets go of a tensor only after it has said that it is done with it, and wants Python's lock for that. If
+    Python has come to its end by then, the process aborts, with all its work done: "terminate called without an active
+    exception" (torch 2.14). So this waits until the thread holds nothing.
+    """
+    gc.collect()  # a DistributedDataParallel that is left holds the group, and the group its threads
+    last = torch.zeros(())
+    count: Callable[[], int] = last._use_count  # type: ignore[attr-defined]
+    holders = count()
+    dist.all_reduce(last)
+    end = time.monotonic() + _PATIENCE
+    while count() > holders and time.monotonic() < end:
+        time.sleep(0.001)
+    dist.destroy_process_group()
+
+
+#: Seconds that :func:`leave` gives gloo's thread, which needs less than a millisecond of its own.
+_PATIENCE = 10.0
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none."""
@@ -131,8 +154,6 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     processes = Processes(dist.get_rank(), size, dist.get_node_local_rank(), launched=True)
     yield processes
-    gc.collect()  # a DistributedDataParallel that is left holds the group, which would go with the interpreter: it can abort
-    processes.wait()  # nobody takes leave from one that still talks
     # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.
-    dist.destroy_process_group()
+    leave()
     _store = None

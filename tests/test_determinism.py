@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from alexnet_triton.data import draw_augmentation, load_fashion_mnist
+from alexnet_triton.data import EVERYTHING, draw_augmentation, load_fashion_mnist
 from alexnet_triton.training import Trainer
 from kernels import config
 from kernels.backend import INTERPRETED
@@ -145,7 +145,7 @@ def test_an_epoch_of_the_trainer_satisfies_deterministic_algorithms(graph: bool,
         with deterministic():
             net = network(torch.float32)
             trainer = Trainer(
-                net, split, batch_size=4, image_size=27, lr=0.1, device=torch.device(DEVICE), graph=graph, augment=True,
+                net, split, batch_size=4, image_size=27, lr=0.1, device=torch.device(DEVICE), graph=graph, augment=EVERYTHING,
                 momentum=0.9,
             )  # fmt: skip
             trainer.epoch(torch.Generator().manual_seed(1))

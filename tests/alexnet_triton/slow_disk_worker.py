@@ -10,16 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from alexnet_triton import checkpoint
+from alexnet_triton import files
 from alexnet_triton.__main__ import main
 
 if __name__ == "__main__":
-    write = checkpoint._write
+    write = files.write
 
     def slow(path: Path, content: bytes) -> None:
         time.sleep(0.5)
         write(path, content)
 
-    checkpoint._write = slow
+    files.write = slow
     (Path(sys.argv.pop(1)) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     main()
