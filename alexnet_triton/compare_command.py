@@ -334,6 +334,11 @@ def _begun(
         saved = training_state(checkpoint).get("options")
         if not isinstance(saved, dict):
             raise CheckpointError(f"{path}: damaged: 'options' is missing or no dict")
+        if len(checkpoint.metrics) > first.epochs:
+            raise CheckpointError(
+                f"{path}: trained for {len(checkpoint.metrics)} epochs, more than the {first.epochs} of this comparison; "
+                f"--epochs {len(checkpoint.metrics)} trains the others as long"
+            )
         own = {name: saved[name] for name in ("lr", "weight_decay") if name in saved}
         return dataclasses.replace(run, **own), checkpoint
     except (CheckpointError, OSError) as error:
@@ -364,7 +369,7 @@ def _compare_in(
 
     def on_ready(dataset: Dataset, place: str) -> None:
         comparison.data, comparison.place = dataset.name, place
-        if processes.leads and not columns:
+        if processes.leads and not (out / COMPARISON).exists():
             comparison.write(out)  # from here on there is something to go on with
 
     for model in map(Model, comparison.networks):

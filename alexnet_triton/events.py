@@ -49,20 +49,26 @@ class EpochEvents:
 
     Raises:
         ImportError: as :func:`summary_writer`.
-        OSError: a file cannot be written; it names the folder.
+        OSError: in the block and at its begin: a file cannot be written; it names the folder.
     """
 
     def __init__(self, out: Path, before: Sequence[EpochMetrics], rates: Sequence[float], lr: float) -> None:
         self.lr, self.folder = lr, out / EVENTS
-        with self._naming_the_folder():
-            self.writer = summary_writer()(str(self.folder), purge_step=1)
-            for metrics, rate in zip(before, rates, strict=True):
-                self._add(metrics, rate)
-            self.writer.flush()
+        self.before = list(zip(before, rates, strict=True))
+        self.make_writer = summary_writer()
 
     def __enter__(self) -> EpochEvents:
         self._excepthook = threading.excepthook
         threading.excepthook = self._note_thread
+        try:
+            with self._naming_the_folder():
+                self.writer = self.make_writer(str(self.folder), purge_step=1)
+                for metrics, rate in self.before:
+                    self._add(metrics, rate)
+                self.writer.flush()
+        except BaseException:
+            threading.excepthook = self._excepthook
+            raise
         return self
 
     def _note_thread(self, failed: threading.ExceptHookArgs) -> None:

@@ -14,6 +14,20 @@ from pathlib import Path
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
+#: Descriptors of the folders that this process has locked.
+_locked: set[int] = set()
+
+
+def _forget_locks() -> None:
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+# A forked child shares its parent's locks: it would keep them when the parent has gone.
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """No two processes are in such a block of ``folder`` at a time; the lock goes when its process ends, however that is.
@@ -22,30 +36,36 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process is in one, and ``wait`` is false.
+        FileNotFoundError: it is not there, or was replaced by another one before it was locked.
         OSError: ``folder`` cannot be opened, or its file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _locked.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             reason = "another run goes on in it" if isinstance(error, BlockingIOError) else error.strerror
             raise OSError(error.errno, reason, str(folder)) from error  # the errno makes it a BlockingIOError again
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _locked:  # not in a child
+            _locked.remove(descriptor)
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def held(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
-    """:func:`locked` for the time of a run, without waiting; where folders cannot be locked, ``warn`` is told so.
+def held(folder: Path, warn: Callable[[str], object], *, wait: bool = False) -> Iterator[None]:
+    """:func:`locked` for the time of a run; where folders cannot be locked, ``warn`` is told so, and the block runs.
 
     Raises:
         BlockingIOError, OSError: as :func:`locked`.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder, wait=False))
+            stack.enter_context(locked(folder, wait=wait))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -90,7 +110,7 @@ def claimed(folder: Path, warn: Callable[[str], object], *, renamed: bool = Fals
                         name = next(names)
                 with contextlib.ExitStack() as attempt:
                     attempt.enter_context(held(name, warn))
-                    if not name.exists():  # its name went before it was locked
+                    if not name.exists():  # where nothing can be locked
                         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name))
                     stack.push(attempt.pop_all())
                 break

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from kernels.conv2d import dgrad, fprop, wgrad
 from kernels.launch import cdiv
 
 from .files import check_writable, write_atomically
-from .folders import locked
+from .folders import held
 from .training import float32_products
 
 Candidate = dict[str, int]
@@ -407,7 +408,7 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         ValueError, OSError: as :func:`tune`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):
+    with held(path.parent, warnings.warn, wait=True):
         content = _table_so_far(path)
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
@@ -438,8 +439,6 @@ def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tune
     # Before minutes of work.
     _table_so_far(path)
     check_writable(path)
-    with locked(path.parent):
-        pass
     torch.backends.cudnn.benchmark = True
     compile_all(work, dtype)
     results = []

@@ -350,3 +350,22 @@ def test_the_picture_shows_every_run(tmp_path: Path) -> None:
         pictures.append(imread(tmp_path / f"{name}.png"))
     orange = [((p[..., 0] > 0.9) & (p[..., 1] < 0.6) & (p[..., 2] < 0.2)).any() for p in pictures]  # the second run's colour
     assert orange == [False, True]
+
+
+def test_a_resumed_comparison_refuses_a_run_that_went_further_and_keeps_its_columns(tmp_path: Path) -> None:
+    """Networks that were trained for different lengths do not stand side by side as equals."""
+    out = tmp_path / "both"
+    for command in (
+        ("compare", "lenet", *SHORT, "--epochs", "1", "--out", "both"),
+        ("train", "--resume", "both/lenet", "--epochs", "2"),
+    ):
+        result = run_here(*command, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    before = (out / "comparison.json").read_bytes()
+    refused = run_here("compare", "--resume", "both", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "both/lenet/checkpoint.pt: trained for 2 epochs, more than the 1 of this comparison; --epochs 2" in refused.stderr
+    assert (out / "comparison.json").read_bytes() == before
+    longer = run_here("compare", "--resume", "both", "--epochs", "2", cwd=tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    assert json.loads((out / "comparison.json").read_text())["options"]["epochs"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,21 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
         refused = run_here("train", "--resume", "run", "--epochs", "5", cwd=tmp_path)
         assert refused.returncode == 1
         assert refused.stderr == ("alexnet-triton: run/checkpoint.pt: damaged: 'learning_rates' are not those of its epochs\n")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_from_the_start_is_said_with_the_folder(tmp_path: Path) -> None:
+    """By a run that goes on, which writes all epochs so far; nothing of the writer's thread is left behind."""
+    pytest.importorskip("tensorboard")
+    hook = threading.excepthook
+    epochs = [EpochMetrics(i, 1.0, 0.5, 0.5, 100.0, 1.0) for i in (1, 2, 3)]
+    with (
+        pytest.raises(OSError, match=r"File too large: .*tensorboard"),
+        file_size_limit(10),
+        EpochEvents(tmp_path, epochs, [0.1] * 3, 0.1),
+    ):
+        pass
+    assert threading.excepthook is hook
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

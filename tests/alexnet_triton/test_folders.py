@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,45 @@ def test_a_lock_keeps_others_out_and_goes_with_its_block(tmp_path: Path) -> None
     with locked(tmp_path, wait=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """As a DataLoader's worker, which lives a little longer than a parent that was killed."""
+    code = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from alexnet_triton.folders import locked\n"
+        "with locked(Path(sys.argv[2])):\n"
+        "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
+        "    print(child, flush=True); time.sleep(60)"
+    )
+    process = start("-c", code, str(Path(folders.__file__).parents[1]), str(tmp_path))
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
+            pass
+        process.kill()
+        process.wait(60)
+        with locked(tmp_path, wait=False):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_that_was_replaced_before_it_was_locked_is_not_the_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = tmp_path / "run", fcntl.flock
+    folder.mkdir()
+
+    def replaced_meanwhile(descriptor: int, how: int) -> None:
+        folder.rename(tmp_path / "other")
+        folder.mkdir()
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with pytest.raises(FileNotFoundError), locked(folder):
+        pass
 
 
 def test_what_was_made_and_stays_empty_is_removed(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_without_their_lock_they_would_lose_some(tmp_path: Path, monkeypatch: py
         return content
 
     monkeypatch.setattr(tune, "_table_so_far", read_and_wait)
-    monkeypatch.setattr(tune, "locked", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "held", lambda *_, **__: contextlib.nullcontext())
     assert 0 in _at_the_same_time(lambda i: _write_entries(path, [i + 1]), 2)
     assert len(json.loads(path.read_text())["configs"]) == 1
 
