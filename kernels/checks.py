@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
 def integer(name: str, value: object) -> int:
     """``value`` as an int; NumPy's are as good, booleans are not."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, np.bool_)):  # which before NumPy 2 is an index
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]  # which is what is asked
     except TypeError:
