@@ -241,7 +241,7 @@ class _Comparison:
         """Into the folder ``out``.
 
         Raises:
-            CheckpointError: it cannot be written.
+            WriteError: it cannot be written.
         """
         write_atomically(out / COMPARISON, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
@@ -398,7 +398,7 @@ def _compare_in(
         try:
             if processes.leads:
                 comparison.write(out)
-        except CheckpointError as error:
+        except OSError as error:
             raise fail(error) from error
     try:
         if processes.leads:

@@ -42,7 +42,7 @@ class Processes:
 
     def share(self, index: Tensor) -> Tensor:
         """This process's part of a batch; parts differ by one image at most, and may be empty."""
-        return index.tensor_split(self.size)[self.rank]
+        return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """``tensor``, which becomes the sum of all processes' tensors."""

@@ -76,7 +76,7 @@ def _mend_ttsem() -> None:
 def _stop_at_the_ir() -> None:
     """Let ttsem compile a kernel as far as the IR that it executes, and each specialization once in a process.
 
-    It compiles down to machine code, which is most of its time here, and throws all but that IR away. What machine code needs
+    It compiles down to machine code, which takes long, and throws all but that IR away. What machine code needs
     (registers, shared memory) is checked in ``tests/benchmarks/test_offline.py``.
     """
     from ttsem import harness, mlir
