@@ -412,12 +412,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="batch 128 in bfloat16 only, under three minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <gpu>.json, tables and plots")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no new measurement after this long")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="these alone; the step is measured in the first")
+    parser.add_argument("--batch", nargs="+", type=int, help="these alone")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("report: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
     settings = Settings(torch.device("cuda"), CudaTimer(), arguments.minutes)
+    if arguments.dtype:
+        settings = dataclasses.replace(settings, dtypes=tuple(arguments.dtype))
+    if arguments.batch:
+        settings = dataclasses.replace(settings, batches=tuple(arguments.batch), step_batches=tuple(arguments.batch))
     if arguments.quick:
-        settings = quick(settings)
+        settings = dataclasses.replace(quick(settings), minutes=min(arguments.minutes, quick(settings).minutes))
     console = Console(soft_wrap=True, highlight=False)
     path = run(settings, arguments.out, console)
     from .render import render_results
