@@ -58,7 +58,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     """
     if _current.value == "torch":
         return False
-    can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.is_recording()))
+    can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.cpu_counts_as_gpu()))
     if _current.value == "triton" and not can_run:
         raise RuntimeError(
             f"the Triton kernels cannot run on a tensor on {tensor.device}: move it to a CUDA device, "

@@ -18,6 +18,8 @@ from .switch import Switch
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 
 _recorder: Switch[Recorder | None] = Switch(None)
+_observers: Switch[tuple[Recorder, ...]] = Switch((), combine=lambda blocks: tuple(o for block in blocks for o in block))
+_without_gpu = Switch(False)
 
 #: Triton's interpreter keeps the program that runs in globals of its own: one launch at a time, whatever the thread.
 _interpreter = threading.Lock()
@@ -52,6 +54,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if recorder is not None:
         recorder(kernel, grid, arguments)
         return
+    for observer in _observers.value:
+        observer(kernel, grid, arguments)
     run_launch(kernel, grid, arguments)
 
 
@@ -75,6 +79,9 @@ def _device_of(arguments: dict[str, Any]) -> torch.device:
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = _device_of(arguments)
+    if _without_gpu.value:
+        kernel[grid](**arguments)
+        return
     # Triton launches on the current device, which need not be the tensors' own. On the CPU it interprets.
     with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
         kernel[grid](**arguments)
@@ -94,6 +101,28 @@ def record_launches(recorder: Recorder) -> Iterator[None]:
 def is_recording() -> bool:
     """Whether a :func:`record_launches` block is active."""
     return _recorder.value is not None
+
+
+@contextlib.contextmanager
+def observe_launches(observer: Recorder) -> Iterator[None]:
+    """Tell ``observer`` of every launch in the block, right before it runs. Blocks may be nested; each observer is told."""
+    with _observers.set((observer,)):
+        yield
+
+
+@contextlib.contextmanager
+def launch_without_gpu() -> Iterator[None]:
+    """Launch kernels on CPU tensors through Triton's active driver, which is a stand-in that runs nothing.
+
+    All that Python does up to the call into the driver is done as on a GPU: for measuring the host's time.
+    """
+    with _without_gpu.set(True):
+        yield
+
+
+def cpu_counts_as_gpu() -> bool:
+    """Whether operations on CPU tensors walk the code path of a GPU: launches are recorded, or a stand-in driver takes them."""
+    return _recorder.value is not None or _without_gpu.value
 
 
 def strides(prefix: str, axes: str, tensor: torch.Tensor) -> dict[str, int]:
