@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -81,17 +80,15 @@ def match(launches: Sequence[Noted], replays: Sequence[Sequence[tuple[str, float
 def noted_launches(arch: str, dtype: torch.dtype, layer: LayerMarker) -> Iterator[list[Noted]]:
     """The launches that are made and run inside the block, in order."""
     launches: list[Noted] = []
-    run_launch = launch.run_launch
     count = OperatorCount()
 
-    def note_and_run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         name = kernel.fn.__name__
         useful, _ = flops(name, grid, arguments)
         floor = floor_us(TARGETS[arch], dtype, useful, fewest_bytes(launch.tensors_of(arguments))) if arch in TARGETS else None
         launches.append(Noted(layer.name, pass_of(count.current, name, arguments), name, floor))
-        run_launch(kernel, grid, arguments)
 
-    with mock.patch.object(launch, "run_launch", note_and_run), count:
+    with launch.observe_launches(note), count:
         yield launches
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import warnings
@@ -107,11 +106,14 @@ own_devices = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An address outside of a kernel's tensors is an error in the interpreter too."""
-    if INTERPRETED:
-        guard_memory(monkeypatch)
+    if not INTERPRETED:
+        yield
+        return
+    with guard_memory(monkeypatch):
         speed_up(monkeypatch)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -144,26 +146,8 @@ def small_tiles() -> Iterator[None]:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches() -> Iterator[list[str]]:
     """Names of the kernels launched from here on, in order."""
     names: list[str] = []
-
-    class Counting:
-        """Stands before a kernel and notes each launch."""
-
-        def __init__(self, kernel: object) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            names.append(self.kernel.fn.__name__)  # type: ignore[attr-defined]
-            return self.kernel[grid]  # type: ignore[index]
-
-    real = launch.launch
-
-    def counting(kernel: object, grid: tuple[int, ...], **arguments: object) -> None:
-        real(Counting(kernel), grid, **arguments)
-
-    modules = ("conv2d", "conv2d_descriptor", "conv2d_stem", "conv2d_stem_pool", "dropout", "images", "linear")
-    for name in (*modules, "max_pool2d", "reduction", "sgd"):
-        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "launch", counting)
-    return names
+    with launch.observe_launches(lambda kernel, *_: names.append(kernel.fn.__name__)):
+        yield names

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -50,14 +52,10 @@ class GuardedMemory(threading.local):
         return self.memory.store(pointers, value, mask)
 
 
-def guard_memory(monkeypatch: Any) -> None:
-    """Check every address that a kernel of this package loads or stores from here on."""
+@contextlib.contextmanager
+def guard_memory(monkeypatch: Any) -> Iterator[None]:
+    """Check every address that a kernel of this package loads or stores inside the block."""
     guarded = GuardedMemory(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", guarded)
-    run = launch.run_launch
-
-    def watching(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        guarded.watch(launch.tensors_of(arguments))
-        run(kernel, grid, arguments)
-
-    monkeypatch.setattr(launch, "run_launch", watching)
+    with launch.observe_launches(lambda kernel, grid, arguments: guarded.watch(launch.tensors_of(arguments))):
+        yield

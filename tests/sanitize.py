@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +38,9 @@ DESCRIPTORS = ("_descriptor_", "_images_", "_box_", "_stem_", "_space_to_depth_"
 def launch_all(device: torch.device) -> set[str]:
     """Launch every kernel of the package on small ragged tensors on ``device``; their names."""
     launched: set[str] = set()
-    run_launch = launch.run_launch
-
-    def note_and_run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        launched.add(kernel.fn.__name__)
-        run_launch(kernel, grid, arguments)
-
-    launch.run_launch = note_and_run
-    try:
+    with launch.observe_launches(lambda kernel, *_: launched.add(kernel.fn.__name__)):
         for dtype in (torch.bfloat16, torch.float32):
             _operations(device, dtype)
-    finally:
-        launch.run_launch = run_launch
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return launched

@@ -207,16 +207,13 @@ def _as_in(part: Part) -> Iterator[None]:
     """Run the block with the part's configuration, and see that its launches are the part's and have several programs."""
     launched: list[tuple[str, dict[str, Any]]] = []
     programs: dict[str, int] = {}
-    run_launch = launch.run_launch
 
     def note(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         name, constants = compiled_constants(kernel, arguments)
         launched.append((name, constants))
         programs[name] = max(programs.get(name, 0), math.prod(grid))
-        run_launch(kernel, grid, arguments)
 
-    with pytest.MonkeyPatch.context() as patch, replay(part):
-        patch.setattr(launch, "run_launch", note)
+    with launch.observe_launches(note), replay(part):
         yield
     assert keys_of(part.choices, launched, part.dtype) == part.keys
     assert [name for name, count in programs.items() if count == 1 and name not in _ONE_PROGRAM] == []

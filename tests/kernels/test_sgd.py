@@ -209,9 +209,9 @@ def test_the_guard_sees_tensors_in_tuples() -> None:
     with launch.record_launches(lambda _, grid, given: arguments.update(given, grid=grid)):
         sgd_step([param], [grad], lr=0.1)
     grid = arguments.pop("grid")
-    launch.run_launch(sgd._sgd_kernel, grid, arguments)
+    launch.launch(sgd._sgd_kernel, grid, **arguments)
     with pytest.raises(InterpreterError, match="1 of 101 addresses of a load are outside of every tensor"):
-        launch.run_launch(sgd._sgd_kernel, grid, arguments | {"elements": (101,)})
+        launch.launch(sgd._sgd_kernel, grid, **arguments | {"elements": (101,)})
 
 
 def test_strides_that_matter() -> None:
