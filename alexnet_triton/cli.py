@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels.configs import tables
 
 from .checkpoint import CheckpointError
 from .compare_command import compare_command
@@ -263,7 +264,7 @@ def tune_command(
         raise typer.BadParameter(f"no layer {unknown[0]!r}; there are {', '.join(known)}", param_hint="--layer")
     if not torch.cuda.is_available():
         raise fail("tune needs a CUDA GPU")
-    path = out or kernels.config.TABLES / f"{kernels.config.gpu_slug(torch.cuda.get_device_name())}.json"
+    path = out or tables.TABLES / f"{tables.gpu_slug(torch.cuda.get_device_name())}.json"
 
     def show(result: tune.Tuned) -> None:
         job = result.job

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import kernels
-from kernels.checks import pair
+from kernels.runtime.arguments import pair
 
 #: Attributes of a module in which hooks on its forward or backward pass live.
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

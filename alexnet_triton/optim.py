@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from kernels.backend import current_backend
+from kernels.runtime.backend import current_backend
 from kernels.sgd import is_dense, memory_order, sgd_step, sgd_step_reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
+from kernels.runtime.backend import runs_triton
 
 from .checkpoint import (
     BEST,
@@ -686,6 +686,6 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, Checkp
 
 def describe_backend(device: torch.device) -> str:
     """In words, what the operations run on under the current backend."""
-    if not kernels.backend.runs_triton(torch.empty(0, device=device)):
+    if not runs_triton(torch.empty(0, device=device)):
         return "PyTorch reference"
     return "Triton kernels" if device.type == "cuda" else "Triton kernels in Triton's interpreter (for checking, slow)"

@@ -1,8 +1,8 @@
 """Find the fastest configuration of each kernel on the GPU at hand: ``alexnet-triton tune``.
 
 Each candidate runs its operation on random tensors, is held to the same operation in float32, and only then is timed. The
-winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.config` reads; what was not measured follows its
-rules.
+winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.configs.tables` reads; what was not measured follows
+its rules.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from kernels import config, conv2d_stem, launch
-from kernels.conv2d import dgrad, fprop, wgrad
-from kernels.launch import cdiv
+from kernels.configs import tables
+from kernels.convolution import stem
+from kernels.convolution.general import dgrad, fprop, wgrad
+from kernels.runtime import launch
+from kernels.runtime.launch import cdiv
 
 from .files import check_writable, write_atomically
 from .folders import held
@@ -81,22 +83,22 @@ class Job:
     def key(self) -> str:
         """Its name in the table."""
         if self.layer in LINEAR_LAYERS:
-            return config.linear_key(self.pass_, *self.product)
+            return tables.linear_key(self.pass_, *self.product)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
-            fold, pooled = conv2d_stem.fold(c, r, stride), (self.size - 1) // 2
-            return config.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
+            fold, pooled = stem.fold(c, r, stride), (self.size - 1) // 2
+            return tables.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
         if stride > 1:
-            fold = conv2d_stem.fold(c, r, stride)
-            return config.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
+            fold = stem.fold(c, r, stride)
+            return tables.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
         if self.pass_ == "dgrad":
-            return config.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
-        return config.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
+            return tables.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
+        return tables.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
 
     def candidates(self) -> list[Candidate]:
         """All that are worth a measurement."""
         if self.layer in LINEAR_LAYERS:
-            return config.linear_candidates(*self.product, itemsize=2)
+            return tables.linear_candidates(*self.product, itemsize=2)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             found = _stem_pool_fprop((self.size - 1) // 2)
@@ -130,7 +132,7 @@ def jobs(batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_L
 
 def _fits(elements: int, stages: int, accumulators: int, warps: int) -> bool:
     """Whether ``stages`` of so many half-precision elements fit shared memory, and the accumulators the registers."""
-    return stages * elements * 2 <= config.SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
+    return stages * elements * 2 <= tables.SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
 
 
 def _images(n: int, c: int, k: int) -> Iterator[Candidate]:
@@ -153,7 +155,7 @@ def _boxes(n: int, size: int, c: int, k: int) -> Iterator[Candidate]:
             continue
         accumulators = pixels * block_n
         if _fits((pixels + block_n) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
-            nb, th, tw = config.conv2d_box(pixels, n, size, size)
+            nb, th, tw = tables.conv2d_box(pixels, n, size, size)
             values = {"IMAGES": 0, "NB": nb, "TH": th, "TW": tw, "BLOCK_N": block_n, "BLOCK_K": block_k}
             yield values | {"num_warps": warps, "num_stages": stages}
 
@@ -171,7 +173,7 @@ def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
         values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         # How many programs one multiprocessor holds at once, and a little more and less than that.
-        held = min(2, config.SHARED_BYTES // (stages * elements * 2))
+        held = min(2, tables.SHARED_BYTES // (stages * elements * 2))
         for split in sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)}):
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
 
@@ -181,7 +183,7 @@ def _stem_fprop(columns: int) -> Iterator[Candidate]:
         ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
     ):
         values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
-        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < config.SHARED_BYTES - 2**15:
+        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < tables.SHARED_BYTES - 2**15:
             yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
@@ -190,7 +192,7 @@ def _stem_wgrad(n: int) -> Iterator[Candidate]:
         (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
     ):
         shared = stages * (3 * 64 + n1 + n2) * block_k * 2
-        if shared * (split // 132) < config.SHARED_BYTES and block_k <= max(64, n):
+        if shared * (split // 132) < tables.SHARED_BYTES and block_k <= max(64, n):
             values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
             yield values | {"num_warps": warps, "num_stages": stages}
 
@@ -201,7 +203,7 @@ def _stem_pool_fprop(columns: int) -> Iterator[Candidate]:
         (1, 2), ((64, 4), (128, 8)), ((64, 32), (32, 16), (32, 0)), (3, 5, 9, 13), (1, 2, 3)
     ):
         values = {"FUSED": 1, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32, "BLOCK_K2": 16}
-        if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < config.SHARED_BYTES - 2**15:
+        if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < tables.SHARED_BYTES - 2**15:
             yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
@@ -308,8 +310,8 @@ class Tuned:
 @contextlib.contextmanager
 def _configured(candidate: Candidate) -> Iterator[None]:
     """Run the block as ``candidate`` says and else by the rules. Two kernels in place of one: as the tables have each."""
-    rules = contextlib.nullcontext() if candidate == {"FUSED": 0} else config.untuned()
-    with rules, config.override(**candidate):
+    rules = contextlib.nullcontext() if candidate == {"FUSED": 0} else tables.untuned()
+    with rules, tables.override(**candidate):
         yield
 
 
@@ -393,7 +395,7 @@ def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = Non
 def _table_so_far(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"configs": {}, "measured": {}}
-    content = config.load_table(path)
+    content = tables.load_table(path)
     if not isinstance(content.get("measured"), dict):
         raise ValueError(f"{path}: not a table of tuned configurations: it does not say what was measured")
     return content

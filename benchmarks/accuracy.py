@@ -54,7 +54,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kernels
-from kernels.config import gpu_slug
+from kernels.configs.tables import gpu_slug
 from kernels.images import gather_resize_reference
 from kernels.sgd import sgd_step, sgd_step_reference
 

@@ -36,7 +36,7 @@ from alexnet_triton import AlexNet, CellImages, reference_alexnet, training
 from alexnet_triton.data import Split, input_for
 from alexnet_triton.fused import call, plan
 from alexnet_triton.optim import SGD
-from kernels import launch
+from kernels.runtime import launch
 
 from .offline import compile_launch, offline_target
 from .work import flops, moved_bytes

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels.launch import new_output
-from kernels.precision import conv_input_precision, matmul_input_precision
+from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
+from kernels.runtime.launch import new_output
 
 IMPLEMENTATIONS = ("triton", "torch")
 #: ``backward`` is all gradients, ``dgrad`` and ``wgrad`` the input's and the weight's alone.

@@ -34,7 +34,7 @@ from triton.backends.driver import DriverBase
 import kernels
 from alexnet_triton import AlexNet
 from alexnet_triton.optim import SGD
-from kernels import backend, launch
+from kernels.runtime import backend, launch
 
 #: Bytes of shared memory that a program may use, by the generation of the GPU.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from alexnet_triton.files import check_writable, write_atomically
-from kernels import launch
-from kernels.config import gpu_slug
+from kernels.configs.tables import gpu_slug
+from kernels.runtime import launch
 
 from .audit import TARGETS, LayerMarker, OperatorCount, floor_us, pass_of
 from .networks import ALEXNET, OURS, PEERS, prepare, step_function

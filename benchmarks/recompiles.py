@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import launch
+from kernels.runtime import launch
 
 from .offline import offline_target, training_step
 

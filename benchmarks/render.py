@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from kernels.config import TABLES
+from kernels.configs.tables import TABLES
 
 from .audit import COMMITTED, total_rows
 from .networks import OURS

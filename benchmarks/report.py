@@ -28,7 +28,7 @@ import triton
 from rich.console import Console
 from torch import Tensor
 
-from kernels.config import gpu_slug
+from kernels.configs.tables import gpu_slug
 
 from .cases import (
     FUSED_CASES,

@@ -8,7 +8,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from kernels.launch import tensors_of
+from kernels.runtime.launch import tensors_of
 
 
 def fewest_bytes(tensors: Iterable[Tensor]) -> int:

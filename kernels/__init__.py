@@ -5,14 +5,14 @@ public function, and a ``*_reference`` beside it in PyTorch's own operations.
 """
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
-from .backend import use_backend
-from .conv2d import conv2d, linked_conv2d
-from .conv2d_relu_max_pool2d import conv2d_relu_max_pool2d, reads_cells
-from .conv2d_stem import Cells, space_to_depth
-from .dropout import dropout, dropout_mask
+from .convolution.general import conv2d, linked_conv2d
+from .convolution.relu_max_pool2d import conv2d_relu_max_pool2d, reads_cells
+from .convolution.stem import Cells, space_to_depth
+from .dropouts import dropout, dropout_mask
 from .images import Augmentation, gather_resize
-from .linear import linear, linear_relu_dropout
-from .max_pool2d import max_pool2d
+from .matrix_product import linear, linear_relu_dropout
+from .pooling.autograd import max_pool2d
+from .runtime.backend import use_backend
 
 #: Tells this package from the other one on PyPI that imports as ``kernels`` (Hugging Face's).
 DISTRIBUTION = "alexnet-triton"

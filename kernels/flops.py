@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import conv2d, conv2d_relu_max_pool2d, linear  # noqa: F401 (define the operators)
+from . import matrix_product  # noqa: F401 (defines operators)
+from .convolution import general, relu_max_pool2d  # noqa: F401 (define operators)
 
 _operators: Any = torch.ops.alexnet_triton
 

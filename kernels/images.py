@@ -2,7 +2,7 @@
 
 A training set of small grey images fits a GPU many times over (Fashion-MNIST: 47 MB), so a batch is an index and nothing is
 copied from the host. A program needs no more than a few hundred bytes of one image, which its cache holds: what the pass costs
-is writing the input: to the network's first convolution as it reads it, if that is in cells (:mod:`kernels.conv2d_stem`).
+is writing the input: to the network's first convolution as it reads it, if that is in cells (:mod:`kernels.convolution.stem`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import runs_triton
-from .checks import integer
-from .config import elementwise_config
-from .conv2d_stem import Cells, space_to_depth_reference
-from .device import cast, program_id
-from .launch import cdiv, launch, needs_int64, new_output, strides
+from .configs.tables import elementwise_config
+from .convolution.stem import Cells, space_to_depth_reference
+from .primitives import cast, program_id
+from .runtime.arguments import integer
+from .runtime.backend import runs_triton
+from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

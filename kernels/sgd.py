@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import runs_triton
-from .config import sgd_config
-from .device import cast, fma, program_id
-from .launch import cdiv, launch, needs_int64
+from .configs.tables import sgd_config
+from .primitives import cast, fma, program_id
+from .runtime.backend import runs_triton
+from .runtime.launch import cdiv, launch, needs_int64
 
 #: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
 MAX_TENSORS = 32

@@ -1,9 +1,9 @@
 """Every configuration that the chooser returns for AlexNet: recorded on the real layers, to be run again on small ones.
 
 A layer of the network is walked at its real size for a GPU that need not be there, forward and backward. Nothing is computed:
-what its launch functions ask :mod:`kernels.config` is written down, with the answers, and so is each launch. :func:`replay`
-gives the same answers, in the same order, to a layer that is small enough for the interpreter. A kernel or a function of
-:mod:`kernels.config` that is new is recorded and replayed as the others are, unnamed here.
+what its launch functions ask the chooser (:func:`_choosers`) is written down, with the answers, and so is each launch.
+:func:`replay` gives the same answers, in the same order, to a layer that is small enough for the interpreter. A kernel or a
+chooser that is new is recorded and replayed as the others are, unnamed here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import nn
 import kernels
 from alexnet_triton import AlexNet
 from alexnet_triton.fused import Run, call, plan
-from kernels import backend, config, launch
+from kernels.configs import tables
+from kernels.runtime import backend, launch
 from kernels.sgd import sgd_step
 
 #: Compute capability -> the GPU whose table of measured configurations it follows, if there is one.
@@ -38,7 +39,7 @@ DTYPES = ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf
 
 def modules() -> list[Any]:
     """Every module of the package ``kernels``."""
-    return [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    return [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, "kernels.")]
 
 
 def kernel_names() -> set[str]:
@@ -53,9 +54,9 @@ def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
         for module in modules():
             if "capability" in vars(module):
                 stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
-        for module in (backend, config):
+        for module in (backend, tables):
             stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
-        stack.enter_context(mock.patch.object(config, "_table_name", return_value=GPUS[capability]))
+        stack.enter_context(mock.patch.object(tables, "_table_name", return_value=GPUS[capability]))
         yield
 
 
@@ -72,8 +73,8 @@ def precision_of_float32(precision: str) -> Iterator[None]:
 
 
 def _choosers() -> dict[str, Callable[..., Any]]:
-    """The functions of kernels/config.py that launch functions call, by name."""
-    functions = {n: f for n, f in vars(config).items() if inspect.isroutine(f) and f.__module__ == config.__name__}
+    """The functions of kernels/tables.py that launch functions call, by name."""
+    functions = {n: f for n, f in vars(tables).items() if inspect.isroutine(f) and f.__module__ == tables.__name__}
     return {n: f for n, f in functions.items() if not n.startswith("_") and n not in ("override", "untuned")}
 
 
@@ -83,7 +84,7 @@ def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., An
     choosers = _choosers()
     with contextlib.ExitStack() as stack:
         for module in modules():
-            if module is config:
+            if module is tables:
                 continue
             for name, value in list(vars(module).items()):
                 if name in choosers and value is choosers[name]:
@@ -93,7 +94,7 @@ def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., An
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One question to the chooser: the function of kernels/config.py, and its answer, a dict as sorted pairs."""
+    """One question to the chooser: the function of kernels/tables.py, and its answer, a dict as sorted pairs."""
 
     function: str
     answer: Any

@@ -26,8 +26,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from kernels import config, launch
-from kernels.backend import INTERPRETED
+from kernels.configs import tables
+from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
 
 from .guard import guard_memory
 from .interpreter import speed_up
@@ -141,7 +142,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
     """Run every kernel with :data:`SMALL_TILES`."""
-    with config.override(**SMALL_TILES):
+    with tables.override(**SMALL_TILES):
         yield
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from alexnet_triton import fuse
 from alexnet_triton.optim import SGD
-from kernels import config
-from kernels.backend import INTERPRETED
+from kernels.configs import tables
+from kernels.runtime.backend import INTERPRETED
 
 from .conftest import DEVICE
 from .interpreter import speed_up
@@ -72,7 +72,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
     """The digest of every output, gradient, parameter and momentum of ``steps`` steps."""
     seen: list[Tensor] = []
-    with deterministic(), config.override(SPLIT=2):
+    with deterministic(), tables.override(SPLIT=2):
         net = network(dtype)
         optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
         generator = torch.Generator().manual_seed(1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
 
-from kernels import launch
+from kernels.runtime import launch
 
 
 class GuardedMemory(threading.local):

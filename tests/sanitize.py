@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import config, launch
-from kernels.backend import capability, has_copy_engine
+from kernels.configs import tables
+from kernels.runtime import launch
+from kernels.runtime.backend import capability, has_copy_engine
 from kernels.sgd import sgd_step
 
 from .configurations import kernel_names
@@ -57,16 +58,16 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     # AlexNet's first layers, then the kernels for many and for few images, then those for any geometry.
     image = randn(3, 1, 39, 43, grad=False)  # conv1 has no input gradient, whose kernel runs below
     backward(kernels.conv2d_relu_max_pool2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, pool_kernel_size=3, pool_stride=2))
-    with config.override(IMAGES_WGRAD=1):
+    with tables.override(IMAGES_WGRAD=1):
         backward(kernels.conv2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, activation="relu"))
     for images in (1, 0):
-        with config.override(IMAGES=images, IMAGES_WGRAD=1):
+        with tables.override(IMAGES=images, IMAGES_WGRAD=1):
             y, link = kernels.linked_conv2d(randn(5, 64, 5, 6), randn(80, 64, 3, 3), randn(80), padding=1)
             backward(kernels.conv2d(y, randn(48, 80, 3, 3), randn(48), padding=1, activation="relu", link=link))
     backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
     for window in (3, 5):
         backward(kernels.max_pool2d(randn(2, 17, 9, 11), window, 2, 1))
-    with config.override(SPLIT=3):
+    with tables.override(SPLIT=3):
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
     backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
     backward(kernels.dropout(randn(5, 300), 0.5))

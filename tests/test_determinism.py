@@ -21,8 +21,8 @@ from torch import Tensor
 import kernels
 from alexnet_triton.data import EVERYTHING, draw_augmentation, load_fashion_mnist
 from alexnet_triton.training import Trainer
-from kernels import config
-from kernels.backend import INTERPRETED
+from kernels.configs import tables
+from kernels.runtime.backend import INTERPRETED
 
 from . import determinism
 from .conftest import DEVICE, SMALL_TILES, own_devices
@@ -208,7 +208,7 @@ def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch
     n = 7
     x = randn(n, *shape, dtype=dtype, grad=False)
     order = torch.tensor([3, 6, 0, 5, 1, 4, 2], device=DEVICE)
-    with config.override(**SMALL_TILES, IMAGES=images):
+    with tables.override(**SMALL_TILES, IMAGES=images):
         there, here = operation(x[order]), operation(x)[order]
         filled = operation(torch.cat([x[:1].expand(n - 1, *shape), x[3:4]]))  # its neighbours do not matter either
     assert torch.equal(there, here)

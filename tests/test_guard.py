@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import launch
+from kernels.runtime import launch
 
 from .conftest import DEVICE
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import kernels
-from kernels import launch
+from kernels.runtime import launch
 
 from .conftest import DEVICE
 from .oracle import randn

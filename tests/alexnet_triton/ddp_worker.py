@@ -21,7 +21,7 @@ import kernels
 from alexnet_triton import CellImages, FusedSequential
 from alexnet_triton.data import input_for, network_input
 from alexnet_triton.distributed import leave
-from kernels.backend import has_copy_engine
+from kernels.runtime.backend import has_copy_engine
 
 backend = kernels.use_backend("triton")
 backend.__enter__()  # for all that follows: an error where the kernels cannot run

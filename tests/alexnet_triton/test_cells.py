@@ -33,7 +33,7 @@ from alexnet_triton.data import (
 )
 from alexnet_triton.evaluation import evaluate, measure_speed, predict_split
 from alexnet_triton.training import Trainer
-from kernels.backend import HALF, INTERPRETED, has_copy_engine
+from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import dtype_id
@@ -102,7 +102,7 @@ def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> No
     """The answer is the kernels', from where they ask themselves."""
     net = network(torch.bfloat16)
     assert cells_for(net, torch.bfloat16) == CONV1
-    monkeypatch.setattr("kernels.conv2d_stem.has_copy_engine", lambda _: False)
+    monkeypatch.setattr("kernels.convolution.stem.has_copy_engine", lambda _: False)
     assert cells_for(net, torch.bfloat16) is None
 
 

@@ -21,7 +21,7 @@ import alexnet_triton
 import kernels
 from alexnet_triton import FusedSequential
 from alexnet_triton.optim import SGD
-from kernels.backend import INTERPRETED
+from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import memory_order
 
 from ..conftest import DEVICE, UNDER_TTSEM
@@ -467,7 +467,7 @@ import json, re, torch
 from benchmarks.offline import _resource_usage, offline_target
 from alexnet_triton import AlexNet
 from alexnet_triton.optim import SGD
-from kernels import launch
+from kernels.runtime import launch
 
 found = []
 def compile(kernel, grid, arguments):

@@ -27,7 +27,7 @@ from alexnet_triton.training import (
     load_checkpoint,
     new_model,
 )
-from kernels.precision import conv_input_precision, matmul_input_precision
+from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
 
 CPU = torch.device("cpu")
 

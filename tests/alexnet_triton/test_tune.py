@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from alexnet_triton import tune
 from alexnet_triton.cli import app
-from kernels import config
+from kernels import configs
 
 from ..conftest import DEVICE
 from ..permissions import permissions_hold
@@ -26,12 +26,12 @@ H100 = "h100-80gb-hbm3"
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of tables, read as on the H100 of the committed one."""
-    monkeypatch.setattr(config, "TABLES", tmp_path)
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    monkeypatch.setattr(config, "capability", lambda device: 90)
-    config.read_table.cache_clear()
+    monkeypatch.setattr(configs.tables, "TABLES", tmp_path)
+    monkeypatch.setattr(configs.tables, "INTERPRETED", False)
+    monkeypatch.setattr(configs.tables, "capability", lambda device: 90)
+    configs.tables.read_table.cache_clear()
     yield tmp_path
-    config.read_table.cache_clear()
+    configs.tables.read_table.cache_clear()
 
 
 def _write(folder: Path, configs: object) -> None:
@@ -40,17 +40,17 @@ def _write(folder: Path, configs: object) -> None:
 
 def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None:
     cpu, shape = torch.device("cpu"), (128, 12, 12, 256, 384, 3, 3)
-    rule = config.conv2d_images_config(cpu, "conv2d_fprop", *shape)
+    rule = configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape)
     assert rule["num_stages"] != 2
-    _write(tables, {config.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "FUSED": 1}})
-    config.read_table.cache_clear()
-    assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
-    with config.untuned():
-        assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule
-    with config.override(num_stages=5):
-        assert config.conv2d_images_config(cpu, "conv2d_fprop", *shape)["num_stages"] == 5
+    _write(tables, {configs.tables.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "FUSED": 1}})
+    configs.tables.read_table.cache_clear()
+    assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
+    with configs.tables.untuned():
+        assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule
+    with configs.tables.override(num_stages=5):
+        assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape)["num_stages"] == 5
     other = (64, *shape[1:])
-    assert config.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
+    assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
 
 
 def _entry(name: str, value: object) -> str:
@@ -87,7 +87,7 @@ def test_a_broken_or_hostile_table_is_named_and_nothing_of_it_is_used(fault: str
     content, message = BROKEN[fault]
     path = tables / f"{H100}.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for use in (lambda: config.tuned(torch.device("cpu"), "a"), lambda: tune.tune([], torch.bfloat16, path, print)):
+    for use in (lambda: configs.tables.tuned(torch.device("cpu"), "a"), lambda: tune.tune([], torch.bfloat16, path, print)):
         with pytest.raises(ValueError, match=rf"{H100}\.json: not a table of tuned configurations: .*{message}") as error:
             use()
         assert len(str(error.value)) < 400
@@ -127,18 +127,18 @@ def test_a_table_that_cannot_be_written_is_told_before_anything_is_tuned(
 
 
 def test_a_gpus_name_leads_to_no_other_folder() -> None:
-    assert Path(config.gpu_slug("NVIDIA ../../A/B 80GB")).name == "..-..-a-b-80gb"
+    assert Path(configs.tables.gpu_slug("NVIDIA ../../A/B 80GB")).name == "..-..-a-b-80gb"
 
 
 def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     """What is read at each launch can only be what was verified and measured."""
-    table = json.loads((config.TABLES / f"{H100}.json").read_text())
+    table = json.loads((configs.tables.TABLES / f"{H100}.json").read_text())
     known = {job.key: job for job in tune.jobs((128,))}
     measured = {key for key, job in known.items() if job.layer != tune.POOLED}  # the pool's kernels are younger than the table
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
         assert values in known[key].candidates()
-        assert config.read_table(H100)[key] == values
+        assert configs.tables.read_table(H100)[key] == values
         assert table["measured"][key]["wrong"] == 0
 
 
@@ -147,7 +147,7 @@ def test_every_pass_has_candidates(batch: int) -> None:
     for job in tune.jobs((batch,)):
         few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
         assert few_images or len(job.candidates()) > 3, job
-        config.check_table({"configs": {str(i): candidate for i, candidate in enumerate(job.candidates())}})
+        configs.tables.check_table({"configs": {str(i): candidate for i, candidate in enumerate(job.candidates())}})
 
 
 BATCHES = range(1, 61)
@@ -230,7 +230,7 @@ def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(launches: list[s
     exact = tune._reference(job, tuple(t.float() for t in tensors))
     for fused in (0, 1):
         launches.clear()
-        with config.override(IMAGES_WGRAD=1, FUSED=fused):
+        with configs.tables.override(IMAGES_WGRAD=1, FUSED=fused):
             ours = tune._run(job, tensors)
         assert ("_conv2d_stem_pool_kernel" in launches) == bool(fused)
         assert torch.equal(ours.float(), exact)
@@ -238,7 +238,7 @@ def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(launches: list[s
 
 def test_two_kernels_in_place_of_one_are_timed_as_their_tables_have_them(tables: Path) -> None:
     _write(tables, {"a shape": {"num_stages": 2}})
-    config.read_table.cache_clear()
+    configs.tables.read_table.cache_clear()
     for candidate, values in (({"FUSED": 0}, {"num_stages": 2}), ({"FUSED": 1}, {}), ({}, {})):
         with tune._configured(candidate):
-            assert config.tuned(torch.device("cpu"), "a shape") == values
+            assert configs.tables.tuned(torch.device("cpu"), "a shape") == values

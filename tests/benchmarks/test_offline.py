@@ -52,8 +52,8 @@ def launches(request: pytest.FixtureRequest) -> list[dict]:
 def kernel_names() -> set[str]:
     """Every ``_..._kernel`` in the package."""
     names = set()
-    for module in pkgutil.iter_modules(kernels.__path__):
-        names |= {n for n in vars(importlib.import_module(f"kernels.{module.name}")) if n.endswith("_kernel")}
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
+        names |= {n for n in vars(importlib.import_module(module.name)) if n.endswith("_kernel")}
     return names
 
 

@@ -20,7 +20,7 @@ from benchmarks.cases import FUSED_CASES, PLAIN_CASES, pass_bytes, pass_flops
 from benchmarks.networks import ALEXNET, PEERS, TINY, network_flops
 from benchmarks.report import RESULTS, Settings, quick, run
 from benchmarks.timing import CudaTimer, FakeTimer, NoGraph, Timing, captured, own_stream
-from kernels.precision import conv_input_precision, matmul_input_precision
+from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
 
 from ..conftest import DEVICE
 

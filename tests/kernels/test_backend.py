@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import config, launch
-from kernels.backend import current_backend
+from kernels.configs import tables
+from kernels.runtime import launch
+from kernels.runtime.backend import current_backend
 
 from ..conftest import DEVICE, own_devices
 
@@ -57,11 +58,11 @@ def _ignore(kernel: object, grid: object, arguments: object) -> None:
 SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
     "use_backend": (lambda: kernels.use_backend("torch"), lambda: kernels.use_backend("triton"), current_backend),
     "override": (
-        lambda: config.override(A=1, B=1),
-        lambda: config.override(B=2),
-        lambda: config._apply_overrides({"A": 0, "B": 0}),
+        lambda: tables.override(A=1, B=1),
+        lambda: tables.override(B=2),
+        lambda: tables._apply_overrides({"A": 0, "B": 0}),
     ),
-    "untuned": (config.untuned, config.untuned, lambda: config._use_tables.value),
+    "untuned": (tables.untuned, tables.untuned, lambda: tables._use_tables.value),
     "record_launches": (lambda: launch.record_launches(_ignore), lambda: launch.record_launches(_ignore), launch.is_recording),
 }
 

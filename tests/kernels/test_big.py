@@ -22,14 +22,15 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
 import kernels
-from kernels import config, launch
-from kernels.backend import INTERPRETED
-from kernels.conv2d import dgrad
-from kernels.dropout import philox_uniform_reference
-from kernels.launch import cdiv
-from kernels.max_pool2d import max_pool2d_dgrad
-from kernels.reduction import epilogue_backward, sum_parts
+from kernels.configs import tables
+from kernels.convolution.general import dgrad
+from kernels.dropouts import philox_uniform_reference
+from kernels.pooling.autograd import max_pool2d_dgrad
+from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
+from kernels.runtime.launch import cdiv
 from kernels.sgd import sgd_step
+from kernels.sums import epilogue_backward, sum_parts
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers
@@ -61,8 +62,8 @@ def spread(tensor: Tensor, dim: int) -> Tensor:
 MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
-        *("conv2d", "conv2d_descriptor", "conv2d_stem", "conv2d_stem_pool", "dropout"),
-        *("images", "linear", "max_pool2d", "reduction", "sgd"),
+        *("convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool", "dropouts"),
+        *("images", "matrix_product", "pooling.autograd", "sums", "sgd"),
     )
 ]
 
@@ -203,7 +204,7 @@ def _corners(_sparse_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         return itertools.chain(range(8), range(bounds[0] - 8, bounds[0]))
 
     monkeypatch.setattr(interpreter, "range", ends, raising=False)
-    with config.override(BLOCK=256):
+    with tables.override(BLOCK=256):
         yield
 
 
@@ -252,7 +253,7 @@ def _dense(image: Tensor) -> Tensor:
 def _conv2d_descriptor(images: int) -> None:
     """A tile is a pixel of many images, or a box of a few: the first program has the first pixel, the last one the last."""
     x, w, b = _x(1, 16, 2, 2), _x(16, 16, 1, 1), _x(16)
-    with config.override(IMAGES=images):
+    with tables.override(IMAGES=images):
         y = kernels.conv2d(_dense(x), w, b)
     exact = F.conv2d(x.float(), w.float(), b.float())
     assert y.numel() > LIMIT
@@ -277,7 +278,7 @@ def _max_pool2d_dgrad(window: int) -> None:
     size, stride = window + 1 + (window == 2), 2 if window == 2 else 1
     n = _images_for(6 * size**2)
     geometry = [window] * 2, [stride] * 2, [0, 0], [1, 1]
-    with config.override(SPLIT=n):  # a program for each image
+    with tables.override(SPLIT=n):  # a program for each image
         dx, _ = max_pool2d_dgrad(_many(grad, n), _many(position, n), [n, 6, size, size], *geometry, True, True, False)
     exact, _ = max_pool2d_dgrad(grad, position, [1, 6, size, size], *geometry, True, True, False)
     _ends(dx, exact)
@@ -337,7 +338,7 @@ def _epilogue() -> None:
     """Of a dropout, whose mask is drawn anew from the number of the element."""
     n = _images_for(64)
     grad = _x(1, 64, 1, 1) + 2
-    with config.override(SPLIT=cdiv(n, 16)):  # a program for each block of rows
+    with tables.override(SPLIT=cdiv(n, 16)):  # a program for each block of rows
         dz, _, _ = epilogue_backward(_many(grad, n), None, torch.tensor(5), 0.5, write_dz=True, sum_columns=False)
     for image, number in ((dz[0], 0), (dz[-1], n - 1)):
         assert torch.equal(image.flatten(), grad.flatten() * 2 * _kept(number * 64, 64, 0.5, 5).half())

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels import config, launch
-from kernels.backend import INTERPRETED
-from kernels.conv2d import conv2d_reference
-from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
+from kernels.configs import tables
+from kernels.convolution.general import conv2d_reference
+from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.images import gather_resize_reference
-from kernels.linear import linear_reference
+from kernels.matrix_product import linear_reference
+from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import sgd_step, sgd_step_reference
 
 from ..configurations import (
@@ -317,7 +318,7 @@ def test_a_whole_step_launches_nothing_else(capability: int, dtype: torch.dtype,
 def test_the_parts_are_those_of_the_table() -> None:
     """Each configuration that was measured on an H100 is one that an H100 gets."""
     name = GPUS[90]
-    table = config.read_table(name)
+    table = tables.read_table(name)
     answers = [c.tiles for p in all_parts() if (p.capability, p.batch) == (90, 128) for c in p.choices if c.tiles]
     for key, values in table.items():
         if key.startswith("conv2d_stem_fprop"):  # of a first layer without a pool, which is not AlexNet's

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import kernels
-from kernels import config, launch
-from kernels.conv2d import conv2d_reference
+from kernels.configs import tables
+from kernels.convolution.general import conv2d_reference
+from kernels.runtime import launch
 
 from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
@@ -261,7 +262,7 @@ def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_split_of_the_reduction(split: int) -> None:
     """The split weight gradient is right also with more parts than there are blocks; integers make it exact."""
     x, w = integers(2, 3, 9, 7, dtype=torch.float32), integers(4, 3, 3, 3, dtype=torch.float32)
-    with config.override(SPLIT=split):
+    with tables.override(SPLIT=split):
         y = kernels.conv2d(x, w, padding=1)
         grad = torch.ones_like(y)
         (ours,) = torch.autograd.grad(y, w, grad)
@@ -285,7 +286,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def test_tf32_follows_the_convolution_switch() -> None:
-    from kernels.precision import conv_input_precision, matmul_input_precision
+    from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
 
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert (conv_input_precision(torch.float32), matmul_input_precision(torch.float32)) == ("tf32", "ieee")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import config
+from kernels.configs import tables
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, randn
@@ -108,7 +108,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
     def reference(x, w, b):
         return F.relu(F.conv2d(x, w, b, case.stride, case.padding))
 
-    with config.override(IMAGES_WGRAD=1, **case.tiles):
+    with tables.override(IMAGES_WGRAD=1, **case.tiles):
         output = check(ours, reference, tensors, names="input weight bias")
     assert output.permute(0, 2, 3, 1).is_contiguous()
     assert case.runs <= set(launches)
@@ -124,7 +124,7 @@ def test_nan_and_infinity_stay_where_they_belong(images: int) -> None:
     x = randn(2, 16, 4, 4, dtype=torch.bfloat16, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
     tensors = [x.requires_grad_(), randn(16, 16, 3, 3, dtype=torch.bfloat16), randn(16, dtype=torch.bfloat16)]
-    with config.override(IMAGES=images, IMAGES_WGRAD=1, NB=1, TH=2, TW=2, BLOCK_M=16, BLOCK_K=16):
+    with tables.override(IMAGES=images, IMAGES_WGRAD=1, NB=1, TH=2, TW=2, BLOCK_M=16, BLOCK_K=16):
         check(
             lambda x, w, b: kernels.conv2d(x, w, b, padding=1),
             lambda x, w, b: F.conv2d(x, w, b, padding=1),
@@ -148,7 +148,7 @@ def test_any_layout(layout: str, images: int) -> None:
     """What is not dense channels-last is made so first."""
     x = LAYOUTS[layout](randn(3, 16, 5, 4, dtype=torch.float16, grad=False)).detach().requires_grad_()
     w = LAYOUTS[layout](randn(32, 16, 3, 3, dtype=torch.float16, grad=False)).detach().requires_grad_()
-    with config.override(IMAGES=images, IMAGES_WGRAD=1):
+    with tables.override(IMAGES=images, IMAGES_WGRAD=1):
         check(
             lambda x, w: kernels.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1), [x, w], names="input weight"
         )
@@ -159,19 +159,19 @@ def test_any_layout(layout: str, images: int) -> None:
 @pytest.mark.parametrize("c", [16, 48, 64, 96, 256])
 def test_configurations_fit(c: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks tile the channels they must tile exactly, within what one multiprocessor of an H100 can hold."""
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    monkeypatch.setattr(config, "tuned", lambda device, key: {})
+    monkeypatch.setattr(tables, "INTERPRETED", False)
+    monkeypatch.setattr(tables, "tuned", lambda device, key: {})
     shared = 227 * 1024
     for tiles in (
-        config.conv2d_images_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
-        config.conv2d_box_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        tables.conv2d_images_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        tables.conv2d_box_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
     ):
         assert c % tiles["BLOCK_K"] == 0
         pixels = tiles["BLOCK_M"] * tiles["PIXELS"] if "BLOCK_M" in tiles else tiles["NB"] * tiles["TH"] * tiles["TW"]
         filters = tiles["BLOCK_N"] + tiles.get("BLOCK_N2", 0)
         assert tiles["num_stages"] * (pixels + filters) * tiles["BLOCK_K"] * 2 < shared
         assert pixels * filters / (32 * tiles["num_warps"]) <= 128, "accumulators must leave registers for the rest"
-    tiles = config.conv2d_images_wgrad_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, 3)
+    tiles = tables.conv2d_images_wgrad_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, 3)
     channels = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
     assert c % channels == 0
     assert tiles["num_stages"] * (tiles["BLOCK_M"] + channels * tiles["POSITIONS"]) * tiles["BLOCK_K"] * 2 < shared

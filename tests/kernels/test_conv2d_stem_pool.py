@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import config, launch
-from kernels.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_reference
-from kernels.max_pool2d import no_gradient
+from kernels.configs import tables
+from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
+from kernels.pooling.autograd import no_gradient
+from kernels.runtime import launch
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, integers, randn
-
-max_pool2d = importlib.import_module("kernels.max_pool2d")
 
 HALF = (torch.float16, torch.bfloat16)
 POOL = {"pool_kernel_size": 3, "pool_stride": 2}
@@ -77,13 +75,13 @@ FUSED, SEPARATE = {"IMAGES_WGRAD": 1}, {"IMAGES_WGRAD": 1, "FUSED": 0}
 
 def run(case: Case, tensors: list[Tensor | None], way: dict[str, int], **arguments) -> Tensor:
     """The block, fused or by two kernels."""
-    with config.override(**case.tiles | way):
+    with tables.override(**case.tiles | way):
         return kernels.conv2d_relu_max_pool2d(*tensors, **case.arguments, **arguments)
 
 
 def gradients(case: Case, output: Tensor, leaves: list[Tensor], grad: Tensor, way: dict[str, int]) -> tuple[Tensor, ...]:
     """Of the ``leaves``, fused or by two kernels."""
-    with config.override(**case.tiles | way):
+    with tables.override(**case.tiles | way):
         return torch.autograd.grad(output, leaves, grad)
 
 
@@ -158,7 +156,7 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
         values = z.flatten(2).gather(2, taken.flatten(2)).view(y.shape)
         return torch.where(where == no_gradient(torch.uint8), torch.zeros_like(values), values)
 
-    with config.override(**case.tiles | FUSED):
+    with tables.override(**case.tiles | FUSED):
         check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias")
 
 
@@ -289,15 +287,15 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fold", [48, 144])
 def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    monkeypatch.setattr(config, "tuned", lambda device, key: {})
+    monkeypatch.setattr(tables, "INTERPRETED", False)
+    monkeypatch.setattr(tables, "tuned", lambda device, key: {})
     device = torch.device(DEVICE)
     for narrow in (False, True):
-        tiles = config.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
+        tiles = tables.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
         assert tiles["BLOCK_K"] + tiles["BLOCK_K2"] >= fold
         assert 1 <= tiles["COLUMNS"] <= 26
         filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
         cells = (2 * tiles["ROWS"] + 3) * tiles["BLOCK_M"] * tiles["num_stages"]
         held = 2 if fold == 48 else 1
-        assert held * 2 * fold * (3 * filters + cells) < config.SHARED_BYTES
+        assert held * 2 * fold * (3 * filters + cells) < tables.SHARED_BYTES
         assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"

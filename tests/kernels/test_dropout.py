@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import launch
-from kernels.dropout import philox_uniform_reference
+from kernels.dropouts import philox_uniform_reference
+from kernels.runtime import launch
 
 from ..conftest import DEVICE
 from ..oracle import DTYPES, dtype_id, randn

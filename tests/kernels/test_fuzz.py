@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels import config
-from kernels.dropout import dropout_mask_reference
+from kernels.configs import tables
+from kernels.dropouts import dropout_mask_reference
 from kernels.images import gather_resize_reference
-from kernels.reduction import dropout_scale
 from kernels.sgd import sgd_step
+from kernels.sums import dropout_scale
 
 from ..conftest import DEVICE
 from ..oracle import assert_within_tolerance, integers
@@ -93,7 +93,7 @@ def descriptor_convolutions(draw: st.DrawFn) -> tuple[tuple[Shape, ...], dict[st
     return shapes[: draw(st.sampled_from([2, 3]))], {"padding": draw(st.one_of(st.just("same"), st.tuples(small, small)))}
 
 
-#: Stride, channels and filter width whose cells make rows of 48 or 144 positions, in :func:`kernels.conv2d_stem.takes`.
+#: Stride, channels and filter width whose cells make rows of 48 or 144 positions, in :func:`kernels.convolution.stem.takes`.
 STEMS = ((4, 1, 11), (4, 3, 10), (4, 3, 3), (4, 9, 2), (3, 8, 5), (3, 16, 3), (2, 4, 6), (2, 6, 3), (2, 12, 2), (2, 12, 5))
 
 
@@ -145,7 +145,7 @@ def test_conv2d(case: Case, activation: str | None, launches: list[str]) -> None
     by_images=st.integers(0, 1),
 )
 def test_conv2d_by_descriptors(case: Case, activation: str | None, by_images: int, launches: list[str]) -> None:
-    with config.override(IMAGES=by_images, BLOCK_M=16):
+    with tables.override(IMAGES=by_images, BLOCK_M=16):
         _check_conv2d("conv2d_by_descriptors", case, activation, launches)
 
 
@@ -180,7 +180,7 @@ def test_linked_conv2d(case: Case, by_images: int, launches: list[str]) -> None:
         y = y if second == "conv2d" else F.relu(y)
         return F.max_pool2d(stored(y, case.dtype), 2, 1) if second == "pool" else y
 
-    with config.override(IMAGES=by_images, BLOCK_M=16):
+    with tables.override(IMAGES=by_images, BLOCK_M=16):
         launched = assert_as_float64(ours, reference, case.tensors(high=1), case.layouts[-1], launches, high=1)
     x, w1, b1, w2, _ = case.wanted
     assert_launched_at_most(x + (x or w1 or b1), launched, *DGRAD)
@@ -317,7 +317,7 @@ def test_conv2d_relu_max_pool2d(case: Case, output_format: torch.memory_format |
 def test_conv2d_relu_max_pool2d_by_descriptors(
     case: Case, output_format: torch.memory_format | None, cells: bool, launches: list[str]
 ) -> None:
-    with config.override(IMAGES_WGRAD=1, BLOCK_M=16):
+    with tables.override(IMAGES_WGRAD=1, BLOCK_M=16):
         _check_block("conv2d_relu_max_pool2d_by_descriptors", case, output_format, cells, launches)
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
-from kernels import Augmentation, Cells, gather_resize, launch, space_to_depth, use_backend
+from kernels import Augmentation, Cells, gather_resize, space_to_depth, use_backend
 from kernels.images import gather_resize_reference
+from kernels.runtime import launch
 
 from ..conftest import DEVICE
 from ..oracle import assert_within_tolerance, dtype_id

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import config, launch
-from kernels.linear import linear_reference
+from kernels.configs import tables
+from kernels.matrix_product import linear_reference
+from kernels.runtime import launch
 
 from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, check, dtype_id, randn
@@ -245,7 +246,7 @@ def test_bad_probability_is_refused(p: float, launches: list[str]) -> None:
 def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dtype, launches: list[str]) -> None:
     """All three passes by the copy engine, ragged in every direction, with and without a split along K."""
     tensors = [randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)]
-    with config.override(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, SPLIT=split):
+    with tables.override(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, SPLIT=split):
         check(
             lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
             lambda x, w, b: F.relu(F.linear(x, w, b)),
@@ -260,7 +261,7 @@ def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dt
 def test_dropout_of_a_split_product(split: int) -> None:
     """The mask depends on the element alone, not on who adds its parts up."""
     x, w = randn(20, 64, dtype=torch.bfloat16, grad=False), randn(48, 64, dtype=torch.bfloat16, grad=False)
-    with config.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split):
+    with tables.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split):
         y = kernels.linear_relu_dropout(x, w, None, 0.5, seed=3)
         kept = kernels.dropout_mask((20, 48), 0.5, 3).to(DEVICE)
         plain = kernels.linear(x, w, activation="relu")

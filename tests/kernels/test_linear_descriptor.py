@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import backend, config, launch
-from kernels.linear import linear_reference
+from kernels.configs import tables
+from kernels.matrix_product import linear_reference
+from kernels.runtime import backend, launch
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, randn
@@ -38,7 +39,7 @@ def _tensors(shape: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tens
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_gradients(shape: str, dtype: torch.dtype, split: int, launches: list[str]) -> None:
-    with config.override(**SMALL, SPLIT=split):
+    with tables.override(**SMALL, SPLIT=split):
         check(
             lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
             lambda x, w, b: linear_reference(x, w, b, activation="relu"),
@@ -66,7 +67,7 @@ def test_dropout_is_exactly_the_mask(dtype: torch.dtype, split: int) -> None:
     """Whichever kernel multiplies, split or not, an element is dropped by its own index."""
     seed = 2**40 + 12345
     mask = kernels.dropout_mask((37, 56), 0.5, seed, device=DEVICE)
-    with config.override(**SMALL, BLOCK=128, SPLIT=split):
+    with tables.override(**SMALL, BLOCK=128, SPLIT=split):
         check(
             lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=seed),
             lambda x, w, b: F.relu(F.linear(x, w, b)) * mask * 2,
@@ -80,7 +81,7 @@ def test_a_split_is_deterministic(dtype: torch.dtype) -> None:
     tensors = _tensors((37, 104, 56), dtype)
 
     def run() -> list[torch.Tensor]:
-        with config.override(**SMALL, SPLIT=3):
+        with tables.override(**SMALL, SPLIT=3):
             y = kernels.linear(*tensors)
             return [y, *torch.autograd.grad(y, tensors, torch.ones_like(y))]
 
@@ -103,7 +104,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, launches: list[str]) -> None:
     change, described = LAYOUTS[layout]
-    with config.override(**SMALL, SPLIT=2):
+    with tables.override(**SMALL, SPLIT=2):
         check(
             lambda x, w, b: kernels.linear(change(x), change(w), b),
             lambda x, w, b: F.linear(change(x), change(w), b),
@@ -118,7 +119,7 @@ def test_layouts(layout: str, launches: list[str]) -> None:
 def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     """Before Hopper there is no copy engine; consumer Blackwell has one, but not the shared memory for these tiles."""
     monkeypatch.setattr(backend, "capability", lambda device: capability)
-    with config.override(**SMALL, SPLIT=2):
+    with tables.override(**SMALL, SPLIT=2):
         check(kernels.linear, F.linear, _tensors((40, 72, 56), torch.bfloat16), names="input weight bias")
     assert launches.count("_matmul_kernel") == 3
     assert "_matmul_descriptor_kernel" not in launches
@@ -129,7 +130,7 @@ def test_float32_on_tensor_cores(launches: list[str]) -> None:
     """TF32 operands stay in shared memory only with K along the rows, as in the forward pass; IEEE has none of it."""
     x, w, b = _tensors((40, 72, 56), torch.float32)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    with config.override(**SMALL, SPLIT=2):
+    with tables.override(**SMALL, SPLIT=2):
         y = kernels.linear(x, w, b)
         y.backward(torch.ones_like(y))
     assert launches[0] == "_matmul_descriptor_kernel"
@@ -145,7 +146,7 @@ def test_float32_on_tensor_cores(launches: list[str]) -> None:
 @hopper
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
-    with config.override(**SMALL, SPLIT=3):
+    with tables.override(**SMALL, SPLIT=3):
         check(kernels.linear, F.linear, _tensors((37, 104, 40), torch.float16), names="input weight bias")
     assert launches.count("_matmul_descriptor_kernel") == 3
 
@@ -159,7 +160,7 @@ PASSES = [(0, 4096, 6400), (0, 4096, 4096), (0, 10, 4096), (0, 6400, 4096), (409
 def test_candidates_fit(batch: int, itemsize: int) -> None:
     for sizes in PASSES:
         m, n, k = (size or batch for size in sizes)
-        candidates = config.linear_candidates(m, n, k, itemsize)
+        candidates = tables.linear_candidates(m, n, k, itemsize)
         assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
         for c in candidates:
             stage = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
@@ -172,6 +173,6 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
 @pytest.mark.parametrize("sizes", [s for s in PASSES if 10 not in s], ids=str)
 def test_every_multiprocessor_of_an_h100_has_work_at_batch_128(sizes: tuple[int, int, int]) -> None:
     m, n, k = (size or 128 for size in sizes)
-    chosen = config._linear_rule(m, n, k, 2)
+    chosen = tables._linear_rule(m, n, k, 2)
     programs = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) * chosen["SPLIT"]
     assert programs >= 0.9 * 132

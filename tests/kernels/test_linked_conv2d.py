@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import config, launch
+from kernels.configs import tables
+from kernels.runtime import launch
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, integers, randn
@@ -77,7 +78,7 @@ def test_forward_and_gradients(case: str, dtype: torch.dtype, launches: list[str
         assert link is not None
         return second(y, w2, b2, link)
 
-    with config.override(**tiles):
+    with tables.override(**tiles):
         check(
             ours,
             lambda x, w1, b1, w2, b2: reference(F.relu(F.conv2d(x, w1, b1, padding=1)), w2, b2, None),
@@ -94,7 +95,7 @@ def test_the_bits_are_those_of_the_operations_alone(case: str) -> None:
     """But for the bias's, whose terms are summed before they are rounded."""
     (second, _), n, tiles = CASES[case]
     x, w1, b1, w2, b2 = given = tensors(n, torch.float16)
-    with config.override(**tiles):
+    with tables.override(**tiles):
         y, link = kernels.linked_conv2d(x, w1, b1, padding=1)
         linked = second(y, w2, b2, link)
         alone = second(kernels.conv2d(x, w1, b1, padding=1, activation="relu"), w2, b2, None)
@@ -112,7 +113,7 @@ def test_the_gradient_passes_where_the_output_is_nan_and_stops_where_it_is_zero(
     b1[0], b1[1] = torch.nan, -torch.inf
     b1.requires_grad_()
     y, link = kernels.linked_conv2d(x, w1, b1, padding=1)
-    with config.override(IMAGES=images, NB=2, TH=2, TW=4, BLOCK_M=16):
+    with tables.override(IMAGES=images, NB=2, TH=2, TW=4, BLOCK_M=16):
         z = kernels.conv2d(y, w2, b2, padding=1, link=link)
         (grad,) = torch.autograd.grad(z, b1, torch.ones_like(z))
     exact = torch.nn.grad.conv2d_input(y.shape, w2.double(), torch.ones_like(z).double(), padding=1)
@@ -162,7 +163,7 @@ def test_int64_offsets(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
         y, link = kernels.linked_conv2d(x, w1, b1, padding=1)
         return kernels.conv2d(y, w2, b2, padding=1, link=link)
 
-    with config.override(IMAGES=images, NB=2, TH=2, TW=4, BLOCK_M=16):
+    with tables.override(IMAGES=images, NB=2, TH=2, TW=4, BLOCK_M=16):
         check(
             ours,
             lambda x, w1, b1, w2, b2: F.conv2d(F.relu(F.conv2d(x, w1, b1, padding=1)), w2, b2, padding=1),

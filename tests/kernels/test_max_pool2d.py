@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import launch
-from kernels.max_pool2d import position_dtype
+from kernels.pooling.autograd import position_dtype
+from kernels.runtime import launch
 
 from ..conftest import DEVICE
 from ..oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn

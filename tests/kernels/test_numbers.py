@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import config
-from kernels.backend import INTERPRETED
-from kernels.conv2d import wgrad
-from kernels.linear import linear_epilogue_backward, linear_wgrad
+from kernels.configs import tables
+from kernels.convolution.general import wgrad
+from kernels.matrix_product import linear_epilogue_backward, linear_wgrad
+from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import sgd_step
 
 from ..conftest import DEVICE
@@ -170,7 +170,7 @@ def test_float16_partial_sums_beyond_the_range(sign: int, split: int) -> None:
     """First a hundred times 60000, then back: 6,000,000 on the way, and nothing is lost. With parts of a sum stored too."""
     column = torch.tensor([sign * 60000.0] * 100 + [-sign * 60000.0] * 100 + [3.0], dtype=torch.float16, device=DEVICE)
     ones = torch.ones_like(column)
-    with config.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split, BLOCK_ROWS=16):
+    with tables.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split, BLOCK_ROWS=16):
         results = {
             "linear": kernels.linear(column[None], ones[None]),
             "gradient of linear's weight": linear_wgrad(column[:, None], ones[:, None], ones[None, :1]),
@@ -225,7 +225,7 @@ def test_gradients_over_many_rows(dtype: torch.dtype) -> None:
     x, dz = (randn(LONG, width, dtype=dtype, grad=False) for width in (5, 3))
     dw = linear_wgrad(dz, x, x.new_empty(3, 5))
     assert_within_tolerance("weight", dw, dz.t() @ x, dz.double().t() @ x.double())
-    with config.override(BLOCK_ROWS=128):
+    with tables.override(BLOCK_ROWS=128):
         _, column_sums = linear_epilogue_backward(dz, None, None, 0.0, False, True)
     assert_within_tolerance("bias", column_sums, dz.sum(0), dz.double().sum(0))
 

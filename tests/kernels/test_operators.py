@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 
 import pytest
 import torch
 
 import kernels
+from kernels import dropouts as drop
+from kernels import matrix_product as lin
+from kernels.convolution import general as conv
+from kernels.convolution import relu_max_pool2d as block
+from kernels.convolution import stem
+from kernels.pooling import autograd as pool
 
 from ..conftest import DEVICE, own_devices
-
-# By name: the package's own functions hide the modules of the same name.
-conv, block, stem, drop, lin, pool = (
-    import_module(f"kernels.{name}")
-    for name in ("conv2d", "conv2d_relu_max_pool2d", "conv2d_stem", "dropout", "linear", "max_pool2d")
-)
 
 
 def _randn(*shape: int, grad: bool = False) -> torch.Tensor:

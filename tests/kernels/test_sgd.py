@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from kernels import config, launch
-from kernels.backend import INTERPRETED
+from kernels.configs import tables
+from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import MAX_TENSORS, is_dense, memory_order, sgd_step, sgd_step_reference
 
 from ..conftest import DEVICE, UNDER_TTSEM
@@ -170,7 +171,7 @@ def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = clones(params)
     sgd_step(copies, grads, lr=0.1)
     monkeypatch.setattr(launch, "force_int64", True)
-    with config.override(BLOCK=64):
+    with tables.override(BLOCK=64):
         sgd_step(params, grads, lr=0.1)
     assert all(map(torch.equal, params, copies))
 

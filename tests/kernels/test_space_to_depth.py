@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import config
+from kernels.configs import tables
 
 from ..conftest import DEVICE
 from ..oracle import dtype_id, integers, randn
@@ -47,7 +47,7 @@ def test_a_block_on_cells_is_the_block_on_images(backend: str, channels: int, dt
     x, w, b = (integers(*shape, dtype=dtype, high=1) for shape in shapes)
     x = x.detach()
     results = []
-    with kernels.use_backend(backend), config.override(IMAGES_WGRAD=1):
+    with kernels.use_backend(backend), tables.override(IMAGES_WGRAD=1):
         cells = kernels.space_to_depth(x, 11, 4, 1)
         for given, padding in ((x, 1), (cells, 0)):
             launches.clear()
@@ -65,7 +65,7 @@ def test_few_images_have_a_gradient_too() -> None:
     """Where it would be taken from the images, were they there."""
     x, w = integers(1, 1, 27, 27, dtype=torch.float16, high=1), integers(16, 1, 11, 11, dtype=torch.float16, high=1)
     x = x.detach()
-    with config.override(IMAGES_WGRAD=0):
+    with tables.override(IMAGES_WGRAD=0):
         y = kernels.conv2d_relu_max_pool2d(kernels.space_to_depth(x, 11, 4), w, stride=4, cells=True, **POOL)
         (ours,) = torch.autograd.grad(y.sum(), w)
     expected = F.max_pool2d(F.relu(F.conv2d(x.float(), w.float(), stride=4)), 3, 2)

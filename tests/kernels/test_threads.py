@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import kernels
-from kernels import launch
-from kernels.backend import INTERPRETED
+from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers, randn

@@ -25,17 +25,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .autocast import autocast_inputs
-from .backend import HALF, has_copy_engine, runs_triton
-from .checks import check_activation, check_probability, check_tensors
-from .config import linear_config, matmul_finish_config
-from .device import cast, dot, dropout_factor, program_id, relu
-from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
-from .dropout import draw_seed, dropout_reference
-from .launch import cdiv, launch, needs_int64, new_output, new_output_like
-from .overrides import overridable
-from .precision import matmul_input_precision
-from .reduction import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
+from .configs.tables import linear_config, matmul_finish_config
+from .dropouts import draw_seed, dropout_reference
+from .primitives import cast, dot, dropout_factor, program_id, relu
+from .runtime.arguments import check_activation, check_probability, check_tensors, matmul_input_precision
+from .runtime.backend import HALF, has_copy_engine, runs_triton
+from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
+from .runtime.torch_interop import (
+    OperatorFunction,
+    apply_function,
+    autocast_inputs,
+    call_operator,
+    once_differentiable,
+    overridable,
+    register_autograd,
+)
+from .sums import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -363,7 +368,7 @@ def _(dz, input, weight):
 def linear_epilogue_backward(
     grad_output: Tensor, output: Tensor | None, seed: Tensor | None, p: float, write_dz: bool, sum_columns: bool
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.reduction.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
+    """:func:`kernels.sums.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
     m, n = grad_output.shape
     grad_output = grad_output.view(m, n, 1, 1)
     output = None if output is None else output.view(m, n, 1, 1)

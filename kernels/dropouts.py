@@ -15,14 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import runs_triton
-from .checks import check_probability, check_tensors, integer
-from .config import elementwise_config
-from .device import cast, dropout_factor, program_id
-from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
-from .launch import cdiv, launch, needs_int64, new_output
-from .overrides import overridable
-from .reduction import dropout_scale, triton_accumulator
+from .configs.tables import elementwise_config
+from .primitives import cast, dropout_factor, program_id
+from .runtime.arguments import check_probability, check_tensors, integer
+from .runtime.backend import runs_triton
+from .runtime.launch import cdiv, launch, needs_int64, new_output
+from .runtime.torch_interop import (
+    OperatorFunction,
+    apply_function,
+    call_operator,
+    once_differentiable,
+    overridable,
+    register_autograd,
+)
+from .sums import dropout_scale, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .backend import INTERPRETED, capability
-from .launch import cdiv, next_power_of_2
-from .switch import Switch
+from ..runtime.backend import INTERPRETED, capability
+from ..runtime.launch import cdiv, next_power_of_2
+from ..runtime.switch import Switch
 
 _overrides: Switch[dict[str, int]] = Switch({}, combine=lambda blocks: {k: v for block in blocks for k, v in block.items()})
 
@@ -40,7 +40,7 @@ def _apply_overrides(config: dict[str, int]) -> dict[str, int]:
 
 
 #: Where ``alexnet-triton tune`` writes ``<gpu>.json``.
-TABLES = Path(__file__).parent / "configs"
+TABLES = Path(__file__).parent
 
 
 def gpu_slug(name: str) -> str:

@@ -1,9 +1,14 @@
-"""Argument checks: raise before any kernel is launched, name the argument, say what was given and what is allowed."""
+"""Argument checks, and how float32 products are formed.
+
+A check raises before any kernel is launched, names the argument, says what was given and what is allowed. float32 products
+follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,3 +85,25 @@ def check_probability(p: float) -> None:
         raise TypeError(f"p (the probability of dropping an element) must be a number, got {p!r}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
+
+
+def _resolve(*settings: str) -> str:
+    """The first setting that is not "none" (inherit); IEEE when all are."""
+    chosen = next((s for s in settings if s != "none"), "ieee")
+    return "tf32" if chosen == "tf32" else "ieee"
+
+
+def conv_input_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot`` in a convolution: "tf32" or "ieee"; only float32 depends on the switch."""
+    if dtype != torch.float32:
+        return "ieee"
+    backends: Any = torch.backends  # some of its attributes are made at run time
+    return _resolve(backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)
+
+
+def matmul_input_precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot`` in a linear layer: "tf32" or "ieee"; only float32 depends on the switch."""
+    if dtype != torch.float32:
+        return "ieee"
+    backends: Any = torch.backends  # some of its attributes are made at run time
+    return _resolve(backends.cuda.matmul.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)

@@ -18,14 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import runs_triton
-from .checks import check_tensors, pair
-from .config import elementwise_config, pool_config, split_count
-from .device import cast, compensated_add, program_id
-from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
-from .launch import cdiv, launch, needs_int64, new_output, strides
-from .overrides import overridable
-from .reduction import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
+from ..configs.tables import elementwise_config, pool_config, split_count
+from ..primitives import cast, compensated_add, program_id
+from ..runtime.arguments import check_tensors, pair
+from ..runtime.backend import runs_triton
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from ..runtime.torch_interop import (
+    OperatorFunction,
+    apply_function,
+    call_operator,
+    once_differentiable,
+    overridable,
+    register_autograd,
+    wants_grad,
+)
+from ..sums import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

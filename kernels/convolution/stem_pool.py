@@ -3,7 +3,7 @@
 AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. A program
 walks along the columns of the convolution's output that ROWS rows of windows see, and keeps maxima in registers until a window
 is complete. Neighbouring windows share a row: with ROWS = 1, three rows are computed for every two of the output. The products,
-and their order, are those of :mod:`kernels.conv2d_stem`.
+and their order, are those of :mod:`kernels.convolution.stem`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import conv2d_stem
-from .backend import capability
-from .config import conv2d_stem_pool_config, conv2d_stem_pool_fused
-from .device import cast, dot, program_id, relu
-from .launch import cdiv, launch, needs_int64, new_output, strides
-from .max_pool2d import new_position_and_index, no_gradient
+from ..configs.tables import conv2d_stem_pool_config, conv2d_stem_pool_fused
+from ..pooling.autograd import new_position_and_index, no_gradient
+from ..primitives import cast, dot, program_id, relu
+from ..runtime.backend import capability
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from . import stem
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -281,13 +281,13 @@ def takes(
     pool_padding: Sequence[int],
     pool_size: Sequence[int],
 ) -> bool:
-    """Whether the kernel here runs this block: a convolution of :mod:`kernels.conv2d_stem`, windows 3 x 3, 2 apart, all whole.
+    """Whether the kernel here runs this block: a convolution of :mod:`.stem`, windows 3 x 3, 2 apart, all whole.
 
     On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
     """
-    folded = conv2d_stem.fold(weight.shape[1], weight.shape[3], stride[0])
+    folded = stem.fold(weight.shape[1], weight.shape[3], stride[0])
     return (
-        conv2d_stem.takes(input, weight, stride, dilation, groups)
+        stem.takes(input, weight, stride, dilation, groups)
         and capability(input.device) < 100
         and list(kernel_size) == [3, 3]
         and list(pool_stride) == [2, 2]
@@ -313,7 +313,7 @@ def fprop(
     """Convolution, bias, ReLU, pool: to pooled values and uint8 window positions, each (N, K, P, Q).
 
     Args:
-        cells: :func:`kernels.conv2d_stem.cells_of` the input.
+        cells: :func:`kernels.stem.cells_of` the input.
         conv_size: (rows, columns) of the convolution's output, which is not written.
         channels_last: whether both results are NHWC in memory, or NCHW.
         write_position: whether the second is wanted; else it is empty.
@@ -321,8 +321,8 @@ def fprop(
     n = cells.shape[0]
     k, c, r, s = weight.shape
     p, q = pool_size
-    folded = conv2d_stem.fold(c, s, stride)
-    filters = conv2d_stem.fold_filter(weight, stride)
+    folded = stem.fold(c, s, stride)
+    filters = stem.fold_filter(weight, stride)
     y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
     wide = needs_int64(y)
@@ -331,7 +331,7 @@ def fprop(
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
     def patches(positions: int) -> TensorDescriptor:
-        return conv2d_stem.patches(cells, folded, conv_size[1], [m, positions])
+        return stem.patches(cells, folded, conv_size[1], [m, positions])
 
     def filter_blocks(rows: int, positions: int) -> TensorDescriptor:
         return TensorDescriptor(filters, [3, k, folded], [k * folded, folded, 1], [1, rows, positions])

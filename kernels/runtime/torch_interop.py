@@ -1,14 +1,19 @@
-"""What the autograd Functions share: registration with their operator, and a refusal to be differentiated twice."""
+"""What PyTorch asks of operations of our own: autocast, ``__torch_function__``, and differentiation.
+
+The autograd Functions share a registration with their operator, and a refusal to be differentiated twice.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
+from torch.overrides import handle_torch_function, has_torch_function
 
 
 class OperatorFunction(torch.autograd.Function):
@@ -127,5 +132,46 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
             return results
         computed_from = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
         return tuple(r if r is None else _RefuseFunction.apply(name, r, *computed_from) for r in results)
+
+    return wrapper
+
+
+def autocast_inputs(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors as autocast hands them to a convolution or linear layer.
+
+    Inside an enabled autocast region of the input's device, floating-point tensors (but float64, as in PyTorch) become its
+    dtype; elsewhere they come back as they are.
+    """
+    if not isinstance(input, Tensor):
+        return input, weight, bias
+    device = input.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking it raises
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if castable else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """Let arguments that define ``__torch_function__``, and active modes, take over a call of ``function``.
+
+    So a ``torch.fx`` trace records one call of the operation instead of failing in its argument checks, and tensor subclasses
+    and modes see it as they see ``F.conv2d``.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(wrapper, given, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return wrapper

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import column_sum_config, column_sum_split, sum_columns_config, sum_parts_config
-from .device import cast, compensated_add, dropout_factor, program_id, relu_grad
-from .launch import cdiv, launch, needs_int64, new_output, strides
+from .configs.tables import column_sum_config, column_sum_split, sum_columns_config, sum_parts_config
+from .primitives import cast, compensated_add, dropout_factor, program_id, relu_grad
+from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
 
 
 def dropout_scale(p: float) -> float:

@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import conv2d_descriptor
-from .backend import HALF, has_copy_engine, runs_triton
-from .checks import check_tensors, pair
-from .config import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
-from .conv2d_descriptor import aligned, dense_nhwc, store_pixels
-from .device import cast, dot, program_id
-from .launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
-from .overrides import overridable
-from .reduction import ColumnSums, sum_columns, sum_over_parts, vector_arguments
+from ..configs.tables import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
+from ..primitives import cast, dot, program_id
+from ..runtime.arguments import check_tensors, pair
+from ..runtime.backend import HALF, has_copy_engine, runs_triton
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
+from ..runtime.torch_interop import overridable
+from ..sums import ColumnSums, sum_columns, sum_over_parts, vector_arguments
+from . import descriptor
+from .descriptor import aligned, dense_nhwc, store_pixels
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -579,9 +579,7 @@ def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, pa
     rows, columns = cells_size(stride, dz.shape[2:], (r, s))
     # (3, K, columns * depth) as NHWC filters over the cells.
     filters = fold_filter(weight, stride).view(3, k, cdiv(s, stride), stride * stride * c).transpose(0, 1).contiguous()
-    d_cells, *_ = conv2d_descriptor.dgrad(
-        dz, filters.permute(0, 3, 1, 2), (n, stride * stride * c, rows, columns), (0, 0), None
-    )
+    d_cells, *_ = descriptor.dgrad(dz, filters.permute(0, 3, 1, 2), (n, stride * stride * c, rows, columns), (0, 0), None)
     padded = depth_to_space(d_cells.permute(0, 2, 3, 1), c, stride)
     seen = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
     dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)

@@ -1,9 +1,9 @@
 """Convolution of half-precision channels-last tensors through tensor descriptors: for Hopper and later.
 
-The general kernels of :mod:`kernels.conv2d` gather each element through a pointer of its own. These let the copy engine bring
+The general kernels of :mod:`.general` gather each element through a pointer of its own. These let the copy engine bring
 whole tiles into shared memory (``cp.async.bulk.tensor``), from where the tensor cores read them (``wgmma``, ``tcgen05``). They
 take stride 1, dilation 1, one group and channels in multiples of 16. A strided first layer of few channels is
-:mod:`kernels.conv2d_stem`'s.
+:mod:`kernels.convolution.stem`'s.
 
 What is a tile? A product's rows are output pixels, and for each filter position (r, s) they must be shifted together.
 
@@ -29,16 +29,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backend import HALF, has_copy_engine
-from .config import (
+from ..configs.tables import (
     conv2d_box_config,
     conv2d_images_config,
     conv2d_images_wgrad_config,
     conv2d_tile,
 )
-from .device import cast, dot, program_id, relu, relu_grad
-from .launch import cdiv, launch, needs_int64, new_output, nothing
-from .reduction import ColumnSums, sum_parts
+from ..primitives import cast, dot, program_id, relu, relu_grad
+from ..runtime.backend import HALF, has_copy_engine
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
+from ..sums import ColumnSums, sum_parts
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

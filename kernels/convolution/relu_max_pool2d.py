@@ -1,7 +1,7 @@
 """Convolution, bias, ReLU and max-pool as one operation that keeps no unpooled activation for its backward pass.
 
 The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and lets the unpooled
-output go; of a strided first layer both are one kernel, :mod:`kernels.conv2d_stem_pool`. What it saves is its input and one
+output go; of a strided first layer both are one kernel, :mod:`.stem_pool`. What it saves is its input and one
 byte of window position an output. That is enough: the gradient only reaches the element that a window points at, and where
 the ReLU stopped that element too the position says so.
 """
@@ -14,22 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import conv2d_stem, conv2d_stem_pool
-from .autocast import autocast_inputs
-from .backend import runs_triton
-from .checks import check_tensors, pair
-from .conv2d import (
-    check_link,
-    conv2d_arguments,
-    conv2d_reference,
-    fprop,
-    gradients,
-    new_gradients,
-)
-from .conv2d_stem import cells_of, cells_size, depth_to_space, new_cells
-from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd, wants_grad
-from .launch import new_output, nothing
-from .max_pool2d import (
+from ..pooling.autograd import (
     check_positions_written,
     max_pool2d_fprop,
     max_pool2d_reference,
@@ -37,7 +22,29 @@ from .max_pool2d import (
     pool_arguments,
     pool_backward,
 )
-from .overrides import overridable
+from ..runtime.arguments import check_tensors, pair
+from ..runtime.backend import runs_triton
+from ..runtime.launch import new_output, nothing
+from ..runtime.torch_interop import (
+    OperatorFunction,
+    apply_function,
+    autocast_inputs,
+    call_operator,
+    once_differentiable,
+    overridable,
+    register_autograd,
+    wants_grad,
+)
+from . import stem, stem_pool
+from .general import (
+    check_link,
+    conv2d_arguments,
+    conv2d_reference,
+    fprop,
+    gradients,
+    new_gradients,
+)
+from .stem import cells_of, cells_size, depth_to_space, new_cells
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
@@ -68,9 +75,9 @@ def conv2d_relu_max_pool2d_fprop(
     made = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
     cells = input if input_is_cells else made
     window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
-    if conv2d_stem_pool.takes(input, weight, stride, dilation, groups, *window):
+    if stem_pool.takes(input, weight, stride, dilation, groups, *window):
         patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
-        pooled, position = conv2d_stem_pool.fprop(
+        pooled, position = stem_pool.fprop(
             patches, weight, bias, stride[0], conv_size, pool_size, channels_last, write_position
         )
     else:
@@ -86,7 +93,7 @@ def _reads_cells(
     input: Tensor, weight: Tensor, link: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
     """Whether the weight gradient is read from the cells, whatever the batch, and nothing else reads the input."""
-    return link is None and conv2d_stem.takes(input, weight, stride, dilation, groups)
+    return link is None and stem.takes(input, weight, stride, dilation, groups)
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
@@ -308,9 +315,7 @@ def reads_cells(
         input: the images (N, C, H, W) or their cells; only dtype, device and whether it is empty matter.
         weight, stride, dilation, groups: as :func:`kernels.conv2d`.
     """
-    return runs_triton(input) and conv2d_stem.takes(
-        input, weight, pair("stride", stride, 1), pair("dilation", dilation, 1), groups
-    )
+    return runs_triton(input) and stem.takes(input, weight, pair("stride", stride, 1), pair("dilation", dilation, 1), groups)
 
 
 def _check_cells(

@@ -23,17 +23,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv2d_descriptor, conv2d_stem
-from .autocast import autocast_inputs
-from .backend import runs_triton
-from .checks import check_activation, check_tensors, pair
-from .config import conv2d_wgrad_by_images, matmul_config, split_count
-from .device import cast, dot, program_id, relu
-from .differentiation import OperatorFunction, apply_function, call_operator, once_differentiable, register_autograd
-from .launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
-from .overrides import overridable
-from .precision import conv_input_precision
-from .reduction import (
+from ..configs.tables import conv2d_wgrad_by_images, matmul_config, split_count
+from ..primitives import cast, dot, program_id, relu
+from ..runtime.arguments import check_activation, check_tensors, conv_input_precision, pair
+from ..runtime.backend import runs_triton
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
+from ..runtime.torch_interop import (
+    OperatorFunction,
+    apply_function,
+    autocast_inputs,
+    call_operator,
+    once_differentiable,
+    overridable,
+    register_autograd,
+)
+from ..sums import (
     ColumnSums,
     accumulator_dtype,
     epilogue_backward,
@@ -41,6 +45,7 @@ from .reduction import (
     sum_vectors,
     triton_accumulator,
 )
+from . import descriptor, stem
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -330,14 +335,14 @@ def fprop(
     """Convolution, bias, ReLU: (N, C, H, W) and (K, C/groups, R, S) to channels-last (N, K, P, Q).
 
     ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches. ``cells``
-    are :func:`kernels.conv2d_stem.cells_of` the input, if they are there already.
+    are :func:`kernels.stem.cells_of` the input, if they are there already.
     """
-    if conv2d_descriptor.takes(input, weight, stride, dilation, groups):
-        return conv2d_descriptor.fprop(input, weight, bias, padding, output_size, relu)
-    if conv2d_stem.takes(input, weight, stride, dilation, groups):
+    if descriptor.takes(input, weight, stride, dilation, groups):
+        return descriptor.fprop(input, weight, bias, padding, output_size, relu)
+    if stem.takes(input, weight, stride, dilation, groups):
         if cells is None:
-            cells = conv2d_stem.cells_of(input, stride[0], padding, output_size, weight.shape[2:])
-        return conv2d_stem.fprop(cells, weight, bias, stride[0], output_size, relu)
+            cells = stem.cells_of(input, stride[0], padding, output_size, weight.shape[2:])
+        return stem.fprop(cells, weight, bias, stride[0], output_size, relu)
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
     p, q = output_size
@@ -397,10 +402,10 @@ def dgrad(
     With ``relu_output``, the input itself, channels-last: the gradient before the ReLU that gave it, its sum over everything
     but the channels (else empty), and what is still to be summed for that.
     """
-    if conv2d_descriptor.takes(dz, weight, stride, dilation, groups):
-        return conv2d_descriptor.dgrad(dz, weight, input_size, padding, relu_output)
-    if conv2d_stem.takes_dgrad(dz, weight, stride, dilation, groups):
-        dx = conv2d_stem.dgrad(dz, weight, input_size, stride[0], padding)
+    if descriptor.takes(dz, weight, stride, dilation, groups):
+        return descriptor.dgrad(dz, weight, input_size, padding, relu_output)
+    if stem.takes_dgrad(dz, weight, stride, dilation, groups):
+        dx = stem.dgrad(dz, weight, input_size, stride[0], padding)
     else:
         dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
     if relu_output is None:
@@ -486,12 +491,12 @@ def wgrad(
     k, cg, r, s = weight.shape
     _, _, p, q = dz.shape
     dw = new_output_like(weight)
-    if conv2d_descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        conv2d_descriptor.wgrad(dz, input, dw, padding, vectors)
+    if descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
+        descriptor.wgrad(dz, input, dw, padding, vectors)
         return dw
-    if conv2d_stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        cells = conv2d_stem.cells_of(input, stride[0], padding, (p, q), (r, s))
-        conv2d_stem.wgrad(dz, cells, dw, stride[0], vectors)
+    if stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
+        cells = stem.cells_of(input, stride[0], padding, (p, q), (r, s))
+        stem.wgrad(dz, cells, dw, stride[0], vectors)
         return dw
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
@@ -629,7 +634,7 @@ def gradients(
         geometry: stride, padding, dilation, groups.
         linked: whether the input comes with a link.
         unsummed: what is to be summed before all is done.
-        cells: :func:`kernels.conv2d_stem.cells_of` the input.
+        cells: :func:`kernels.stem.cells_of` the input.
     """
     dx, dw, d_link = (nothing(dz) for _ in range(3))
     if needs_input:
@@ -639,7 +644,7 @@ def gradients(
         sum_vectors(unsummed)
     elif cells is not None:
         dw = new_output_like(weight)
-        conv2d_stem.wgrad(dz, cells, dw, geometry[0][0], unsummed)
+        stem.wgrad(dz, cells, dw, geometry[0][0], unsummed)
     else:
         assert input is not None
         dw = wgrad(dz, input, weight, *geometry, unsummed)

@@ -1,0 +1,1 @@
+"""Tables of measured configurations, ``<gpu>.json``, and how they are read, checked and overridden."""
