@@ -26,8 +26,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from kernels import linear_rules
 from kernels.configs import tables
-from kernels.convolution import stem
+from kernels.convolution import rules, stem
 from kernels.convolution.general import dgrad, fprop, wgrad
 from kernels.runtime import launch
 from kernels.runtime.launch import cdiv
@@ -83,22 +84,22 @@ class Job:
     def key(self) -> str:
         """Its name in the table."""
         if self.layer in LINEAR_LAYERS:
-            return tables.linear_key(self.pass_, *self.product)
+            return linear_rules.linear_key(self.pass_, *self.product)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             fold, pooled = stem.fold(c, r, stride), (self.size - 1) // 2
-            return tables.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
+            return rules.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
         if stride > 1:
             fold = stem.fold(c, r, stride)
-            return tables.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
+            return rules.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
         if self.pass_ == "dgrad":
-            return tables.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
-        return tables.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
+            return rules.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
+        return rules.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
 
     def candidates(self) -> list[Candidate]:
         """All that are worth a measurement."""
         if self.layer in LINEAR_LAYERS:
-            return tables.linear_candidates(*self.product, itemsize=2)
+            return linear_rules.linear_candidates(*self.product, itemsize=2)
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             found = _stem_pool_fprop((self.size - 1) // 2)
@@ -155,7 +156,7 @@ def _boxes(n: int, size: int, c: int, k: int) -> Iterator[Candidate]:
             continue
         accumulators = pixels * block_n
         if _fits((pixels + block_n) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
-            nb, th, tw = tables.conv2d_box(pixels, n, size, size)
+            nb, th, tw = rules.conv2d_box(pixels, n, size, size)
             values = {"IMAGES": 0, "NB": nb, "TH": th, "TW": tw, "BLOCK_N": block_n, "BLOCK_K": block_k}
             yield values | {"num_warps": warps, "num_stages": stages}
 

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs.tables import linear_config, matmul_finish_config
 from .dropouts import draw_seed, dropout_reference
+from .linear_rules import linear_config, matmul_finish_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
 from .runtime.arguments import check_activation, check_probability, check_tensors, matmul_input_precision
 from .runtime.backend import HALF, has_copy_engine, runs_triton

@@ -16,15 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.tables import sgd_config
+from .configs.tables import apply_overrides, tile_size
 from .primitives import cast, fma, program_id
-from .runtime.backend import runs_triton
+from .runtime.backend import INTERPRETED, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64
 
 #: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
 MAX_TENSORS = 32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def sgd_config(elements: int) -> dict[str, int]:
+    """BLOCK and num_warps of the optimizer's kernel; ``elements``: of the largest tensor.
+
+    Sixteen elements a thread: enough loads under way at once, and few programs that look for their tensor.
+    """
+    return apply_overrides({"BLOCK": tile_size(elements, 16, 2**17) if INTERPRETED else 4096, "num_warps": 8})
+
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

@@ -14,9 +14,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.tables import column_sum_config, column_sum_split, sum_columns_config, sum_parts_config
+from .configs.tables import MULTIPROCESSORS, apply_overrides, largest_divisor, split_count, tile_size
 from .primitives import cast, compensated_add, dropout_factor, program_id, relu_grad
+from .runtime.backend import INTERPRETED
 from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
+
+#: Rows that one program walks down at once: a second launch would take longer than the steps that it saves.
+_FEW_ROWS = 512
+
+
+def column_sum_split(rows: int, programs: int, blocks: int) -> int:
+    """Parts into which the ``blocks`` blocks of rows are split where ``programs`` programs would walk down all of them."""
+    if rows <= _FEW_ROWS:
+        return apply_overrides({"SPLIT": 1})["SPLIT"]
+    return split_count(programs, max(blocks, 1), programs_per_multiprocessor=7)  # as many as fit by registers, at once
+
+
+def column_sum_config(rows: int, columns: int) -> dict[str, int]:
+    """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
+    if INTERPRETED:
+        # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
+        config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": tile_size(columns, 16, 512), "num_warps": 4}
+    elif rows <= _FEW_ROWS:
+        # One program for all rows of its columns, so narrow ones, of 64 bytes and more, for many programs.
+        config = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
+    else:
+        # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
+        exact = largest_divisor(columns, 128)
+        block = exact if exact >= 32 else tile_size(columns, 16, 128)
+        config = {"BLOCK_ROWS": 2048 // block, "BLOCK_COLUMNS": block, "num_warps": 4}
+    return apply_overrides(config)
+
+
+def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
+    """BLOCK, BLOCK_PARTS and num_warps of the sum over ``parts`` parts of ``elements`` elements.
+
+    Few elements of many parts (the gradient of a bias) leave few programs: each takes few elements and reads many parts at
+    once, so that it does not wait for one after the other.
+    """
+    if INTERPRETED:
+        config = {"BLOCK": tile_size(elements, 16, 2**17), "BLOCK_PARTS": tile_size(parts, 1, 4), "num_warps": 4}
+        return apply_overrides(config)
+    block = 1024
+    while block > 16 and cdiv(elements, block) < 2 * MULTIPROCESSORS and parts * block > 1024:
+        block //= 2
+    block_parts = 1 if block == 1024 else tile_size(parts, 1, 2048 // block)
+    return apply_overrides({"BLOCK": block, "BLOCK_PARTS": block_parts, "num_warps": 4})
+
+
+def sum_columns_config(parts: int) -> dict[str, int]:
+    """BLOCK_COLUMNS and BLOCK_COLUMN_PARTS of vectors summed over at most ``parts`` parts beside another sum.
+
+    As in :func:`sum_parts_config` few columns a program, and many parts at once.
+    """
+    if INTERPRETED:
+        return apply_overrides({"BLOCK_COLUMNS": 512, "BLOCK_COLUMN_PARTS": tile_size(parts, 1, 4)})
+    return apply_overrides({"BLOCK_COLUMNS": 16, "BLOCK_COLUMN_PARTS": tile_size(parts, 1, 128)})
 
 
 def dropout_scale(p: float) -> float:

@@ -27,7 +27,7 @@ import kernels
 from alexnet_triton import AlexNet
 from alexnet_triton.fused import Run, call, plan
 from kernels.configs import tables
-from kernels.runtime import backend, launch
+from kernels.runtime import launch
 from kernels.sgd import sgd_step
 
 #: Compute capability -> the GPU whose table of measured configurations it follows, if there is one.
@@ -54,8 +54,9 @@ def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
         for module in modules():
             if "capability" in vars(module):
                 stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
-        for module in (backend, tables):
-            stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
+        for module in modules():
+            if isinstance(vars(module).get("INTERPRETED"), bool):  # kernels have a constant of their own
+                stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
         stack.enter_context(mock.patch.object(tables, "_table_name", return_value=GPUS[capability]))
         yield
 
@@ -73,19 +74,23 @@ def precision_of_float32(precision: str) -> Iterator[None]:
 
 
 def _choosers() -> dict[str, Callable[..., Any]]:
-    """The functions of kernels/tables.py that launch functions call, by name."""
-    functions = {n: f for n, f in vars(tables).items() if inspect.isroutine(f) and f.__module__ == tables.__name__}
-    return {n: f for n, f in functions.items() if not n.startswith("_") and n not in ("override", "untuned")}
+    """The functions that launch functions ask for configurations, by name: the rules, wherever they stand."""
+    found: dict[str, Callable[..., Any]] = {"split_count": tables.split_count}
+    for module in modules():
+        all_of_it = module.__name__.endswith("rules")
+        for name, function in vars(module).items():
+            is_rule = name.endswith(("_config", "_split")) or all_of_it
+            if is_rule and not name.startswith("_") and inspect.isroutine(function) and function.__module__ == module.__name__:
+                found[name] = function
+    return found
 
 
 @contextlib.contextmanager
 def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Put ``wrap(name, function)`` in the place of each chooser wherever a module of kernels imported it."""
+    """Put ``wrap(name, function)`` in the place of each chooser wherever a module of kernels has it."""
     choosers = _choosers()
     with contextlib.ExitStack() as stack:
         for module in modules():
-            if module is tables:
-                continue
             for name, value in list(vars(module).items()):
                 if name in choosers and value is choosers[name]:
                     stack.enter_context(mock.patch.object(module, name, wrap(name, value)))
@@ -94,7 +99,7 @@ def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., An
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One question to the chooser: the function of kernels/tables.py, and its answer, a dict as sorted pairs."""
+    """One question to the chooser: the function that was asked, and its answer, a dict as sorted pairs."""
 
     function: str
     answer: Any
@@ -166,6 +171,7 @@ class Recorder:
         self.choices: list[Choice] = []
         self.launches: Launches = []
         self._stack = contextlib.ExitStack()
+        self._answering = False
 
     def take(self) -> tuple[list[Choice], Launches]:
         """What was written down since the last call."""
@@ -186,7 +192,13 @@ class Recorder:
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def asked(*args: Any, **kwargs: Any) -> Any:
-            answer = function(*args, **kwargs)
+            if self._answering:  # a chooser asks another: its answer is what counts
+                return function(*args, **kwargs)
+            self._answering = True
+            try:
+                answer = function(*args, **kwargs)
+            finally:
+                self._answering = False
             self.choices.append(Choice(name, _as_pairs(answer)))
             return answer
 

@@ -29,16 +29,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..configs.tables import (
-    conv2d_box_config,
-    conv2d_images_config,
-    conv2d_images_wgrad_config,
-    conv2d_tile,
-)
 from ..primitives import cast, dot, program_id, relu, relu_grad
 from ..runtime.backend import HALF, has_copy_engine
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums, sum_parts
+from .rules import conv2d_box_config, conv2d_images_config, conv2d_images_wgrad_config, conv2d_tile
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

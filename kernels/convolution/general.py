@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs.tables import conv2d_wgrad_by_images, matmul_config, split_count
+from ..configs.tables import split_count
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.arguments import check_activation, check_tensors, conv_input_precision, pair
 from ..runtime.backend import runs_triton
@@ -46,6 +46,7 @@ from ..sums import (
     triton_accumulator,
 )
 from . import descriptor, stem
+from .rules import conv2d_wgrad_by_images, matmul_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

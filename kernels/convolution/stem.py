@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..configs.tables import conv2d_stem_config, conv2d_stem_wgrad_config, elementwise_config
+from ..configs.tables import elementwise_config
 from ..primitives import cast, dot, program_id
 from ..runtime.arguments import check_tensors, pair
 from ..runtime.backend import HALF, has_copy_engine, runs_triton
@@ -27,6 +27,7 @@ from ..runtime.torch_interop import overridable
 from ..sums import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 from . import descriptor
 from .descriptor import aligned, dense_nhwc, store_pixels
+from .rules import conv2d_stem_config, conv2d_stem_wgrad_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

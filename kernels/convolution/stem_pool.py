@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..configs.tables import conv2d_stem_pool_config, conv2d_stem_pool_fused
 from ..pooling.autograd import new_position_and_index, no_gradient
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.backend import capability
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from . import stem
+from .rules import conv2d_stem_pool_config, conv2d_stem_pool_fused
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

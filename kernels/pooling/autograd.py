@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs.tables import elementwise_config, pool_config, split_count
+from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
 from ..primitives import cast, compensated_add, program_id
 from ..runtime.arguments import check_tensors, pair
-from ..runtime.backend import runs_triton
+from ..runtime.backend import INTERPRETED, runs_triton
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..runtime.torch_interop import (
     OperatorFunction,
@@ -33,6 +33,28 @@ from ..runtime.torch_interop import (
     wants_grad,
 )
 from ..sums import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
+
+
+def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
+    """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
+
+    The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
+    pixels. Eight elements a thread are 16 bytes of a half type; four where pixels' offsets, or int64 ones (``wide``),
+    take the registers.
+    """
+    if INTERPRETED:
+        config = {"BLOCK_PIXELS": tile_size(pixels, 1, 512), "BLOCK_CHANNELS": tile_size(channels, 1, 128), "num_warps": 4}
+        return apply_overrides(config)
+    elements = 1024 if channels_last and not wide else 512
+    if channels_last:
+        exact = largest_divisor(channels, 64)
+        block_channels = exact if exact >= 16 else tile_size(channels, 1, 32)
+        block_pixels = tile_size(pixels, 1, elements // block_channels)
+    else:
+        block_pixels = tile_size(pixels, 1, 256)
+        block_channels = tile_size(channels, 1, elements // block_pixels)
+    return apply_overrides({"BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels, "num_warps": 4})
+
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

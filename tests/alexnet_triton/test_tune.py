@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from alexnet_triton import tune
 from alexnet_triton.cli import app
 from kernels import configs
+from kernels.convolution import rules
 
 from ..conftest import DEVICE
 from ..permissions import permissions_hold
@@ -28,7 +29,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of tables, read as on the H100 of the committed one."""
     monkeypatch.setattr(configs.tables, "TABLES", tmp_path)
     monkeypatch.setattr(configs.tables, "INTERPRETED", False)
+    monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(configs.tables, "capability", lambda device: 90)
+    monkeypatch.setattr(rules, "capability", lambda device: 90)
     configs.tables.read_table.cache_clear()
     yield tmp_path
     configs.tables.read_table.cache_clear()
@@ -40,17 +43,17 @@ def _write(folder: Path, configs: object) -> None:
 
 def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None:
     cpu, shape = torch.device("cpu"), (128, 12, 12, 256, 384, 3, 3)
-    rule = configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape)
+    rule = rules.conv2d_images_config(cpu, "conv2d_fprop", *shape)
     assert rule["num_stages"] != 2
-    _write(tables, {configs.tables.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "FUSED": 1}})
+    _write(tables, {rules.conv2d_key("conv2d_fprop", *shape): {"num_stages": 2, "FUSED": 1}})
     configs.tables.read_table.cache_clear()
-    assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
+    assert rules.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule | {"num_stages": 2}
     with configs.tables.untuned():
-        assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule
+        assert rules.conv2d_images_config(cpu, "conv2d_fprop", *shape) == rule
     with configs.tables.override(num_stages=5):
-        assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *shape)["num_stages"] == 5
+        assert rules.conv2d_images_config(cpu, "conv2d_fprop", *shape)["num_stages"] == 5
     other = (64, *shape[1:])
-    assert configs.tables.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
+    assert rules.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
 
 
 def _entry(name: str, value: object) -> str:

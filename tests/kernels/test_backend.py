@@ -60,7 +60,7 @@ SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
     "override": (
         lambda: tables.override(A=1, B=1),
         lambda: tables.override(B=2),
-        lambda: tables._apply_overrides({"A": 0, "B": 0}),
+        lambda: tables.apply_overrides({"A": 0, "B": 0}),
     ),
     "untuned": (tables.untuned, tables.untuned, lambda: tables._use_tables.value),
     "record_launches": (lambda: launch.record_launches(_ignore), lambda: launch.record_launches(_ignore), launch.is_recording),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.configs import tables
+from kernels.convolution import rules
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, randn
@@ -159,19 +160,19 @@ def test_any_layout(layout: str, images: int) -> None:
 @pytest.mark.parametrize("c", [16, 48, 64, 96, 256])
 def test_configurations_fit(c: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks tile the channels they must tile exactly, within what one multiprocessor of an H100 can hold."""
-    monkeypatch.setattr(tables, "INTERPRETED", False)
-    monkeypatch.setattr(tables, "tuned", lambda device, key: {})
+    monkeypatch.setattr(rules, "INTERPRETED", False)
+    monkeypatch.setattr(rules, "tuned", lambda device, key: {})
     shared = 227 * 1024
     for tiles in (
-        tables.conv2d_images_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
-        tables.conv2d_box_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        rules.conv2d_images_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
+        rules.conv2d_box_config(torch.device(DEVICE), "conv2d_fprop", batch, 12, 12, c, k, 3, 3),
     ):
         assert c % tiles["BLOCK_K"] == 0
         pixels = tiles["BLOCK_M"] * tiles["PIXELS"] if "BLOCK_M" in tiles else tiles["NB"] * tiles["TH"] * tiles["TW"]
         filters = tiles["BLOCK_N"] + tiles.get("BLOCK_N2", 0)
         assert tiles["num_stages"] * (pixels + filters) * tiles["BLOCK_K"] * 2 < shared
         assert pixels * filters / (32 * tiles["num_warps"]) <= 128, "accumulators must leave registers for the rest"
-    tiles = tables.conv2d_images_wgrad_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, 3)
+    tiles = rules.conv2d_images_wgrad_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, 3)
     channels = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
     assert c % channels == 0
     assert tiles["num_stages"] * (tiles["BLOCK_M"] + channels * tiles["POSITIONS"]) * tiles["BLOCK_K"] * 2 < shared

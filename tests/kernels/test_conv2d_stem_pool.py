@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
+from kernels.convolution import rules
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.pooling.autograd import no_gradient
 from kernels.runtime import launch
@@ -287,11 +288,11 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fold", [48, 144])
 def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
-    monkeypatch.setattr(tables, "INTERPRETED", False)
-    monkeypatch.setattr(tables, "tuned", lambda device, key: {})
+    monkeypatch.setattr(rules, "INTERPRETED", False)
+    monkeypatch.setattr(rules, "tuned", lambda device, key: {})
     device = torch.device(DEVICE)
     for narrow in (False, True):
-        tiles = tables.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
+        tiles = rules.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
         assert tiles["BLOCK_K"] + tiles["BLOCK_K2"] >= fold
         assert 1 <= tiles["COLUMNS"] <= 26
         filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]

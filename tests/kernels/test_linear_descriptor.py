@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import linear_rules
 from kernels.configs import tables
 from kernels.matrix_product import linear_reference
 from kernels.runtime import backend, launch
@@ -160,7 +161,7 @@ PASSES = [(0, 4096, 6400), (0, 4096, 4096), (0, 10, 4096), (0, 6400, 4096), (409
 def test_candidates_fit(batch: int, itemsize: int) -> None:
     for sizes in PASSES:
         m, n, k = (size or batch for size in sizes)
-        candidates = tables.linear_candidates(m, n, k, itemsize)
+        candidates = linear_rules.linear_candidates(m, n, k, itemsize)
         assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
         for c in candidates:
             stage = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
@@ -173,6 +174,6 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
 @pytest.mark.parametrize("sizes", [s for s in PASSES if 10 not in s], ids=str)
 def test_every_multiprocessor_of_an_h100_has_work_at_batch_128(sizes: tuple[int, int, int]) -> None:
     m, n, k = (size or 128 for size in sizes)
-    chosen = tables._linear_rule(m, n, k, 2)
+    chosen = linear_rules._linear_rule(m, n, k, 2)
     programs = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) * chosen["SPLIT"]
     assert programs >= 0.9 * 132

@@ -1,0 +1,245 @@
+"""Tile sizes, warps and stages of the convolutions' kernels, and of matrix products of any strides: the rules.
+
+What was measured for a GPU (:mod:`kernels.configs.tables`) comes before them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..configs.tables import MULTIPROCESSORS, apply_overrides, known, largest_divisor, tile_size, tuned
+from ..runtime.backend import INTERPRETED, capability
+from ..runtime.launch import cdiv
+
+
+def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
+    """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written."""
+    return f"{operation} n{n} p{p} q{q} c{c} k{k} r{r} s{s}"
+
+
+def matmul_config(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    input_precision: str,
+    *,
+    irregular_gather: bool = False,
+) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a matrix kernel of M x N outputs and K products each.
+
+    ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
+    pointers are recomputed element by element) tiles are small, so that all fits the registers.
+    """
+    if INTERPRETED:
+        config = {
+            "BLOCK_M": tile_size(m, 16, 512),
+            "BLOCK_N": tile_size(n, 16, 512),
+            "BLOCK_K": tile_size(k, 16, 256),
+            "num_warps": 4,
+            "num_stages": 1,
+        }
+    elif dtype == torch.float32 and irregular_gather:
+        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 32), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    elif irregular_gather:
+        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    elif dtype == torch.float32 and input_precision == "ieee":
+        # No tensor core multiplies float32 exactly: FMA on registers, so the tile is what registers hold.
+        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+    elif dtype == torch.float32:
+        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    else:
+        block_m = 128 if m > 64 else 64
+        block_n = tile_size(n, 16, 128)
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": warps, "num_stages": 3}
+    return apply_overrides(config)
+
+
+@functools.lru_cache(maxsize=4096)
+def _two_blocks(n: int, high: int) -> tuple[int, int]:
+    """Powers of 2 whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96; the second may be 0."""
+    candidates = [(high, 0)] if n >= high else [(tile_size(n, 16, high), 0)]
+    if n % 96 == 0 and n % high:
+        candidates.append((64, 32))
+    if n % 48 == 0 and n < 96:
+        candidates.append((32, 16))
+    return min(candidates, key=lambda blocks: (cdiv(n, sum(blocks)) * sum(blocks), blocks[1]))
+
+
+@functools.lru_cache(maxsize=4096)
+def conv2d_box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
+    """Images x rows x columns, powers of 2 with the product ``pixels``, that waste the least; of these the squarest."""
+    shapes = [(pixels // th // tw, th, tw) for th in _powers(pixels) for tw in _powers(pixels // th)]
+
+    def cost(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        covered = 1
+        for size, tile in zip((n, p, q), shape, strict=True):
+            covered *= cdiv(size, tile) * tile
+        _, th, tw = shape
+        return covered, -th * tw, abs(th - tw)
+
+    return min(shapes, key=cost)
+
+
+def _powers(high: int) -> list[int]:
+    return [1 << i for i in range(high.bit_length())]
+
+
+def conv2d_tile(device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
+    """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
+
+    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 64 make its
+    loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
+    """
+    few_images = n < (3 if INTERPRETED else 48)
+    narrow = c % 64 != 0 and k % 256 == 0 and not INTERPRETED
+    config = {"IMAGES": int(not few_images and not narrow)}
+    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    return "images" if apply_overrides(config)["IMAGES"] else "box"
+
+
+def conv2d_wgrad_by_images(n: int) -> bool:
+    """Whether ``n`` images are enough for a weight gradient whose steps are one pixel of 64 images."""
+    return bool(apply_overrides({"IMAGES_WGRAD": int(n >= (1 if INTERPRETED else 32))})["IMAGES_WGRAD"])
+
+
+def conv2d_images_config(
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
+    """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
+    block_n, block_n2 = _two_blocks(k, 128)
+    if INTERPRETED:
+        config = {"PIXELS": 1, "BLOCK_M": tile_size(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
+        config |= {"num_warps": 4, "num_stages": 1}
+    else:
+        block_m = 128 if n > 64 else 64
+        # A narrow block of filters is read for two pixels at once: else the copy engine brings too little work.
+        pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
+        warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
+        config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}
+        config |= {"num_warps": warps, "num_stages": 4}
+    config["WARP_SPECIALIZE"] = 0
+    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    config = apply_overrides(config)
+    return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
+
+
+def conv2d_box_config(
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some."""
+    if INTERPRETED:
+        pixels, config = 64, {"BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
+    else:
+        choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % 64 != 0 else []
+        choices += [(256, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
+        for pixels, block_n, warps, stages in choices:  # noqa: B007
+            nb, th, tw = conv2d_box(pixels, n, p, q)
+            programs = cdiv(n, nb) * cdiv(p, th) * cdiv(q, tw) * cdiv(k, block_n)
+            if programs >= MULTIPROCESSORS:
+                break
+        config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
+    nb, th, tw = conv2d_box(pixels, n, p, q)
+    config = {"NB": nb, "TH": th, "TW": tw, "WARP_SPECIALIZE": 0} | config
+    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    config = apply_overrides(config)
+    return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
+
+
+def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles of the images kernel's weight gradient: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
+    block_m, positions = 128, 1
+    block_n, block_n2 = largest_divisor(c, 256 if k % 128 == 0 else 128), 0
+    if c % 96 == 0 and block_n < 64:
+        block_n, block_n2 = 64, 32
+    if block_n + block_n2 < 128:
+        positions = 2
+        block_m = 256 if k % 256 == 0 else 128
+    area = block_m * (block_n + block_n2) * positions
+    config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
+    config |= {"BLOCK_K": tile_size(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(k, 16, 128), "num_stages": 1}
+    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s))
+    config = apply_overrides(config | known(config, measured))
+    if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
+        config |= {"BLOCK_N": largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
+    programs = cdiv(k, config["BLOCK_M"]) * cdiv(r * s, config["POSITIONS"])
+    programs *= c // (config["BLOCK_N"] + config["BLOCK_N2"])
+    at_once = MULTIPROCESSORS * (2 if config["num_warps"] == 4 else 1)
+    steps = p * q * cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else at_once // programs
+    return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
+
+
+def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters."""
+    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
+    config |= known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
+    applied = apply_overrides(config)
+    return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
+
+
+def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
+    """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
+
+    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
+    """
+    config = {"FUSED": int(fold == 48)}
+    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
+    return bool(apply_overrides(config)["FUSED"])
+
+
+def conv2d_stem_pool_config(
+    device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
+) -> dict[str, int]:
+    """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
+
+    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
+    """
+    block_n, block_n2 = _two_blocks(k, 64)
+    if narrow and not INTERPRETED:
+        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    config = {"ROWS": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    config |= {"num_warps": 4, "num_stages": 2 if fold == 48 else 1}
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
+    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1))
+    config = apply_overrides(config | known(config, measured))
+    if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
+        config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
+    programs = cdiv(p, config["ROWS"]) * cdiv(n, config["BLOCK_M"])
+    programs *= cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+
+    def columns_one_after_another(strips: int) -> int:
+        # Two programs run on a multiprocessor at once; neighbouring strips share a column of the convolution.
+        return cdiv(programs * strips, 2 * MULTIPROCESSORS) * (2 * cdiv(q, strips) + 1)
+
+    strips = min(range(1, min(q, 16) + 1), key=columns_one_after_another)
+    return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
+
+
+def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
+    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
+    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    # Blackwell's compiler spills with four warps.
+    warps = 4 if capability(device) < 100 else 8
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128 if n > 64 else 64, "num_warps": warps}
+    config |= {"num_stages": 3}
+    if INTERPRETED:
+        config |= {"BLOCK_K": tile_size(n, 16, 64), "num_stages": 1}
+    measured = tuned(device, conv2d_key("conv2d_stem_wgrad", n, p, q, fold, k, 3, 1))
+    config = apply_overrides(config | known(config, measured))
+    programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    steps = p * q * cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
+    return config | apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
