@@ -5,9 +5,9 @@ public function, and a ``*_reference`` beside it in PyTorch's own operations.
 """
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
-from .convolution.general import conv2d, linked_conv2d
+from .convolution.autograd import conv2d, linked_conv2d
+from .convolution.cells import Cells, space_to_depth
 from .convolution.relu_max_pool2d import conv2d_relu_max_pool2d, reads_cells
-from .convolution.stem import Cells, space_to_depth
 from .dropouts import dropout, dropout_mask
 from .images import Augmentation, gather_resize
 from .matrix_product import linear, linear_relu_dropout

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import matrix_product  # noqa: F401 (defines operators)
-from .convolution import general, relu_max_pool2d  # noqa: F401 (define operators)
+from .convolution import autograd, relu_max_pool2d  # noqa: F401 (define operators)
 
 _operators: Any = torch.ops.alexnet_triton
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs.tables import elementwise_config
-from .convolution.stem import Cells, space_to_depth_reference
+from .convolution.cells import Cells, space_to_depth_reference
 from .primitives import cast, program_id
 from .runtime.arguments import integer
 from .runtime.backend import runs_triton

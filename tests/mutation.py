@@ -127,14 +127,14 @@ FAULTS = (
     ),
     Fault(
         ">= for >: the last of equal maxima is taken",
-        "kernels/pooling/autograd.py",
+        "kernels/pooling/kernels.py",
         "takes = (b_x > b_best) | (b_x != b_x)",
         "takes = (b_x >= b_best) | (b_x != b_x)",
         (f"{_POOL}::test_values_indices_and_gradient",),
     ),
     Fault(
         "missing NaN rule in the pool",
-        "kernels/pooling/autograd.py",
+        "kernels/pooling/kernels.py",
         "takes = (b_x > b_best) | (b_x != b_x)",
         "takes = b_x > b_best",
         (f"{_POOL}::test_nan_infinity_and_signed_zero",),
@@ -155,7 +155,7 @@ FAULTS = (
     ),
     Fault(
         "unmasked store of the pool's gradient",
-        "kernels/pooling/autograd.py",
+        "kernels/pooling/kernels.py",
         "    tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty), mask=m_e)",
         "    tl.store(dx_ptr + o_e, cast(acc, dx_ptr.dtype.element_ty))",
         (f"{_POOL}::test_values_indices_and_gradient",),

@@ -15,37 +15,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..configs.tables import split_count
 from ..primitives import cast, dot, program_id, relu
-from ..runtime.arguments import check_activation, check_tensors, conv_input_precision, pair
-from ..runtime.backend import runs_triton
+from ..runtime.arguments import conv_input_precision
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
-from ..runtime.torch_interop import (
-    OperatorFunction,
-    apply_function,
-    autocast_inputs,
-    call_operator,
-    once_differentiable,
-    overridable,
-    register_autograd,
-)
 from ..sums import (
     ColumnSums,
     accumulator_dtype,
     epilogue_backward,
     sum_parts,
-    sum_vectors,
     triton_accumulator,
 )
 from . import descriptor, stem
+from .cells import cells_of
 from .rules import conv2d_wgrad_by_images, matmul_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -336,13 +323,13 @@ def fprop(
     """Convolution, bias, ReLU: (N, C, H, W) and (K, C/groups, R, S) to channels-last (N, K, P, Q).
 
     ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches. ``cells``
-    are :func:`kernels.stem.cells_of` the input, if they are there already.
+    are :func:`.cells.cells_of` the input, if they are there already.
     """
     if descriptor.takes(input, weight, stride, dilation, groups):
         return descriptor.fprop(input, weight, bias, padding, output_size, relu)
     if stem.takes(input, weight, stride, dilation, groups):
         if cells is None:
-            cells = stem.cells_of(input, stride[0], padding, output_size, weight.shape[2:])
+            cells = cells_of(input, stride[0], padding, output_size, weight.shape[2:])
         return stem.fprop(cells, weight, bias, stride[0], output_size, relu)
     n, _, h, w = input.shape
     k, cg, r, s = weight.shape
@@ -496,7 +483,7 @@ def wgrad(
         descriptor.wgrad(dz, input, dw, padding, vectors)
         return dw
     if stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        cells = stem.cells_of(input, stride[0], padding, (p, q), (r, s))
+        cells = cells_of(input, stride[0], padding, (p, q), (r, s))
         stem.wgrad(dz, cells, dw, stride[0], vectors)
         return dw
     precision = conv_input_precision(dz.dtype)
@@ -542,116 +529,6 @@ def wgrad(
     return dw
 
 
-@torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
-def conv2d_fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    link: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    output_size: list[int],
-    relu: bool,
-    make_link: bool,
-) -> tuple[Tensor, Tensor]:
-    """:func:`fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link`` is that of the ReLU before."""
-    return fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu), _new_link(weight, make_link)
-
-
-@conv2d_fprop.register_fake
-def _(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
-    size = (input.shape[0], weight.shape[0], *output_size)
-    return new_output(size, input.dtype, input.device, channels_last=True), _new_link(weight, make_link)
-
-
-def _new_link(weight: Tensor, make_link: bool) -> Tensor:
-    return new_output((weight.shape[0] if make_link else 0,), weight.dtype, weight.device)
-
-
-@torch.library.custom_op("alexnet_triton::conv2d_backward", mutates_args=())
-def conv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    wanted: list[bool],
-    linked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
-
-    ``output`` is the convolution's own where a ReLU gave it, and the gradient does not come through its link.
-    """
-    needs_input, needs_weight, needs_bias = wanted
-    masked = output is not None and (needs_input or needs_weight)
-    dz, d_bias = grad_output, nothing(grad_output)
-    unsummed: list[ColumnSums] = []
-    if masked or needs_bias:
-        written, d_bias, unsummed = epilogue_backward(grad_output, output, write_dz=masked, sum_columns=needs_bias)
-        dz = written if masked else dz
-    geometry = (stride, padding, dilation, groups)
-    dx, dw, d_link = gradients(dz, input, weight, input.shape, geometry, needs_input, needs_weight, linked, unsummed)
-    return dx, dw, d_bias, d_link
-
-
-@conv2d_backward.register_fake
-def _(grad_output, input, weight, output, stride, padding, dilation, groups, wanted, linked):
-    return new_gradients(grad_output, input.shape, weight, wanted, linked)
-
-
-def new_gradients(
-    grad_output: Tensor, input_size: Sequence[int], weight: Tensor, wanted: Sequence[bool], linked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised results of a convolution's backward operator."""
-    dtype, device = grad_output.dtype, grad_output.device
-    needs_input, needs_weight, needs_bias = wanted
-    dx = new_output(input_size, dtype, device, channels_last=True) if needs_input else nothing(grad_output)
-    dw = new_output_like(weight) if needs_weight else nothing(grad_output)
-    d_bias = new_output((weight.shape[0] if needs_bias else 0,), dtype, device)
-    return dx, dw, d_bias, new_output((input_size[1] if needs_input and linked else 0,), dtype, device)
-
-
-def gradients(
-    dz: Tensor,
-    input: Tensor | None,
-    weight: Tensor,
-    input_size: Sequence[int],
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
-    needs_input: bool,
-    needs_weight: bool,
-    linked: bool,
-    unsummed: Sequence[ColumnSums],
-    cells: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and the input's link from that before the activation; only what is needed is launched.
-
-    Args:
-        input: None where its ``cells`` are all that is wanted of it.
-        geometry: stride, padding, dilation, groups.
-        linked: whether the input comes with a link.
-        unsummed: what is to be summed before all is done.
-        cells: :func:`kernels.stem.cells_of` the input.
-    """
-    dx, dw, d_link = (nothing(dz) for _ in range(3))
-    if needs_input:
-        dx, d_link, of_link = dgrad(dz, weight, input_size, *geometry, input if linked else None)
-        unsummed = [*unsummed, *of_link]
-    if not needs_weight:
-        sum_vectors(unsummed)
-    elif cells is not None:
-        dw = new_output_like(weight)
-        stem.wgrad(dz, cells, dw, geometry[0][0], unsummed)
-    else:
-        assert input is not None
-        dw = wgrad(dz, input, weight, *geometry, unsummed)
-    return dx, dw, d_link
-
-
 def _is_irregular(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     return groups > 1 or max(*stride, *dilation) > 1
 
@@ -661,242 +538,3 @@ def _filter_step(stride: int, dilation: int) -> tuple[int, int]:
     common = math.gcd(stride, dilation)
     step = stride // common
     return step, pow(dilation // common, -1, step) if step > 1 else 0
-
-
-# ------------------------------------------------------------------------------------------------- autograd Function
-
-
-class Conv2dFunction(OperatorFunction):
-    """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask.
-
-    Its second output, the link, holds nothing. A convolution that takes it beside the first promises to be the only one to read
-    that, and does two things on the way that would each be a pass over memory here: the input's gradient that it returns is the
-    one before this ReLU, and the link's gradient is the sum of that, the gradient of this bias.
-    """
-
-    @staticmethod
-    def forward(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
-        return call_operator(
-            conv2d_fprop, *(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link)
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        input, weight, _, link, *geometry, _, relu, make_link = inputs
-        y, new_link = output
-        ctx.save_for_backward(input, weight, y if relu else None)
-        ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
-        if not make_link:
-            ctx.mark_non_differentiable(new_link)
-        ctx.geometry = geometry
-        ctx.linked = link is not None
-        ctx.make_link = make_link
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
-        input, weight, output = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Asked first what was said in the forward pass: in compiled code the gradient of what nothing took is not None.
-        handed_over = ctx.make_link and grad_link is not None
-        wanted = [needs_input, needs_weight, needs_bias and not handed_over]
-        masks = None if handed_over else output
-        dx, dw, d_bias, d_link = call_operator(
-            conv2d_backward, grad_output, input, weight, masks, *ctx.geometry, wanted, ctx.linked
-        )
-        return (
-            dx if needs_input else None,
-            dw if needs_weight else None,
-            (grad_link if handed_over else d_bias) if needs_bias else None,
-            d_link if needs_input and ctx.linked else None,
-            *[None] * 7,
-        )
-
-
-register_autograd(Conv2dFunction, conv2d_fprop)
-
-# --------------------------------------------------------------------------------------------------- public function
-
-
-def conv2d_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-) -> Tensor:
-    """What :func:`conv2d` means, in PyTorch's own operations."""
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return F.relu(output) if activation == "relu" else output
-
-
-def conv2d_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-) -> tuple[list[int], list[int], list[int], int, list[int]]:
-    """Check the arguments of a convolution; its stride, padding (top, left), dilation, groups, output size as plain ints."""
-    check_tensors(input=input, weight=weight, bias=bias)
-    if input.dim() != 4:
-        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight.shape)}")
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups must be a positive int, got {groups!r}")
-    if groups < 1:
-        raise ValueError(f"groups must be a positive int, got {groups!r}")
-    n, _, height, width = input.shape
-    k, cg, r, s = weight.shape
-    if input.shape[1] != cg * groups:
-        raise ValueError(
-            f"input has {input.shape[1]} channels, but weight of shape {tuple(weight.shape)} with groups={groups} wants "
-            f"{cg} x {groups} = {cg * groups}"
-        )
-    if k == 0 or k % groups != 0:
-        raise ValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
-    if bias is not None and bias.shape != (k,):
-        raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias.shape)}")
-    if min(height, width) < 1 and n > 0:
-        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
-    if min(cg, r, s) < 1:
-        raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight.shape)}")
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    totals, before = _padding(padding, strides, dilations, (r, s))
-    sizes = []
-    for name, size, total, dil, filter_size, step in zip(
-        ("height", "width"), input.shape[2:], totals, dilations, (r, s), strides, strict=True
-    ):
-        span = dil * (filter_size - 1) + 1
-        if size + total < span:
-            raise ValueError(
-                f"input's {name} {size} with {total} of padding is smaller than the filter's span of {span} "
-                f"(weight {tuple(weight.shape)}, dilation {dilations}): the output would be empty"
-            )
-        sizes.append((size + total - span) // step + 1)
-    return list(strides), list(before), list(dilations), int(groups), sizes
-
-
-def _padding(
-    padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int], filter_size: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Total padding of each axis, and the part of it before the first element."""
-    if padding == "valid":
-        return (0, 0), (0, 0)
-    if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
-        total = (dilation[0] * (filter_size[0] - 1), dilation[1] * (filter_size[1] - 1))
-        return total, (total[0] // 2, total[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
-    before = pair("padding", padding, 0)
-    return (2 * before[0], 2 * before[1]), before
-
-
-@overridable
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-    link: Tensor | None = None,
-) -> Tensor:
-    """2-D convolution, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.conv2d`.
-
-    Args:
-        input: (N, C, H, W) or (C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides.
-        weight: (K, C / groups, R, S), dtype and device of ``input``.
-        bias: (K,) or None.
-        stride: int or (vertical, horizontal), in pixels.
-        padding: zeros on each side, int or (vertical, horizontal), or ``"same"`` or ``"valid"``.
-        dilation: distance of filter elements, int or (vertical, horizontal), in pixels.
-        groups: number of groups that input and output channels are cut into.
-        activation: None or ``"relu"``.
-        link: of ``input``, where :func:`linked_conv2d` gave both and nothing else reads ``input``.
-
-    Returns:
-        (N, K, P, Q) or (K, P, Q) with P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, in ``input``'s dtype,
-        channels-last in memory. Products are summed in float32 (float64 for float64). float32 products follow
-        ``torch.backends.cudnn.conv.fp32_precision`` (TF32 by PyTorch's default). Under autocast, inputs are cast as
-        ``F.conv2d`` casts them.
-
-    Raises:
-        TypeError: a dtype that the kernels do not run, or dtypes that differ.
-        ValueError: ranks, channels, devices, sizes or options that do not fit.
-    """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, link, make_link=False)[0]
-
-
-@overridable
-def linked_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    link: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``conv2d(..., activation="relu")`` right before another convolution, which then takes the ReLU's gradient on its way.
-
-    Args:
-        input, weight, bias, stride, padding, dilation, groups: as :func:`conv2d`.
-        link: what this function returned beside ``input``, if it did.
-
-    Returns:
-        The output, and its link: (K,) without a meaning of its own, or None where no Triton kernel ran, and in compiled code,
-        which does not know whether anything takes it. Both are to be handed
-        to one more convolution (this function, :func:`conv2d` or :func:`kernels.conv2d_relu_max_pool2d`), and nothing else may
-        read the output: its gradient, if anybody should look at it, is the one before the ReLU.
-
-    Raises:
-        TypeError, ValueError: as :func:`conv2d`; ValueError for a link of another number of channels than ``input``'s.
-    """
-    # Of compiled code the gradient of a link that nothing took would be zeros, not None, and so say that it was taken.
-    make_link = not torch.compiler.is_compiling()
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", link, make_link=make_link)
-
-
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    activation: str | None,
-    link: Tensor | None,
-    *,
-    make_link: bool,
-) -> tuple[Tensor, Tensor | None]:
-    fuse_relu = check_activation(activation)
-    input, weight, bias = autocast_inputs(input, weight, bias)
-    batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    *geometry, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
-    check_link(link, batched)
-    if not runs_triton(input):
-        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
-    output, new_link = apply_function(Conv2dFunction, batched, weight, bias, link, *geometry, size, fuse_relu, make_link)
-    return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
-
-
-def check_link(link: Tensor | None, input: Tensor) -> None:
-    """Refuse a link that belongs to another tensor than ``input`` (N, C, H, W)."""
-    if link is not None and link.shape != input.shape[1:2]:
-        raise ValueError(f"link must be the one that was returned beside input, ({input.shape[1]},), got {tuple(link.shape)}")

@@ -36,15 +36,9 @@ from ..runtime.torch_interop import (
     wants_grad,
 )
 from . import stem, stem_pool
-from .general import (
-    check_link,
-    conv2d_arguments,
-    conv2d_reference,
-    fprop,
-    gradients,
-    new_gradients,
-)
-from .stem import cells_of, cells_size, depth_to_space, new_cells
+from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, new_gradients
+from .cells import cells_of, cells_size, depth_to_space, new_cells
+from .general import fprop
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())

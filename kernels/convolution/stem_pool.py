@@ -313,7 +313,7 @@ def fprop(
     """Convolution, bias, ReLU, pool: to pooled values and uint8 window positions, each (N, K, P, Q).
 
     Args:
-        cells: :func:`kernels.stem.cells_of` the input.
+        cells: :func:`.cells.cells_of` the input.
         conv_size: (rows, columns) of the convolution's output, which is not written.
         channels_last: whether both results are NHWC in memory, or NCHW.
         write_position: whether the second is wanted; else it is empty.

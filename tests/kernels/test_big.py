@@ -62,8 +62,8 @@ def spread(tensor: Tensor, dim: int) -> Tensor:
 MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
-        *("convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool", "dropouts"),
-        *("images", "matrix_product", "pooling.autograd", "sums", "sgd"),
+        *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
+        *("dropouts", "images", "matrix_product", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
     )
 ]
 

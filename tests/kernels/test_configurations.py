@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution.general import conv2d_reference
+from kernels.convolution.autograd import conv2d_reference
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.images import gather_resize_reference
 from kernels.matrix_product import linear_reference

@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution.general import conv2d_reference
+from kernels.convolution.autograd import conv2d_reference
 from kernels.runtime import launch
 
 from ..conftest import DEVICE, own_devices

@@ -10,9 +10,9 @@ import torch
 import kernels
 from kernels import dropouts as drop
 from kernels import matrix_product as lin
-from kernels.convolution import general as conv
+from kernels.convolution import autograd as conv
+from kernels.convolution import cells
 from kernels.convolution import relu_max_pool2d as block
-from kernels.convolution import stem
 from kernels.pooling import autograd as pool
 
 from ..conftest import DEVICE, own_devices
@@ -128,7 +128,7 @@ SAMPLES = {
             *([2, 1, 39, 43], *STRIDED[3:7], STRIDED[7], *STRIDED[8:11], [False, True, True], False),
         ),
     ),
-    "space_to_depth_cells": lambda: (stem.space_to_depth_cells, (_randn(2, 1, 27, 23), 4, [1, 1], [5, 4], [11, 11])),
+    "space_to_depth_cells": lambda: (cells.space_to_depth_cells, (_randn(2, 1, 27, 23), 4, [1, 1], [5, 4], [11, 11])),
     "max_pool2d_fprop": lambda: (
         pool.max_pool2d_fprop,
         (_randn(2, 4, 7, 9, grad=True), [3, 3], [2, 2], [0, 0], [1, 1], [3, 4], False, False, True, True),
@@ -160,7 +160,7 @@ SAMPLES = {
 
 
 def test_every_operator_has_a_sample() -> None:
-    modules = (conv, block, stem, drop, lin, pool)
+    modules = (conv, block, cells, drop, lin, pool)
     operators = {n for m in modules for n, v in vars(m).items() if isinstance(v, torch.library.CustomOpDef)}
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
