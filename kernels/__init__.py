@@ -1,7 +1,8 @@
 """Triton kernels for convolutional networks, as differentiable PyTorch operations.
 
-Each operation has the meaning of its PyTorch counterpart, one file with its kernels, launch functions, autograd Function and
-public function, and a ``*_reference`` beside it in PyTorch's own operations.
+Each operation has the meaning of its PyTorch counterpart, one file or folder with its kernels, launch functions, autograd
+Function and public function, and a ``*_reference`` beside it in PyTorch's own operations. What is for whoever builds a pipeline
+is in :mod:`kernels.advanced` too.
 """
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)

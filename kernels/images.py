@@ -46,6 +46,9 @@ class Augmentation(NamedTuple):
     size: Tensor | None = None
 
 
+Augmentation.__module__ = "kernels"  # where pickles look for it, wherever it is defined
+
+
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 

@@ -98,6 +98,9 @@ class Cells(NamedTuple):
         return cells_size(step, self.output_size(input_size), filter_size)
 
 
+Cells.__module__ = "kernels"  # where pickles look for it, wherever it is defined
+
+
 # ------------------------------------------------------------------------------------------------- launch functions
 
 

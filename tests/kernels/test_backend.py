@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 import subprocess
 import sys
@@ -186,3 +187,25 @@ def test_cpu_tensors_run_the_reference_or_say_why_not() -> None:
     assert result.returncode == 0, result.stderr
     assert "cannot run on a tensor on cpu" in result.stdout
     assert "TRITON_INTERPRET=1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("older", "value"),
+    [
+        (b"\x80\x02ckernels.conv2d_stem\nCells\nq\x00K\x0bK\x04K\x01\x87q\x01\x81q\x02.", kernels.Cells(11, 4, 1)),
+        (b"\x80\x02ckernels.images\nAugmentation\nq\x00(NNNNNtq\x01\x81q\x02.", kernels.Augmentation()),
+    ],
+    ids=["Cells", "Augmentation"],
+)
+def test_pickles_do_not_depend_on_where_a_class_is_defined(older: bytes, value: tuple) -> None:
+    assert b"ckernels\n" in pickle.dumps(value, protocol=2)
+    for pickled in (older, pickle.dumps(value)):
+        again = pickle.loads(pickled)
+        assert type(again) is type(value)
+        assert again == value
+
+
+def test_what_builds_pipelines_is_the_packages_own() -> None:
+    from kernels import advanced
+
+    assert all(getattr(advanced, name) is getattr(kernels, name) for name in advanced.__all__)
