@@ -8,7 +8,7 @@ function of seed and index alone: the same on every device, in the kernels and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,12 +21,11 @@ from .runtime.arguments import check_probability, check_tensors, integer
 from .runtime.backend import runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .runtime.torch_interop import (
+    Operator,
     OperatorFunction,
     apply_function,
-    call_operator,
     once_differentiable,
     overridable,
-    register_autograd,
 )
 from .sums import dropout_scale, triton_accumulator
 
@@ -81,13 +80,27 @@ def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
+class Dropout(NamedTuple):
+    """What the operator is told beside its tensors: the probability of dropping an element."""
+
+    p: float
+
+    def flat(self) -> tuple[float]:
+        """As the operator's schema lists it."""
+        return (self.p,)
+
+
+def _run_dropout(input: Tensor, seed: Tensor, problem: Dropout) -> Tensor:
+    input = input.contiguous()
+    output = new_output(input.shape, input.dtype, input.device)
+    _launch_dropout(input, seed, output, problem.p, mask_only=False)
+    return output
+
+
 @torch.library.custom_op("alexnet_triton::dropout_apply", mutates_args=())
 def dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
     """``input`` times 1 / (1 - p) where kept, times 0 where dropped; contiguous."""
-    input = input.contiguous()
-    output = new_output(input.shape, input.dtype, input.device)
-    _launch_dropout(input, seed, output, p, mask_only=False)
-    return output
+    return _run_dropout(input, seed, Dropout(p))
 
 
 @dropout_apply.register_fake
@@ -129,26 +142,29 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
+_operator = Operator(dropout_apply, _run_dropout)
+
+
 class DropoutFunction(OperatorFunction):
     """Dropout. Saves its seed; the gradient is the same product again."""
 
     @staticmethod
-    def forward(input, seed, p):
-        return call_operator(dropout_apply, input, seed, p)
+    def forward(input, seed, problem):
+        return _operator((input, seed), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, seed, ctx.p = inputs
+        _, seed, ctx.problem = inputs
         ctx.save_for_backward(seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor):
         (seed,) = saved
-        return call_operator(dropout_apply, grad_output, seed, ctx.p), None, None
+        return _operator((grad_output, seed), ctx.problem), None, None
 
 
-register_autograd(DropoutFunction, dropout_apply)
+_operator.register_autograd(DropoutFunction, Dropout, tensors=2)
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -244,4 +260,4 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         return input
     use_triton = runs_triton(input)
     seed = draw_seed(input.device, seed)
-    return apply_function(DropoutFunction, input, seed, p) if use_triton else dropout_reference(input, p, seed)
+    return apply_function(DropoutFunction, input, seed, Dropout(float(p))) if use_triton else dropout_reference(input, p, seed)

@@ -15,8 +15,10 @@ kernel's in any case: beside the accumulators of a large tile, the ten rounds of
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +30,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .dropouts import draw_seed, dropout_reference
 from .linear_rules import linear_config, matmul_finish_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
+from .runtime import plans
 from .runtime.arguments import check_activation, check_probability, check_tensors, matmul_input_precision
 from .runtime.backend import HALF, has_copy_engine, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .runtime.torch_interop import (
+    Operator,
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    call_operator,
+    is_plain,
     once_differentiable,
     overridable,
-    register_autograd,
 )
 from .sums import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
 
@@ -325,12 +328,39 @@ def _matmul(
     )
 
 
+class Linear(NamedTuple):
+    """What a linear layer's operator is told beside its tensors.
+
+    Attributes:
+        p: probability of dropping an output, where there is a seed.
+        relu: whether a ReLU comes before that.
+    """
+
+    p: float
+    relu: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """As the operator's schema lists it."""
+        return tuple(self)
+
+
+class LinearGradients(NamedTuple):
+    """What its backward pass is told: the dropout's probability, and which gradients (input, weight, bias) are wanted."""
+
+    p: float
+    wanted: Sequence[bool]
+
+
+def _run_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, problem: Linear) -> Tensor:
+    output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
+    _matmul("fprop", input, weight.t(), output, bias, seed, problem.p, problem.relu)
+    return output
+
+
 @torch.library.custom_op("alexnet_triton::linear_fprop", mutates_args=())
 def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
     """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
-    output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
-    _matmul("fprop", input, weight.t(), output, bias, seed, p, relu)
-    return output
+    return _run_fprop(input, weight, bias, seed, Linear(p, relu))
 
 
 @linear_fprop.register_fake
@@ -377,6 +407,37 @@ def linear_epilogue_backward(
     return dz.view(dz.shape[0], n), column_sums
 
 
+def _backward(
+    operators: _BackwardOperators,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    seed: Tensor | None,
+    problem: LinearGradients,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias; None what is not wanted."""
+    p, (needs_input, needs_weight, needs_bias) = problem
+    epilogue, dgrad, wgrad = operators
+    dz, dx, dw, d_bias = grad_output, None, None, None
+    changed = (output is not None or seed is not None) and (needs_input or needs_weight)
+    if changed or needs_bias:
+        written, column_sums = epilogue(grad_output, output, seed, p, changed, needs_bias)
+        dz = written if changed else dz
+        d_bias = column_sums if needs_bias else None
+    if needs_input:
+        dx = dgrad(dz, weight)
+    if needs_weight:
+        dw = wgrad(dz, input, weight)
+    return dx, dw, d_bias
+
+
+class _BackwardOperators(NamedTuple):
+    epilogue: Callable[..., tuple[Tensor, Tensor]]
+    dgrad: Callable[..., Tensor]
+    wgrad: Callable[..., Tensor]
+
+
 @linear_epilogue_backward.register_fake
 def _(grad_output, output, seed, p, write_dz, sum_columns):
     m, n = grad_output.shape
@@ -386,40 +447,37 @@ def _(grad_output, output, seed, p, write_dz, sum_columns):
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
+_fprop_operator = Operator(linear_fprop, _run_fprop)
+_registered = _BackwardOperators(linear_epilogue_backward, linear_dgrad, linear_wgrad)
+_run_backward = functools.partial(_backward, _BackwardOperators(*(operator._init_fn for operator in _registered)))
+
+
 class LinearFunction(OperatorFunction):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
 
     @staticmethod
-    def forward(input, weight, bias, seed, p, relu):
-        return call_operator(linear_fprop, input, weight, bias, seed, p, relu)
+    def forward(input, weight, bias, seed, problem):
+        return _fprop_operator((input, weight, bias, seed), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, weight, _, seed, p, relu = inputs
-        ctx.save_for_backward(input, weight, output if relu else None, seed)
-        ctx.p = p
+        input, weight, _, seed, problem = inputs
+        ctx.save_for_backward(input, weight, output if problem.relu else None, seed)
+        ctx.p = problem.p
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_output: Tensor):
-        input, weight, output, seed = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dz, dx, dw, d_bias = grad_output, None, None, None
-        changed = (output is not None or seed is not None) and (needs_input or needs_weight)
-        if changed or needs_bias:
-            written, column_sums = call_operator(
-                linear_epilogue_backward, grad_output, output, seed, ctx.p, changed, needs_bias
-            )
-            dz = written if changed else dz
-            d_bias = column_sums if needs_bias else None
-        if needs_input:
-            dx = call_operator(linear_dgrad, dz, weight)
-        if needs_weight:
-            dw = call_operator(linear_wgrad, dz, input, weight)
-        return dx, dw, d_bias, None, None, None
+        tensors = (grad_output, *saved)
+        problem = LinearGradients(ctx.p, ctx.needs_input_grad[:3])
+        if is_plain(tensors):
+            gradients = plans.call(_run_backward, tensors, problem)
+        else:
+            gradients = _backward(_registered, *tensors, problem)
+        return (*gradients, None, None)
 
 
-register_autograd(LinearFunction, linear_fprop)
+_fprop_operator.register_autograd(LinearFunction, Linear, tensors=4)
 
 # --------------------------------------------------------------------------------------------------- public functions
 
@@ -458,11 +516,14 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool) -> Tensor:
     if weight.dim() == 1:
         return _apply_linear(input, weight.unsqueeze(0), bias, seed, p, fuse_relu).squeeze(-1)
-    if bias is not None:
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         bias = bias.reshape(-1).expand(weight.shape[0])
+    problem = Linear(p, fuse_relu)
+    if input.dim() == 2:
+        return apply_function(LinearFunction, input, weight, bias, seed, problem)
     # math.prod, not Size.numel(): that would pin a dynamic batch size to what it was while tracing.
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    output = apply_function(LinearFunction, rows, weight, bias, seed, p, fuse_relu)
+    output = apply_function(LinearFunction, rows, weight, bias, seed, problem)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..runtime import plans
 from ..runtime.backend import INTERPRETED, capability
 from ..runtime.launch import next_power_of_2
 from ..runtime.switch import Switch
@@ -32,6 +33,13 @@ def override(**values: int) -> Iterator[None]:
     """
     with _overrides.set(values):
         yield
+
+
+@plans.decided_by
+def _decisions() -> Hashable:
+    """All that may change what configuration a launch of one shape gets: two calls with equal ones get the same."""
+    overrides = _overrides.value
+    return (tuple(sorted(overrides.items())) if overrides else None, _use_tables.value, _tables_forgotten)
 
 
 def apply_overrides(config: dict[str, int]) -> dict[str, int]:
@@ -113,6 +121,17 @@ def read_table(name: str) -> dict[str, dict[str, int]]:
     """
     path = TABLES / f"{name}.json"
     return load_table(path)["configs"] if path.is_file() else {}
+
+
+#: How often.
+_tables_forgotten = 0
+
+
+def forget_tables() -> None:
+    """Read the tables anew from now on: one was written."""
+    global _tables_forgotten
+    read_table.cache_clear()
+    _tables_forgotten += 1
 
 
 _use_tables = Switch(True)

@@ -9,21 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.arguments import check_activation, check_tensors, pair
+from ..runtime.arguments import check_activation, check_tensors, checked, pair
 from ..runtime.backend import runs_triton
 from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
+    Operator,
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    call_operator,
     once_differentiable,
     overridable,
-    register_autograd,
 )
 from ..sums import ColumnSums, epilogue_backward, sum_vectors
-from . import stem
-from .general import dgrad, fprop, wgrad
+from .problem import Convolution, ConvolutionGradients, Geometry, Problem
+from .select import dgrad, fprop, wgrad
+
+
+def _run_fprop(
+    input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: Convolution
+) -> tuple[Tensor, Tensor]:
+    convolution = Problem.of(input.shape, weight, problem.geometry, problem.output_size)
+    return fprop(input, weight, bias, convolution, problem.relu), _new_link(weight, problem.make_link)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
@@ -40,8 +46,9 @@ def conv2d_fprop(
     relu: bool,
     make_link: bool,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link`` is that of the ReLU before."""
-    return fprop(input, weight, bias, stride, padding, dilation, groups, output_size, relu), _new_link(weight, make_link)
+    """:func:`.select.fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link``: of the ReLU before."""
+    problem = Convolution.of(stride, padding, dilation, groups, output_size, relu, make_link)
+    return _run_fprop(input, weight, bias, link, problem)
 
 
 @conv2d_fprop.register_fake
@@ -71,15 +78,22 @@ def conv2d_backward(
 
     ``output`` is the convolution's own where a ReLU gave it, and the gradient does not come through its link.
     """
-    needs_input, needs_weight, needs_bias = wanted
+    problem = ConvolutionGradients(Geometry(stride, padding, dilation, groups), wanted, linked)
+    return _run_backward(grad_output, input, weight, output, problem)
+
+
+def _run_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, problem: ConvolutionGradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_input, needs_weight, needs_bias = problem.wanted
     masked = output is not None and (needs_input or needs_weight)
     dz, d_bias = grad_output, nothing(grad_output)
     unsummed: list[ColumnSums] = []
     if masked or needs_bias:
         written, d_bias, unsummed = epilogue_backward(grad_output, output, write_dz=masked, sum_columns=needs_bias)
         dz = written if masked else dz
-    geometry = (stride, padding, dilation, groups)
-    dx, dw, d_link = gradients(dz, input, weight, input.shape, geometry, needs_input, needs_weight, linked, unsummed)
+    convolution = Problem.of(input.shape, weight, problem.geometry, grad_output.shape[2:])
+    dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, problem.linked, unsummed)
     return dx, dw, d_bias, d_link
 
 
@@ -104,8 +118,7 @@ def gradients(
     dz: Tensor,
     input: Tensor | None,
     weight: Tensor,
-    input_size: Sequence[int],
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    problem: Problem,
     needs_input: bool,
     needs_weight: bool,
     linked: bool,
@@ -116,25 +129,23 @@ def gradients(
 
     Args:
         input: None where its ``cells`` are all that is wanted of it.
-        geometry: stride, padding, dilation, groups.
         linked: whether the input comes with a link.
         unsummed: what is to be summed before all is done.
         cells: :func:`.cells.cells_of` the input.
     """
     dx, dw, d_link = (nothing(dz) for _ in range(3))
     if needs_input:
-        dx, d_link, of_link = dgrad(dz, weight, input_size, *geometry, input if linked else None)
+        dx, d_link, of_link = dgrad(dz, weight, problem, input if linked else None)
         unsummed = [*unsummed, *of_link]
-    if not needs_weight:
-        sum_vectors(unsummed)
-    elif cells is not None:
-        dw = new_output_like(weight)
-        stem.wgrad(dz, cells, dw, geometry[0][0], unsummed)
+    if needs_weight:
+        dw = wgrad(dz, input, weight, problem, unsummed, cells)
     else:
-        assert input is not None
-        dw = wgrad(dz, input, weight, *geometry, unsummed)
+        sum_vectors(unsummed)
     return dx, dw, d_link
 
+
+conv2d_fprop_operator = Operator(conv2d_fprop, _run_fprop)
+conv2d_backward_operator = Operator(conv2d_backward, _run_backward)
 
 # ------------------------------------------------------------------------------------------------- autograd Function
 
@@ -148,45 +159,41 @@ class Conv2dFunction(OperatorFunction):
     """
 
     @staticmethod
-    def forward(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
-        return call_operator(
-            conv2d_fprop, *(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link)
-        )
+    def forward(input, weight, bias, link, problem):
+        return conv2d_fprop_operator((input, weight, bias, link), problem)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        input, weight, _, link, *geometry, _, relu, make_link = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        input, weight, _, link, problem = inputs
         y, new_link = output
-        ctx.save_for_backward(input, weight, y if relu else None)
+        ctx.save_for_backward(input, weight, y if problem.relu else None)
         ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
-        if not make_link:
+        if not problem.make_link and new_link is not None:
             ctx.mark_non_differentiable(new_link)
-        ctx.geometry = geometry
+        ctx.problem = problem
         ctx.linked = link is not None
-        ctx.make_link = make_link
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
         input, weight, output = saved
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Asked first what was said in the forward pass: in compiled code the gradient of what nothing took is not None.
-        handed_over = ctx.make_link and grad_link is not None
-        wanted = [needs_input, needs_weight, needs_bias and not handed_over]
+        handed_over = ctx.problem.make_link and grad_link is not None
         masks = None if handed_over else output
-        dx, dw, d_bias, d_link = call_operator(
-            conv2d_backward, grad_output, input, weight, masks, *ctx.geometry, wanted, ctx.linked
-        )
+        wanted = (needs_input, needs_weight, needs_bias and not handed_over)
+        problem = ConvolutionGradients(ctx.problem.geometry, wanted, ctx.linked)
+        dx, dw, d_bias, d_link = conv2d_backward_operator((grad_output, input, weight, masks), problem)
         return (
             dx if needs_input else None,
             dw if needs_weight else None,
             (grad_link if handed_over else d_bias) if needs_bias else None,
             d_link if needs_input and ctx.linked else None,
-            *[None] * 7,
+            None,
         )
 
 
-register_autograd(Conv2dFunction, conv2d_fprop)
+conv2d_fprop_operator.register_autograd(Conv2dFunction, Convolution.of, tensors=4)
 
 # --------------------------------------------------------------------------------------------------- public function
 
@@ -208,53 +215,52 @@ def conv2d_reference(
 
 
 def conv2d_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    bias_size: Sequence[int] | None,
     stride: int | Sequence[int],
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
-) -> tuple[list[int], list[int], list[int], int, list[int]]:
-    """Check the arguments of a convolution; its stride, padding (top, left), dilation, groups, output size as plain ints."""
-    check_tensors(input=input, weight=weight, bias=bias)
-    if input.dim() != 4:
-        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight.shape)}")
+) -> tuple[Geometry, tuple[int, int]]:
+    """Check the arguments of a convolution, the tensors' by their sizes; its geometry and output size as plain ints."""
+    if len(input_size) != 4:
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")
+    if len(weight_size) != 4:
+        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight_size)}")
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"groups must be a positive int, got {groups!r}")
     if groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
-    n, _, height, width = input.shape
-    k, cg, r, s = weight.shape
-    if input.shape[1] != cg * groups:
+    n, channels, height, width = input_size
+    k, cg, r, s = weight_size
+    if channels != cg * groups:
         raise ValueError(
-            f"input has {input.shape[1]} channels, but weight of shape {tuple(weight.shape)} with groups={groups} wants "
+            f"input has {channels} channels, but weight of shape {tuple(weight_size)} with groups={groups} wants "
             f"{cg} x {groups} = {cg * groups}"
         )
     if k == 0 or k % groups != 0:
         raise ValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
-    if bias is not None and bias.shape != (k,):
-        raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias.shape)}")
+    if bias_size is not None and tuple(bias_size) != (k,):
+        raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias_size)}")
     if min(height, width) < 1 and n > 0:
-        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
+        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input_size)}")
     if min(cg, r, s) < 1:
-        raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight.shape)}")
+        raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight_size)}")
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     totals, before = _padding(padding, strides, dilations, (r, s))
     sizes = []
     for name, size, total, dil, filter_size, step in zip(
-        ("height", "width"), input.shape[2:], totals, dilations, (r, s), strides, strict=True
+        ("height", "width"), (height, width), totals, dilations, (r, s), strides, strict=True
     ):
         span = dil * (filter_size - 1) + 1
         if size + total < span:
             raise ValueError(
                 f"input's {name} {size} with {total} of padding is smaller than the filter's span of {span} "
-                f"(weight {tuple(weight.shape)}, dilation {dilations}): the output would be empty"
+                f"(weight {tuple(weight_size)}, dilation {dilations}): the output would be empty"
             )
         sizes.append((size + total - span) // step + 1)
-    return list(strides), list(before), list(dilations), int(groups), sizes
+    return Geometry(strides, before, dilations, int(groups)), (sizes[0], sizes[1])
 
 
 def _padding(
@@ -360,12 +366,16 @@ def _conv2d(
 ) -> tuple[Tensor, Tensor | None]:
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
-    batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    *geometry, size = conv2d_arguments(batched, weight, bias, stride, padding, dilation, groups)
+    check_tensors(input=input, weight=weight, bias=bias)
+    batched = input.unsqueeze(0) if input.dim() == 3 else input
+    geometry, size = checked(
+        conv2d_arguments, batched.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups
+    )
     check_link(link, batched)
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
-    output, new_link = apply_function(Conv2dFunction, batched, weight, bias, link, *geometry, size, fuse_relu, make_link)
+    problem = Convolution(geometry, size, fuse_relu, make_link)
+    output, new_link = apply_function(Conv2dFunction, batched, weight, bias, link, problem)
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 
 

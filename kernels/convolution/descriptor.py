@@ -30,9 +30,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..primitives import cast, dot, program_id, relu, relu_grad
-from ..runtime.backend import HALF, has_copy_engine
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums, sum_parts
+from .problem import Problem
 from .rules import conv2d_box_config, conv2d_images_config, conv2d_images_wgrad_config, conv2d_tile
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -379,23 +379,6 @@ def _conv2d_images_wgrad_kernel(
             tl.store(p_out + C + o_c2, next_acc2, mask=m_k)
 
 
-# ------------------------------------------------------------------------------------------------- what they can take
-
-
-def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether the kernels here run this convolution: half precision, stride and dilation 1, one group, 16 | C and K, sm_90+."""
-    k, c, _, _ = weight.shape
-    return (
-        input.dtype in HALF
-        and has_copy_engine(input.device)
-        and groups == 1
-        and max(*stride, *dilation) == 1
-        and c % 16 == 0
-        and k % 16 == 0
-        and input.numel() > 0
-    )
-
-
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
@@ -421,26 +404,17 @@ def _matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], list(block))
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    output_size: Sequence[int],
-    relu: bool,
-) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    return _convolve(input, weight, bias, padding, output_size, relu, None, dgrad=False)[0]
+def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+    """As :func:`.select.fprop`."""
+    return _convolve(input, weight, bias, problem, relu, None, dgrad=False)[0]
 
 
-def dgrad(
-    dz: Tensor, weight: Tensor, input_size: Sequence[int], padding: Sequence[int], relu_output: Tensor | None
-) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """As :func:`kernels.conv2d.dgrad`; the gradient of the ReLU and the sums of each tile cost no pass of their own."""
-    dx, sums = _convolve(dz, weight, None, padding, input_size[2:], False, relu_output, dgrad=True)
+def dgrad(dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+    """As :func:`.select.dgrad`; the gradient of the ReLU and the sums of each tile cost no pass of their own."""
+    dx, sums = _convolve(dz, weight, None, problem, False, relu_output, dgrad=True)
     if sums is None:
         return dx, nothing(dx), []
-    vector = ColumnSums(sums, new_output((input_size[1],), dx.dtype, dx.device))
+    vector = ColumnSums(sums, new_output((problem.c,), dx.dtype, dx.device))
     return dx, vector.out, [vector]
 
 
@@ -448,8 +422,7 @@ def _convolve(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    padding: Sequence[int],
-    output_size: Sequence[int],
+    problem: Problem,
     relu: bool,
     relu_output: Tensor | None,
     *,
@@ -459,10 +432,9 @@ def _convolve(
 
     With ``relu_output`` the second result are the sums of each tile of the first, (tiles, K) float32.
     """
-    r, s = weight.shape[2:]
-    n, c, h, w = input.shape
-    k = weight.shape[1] if dgrad else weight.shape[0]
-    p, q = output_size
+    n, c, h, w, k, r, s, p, q, (_, padding, _, _), *_ = problem
+    if dgrad:
+        c, h, w, k, p, q = k, p, q, c, h, w
     x, filters = dense_nhwc(input), dense_nhwc(weight)
     y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
 
@@ -531,11 +503,9 @@ def _convolve(
     return y, sums
 
 
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, padding: Sequence[int], vectors: Sequence[ColumnSums]) -> None:
+def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
     """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
-    n, c, h, w = input.shape
-    k, _, r, s = dw.shape
-    p, q = dz.shape[2:]
+    n, c, h, w, k, r, s, p, q, (_, padding, _, _), *_ = problem
     config = conv2d_images_wgrad_config(input.device, n, p, q, c, k, r, s)
     split = config.pop("SPLIT")
     n2 = config["BLOCK_N2"]

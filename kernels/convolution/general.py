@@ -23,17 +23,10 @@ from torch import Tensor
 from ..configs.tables import split_count
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.arguments import conv_input_precision
-from ..runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like, nothing, strides
-from ..sums import (
-    ColumnSums,
-    accumulator_dtype,
-    epilogue_backward,
-    sum_parts,
-    triton_accumulator,
-)
-from . import descriptor, stem
-from .cells import cells_of
-from .rules import conv2d_wgrad_by_images, matmul_config
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from ..sums import ColumnSums, accumulator_dtype, sum_parts, triton_accumulator
+from .problem import Problem
+from .rules import matmul_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -308,37 +301,13 @@ def _conv2d_wgrad_kernel(
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def fprop(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    output_size: Sequence[int],
-    relu: bool,
-    cells: Tensor | None = None,
-) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C/groups, R, S) to channels-last (N, K, P, Q).
-
-    ``padding`` is what stands above and to the left; below and to the right it is whatever ``output_size`` reaches. ``cells``
-    are :func:`.cells.cells_of` the input, if they are there already.
-    """
-    if descriptor.takes(input, weight, stride, dilation, groups):
-        return descriptor.fprop(input, weight, bias, padding, output_size, relu)
-    if stem.takes(input, weight, stride, dilation, groups):
-        if cells is None:
-            cells = cells_of(input, stride[0], padding, output_size, weight.shape[2:])
-        return stem.fprop(cells, weight, bias, stride[0], output_size, relu)
-    n, _, h, w = input.shape
-    k, cg, r, s = weight.shape
-    p, q = output_size
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
+def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+    """As :func:`.select.fprop`."""
+    n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device = problem
+    cg = c // groups
+    y = new_output((n, k, p, q), dtype, device, channels_last=True)
     precision = conv_input_precision(input.dtype)
-    config = matmul_config(
-        n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
-    )
+    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=problem.is_irregular)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -375,51 +344,14 @@ def fprop(
     return y
 
 
-def dgrad(
-    dz: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    relu_output: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """Gradient of the input, channels-last ``input_size``, from that of the output before the activation.
-
-    With ``relu_output``, the input itself, channels-last: the gradient before the ReLU that gave it, its sum over everything
-    but the channels (else empty), and what is still to be summed for that.
-    """
-    if descriptor.takes(dz, weight, stride, dilation, groups):
-        return descriptor.dgrad(dz, weight, input_size, padding, relu_output)
-    if stem.takes_dgrad(dz, weight, stride, dilation, groups):
-        dx = stem.dgrad(dz, weight, input_size, stride[0], padding)
-    else:
-        dx = _gather_dgrad(dz, weight, input_size, stride, padding, dilation, groups)
-    if relu_output is None:
-        return dx, nothing(dx), []
-    return epilogue_backward(dx, relu_output, write_dz=True, sum_columns=True)
-
-
-def _gather_dgrad(
-    dz: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of the input by the kernel that takes any convolution."""
-    n, c, h, w = input_size
-    k, cg, r, s = weight.shape
-    _, _, p, q = dz.shape
-    dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
+def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """The first result of :func:`.select.dgrad`."""
+    n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device = problem
+    cg = c // groups
+    dx = new_output((n, c, h, w), dtype, device, channels_last=True)
     precision = conv_input_precision(dz.dtype)
     phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
-    config = matmul_config(
-        phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
-    )
+    config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=problem.is_irregular)
     phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
@@ -461,36 +393,13 @@ def _gather_dgrad(
     return dx
 
 
-def wgrad(
-    dz: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    vectors: Sequence[ColumnSums] = (),
-) -> Tensor:
-    """Gradient of the weight, in the weight's own shape and strides (its values are not read).
-
-    Its last launch, which adds up parts, takes the sums of ``vectors`` along.
-    """
-    n, _, h, w = input.shape
-    k, cg, r, s = weight.shape
-    _, _, p, q = dz.shape
-    dw = new_output_like(weight)
-    if descriptor.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        descriptor.wgrad(dz, input, dw, padding, vectors)
-        return dw
-    if stem.takes(input, weight, stride, dilation, groups) and conv2d_wgrad_by_images(n):
-        cells = cells_of(input, stride[0], padding, (p, q), (r, s))
-        stem.wgrad(dz, cells, dw, stride[0], vectors)
-        return dw
+def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
+    """Gradient of the weight into ``dw`` (K, C / groups, R, S), any dense strides; and the sums of ``vectors``."""
+    n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), *_ = problem
+    cg = c // groups
     precision = conv_input_precision(dz.dtype)
     pixels = n * p * q
-    config = matmul_config(
-        k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=_is_irregular(stride, dilation, groups)
-    )
+    config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=problem.is_irregular)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
     blocks = cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
@@ -526,11 +435,6 @@ def wgrad(
         **config,
     )
     sum_parts(partial, dw, vectors)
-    return dw
-
-
-def _is_irregular(stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    return groups > 1 or max(*stride, *dilation) > 1
 
 
 def _filter_step(stride: int, dilation: int) -> tuple[int, int]:

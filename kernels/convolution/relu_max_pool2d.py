@@ -16,29 +16,46 @@ from torch import Tensor
 
 from ..pooling.autograd import (
     check_positions_written,
-    max_pool2d_fprop,
     max_pool2d_reference,
     new_position_and_index,
     pool_arguments,
     pool_backward,
+    run_max_pool2d_fprop,
 )
-from ..runtime.arguments import check_tensors, pair
+from ..pooling.problem import MaxPool, MaxPoolGradient, Window
+from ..runtime.arguments import check_tensors, checked, pair
 from ..runtime.backend import runs_triton
 from ..runtime.launch import new_output, nothing
 from ..runtime.torch_interop import (
+    Operator,
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    call_operator,
     once_differentiable,
     overridable,
-    register_autograd,
     wants_grad,
 )
-from . import stem, stem_pool
+from . import select, stem_pool
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, new_gradients
-from .cells import cells_of, cells_size, depth_to_space, new_cells
-from .general import fprop
+from .cells import cells_size, depth_to_space, new_cells
+from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
+
+
+def _run_fprop(
+    input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: PooledConvolution
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
+    convolution = Problem.of(input.shape, weight, geometry, conv_size)
+    keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
+    made = select.input_cells(input, convolution) if keep_cells else None
+    cells = input if input_is_cells else made
+    if select.pools_in_one_kernel(convolution, window):
+        patches = select.input_cells(input, convolution) if cells is None else cells
+        pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
+    else:
+        unpooled = select.fprop(input, weight, bias, convolution, True, cells)
+        pooled, position, _ = run_max_pool2d_fprop(unpooled, MaxPool(window, channels_last, True, write_position, False))
+    return pooled, position, nothing(input) if made is None else made
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
@@ -65,41 +82,44 @@ def conv2d_relu_max_pool2d_fprop(
     The third result, empty where there is no such thing, are the cells of a strided first layer: what its backward pass reads
     in place of ``input``. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
     """
-    keep_cells = not input_is_cells and write_position and _reads_cells(input, weight, link, stride, dilation, groups)
-    made = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if keep_cells else None
-    cells = input if input_is_cells else made
-    window = (conv_size, kernel_size, pool_stride, pool_padding, pool_size)
-    if stem_pool.takes(input, weight, stride, dilation, groups, *window):
-        patches = cells_of(input, stride[0], padding, conv_size, weight.shape[2:]) if cells is None else cells
-        pooled, position = stem_pool.fprop(
-            patches, weight, bias, stride[0], conv_size, pool_size, channels_last, write_position
-        )
-    else:
-        unpooled = fprop(input, weight, bias, stride, padding, dilation, groups, conv_size, True, cells)
-        pooled, position, _ = call_operator(
-            *(max_pool2d_fprop, unpooled),
-            *(kernel_size, pool_stride, pool_padding, [1, 1], pool_size, channels_last, True, write_position, False),
-        )
-    return pooled, position, nothing(input) if made is None else made
-
-
-def _reads_cells(
-    input: Tensor, weight: Tensor, link: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> bool:
-    """Whether the weight gradient is read from the cells, whatever the batch, and nothing else reads the input."""
-    return link is None and stem.takes(input, weight, stride, dilation, groups)
+    window = (kernel_size, pool_stride, pool_padding, pool_size)
+    problem = PooledConvolution.of(
+        *(stride, padding, dilation, groups, conv_size), *window, channels_last, write_position, input_is_cells
+    )
+    return _run_fprop(input, weight, bias, link, problem)
 
 
 @conv2d_relu_max_pool2d_fprop.register_fake
-def _(input, weight, bias, link, stride, padding, dilation, groups, conv_size, kernel_size, *arguments):
-    *_, pool_size, channels_last, write_position, input_is_cells = arguments
-    size = (input.shape[0], weight.shape[0], *pool_size)
+def _(input, weight, bias, link, *flat):
+    problem = PooledConvolution.of(*flat)
+    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
+    size = (input.shape[0], weight.shape[0], *window.output_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
-    position, _ = new_position_and_index(pooled, kernel_size, channels_last, write_position, False)
+    position, _ = new_position_and_index(pooled, window.kernel_size, channels_last, write_position, False)
     cells = nothing(input)
-    if not input_is_cells and write_position and _reads_cells(input, weight, link, stride, dilation, groups):
-        cells = new_cells(input, stride[0], cells_size(stride[0], conv_size, weight.shape[2:]))
+    keeps_cells = not input_is_cells and write_position and link is None
+    if keeps_cells and select.reads_cells(Problem.of(input.shape, weight, geometry, conv_size)):
+        step = geometry.stride[0]
+        cells = new_cells(input, step, cells_size(step, conv_size, weight.shape[2:]))
     return pooled, position, cells
+
+
+def _run_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    cells: Tensor | None,
+    weight: Tensor,
+    position: Tensor,
+    problem: PooledConvolutionGradients,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked = problem
+    unpooled_size = (input_size[0], weight.shape[0], *conv_size)
+    # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
+    of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
+    dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
+    convolution = Problem.of(input_size, weight, geometry, conv_size)
+    dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
+    return dx, dw, d_bias, d_link
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())
@@ -125,24 +145,10 @@ def conv2d_relu_max_pool2d_backward(
 
     Either ``input`` or its ``cells`` are there.
     """
-    needs_input, needs_weight, needs_bias = wanted
-    unpooled_size = [input_size[0], weight.shape[0], *conv_size]
-    # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
-    dz, d_bias, unsummed = pool_backward(
-        grad_output,
-        position,
-        unpooled_size,
-        kernel_size,
-        pool_stride,
-        pool_padding,
-        [1, 1],
-        True,
-        needs_input or needs_weight,
-        needs_bias,
-    )
-    geometry = (stride, padding, dilation, groups)
-    dx, dw, d_link = gradients(dz, input, weight, input_size, geometry, needs_input, needs_weight, linked, unsummed, cells)
-    return dx, dw, d_bias, d_link
+    window = Window(kernel_size, pool_stride, pool_padding, (1, 1), grad_output.shape[2:])
+    geometry = Geometry(stride, padding, dilation, groups)
+    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked)
+    return _run_backward(grad_output, input, cells, weight, position, problem)
 
 
 @conv2d_relu_max_pool2d_backward.register_fake
@@ -151,40 +157,48 @@ def _(grad_output, input, cells, weight, position, input_size, *arguments):
     return new_gradients(grad_output, input_size, weight, wanted, linked)
 
 
+_fprop_operator = Operator(conv2d_relu_max_pool2d_fprop, _run_fprop)
+_backward_operator = Operator(conv2d_relu_max_pool2d_backward, _run_backward)
+
+
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
 
     @staticmethod
-    def forward(*inputs):
-        return call_operator(conv2d_relu_max_pool2d_fprop, *inputs)
+    def forward(input, weight, bias, link, problem):
+        return _fprop_operator((input, weight, bias, link), problem)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, weight, _, link, *geometry_and_window, _, _, write_position, input_is_cells = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        input, weight, _, link, problem = inputs
         _, position, made = output
-        ctx.mark_non_differentiable(position, made)
-        cells = input if input_is_cells else made
-        has_cells = cells.dim() == 4
+        ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
+        cells = input if problem.input_is_cells else made
+        has_cells = cells is not None and cells.dim() == 4
         ctx.save_for_backward(None if has_cells else input, cells if has_cells else None, weight, position)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
-        ctx.input_size = list(input.shape)
-        ctx.geometry_and_window = geometry_and_window
+        ctx.input_size = input.shape
+        ctx.problem = problem
         ctx.linked = link is not None
-        ctx.write_position = write_position
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor | None, Tensor | None, Tensor, Tensor], grad_output: Tensor, *_: Any):
-        check_positions_written(ctx.write_position)
-        wanted = list(ctx.needs_input_grad[:3])
-        results = call_operator(
-            conv2d_relu_max_pool2d_backward, grad_output, *saved, ctx.input_size, *ctx.geometry_and_window, wanted, ctx.linked
+        geometry, conv_size, window, _, write_position, _ = ctx.problem
+        check_positions_written(write_position)
+        wanted = ctx.needs_input_grad[:3]
+        problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked)
+        dx, dw, d_bias, d_link = _backward_operator((grad_output, *saved), problem)
+        return (
+            dx if wanted[0] else None,
+            dw if wanted[1] else None,
+            d_bias if wanted[2] else None,
+            d_link if ctx.linked and wanted[0] else None,
+            None,
         )
-        wanted.append(ctx.linked and wanted[0])
-        return *[result if want else None for result, want in zip(results, wanted, strict=True)], *[None] * 12
 
 
-register_autograd(Conv2dReLUMaxPool2dFunction, conv2d_relu_max_pool2d_fprop)
+_fprop_operator.register_autograd(Conv2dReLUMaxPool2dFunction, PooledConvolution.of, tensors=4)
 
 
 def conv2d_relu_max_pool2d_reference(
@@ -248,15 +262,19 @@ def conv2d_relu_max_pool2d(
     if output_format not in (None, torch.channels_last, torch.contiguous_format):
         raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
     input, weight, bias = autocast_inputs(input, weight, bias)
+    check_tensors(input=input, weight=weight, bias=bias)
     if cells:
         images = _check_cells(input, weight, stride, padding, groups, link)
         steps = pair("stride", stride, 1)
         if not reads_cells(input, weight, steps, dilation, groups):
             input, cells = depth_to_space(input, images[1], steps[0]), False
-    batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
-    shaped = input.new_empty(1).expand(images) if cells else batched
-    *geometry, conv_size = conv2d_arguments(shaped, weight, bias, stride, padding, dilation, groups)
-    *window, pool_size = pool_arguments(conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
+    batched = input.unsqueeze(0) if input.dim() == 3 else input
+    geometry, conv_size = checked(
+        conv2d_arguments,
+        *(images if cells else batched.shape, weight.shape, None if bias is None else bias.shape),
+        *(stride, padding, dilation, groups),
+    )
+    window = checked(pool_arguments, conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
     check_link(link, batched)
     if not runs_triton(input):
         return conv2d_relu_max_pool2d_reference(
@@ -273,23 +291,9 @@ def conv2d_relu_max_pool2d(
             ceil_mode=ceil_mode,
             output_format=output_format,
         )
-    kernel_size, pool_steps, pads, _ = window
-    pooled, *_ = apply_function(
-        Conv2dReLUMaxPool2dFunction,
-        batched,
-        weight,
-        bias,
-        link,
-        *geometry,
-        conv_size,
-        kernel_size,
-        pool_steps,
-        pads,
-        pool_size,
-        output_format != torch.contiguous_format,
-        wants_grad(input, weight, bias),
-        cells,
-    )
+    channels_last = output_format != torch.contiguous_format
+    problem = PooledConvolution(geometry, conv_size, window, channels_last, wants_grad(input, weight, bias), cells)
+    pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, batched, weight, bias, link, problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
 
 
@@ -309,7 +313,11 @@ def reads_cells(
         input: the images (N, C, H, W) or their cells; only dtype, device and whether it is empty matter.
         weight, stride, dilation, groups: as :func:`kernels.conv2d`.
     """
-    return runs_triton(input) and stem.takes(input, weight, pair("stride", stride, 1), pair("dilation", dilation, 1), groups)
+    if not runs_triton(input):
+        return False
+    geometry = Geometry(pair("stride", stride, 1), (0, 0), pair("dilation", dilation, 1), groups)
+    size = (input.shape[0] if input.numel() else 0, 0, 1, 1)
+    return select.reads_cells(Problem.of(size, weight, geometry, (1, 1))._replace(dtype=input.dtype, device=input.device))
 
 
 def _check_cells(

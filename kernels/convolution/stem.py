@@ -18,12 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..configs.tables import elementwise_config
 from ..primitives import cast, dot, program_id
-from ..runtime.backend import HALF, has_copy_engine
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 from . import descriptor
 from .cells import cells_size, depth_to_space
 from .descriptor import aligned, dense_nhwc, store_pixels
+from .problem import Geometry, Problem
 from .rules import conv2d_stem_config, conv2d_stem_wgrad_config
 
 
@@ -269,26 +269,6 @@ def _unfold_filter_kernel(
 # ------------------------------------------------------------------------------------------------- what they can take
 
 
-def takes(input: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether :func:`.cells.space_to_depth` makes this strided convolution one of three rows of 48 or 144 positions."""
-    k, c, r, s = weight.shape
-    step = stride[0]
-    depth = c * step * step
-    return (
-        input.dtype in HALF
-        and has_copy_engine(input.device)
-        and groups == 1
-        and max(dilation) == 1
-        and stride[1] == step
-        and step > 1
-        and cdiv(r, step) == 3
-        and depth % 8 == 0
-        and fold(c, s, step) in (48, 144)
-        and k % 8 == 0
-        and input.numel() > 0
-    )
-
-
 def fold(channels: int, filter_width: int, stride: int) -> int:
     """Positions of a filter row after folding: its cells of stride x stride x channels."""
     return cdiv(filter_width, stride) * stride * stride * channels
@@ -330,11 +310,9 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
     return filters
 
 
-def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, output_size: Sequence[int], relu: bool) -> Tensor:
-    """Convolution, bias, ReLU: :func:`.cells.cells_of` the input and (K, C, R, S) to channels-last (N, K, P, Q)."""
-    n = cells.shape[0]
-    k, c, r, s = weight.shape
-    p, q = output_size
+def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+    """As :func:`.select.fprop`, of the input's cells."""
+    n, c, _, _, k, r, s, p, q, ((stride, _), *_), *_ = problem
     folded = fold(c, s, stride)
     filters = fold_filter(weight, stride)
     y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=True)
@@ -371,24 +349,18 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, stride: int, outpu
     return y
 
 
-def takes_dgrad(dz: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether :func:`dgrad` runs the input's gradient: as :func:`takes`, with channels of cells that its kernels take."""
-    return (
-        takes(dz, weight, stride, dilation, groups) and weight.shape[0] % 16 == 0 and weight.shape[1] * stride[0] ** 2 % 16 == 0
-    )
-
-
-def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, padding: Sequence[int]) -> Tensor:
-    """Gradient of the input, channels-last ``input_size``: that of the cells, a convolution of stride 1, taken apart again.
+def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+    """Gradient of the input, channels-last (N, C, H, W): that of the cells, a convolution of stride 1, taken apart again.
 
     A filter over pixels of one channel would leave fifteen of the sixteen columns of the smallest tile unused.
     """
-    n, c, h, w = input_size
-    k, _, r, s = weight.shape
-    rows, columns = cells_size(stride, dz.shape[2:], (r, s))
+    n, c, h, w, k, r, s, p, q, ((stride, _), padding, *_), *_ = problem
+    rows, columns = cells_size(stride, (p, q), (r, s))
     # (3, K, columns * depth) as NHWC filters over the cells.
     filters = fold_filter(weight, stride).view(3, k, cdiv(s, stride), stride * stride * c).transpose(0, 1).contiguous()
-    d_cells, *_ = descriptor.dgrad(dz, filters.permute(0, 3, 1, 2), (n, stride * stride * c, rows, columns), (0, 0), None)
+    filters = filters.permute(0, 3, 1, 2)
+    of_cells = Problem.of((n, stride * stride * c, rows, columns), filters, Geometry((1, 1), (0, 0), (1, 1), 1), (p, q))
+    d_cells, *_ = descriptor.dgrad(dz, filters, of_cells, None)
     padded = depth_to_space(d_cells.permute(0, 2, 3, 1), c, stride)
     seen = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
     dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
@@ -398,11 +370,9 @@ def dgrad(dz: Tensor, weight: Tensor, input_size: Sequence[int], stride: int, pa
     return dx
 
 
-def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
+def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
     """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
-    n = cells.shape[0]
-    k, c, r, s = dw.shape
-    p, q = dz.shape[2:]
+    n, c, _, _, k, r, s, p, q, ((stride, _), *_), *_ = problem
     folded = fold(c, s, stride)
     config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
     split = config.pop("SPLIT")

@@ -8,8 +8,6 @@ and their order, are those of :mod:`kernels.convolution.stem`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +15,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling.autograd import new_position_and_index, no_gradient
+from ..pooling.problem import Window
 from ..primitives import cast, dot, program_id, relu
-from ..runtime.backend import capability
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from . import stem
-from .rules import conv2d_stem_pool_config, conv2d_stem_pool_fused
+from .problem import Problem
+from .rules import conv2d_stem_pool_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -266,37 +265,6 @@ def _conv2d_stem_pool_kernel(
                 )
 
 
-# ------------------------------------------------------------------------------------------------- what it can take
-
-
-def takes(
-    input: Tensor,  # or its cells
-    weight: Tensor,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    conv_size: Sequence[int],
-    kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_size: Sequence[int],
-) -> bool:
-    """Whether the kernel here runs this block: a convolution of :mod:`.stem`, windows 3 x 3, 2 apart, all whole.
-
-    On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
-    """
-    folded = stem.fold(weight.shape[1], weight.shape[3], stride[0])
-    return (
-        stem.takes(input, weight, stride, dilation, groups)
-        and capability(input.device) < 100
-        and list(kernel_size) == [3, 3]
-        and list(pool_stride) == [2, 2]
-        and max(pool_padding) == 0
-        and all(2 * pooled + 1 <= size for pooled, size in zip(pool_size, conv_size, strict=True))
-        and conv2d_stem_pool_fused(input.device, input.shape[0], pool_size[0], pool_size[1], folded, weight.shape[0])
-    )
-
-
 # ------------------------------------------------------------------------------------------------- launch function
 
 
@@ -304,9 +272,8 @@ def fprop(
     cells: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int,
-    conv_size: Sequence[int],
-    pool_size: Sequence[int],
+    problem: Problem,
+    window: Window,
     channels_last: bool,
     write_position: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -314,13 +281,12 @@ def fprop(
 
     Args:
         cells: :func:`.cells.cells_of` the input.
-        conv_size: (rows, columns) of the convolution's output, which is not written.
+        problem: the convolution, whose output is not written.
         channels_last: whether both results are NHWC in memory, or NCHW.
         write_position: whether the second is wanted; else it is empty.
     """
-    n = cells.shape[0]
-    k, c, r, s = weight.shape
-    p, q = pool_size
+    n, c, _, _, k, r, s, *conv_size, ((stride, _), *_), _, _ = problem
+    p, q = window.output_size
     folded = stem.fold(c, s, stride)
     filters = stem.fold_filter(weight, stride)
     y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=channels_last)

@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
-from ..runtime.arguments import check_tensors, pair
+from ..runtime.arguments import check_tensors, checked, pair
 from ..runtime.backend import INTERPRETED, runs_triton
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..runtime.torch_interop import (
+    Operator,
     OperatorFunction,
     apply_function,
-    call_operator,
     once_differentiable,
     overridable,
-    register_autograd,
     wants_grad,
 )
 from ..sums import ColumnSums, accumulator_dtype, epilogue_backward, sum_vectors, triton_accumulator
 from .kernels import _max_pool2d_dgrad_kernel, _max_pool2d_fprop_kernel, _max_pool2d_gather_dgrad_kernel
+from .problem import MaxPool, MaxPoolGradient, Window
 
 
 def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
@@ -77,24 +77,11 @@ def no_gradient(dtype: torch.dtype) -> int:
     return torch.iinfo(dtype).max
 
 
-@torch.library.custom_op("alexnet_triton::max_pool2d_fprop", mutates_args=())
-def max_pool2d_fprop(
-    input: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    output_size: list[int],
-    channels_last: bool,
-    relu: bool,
-    write_position: bool,
-    write_index: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted.
-
-    With ``relu``, the input is a ReLU's output and positions say :func:`no_gradient` where it lets none pass.
-    """
+def run_max_pool2d_fprop(input: Tensor, problem: MaxPool) -> tuple[Tensor, Tensor, Tensor]:
+    """As the operator ``max_pool2d_fprop``."""
+    window, channels_last, relu, write_position, write_index = problem
     n, c = input.shape[:2]
+    kernel_size, _, _, _, output_size = window
     p, q = output_size
     y = new_output((n, c, p, q), input.dtype, input.device, channels_last=channels_last)
     position, index = new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
@@ -113,7 +100,7 @@ def max_pool2d_fprop(
         stride_yn=y.stride(0),
         stride_yc=y.stride(1),
         stride_yq=y.stride(3),
-        **_geometry(input.shape, output_size, kernel_size, stride, padding, dilation),
+        **_geometry(input.shape, window),
         CHANNELS_LAST=in_channels_last,
         RELU=relu,
         NO_GRADIENT=no_gradient(position_dtype(kernel_size)),
@@ -126,14 +113,42 @@ def max_pool2d_fprop(
     return y, position, index
 
 
+@torch.library.custom_op("alexnet_triton::max_pool2d_fprop", mutates_args=())
+def max_pool2d_fprop(
+    input: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    output_size: list[int],
+    channels_last: bool,
+    relu: bool,
+    write_position: bool,
+    write_index: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted.
+
+    With ``relu``, the input is a ReLU's output and positions say :func:`no_gradient` where it lets none pass.
+    """
+    problem = MaxPool.of(kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index)
+    return run_max_pool2d_fprop(input, problem)
+
+
 def new_position_and_index(
     y: Tensor, kernel_size: Sequence[int], channels_last: bool, write_position: bool, write_index: bool
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised window positions and int64 indices for the outputs ``y``; empty where not wanted."""
-    nothing = y.new_empty(0, dtype=torch.uint8)
     dtype = position_dtype(kernel_size)
-    position = new_output(y.shape, dtype, y.device, channels_last=channels_last) if write_position else nothing
-    index = new_output(y.shape, torch.int64, y.device, channels_last=channels_last) if write_index else nothing.long()
+    position = (
+        new_output(y.shape, dtype, y.device, channels_last=channels_last)
+        if write_position
+        else y.new_empty(0, dtype=torch.uint8)
+    )
+    index = (
+        new_output(y.shape, torch.int64, y.device, channels_last=channels_last)
+        if write_index
+        else y.new_empty(0, dtype=torch.int64)
+    )
     return position, index
 
 
@@ -165,28 +180,22 @@ def max_pool2d_dgrad(
     And its sum over everything but the channels, (C,), which is the gradient of a bias before that ReLU. Both in
     ``grad_output``'s dtype; empty what is not wanted.
     """
-    dx, sums, unsummed = pool_backward(
-        grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last, write_dx, sum_channels
-    )
+    window = Window(kernel_size, stride, padding, dilation, grad_output.shape[2:])
+    return _run_dgrad(grad_output, position, MaxPoolGradient(input_size, window, channels_last, write_dx, sum_channels))
+
+
+def _run_dgrad(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) -> tuple[Tensor, Tensor]:
+    dx, sums, unsummed = pool_backward(grad_output, position, problem)
     sum_vectors(unsummed)
     return dx, sums
 
 
-def pool_backward(
-    grad_output: Tensor,
-    position: Tensor,
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    write_dx: bool,
-    sum_channels: bool,
-) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) -> tuple[Tensor, Tensor, list[ColumnSums]]:
     """What :func:`max_pool2d_dgrad` returns, and what is still to be summed for the second result."""
+    input_size, window, channels_last, write_dx, sum_channels = problem
+    kernel_size, stride, padding, *_ = window
     if max(kernel_size[0] * kernel_size[1], stride[0] * stride[1]) > _WRITTEN_OUT:
-        dx = _gather_dgrad(grad_output, position, input_size, kernel_size, stride, padding, dilation, channels_last)
+        dx = _gather_dgrad(grad_output, position, problem)
         no_dx, sums = _new_dgrad(grad_output, input_size, channels_last, False, False)
         unsummed: list[ColumnSums] = []
         if sum_channels:
@@ -213,7 +222,7 @@ def pool_backward(
         **strides("stride_dy", "ncpq", grad_output),
         **strides("stride_p", "ncpq", position),
         **strides("stride_dx", "nchw", dx),
-        **_geometry(input_size, position.shape[2:], kernel_size, stride, padding, dilation),
+        **_geometry(input_size, window),
         NO_GRADIENT=no_gradient(position.dtype),
         CHANNELS_LAST=channels_last,
         WRITE_DX=write_dx,
@@ -239,17 +248,9 @@ def _(grad_output, position, input_size, kernel_size, stride, padding, dilation,
     return _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
 
 
-def _gather_dgrad(
-    grad_output: Tensor,
-    position: Tensor,
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-) -> Tensor:
+def _gather_dgrad(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) -> Tensor:
     """The gradient by the kernel that takes windows of any size."""
+    input_size, window, channels_last, *_ = problem
     dx, _ = _new_dgrad(grad_output, input_size, channels_last, True, False)
     wide = needs_int64(dx, grad_output, position)
     config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, int64 or not
@@ -262,7 +263,7 @@ def _gather_dgrad(
         elements=dx.numel(),
         **strides("stride_dy", "ncpq", grad_output),
         **strides("stride_p", "ncpq", position),
-        **_geometry(input_size, position.shape[2:], kernel_size, stride, padding, dilation),
+        **_geometry(input_size, window),
         CHANNELS_LAST=channels_last,
         WIDE=wide,
         ACC=triton_accumulator(dx.dtype),
@@ -271,16 +272,10 @@ def _gather_dgrad(
     return dx
 
 
-def _geometry(
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> dict[str, int]:
+def _geometry(input_size: Sequence[int], window: Window) -> dict[str, int]:
     """The constants of a pool's kernels: all sizes but the batch's."""
-    (_, c, h, w), (p, q), (r, s) = input_size, output_size, kernel_size
+    (r, s), stride, padding, dilation, (p, q) = window
+    _, c, h, w = input_size
     constants = {"C": c, "H": h, "W": w, "P": p, "Q": q, "R": r, "S": s}
     for name, (vertical, horizontal) in (("STRIDE", stride), ("PAD", padding), ("DILATION", dilation)):
         constants |= {f"{name}_H": vertical, f"{name}_W": horizontal}
@@ -299,46 +294,39 @@ def check_positions_written(written: bool) -> None:
         )
 
 
+_fprop_operator = Operator(max_pool2d_fprop, run_max_pool2d_fprop)
+_dgrad_operator = Operator(max_pool2d_dgrad, _run_dgrad)
+
+
 class MaxPool2dFunction(OperatorFunction):
     """Max-pool. Saves one byte an output: the position in its window."""
 
     @staticmethod
-    def forward(input, kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index):
-        return call_operator(
-            max_pool2d_fprop,
-            input,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            output_size,
-            channels_last,
-            relu,
-            write_position,
-            write_index,
-        )
+    def forward(input, problem):
+        return _fprop_operator((input,), problem)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, *window, _, channels_last, _, write_position, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        input, problem = inputs
         _, position, index = output
         ctx.save_for_backward(position)
-        ctx.mark_non_differentiable(position, index)
+        ctx.mark_non_differentiable(*[result for result in (position, index) if result is not None])
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
-        ctx.window = (*window, channels_last)
-        ctx.input_size = list(input.shape)
-        ctx.write_position = write_position
+        ctx.problem = problem
+        ctx.input_size = input.shape
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
-        check_positions_written(ctx.write_position)
+        window, channels_last, _, write_position, _ = ctx.problem
+        check_positions_written(write_position)
         (position,) = saved
-        dx, _ = call_operator(max_pool2d_dgrad, grad_output, position, ctx.input_size, *ctx.window, True, False)
-        return dx, *[None] * 9
+        problem = MaxPoolGradient(ctx.input_size, window, channels_last, True, False)
+        dx, _ = _dgrad_operator((grad_output, position), problem)
+        return dx, None
 
 
-register_autograd(MaxPool2dFunction, max_pool2d_fprop)
+_fprop_operator.register_autograd(MaxPool2dFunction, MaxPool.of, tensors=1)
 
 
 # --------------------------------------------------------------------------------------------------- public function
@@ -365,8 +353,8 @@ def pool_arguments(
     dilation: int | Sequence[int],
     ceil_mode: bool,
     prefix: str = "",
-) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Check the arguments of a pool over (height, width) = ``size``; its window, stride, padding, dilation, output size."""
+) -> Window:
+    """Check the arguments of a pool over (height, width) = ``size``; its windows as plain ints."""
     window = pair(f"{prefix}kernel_size", kernel_size, 1)
     no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
     steps = window if no_stride else pair(f"{prefix}stride", stride, 1)  # type: ignore[arg-type]
@@ -390,7 +378,7 @@ def pool_arguments(
                 f"{span} ({prefix}kernel_size {window}, {prefix}dilation {dilations}): the output would be empty"
             )
         output.append(count)
-    return list(window), list(steps), list(pads), list(dilations), output
+    return Window(window, steps, pads, dilations, (output[0], output[1]))
 
 
 @overridable
@@ -427,13 +415,12 @@ def max_pool2d(
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
     if input.shape[-3] == 0:
         raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
-    window = pool_arguments(input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
+    window = checked(pool_arguments, input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
     if not runs_triton(input):
         return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    y, _, index = apply_function(
-        MaxPool2dFunction, batched, *window, is_channels_last(batched), False, wants_grad(input), return_indices
-    )
+    problem = MaxPool(window, is_channels_last(batched), False, wants_grad(input), return_indices)
+    y, _, index = apply_function(MaxPool2dFunction, batched, problem)
     if input.dim() == 3:
         y, index = y.squeeze(0), index.squeeze(0) if return_indices else index
     return (y, index) if return_indices else y

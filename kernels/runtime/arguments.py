@@ -7,14 +7,16 @@ follow PyTorch's own TF32 switches, convolution and matrix product each by its o
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .backend import INTERPRETED
+
+T = TypeVar("T")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -25,6 +27,24 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 def check_tensors(**tensors: Tensor | None) -> None:
     """All strided floating-point tensors of one dtype on one device, of a dtype that the kernels run."""
+    dtype, device = None, None
+    for tensor in tensors.values():  # what nearly always holds, with few questions
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            break
+        if dtype is None:
+            dtype, device = tensor.dtype, tensor.device
+            if dtype not in _KERNEL_DTYPES:
+                break
+        elif tensor.dtype is not dtype or tensor.device != device:
+            break
+    else:
+        return
+    _check_each(tensors)
+
+
+def _check_each(tensors: dict[str, Tensor | None]) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -46,6 +66,44 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}: {first_name} is {first.dtype}, {name} is {tensor.dtype}"
             )
+
+
+#: Answers of :func:`checked`.
+_checked: dict[Any, Any] = {}
+_MOST_CHECKED = 4096
+
+
+def checked(check: Callable[..., T], *arguments: Any) -> T:
+    """``check(*arguments)``, a function of sizes and options alone, asked once for equal arguments.
+
+    Other arguments than ints, booleans, strings, None and tuples of ints are checked anew: a float may equal an int.
+    """
+    if torch.compiler.is_compiling():
+        return check(*arguments)
+    has_bools = False
+    for argument in arguments:
+        kind = type(argument)
+        if kind is tuple or kind is torch.Size:
+            for inner in argument:
+                if type(inner) is not int:
+                    return check(*arguments)
+        elif kind is bool:
+            has_bools = True
+        elif kind not in _PLAIN:
+            return check(*arguments)
+    key = (check, arguments, tuple(map(type, arguments)) if has_bools else None)
+    try:
+        return _checked[key]
+    except KeyError:
+        pass
+    answer = check(*arguments)
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked[key] = answer
+    return answer
+
+
+_PLAIN = (int, str, type(None))
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .switch import Switch
@@ -80,11 +81,44 @@ def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) ->
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = _device_of(arguments)
     if _without_gpu.value:
-        kernel[grid](**arguments)
-        return
-    # Triton launches on the current device, which need not be the tensors' own. On the CPU it interprets.
-    with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
-        kernel[grid](**arguments)
+        compiled = kernel[grid](**arguments)
+    else:
+        # Triton launches on the current device, which need not be the tensors' own. On the CPU it interprets.
+        with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
+            compiled = kernel[grid](**arguments)
+    note = getattr(_thread, "note", None)
+    if note is not None:
+        note(kernel, grid, arguments, compiled)
+
+
+#: What :func:`noting` gives each launch of the thread to, with its compiled kernel.
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def noting(note: Callable[[Any, tuple[int, ...], dict[str, Any], Any], None]) -> Iterator[None]:
+    """Tell ``note`` of each launch of this thread when it has run, with the kernel that Triton compiled for it."""
+    before = getattr(_thread, "note", None)
+    _thread.note = note
+    try:
+        yield
+    finally:
+        _thread.note = before
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see each launch: then none may go past :func:`launch`."""
+    return _recorder.value is not None or bool(_observers.value)
+
+
+def has_plans(tensor: torch.Tensor) -> bool:
+    """Whether launches on ``tensor`` may be planned: on a GPU, real or a stand-in."""
+    return tensor.is_cuda or (_without_gpu.value and _recorder.value is None)
+
+
+def current_stream(on_gpu: bool, index: int) -> int:
+    """The stream of a GPU that launches go to, as a number; the stand-in driver's has none."""
+    return torch._C._cuda_getCurrentRawStream(index) if on_gpu else 0
 
 
 @contextlib.contextmanager
@@ -156,9 +190,21 @@ poison_outputs = False
 def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
     if not poison_outputs or tensor.numel() == 0:
         return tensor
-    if tensor.dtype == torch.bool:
-        return tensor.fill_(True)
-    return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    # Of a launch that is noted the fill is no part.
+    with contextlib.nullcontext() if getattr(_thread, "note", None) is None else _disable_current_modes():
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+
+def poison(tensors: Sequence[torch.Tensor]) -> None:
+    """Fill memory that kernels will write with bytes of ones: NaN in any floating-point dtype, else the largest or -1."""
+    for tensor in tensors:
+        if tensor.dtype == torch.bool:
+            tensor.fill_(True)
+        elif tensor.numel():
+            size = tensor.untyped_storage().nbytes()
+            tensor.as_strided((size // tensor.itemsize,), (1,), 0).view(torch.uint8).fill_(255)
 
 
 def new_output(size: Sequence[int], dtype: torch.dtype, device: torch.device, *, channels_last: bool = False) -> torch.Tensor:

@@ -1,0 +1,199 @@
+"""Launching a compiled kernel without going through ``kernel[grid](...)``: the one module that knows Triton's launchers.
+
+``kernel[grid](...)`` binds arguments, makes a key of what they are specialised on, looks the compiled kernel up and describes
+tensors to TMA, at every launch. Where all of that is known from an earlier launch of the same kind, the call into Triton's own
+C launcher is what is left. Its arguments differ between versions:
+
+- 3.6 compiles a launcher for each signature. It takes the kernel's arguments one by one, tuples as tuples, anything in the
+  place of a constant.
+- 3.7 to 3.9 have one launcher. It takes the kernel's arguments as one tuple, and beside it which of them are constants or
+  tuples: here it gets none of either.
+
+Where the version is another one, or the launch asks for what is not written here (scratch memory, another back end),
+:func:`bind` says so by returning None, and the launch goes through ``kernel[grid](...)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+VERSION = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+#: ``(stream, values) -> None``: launches with the values that :func:`leaves` lists, tensors as addresses.
+Launcher = Callable[[int, tuple[Any, ...]], None]
+
+_SUPPORTED = ((3, 6), (3, 7), (3, 8), (3, 9))
+
+_run = JITFunction.run
+_IS_TRITONS_OWN = _run.__module__ == "triton.runtime.jit"  # and not that of a tool that came first
+
+
+class Described(NamedTuple):
+    """A tensor as TMA sees it: what stays the same wherever the tensor lies.
+
+    Attributes:
+        base: the tensor that it was made for.
+        encode: the address of a tensor to its tensor map.
+    """
+
+    base: torch.Tensor
+    encode: Callable[[int], Any]
+
+
+def is_possible() -> bool:
+    """Whether a launch may leave out what ``kernel[grid](...)`` does beside launching: nobody listens, nothing is debugged."""
+    runtime = knobs.runtime
+    return (
+        JITFunction.run is _run
+        and _IS_TRITONS_OWN
+        and not _listens(runtime.launch_enter_hook)
+        and not _listens(runtime.launch_exit_hook)
+        and runtime.add_stages_inspection_hook is None
+        and not runtime.debug
+        and not knobs.compilation.instrumentation_mode
+    )
+
+
+def _listens(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def leaves(compiled: Any, arguments: dict[str, Any]) -> list[Any] | None:
+    """The values that a launcher of :func:`bind` takes, as they are in ``arguments``; None where it takes none of these.
+
+    Numbers stand for themselves, None for what is not read. Of a tensor the launcher wants the address, of a
+    :class:`Described` the tensor map.
+    """
+    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    found: list[Any] = []
+    try:
+        for name, kind in _signature(compiled).items():
+            found.extend(_leaves(kind, arguments.get(name), metadata))
+    except _NotKnown:
+        return None
+    return found
+
+
+class _NotKnown(Exception):
+    """This launch has something that is not written here."""
+
+
+def _signature(compiled: Any) -> dict[str, Any]:
+    """The type of each of the kernel's arguments, in order; ``"constexpr"`` of what is compiled in."""
+    return dict(compiled.src.signature)
+
+
+def _leaves(kind: Any, value: Any, metadata: Iterator[Any]) -> Iterator[Any]:
+    if isinstance(kind, tuple):
+        for inner_kind, inner in zip(kind, value, strict=True):
+            yield from _leaves(inner_kind, inner, metadata)
+    elif kind == "constexpr":
+        if VERSION == (3, 6):
+            yield None
+    elif kind.startswith("tensordesc"):
+        described = next(metadata, None)
+        if described is None or not isinstance(value, TensorDescriptor):
+            raise _NotKnown
+        yield Described(value.base, _encoder(value, described))
+        yield from value.shape
+        yield from value.strides
+    else:
+        yield value
+
+
+class _Address(NamedTuple):
+    """Stands for a tensor where only its address is asked for."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Layout(NamedTuple):
+    """A tensor descriptor without its tensor."""
+
+    base: _Address
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    padding: str
+    round_f32_to_tf32: bool
+
+
+def _encoder(descriptor: TensorDescriptor, metadata: Any) -> Callable[[int], Any]:
+    from triton.backends.nvidia import driver
+
+    shape, strides, block_shape = (list(v) for v in (descriptor.shape, descriptor.strides, descriptor.block_shape))
+    further = (descriptor.padding, getattr(descriptor, "round_f32_to_tf32", False))
+    base_args = (None,) if VERSION >= (3, 8) else ()
+
+    def encode(address: int) -> Any:
+        layout = _Layout(_Address(address), shape, strides, block_shape, *further)
+        return driver.make_tensordesc_arg(layout, metadata, *base_args)[0]
+
+    return encode
+
+
+def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
+    """What launches ``compiled`` over ``grid`` with the values of :func:`leaves`; None where it cannot."""
+    launcher = compiled.run
+    if (
+        VERSION not in _SUPPORTED
+        or not isinstance(kernel, JITFunction)
+        or type(launcher).__module__ != "triton.backends.nvidia.driver"
+        or launcher.global_scratch_size > 0
+        or launcher.profile_scratch_size > 0
+        or getattr(launcher, "gsan_enabled", False)
+    ):
+        return None
+    x, y, z = (*grid, 1, 1)[:3]
+    function, packed = compiled.function, compiled.packed_metadata
+    cooperative, pdl = launcher.launch_cooperative_grid, launcher.launch_pdl
+    if VERSION == (3, 6):
+        return _bind_3_6(compiled, (x, y, z), (function, cooperative, pdl, None, None, packed, None, None, None))
+    from triton.backends.nvidia import driver
+
+    launch = triton.runtime.driver.active.utils.launch
+    signature = launcher.kernel_signature
+    annotations = driver.annotate_arguments(["value"] * len(signature))
+
+    def launch_direct(stream: int, values: tuple[Any, ...]) -> None:
+        launch(
+            *(x, y, z, stream, function, cooperative, pdl, packed, None, None, None, None, None),
+            *(annotations, signature, values),
+        )
+
+    return launch_direct
+
+
+def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> Launcher:
+    launch = compiled.run.launch
+    if getattr(launch, "__closure__", None):  # what describes tensors to TMA stands before the C function
+        launch = launch.__closure__[launch.__code__.co_freevars.index("launcher")].cell_contents
+    kinds = tuple(_signature(compiled).values())
+    if not any(isinstance(kind, tuple) for kind in kinds):
+
+        def launch_direct(stream: int, values: tuple[Any, ...]) -> None:
+            launch(*grid, stream, *fixed, *values)
+
+        return launch_direct
+
+    def launch_nested(stream: int, values: tuple[Any, ...]) -> None:
+        rest = iter(values)
+        launch(*grid, stream, *fixed, *(_nested(kind, rest) for kind in kinds))
+
+    return launch_nested
+
+
+def _nested(kind: Any, values: Iterator[Any]) -> Any:
+    """The next of ``values``, for a tuple as many as it has. A tensor descriptor is none of a kernel that takes tuples."""
+    return tuple(_nested(inner, values) for inner in kind) if isinstance(kind, tuple) else next(values)

@@ -1,0 +1,483 @@
+"""What an operation allocates and launches, worked out once for each kind of call and then only repeated.
+
+The first call of a kind runs the operation's launch functions as they are written. A :class:`_Recording` notes what they do: which
+memory they ask PyTorch for, which kernels they launch on what, which tensors PyTorch copies for them. From the notes comes a
+:class:`Plan`: the addresses are left open, all else is decided. A later call of the same kind looks the plan up, asks for memory,
+fills in the addresses and calls Triton's C launcher (:mod:`kernels.runtime.direct`).
+
+Two calls are of one kind if everything is equal that launch functions decide by: the operator, the problem, each tensor's shape,
+strides, dtype and alignment, the device, and the switches of :func:`_switches`. Launch functions do not read tensors' values. A
+recording that sees something it cannot repeat makes no plan: calls of that kind go on running launch functions.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import direct, launch
+from .arguments import conv_input_precision, matmul_input_precision
+
+#: Kinds of calls that are remembered; of more the oldest are forgotten.
+MOST_PLANS = 4096
+#: Addresses of one tensor argument whose tensor maps are remembered.
+_MOST_MAPS = 64
+#: Workspace begins at multiples of so many bytes, as PyTorch's CUDA allocator's memory does.
+_ALIGNMENT = 512
+
+#: Plans made so far: for tests and benchmarks.
+made = 0
+
+_plans: dict[Hashable, Plan | None] = {}
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# The thread that held it is not in the child.
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Geometry(NamedTuple):
+    """Where a tensor's elements lie in memory that begins at a plan's ``source``; the offset is in elements."""
+
+    source: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Allocation(NamedTuple):
+    """A tensor that is made anew at each call."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Copy(NamedTuple):
+    """PyTorch's ``to.copy_(source)``, or ``to.zero_()`` without a source."""
+
+    to: Geometry
+    source: Geometry | None
+
+
+class _Described(NamedTuple):
+    """An address in the pool, and its tensor maps by address."""
+
+    slot: int
+    encode: Callable[[int], Any]
+    maps: dict[int, Any]
+
+
+class _Launch(NamedTuple):
+    run: direct.Launcher
+    values: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+class Plan:
+    """One kind of call, ready to be repeated. It holds no tensor.
+
+    A pool of values is built at each call: the inputs' addresses, those of what is allocated, addresses with an offset to
+    one of these, tensor maps, and then the numbers that are always the same. Each launch picks its arguments out of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.index = device.index if self.on_gpu else 0
+        self.allocations: list[Allocation] = []
+        self.workspace = 0  # bytes
+        self.derived: list[tuple[int, int]] = []  # (slot, bytes)
+        self.described: list[_Described] = []
+        self.constants: list[Any] = []
+        self.steps: list[_Launch | Copy] = []
+        self.copies = False
+        self.hooks: tuple[list[Any], ...] = ()
+        self.results: list[Geometry | None] = []
+        self.whole: tuple[int, ...] | None = None  # the allocations that are the results, where all of them are just that
+        self.is_tuple = True
+
+    def can_run(self) -> bool:
+        """Whether all that is to be done for a launch is to launch it."""
+        return not launch.is_watched() and direct.is_possible() and not any(self.hooks)
+
+    def run(self, inputs: Sequence[Tensor]) -> Any:
+        """What the operator returned at the recorded call, for other tensors of the same kind."""
+        if self.on_gpu and torch._C._cuda_getDevice() != self.index:
+            with torch.cuda.device(self.index):
+                return self._run(inputs)
+        return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Any:
+        first = inputs[0]
+        pool: list[Any] = [tensor.data_ptr() for tensor in inputs]
+        made = []
+        for size, stride, dtype in self.allocations:
+            tensor = first.new_empty_strided(size, stride, dtype=dtype)
+            made.append(tensor)
+            pool.append(tensor.data_ptr())
+        if self.workspace:
+            workspace = first.new_empty(self.workspace, dtype=torch.uint8)
+            pool.append(workspace.data_ptr())
+        if launch.poison_outputs:
+            launch.poison([*made, workspace] if self.workspace else made)
+        for slot, offset in self.derived:
+            pool.append(pool[slot] + offset)
+        for slot, encode, maps in self.described:
+            address = pool[slot]
+            tensor_map = maps.get(address)
+            if tensor_map is None:
+                if len(maps) >= _MOST_MAPS:
+                    maps.clear()
+                tensor_map = maps[address] = encode(address)
+            pool.append(tensor_map)
+        pool += self.constants
+        stream = launch.current_stream(self.on_gpu, self.index)
+        if self.copies:
+            tensors = [*inputs, *made]
+            for step in self.steps:
+                if type(step) is Copy:
+                    _copy(step, tensors)
+                else:
+                    step.run(stream, step.values(pool))  # type: ignore[union-attr]
+        else:
+            for run, values in self.steps:  # type: ignore[misc]
+                run(stream, values(pool))  # type: ignore[operator]
+        return self._results(inputs, made)
+
+    def _results(self, inputs: Sequence[Tensor], made: list[Tensor]) -> Any:
+        if self.whole is not None:
+            results = [made[i] if i >= 0 else None for i in self.whole]
+        else:
+            tensors = [*inputs, *made]
+            results = [None if r is None else _view(r, tensors) for r in self.results]  # type: ignore[misc]
+        return tuple(results) if self.is_tuple else results[0]
+
+
+def _view(geometry: Geometry, tensors: Sequence[Tensor]) -> Tensor:
+    source, size, stride, offset = geometry
+    tensor = tensors[source]
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
+def _copy(copy: Copy, tensors: Sequence[Tensor]) -> None:
+    to = _view(copy.to, tensors)
+    if copy.source is None:
+        to.zero_()
+    else:
+        to.copy_(_view(copy.source, tensors))
+
+
+# ------------------------------------------------------------------------------------------------------- making plans
+
+
+class _Unrepeatable(Exception):
+    """A recording has something that a plan cannot repeat."""
+
+
+_ALLOCATES = frozenset(("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"))
+
+
+class _Recording(TorchDispatchMode):
+    """Notes what an operator does on ``inputs``: memory, copies, launches."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.obstacle: str | None = None
+        self.kept: list[Tensor] = []  # so that no two of a recording have one address
+        self.sources: dict[int, int] = {}  # by storage: an index into inputs, and then kept
+        for i, tensor in enumerate(inputs):
+            if self.sources.setdefault(tensor.untyped_storage()._cdata, i) != i:
+                self.obstacle = "two inputs share memory"
+        self.touched: set[int] = set()  # sources that PyTorch reads or writes
+        self.steps: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in _ALLOCATES:
+            self._note_allocation(result)
+        elif name == "aten::clone":
+            self._note_allocation(result)
+            self._note_copy(result, args[0])
+        elif name == "aten::copy_":
+            self._note_copy(args[0], args[1])
+        elif name == "aten::zero_":
+            self._note_copy(args[0], None)
+        elif not function.is_view and name not in ("aten::_unsafe_view", "aten::_reshape_alias"):
+            self.obstacle = self.obstacle or name
+        return result
+
+    def _note_allocation(self, tensor: Tensor) -> None:
+        self.sources[tensor.untyped_storage()._cdata] = len(self.inputs) + len(self.kept)
+        self.kept.append(tensor)
+
+    def _note_copy(self, to: Tensor, source: Tensor | None) -> None:
+        try:
+            step = Copy(self.geometry(to), None if source is None else self.geometry(source))
+        except _Unrepeatable as error:
+            self.obstacle = self.obstacle or str(error)
+            return
+        self.touched |= {g.source for g in step if g is not None}
+        self.steps.append(step)
+
+    def note_launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
+        self.steps.append((kernel, grid, arguments, compiled))
+
+    def source_of(self, tensor: Tensor) -> int:
+        source = self.sources.get(tensor.untyped_storage()._cdata)
+        if source is None:
+            raise _Unrepeatable("memory that is neither an input's nor was made here")
+        return source
+
+    def tensor(self, source: int) -> Tensor:
+        return self.inputs[source] if source < len(self.inputs) else self.kept[source - len(self.inputs)]
+
+    def geometry(self, tensor: Tensor) -> Geometry:
+        source = self.source_of(tensor)
+        base = self.tensor(source)
+        if base.dtype != tensor.dtype:
+            raise _Unrepeatable("a view of another dtype")
+        offset = tensor.storage_offset() - base.storage_offset()
+        return Geometry(source, tuple(tensor.shape), tensor.stride(), offset)
+
+
+class _Address(NamedTuple):
+    """An offset in bytes to what a slot of the pool holds."""
+
+    slot: int
+    offset: int
+
+
+def _plan_of(recording: _Recording, result: Any, device: torch.device) -> Plan:
+    """The plan that repeats ``recording``.
+
+    Raises:
+        _Unrepeatable: it cannot be repeated.
+    """
+    if recording.obstacle is not None:
+        raise _Unrepeatable(recording.obstacle)
+    plan = Plan(device)
+    places = _place_memory(plan, recording, result)
+    pool = _Pool(plan, recording, places)
+    for step in recording.steps:
+        if isinstance(step, Copy):
+            plan.steps.append(Copy(*(None if g is None else _placed(g, places) for g in step)))  # type: ignore[arg-type]
+            plan.copies = True
+            continue
+        kernel, grid, arguments, compiled = step
+        run, values = direct.bind(kernel, compiled, grid), direct.leaves(compiled, arguments)
+        if run is None or values is None:
+            raise _Unrepeatable(f"{kernel.fn.__name__} is not launched directly")
+        plan.steps.append(_Launch(run, pool.getter(values)))
+    plan.hooks = tuple({id(step[0]): step[0].pre_run_hooks for step in recording.steps if not isinstance(step, Copy)}.values())
+    pool.finish()
+    return plan
+
+
+def _placed(geometry: Geometry, places: dict[int, _Address]) -> Geometry:
+    return geometry._replace(source=places[geometry.source].slot)
+
+
+def _place_memory(plan: Plan, recording: _Recording, result: Any) -> dict[int, _Address]:
+    """Where each of the recording's sources is: results, and what PyTorch copies, are tensors; the rest is in the workspace."""
+    plan.is_tuple = isinstance(result, tuple)
+    asked_for = [r if r is not None and r.shape != (0,) else None for r in (result if plan.is_tuple else (result,))]
+    results = [None if r is None else recording.geometry(r) for r in asked_for]
+    count = len(recording.inputs)
+    if any(g is not None and g.source < count for g in results):
+        raise _Unrepeatable("a result that is an input")
+    tensors = {g.source for g in results if g is not None} | recording.touched
+    places = {i: _Address(i, 0) for i in range(count)}
+    of_tensors = [(source, t) for source, t in enumerate(recording.kept, start=count) if source in tensors]
+    for source, tensor in of_tensors:
+        places[source] = _Address(count + len(plan.allocations), 0)
+        # A view as the only result is allocated as it is.
+        views = [g for g in results if g is not None and g.source == source]
+        whole = len(views) == 1 and views[0].offset == 0 and _is_dense(views[0], tensor.numel())
+        size, stride = (views[0].size, views[0].stride) if whole else (tuple(tensor.shape), tensor.stride())
+        plan.allocations.append(Allocation(size, stride, tensor.dtype))
+    workspace = count + len(plan.allocations)
+    for source, tensor in enumerate(recording.kept, start=count):
+        size = tensor.untyped_storage().nbytes()
+        if source not in tensors and size:
+            places[source] = _Address(workspace, plan.workspace)
+            plan.workspace += -(-size // _ALIGNMENT) * _ALIGNMENT
+    plan.results = [None if g is None else _placed(g, places) for g in results]
+    if all(g is None or (plan.allocations[g.source - count][:2] == (g.size, g.stride) and not g.offset) for g in plan.results):
+        plan.whole = tuple(-1 if g is None else g.source - count for g in plan.results)
+    return places
+
+
+def _is_dense(geometry: Geometry, elements: int) -> bool:
+    last = sum((size - 1) * stride for size, stride in zip(geometry.size, geometry.stride, strict=True))
+    return elements > 0 and torch.Size(geometry.size).numel() == elements == last + 1
+
+
+class _Pool:
+    """What launches pick their arguments from, while it grows: addresses, tensor maps and constants by their slots."""
+
+    def __init__(self, plan: Plan, recording: _Recording, places: dict[int, _Address]) -> None:
+        self.plan, self.recording, self.places = plan, recording, places
+        self.begins = len(recording.inputs) + len(plan.allocations) + bool(plan.workspace)
+        self.derived: dict[_Address, int] = {}
+        self.maps: list[tuple[_Address, Callable[[int], Any]]] = []
+        self.constants: dict[tuple[type, Any], int] = {}
+        self.picked: list[list[tuple[str, Any]]] = []
+
+    def address(self, tensor: Tensor) -> _Address | None:
+        """None for memory of no bytes, which has no address."""
+        source = self.recording.source_of(tensor)
+        place = self.places.get(source)
+        if place is None:
+            return None
+        return _Address(place.slot, place.offset + tensor.data_ptr() - self.recording.tensor(source).data_ptr())
+
+    def getter(self, values: list[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """To be called with the finished pool. Its indices are known when all launches are."""
+        picked: list[tuple[str, Any]] = []
+        for value in values:
+            if isinstance(value, direct.Described):
+                address = self.address(value.base)
+                assert address is not None
+                if address.offset:
+                    self.derived.setdefault(address, len(self.derived))
+                picked.append(("map", len(self.maps)))
+                self.maps.append((address, value.encode))
+            elif isinstance(value, Tensor):
+                address = self.address(value)
+                if address is None:
+                    picked.append(("constant", self._constant(0)))
+                elif address.offset == 0:
+                    picked.append(("slot", address.slot))
+                else:
+                    picked.append(("derived", self.derived.setdefault(address, len(self.derived))))
+            elif value is None or isinstance(value, (bool, int, float)):
+                picked.append(("constant", self._constant(value)))
+            else:
+                raise _Unrepeatable(f"an argument that is a {type(value).__name__}")
+        self.picked.append(picked)
+        return lambda pool: ()
+
+    def _constant(self, value: Any) -> int:
+        return self.constants.setdefault((type(value), value), len(self.constants))
+
+    def finish(self) -> None:
+        """Give the plan its pool, and its launches their places in it."""
+        maps = self.begins + len(self.derived)
+        first = {"slot": 0, "derived": self.begins, "map": maps, "constant": maps + len(self.maps)}
+        self.plan.derived = list(self.derived)  # type: ignore[arg-type]
+        self.plan.described = [
+            _Described(a.slot if not a.offset else self.begins + self.derived[a], encode, {}) for a, encode in self.maps
+        ]
+        self.plan.constants = [value for _, value in self.constants]
+        indices = iter([[first[kind] + i for kind, i in picked] for picked in self.picked])
+        self.plan.steps = [
+            step if isinstance(step, Copy) else _Launch(step.run, _picker(next(indices))) for step in self.plan.steps
+        ]
+
+
+def _picker(indices: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda pool: tuple(pool[i] for i in indices)
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+
+#: Functions whose values are part of every kind.
+_deciders: list[Callable[[], Hashable]] = []
+
+
+def decided_by(function: Callable[[], Hashable]) -> Callable[[], Hashable]:
+    """Say that launch functions ask what ``function`` returns: calls with different values are of different kinds."""
+    _deciders.append(function)
+    return function
+
+
+def _switches(first: Tensor) -> Hashable:
+    """All that launch functions ask beside their arguments."""
+    return (
+        *[decider() for decider in _deciders],
+        launch.force_int64,
+        (conv_input_precision(first.dtype), matmul_input_precision(first.dtype)) if first.dtype == torch.float32 else None,
+        first.device if first.is_cuda else triton.runtime.driver.active.get_current_device(),
+    )
+
+
+def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable) -> Any:
+    """``function(*tensors, problem)``, by its plan where there is one.
+
+    Args:
+        function: allocates and launches, and returns new tensors, views of them or None: one or a tuple.
+        tensors: plain ones on one device, at least one.
+        problem: all else that the function is told.
+    """
+    for first in tensors:
+        if first is not None:
+            break
+    assert first is not None
+    if not launch.has_plans(first):
+        return function(*tensors, problem)
+    key: list[Any] = [function, problem, _switches(first)]
+    inputs = []
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        else:
+            inputs.append(tensor)
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
+    kind = tuple(key)
+    plan = _plans.get(kind, _UNKNOWN)
+    if plan is _UNKNOWN:
+        return _record(kind, inputs, function, tensors, problem)
+    if plan is None or not plan.can_run():
+        return function(*tensors, problem)
+    return plan.run(inputs)
+
+
+_UNKNOWN: Any = object()
+
+
+def _record(
+    kind: Hashable, inputs: list[Tensor], function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable
+) -> Any:
+    global made
+    if launch.is_watched() or not direct.is_possible():
+        return function(*tensors, problem)
+    recording = _Recording(inputs)
+    with recording, launch.noting(recording.note_launch):
+        result = function(*tensors, problem)
+    try:
+        plan: Plan | None = _plan_of(recording, result, inputs[0].device)
+    except _Unrepeatable as error:
+        plan, unrepeatable[function.__qualname__] = None, str(error)
+    with _lock:
+        while len(_plans) >= MOST_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[kind] = plan
+        made += 1
+    return result
+
+
+#: Why the last call of a function that has no plan has none: for tests and whoever looks for lost time.
+unrepeatable: dict[str, str] = {}
+
+
+def forget() -> None:
+    """Forget all plans."""
+    with _lock:
+        _plans.clear()
