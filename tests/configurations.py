@@ -148,7 +148,8 @@ class Part:
 
 #: Only the compiler's options: neither in the interpreter nor in the semantics of the IR do they change anything.
 _OPTIONS = ("num_warps", "num_stages")
-#: What a layer's launches take along for the layer before it: only in a row of layers (tests/kernels/test_linked_conv2d.py).
+#: What a layer's launches take along for the layer before it: only in a row of layers
+#: (tests/kernels/convolution/test_linked_conv2d.py).
 _OF_THE_NEIGHBOURS = ("RELU_GRAD", "HAS_VECTORS", "BLOCK_COLUMNS", "BLOCK_COLUMN_PARTS")
 Launches = list[tuple[str, dict[str, Any]]]
 

@@ -56,10 +56,10 @@ class Fault:
         return source.replace(self.old, self.new)
 
 
-_CONV = "tests/kernels/test_conv2d.py"
-_POOL = "tests/kernels/test_max_pool2d.py"
+_CONV = "tests/kernels/convolution/test_conv2d.py"
+_POOL = "tests/kernels/pooling/test_max_pool2d.py"
 _LINEAR = "tests/kernels/test_linear.py"
-_DESCRIPTOR = "tests/kernels/test_conv2d_descriptor.py"
+_DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
 
 FAULTS = (
     Fault(
@@ -207,7 +207,7 @@ FAULTS = (
         "kernels/convolution/stem.py",
         "o_f // BLOCK_M * 3 + o_r // STRIDE)",
         "o_f // BLOCK_M * 3 + (o_r + 1) // STRIDE)",
-        ("tests/kernels/test_conv2d_stem_pool.py::test_gradients_are_exact_on_integers",),
+        ("tests/kernels/convolution/test_conv2d_stem_pool.py::test_gradients_are_exact_on_integers",),
     ),
     Fault(
         "an image that is not there: the index one past the last",

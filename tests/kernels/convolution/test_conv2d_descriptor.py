@@ -12,8 +12,8 @@ import kernels
 from kernels.configs import tables
 from kernels.convolution import rules
 
-from ..conftest import DEVICE
-from ..oracle import check, dtype_id, randn
+from ...conftest import DEVICE
+from ...oracle import check, dtype_id, randn
 
 IMAGES = {"_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
 BOX = {"_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}

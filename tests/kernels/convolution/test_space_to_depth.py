@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import kernels
 from kernels.configs import tables
 
-from ..conftest import DEVICE
-from ..oracle import dtype_id, integers, randn
+from ...conftest import DEVICE
+from ...oracle import dtype_id, integers, randn
 
 POOL = {"pool_kernel_size": 3, "pool_stride": 2}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

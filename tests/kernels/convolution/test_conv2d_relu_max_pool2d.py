@@ -10,8 +10,8 @@ import torch
 import kernels
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 
-from ..conftest import DEVICE
-from ..oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
+from ...conftest import DEVICE
+from ...oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kernels.configs import tables
 from kernels.runtime import launch
 from kernels.runtime.backend import current_backend
 
-from ..conftest import DEVICE, own_devices
+from ...conftest import DEVICE, own_devices
 
 
 def test_torch_runs_no_kernel(launches: list[str]) -> None:

@@ -12,8 +12,8 @@ import kernels
 from kernels.pooling.autograd import position_dtype
 from kernels.runtime import launch
 
-from ..conftest import DEVICE
-from ..oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn
+from ...conftest import DEVICE
+from ...oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn
 
 
 @dataclasses.dataclass(frozen=True)

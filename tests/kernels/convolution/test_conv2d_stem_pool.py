@@ -15,8 +15,8 @@ from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.pooling.autograd import no_gradient
 from kernels.runtime import launch
 
-from ..conftest import DEVICE
-from ..oracle import check, dtype_id, integers, randn
+from ...conftest import DEVICE
+from ...oracle import check, dtype_id, integers, randn
 
 HALF = (torch.float16, torch.bfloat16)
 POOL = {"pool_kernel_size": 3, "pool_stride": 2}

@@ -13,8 +13,8 @@ import kernels
 from kernels.configs import tables
 from kernels.runtime import launch
 
-from ..conftest import DEVICE
-from ..oracle import check, dtype_id, integers, randn
+from ...conftest import DEVICE
+from ...oracle import check, dtype_id, integers, randn
 
 Second = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

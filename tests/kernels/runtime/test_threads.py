@@ -17,8 +17,8 @@ import kernels
 from kernels.runtime import launch
 from kernels.runtime.backend import INTERPRETED
 
-from ..conftest import DEVICE, UNDER_TTSEM, own_devices
-from ..oracle import integers, randn
+from ...conftest import DEVICE, UNDER_TTSEM, own_devices
+from ...oracle import integers, randn
 
 pytestmark = pytest.mark.skipif(
     UNDER_TTSEM, reason="ttsem executes one launch at a time, in the process that it was started in"

@@ -15,8 +15,8 @@ from kernels.configs import tables
 from kernels.convolution.autograd import conv2d_reference
 from kernels.runtime import launch
 
-from ..conftest import DEVICE, own_devices
-from ..oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
+from ...conftest import DEVICE, own_devices
+from ...oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_with_dtypes, integers, randn
 
 
 @dataclasses.dataclass(frozen=True)
