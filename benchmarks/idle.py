@@ -8,12 +8,14 @@ are replaced: they do nothing. No tensor is read or written by a kernel, so valu
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
 
 from kernels import backend, launch
 
@@ -34,17 +36,23 @@ class _TensorMap:
     """In place of a ``CUtensorMap``, the 128 bytes of a tensor descriptor."""
 
 
+class _Module:
+    """In place of the handle of loaded machine code."""
+
+
 class IdleUtils:
     """In place of Triton's ``CudaUtils``: the driver's functions, which do nothing.
 
     Attributes:
         on_launch: told the arguments of every launch if it is not None; for tests.
         on_descriptor: told the arguments of every descriptor that is encoded, likewise.
+        module: the module of every kernel.
     """
 
     def __init__(self) -> None:
         self.on_launch: Callable[..., object] | None = None
         self.on_descriptor: Callable[..., object] | None = None
+        self.module = _Module()
         self._tensor_map = _TensorMap()
 
     def launch(self, *arguments: Any) -> None:
@@ -61,13 +69,9 @@ class IdleUtils:
     #: Its name in Triton 3.6.
     fill_tma_descriptor = fill_tma_descriptor_tiled
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int | None, int, int, int, int]:
-        """Module, function, registers, spills and threads of a kernel.
-
-        The module is None: a compiled kernel then has nothing to unload, which it would do at the process's end, when the
-        stand-in driver is gone.
-        """
-        return None, 1, 128, 0, 1024
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[_Module, int, int, int, int]:
+        """Module, function, registers, spills and threads of a kernel."""
+        return self.module, 1, 128, 0, 1024
 
     def unload_module(self, module: object) -> None:
         """Unload what :meth:`load_binary` loaded."""
@@ -134,6 +138,17 @@ def _without_libcuda() -> Iterator[None]:
             setattr(nvidia, name, value)
 
 
+def _forget_modules() -> None:
+    """Take the stand-in's modules from compiled kernels, which keep their code and get a module again at their next launch.
+
+    A kernel unloads its module when it is deleted, with the driver that is active then. That one may be a real driver, to which
+    the stand-in's handle means nothing.
+    """
+    for kernel in gc.get_objects():
+        if type(kernel) is CompiledKernel and kernel.module is UTILS.module:
+            kernel.module = kernel._run = None
+
+
 @contextlib.contextmanager
 def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
     """Run operations on CPU tensors as on an NVIDIA GPU of ``capability`` (80, 90, 100) that does nothing.
@@ -151,5 +166,6 @@ def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
         with _without_libcuda(), launch.launch_without_gpu():
             yield UTILS
     finally:
+        _forget_modules()
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             triton.runtime.driver.reset_active()
