@@ -1,19 +1,22 @@
 """Host time: how long Python works on a call, ours beside PyTorch's.
 
-``python -m benchmarks.host [--json FILE]`` without a GPU runs our real code path on CPU tensors, with kernels compiled for an H100
-by a stand-in driver (:mod:`benchmarks.idle`). All that Python does up to the call into the driver counts, Triton's part
-included. What ``libcuda`` would do does not count, nor does any work on the values. The peer is an ``nn.Sequential`` of the same
+``python -m benchmarks.host [--json FILE]`` without a GPU runs our real code path on CPU tensors, with kernels compiled for an
+H100 by a stand-in driver (:mod:`benchmarks.idle`). All that Python does up to the call into the driver counts, Triton's part
+included. The driver's own work does not count, nor does any work on the values. The peer is an ``nn.Sequential`` of the same
 layers with tiny tensors and ``torch.optim.SGD``, or the operation of ``torch.nn.functional``. Both take turns in one process.
 The last table says where the time of a training step goes, by function.
 
-On a CUDA GPU the same command times the real thing: the host time of the same cases at the smallest batch, with the GPU idle
-before each call, and for each batch the eager step beside its CUDA graph, ours beside channels-last PyTorch.
+On a CUDA GPU the same command times the real thing. Host time is that of the same cases at the smallest batch, with the GPU
+idle before each call. For each batch the eager step stands beside its CUDA graph, ours beside channels-last PyTorch.
 
-A row of the JSON has ``case``; ``mode`` (``step`` of a network, ``forward`` or ``forward_backward`` of an operation; on a GPU also
-``eager`` and ``graph``, whose times are the GPU's and the host's together); ``batch`` and ``dtype`` of ours; the medians ``ours_us``
-and ``peer_us`` of a call in microseconds; ``ratio``, ours over the peer's; and what one call of ours does once it is warm:
-``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions, in all and by package in ``calls_by``,
-and ``plans`` made. Counts are exact: a second run gives the same.
+A row of the JSON has these fields:
+
+- ``case``, and ``mode``: ``step`` of a network, ``forward`` or ``forward_backward`` of an operation. On a GPU also ``eager``
+  and ``graph``, whose times are the GPU's and the host's together.
+- ``batch`` and ``dtype`` of our tensors.
+- ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's.
+- What one warm call of ours does: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,
+  the same by package in ``calls_by``, and ``plans`` made. These counts are exact: a second run gives the same.
 """
 
 from __future__ import annotations
@@ -269,7 +272,8 @@ def profile(function: Callable[[], object], steps: int = 20) -> dict[str, Any]:
     return {
         "total_us": round(total / steps * 1e6, 1),
         "packages": {
-            name: {"own_us": round(own / steps * 1e6, 1), "share": round(own / total, 4)} for name, own in packages.most_common()
+            name: {"own_us": round(own / steps * 1e6, 1), "share": round(own / total, 4)}
+            for name, own in packages.most_common()
         },
         "functions": functions[:40],
     }
@@ -355,7 +359,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--case", nargs="+", choices=names, default=names, help="these cases alone")
     parser.add_argument(
-        "--batch", nargs="+", type=int, help="images of ours: 128 by default, on a GPU 1, 128 and 1024; host time is of the smallest"
+        "--batch",
+        nargs="+",
+        type=int,
+        help="images of ours: 128 by default, on a GPU 1, 128 and 1024; host time is of the smallest",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="of our tensors")
     parser.add_argument("--rounds", type=int, default=100, help="how often each case is timed")
@@ -367,12 +374,13 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     batches = arguments.batch or ([1, 128, 1024] if on_gpu else [128])
-    cases = [case for case in host_cases(min(batches), arguments.dtype) if case.name in arguments.case]
+    of_host_time = [min(batches)] if on_gpu else batches
+    cases = [c for batch in of_host_time for c in host_cases(batch, arguments.dtype) if c.name in arguments.case]
     with contextlib.nullcontext() if on_gpu else idle_gpu():
         result = run(cases, arguments.rounds, device)
     if on_gpu:
         torch.backends.cudnn.benchmark = True
-        # A loop of steps is measured for as long as many calls of a single operation.
+        # One round here is a loop of up to 20 steps.
         rounds = min(arguments.rounds, 10)
         steps = (measure_steps(ALEXNET, batch, arguments.dtype, rounds, device) for batch in batches)
         result["rows"] += [row for row in itertools.chain.from_iterable(steps) if row["case"] in arguments.case]

@@ -22,7 +22,9 @@ from kernels import backend, launch
 from .offline import SHARED_BYTES, OfflineDriver
 
 #: What a process with ``TRITON_INTERPRET=1`` is told.
-NEEDS_COMPILER = "host time is that of compiled kernels' launches: unset TRITON_INTERPRET, whose interpreter replaces the compiler"
+NEEDS_COMPILER = (
+    "host time is that of compiled kernels' launches: unset TRITON_INTERPRET, whose interpreter replaces the compiler"
+)
 
 
 class _KernelArgument(NamedTuple):
