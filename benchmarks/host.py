@@ -14,7 +14,7 @@ A row of the JSON has these fields:
 - ``case``, and ``mode``: ``step`` of a network, ``forward`` or ``forward_backward`` of an operation. On a GPU also ``eager``
   and ``graph``, whose times are the GPU's and the host's together.
 - ``batch`` and ``dtype`` of our tensors.
-- ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's.
+- ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's, the median of the rounds' ratios.
 - What one warm call of ours does: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,
   the same by package in ``calls_by``, and ``plans`` made. These counts are exact: a second run gives the same.
 """
@@ -117,8 +117,11 @@ def _turn(function: Callable[[], object], calls: int, device: torch.device) -> f
     return total / calls / 1e3
 
 
-def take_turns(pair: Pair, rounds: int, device: torch.device) -> tuple[float, float]:
-    """Median microseconds of host time of a call, ours and the peer's, each measured once a round."""
+def take_turns(pair: Pair, rounds: int, device: torch.device) -> tuple[float, float, float]:
+    """Median microseconds of a call, ours and the peer's, and their ratio. Both sides have a turn in each round.
+
+    The ratio is the median of the rounds' ratios: what slows the machine for longer than a round slows both sides of one.
+    """
     functions = (pair.ours, pair.peer)
     with _undisturbed():
         calls = []
@@ -129,7 +132,7 @@ def take_turns(pair: Pair, rounds: int, device: torch.device) -> tuple[float, fl
             calls.append(min(_MOST_CALLS_A_TURN, math.ceil(_TURN_SECONDS * 1e6 / microseconds)))
         times = [[_turn(f, n, device) for f, n in zip(functions, calls, strict=True)] for _ in range(rounds)]
     ours, peer = (statistics.median(side) for side in zip(*times, strict=True))
-    return ours, peer
+    return ours, peer, statistics.median(of_ours / of_peer for of_ours, of_peer in times)
 
 
 #: Directories and what a table calls the code in them.
@@ -224,7 +227,11 @@ def counts(function: Callable[[], object]) -> dict[str, Any]:
     }
 
 
-def _row(case: str, mode: str, batch: int, dtype: str, ours: float | None, peer: float | None) -> dict[str, Any]:
+def _row(
+    case: str, mode: str, batch: int, dtype: str, ours: float | None, peer: float | None, ratio: float | None = None
+) -> dict[str, Any]:
+    if ratio is None and ours is not None and peer is not None:
+        ratio = ours / peer
     return {
         "case": case,
         "mode": mode,
@@ -232,14 +239,14 @@ def _row(case: str, mode: str, batch: int, dtype: str, ours: float | None, peer:
         "dtype": dtype,
         "ours_us": None if ours is None else round(ours, 2),
         "peer_us": None if peer is None else round(peer, 2),
-        "ratio": None if ours is None or peer is None else round(ours / peer, 3),
+        "ratio": None if ratio is None else round(ratio, 3),
     }
 
 
 def measure(case: HostCase, pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
     """The row of a case: host time of both sides, and what ours does."""
-    ours, peer = take_turns(pair, rounds, device)
-    return {**_row(case.name, case.mode, case.batch, case.dtype, ours, peer), **counts(pair.ours)}
+    times = take_turns(pair, rounds, device)
+    return {**_row(case.name, case.mode, case.batch, case.dtype, *times), **counts(pair.ours)}
 
 
 def profile(function: Callable[[], object], steps: int = 20) -> dict[str, Any]:
