@@ -12,7 +12,7 @@ IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile render bench clean
+.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -26,7 +26,8 @@ help:
 	@echo "make accuracy  every operation's error against float64, beside PyTorch's own (under ten minutes on a CPU)"
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
 	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
-	@echo "make bench   time every operation against PyTorch (needs a CUDA GPU)"
+	@echo "make host    how long Python works on a training step and on each operation, beside PyTorch (a GPU need not be there)"
+	@echo "make bench   time every operation against PyTorch by pytest-benchmark (without a CUDA GPU: host time alone)"
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -101,6 +102,9 @@ report: $(INSTALLED)
 
 profile: $(INSTALLED)
 	$(BIN)/python -m benchmarks.profile $(ARGS)
+
+host: $(INSTALLED)
+	$(BIN)/python -m benchmarks.host $(ARGS)
 
 render: $(INSTALLED)
 	$(BIN)/python -m benchmarks.render --readme $(ARGS)

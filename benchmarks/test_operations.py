@@ -1,6 +1,7 @@
 """``pytest benchmarks``: each operation at AlexNet's shapes, forward and backward, ours against PyTorch.
 
-Needs a CUDA GPU. Compare runs with pytest-benchmark's own options: ``--benchmark-json=FILE``, ``--benchmark-compare``.
+Needs a CUDA GPU; host time, in ``test_host.py``, does not. Compare runs with pytest-benchmark's own options:
+``--benchmark-json=FILE``, ``--benchmark-compare``.
 """
 
 from __future__ import annotations

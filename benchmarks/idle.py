@@ -1,0 +1,173 @@
+"""A GPU that is not there and takes every launch: for measuring what the host does before a kernel runs.
+
+Inside :func:`idle_gpu` operations on CPU tensors walk the code path of a GPU. Triton compiles their kernels for that GPU and
+launches them with its own ``CudaLauncher``, tensor descriptors included. Only the functions that Triton gets from ``libcuda``
+are replaced: they do nothing. No tensor is read or written by a kernel, so values are whatever the allocator left there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
+
+from kernels import backend, launch
+
+from .offline import SHARED_BYTES, OfflineDriver
+
+#: What a process with ``TRITON_INTERPRET=1`` is told.
+NEEDS_COMPILER = (
+    "host time is that of compiled kernels' launches: unset TRITON_INTERPRET, whose interpreter replaces the compiler"
+)
+
+
+class _KernelArgument(NamedTuple):
+    """In place of the class by which Triton 3.7 and later describe an argument to their launcher in C."""
+
+    nested_tuple: Any
+    type: int
+
+
+class _TensorMap:
+    """In place of a ``CUtensorMap``, the 128 bytes of a tensor descriptor."""
+
+
+class _Module:
+    """In place of the handle of loaded machine code."""
+
+
+class IdleUtils:
+    """In place of Triton's ``CudaUtils``: the driver's functions, which do nothing.
+
+    Attributes:
+        on_launch: told the arguments of every launch if it is not None; for tests.
+        on_descriptor: told the arguments of every descriptor that is encoded, likewise.
+        module: the module of every kernel.
+    """
+
+    def __init__(self) -> None:
+        self.on_launch: Callable[..., object] | None = None
+        self.on_descriptor: Callable[..., object] | None = None
+        self.module = _Module()
+        self._tensor_map = _TensorMap()
+
+    def launch(self, *arguments: Any) -> None:
+        """A launcher as Triton keeps one for each compiled kernel."""
+        if self.on_launch is not None:
+            self.on_launch(*arguments)
+
+    def fill_tma_descriptor_tiled(self, *arguments: Any) -> _TensorMap:
+        """Encode a tensor descriptor."""
+        if self.on_descriptor is not None:
+            self.on_descriptor(*arguments)
+        return self._tensor_map
+
+    #: Its name in Triton 3.6.
+    fill_tma_descriptor = fill_tma_descriptor_tiled
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[_Module, int, int, int, int]:
+        """Module, function, registers, spills and threads of a kernel."""
+        return self.module, 1, 128, 0, 1024
+
+    def unload_module(self, module: object) -> None:
+        """Unload what :meth:`load_binary` loaded."""
+
+    def build_signature_metadata(self, signature: list[str]) -> bytes:
+        """The argument types of a kernel, as the launcher in C reads them."""
+        return b""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """An H100's numbers, with the shared memory of the device's generation."""
+        return {
+            "max_shared_mem": SHARED_BYTES[f"sm_{device}"],
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+            "sm_clock_rate": 1_980_000,
+            "mem_clock_rate": 2_619_000,
+            "mem_bus_width": 5120,
+        }
+
+
+#: One for the process: compiled kernels outlive an :func:`idle_gpu` block, and each keeps its launch function.
+UTILS = IdleUtils()
+
+
+class IdleDriver(OfflineDriver):
+    """The offline driver with the real launcher in front of :data:`UTILS`."""
+
+    def __init__(self, capability: int) -> None:
+        super().__init__(capability)
+        self.utils = UTILS
+        self.launcher_cls = nvidia.CudaLauncher
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return str(nvidia.ty_to_cpp(ty))
+
+
+def _idle_module(**_: Any) -> types.SimpleNamespace:
+    """In place of the launcher in C that Triton 3.6 compiles for each kernel, with a C compiler and against libcuda."""
+    return types.SimpleNamespace(launch=UTILS.launch)
+
+
+#: What Triton's module gets from libcuda, by the name of its global variable, where the version at hand has it.
+_FROM_LIBCUDA: dict[str, Any] = {
+    "PyKernelArg": _KernelArgument,
+    "PyCUtensorMap": _TensorMap,
+    "ARG_CONSTEXPR": 0,
+    "ARG_KERNEL": 1,
+    "ARG_TUPLE": 2,
+    "compile_module_from_src": _idle_module,
+    "library_dirs": list,
+}
+
+
+@contextlib.contextmanager
+def _without_libcuda() -> Iterator[None]:
+    before = {name: getattr(nvidia, name) for name in _FROM_LIBCUDA if hasattr(nvidia, name)}
+    for name in before:
+        setattr(nvidia, name, _FROM_LIBCUDA[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(nvidia, name, value)
+
+
+def _forget_modules() -> None:
+    """Take the stand-in's modules from compiled kernels, which keep their code and get a module again at their next launch.
+
+    A kernel unloads its module when it is deleted, with the driver that is active then. That one may be a real driver, to which
+    the stand-in's handle means nothing.
+    """
+    for kernel in gc.get_objects():
+        if type(kernel) is CompiledKernel and kernel.module is UTILS.module:
+            kernel.module = kernel._run = None
+
+
+@contextlib.contextmanager
+def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
+    """Run operations on CPU tensors as on an NVIDIA GPU of ``capability`` (80, 90, 100) that does nothing.
+
+    Yields:
+        The driver's functions, so that a test can see what they get.
+
+    Raises:
+        RuntimeError: the process runs Triton's interpreter, so there is no compiler.
+    """
+    if backend.INTERPRETED:
+        raise RuntimeError(NEEDS_COMPILER)
+    triton.runtime.driver.set_active(IdleDriver(capability))
+    try:
+        with _without_libcuda(), launch.launch_without_gpu():
+            yield UTILS
+    finally:
+        _forget_modules()
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+            triton.runtime.driver.reset_active()
