@@ -29,7 +29,8 @@ from torch import Tensor
 from kernels import linear_rules
 from kernels.configs import tables
 from kernels.convolution import rules, stem
-from kernels.convolution.general import dgrad, fprop, wgrad
+from kernels.convolution.problem import Geometry, Problem
+from kernels.convolution.select import dgrad, fprop, wgrad
 from kernels.runtime import launch
 from kernels.runtime.launch import cdiv
 
@@ -248,12 +249,13 @@ def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
             return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
         return ops.linear_dgrad(dz, w) if job.pass_ == "dgrad" else ops.linear_wgrad(dz, x, w)
     *_, stride, padding = LAYERS[job.layer]
-    step, pad = [stride] * 2, [padding] * 2
+    geometry = Geometry((stride, stride), (padding, padding), (1, 1), 1)
+    problem = Problem.of(x.shape, w, geometry, (job.size, job.size))
     if job.pass_ == "fprop":
-        return fprop(x, w, b, step, pad, [1, 1], 1, [job.size] * 2, True)
+        return fprop(x, w, b, problem, True)
     if job.pass_ == "dgrad":
-        return dgrad(dz, w, x.shape, step, pad, [1, 1], 1, x if job.layer in LINKED else None)[0]
-    return wgrad(dz, x, w, step, pad, [1, 1], 1)
+        return dgrad(dz, w, problem, x if job.layer in LINKED else None)[0]
+    return wgrad(dz, x, w, problem)
 
 
 def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
-from kernels import backend, launch
+from kernels.runtime import backend, launch
 
 from .offline import SHARED_BYTES, OfflineDriver
 
@@ -79,8 +79,8 @@ class IdleUtils:
         """Unload what :meth:`load_binary` loaded."""
 
     def build_signature_metadata(self, signature: list[str]) -> bytes:
-        """The argument types of a kernel, as the launcher in C reads them."""
-        return b""
+        """The argument types of a kernel, a byte for each, as the launcher in C reads them."""
+        return bytes(sum(kind.encode()) % 256 for kind in signature)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """An H100's numbers, with the shared memory of the device's generation."""

@@ -91,12 +91,15 @@ class CompiledLaunch:
     tma_loads: int
     register_operands: int  # asynchronous products whose first operand waits in registers
     float_atomics: int
+    fused_products: int  # float32 products fused with a sum, or that ptxas may still fuse with one
     has_dot: bool
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
 
 
 #: A warp group's product in Triton's GPU IR names the types of its operands: a tensor is in registers.
 _REGISTER_OPERAND = re.compile(r"ttng\.warp_group_dot [^\n]* : tensor<")
+#: A product that names its rounding (``mul.rn``) is never fused.
+_FUSED_PRODUCT = re.compile(r"\b(?:fma\.rn(?:\.ftz)?|mul(?:\.ftz)?)\.f32(?:x2)?\b")
 _OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
 
 
@@ -172,6 +175,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         tma_loads=ptx.count("cp.async.bulk.tensor"),
         register_operands=len(_REGISTER_OPERAND.findall(compiled.asm["ttgir"])),
         float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
+        fused_products=len(_FUSED_PRODUCT.findall(ptx)),
         has_dot="tt.dot" in compiled.asm["ttir"],
         int32_program_products=int32_program_products(compiled.asm["ttir"]),
     )

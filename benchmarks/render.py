@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -266,8 +267,12 @@ def tuned_markdown(table: dict[str, Any]) -> str:
 README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-trainer", "sm_90-bfloat16-N128-infer")
 
 
+#: A GPU's report is named for the GPU. Those of other days have the date behind the name; the README's text links to them.
+_DATED = re.compile(r"-\d{4}-\d{2}-\d{2}")
+
+
 def readme(text: str, results: Iterable[Path]) -> str:
-    """The README with its tables rebuilt: the audit's, the whole-network table of each real result, each GPU's tuned passes."""
+    """The README with its tables rebuilt: the audit's, whole networks of each real undated result, each GPU's tuned passes."""
     committed = json.loads(COMMITTED.read_text())
     text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in README_AUDIT}))
     tables = []
@@ -275,6 +280,8 @@ def readme(text: str, results: Iterable[Path]) -> str:
         content = json.loads(path.read_text())
         if is_fake(content):
             raise ValueError(f"{path}: its times are fake and belong into no README")
+        if _DATED.search(path.stem):
+            continue
         tables.append(f"{_title(content)} (`{path.name}`):\n\n{step_table(content)}")
     nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
     text = replace_between(text, "results", "\n\n".join(tables) or nothing)

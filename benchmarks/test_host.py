@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import backend
+from kernels.runtime import backend
 
 from .host_cases import HostCase, Pair, host_cases
 from .idle import NEEDS_COMPILER, idle_gpu

@@ -247,6 +247,8 @@ def _launch_gather_resize(
         PAD_W=pad_w,
         AUGMENT=augmentation is not None,
         WIDE=needs_int64(images, output),
+        # Which products the compiler would fuse with a sum depends on the kernel's constants; without, cells are the same bits.
+        enable_fp_fusion=False,
         **config,
     )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -433,9 +433,9 @@ def _backward(
 
 
 class _BackwardOperators(NamedTuple):
-    epilogue: Callable[..., tuple[Tensor, Tensor]]
-    dgrad: Callable[..., Tensor]
-    wgrad: Callable[..., Tensor]
+    epilogue: Any
+    dgrad: Any
+    wgrad: Any
 
 
 @linear_epilogue_backward.register_fake

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from alexnet_triton import fuse
 from alexnet_triton.optim import SGD
 from kernels.configs import tables
+from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
 from kernels.runtime.backend import INTERPRETED
 
+from .configurations import precision_of_float32
 from .conftest import DEVICE
 from .interpreter import speed_up
 
@@ -70,7 +72,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
-    """The digest of every output, gradient, parameter and momentum of ``steps`` steps."""
+    """The digest of every output, gradient, parameter and momentum of ``steps`` steps, and how products were formed."""
     seen: list[Tensor] = []
     with deterministic(), tables.override(SPLIT=2):
         net = network(dtype)
@@ -86,11 +88,12 @@ def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
             seen += [output, *(p.grad.clone() for p in net.parameters()), *(p.detach().clone() for p in net.parameters())]
         for state in optimizer.state.values():
             seen += [value for value in state.values() if isinstance(value, Tensor)]
-    return digest(seen)
+    return f"{digest(seen)} conv {conv_input_precision(dtype)} matmul {matmul_input_precision(dtype)}"
 
 
 if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as patch:
+    # As the suite has them (tests/conftest.py); PyTorch's own default is TF32 in convolutions.
+    with pytest.MonkeyPatch.context() as patch, precision_of_float32("ieee"):
         if INTERPRETED:
             speed_up(patch)
         print(json.dumps({str(dtype): trained(dtype) for dtype in DTYPES}))

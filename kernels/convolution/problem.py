@@ -51,7 +51,8 @@ class Problem(NamedTuple):
         """
         n, _, h, w = input_size
         k, cg, r, s = weight.shape
-        return cls(n, cg * geometry.groups, h, w, k, r, s, *output_size, geometry, weight.dtype, weight.device)
+        p, q = output_size
+        return cls(n, cg * geometry.groups, h, w, k, r, s, p, q, geometry, weight.dtype, weight.device)
 
     @property
     def is_irregular(self) -> bool:

@@ -1,11 +1,11 @@
 """What an operation allocates and launches, worked out once for each kind of call and then only repeated.
 
-The first call of a kind runs the operation's launch functions as they are written. A :class:`_Recording` notes what they do: which
-memory they ask PyTorch for, which kernels they launch on what, which tensors PyTorch copies for them. From the notes comes a
-:class:`Plan`: the addresses are left open, all else is decided. A later call of the same kind looks the plan up, asks for memory,
-fills in the addresses and calls Triton's C launcher (:mod:`kernels.runtime.direct`).
+The first call of a kind runs the operation's launch functions as they are written. A :class:`_Recording` notes what they do:
+which memory they ask PyTorch for, which kernels they launch on what, which tensors PyTorch copies. From the notes comes a
+:class:`Plan`: the addresses are left open, all else is decided. A later call of the same kind looks the plan up, asks for
+memory, fills in the addresses and calls Triton's C launcher (:mod:`kernels.runtime.direct`).
 
-Two calls are of one kind if everything is equal that launch functions decide by: the operator, the problem, each tensor's shape,
+Two calls are of one kind if all is equal that launch functions decide by: the operator, the problem, each tensor's shape,
 strides, dtype and alignment, the device, and the switches of :func:`_switches`. Launch functions do not read tensors' values. A
 recording that sees something it cannot repeat makes no plan: calls of that kind go on running launch functions.
 """
@@ -81,7 +81,10 @@ class _Described(NamedTuple):
     maps: dict[int, Any]
 
 
-class _Launch(NamedTuple):
+class _Step(NamedTuple):
+    """A copy, or a launch with the values that it picks out of the pool."""
+
+    copy: Copy | None
     run: direct.Launcher
     values: Callable[[Sequence[Any]], tuple[Any, ...]]
 
@@ -101,8 +104,7 @@ class Plan:
         self.derived: list[tuple[int, int]] = []  # (slot, bytes)
         self.described: list[_Described] = []
         self.constants: list[Any] = []
-        self.steps: list[_Launch | Copy] = []
-        self.copies = False
+        self.steps: list[_Step] = []
         self.hooks: tuple[list[Any], ...] = ()
         self.results: list[Geometry | None] = []
         self.whole: tuple[int, ...] | None = None  # the allocations that are the results, where all of them are just that
@@ -144,16 +146,11 @@ class Plan:
             pool.append(tensor_map)
         pool += self.constants
         stream = launch.current_stream(self.on_gpu, self.index)
-        if self.copies:
-            tensors = [*inputs, *made]
-            for step in self.steps:
-                if type(step) is Copy:
-                    _copy(step, tensors)
-                else:
-                    step.run(stream, step.values(pool))  # type: ignore[union-attr]
-        else:
-            for run, values in self.steps:  # type: ignore[misc]
-                run(stream, values(pool))  # type: ignore[operator]
+        for copy, run, values in self.steps:
+            if copy is None:
+                run(stream, values(pool))
+            else:
+                _copy(copy, [*inputs, *made])
         return self._results(inputs, made)
 
     def _results(self, inputs: Sequence[Tensor], made: list[Tensor]) -> Any:
@@ -161,7 +158,7 @@ class Plan:
             results = [made[i] if i >= 0 else None for i in self.whole]
         else:
             tensors = [*inputs, *made]
-            results = [None if r is None else _view(r, tensors) for r in self.results]  # type: ignore[misc]
+            results = [None if r is None else _view(r, tensors) for r in self.results]
         return tuple(results) if self.is_tuple else results[0]
 
 
@@ -250,8 +247,7 @@ class _Recording(TorchDispatchMode):
         base = self.tensor(source)
         if base.dtype != tensor.dtype:
             raise _Unrepeatable("a view of another dtype")
-        offset = tensor.storage_offset() - base.storage_offset()
-        return Geometry(source, tuple(tensor.shape), tensor.stride(), offset)
+        return Geometry(source, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset() - base.storage_offset()))
 
 
 class _Address(NamedTuple):
@@ -274,17 +270,22 @@ def _plan_of(recording: _Recording, result: Any, device: torch.device) -> Plan:
     pool = _Pool(plan, recording, places)
     for step in recording.steps:
         if isinstance(step, Copy):
-            plan.steps.append(Copy(*(None if g is None else _placed(g, places) for g in step)))  # type: ignore[arg-type]
-            plan.copies = True
+            to, source = step
+            copy = Copy(_placed(to, places), None if source is None else _placed(source, places))
+            plan.steps.append(_Step(copy, _run_nothing, pool.getter([])))
             continue
         kernel, grid, arguments, compiled = step
         run, values = direct.bind(kernel, compiled, grid), direct.leaves(compiled, arguments)
         if run is None or values is None:
             raise _Unrepeatable(f"{kernel.fn.__name__} is not launched directly")
-        plan.steps.append(_Launch(run, pool.getter(values)))
+        plan.steps.append(_Step(None, run, pool.getter(values)))
     plan.hooks = tuple({id(step[0]): step[0].pre_run_hooks for step in recording.steps if not isinstance(step, Copy)}.values())
     pool.finish()
     return plan
+
+
+def _run_nothing(stream: int, values: tuple[Any, ...]) -> None:
+    raise AssertionError("a copy launches nothing")
 
 
 def _placed(geometry: Geometry, places: dict[int, _Address]) -> Geometry:
@@ -311,10 +312,10 @@ def _place_memory(plan: Plan, recording: _Recording, result: Any) -> dict[int, _
         plan.allocations.append(Allocation(size, stride, tensor.dtype))
     workspace = count + len(plan.allocations)
     for source, tensor in enumerate(recording.kept, start=count):
-        size = tensor.untyped_storage().nbytes()
-        if source not in tensors and size:
+        nbytes = tensor.untyped_storage().nbytes()
+        if source not in tensors and nbytes:
             places[source] = _Address(workspace, plan.workspace)
-            plan.workspace += -(-size // _ALIGNMENT) * _ALIGNMENT
+            plan.workspace += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
     plan.results = [None if g is None else _placed(g, places) for g in results]
     if all(g is None or (plan.allocations[g.source - count][:2] == (g.size, g.stride) and not g.offset) for g in plan.results):
         plan.whole = tuple(-1 if g is None else g.source - count for g in plan.results)
@@ -378,14 +379,14 @@ class _Pool:
         """Give the plan its pool, and its launches their places in it."""
         maps = self.begins + len(self.derived)
         first = {"slot": 0, "derived": self.begins, "map": maps, "constant": maps + len(self.maps)}
-        self.plan.derived = list(self.derived)  # type: ignore[arg-type]
+        self.plan.derived = [(a.slot, a.offset) for a in self.derived]
         self.plan.described = [
             _Described(a.slot if not a.offset else self.begins + self.derived[a], encode, {}) for a, encode in self.maps
         ]
         self.plan.constants = [value for _, value in self.constants]
-        indices = iter([[first[kind] + i for kind, i in picked] for picked in self.picked])
         self.plan.steps = [
-            step if isinstance(step, Copy) else _Launch(step.run, _picker(next(indices))) for step in self.plan.steps
+            step._replace(values=_picker([first[kind] + i for kind, i in picked]))
+            for step, picked in zip(self.plan.steps, self.picked, strict=True)
         ]
 
 

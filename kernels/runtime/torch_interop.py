@@ -95,7 +95,7 @@ class Operator:
 
 
 def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether a call on ``arguments`` is one of plain tensors in plain eager code, where PyTorch's dispatcher has nothing to do.
+    """Whether a call on ``arguments`` is one of plain tensors in plain eager code: nothing for PyTorch's dispatcher to do.
 
     The way through the dispatcher takes more of the host than a launch does. Whatever a dispatch key stands for, of a tensor
     (lazy negation, a batch of vmap, a subclass) or of the thread (modes, transforms, tracing), belongs to the dispatcher.

@@ -102,7 +102,7 @@ def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> No
     """The answer is the kernels', from where they ask themselves."""
     net = network(torch.bfloat16)
     assert cells_for(net, torch.bfloat16) == CONV1
-    monkeypatch.setattr("kernels.convolution.stem.has_copy_engine", lambda _: False)
+    monkeypatch.setattr("kernels.convolution.select.has_copy_engine", lambda _: False)
     assert cells_for(net, torch.bfloat16) is None
 
 

@@ -37,6 +37,8 @@ from alexnet_triton.data import (
 )
 from alexnet_triton.make_sample import balanced, write_idx
 
+from ..conftest import DEVICE
+
 FULL = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -268,16 +270,18 @@ def test_nothing_is_drawn_for_a_part_that_is_off(part: str, channels: int) -> No
 @pytest.mark.parametrize("part", PARTS)
 def test_augmented_images_are_torchvisions(part: str, backend: str, channels: int) -> None:
     """The same parameters, one image after the other; none stays as it is."""
-    images = torch.randint(0, 256, (5, 28, 28) if channels == 1 else (5, 3, 28, 28), dtype=torch.uint8)
-    index, augment = torch.tensor([4, 0, 0, 2, 1, 3]), PARTS[part]
+    device, augment = torch.device(DEVICE), PARTS[part]
+    shape = (5, 28, 28) if channels == 1 else (5, 3, 28, 28)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    index = torch.tensor([4, 0, 0, 2, 1, 3], device=device)
     torch.manual_seed(2)
     with kernels.use_backend(backend):  # type: ignore[arg-type]
         ours = augmented_input(images, index, 56, augment)
     torch.manual_seed(2)
     offset, flip, brightness, contrast, size = draw_augmentation(
-        6, CPU, augment=Augment(augment.flip, augment.crop, augment.colour and channels == 1)
+        6, device, augment=Augment(augment.flip, augment.crop, augment.colour and channels == 1)
     )
-    light = draw_light(6, CPU) if augment.colour and channels == 3 else torch.zeros(6, channels)
+    light = draw_light(6, device) if augment.colour and channels == 3 else torch.zeros(6, channels, device=device)
     assert (offset is None, flip is None) == (augment.crop == "none", not augment.flip)
     changed = 0
     for n in range(6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -63,6 +64,50 @@ def test_tf32_is_held_to_its_own_precision() -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert unit(torch.float32) == 2**-9
     assert unit(torch.bfloat16) == 2**-7
+
+
+class _Cut(torch.autograd.Function):
+    """What a tensor core reads of a float32 where TF32 is allowed; the gradient goes through."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return (x.view(torch.int32) & -(2**13)).view(torch.float32)
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def test_a_fused_case_in_tf32_may_move_maxima_and_no_more() -> None:
+    """PyTorch's CPU multiplies exactly, as cuDNN does with one channel: its own error allows no maximum to move."""
+    case = FUSED_CASES[0].shrunk()
+    tensors = case.tensors(800, torch.float32, "cpu")
+    exactly = truth(case, tensors)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    expected = truth(case, tensors, exactly.grad)
+
+    def ours(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return case.theirs(_Cut.apply(x), _Cut.apply(w), b)
+
+    verify(case, ours, tensors, expected)
+    with pytest.raises(AssertionError, match="wrong gradient of input"):
+        verify(case, ours, tensors, dataclasses.replace(expected, tf32=None))
+
+    def without_a_row(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ours(x, torch.cat([w[:, :, :-1], torch.zeros_like(w[:, :, -1:])], 2), b)
+
+    def with_a_wrong_image(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([ours(x[:-8], w, b), ours(x[:8], w, b)])
+
+    for wrong in (without_a_row, with_a_wrong_image):
+        with pytest.raises(AssertionError, match="wrong output"):
+            verify(case, wrong, tensors, expected)
+    assert exactly.tf32 is None
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert truth(case, case.tensors(1, torch.float32, "cpu")).tf32 is None
+    linear = FUSED_CASES[-2].shrunk()
+    assert truth(linear, linear.tensors(1, torch.float32, "cpu")).tf32 is not None
 
 
 def test_channels_last_also_with_one_channel() -> None:

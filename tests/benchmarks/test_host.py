@@ -15,7 +15,7 @@ import triton
 from benchmarks import host
 from benchmarks.host_cases import OPERATIONS, host_cases, tiny_alexnet
 from benchmarks.networks import TINY
-from kernels import backend
+from kernels.runtime import backend
 
 from ..conftest import UNDER_TTSEM
 
@@ -189,7 +189,7 @@ for _ in range(2):
         grids = [arguments[:3] for arguments in launches]
         print(len(launches), all(min(grid) >= 1 for grid in grids), {x.data_ptr(), w.data_ptr()} <= set(descriptors))
     print([k.name for k in gc.get_objects() if isinstance(k, CompiledKernel) and k.module is not None])
-    assert not y.requires_grad and kernels.backend.runs_triton(x) is False
+    assert not y.requires_grad and kernels.runtime.backend.runs_triton(x) is False
 """
     result = _python("-c", program)
     assert result.returncode == 0, result.stderr

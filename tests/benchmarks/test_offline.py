@@ -101,6 +101,14 @@ def test_no_float_atomics(launches: list[dict]) -> None:
     assert [r for r in launches if r["float_atomics"]] == []
 
 
+def test_images_and_cells_are_computed_without_fused_products(launches: list[dict]) -> None:
+    """Which product the compiler fuses with a sum depends on the code around it: cells would get other bits than images."""
+    records = [r for r in launches if r["kernel"] == "_gather_resize_kernel"]
+    assert len(records) == 10 * len(DTYPES)
+    assert [r for r in records if r["fused_products"]] == []
+    assert any(r["fused_products"] for r in launches)  # other kernels' products are
+
+
 def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
     """Also no spills there: twice as wide offsets need twice the registers."""
     records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide", "--batch", "128")

@@ -93,7 +93,7 @@ def descriptor_convolutions(draw: st.DrawFn) -> tuple[tuple[Shape, ...], dict[st
     return shapes[: draw(st.sampled_from([2, 3]))], {"padding": draw(st.one_of(st.just("same"), st.tuples(small, small)))}
 
 
-#: Stride, channels and filter width whose cells make rows of 48 or 144 positions, in :func:`kernels.convolution.stem.takes`.
+#: Stride, channels and filter width whose cells make rows of 48 or 144 positions, for :mod:`kernels.convolution.stem`.
 STEMS = ((4, 1, 11), (4, 3, 10), (4, 3, 3), (4, 9, 2), (3, 8, 5), (3, 16, 3), (2, 4, 6), (2, 6, 3), (2, 12, 2), (2, 12, 5))
 
 

@@ -1,0 +1,117 @@
+"""Shows what Triton's C launcher gets from :mod:`kernels.runtime.direct`, beside what ``kernel[grid](...)`` gives it.
+
+Run without TRITON_INTERPRET by ``test_direct.py``, with whatever Triton is installed. Prints, as JSON, how many
+launches of which kernels were compared.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.compiler import LazyDict
+
+from alexnet_triton import AlexNet
+from alexnet_triton.optim import SGD
+from benchmarks.idle import IdleUtils, idle_gpu
+from benchmarks.offline import single_operations
+from kernels.runtime import direct, launch
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    return [leaf for a in arguments for leaf in (_flat(a) if isinstance(a, tuple) else [a])]
+
+
+def _flat_by(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """As the C code walks it: constants left out, tuples opened."""
+    from triton.backends.nvidia import driver
+
+    found = []
+    assert len(annotations) == len(arguments)
+    for annotation, argument in zip(annotations, arguments, strict=True):
+        if annotation.type == driver.ARG_TUPLE:
+            found += _flat_by(annotation.nested_tuple, argument)
+        elif annotation.type == driver.ARG_KERNEL:
+            found.append(argument)
+    return found
+
+
+class Comparison:
+    """Launches everything it is told of once more, directly, and compares what arrived."""
+
+    def __init__(self, utils: IdleUtils) -> None:
+        self.utils = utils
+        self.launched: list[tuple[Any, ...]] = []
+        self.described: list[tuple[Any, ...]] = []
+        self.kernels: collections.Counter[str] = collections.Counter()
+        utils.on_launch = lambda *arguments: self.launched.append(arguments)
+        utils.on_descriptor = lambda *arguments: self.described.append(arguments)
+
+    def note(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
+        """Compare the launch that has just run."""
+        first, first_described = self.launched.pop(), self._take_described()
+        run, leaves = direct.bind(kernel, compiled, grid), direct.leaves(compiled, arguments)
+        assert run is not None, kernel.fn.__name__
+        assert leaves is not None, kernel.fn.__name__
+        run(0, tuple(_value(leaf) for leaf in leaves))
+        second, second_described = self.launched.pop(), self._take_described()
+        assert not self.launched
+        assert first_described == second_described, kernel.fn.__name__
+        assert _comparable(first, leaves) == _comparable(second, leaves), kernel.fn.__name__
+        self.kernels[kernel.fn.__name__] += 1
+
+    def _take_described(self) -> list[tuple[Any, ...]]:
+        described, self.described[:] = [_plain(arguments) for arguments in self.described], []
+        return described
+
+
+def _plain(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(list(a) if isinstance(a, (list, tuple)) else a for a in arguments)
+
+
+def _value(leaf: Any) -> Any:
+    if isinstance(leaf, direct.Described):
+        return leaf.encode(leaf.base.data_ptr())
+    return leaf.data_ptr() if isinstance(leaf, Tensor) else leaf
+
+
+def _comparable(launched: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What a C launcher got: everything but the kernel's arguments, and those without constants and tuples, as addresses.
+
+    Triton 3.6 ignores what stands in a constant's place, where ``leaves`` have None.
+
+    A hook that calls nobody is as good as none, and so is what only hooks are given.
+    """
+    if direct.VERSION == (3, 6):
+        head, arguments = launched[:13], _flat(launched[13:])
+        arguments = [a for a, leaf in zip(arguments, leaves, strict=True) if leaf is not None]
+    else:
+        *head, annotations, signature, kernel_arguments = launched
+        head.append(bytes(signature))
+        arguments = _flat_by(annotations, kernel_arguments)
+    head = [None if getattr(value, "calls", None) == [] or isinstance(value, LazyDict) else value for value in head]
+    return head, [(type(v), v) for v in (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)]
+
+
+def main() -> None:
+    """A training step and what it does not use, in bfloat16 and float32."""
+    with idle_gpu() as utils:
+        comparison = Comparison(utils)
+        with launch.noting(comparison.note):
+            for dtype in (torch.bfloat16, torch.float32):
+                net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+                for _ in range(2):
+                    net(torch.empty(64, 1, 224, 224, dtype=dtype)).sum().backward()
+                    optimizer.step()
+                single_operations(dtype)
+    print(json.dumps({"triton": triton.__version__, "kernels": comparison.kernels}))
+
+
+if __name__ == "__main__":
+    main()
