@@ -25,6 +25,7 @@ from .runtime.torch_interop import (
     OperatorFunction,
     apply_function,
     once_differentiable,
+    over,
     overridable,
 )
 from .sums import dropout_scale, triton_accumulator
@@ -145,12 +146,9 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
 _operator = Operator(dropout_apply, _run_dropout)
 
 
+@over(_operator)
 class DropoutFunction(OperatorFunction):
     """Dropout. Saves its seed; the gradient is the same product again."""
-
-    @staticmethod
-    def forward(input, seed, problem):
-        return _operator((input, seed), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -260,4 +258,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         return input
     use_triton = runs_triton(input)
     seed = draw_seed(input.device, seed)
-    return apply_function(DropoutFunction, input, seed, Dropout(float(p))) if use_triton else dropout_reference(input, p, seed)
+    return (
+        apply_function(DropoutFunction, (input, seed), Dropout(float(p))) if use_triton else dropout_reference(input, p, seed)
+    )

@@ -30,7 +30,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .dropouts import draw_seed, dropout_reference
 from .linear_rules import linear_config, matmul_finish_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
-from .runtime import plans
 from .runtime.arguments import check_activation, check_probability, check_tensors, matmul_input_precision
 from .runtime.backend import HALF, has_copy_engine, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
@@ -39,8 +38,9 @@ from .runtime.torch_interop import (
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    is_plain,
+    call_planned,
     once_differentiable,
+    over,
     overridable,
 )
 from .sums import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
@@ -449,15 +449,13 @@ def _(grad_output, output, seed, p, write_dz, sum_columns):
 
 _fprop_operator = Operator(linear_fprop, _run_fprop)
 _registered = _BackwardOperators(linear_epilogue_backward, linear_dgrad, linear_wgrad)
+_dispatch_backward = functools.partial(_backward, _registered)
 _run_backward = functools.partial(_backward, _BackwardOperators(*(operator._init_fn for operator in _registered)))
 
 
+@over(_fprop_operator)
 class LinearFunction(OperatorFunction):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
-
-    @staticmethod
-    def forward(input, weight, bias, seed, problem):
-        return _fprop_operator((input, weight, bias, seed), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -470,10 +468,7 @@ class LinearFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_output: Tensor):
         tensors = (grad_output, *saved)
         problem = LinearGradients(ctx.p, ctx.needs_input_grad[:3])
-        if is_plain(tensors):
-            gradients = plans.call(_run_backward, tensors, problem)
-        else:
-            gradients = _backward(_registered, *tensors, problem)
+        gradients = call_planned(_run_backward, tensors, problem, _dispatch_backward)
         return (*gradients, None, None)
 
 
@@ -520,10 +515,10 @@ def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tens
         bias = bias.reshape(-1).expand(weight.shape[0])
     problem = Linear(p, fuse_relu)
     if input.dim() == 2:
-        return apply_function(LinearFunction, input, weight, bias, seed, problem)
+        return apply_function(LinearFunction, (input, weight, bias, seed), problem)
     # math.prod, not Size.numel(): that would pin a dynamic batch size to what it was while tracing.
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    output = apply_function(LinearFunction, rows, weight, bias, seed, problem)
+    output = apply_function(LinearFunction, (rows, weight, bias, seed), problem)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 

@@ -19,7 +19,7 @@ import torch
 from ..runtime import plans
 from ..runtime.backend import INTERPRETED, capability
 from ..runtime.launch import next_power_of_2
-from ..runtime.switch import Switch
+from ..runtime.switch import Switch, note_change
 
 _overrides: Switch[dict[str, int]] = Switch({}, combine=lambda blocks: {k: v for block in blocks for k, v in block.items()})
 
@@ -132,6 +132,7 @@ def forget_tables() -> None:
     global _tables_forgotten
     read_table.cache_clear()
     _tables_forgotten += 1
+    note_change()
 
 
 _use_tables = Switch(True)

@@ -18,6 +18,7 @@ from ..runtime.torch_interop import (
     apply_function,
     autocast_inputs,
     once_differentiable,
+    over,
     overridable,
 )
 from ..sums import ColumnSums, epilogue_backward, sum_vectors
@@ -150,6 +151,7 @@ conv2d_backward_operator = Operator(conv2d_backward, _run_backward)
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
+@over(conv2d_fprop_operator)
 class Conv2dFunction(OperatorFunction):
     """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask.
 
@@ -157,10 +159,6 @@ class Conv2dFunction(OperatorFunction):
     that, and does two things on the way that would each be a pass over memory here: the input's gradient that it returns is the
     one before this ReLU, and the link's gradient is the sum of that, the gradient of this bias.
     """
-
-    @staticmethod
-    def forward(input, weight, bias, link, problem):
-        return conv2d_fprop_operator((input, weight, bias, link), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
@@ -375,7 +373,7 @@ def _conv2d(
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
     problem = Convolution(geometry, size, fuse_relu, make_link)
-    output, new_link = apply_function(Conv2dFunction, batched, weight, bias, link, problem)
+    output, new_link = apply_function(Conv2dFunction, (batched, weight, bias, link), problem)
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 
 

@@ -32,6 +32,7 @@ from ..runtime.torch_interop import (
     apply_function,
     autocast_inputs,
     once_differentiable,
+    over,
     overridable,
     wants_grad,
 )
@@ -161,12 +162,9 @@ _fprop_operator = Operator(conv2d_relu_max_pool2d_fprop, _run_fprop)
 _backward_operator = Operator(conv2d_relu_max_pool2d_backward, _run_backward)
 
 
+@over(_fprop_operator)
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
-
-    @staticmethod
-    def forward(input, weight, bias, link, problem):
-        return _fprop_operator((input, weight, bias, link), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
@@ -293,7 +291,7 @@ def conv2d_relu_max_pool2d(
         )
     channels_last = output_format != torch.contiguous_format
     problem = PooledConvolution(geometry, conv_size, window, channels_last, wants_grad(input, weight, bias), cells)
-    pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, batched, weight, bias, link, problem)
+    pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
 
 

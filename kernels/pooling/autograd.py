@@ -22,6 +22,7 @@ from ..runtime.torch_interop import (
     OperatorFunction,
     apply_function,
     once_differentiable,
+    over,
     overridable,
     wants_grad,
 )
@@ -298,12 +299,9 @@ _fprop_operator = Operator(max_pool2d_fprop, run_max_pool2d_fprop)
 _dgrad_operator = Operator(max_pool2d_dgrad, _run_dgrad)
 
 
+@over(_fprop_operator)
 class MaxPool2dFunction(OperatorFunction):
     """Max-pool. Saves one byte an output: the position in its window."""
-
-    @staticmethod
-    def forward(input, problem):
-        return _fprop_operator((input,), problem)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
@@ -420,7 +418,7 @@ def max_pool2d(
         return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     problem = MaxPool(window, is_channels_last(batched), False, wants_grad(input), return_indices)
-    y, _, index = apply_function(MaxPool2dFunction, batched, problem)
+    y, _, index = apply_function(MaxPool2dFunction, (batched,), problem)
     if input.dim() == 3:
         y, index = y.squeeze(0), index.squeeze(0) if return_indices else index
     return (y, index) if return_indices else y

@@ -12,19 +12,25 @@ recording that sees something it cannot repeat makes no plan: calls of that kind
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch._C._dynamo import guards
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import direct, launch
+from . import direct, launch, switch
 from .arguments import conv_input_precision, matmul_input_precision
+
+# As Inductor's own code allocates, on the current device: half the way through PyTorch's dispatcher.
+_empty_strided_cpu: Callable[..., Tensor] = guards._empty_strided_cpu  # type: ignore[attr-defined]
+_empty_strided_cuda: Callable[..., Tensor] = guards._empty_strided_cuda  # type: ignore[attr-defined]
 
 #: Kinds of calls that are remembered; of more the oldest are forgotten.
 MOST_PLANS = 4096
@@ -114,23 +120,24 @@ class Plan:
         """Whether all that is to be done for a launch is to launch it."""
         return not launch.is_watched() and direct.is_possible() and not any(self.hooks)
 
-    def run(self, inputs: Sequence[Tensor]) -> Any:
-        """What the operator returned at the recorded call, for other tensors of the same kind."""
+    def run(self, inputs: Sequence[Tensor], pool: list[Any]) -> Any:
+        """What the operator returned at the recorded call, for other tensors of the same kind.
+
+        Args:
+            pool: the inputs' addresses; it is used up.
+        """
         if self.on_gpu and torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.index):
-                return self._run(inputs)
-        return self._run(inputs)
+                return self._run(inputs, pool)
+        return self._run(inputs, pool)
 
-    def _run(self, inputs: Sequence[Tensor]) -> Any:
-        first = inputs[0]
-        pool: list[Any] = [tensor.data_ptr() for tensor in inputs]
-        made = []
-        for size, stride, dtype in self.allocations:
-            tensor = first.new_empty_strided(size, stride, dtype=dtype)
-            made.append(tensor)
+    def _run(self, inputs: Sequence[Tensor], pool: list[Any]) -> Any:
+        empty_strided = _empty_strided_cuda if self.on_gpu else _empty_strided_cpu
+        made = [empty_strided(*allocation) for allocation in self.allocations]
+        for tensor in made:
             pool.append(tensor.data_ptr())
         if self.workspace:
-            workspace = first.new_empty(self.workspace, dtype=torch.uint8)
+            workspace = empty_strided((self.workspace,), (1,), torch.uint8)
             pool.append(workspace.data_ptr())
         if launch.poison_outputs:
             launch.poison([*made, workspace] if self.workspace else made)
@@ -392,7 +399,7 @@ class _Pool:
 
 def _picker(indices: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     if len(indices) > 1:
-        return itemgetter(*indices)
+        return operator.itemgetter(*indices)
     return lambda pool: tuple(pool[i] for i in indices)
 
 
@@ -414,9 +421,59 @@ def _switches(first: Tensor) -> Hashable:
     return (
         *[decider() for decider in _deciders],
         launch.force_int64,
-        (conv_input_precision(first.dtype), matmul_input_precision(first.dtype)) if first.dtype == torch.float32 else None,
+        _precision(first.dtype),
         first.device if first.is_cuda else triton.runtime.driver.active.get_current_device(),
     )
+
+
+def _precision(dtype: torch.dtype) -> tuple[str, str] | None:
+    """How products of ``dtype`` are formed, where PyTorch's switches say."""
+    return (conv_input_precision(dtype), matmul_input_precision(dtype)) if dtype == torch.float32 else None
+
+
+class _Recent:
+    """A kind of call with a plan, to be recognised in a microsecond: the last one of its function and problem."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> None:
+        self.plan = plan
+        self.missing = [tensor is None for tensor in tensors]
+        # What Dynamo's compiled code asks of its inputs: type, dtype, device, sizes, strides, and the dispatch keys, in which
+        # any mode, transform, subclass or lazy negation shows. One call for all; it holds no tensor.
+        self.check = guards.TensorGuards(*inputs, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        self.changes = switch.changes
+        self.force_int64 = launch.force_int64
+        self.precision = _precision(inputs[0].dtype)
+
+
+_recent: dict[tuple[Any, Hashable], _Recent] = {}
+
+
+def find(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable
+) -> tuple[Plan, list[Tensor], list[int]] | None:
+    """The plan of a call like the last one of this function and problem, and what to run it with; None if it is another.
+
+    Where there is an answer, all tensors are plain ones, and no mode or transform is active.
+    """
+    recent = _recent.get((function, problem))
+    if (
+        recent is None
+        or recent.changes != switch.changes
+        or recent.force_int64 != launch.force_int64
+        or [tensor is None for tensor in tensors] != recent.missing
+        or not direct.is_possible()
+        or any(recent.plan.hooks)
+    ):
+        return None
+    inputs = [tensor for tensor in tensors if tensor is not None]
+    if not recent.check(*inputs):
+        return None
+    addresses = [tensor.data_ptr() for tensor in inputs]
+    if functools.reduce(operator.or_, addresses) & 15:
+        return None
+    if recent.precision is not None and recent.precision != _precision(inputs[0].dtype):
+        return None
+    return recent.plan, inputs, addresses
 
 
 def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable) -> Any:
@@ -427,27 +484,24 @@ def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem
         tensors: plain ones on one device, at least one.
         problem: all else that the function is told.
     """
-    for first in tensors:
-        if first is not None:
-            break
-    assert first is not None
+    inputs = [tensor for tensor in tensors if tensor is not None]
+    first = inputs[0]
     if not launch.has_plans(first):
         return function(*tensors, problem)
-    key: list[Any] = [function, problem, _switches(first)]
-    inputs = []
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        else:
-            inputs.append(tensor)
-            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
-    kind = tuple(key)
+    addresses = [tensor.data_ptr() for tensor in inputs]
+    described = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+    kind = (function, problem, _switches(first), *described, *[address & 15 for address in addresses])
     plan = _plans.get(kind, _UNKNOWN)
     if plan is _UNKNOWN:
         return _record(kind, inputs, function, tensors, problem)
     if plan is None or not plan.can_run():
         return function(*tensors, problem)
-    return plan.run(inputs)
+    if not functools.reduce(operator.or_, addresses) & 15:
+        with _lock:
+            if len(_recent) >= MOST_PLANS:
+                _recent.clear()
+            _recent[function, problem] = _Recent(plan, tensors, inputs)
+    return plan.run(inputs, addresses)
 
 
 _UNKNOWN: Any = object()
@@ -482,3 +536,4 @@ def forget() -> None:
     """Forget all plans."""
     with _lock:
         _plans.clear()
+        _recent.clear()

@@ -10,6 +10,15 @@ import torch
 
 T = TypeVar("T")
 
+#: How often any switch changed: who has asked once need not ask again while this stands still.
+changes = 0
+
+
+def note_change() -> None:
+    """Say that something changed which those that remember answers should ask for again."""
+    global changes
+    changes += 1
+
 
 class _Block(Generic[T]):
     """A block's own value, told apart from an equal one of another block by its identity."""
@@ -64,5 +73,6 @@ class Switch(Generic[T]):
         while True:
             blocks = list(self._open)
             self.value = blocks[-1].value if self._combine is None else self._combine([block.value for block in blocks])
+            note_change()
             if blocks == self._open:
                 return

@@ -18,42 +18,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import plans
 
 
-class OperatorFunction(torch.autograd.Function):
-    """An autograd Function over one operator, with the operator's own tensors and problem, and its outputs.
-
-    Being in the form with ``setup_context``, it works under ``torch.func``; where ``vmap`` meets an operator, PyTorch calls the
-    operator once for each entry. An application in this form takes five times as long as one in the older form, though
-    (13.7 against 2.6 us of the host on one CPU), so plain calls have a Function of that form, made of the same parts.
-    """
-
-    generate_vmap_rule = True
-    apply_plain: ClassVar[Callable[..., Any]]
-
-    def __init_subclass__(cls) -> None:
-        forward, setup_context = cls.forward, cls.setup_context
-
-        def forward_and_save(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(cls.backward)}
-        plain = type(cls.__name__, (torch.autograd.Function,), parts | {"__module__": cls.__module__, "__doc__": cls.__doc__})
-        # What Function.apply itself ends in, with all arguments given in their order.
-        cls.apply_plain = super(torch.autograd.Function, plain).apply  # type: ignore[misc]
-
-
-def apply_function(function: type[OperatorFunction], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, all arguments given; without autograd where no gradient can be asked for."""
-    if not is_plain(arguments):
-        return function.apply(*arguments)
-    if torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                return function.apply_plain(*arguments)
-    return function.forward(*arguments)
-
-
 class Operator:
     """An operation below autograd: for PyTorch's dispatcher a registered operator, for plain calls a function.
 
@@ -68,8 +32,10 @@ class Operator:
 
     def __call__(self, tensors: tuple[Tensor | None, ...], problem: Any) -> Any:
         """Run it, from inside an autograd Function; through PyTorch's dispatcher unless there is nothing for it to do."""
-        if is_plain(tensors) and not torch.is_grad_enabled():
-            return plans.call(self.run, tensors, problem)
+        return call_planned(self.run, tensors, problem, self._dispatch)
+
+    def _dispatch(self, *arguments: Any) -> Any:
+        *tensors, problem = arguments
         return self.registered(*tensors, *problem.flat())
 
     def register_autograd(self, function: type[OperatorFunction], problem_of: Callable[..., Any], tensors: int) -> None:
@@ -94,26 +60,100 @@ class Operator:
         self.registered.register_autograd(backward, setup_context=setup_context)
 
 
-def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether a call on ``arguments`` is one of plain tensors in plain eager code: nothing for PyTorch's dispatcher to do.
+def call_planned(
+    run: Callable[..., Any], tensors: tuple[Tensor | None, ...], problem: Any, otherwise: Callable[..., Any]
+) -> Any:
+    """``run(*tensors, problem)`` by its plan, or ``otherwise`` with the same arguments where the tensors are not plain ones."""
+    if not _is_observed():
+        found = plans.find(run, tensors, problem)
+        if found is not None:
+            plan, inputs, addresses = found
+            return plan.run(inputs, addresses)
+        if is_plain(tensors):
+            return plans.call(run, tensors, problem)
+    return otherwise(*tensors, problem)
+
+
+class OperatorFunction(torch.autograd.Function):
+    """An autograd Function over one :class:`Operator`: its tensors and then its problem, and its outputs.
+
+    Being in the form with ``setup_context``, it works under ``torch.func``; where ``vmap`` meets an operator, PyTorch calls the
+    operator once for each entry. An application in this form takes five times as long as one in the older form, though
+    (13.7 against 2.6 us of the host on one CPU), so plain calls have a Function of that form, made of the same parts.
+    """
+
+    generate_vmap_rule = True
+    operator: ClassVar[Operator]
+    apply_plain: ClassVar[Callable[..., Any]]
+
+
+def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[OperatorFunction]]:
+    """Give an :class:`OperatorFunction` its operator, and with it its forward passes."""
+
+    def complete(cls: type[OperatorFunction]) -> type[OperatorFunction]:
+        def forward(*inputs: Any) -> Any:
+            return operator(inputs[:-1], inputs[-1])
+
+        def forward_and_save(ctx: Any, *inputs: Any) -> Any:
+            *tensors, (problem, found) = inputs
+            if found is None:
+                output = plans.call(operator.run, tensors, problem)
+            else:
+                plan, given, addresses = found
+                output = plan.run(given, addresses)
+            setup_context(ctx, (*tensors, problem), output)
+            return output
+
+        setup_context = cls.setup_context
+        parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(cls.backward)}
+        plain = type(cls.__name__, (torch.autograd.Function,), parts | {"__module__": cls.__module__, "__doc__": cls.__doc__})
+        # What Function.apply itself ends in, with all arguments given in their order.
+        cls.apply_plain = super(torch.autograd.Function, plain).apply  # type: ignore[misc]
+        cls.forward = staticmethod(forward)  # type: ignore[method-assign]
+        cls.operator = operator
+        return cls
+
+    return complete
+
+
+def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | None, ...], problem: Any) -> Any:
+    """``function.apply(*tensors, problem)``; without autograd where no gradient can be asked for."""
+    if torch.compiler.is_compiling() or _is_observed():
+        return function.apply(*tensors, problem)
+    found = plans.find(function.operator.run, tensors, problem)
+    if found is None and not is_plain(tensors):
+        return function.apply(*tensors, problem)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return function.apply_plain(*tensors, (problem, found))
+    if found is None:
+        return plans.call(function.operator.run, tensors, problem)
+    plan, inputs, addresses = found
+    return plan.run(inputs, addresses)
+
+
+def _is_observed() -> bool:
+    """Whether somebody wants to see operators: a tracer, a profiler."""
+    return torch._C._get_tracing_state() is not None or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on ``tensors`` is one of plain tensors in plain code: nothing for PyTorch's dispatcher to do.
 
     The way through the dispatcher takes more of the host than a launch does. Whatever a dispatch key stands for, of a tensor
-    (lazy negation, a batch of vmap, a subclass) or of the thread (modes, transforms, tracing), belongs to the dispatcher.
+    (lazy negation, a batch of vmap, a subclass) or of the thread (modes, transforms), belongs to the dispatcher.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_THREAD_KEYS
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    ):
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_THREAD_KEYS:
         return False
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            kind = type(argument)
-            if kind is not Tensor and kind is not Parameter:
-                return False
-            if torch._C._dispatch_keys(argument).raw_repr() & ~_tensor_keys(argument.device):
-                return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return False
+        if torch._C._dispatch_keys(tensor).raw_repr() & ~_tensor_keys(tensor.device):
+            return False
     return True
 
 
