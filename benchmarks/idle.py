@@ -8,6 +8,7 @@ are replaced: they do nothing. No tensor is read or written by a kernel, so valu
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import types
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
-from kernels.runtime import backend, launch
+from kernels.runtime import backend, launch, plans
 
 from .offline import SHARED_BYTES, OfflineDriver
 
@@ -140,6 +141,17 @@ def _without_libcuda() -> Iterator[None]:
             setattr(nvidia, name, value)
 
 
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed, as PyTorch's CUDA allocator does: mapping a large tensor anew takes as long as ten launches.
+
+    For the rest of the process. Pages that nobody writes take no memory.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def _forget_modules() -> None:
     """Take the stand-in's modules from compiled kernels, which keep their code and get a module again at their next launch.
 
@@ -163,11 +175,13 @@ def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
     """
     if backend.INTERPRETED:
         raise RuntimeError(NEEDS_COMPILER)
+    _keep_freed_memory()
     triton.runtime.driver.set_active(IdleDriver(capability))
     try:
         with _without_libcuda(), launch.launch_without_gpu():
             yield UTILS
     finally:
+        plans.forget()
         _forget_modules()
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
             triton.runtime.driver.reset_active()

@@ -432,11 +432,11 @@ def _precision(dtype: torch.dtype) -> tuple[str, str] | None:
 
 
 class _Recent:
-    """A kind of call with a plan, to be recognised in a microsecond: the last one of its function and problem."""
+    """A kind of call with a plan, to be recognised in a microsecond."""
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> None:
         self.plan = plan
-        self.missing = [tensor is None for tensor in tensors]
+        self.missing = [tensor is None for tensor in tensors] if len(inputs) < len(tensors) else None
         # What Dynamo's compiled code asks of its inputs: type, dtype, device, sizes, strides, and the dispatch keys, in which
         # any mode, transform, subclass or lazy negation shows. One call for all; it holds no tensor.
         self.check = guards.TensorGuards(*inputs, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
@@ -445,35 +445,47 @@ class _Recent:
         self.precision = _precision(inputs[0].dtype)
 
 
-_recent: dict[tuple[Any, Hashable], _Recent] = {}
+#: By function and problem the last few, as many as layers of a network may share both.
+_recent: dict[tuple[Any, Hashable], list[_Recent]] = {}
+_MOST_RECENT = 4
 
 
 def find(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable
 ) -> tuple[Plan, list[Tensor], list[int]] | None:
-    """The plan of a call like the last one of this function and problem, and what to run it with; None if it is another.
+    """The plan of a call like one of the last of this function and problem, and what to run it with; None if it is another.
 
     Where there is an answer, all tensors are plain ones, and no mode or transform is active.
     """
-    recent = _recent.get((function, problem))
+    found = _recent.get((function, problem))
+    if found is None or not direct.is_possible():
+        return None
+    inputs = [tensor for tensor in tensors if tensor is not None]
+    missing = [tensor is None for tensor in tensors] if len(inputs) < len(tensors) else None
+    for recent in found:
+        if recent.missing == missing and recent.check(*inputs):
+            break
+    else:
+        return None
+    addresses = [tensor.data_ptr() for tensor in inputs]
     if (
-        recent is None
-        or recent.changes != switch.changes
+        recent.changes != switch.changes
         or recent.force_int64 != launch.force_int64
-        or [tensor is None for tensor in tensors] != recent.missing
-        or not direct.is_possible()
+        or functools.reduce(operator.or_, addresses) & 15
+        or (recent.precision is not None and recent.precision != _precision(inputs[0].dtype))
         or any(recent.plan.hooks)
     ):
         return None
-    inputs = [tensor for tensor in tensors if tensor is not None]
-    if not recent.check(*inputs):
-        return None
-    addresses = [tensor.data_ptr() for tensor in inputs]
-    if functools.reduce(operator.or_, addresses) & 15:
-        return None
-    if recent.precision is not None and recent.precision != _precision(inputs[0].dtype):
-        return None
     return recent.plan, inputs, addresses
+
+
+def _remember(function: Callable[..., Any], problem: Hashable, new: _Recent) -> None:
+    with _lock:
+        if len(_recent) >= MOST_PLANS:
+            _recent.clear()
+        others = [recent for recent in _recent.get((function, problem), ()) if recent.changes == switch.changes]
+        # A list of its own: another thread may be looking through the one that was there.
+        _recent[function, problem] = [new, *others[: _MOST_RECENT - 1]]
 
 
 def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable) -> Any:
@@ -497,10 +509,7 @@ def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem
     if plan is None or not plan.can_run():
         return function(*tensors, problem)
     if not functools.reduce(operator.or_, addresses) & 15:
-        with _lock:
-            if len(_recent) >= MOST_PLANS:
-                _recent.clear()
-            _recent[function, problem] = _Recent(plan, tensors, inputs)
+        _remember(function, problem, _Recent(plan, tensors, inputs))
     return plan.run(inputs, addresses)
 
 
