@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    StateDict,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from kernels.runtime.backend import current_backend
-from kernels.sgd import is_dense, memory_order, sgd_step, sgd_step_reference
+from kernels.runtime.launch import has_plans
+from kernels.sgd import SGDProblem, is_dense, memory_order, repeat_step, sgd_step, sgd_step_reference, step_numbers
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,6 +96,8 @@ class SGD(Optimizer):
             "nesterov": nesterov,
             "maximize": maximize,
         }
+        #: By the identity of a group: what its last step was made of.
+        self._known: dict[int, _Known] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,6 +117,7 @@ class SGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._known = {}
         for group in self.param_groups:  # old files lack these
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
@@ -152,7 +163,6 @@ class SGD(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Change every parameter that has a gradient.
 
@@ -166,6 +176,32 @@ class SGD(Optimizer):
             RuntimeError: a sparse gradient; a first step inside a CUDA graph capture that needs masters or momentum buffers.
             ValueError: a parameter with gaps in its memory.
         """
+        if closure is not None:
+            return self._step_observed(closure)
+        if torch.compiler.is_compiling() or self._is_observed():
+            return self._step_observed()
+        for group in self.param_groups:
+            if not self._repeat_step(group):
+                with torch.no_grad():
+                    self._step_group(group)
+        return None
+
+    # What Optimizer.__init__ would wrap in hooks and a mark for the profiler: :meth:`_step_observed` has them, where there is
+    # somebody to see them.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        )
+
+    @Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _step_observed(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -173,6 +209,23 @@ class SGD(Optimizer):
         for group in self.param_groups:
             self._step_group(group)
         return loss
+
+    def _repeat_step(self, group: dict[str, Any]) -> bool:
+        """Make the step of a group that was stepped before, if all is as it was but values and addresses."""
+        known = self._known.get(id(group))
+        if known is None or not known.holds(group, self.state):
+            return False
+        problem = known.problem
+        tensors: list[Any] = [*known.params, *[param.grad for param in known.params]]  # without a gradient nothing is found
+        if problem.masters:
+            tensors += [state["master"] for state in known.states]
+        if problem.buffers:
+            tensors += [state["momentum_buffer"] for state in known.states]
+        lr = group["lr"]
+        if problem.lr_in_memory:
+            tensors.append(lr)
+            lr = 0.0
+        return repeat_step(tensors, problem, step_numbers(lr, group["momentum"], group["dampening"], group["weight_decay"]))
 
     # torch.compile runs it as it stands, between two graphs. (torch.compiler.disable would import the compiler here and now.)
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -204,6 +257,7 @@ class SGD(Optimizer):
                     buffer = self._make_state(param, "momentum_buffer")
             key = (param.device, param.dtype, grad.dtype, first_step)
             together.setdefault(key, []).append((param, grad, master, buffer))
+        self._known.pop(id(group), None)
         for (_, dtype, _, first_step), tensors in together.items():
             values = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
             if dtype == torch.float64 and current_backend() != "triton":
@@ -219,6 +273,8 @@ class SGD(Optimizer):
                 **values,
                 first_step=first_step,
             )
+            if len(together) == 1 and not first_step and has_plans(params[0]):
+                self._known[id(group)] = _Known(group, list(params), self.state)
 
     def _state(self, param: Tensor, key: str) -> Tensor | None:
         """``param``'s state, moved into its memory order where that changed (``net.to(memory_format=...)``)."""
@@ -235,6 +291,45 @@ class SGD(Optimizer):
             )
         value = self.state[param][key] = _new_state(param)
         return value
+
+
+class _Known:
+    """What a group's step was made of, so that the next one need not look it all up.
+
+    Args:
+        group: it was stepped.
+        params: those with a gradient.
+        state: of the optimizer.
+    """
+
+    def __init__(self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        self.group_params = list(group["params"])
+        self.params = params
+        with_grad = {id(param) for param in params}
+        self.without_grad = [param for param in self.group_params if id(param) not in with_grad]
+        self.state, self.all_states = state, list(state.values())
+        self.states = [state[param] for param in params] if state else []
+        self.problem = self._problem(group)
+
+    def _problem(self, group: dict[str, Any]) -> SGDProblem:
+        masters = self.params[0].dtype != torch.float32
+        in_memory = isinstance(group["lr"], Tensor)
+        momentum, weight_decay = group["momentum"] != 0, group["weight_decay"] != 0
+        options = (bool(group["nesterov"]), bool(group["maximize"]))
+        return SGDProblem(len(self.params), masters, momentum, in_memory, False, weight_decay, *options)
+
+    def holds(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether the group has the same parameters, the optimizer the same states, and a step is asked to do the same."""
+        params = group["params"]
+        return (
+            len(params) == len(self.group_params)
+            and all(map(operator.is_, params, self.group_params))
+            and state is self.state
+            and len(state) == len(self.all_states)
+            and all(map(operator.is_, state.values(), self.all_states))
+            and self.problem == self._problem(group)
+            and all(param.grad is None for param in self.without_grad)
+        )
 
 
 def _new_state(param: Tensor) -> Tensor:

@@ -142,9 +142,9 @@ def _without_libcuda() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed, as PyTorch's CUDA allocator does: mapping a large tensor anew takes as long as ten launches.
+    """Let malloc keep what is freed, as PyTorch's CUDA allocator does, for the rest of the process.
 
-    For the rest of the process. Pages that nobody writes take no memory.
+    Mapping a large tensor anew takes as long as ten launches. Pages that nobody writes take no memory.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc

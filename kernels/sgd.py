@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from .configs.tables import apply_overrides, tile_size
 from .primitives import cast, fma, program_id
+from .runtime import plans
 from .runtime.backend import INTERPRETED, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64
+from .runtime.torch_interop import is_plain
 
 #: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
 MAX_TENSORS = 32
@@ -156,46 +159,84 @@ def _as_float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def _launch_sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
-    buffers: Sequence[Tensor] | None,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first_step: bool,
-) -> None:
-    elements = tuple(p.numel() for p in params)
-    config = sgd_config(max(elements))
-    blocks = [cdiv(count, config["BLOCK"]) for count in elements]
-    launch(
-        _sgd_kernel,
-        (sum(blocks),),
-        param_ptrs=tuple(params),
-        grad_ptrs=tuple(grads),
-        master_ptrs=tuple(masters) if masters is not None else None,
-        buffer_ptrs=tuple(buffers) if buffers is not None else None,
-        elements=elements,
-        first_blocks=tuple(sum(blocks[:i]) for i in range(len(blocks))),
-        lr=lr if isinstance(lr, Tensor) else _as_float32(lr),
-        momentum=_as_float32(momentum),
-        grad_factor=_as_float32(1 - dampening),
-        weight_decay=_as_float32(weight_decay),
-        LR_IN_MEMORY=isinstance(lr, Tensor),
-        HAS_MASTER=masters is not None,
-        MOMENTUM=buffers is not None,
-        FIRST_STEP=first_step,
-        WEIGHT_DECAY=weight_decay != 0,
-        NESTEROV=nesterov,
-        MAXIMIZE=maximize,
-        WIDE=needs_int64(*params),
-        **config,
-    )
+class SGDProblem(NamedTuple):
+    """What a step is told beside its tensors and numbers: these, in this order, are as many as it says.
+
+    Attributes:
+        params: how many there are; as many gradients come after them.
+        masters: whether as many float32 weights come next.
+        buffers: whether as many momentum buffers come then; there is a momentum.
+        lr_in_memory: whether the last tensor is the learning rate.
+        first_step: whether the buffers are only written.
+        weight_decay: whether there is one.
+    """
+
+    params: int
+    masters: bool
+    buffers: bool
+    lr_in_memory: bool
+    first_step: bool
+    weight_decay: bool
+    nesterov: bool
+    maximize: bool
+
+
+def _run_step(*arguments: Any) -> None:
+    """Launch a step: the tensors, the problem, and the numbers of :func:`step_numbers`."""
+    *tensors, problem, lr, momentum, grad_factor, weight_decay = arguments
+    if problem.lr_in_memory:
+        lr = tensors.pop()
+    lists = [tensors[i : i + problem.params] for i in range(0, len(tensors), problem.params)]
+    params, grads = lists[:2]
+    masters = lists[2] if problem.masters else None
+    buffers = lists[-1] if problem.buffers else None
+    for start in range(0, len(params), MAX_TENSORS):
+        part = slice(start, start + MAX_TENSORS)
+        elements = tuple(p.numel() for p in params[part])
+        config = sgd_config(max(elements))
+        blocks = [cdiv(count, config["BLOCK"]) for count in elements]
+        launch(
+            _sgd_kernel,
+            (sum(blocks),),
+            param_ptrs=tuple(params[part]),
+            grad_ptrs=tuple(grads[part]),
+            master_ptrs=tuple(masters[part]) if masters is not None else None,
+            buffer_ptrs=tuple(buffers[part]) if buffers is not None else None,
+            elements=elements,
+            first_blocks=tuple(sum(blocks[:i]) for i in range(len(blocks))),
+            lr=lr,
+            momentum=momentum,
+            grad_factor=grad_factor,
+            weight_decay=weight_decay,
+            LR_IN_MEMORY=problem.lr_in_memory,
+            HAS_MASTER=masters is not None,
+            MOMENTUM=buffers is not None,
+            FIRST_STEP=problem.first_step,
+            WEIGHT_DECAY=problem.weight_decay,
+            NESTEROV=problem.nesterov,
+            MAXIMIZE=problem.maximize,
+            WIDE=needs_int64(*params[part]),
+            **config,
+        )
+
+
+def step_numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> tuple[float, float, float, float]:
+    """A step's numbers as the kernel takes them."""
+    return _as_float32(lr), _as_float32(momentum), _as_float32(1 - dampening), _as_float32(weight_decay)
+
+
+def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequence[float]) -> bool:
+    """Make a step like one that :func:`sgd_step` made before, on tensors of the same kinds; False if there was none.
+
+    Nothing is checked but that: what passed :func:`sgd_step`'s checks passes them again.
+    """
+    found = plans.find(_run_step, tensors, problem)
+    if found is None:
+        return False
+    plan, inputs, addresses = found
+    plan.run(inputs, addresses, numbers)
+    torch.autograd.graph.increment_version(tensors[: problem.params])
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- public functions
@@ -343,28 +384,30 @@ def sgd_step(
             lr = float(lr)
         elif lr.device != device:
             raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
-    values = {
-        "lr": lr,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-        "first_step": first_step,
-    }
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
-        for tensors in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):
-            sgd_step_reference(*tensors, **values)  # type: ignore[arg-type]
+        for each in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):
+            sgd_step_reference(
+                *each,
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                maximize=maximize,
+                first_step=first_step,
+            )
         return
-    for start in range(0, len(params), MAX_TENSORS):
-        part = slice(start, start + MAX_TENSORS)
-        _launch_sgd(
-            params[part],
-            grads[part],
-            masters[part] if masters is not None else None,
-            momentum_buffers[part] if momentum_buffers is not None else None,
-            **values,  # type: ignore[arg-type]
-        )
+    in_memory = isinstance(lr, Tensor)
+    problem = SGDProblem(
+        *(len(params), masters is not None, momentum_buffers is not None, in_memory),
+        *(first_step, weight_decay != 0, nesterov, maximize),
+    )
+    tensors = (*params, *grads, *(masters or ()), *(momentum_buffers or ()), *((lr,) if isinstance(lr, Tensor) else ()))
+    numbers = step_numbers(0.0 if isinstance(lr, Tensor) else lr, momentum, dampening, weight_decay)
+    if is_plain(tensors):
+        plans.call(_run_step, tensors, problem, numbers)
+    else:
+        _run_step(*tensors, problem, *numbers)
     # As an in-place operation of PyTorch's does: a backward pass that saved a parameter's old value is an error.
     torch.autograd.graph.increment_version(params)

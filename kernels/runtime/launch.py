@@ -80,13 +80,16 @@ def _device_of(arguments: dict[str, Any]) -> torch.device:
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = _device_of(arguments)
+    note = getattr(_thread, "note", None)
+    given = arguments
+    if note is not None:  # numbers may be marked, and Triton knows floats alone
+        given = {name: float(value) if isinstance(value, float) else value for name, value in arguments.items()}
     if _without_gpu.value:
-        compiled = kernel[grid](**arguments)
+        compiled = kernel[grid](**given)
     else:
         # Triton launches on the current device, which need not be the tensors' own. On the CPU it interprets.
         with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
-            compiled = kernel[grid](**arguments)
-    note = getattr(_thread, "note", None)
+            compiled = kernel[grid](**given)
     if note is not None:
         note(kernel, grid, arguments, compiled)
 

@@ -13,6 +13,7 @@ recording that sees something it cannot repeat makes no plan: calls of that kind
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import os
 import threading
@@ -62,6 +63,12 @@ class Geometry(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+class Number(float):
+    """A number that a function hands to its kernels as it is: it may be another one at each call of a kind."""
+
+    index: int
 
 
 class Allocation(NamedTuple):
@@ -120,18 +127,19 @@ class Plan:
         """Whether all that is to be done for a launch is to launch it."""
         return not launch.is_watched() and direct.is_possible() and not any(self.hooks)
 
-    def run(self, inputs: Sequence[Tensor], pool: list[Any]) -> Any:
+    def run(self, inputs: Sequence[Tensor], pool: list[Any], numbers: Sequence[float] = ()) -> Any:
         """What the operator returned at the recorded call, for other tensors of the same kind.
 
         Args:
             pool: the inputs' addresses; it is used up.
+            numbers: in place of those of the recorded call.
         """
         if self.on_gpu and torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.index):
-                return self._run(inputs, pool)
-        return self._run(inputs, pool)
+                return self._run(inputs, pool, numbers)
+        return self._run(inputs, pool, numbers)
 
-    def _run(self, inputs: Sequence[Tensor], pool: list[Any]) -> Any:
+    def _run(self, inputs: Sequence[Tensor], pool: list[Any], numbers: Sequence[float]) -> Any:
         empty_strided = _empty_strided_cuda if self.on_gpu else _empty_strided_cpu
         made = [empty_strided(*allocation) for allocation in self.allocations]
         for tensor in made:
@@ -152,6 +160,7 @@ class Plan:
                 tensor_map = maps[address] = encode(address)
             pool.append(tensor_map)
         pool += self.constants
+        pool += numbers
         stream = launch.current_stream(self.on_gpu, self.index)
         for copy, run, values in self.steps:
             if copy is None:
@@ -202,9 +211,14 @@ class _Recording(TorchDispatchMode):
         self.obstacle: str | None = None
         self.kept: list[Tensor] = []  # so that no two of a recording have one address
         self.sources: dict[int, int] = {}  # by storage: an index into inputs, and then kept
+        self.shared: dict[int, list[int]] = {}  # by storage: the inputs that lie in it, if there are several
         for i, tensor in enumerate(inputs):
-            if self.sources.setdefault(tensor.untyped_storage()._cdata, i) != i:
-                self.obstacle = "two inputs share memory"
+            storage = tensor.untyped_storage()._cdata
+            first = self.sources.setdefault(storage, i)
+            if first != i:
+                self.shared.setdefault(storage, [first]).append(i)
+        if any(self._overlap([inputs[i] for i in together]) for together in self.shared.values()):
+            self.obstacle = "two inputs share memory"
         self.touched: set[int] = set()  # sources that PyTorch reads or writes
         self.steps: list[tuple[Any, ...]] = []
 
@@ -240,8 +254,20 @@ class _Recording(TorchDispatchMode):
     def note_launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any) -> None:
         self.steps.append((kernel, grid, arguments, compiled))
 
+    @staticmethod
+    def _overlap(tensors: list[Tensor]) -> bool:
+        """Whether any two reach into each other's memory, from first to last element."""
+        spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t.shape, t.stride()) * t.itemsize) for t in tensors)
+        return any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
     def source_of(self, tensor: Tensor) -> int:
-        source = self.sources.get(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()._cdata
+        if storage in self.shared:  # gradients in a bucket of DistributedDataParallel: which of them it is, its address says
+            for i in self.shared[storage]:
+                if self.inputs[i].data_ptr() == tensor.data_ptr():
+                    return i
+            raise _Unrepeatable("a part of an input that shares its memory with another")
+        source = self.sources.get(storage)
         if source is None:
             raise _Unrepeatable("memory that is neither an input's nor was made here")
         return source
@@ -330,8 +356,12 @@ def _place_memory(plan: Plan, recording: _Recording, result: Any) -> dict[int, _
 
 
 def _is_dense(geometry: Geometry, elements: int) -> bool:
-    last = sum((size - 1) * stride for size, stride in zip(geometry.size, geometry.stride, strict=True))
-    return elements > 0 and torch.Size(geometry.size).numel() == elements == last + 1
+    return elements > 0 and torch.Size(geometry.size).numel() == elements == _extent(geometry.size, geometry.stride)
+
+
+def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last, both counted."""
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 class _Pool:
@@ -372,6 +402,8 @@ class _Pool:
                     picked.append(("slot", address.slot))
                 else:
                     picked.append(("derived", self.derived.setdefault(address, len(self.derived))))
+            elif isinstance(value, Number):
+                picked.append(("number", value.index))
             elif value is None or isinstance(value, (bool, int, float)):
                 picked.append(("constant", self._constant(value)))
             else:
@@ -385,7 +417,9 @@ class _Pool:
     def finish(self) -> None:
         """Give the plan its pool, and its launches their places in it."""
         maps = self.begins + len(self.derived)
-        first = {"slot": 0, "derived": self.begins, "map": maps, "constant": maps + len(self.maps)}
+        constants = maps + len(self.maps)
+        numbers = constants + len(self.constants)
+        first = {"slot": 0, "derived": self.begins, "map": maps, "constant": constants, "number": numbers}
         self.plan.derived = [(a.slot, a.offset) for a in self.derived]
         self.plan.described = [
             _Described(a.slot if not a.offset else self.begins + self.derived[a], encode, {}) for a, encode in self.maps
@@ -488,47 +522,51 @@ def _remember(function: Callable[..., Any], problem: Hashable, new: _Recent) -> 
         _recent[function, problem] = [new, *others[: _MOST_RECENT - 1]]
 
 
-def call(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable) -> Any:
-    """``function(*tensors, problem)``, by its plan where there is one.
+def call(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable, numbers: Sequence[float] = ()
+) -> Any:
+    """``function(*tensors, problem, *numbers)``, by its plan where there is one.
 
     Args:
         function: allocates and launches, and returns new tensors, views of them or None: one or a tuple.
         tensors: plain ones on one device, at least one.
         problem: all else that the function is told.
+        numbers: that it hands to its kernels, and does nothing else with.
     """
     inputs = [tensor for tensor in tensors if tensor is not None]
     first = inputs[0]
     if not launch.has_plans(first):
-        return function(*tensors, problem)
+        return function(*tensors, problem, *numbers)
     addresses = [tensor.data_ptr() for tensor in inputs]
     described = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
     kind = (function, problem, _switches(first), *described, *[address & 15 for address in addresses])
     plan = _plans.get(kind, _UNKNOWN)
     if plan is _UNKNOWN:
-        return _record(kind, inputs, function, tensors, problem)
+        return _record(kind, inputs, functools.partial(function, *tensors, problem), numbers)
     if plan is None or not plan.can_run():
-        return function(*tensors, problem)
+        return function(*tensors, problem, *numbers)
     if not functools.reduce(operator.or_, addresses) & 15:
         _remember(function, problem, _Recent(plan, tensors, inputs))
-    return plan.run(inputs, addresses)
+    return plan.run(inputs, addresses, numbers)
 
 
 _UNKNOWN: Any = object()
 
 
-def _record(
-    kind: Hashable, inputs: list[Tensor], function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable
-) -> Any:
+def _record(kind: Hashable, inputs: list[Tensor], function: functools.partial, numbers: Sequence[float]) -> Any:
     global made
     if launch.is_watched() or not direct.is_possible():
-        return function(*tensors, problem)
+        return function(*numbers)
+    marked = [Number(number) for number in numbers]
+    for i, number in enumerate(marked):
+        number.index = i
     recording = _Recording(inputs)
     with recording, launch.noting(recording.note_launch):
-        result = function(*tensors, problem)
+        result = function(*marked)
     try:
         plan: Plan | None = _plan_of(recording, result, inputs[0].device)
     except _Unrepeatable as error:
-        plan, unrepeatable[function.__qualname__] = None, str(error)
+        plan, unrepeatable[getattr(function.func, "__qualname__", repr(function.func))] = None, str(error)
     with _lock:
         while len(_plans) >= MOST_PLANS:
             del _plans[next(iter(_plans))]
