@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .fused import FusedSequential, fuse, plan
+from .fused import FusedSequential, fuse
+from .runs import plan
 
 
 class ExplainedRun(NamedTuple):

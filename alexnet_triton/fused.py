@@ -4,75 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import nn
 
 import kernels
-from kernels.runtime.arguments import pair
 
-#: Attributes of a module in which hooks on its forward or backward pass live.
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOK_DICTS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+from .runs import HOOK_DICTS, LONGEST_LOOK, CellImages, call, cells_of, plan
+from .segments import segments_of
 
-
-class Run(NamedTuple):
-    """Neighbouring layers of a :class:`FusedSequential` that are run by one call.
-
-    Attributes:
-        operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
-        layers: the layers, in order.
-        note: why the run is not longer, or why the layer is called as it stands; empty where there is nothing to say.
-        output_format: the memory format that what comes next wants, or None for the operation's own.
-    """
-
-    operation: str
-    layers: tuple[nn.Module, ...]
-    note: str = ""
-    output_format: torch.memory_format | None = None
-
-
-class CellImages(NamedTuple):
-    """Images as the cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of the images.
-
-    They go through ``DistributedDataParallel`` and ``torch.compile`` as a tensor does.
-
-    Attributes:
-        data: (N, rows, columns, stride * stride * C), of :func:`kernels.space_to_depth` or :func:`kernels.gather_resize`.
-        cells: what they were made by; a layer that reads other cells refuses them.
-    """
-
-    data: Tensor
-    cells: kernels.Cells
-
-
-def _cells_of(run: Run) -> kernels.Cells | None:
-    """The cells that ``run`` can read instead of its images; None if it reads none."""
-    if run.operation != "conv2d_relu_max_pool2d":
-        return None
-    conv = cast(nn.Conv2d, run.layers[0])
-    padding = 0 if conv.padding == "valid" else conv.padding
-    step, other = pair("stride", conv.stride, 1)
-    if step != other or pair("dilation", conv.dilation, 1) != (1, 1) or conv.groups != 1 or isinstance(padding, str):
-        return None
-    return kernels.Cells(conv.kernel_size, step, pair("padding", padding, 0))
-
-
-def _check_cells(run: Run, given: kernels.Cells) -> None:
-    reads = _cells_of(run)
-    if reads is None or reads.pairs() != given.pairs():
-        names = " + ".join(type(layer).__name__ for layer in run.layers)
-        what = "images" if reads is None else f"images or their {reads}"
-        why = f" ({run.note})" if run.note else ""
-        raise ValueError(f"what the network begins with, {names}{why}, reads {what}, got their {given}")
+__all__ = ["CellImages", "FusedSequential", "first_layer_cells", "fuse"]
 
 
 def first_layer_cells(
@@ -99,10 +42,10 @@ def first_layer_cells(
     """
     if not isinstance(net, FusedSequential) or type(net).forward is not FusedSequential.forward:
         return None
-    if "forward" in vars(net) or any(getattr(net, hooks) for hooks in _HOOK_DICTS):
+    if "forward" in vars(net) or any(getattr(net, hooks) for hooks in HOOK_DICTS):
         return None
-    runs = plan(list(itertools.islice(net, _LONGEST_LOOK)))
-    cells = _cells_of(runs[0]) if runs else None
+    runs = plan(list(itertools.islice(net, LONGEST_LOOK)))
+    cells = cells_of(runs[0]) if runs else None
     if cells is None:
         return None
     conv = cast(nn.Conv2d, runs[0].layers[0])
@@ -111,213 +54,6 @@ def first_layer_cells(
     images = torch.empty(1, dtype=dtype, device=device).expand(1, channels, *size)
     readable = channels == conv.in_channels and kernels.reads_cells(images, conv.weight, cells.stride)
     return cells if readable else None
-
-
-def call(run: Run, input: Any, link: Tensor | None = None, following: Run | None = None) -> tuple[Any, Tensor | None]:
-    """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
-
-    ``link`` is what the run before returned beside ``input``: nothing but this run reads that.
-
-    Raises:
-        ValueError: ``input`` are :class:`CellImages`, and the run reads images or other cells.
-    """
-    if isinstance(input, CellImages):
-        _check_cells(run, input.cells)
-    options: dict[str, Any] = {} if run.output_format is None else {"output_format": run.output_format}
-    if run.operation in _TAKE_LINKS:
-        options["link"] = link
-        if run.operation == "conv2d" and len(run.layers) == 2 and following is not None and following.operation in _TAKE_LINKS:
-            return kernels.linked_conv2d(input, *_conv_arguments(cast(nn.Conv2d, run.layers[0])), link=link)
-    return _OPERATIONS[run.operation](input, *run.layers, **options), None
-
-
-def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why calling ``layer``, a ``kind``, may do something else than what ``kind`` does; None if it does just that."""
-    if type(layer) is not kind:
-        return f"{type(layer).__name__} is a subclass of {kind.__name__}"
-    if "forward" in vars(layer):
-        return f"the {kind.__name__}'s forward was replaced"
-    if any(getattr(layer, hooks) for hooks in _HOOK_DICTS):
-        return f"the {kind.__name__} carries a hook"
-    return None
-
-
-def _conv_obstacle(layer: nn.Module) -> str | None:
-    obstacle = _obstacle(layer, nn.Conv2d)
-    if obstacle is None and cast(nn.Conv2d, layer).padding_mode != "zeros":
-        return f"padding_mode={cast(nn.Conv2d, layer).padding_mode!r}: the kernels pad with zeros"
-    return obstacle
-
-
-def _pool_after_relu_obstacle(layer: nn.Module) -> str | None:
-    obstacle = _obstacle(layer, nn.MaxPool2d)
-    if obstacle is not None:
-        return obstacle
-    pool = cast(nn.MaxPool2d, layer)
-    if pool.return_indices:
-        return "the MaxPool2d returns indices"
-    return None if pool.dilation in (1, (1, 1), [1, 1]) else "the MaxPool2d is dilated"
-
-
-def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
-    """Of the first layer; the second, if there is one, comes after the dropout."""
-    obstacle = _obstacle(layers[0], nn.Dropout)
-    if obstacle is None and len(layers) > 1 and getattr(layers[1], "inplace", False):
-        return f"the {type(layers[1]).__name__} after the Dropout works in place, on what the fused backward pass needs"
-    return obstacle
-
-
-#: Layers that are looked at for one run: at most three of it, and the next.
-_LONGEST_LOOK = 4
-
-
-def plan(layers: Sequence[nn.Module]) -> list[Run]:
-    """Cut a sequence of layers into the longest runs that one operation can do, first to last.
-
-    Known: Conv2d [ReLU [MaxPool2d]], MaxPool2d, Linear [ReLU [Dropout]], Dropout. Anything else, and any layer that carries
-    a hook, is a run of its own.
-    """
-    if any(getattr(torch_module, hooks, None) for hooks in _GLOBAL_HOOK_DICTS):
-        return [Run("module", (layer,), "a hook on all modules is registered") for layer in layers]
-    runs = []
-    i = 0
-    while i < len(layers):
-        run = _longest_run(layers[i : i + _LONGEST_LOOK])
-        runs.append(run)
-        i += len(run.layers)
-    return runs
-
-
-def _longest_run(layers: Sequence[nn.Module]) -> Run:
-    """The run that starts with the first of the next (at most four) layers; the fourth is only looked at."""
-    first = layers[0]
-    for kind, start_obstacle in _STARTS.items():
-        if isinstance(first, kind):
-            obstacle = start_obstacle(first)
-            return Run("module", (first,), obstacle) if obstacle is not None else _extended_run(layers)
-    if isinstance(first, nn.ReLU):
-        return Run("module", (first,), "a ReLU is only fused into a Conv2d or Linear right before it")
-    if isinstance(first, nn.Sequential):
-        return Run("module", (first,), "a container of its own: runs do not cross its border")
-    return Run("module", (first,), f"no operation for {type(first).__name__}")
-
-
-def _extended_run(layers: Sequence[nn.Module]) -> Run:
-    """The longest run that starts with the first layer, which an operation can do by itself."""
-    first, *rest = layers
-    if isinstance(first, (nn.MaxPool2d, nn.Dropout)):
-        return Run("max_pool2d" if isinstance(first, nn.MaxPool2d) else "dropout", (first,))
-    operation = "conv2d" if isinstance(first, nn.Conv2d) else "linear"
-    if not rest or not isinstance(rest[0], nn.ReLU):
-        return Run(operation, (first,))
-    relu, *rest = rest
-    obstacle = _obstacle(relu, nn.ReLU)
-    if obstacle is not None:
-        return Run(operation, (first,), obstacle)
-    last_kind = nn.MaxPool2d if operation == "conv2d" else nn.Dropout
-    if not rest or not isinstance(rest[0], last_kind):
-        return Run(operation, (first, relu))
-    obstacle = _pool_after_relu_obstacle(rest[0]) if operation == "conv2d" else _dropout_after_relu_obstacle(rest)
-    if obstacle is not None:
-        return Run(operation, (first, relu), obstacle)
-    if operation == "linear":
-        return Run("linear_relu_dropout", (first, relu, rest[0]))
-    # Flatten's order is NCHW. The pool can write that just as well, and then flattening is a view.
-    flattened = len(rest) > 1 and isinstance(rest[1], nn.Flatten)
-    output_format = torch.contiguous_format if flattened else None
-    return Run("conv2d_relu_max_pool2d", (first, relu, rest[0]), output_format=output_format)
-
-
-def _dropout_obstacle(layer: nn.Module) -> str | None:
-    obstacle = _obstacle(layer, nn.Dropout)
-    if obstacle is None and cast(nn.Dropout, layer).inplace:
-        return "the Dropout works in place, on a tensor that its caller may hold on to"
-    return obstacle
-
-
-#: Layers that a run can start with, and what says why one does not.
-_STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
-    nn.Conv2d: _conv_obstacle,
-    nn.Linear: lambda layer: _obstacle(layer, nn.Linear),
-    nn.MaxPool2d: lambda layer: _obstacle(layer, nn.MaxPool2d),
-    nn.Dropout: _dropout_obstacle,
-}
-
-
-def _conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
-    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None, *, link: Tensor | None) -> Tensor:
-    return kernels.conv2d(input, *_conv_arguments(conv), activation="relu" if relu is not None else None, link=link)
-
-
-def _run_conv2d_relu_max_pool2d(
-    input: Tensor | CellImages,
-    conv: nn.Conv2d,
-    relu: nn.ReLU,
-    pool: nn.MaxPool2d,
-    output_format: torch.memory_format | None = None,
-    *,
-    link: Tensor | None,
-) -> Tensor:
-    weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
-    cells = isinstance(input, CellImages)
-    if isinstance(input, CellImages):
-        input, padding = input.data, 0  # which is in the cells
-    return kernels.conv2d_relu_max_pool2d(
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        pool_kernel_size=pool.kernel_size,
-        pool_stride=pool.stride,
-        pool_padding=pool.padding,
-        ceil_mode=pool.ceil_mode,
-        output_format=output_format,
-        link=link,
-        cells=cells,
-    )
-
-
-def _run_max_pool2d(input: Tensor, pool: nn.MaxPool2d) -> Tensor | tuple[Tensor, Tensor]:
-    return kernels.max_pool2d(
-        input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
-    )
-
-
-def _run_linear(input: Tensor, linear: nn.Linear, relu: nn.ReLU | None = None) -> Tensor:
-    return kernels.linear(input, linear.weight, linear.bias, activation="relu" if relu is not None else None)
-
-
-def _run_linear_relu_dropout(input: Tensor, linear: nn.Linear, relu: nn.ReLU, dropout: nn.Dropout) -> Tensor:
-    return kernels.linear_relu_dropout(input, linear.weight, linear.bias, dropout.p, dropout.training)
-
-
-def _run_dropout(input: Tensor, dropout: nn.Dropout) -> Tensor:
-    return kernels.dropout(input, dropout.p, dropout.training)
-
-
-def _run_module(input: Any, layer: nn.Module) -> Any:
-    return layer(input)
-
-
-_OPERATIONS: dict[str, Any] = {
-    "conv2d": _run_conv2d,
-    "conv2d_relu_max_pool2d": _run_conv2d_relu_max_pool2d,
-    "max_pool2d": _run_max_pool2d,
-    "linear": _run_linear,
-    "linear_relu_dropout": _run_linear_relu_dropout,
-    "dropout": _run_dropout,
-    "module": _run_module,
-}
-
-
-#: Operations that take the gradient of the ReLU right before them, if they are given its link.
-_TAKE_LINKS = ("conv2d", "conv2d_relu_max_pool2d")
 
 
 class FusedSequential(nn.Sequential):
@@ -332,10 +68,14 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """The output of the last layer for ``input``, the first layer's input."""
-        runs = plan(list(self))
-        link = None
-        for run, following in itertools.zip_longest(runs, runs[1:]):
-            input, link = call(run, input, link, following)
+        for segment in segments_of(self):
+            output = segment.run_as_one(input)
+            if output is None:
+                link = None
+                for run, following in itertools.zip_longest(segment.runs, segment.runs[1:]):
+                    input, link = call(run, input, link, following)
+            else:
+                input = output
         return input
 
     def __getitem__(self, index: slice | int) -> Any:

@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_leaves
 
 from alexnet_triton import AlexNet, CellImages, reference_alexnet, training
 from alexnet_triton.data import Split, input_for
-from alexnet_triton.fused import call, plan
 from alexnet_triton.optim import SGD
+from alexnet_triton.runs import call, plan
 from kernels.runtime import launch
 
 from .offline import compile_launch, offline_target

@@ -151,6 +151,10 @@ class DropoutFunction(OperatorFunction):
     """Dropout. Saves its seed; the gradient is the same product again."""
 
     @staticmethod
+    def forward(input, seed, problem):
+        return _operator((input, seed), problem)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, seed, ctx.problem = inputs
         ctx.save_for_backward(seed)
@@ -205,6 +209,12 @@ def dropout_reference(input: Tensor, p: float, seed: Tensor) -> Tensor:
     """What :func:`dropout` in training means, in PyTorch's own operations."""
     keep = dropout_mask_reference(input.shape, p, seed)
     return input * keep.to(input.dtype) * dropout_scale(p)
+
+
+def prepare_dropout(tensors: Sequence[Tensor | None], options: float, needs_grad: bool) -> Dropout:
+    """The problem of :class:`DropoutFunction` in a sequence; the option is the probability."""
+    check_tensors(input=tensors[0])
+    return Dropout(options)
 
 
 def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: torch.device | str | None = None) -> Tensor:

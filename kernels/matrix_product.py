@@ -458,6 +458,10 @@ class LinearFunction(OperatorFunction):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
 
     @staticmethod
+    def forward(input, weight, bias, seed, problem):
+        return _fprop_operator((input, weight, bias, seed), problem)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         input, weight, _, seed, problem = inputs
         ctx.save_for_backward(input, weight, output if problem.relu else None, seed)
@@ -506,6 +510,13 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     features = weight.shape[0]
     if bias.dim() > 2 or bias.numel() not in (1, features) or (bias.dim() > 0 and bias.shape[-1] != bias.numel()):
         raise ValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
+
+
+def prepare_linear(tensors: Sequence[Tensor | None], options: tuple[float, bool], needs_grad: bool) -> Linear:
+    """The problem of :class:`LinearFunction` in a sequence; options: the dropout's probability, whether there is a ReLU."""
+    input, weight, bias, _ = tensors
+    _check_linear(input, weight, bias)  # type: ignore[arg-type]
+    return Linear(*options)
 
 
 def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, fuse_relu: bool) -> Tensor:

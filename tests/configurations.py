@@ -25,7 +25,7 @@ from torch import nn
 
 import kernels
 from alexnet_triton import AlexNet
-from alexnet_triton.fused import Run, call, plan
+from alexnet_triton.runs import Run, call, plan
 from kernels.configs import tables
 from kernels.runtime import launch
 from kernels.sgd import sgd_step

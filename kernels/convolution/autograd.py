@@ -160,6 +160,12 @@ class Conv2dFunction(OperatorFunction):
     one before this ReLU, and the link's gradient is the sum of that, the gradient of this bias.
     """
 
+    takes_link = gives_link = True
+
+    @staticmethod
+    def forward(input, weight, bias, link, problem):
+        return conv2d_fprop_operator((input, weight, bias, link), problem)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         input, weight, _, link, problem = inputs
@@ -364,17 +370,35 @@ def _conv2d(
 ) -> tuple[Tensor, Tensor | None]:
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
-    check_tensors(input=input, weight=weight, bias=bias)
-    batched = input.unsqueeze(0) if input.dim() == 3 else input
-    geometry, size = checked(
-        conv2d_arguments, batched.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation, groups
-    )
+    batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
+    geometry, size = _checked_arguments(batched, weight, bias, stride, padding, dilation, groups)
     check_link(link, batched)
     if not runs_triton(input):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
     problem = Convolution(geometry, size, fuse_relu, make_link)
     output, new_link = apply_function(Conv2dFunction, (batched, weight, bias, link), problem)
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
+
+
+def prepare_conv2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> Convolution:
+    """The problem of :class:`Conv2dFunction` in a sequence; options: stride to groups, ReLU, whether to make a link."""
+    *geometry, fuse_relu, make_link = options
+    convolution, size = _checked_arguments(*tensors[:3], *geometry)  # type: ignore[arg-type]
+    return Convolution(convolution, size, fuse_relu, make_link and needs_grad)
+
+
+def _checked_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Geometry, tuple[int, int]]:
+    check_tensors(input=input, weight=weight, bias=bias)
+    bias_size = None if bias is None else bias.shape
+    return checked(conv2d_arguments, input.shape, weight.shape, bias_size, stride, padding, dilation, groups)
 
 
 def check_link(link: Tensor | None, input: Tensor) -> None:

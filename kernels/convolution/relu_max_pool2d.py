@@ -166,6 +166,12 @@ _backward_operator = Operator(conv2d_relu_max_pool2d_backward, _run_backward)
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
 
+    takes_link = True
+
+    @staticmethod
+    def forward(input, weight, bias, link, problem):
+        return _fprop_operator((input, weight, bias, link), problem)
+
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
         input, weight, _, link, problem = inputs
@@ -293,6 +299,29 @@ def conv2d_relu_max_pool2d(
     problem = PooledConvolution(geometry, conv_size, window, channels_last, wants_grad(input, weight, bias), cells)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
+
+
+def prepare_conv2d_relu_max_pool2d(
+    tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool
+) -> PooledConvolution:
+    """The problem of :class:`Conv2dReLUMaxPool2dFunction` in a sequence.
+
+    Options: stride to groups, the pool's window, stride, padding and ceil_mode, whether the output is NHWC, whether the input
+    are cells.
+    """
+    *geometry, kernel_size, pool_stride, pool_padding, ceil_mode, channels_last, cells = options
+    input, weight, bias, link = tensors
+    check_tensors(input=input, weight=weight, bias=bias)
+    assert input is not None
+    assert weight is not None
+    size: Sequence[int] = input.shape
+    if cells:
+        stride, padding, _, groups = geometry
+        size = _check_cells(input, weight, stride, padding, groups, link)
+    bias_size = None if bias is None else bias.shape
+    convolution, conv_size = checked(conv2d_arguments, tuple(size), weight.shape, bias_size, *geometry)
+    window = checked(pool_arguments, conv_size, kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
+    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells)
 
 
 def reads_cells(

@@ -304,6 +304,10 @@ class MaxPool2dFunction(OperatorFunction):
     """Max-pool. Saves one byte an output: the position in its window."""
 
     @staticmethod
+    def forward(input, problem):
+        return _fprop_operator((input,), problem)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
         input, problem = inputs
         _, position, index = output
@@ -377,6 +381,15 @@ def pool_arguments(
             )
         output.append(count)
     return Window(window, steps, pads, dilations, (output[0], output[1]))
+
+
+def prepare_max_pool2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> MaxPool:
+    """The problem of :class:`MaxPool2dFunction` in a sequence; options: the pool's, ``ceil_mode`` the last."""
+    (input,) = tensors
+    check_tensors(input=input)
+    assert input is not None
+    window = checked(pool_arguments, input.shape[-2:], *options)
+    return MaxPool(window, is_channels_last(input), False, needs_grad, False)
 
 
 @overridable

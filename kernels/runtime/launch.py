@@ -109,6 +109,11 @@ def noting(note: Callable[[Any, tuple[int, ...], dict[str, Any], Any], None]) ->
         _thread.note = before
 
 
+def is_noted() -> bool:
+    """Whether a :func:`noting` block of this thread is active."""
+    return getattr(_thread, "note", None) is not None
+
+
 def is_watched() -> bool:
     """Whether somebody wants to see each launch: then none may go past :func:`launch`."""
     return _recorder.value is not None or bool(_observers.value)

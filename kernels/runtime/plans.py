@@ -119,8 +119,8 @@ class Plan:
         self.constants: list[Any] = []
         self.steps: list[_Step] = []
         self.hooks: tuple[list[Any], ...] = ()
-        self.results: list[Geometry | None] = []
-        self.whole: tuple[int, ...] | None = None  # the allocations that are the results, where all of them are just that
+        self.results: list[Any] = []  # where each tensor lies; what is no tensor, as it was
+        self.whole: list[tuple[int, Any]] | None = None  # of results that are whole allocations: which one, or -1 and a value
         self.is_tuple = True
 
     def can_run(self) -> bool:
@@ -171,10 +171,10 @@ class Plan:
 
     def _results(self, inputs: Sequence[Tensor], made: list[Tensor]) -> Any:
         if self.whole is not None:
-            results = [made[i] if i >= 0 else None for i in self.whole]
+            results = [value if i < 0 else made[i] for i, value in self.whole]
         else:
             tensors = [*inputs, *made]
-            results = [None if r is None else _view(r, tensors) for r in self.results]
+            results = [_view(r, tensors) if isinstance(r, Geometry) else r for r in self.results]
         return tuple(results) if self.is_tuple else results[0]
 
 
@@ -272,6 +272,12 @@ class _Recording(TorchDispatchMode):
             raise _Unrepeatable("memory that is neither an input's nor was made here")
         return source
 
+    def result(self, value: Any) -> Any:
+        """Where a result lies; what is no tensor is the same each time. A vector of no elements is one not asked for."""
+        if isinstance(value, Tensor):
+            return None if value.shape == (0,) else self.geometry(value)
+        return value
+
     def tensor(self, source: int) -> Tensor:
         return self.inputs[source] if source < len(self.inputs) else self.kept[source - len(self.inputs)]
 
@@ -328,31 +334,65 @@ def _placed(geometry: Geometry, places: dict[int, _Address]) -> Geometry:
 def _place_memory(plan: Plan, recording: _Recording, result: Any) -> dict[int, _Address]:
     """Where each of the recording's sources is: results, and what PyTorch copies, are tensors; the rest is in the workspace."""
     plan.is_tuple = isinstance(result, tuple)
-    asked_for = [r if r is not None and r.shape != (0,) else None for r in (result if plan.is_tuple else (result,))]
-    results = [None if r is None else recording.geometry(r) for r in asked_for]
+    results = [recording.result(r) for r in (result if plan.is_tuple else (result,))]
+    geometries = [r for r in results if isinstance(r, Geometry)]
     count = len(recording.inputs)
-    if any(g is not None and g.source < count for g in results):
+    if any(g.source < count for g in geometries):
         raise _Unrepeatable("a result that is an input")
-    tensors = {g.source for g in results if g is not None} | recording.touched
+    tensors = {g.source for g in geometries} | recording.touched
     places = {i: _Address(i, 0) for i in range(count)}
     of_tensors = [(source, t) for source, t in enumerate(recording.kept, start=count) if source in tensors]
     for source, tensor in of_tensors:
         places[source] = _Address(count + len(plan.allocations), 0)
         # A view as the only result is allocated as it is.
-        views = [g for g in results if g is not None and g.source == source]
+        views = list({g for g in geometries if g.source == source})
         whole = len(views) == 1 and views[0].offset == 0 and _is_dense(views[0], tensor.numel())
         size, stride = (views[0].size, views[0].stride) if whole else (tuple(tensor.shape), tensor.stride())
         plan.allocations.append(Allocation(size, stride, tensor.dtype))
     workspace = count + len(plan.allocations)
-    for source, tensor in enumerate(recording.kept, start=count):
-        nbytes = tensor.untyped_storage().nbytes()
-        if source not in tensors and nbytes:
-            places[source] = _Address(workspace, plan.workspace)
-            plan.workspace += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    plan.results = [None if g is None else _placed(g, places) for g in results]
-    if all(g is None or (plan.allocations[g.source - count][:2] == (g.size, g.stride) and not g.offset) for g in plan.results):
-        plan.whole = tuple(-1 if g is None else g.source - count for g in plan.results)
+    offsets, plan.workspace = _lay_out(recording, tensors)
+    places |= {source: _Address(workspace, offset) for source, offset in offsets.items()}
+    plan.results = [_placed(r, places) if isinstance(r, Geometry) else r for r in results]
+    plan.whole = []
+    for r in plan.results:
+        if not isinstance(r, Geometry):
+            plan.whole.append((-1, r))
+        elif plan.allocations[r.source - count][:2] == (r.size, r.stride) and not r.offset:
+            plan.whole.append((r.source - count, None))
+        else:
+            plan.whole = None
+            break
     return places
+
+
+def _lay_out(recording: _Recording, elsewhere: set[int]) -> tuple[dict[int, int], int]:
+    """Offsets of what is in the workspace, and how large that is: who is never needed at the same time may lie in one place.
+
+    The largest first, each at the lowest offset that is free for all of its life, from its first to its last launch.
+    """
+    lives: dict[int, tuple[int, int]] = {}
+    for i, step in enumerate(recording.steps):
+        if not isinstance(step, Copy):
+            for source in {recording.source_of(tensor) for tensor in launch.tensors_of(step[2])}:
+                lives[source] = (lives.get(source, (i, i))[0], i)
+    sizes = {
+        source: -(-recording.tensor(source).untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
+        for source in lives
+        if source >= len(recording.inputs) and source not in elsewhere
+    }
+    offsets: dict[int, int] = {}
+    for source in sorted(sizes, key=lambda source: (-sizes[source], source)):
+        if sizes[source] == 0:
+            continue
+        first, last = lives[source]
+        taken = sorted((offsets[o], sizes[o]) for o in offsets if lives[o][0] <= last and first <= lives[o][1])
+        offset = 0
+        for begin, size in taken:
+            if begin >= offset + sizes[source]:
+                break
+            offset = max(offset, begin + size)
+        offsets[source] = offset
+    return offsets, max((offsets[o] + sizes[o] for o in offsets), default=0)
 
 
 def _is_dense(geometry: Geometry, elements: int) -> bool:
@@ -523,7 +563,12 @@ def _remember(function: Callable[..., Any], problem: Hashable, new: _Recent) -> 
 
 
 def call(
-    function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable, numbers: Sequence[float] = ()
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    problem: Hashable,
+    numbers: Sequence[float] = (),
+    *,
+    fresh: int = 0,
 ) -> Any:
     """``function(*tensors, problem, *numbers)``, by its plan where there is one.
 
@@ -532,13 +577,14 @@ def call(
         tensors: plain ones on one device, at least one.
         problem: all else that the function is told.
         numbers: that it hands to its kernels, and does nothing else with.
+        fresh: how many of the tensors, the last ones, were made for this call: :func:`find` is not asked about these.
     """
     inputs = [tensor for tensor in tensors if tensor is not None]
     first = inputs[0]
     if not launch.has_plans(first):
         return function(*tensors, problem, *numbers)
     addresses = [tensor.data_ptr() for tensor in inputs]
-    described = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+    described = [None if t is None else _describe(t) for t in tensors]
     kind = (function, problem, _switches(first), *described, *[address & 15 for address in addresses])
     plan = _plans.get(kind, _UNKNOWN)
     if plan is _UNKNOWN:
@@ -546,11 +592,20 @@ def call(
     if plan is None or not plan.can_run():
         return function(*tensors, problem, *numbers)
     if not functools.reduce(operator.or_, addresses) & 15:
-        _remember(function, problem, _Recent(plan, tensors, inputs))
+        _remember(function, problem, _Recent(plan, tensors[: len(tensors) - fresh], inputs[: len(inputs) - fresh]))
     return plan.run(inputs, addresses, numbers)
 
 
+def _describe(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
+
+
 _UNKNOWN: Any = object()
+
+
+def is_recording() -> bool:
+    """Whether a plan is being made in this thread: then what is called inside runs its launch functions."""
+    return launch.is_noted()
 
 
 def _record(kind: Hashable, inputs: list[Tensor], function: functools.partial, numbers: Sequence[float]) -> Any:

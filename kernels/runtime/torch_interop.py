@@ -51,7 +51,8 @@ class Operator:
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.arguments = len(inputs)
-            function.setup_context(ctx, (*inputs[:tensors], problem_of(*inputs[tensors:])), output)
+            flat = [tuple(value) if isinstance(value, list) else value for value in inputs[tensors:]]
+            function.setup_context(ctx, (*inputs[:tensors], problem_of(*flat)), output)
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             results = function.backward(ctx, *grads)[:tensors]
@@ -64,7 +65,11 @@ def call_planned(
     run: Callable[..., Any], tensors: tuple[Tensor | None, ...], problem: Any, otherwise: Callable[..., Any]
 ) -> Any:
     """``run(*tensors, problem)`` by its plan, or ``otherwise`` with the same arguments where the tensors are not plain ones."""
-    if not _is_observed():
+    if torch.compiler.is_compiling():
+        return otherwise(*tensors, problem)
+    if plans.is_recording():
+        return run(*tensors, problem)
+    if not is_observed():
         found = plans.find(run, tensors, problem)
         if found is not None:
             plan, inputs, addresses = found
@@ -83,17 +88,17 @@ class OperatorFunction(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    #: Whether its last tensor is the link of the operation before, and whether its second output is a link for the next.
+    takes_link: ClassVar[bool] = False
+    gives_link: ClassVar[bool] = False
     operator: ClassVar[Operator]
     apply_plain: ClassVar[Callable[..., Any]]
 
 
 def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[OperatorFunction]]:
-    """Give an :class:`OperatorFunction` its operator, and with it its forward passes."""
+    """Give an :class:`OperatorFunction` its operator, and with that the form for plain calls."""
 
     def complete(cls: type[OperatorFunction]) -> type[OperatorFunction]:
-        def forward(*inputs: Any) -> Any:
-            return operator(inputs[:-1], inputs[-1])
-
         def forward_and_save(ctx: Any, *inputs: Any) -> Any:
             *tensors, (problem, found) = inputs
             if found is None:
@@ -109,7 +114,6 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
         plain = type(cls.__name__, (torch.autograd.Function,), parts | {"__module__": cls.__module__, "__doc__": cls.__doc__})
         # What Function.apply itself ends in, with all arguments given in their order.
         cls.apply_plain = super(torch.autograd.Function, plain).apply  # type: ignore[misc]
-        cls.forward = staticmethod(forward)  # type: ignore[method-assign]
         cls.operator = operator
         return cls
 
@@ -118,7 +122,7 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
 
 def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | None, ...], problem: Any) -> Any:
     """``function.apply(*tensors, problem)``; without autograd where no gradient can be asked for."""
-    if torch.compiler.is_compiling() or _is_observed():
+    if torch.compiler.is_compiling() or is_observed():
         return function.apply(*tensors, problem)
     found = plans.find(function.operator.run, tensors, problem)
     if found is None and not is_plain(tensors):
@@ -133,9 +137,14 @@ def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | Non
     return plan.run(inputs, addresses)
 
 
-def _is_observed() -> bool:
-    """Whether somebody wants to see operators: a tracer, a profiler."""
-    return torch._C._get_tracing_state() is not None or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+def is_observed() -> bool:
+    """Whether somebody wants to see operators: a dispatch mode, a transform, a tracer, a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet
-from alexnet_triton.fused import plan
+from alexnet_triton.runs import plan
 
 from ..conftest import DEVICE
 

@@ -1,0 +1,233 @@
+"""Runs of layers that follow each other as one call, and how it is seen in microseconds that the layers are what they were."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from kernels import reads_cells, sequence
+from kernels.convolution.autograd import Conv2dFunction, prepare_conv2d
+from kernels.convolution.relu_max_pool2d import Conv2dReLUMaxPool2dFunction, prepare_conv2d_relu_max_pool2d
+from kernels.dropouts import DropoutFunction, prepare_dropout
+from kernels.matrix_product import LinearFunction, prepare_linear
+from kernels.pooling.autograd import MaxPool2dFunction, prepare_max_pool2d
+from kernels.runtime.arguments import check_probability
+from kernels.runtime.backend import runs_triton
+from kernels.runtime.torch_interop import is_observed
+
+from .runs import GLOBAL_HOOK_DICTS, HOOK_DICTS, TAKE_LINKS, CellImages, Run, check_cells, conv_arguments, plan
+
+
+class Segment:
+    """Neighbouring runs whose operations may be called as one (:mod:`kernels.sequence`).
+
+    Args:
+        runs: of operations on images or of operations on rows of features; or one run, of a module.
+    """
+
+    def __init__(self, runs: tuple[Run, ...]) -> None:
+        self.runs = runs
+        weighted = [run.layers[0]._parameters for run in runs if _has_weight(run)]
+        self.parameters = [(parameters, name) for parameters in weighted for name in ("weight", "bias")]
+        returns_indices = getattr(runs[0].layers[0], "return_indices", False) and runs[0].operation == "max_pool2d"
+        self.dimensions = None if returns_indices else _DIMENSIONS.get(runs[0].operation)
+        self._as_one: dict[bool, _AsOne | None] = {}
+
+    def _stages(self, cells: bool) -> _AsOne | None:
+        """The runs as one sequence; None where they cannot be."""
+        stages: list[sequence.Stage] = []
+        tensors, seeds = 1, itertools.count(1 + len(self.parameters))
+        for run, following in itertools.zip_longest(self.runs, self.runs[1:]):
+            own = (tensors, tensors + 1) if _has_weight(run) else ()
+            tensors += len(own)
+            links = following is not None and following.operation in TAKE_LINKS
+            stages += _STAGES[run.operation](run, own, seeds, links, cells and not stages)
+        if not stages:
+            return None
+        count = next(seeds) - 1 - len(self.parameters)
+        try:
+            recorded, unrecorded = (sequence.Hashed(sequence.Sequenced(tuple(stages), records)) for records in (True, False))
+        except TypeError:  # an option that has no hash: whether it is one at all the operation says
+            return None
+        return _AsOne(recorded, unrecorded, count)
+
+    def run_as_one(self, input: Any) -> Any:
+        """What the runs make of ``input``, in one call; None where they are to be called one after the other."""
+        if self.dimensions is None or torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or is_observed():
+            return None
+        cells = type(input) is CellImages
+        if cells:
+            check_cells(self.runs[0], input.cells)
+        x = input.data if cells else input
+        if not isinstance(x, Tensor) or x.dim() != self.dimensions or not runs_triton(x):
+            return None
+        if torch.is_autocast_enabled(x.device.type):  # which casts for each operation
+            return None
+        if cells not in self._as_one:
+            self._as_one[cells] = self._stages(cells)
+        as_one = self._as_one[cells]
+        if as_one is None:
+            return None
+        try:
+            tensors = [x, *[parameters[name] for parameters, name in self.parameters]]
+        except KeyError:  # a weight that is computed
+            return None
+        if cells and not _reads_cells(x, tensors[1], self.runs[0]):
+            return None
+        return sequence.run(as_one.recorded, as_one.unrecorded, tensors, as_one.seeds)
+
+
+def _reads_cells(cells: Tensor, weight: Tensor | None, run: Run) -> bool:
+    conv = cast(nn.Conv2d, run.layers[0])
+    return isinstance(weight, Tensor) and reads_cells(cells, weight, conv.stride, conv.dilation, conv.groups)
+
+
+class _AsOne(NamedTuple):
+    """A segment as one sequence: with a backward pass and without, and how many seeds it takes."""
+
+    recorded: sequence.Hashed
+    unrecorded: sequence.Hashed
+    seeds: int
+
+
+#: Dimensions of an operation's input: images, or rows of features.
+_DIMENSIONS = {"conv2d": 4, "conv2d_relu_max_pool2d": 4, "max_pool2d": 4, "linear": 2, "linear_relu_dropout": 2, "dropout": 2}
+
+
+def _has_weight(run: Run) -> bool:
+    return isinstance(run.layers[0], (nn.Conv2d, nn.Linear))
+
+
+#: What a run adds to a sequence: of the run, its parameters' indices, the indices of seeds to come, whether the next operation
+#: takes a link, whether the input are cells.
+_Stages = Callable[[Run, tuple[int, ...], Iterator[int], bool, bool], list[sequence.Stage]]
+
+
+def _option(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _conv2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+    _, _, *geometry = conv_arguments(cast(nn.Conv2d, run.layers[0]))
+    makes_link = links and len(run.layers) == 2
+    options = (*map(_option, geometry), len(run.layers) == 2, makes_link)
+    return [sequence.Stage(Conv2dFunction, prepare_conv2d, options, own, makes_link)]
+
+
+def _conv2d_relu_max_pool2d(
+    run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool
+) -> list[sequence.Stage]:
+    conv, _, pool = cast(tuple[nn.Conv2d, nn.ReLU, nn.MaxPool2d], run.layers)
+    _, _, stride, padding, dilation, groups = map(_option, conv_arguments(conv))
+    window = (_option(pool.kernel_size), _option(pool.stride), _option(pool.padding), pool.ceil_mode)
+    channels_last = run.output_format != torch.contiguous_format
+    options = (stride, 0 if cells else padding, dilation, groups, *window, channels_last, cells)
+    return [sequence.Stage(Conv2dReLUMaxPool2dFunction, prepare_conv2d_relu_max_pool2d, options, own)]
+
+
+def _max_pool2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+    pool = cast(nn.MaxPool2d, run.layers[0])
+    options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, tuple(map(_option, options)), ())]
+
+
+def _linear(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+    p = _probability(run.layers[2]) if len(run.layers) == 3 else None
+    options = (p or 0.0, len(run.layers) > 1)
+    return [sequence.Stage(LinearFunction, prepare_linear, options, (*own, None if p is None else next(seeds)))]
+
+
+def _dropout(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+    p = _probability(run.layers[0])
+    return [] if p is None else [sequence.Stage(DropoutFunction, prepare_dropout, p, (next(seeds),))]
+
+
+def _probability(layer: nn.Module) -> float | None:
+    """Of dropping an element; None where the layer drops none."""
+    dropout = cast(nn.Dropout, layer)
+    check_probability(dropout.p)
+    return float(dropout.p) if dropout.training else None
+
+
+_STAGES: dict[str, _Stages] = {
+    "conv2d": _conv2d,
+    "conv2d_relu_max_pool2d": _conv2d_relu_max_pool2d,
+    "max_pool2d": _max_pool2d,
+    "linear": _linear,
+    "linear_relu_dropout": _linear,
+    "dropout": _dropout,
+}
+
+
+class _Layers:
+    """A container's children as they were when they were cut into segments.
+
+    Args:
+        children: of the container.
+    """
+
+    def __init__(self, children: tuple[nn.Module, ...]) -> None:
+        self.children = children
+        self.types = [type(child) for child in children]
+        self.hooks = [getattr(child, hooks) for child in children for hooks in HOOK_DICTS]
+        self.facts = []
+        for child in children:
+            get = operator.itemgetter(*HOOK_DICTS, *_OPTIONS.get(type(child), ()))
+            self.facts.append((child.__dict__, child._parameters, get, get(child.__dict__)))
+        self.segments = [Segment(tuple(runs)) for runs in _cut(plan(children))]
+
+    def hold(self, children: tuple[nn.Module, ...]) -> bool:
+        """Whether ``children`` are the same modules, of the same classes, with the same options, and none carries a hook."""
+        if children != self.children or [type(child) for child in children] != self.types or any(self.hooks):
+            return False
+        for attributes, parameters, get, facts in self.facts:
+            if attributes["_parameters"] is not parameters or get(attributes) != facts or "forward" in attributes:
+                return False
+        return not any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOK_DICTS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle of the container looks at its own children."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+#: What decides how runs are cut, and what operations are told, of each kind of layer.
+_OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.ReLU: ("inplace",),
+    nn.Dropout: ("p", "inplace", "training"),
+}
+
+
+def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Neighbouring operations on images together, those on rows of features together, anything else by itself."""
+
+    def kind(item: tuple[int, Run]) -> int:
+        i, run = item
+        pool = run.layers[0]
+        alone = isinstance(pool, nn.MaxPool2d) and pool.return_indices
+        return -1 - i if alone else _DIMENSIONS.get(run.operation, -1 - i)
+
+    for _, group in itertools.groupby(enumerate(runs), kind):
+        yield [run for _, run in group]
+
+
+def segments_of(net: nn.Sequential) -> list[Segment]:
+    """The segments that ``net`` consists of: those of the last call, where its layers are what they were."""
+    children = tuple(net._modules.values())
+    if torch.compiler.is_compiling():
+        return [Segment(tuple(plan(children)))]
+    known: _Layers | None = net.__dict__.get("_known_layers")
+    if known is None or not known.hold(children):
+        known = net.__dict__["_known_layers"] = _Layers(children)
+    return known.segments

@@ -1,0 +1,236 @@
+"""Operations one after another as one: one plan, one autograd node, one call's worth of the host's time.
+
+A network's layers are nearly always called in the same order. Run one by one, each looks its plan up, makes its outputs and its
+autograd node. Here the operations' own launch functions, saved tensors and backward passes are composed inside one function,
+which is planned as a whole. What lies between them and is not saved shares one workspace.
+
+The composition is that of autograd: :class:`_Context` stands for the ``ctx`` of each operation's Function, and a :class:`Tape`
+remembers, of all contexts, everything but tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropouts import draw_seed
+from .runtime import plans
+from .runtime.torch_interop import OperatorFunction, is_plain, once_differentiable
+
+
+class Stage(NamedTuple):
+    """One operation of a sequence.
+
+    Attributes:
+        function: its autograd Function.
+        prepare: ``(tensors, options, needs_grad) -> problem``; checks the arguments. ``tensors`` are those of the Function.
+        options: what else the operation is told.
+        tensors: indices into the sequence's tensors of those that the Function takes after its input; None for one that is
+            not there; a link is none of them.
+        makes_link: whether the next stage takes this one's link.
+    """
+
+    function: type[OperatorFunction]
+    prepare: Callable[[Sequence[Tensor | None], Any, bool], Any]
+    options: Hashable
+    tensors: tuple[int | None, ...]
+    makes_link: bool = False
+
+
+class Hashed:
+    """A value whose hash is worked out once."""
+
+    def __init__(self, value: Hashable) -> None:
+        self.value = value
+        self._hash = hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Hashed) and self.value == other.value)
+
+
+class _Context:
+    """Stands for the ``ctx`` of an operation's Function."""
+
+    def __init__(self) -> None:
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """There are no gradients to materialize: those that are not there are None."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Nobody differentiates inside a sequence."""
+
+
+class _Record(NamedTuple):
+    """A stage as its forward pass left it.
+
+    Attributes:
+        attributes: of the context.
+        saved: indices of the tensors that were saved, among the sequence's saved ones.
+        needs: for each tensor of the Function, whether its gradient is wanted.
+    """
+
+    stage: Stage
+    attributes: tuple[tuple[str, Hashable], ...]
+    saved: tuple[int | None, ...]
+    needs: tuple[bool, ...]
+
+
+class Tape(NamedTuple):
+    """What a backward pass needs beside tensors.
+
+    Attributes:
+        saved_inputs: indices of the sequence's own tensors that are saved; what was made on the way is saved after them.
+    """
+
+    records: tuple[_Record, ...]
+    saved_inputs: tuple[int, ...]
+
+
+class Sequenced(NamedTuple):
+    """What a sequence is told beside its tensors: its stages, and whether a backward pass may come."""
+
+    stages: tuple[Stage, ...]
+    records: bool
+
+
+def _run_forward(*arguments: Any) -> tuple[Any, ...]:
+    """Output, tape, and what was made and is to be saved; the tensors, the first of them the input, then the problem."""
+    *tensors, problem = arguments
+    stages, recorded = problem.value
+    x, link = tensors[0], None
+    needs_input = recorded and x.requires_grad
+    steps: list[tuple[Stage, _Context, tuple[bool, ...]]] = []
+    for stage in stages:
+        own = [None if i is None else tensors[i] for i in stage.tensors]
+        needs = [recorded and t is not None and t.requires_grad for t in own]
+        given = [x, *own, link] if stage.function.takes_link else [x, *own]
+        needs_grad = needs_input or any(needs)
+        of_stage = stage.prepare(given, stage.options, needs_grad)
+        results = stage.function.operator.run(*given, of_stage)
+        results = results if isinstance(results, tuple) else (results,)
+        if recorded:
+            context = _Context()
+            stage.function.setup_context(context, (*given, of_stage), results if len(results) > 1 else results[0])
+            of_link = [needs_input and link is not None] if stage.function.takes_link else []
+            steps.append((stage, context, (needs_input, *needs, *of_link)))
+        x, link = results[0], results[1] if stage.makes_link and needs_grad else None
+        needs_input = needs_grad
+    tape, saved = _tape_of(steps, tensors)
+    return x, tape, *saved
+
+
+def _tape_of(
+    steps: Sequence[tuple[Stage, _Context, tuple[bool, ...]]], tensors: Sequence[Tensor | None]
+) -> tuple[Hashed, list[Tensor]]:
+    """The tape of a forward pass, and the tensors made in it that are saved, each once."""
+    of_inputs = {id(tensor): i for i, tensor in enumerate(tensors)}
+    wanted = [t for _, context, needs in steps if any(needs) for t in context.saved_tensors if t is not None]
+    unique = list({id(t): t for t in wanted}.values())
+    inputs = [t for t in unique if id(t) in of_inputs]
+    made = [t for t in unique if id(t) not in of_inputs]
+    places = {id(t): i for i, t in enumerate([*inputs, *made])}
+    records = []
+    for stage, context, needs in steps:
+        attributes = tuple((name, value) for name, value in vars(context).items() if name != "saved_tensors")
+        saved = tuple(None if t is None else places.get(id(t)) for t in context.saved_tensors)
+        records.append(_Record(stage, attributes, saved, needs))
+    return Hashed(Tape(tuple(records), tuple(of_inputs[id(t)] for t in inputs))), made
+
+
+def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of a sequence's tensors: of its output's gradient and what was saved, and then the tape."""
+    grad, *saved, (tape, count) = arguments
+    gradients: list[Tensor | None] = [None] * count
+    grad_link = None
+    for record in reversed(tape.value.records):
+        stage, attributes, places, needs = record
+        if not any(needs):
+            break
+        context: Any = _Context()
+        vars(context).update(attributes)
+        context.saved_tensors = tuple(None if i is None else saved[i] for i in places)
+        context.needs_input_grad = (*needs, False)
+        results = stage.function.backward(context, grad, *[grad_link] * stage.function.gives_link)
+        for i, result in zip(stage.tensors, results[1:], strict=False):
+            if i is not None and result is not None:
+                gradients[i] = result
+        grad = results[0]
+        grad_link = results[len(needs) - 1] if stage.function.takes_link else None
+        if grad is None:
+            break
+    gradients[0] = grad
+    return tuple(gradients)
+
+
+class SequenceFunction(torch.autograd.Function):
+    """A sequence of operations. Its first input is what :func:`run` knows of the call, the others are tensors or None."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Hashed, int, Any], *tensors: Tensor | None) -> Tensor:
+        problem, seeds, found = known
+        y, tape, *made = _run(_run_forward, tensors, problem, found, seeds)
+        ctx.save_for_backward(*[tensors[i] for i in tape.value.saved_inputs], *made)
+        ctx.tape = tape
+        ctx.count = len(tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = (grad_output, *saved)
+        problem = (ctx.tape, ctx.count)
+        found = plans.find(_run_backward, tensors, problem)
+        if found is None and not is_plain(tensors):
+            # As autograd would: each operation's backward pass for itself, through PyTorch's dispatcher.
+            return None, *_run_backward(*tensors, problem)
+        return None, *_run(_run_backward, tensors, problem, found)
+
+
+_apply = super(torch.autograd.Function, SequenceFunction).apply
+
+
+def _run(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable, found: Any, fresh: int = 0) -> Any:
+    if found is None:
+        return plans.call(function, tensors, problem, fresh=fresh)
+    plan, inputs, addresses = found
+    return plan.run(inputs, addresses)
+
+
+def run(recorded: Hashed, unrecorded: Hashed, tensors: list[Tensor | None], seeds: int) -> Tensor | None:
+    """The output of a sequence, or None where its operations are to be called one by one.
+
+    Args:
+        recorded, unrecorded: the sequence's stages with and without a backward pass, :class:`Sequenced`.
+        tensors: its input and then what the stages take, but for seeds.
+        seeds: how many of those they take: the last of their tensors.
+    """
+    problem = unrecorded
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                problem = recorded
+                break
+    found = plans.find(_run_forward, tensors, problem)
+    if found is None and not is_plain(tensors):
+        return None
+    if seeds:
+        assert tensors[0] is not None
+        drawn = [draw_seed(tensors[0].device, None) for _ in range(seeds)]
+        tensors += drawn
+        if found is not None:
+            _, inputs, addresses = found
+            inputs += drawn
+            addresses += [seed.data_ptr() for seed in drawn]
+    if problem is recorded:
+        return _apply((problem, seeds, found), *tensors)
+    return _run(_run_forward, tensors, problem, found, seeds)[0]
