@@ -221,11 +221,12 @@ class SGD(Optimizer):
             tensors += [state["master"] for state in known.states]
         if problem.buffers:
             tensors += [state["momentum_buffer"] for state in known.states]
-        lr = group["lr"]
+        numbers = known.numbers
         if problem.lr_in_memory:
-            tensors.append(lr)
-            lr = 0.0
-        return repeat_step(tensors, problem, step_numbers(lr, group["momentum"], group["dampening"], group["weight_decay"]))
+            tensors.append(group["lr"])
+        elif group["lr"] != known.lr:  # a scheduler's, perhaps at every step
+            numbers = step_numbers(group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
+        return repeat_step(tensors, problem, numbers)
 
     # torch.compile runs it as it stands, between two graphs. (torch.compiler.disable would import the compiler here and now.)
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -293,6 +294,9 @@ class SGD(Optimizer):
         return value
 
 
+_OPTIONS = operator.itemgetter("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
 class _Known:
     """What a group's step was made of, so that the next one need not look it all up.
 
@@ -310,6 +314,9 @@ class _Known:
         self.state, self.all_states = state, list(state.values())
         self.states = [state[param] for param in params] if state else []
         self.problem = self._problem(group)
+        self.options = _OPTIONS(group)
+        self.lr = 0.0 if self.problem.lr_in_memory else group["lr"]
+        self.numbers = step_numbers(self.lr, *self.options[:3])
 
     def _problem(self, group: dict[str, Any]) -> SGDProblem:
         masters = self.params[0].dtype != torch.float32
@@ -317,6 +324,14 @@ class _Known:
         momentum, weight_decay = group["momentum"] != 0, group["weight_decay"] != 0
         options = (bool(group["nesterov"]), bool(group["maximize"]))
         return SGDProblem(len(self.params), masters, momentum, in_memory, False, weight_decay, *options)
+
+    def _takes_options(self, group: dict[str, Any]) -> bool:
+        """Whether other options ask for the same launch: other numbers."""
+        if self._problem(group) != self.problem:
+            return False
+        self.options = _OPTIONS(group)
+        self.numbers = step_numbers(self.lr, *self.options[:3])
+        return True
 
     def holds(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether the group has the same parameters, the optimizer the same states, and a step is asked to do the same."""
@@ -327,7 +342,8 @@ class _Known:
             and state is self.state
             and len(state) == len(self.all_states)
             and all(map(operator.is_, state.values(), self.all_states))
-            and self.problem == self._problem(group)
+            and (_OPTIONS(group) == self.options or self._takes_options(group))
+            and isinstance(group["lr"], Tensor) == self.problem.lr_in_memory
             and all(param.grad is None for param in self.without_grad)
         )
 

@@ -167,6 +167,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
 
     takes_link = True
+    internal = (1, 2)
 
     @staticmethod
     def forward(input, weight, bias, link, problem):

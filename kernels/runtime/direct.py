@@ -32,8 +32,9 @@ Launcher = Callable[[int, tuple[Any, ...]], None]
 
 _SUPPORTED = ((3, 6), (3, 7), (3, 8), (3, 9))
 
-_run = JITFunction.run
-_IS_TRITONS_OWN = _run.__module__ == "triton.runtime.jit"  # and not that of a tool that came first
+_runtime, _compilation = knobs.runtime, knobs.compilation
+#: None if a tool has put one of its own in its place.
+_run = JITFunction.run if JITFunction.run.__module__ == "triton.runtime.jit" else None
 
 
 class Described(NamedTuple):
@@ -50,20 +51,15 @@ class Described(NamedTuple):
 
 def is_possible() -> bool:
     """Whether a launch may leave out what ``kernel[grid](...)`` does beside launching: nobody listens, nothing is debugged."""
-    runtime = knobs.runtime
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return (
         JITFunction.run is _run
-        and _IS_TRITONS_OWN
-        and not _listens(runtime.launch_enter_hook)
-        and not _listens(runtime.launch_exit_hook)
-        and runtime.add_stages_inspection_hook is None
-        and not runtime.debug
-        and not knobs.compilation.instrumentation_mode
+        and (enter is None or not getattr(enter, "calls", True))
+        and (leave is None or not getattr(leave, "calls", True))
+        and _runtime.add_stages_inspection_hook is None
+        and not _runtime.debug
+        and not _compilation.instrumentation_mode
     )
-
-
-def _listens(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def leaves(compiled: Any, arguments: dict[str, Any]) -> list[Any] | None:
@@ -168,9 +164,8 @@ def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
 
     def launch_direct(stream: int, values: tuple[Any, ...]) -> None:
         launch(
-            *(x, y, z, stream, function, cooperative, pdl, packed, None, None, None, None, None),
-            *(annotations, signature, values),
-        )
+            x, y, z, stream, function, cooperative, pdl, packed, None, None, None, None, None, annotations, signature, values
+        )  # fmt: skip
 
     return launch_direct
 

@@ -136,10 +136,7 @@ class Plan:
         """
         if self.on_gpu and torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.index):
-                return self._run(inputs, pool, numbers)
-        return self._run(inputs, pool, numbers)
-
-    def _run(self, inputs: Sequence[Tensor], pool: list[Any], numbers: Sequence[float]) -> Any:
+                return self.run(inputs, pool, numbers)
         empty_strided = _empty_strided_cuda if self.on_gpu else _empty_strided_cpu
         made = [empty_strided(*allocation) for allocation in self.allocations]
         for tensor in made:
@@ -167,9 +164,6 @@ class Plan:
                 run(stream, values(pool))
             else:
                 _copy(copy, [*inputs, *made])
-        return self._results(inputs, made)
-
-    def _results(self, inputs: Sequence[Tensor], made: list[Tensor]) -> Any:
         if self.whole is not None:
             results = [value if i < 0 else made[i] for i, value in self.whole]
         else:
@@ -531,12 +525,12 @@ def find(
 
     Where there is an answer, all tensors are plain ones, and no mode or transform is active.
     """
-    found = _recent.get((function, problem))
-    if found is None or not direct.is_possible():
+    candidates = _recent.get((function, problem))
+    if candidates is None or not direct.is_possible():
         return None
     inputs = [tensor for tensor in tensors if tensor is not None]
-    missing = [tensor is None for tensor in tensors] if len(inputs) < len(tensors) else None
-    for recent in found:
+    missing = None if len(inputs) == len(tensors) else [tensor is None for tensor in tensors]
+    for recent in candidates:
         if recent.missing == missing and recent.check(*inputs):
             break
     else:

@@ -91,6 +91,8 @@ class OperatorFunction(torch.autograd.Function):
     #: Whether its last tensor is the link of the operation before, and whether its second output is a link for the next.
     takes_link: ClassVar[bool] = False
     gives_link: ClassVar[bool] = False
+    #: Which outputs are for the backward pass alone.
+    internal: ClassVar[tuple[int, ...]] = ()
     operator: ClassVar[Operator]
     apply_plain: ClassVar[Callable[..., Any]]
 
@@ -107,7 +109,8 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
                 plan, given, addresses = found
                 output = plan.run(given, addresses)
             setup_context(ctx, (*tensors, problem), output)
-            return output
+            # What is only saved need not become an output of the node.
+            return tuple([None if i in cls.internal else o for i, o in enumerate(output)]) if cls.internal else output
 
         setup_context = cls.setup_context
         parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(cls.backward)}
@@ -267,9 +270,8 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.values())
-        if has_torch_function(given):
-            return handle_torch_function(wrapper, given, *args, **kwargs)
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(wrapper, (*args, *kwargs.values()), *args, **kwargs)
         return function(*args, **kwargs)
 
     return wrapper
