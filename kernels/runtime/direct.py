@@ -15,6 +15,7 @@ Where the version is another one, or the launch asks for what is not written her
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -182,13 +183,15 @@ def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...])
 
         return launch_direct
 
+    # A kernel that takes tuples takes no tensor descriptor, which would be several values.
+    places: list[int | slice] = []
+    end = 0
+    for kind in kinds:
+        begin, end = end, end + (len(kind) if isinstance(kind, tuple) else 1)
+        places.append(slice(begin, end) if isinstance(kind, tuple) else begin)
+    nested = operator.itemgetter(*places)
+
     def launch_nested(stream: int, values: tuple[Any, ...]) -> None:
-        rest = iter(values)
-        launch(*grid, stream, *fixed, *(_nested(kind, rest) for kind in kinds))
+        launch(*grid, stream, *fixed, *nested(values))
 
     return launch_nested
-
-
-def _nested(kind: Any, values: Iterator[Any]) -> Any:
-    """The next of ``values``, for a tuple as many as it has. A tensor descriptor is none of a kernel that takes tuples."""
-    return tuple(_nested(inner, values) for inner in kind) if isinstance(kind, tuple) else next(values)
