@@ -102,7 +102,8 @@ def main() -> None:
     """A training step and what it does not use, in bfloat16 and float32."""
     with idle_gpu() as utils:
         comparison = Comparison(utils)
-        with launch.noting(comparison.note):
+        # Watched, so that every launch goes through ``kernel[grid](...)``, and no plan is made.
+        with launch.noting(comparison.note), launch.observe_launches(lambda *_: None):
             for dtype in (torch.bfloat16, torch.float32):
                 net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
                 optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
