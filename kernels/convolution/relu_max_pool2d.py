@@ -50,7 +50,7 @@ def _run_fprop(
     keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
-    if select.pools_in_one_kernel(convolution, window):
+    if select.fuses_pool(convolution, window):
         patches = select.input_cells(input, convolution) if cells is None else cells
         pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
     else:

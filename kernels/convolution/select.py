@@ -55,7 +55,7 @@ def reads_cells(problem: Problem) -> bool:
     return _is_stem(problem)
 
 
-def pools_in_one_kernel(problem: Problem, window: Window) -> bool:
+def fuses_pool(problem: Problem, window: Window) -> bool:
     """Whether :mod:`.stem_pool` runs convolution, ReLU and pool: windows 3 x 3, 2 apart, all of them whole.
 
     On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
