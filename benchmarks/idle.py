@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -35,8 +36,10 @@ class _KernelArgument(NamedTuple):
     type: int
 
 
-class _TensorMap:
-    """In place of a ``CUtensorMap``, the 128 bytes of a tensor descriptor."""
+class TensorMap(NamedTuple):
+    """In place of a ``CUtensorMap``, the 128 bytes of a tensor descriptor: what it was made of, the address first."""
+
+    arguments: tuple[Any, ...]
 
 
 class _Module:
@@ -56,25 +59,24 @@ class IdleUtils:
         self.on_launch: Callable[..., object] | None = None
         self.on_descriptor: Callable[..., object] | None = None
         self.module = _Module()
-        self._tensor_map = _TensorMap()
 
     def launch(self, *arguments: Any) -> None:
         """A launcher as Triton keeps one for each compiled kernel."""
         if self.on_launch is not None:
             self.on_launch(*arguments)
 
-    def fill_tma_descriptor_tiled(self, *arguments: Any) -> _TensorMap:
+    def fill_tma_descriptor_tiled(self, *arguments: Any) -> TensorMap:
         """Encode a tensor descriptor."""
         if self.on_descriptor is not None:
             self.on_descriptor(*arguments)
-        return self._tensor_map
+        return TensorMap(arguments)
 
     #: Its name in Triton 3.6.
     fill_tma_descriptor = fill_tma_descriptor_tiled
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[_Module, int, int, int, int]:
-        """Module, function, registers, spills and threads of a kernel."""
-        return self.module, 1, 128, 0, 1024
+        """Module, function, registers, spills and threads of a kernel; the function's handle tells its code from others."""
+        return self.module, zlib.crc32(binary), 128, 0, 1024
 
     def unload_module(self, module: object) -> None:
         """Unload what :meth:`load_binary` loaded."""
@@ -120,7 +122,7 @@ def _idle_module(**_: Any) -> types.SimpleNamespace:
 #: What Triton's module gets from libcuda, by the name of its global variable, where the version at hand has it.
 _FROM_LIBCUDA: dict[str, Any] = {
     "PyKernelArg": _KernelArgument,
-    "PyCUtensorMap": _TensorMap,
+    "PyCUtensorMap": TensorMap,
     "ARG_CONSTEXPR": 0,
     "ARG_KERNEL": 1,
     "ARG_TUPLE": 2,

@@ -314,7 +314,10 @@ class MaxPool2dFunction(OperatorFunction):
         input, problem = inputs
         _, position, index = output
         ctx.save_for_backward(position)
-        ctx.mark_non_differentiable(*[result for result in (position, index) if result is not None])
+        if index is None:
+            ctx.mark_non_differentiable(position)
+        else:
+            ctx.mark_non_differentiable(position, index)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.problem = problem
         ctx.input_size = input.shape

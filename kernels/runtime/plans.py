@@ -57,12 +57,16 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Geometry(NamedTuple):
-    """Where a tensor's elements lie in memory that begins at a plan's ``source``; the offset is in elements."""
+    """Where a tensor's elements lie in memory that begins at a plan's ``source``; the offset is in elements.
+
+    ``whole``: just as the source's own do.
+    """
 
     source: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    whole: bool = False
 
 
 class Number(float):
@@ -173,9 +177,9 @@ class Plan:
 
 
 def _view(geometry: Geometry, tensors: Sequence[Tensor]) -> Tensor:
-    source, size, stride, offset = geometry
+    source, size, stride, offset, whole = geometry
     tensor = tensors[source]
-    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+    return tensor if whole else tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 def _copy(copy: Copy, tensors: Sequence[Tensor]) -> None:
@@ -304,7 +308,7 @@ def _plan_of(recording: _Recording, result: Any, device: torch.device) -> Plan:
     for step in recording.steps:
         if isinstance(step, Copy):
             to, source = step
-            copy = Copy(_placed(to, places), None if source is None else _placed(source, places))
+            copy = Copy(*[None if g is None else _seen(_placed(g, places), plan, recording) for g in (to, source)])  # type: ignore[arg-type]
             plan.steps.append(_Step(copy, _run_nothing, pool.getter([])))
             continue
         kernel, grid, arguments, compiled = step
@@ -323,6 +327,17 @@ def _run_nothing(stream: int, values: tuple[Any, ...]) -> None:
 
 def _placed(geometry: Geometry, places: dict[int, _Address]) -> Geometry:
     return geometry._replace(source=places[geometry.source].slot)
+
+
+def _seen(geometry: Geometry, plan: Plan, recording: _Recording) -> Geometry:
+    """``geometry``, which says whether it is all of its tensor."""
+    count = len(recording.inputs)
+    if geometry.source < count:
+        tensor = recording.inputs[geometry.source]
+        size, stride = tuple(tensor.shape), tensor.stride()
+    else:
+        size, stride, _ = plan.allocations[geometry.source - count]
+    return geometry._replace(whole=(size, stride, 0) == geometry[1:4])
 
 
 def _place_memory(plan: Plan, recording: _Recording, result: Any) -> dict[int, _Address]:

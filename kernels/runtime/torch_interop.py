@@ -224,7 +224,10 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple:
-        if all(grad is None for grad in grads):  # no gradient reached any output
+        for grad in grads:
+            if grad is not None:
+                break
+        else:  # no gradient reached any output
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled():

@@ -27,7 +27,7 @@ def _flat(arguments: Sequence[Any]) -> list[Any]:
     return [leaf for a in arguments for leaf in (_flat(a) if isinstance(a, tuple) else [a])]
 
 
-def _flat_by(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def flat_arguments(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """As the C code walks it: constants left out, tuples opened."""
     from triton.backends.nvidia import driver
 
@@ -35,7 +35,7 @@ def _flat_by(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     assert len(annotations) == len(arguments)
     for annotation, argument in zip(annotations, arguments, strict=True):
         if annotation.type == driver.ARG_TUPLE:
-            found += _flat_by(annotation.nested_tuple, argument)
+            found += flat_arguments(annotation.nested_tuple, argument)
         elif annotation.type == driver.ARG_KERNEL:
             found.append(argument)
     return found
@@ -93,7 +93,7 @@ def _comparable(launched: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ..
     else:
         *head, annotations, signature, kernel_arguments = launched
         head.append(bytes(signature))
-        arguments = _flat_by(annotations, kernel_arguments)
+        arguments = flat_arguments(annotations, kernel_arguments)
     head = [None if getattr(value, "calls", None) == [] or isinstance(value, LazyDict) else value for value in head]
     return head, [(type(v), v) for v in (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)]
 

@@ -1,0 +1,636 @@
+"""What reaches Triton's C launcher by plan, beside what reaches it by the launch functions, whatever changes between two calls.
+
+Run without TRITON_INTERPRET by ``test_plans.py``: ``python -m tests.kernels.runtime.plan_worker`` prints, as JSON, what each
+scenario came to. Kernels are compiled for an H100 and launched on nothing, so their arguments are compared, not their results:
+each address as the tensor that it lies in, each tensor map as what it was made of.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from alexnet_triton import AlexNet, fuse
+from alexnet_triton.optim import SGD
+from benchmarks.idle import IdleUtils, TensorMap, idle_gpu
+from kernels.configs import tables
+from kernels.runtime import direct, launch, plans
+
+from .direct_worker import flat_arguments
+
+Tensors = dict[str, Tensor]
+
+
+class Launcher:
+    """Keeps what reaches the C launcher."""
+
+    def __init__(self, utils: IdleUtils) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        utils.on_launch = lambda *arguments: self.launched.append(arguments)
+
+    def of(self, call: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], Any]:
+        """The launches of a call, and what it returned. No memory is freed meanwhile: an address stands for one tensor."""
+        self.launched = []
+        with kept_memory():
+            result = call()
+        return self.launched, result
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    keep: list[Tensor] = []
+
+    def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any, **options: Any) -> Tensor:
+            result = function(*arguments, **options)
+            keep.append(result)
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for owner, name in ((launch, "_poisoned"), (plans, "_empty_strided_cpu"), (Tensor, "contiguous"), (Tensor, "clone")):
+            stack.enter_context(mock.patch.object(owner, name, keeping(getattr(owner, name))))
+        yield
+
+
+#: Every number that is an address is larger, and no other is.
+_ADDRESSES = 2**40
+
+
+def named(launched: Sequence[tuple[Any, ...]], tensors: Tensors) -> list[tuple[Any, ...]]:
+    """Launches with their addresses as names of the tensors that they lie in; what is in none is ``"temporary"``."""
+    spans = [(name, t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for name, t in tensors.items() if t.numel()]
+
+    def name(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        if isinstance(value, TensorMap):
+            return ("map", *[tuple(v) if isinstance(v, (list, tuple)) else name(v) for v in value.arguments])
+        if isinstance(value, int) and value > _ADDRESSES:
+            inside = [(of, value - begin) for of, begin, end in spans if begin <= value < end]
+            return inside[0] if inside else "temporary"
+        return value
+
+    found = []
+    for x, y, z, stream, function, *_, kinds, signature, arguments in launched:
+        values = [name(value) for value in flat_arguments(kinds, arguments)]
+        found.append((x, y, z, stream, function, bytes(signature), *values))
+    return found
+
+
+def is_direct(launched: tuple[Any, ...]) -> bool:
+    """Whether a launch did not go through ``kernel[grid](...)``, which hands constants over too."""
+    *_, signature, arguments = launched
+    return len(arguments) == len(signature)
+
+
+class Check:
+    """Calls the same function by plan and by launch functions, and compares."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.calls = 0
+
+    def __call__(self, call: Callable[[], Sequence[Tensor]], tensors: Tensors, *, planned: bool = True) -> None:
+        """``call`` returns tensors that it made; ``tensors`` are those that were there."""
+        call()  # may make plans
+        call()
+        made = plans.made
+        by_plan, results = self.launcher.of(call)
+        assert plans.made == made, "a plan for a call that was there before"
+        ours = named(by_plan, tensors | {f"result {i}": t for i, t in enumerate(results)})
+        with launch.observe_launches(lambda *_: None):
+            by_hand, results = self.launcher.of(call)
+        theirs = named(by_hand, tensors | {f"result {i}": t for i, t in enumerate(results)})
+        assert all(map(is_direct, by_plan)) if planned else not any(map(is_direct, by_plan))
+        assert not any(map(is_direct, by_hand))
+        assert len(ours) == len(theirs), (len(ours), len(theirs))
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert mine == other, (i, mine, other)
+        self.calls += 1
+
+
+def small_net(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    layers = [
+        *(nn.Conv2d(1, 96, 11, 4, 1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(96, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Flatten(), nn.Linear(32 * 2 * 2, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 16)),
+    ]
+    net = fuse(nn.Sequential(*layers)).to(dtype)
+    assert isinstance(net, nn.Sequential)
+    return net
+
+
+def images(n: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(n, 1, 63, 63, dtype=dtype)
+
+
+def step_of(net: nn.Module, x: Tensor) -> tuple[Callable[[], list[Tensor]], Tensors]:
+    """Forward and backward of a network, and the tensors that it has."""
+
+    def step() -> list[Tensor]:
+        leaves = [p for p in net.parameters() if p.requires_grad]
+        y = net(x)
+        return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))] if leaves else [y]
+
+    return step, {"x": x, **dict(net.named_parameters())}
+
+
+Scenario = Callable[[Check], None]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@scenario
+def alexnet(check: Check) -> None:
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        net = AlexNet().to(torch.bfloat16, memory_format=memory_format)  # type: ignore[call-overload]
+        check(*step_of(net, torch.zeros(64, 1, 224, 224, dtype=torch.bfloat16)))
+
+
+@scenario
+def parameters_change(check: Check) -> None:
+    net = small_net()
+    check(*step_of(net, images()))
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    check(*step_of(net, images()))
+    net[0].weight = nn.Parameter(torch.zeros_like(net[0].weight))
+    check(*step_of(net, images()))
+    net[3].weight.data = net[3].weight.data.clone()
+    check(*step_of(net, images()))
+    net[3].weight.data = net[3].weight.data.contiguous(memory_format=torch.channels_last)
+    check(*step_of(net, images()))
+    net[3].bias = None
+    check(*step_of(net, images()))
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    check(*step_of(net, images()))
+    for dtype in (torch.float16, torch.float32):
+        net.to(dtype)
+        check(*step_of(net, images(dtype=dtype)))
+
+
+@scenario
+def batches_in_turn(check: Check) -> None:
+    net = small_net()
+    for n in (64, 1, 33, 64, 2, 33, 128, 1):
+        check(*step_of(net, images(n)))
+
+
+@scenario
+def strides_and_alignment(check: Check) -> None:
+    weight, bias = torch.zeros(72, 200, dtype=torch.bfloat16), torch.zeros(72, dtype=torch.bfloat16)
+    base = torch.zeros(40 * 400, dtype=torch.bfloat16)
+    for offset, stride in ((0, 200), (1, 200), (8, 208), (3, 201), (0, 200), (16, 400)):
+        x = base.as_strided((37, 200), (stride, 1), offset)
+
+        def call(x: Tensor = x) -> list[Tensor]:
+            with torch.no_grad():
+                return [kernels.linear(x, weight, bias)]
+
+        check(call, {"x": x, "weight": weight, "bias": bias})
+
+
+@scenario
+def switches(check: Check) -> None:
+    net = small_net()
+    check(*step_of(net, images()))
+    with tables.override(num_stages=2):
+        check(*step_of(net, images()))
+        with tables.override(num_warps=4):
+            check(*step_of(net, images()))
+    with tables.untuned():
+        check(*step_of(net, images()))
+    check(*step_of(net, images()))
+    launch.force_int64 = True
+    try:
+        check(*step_of(net, images()))
+    finally:
+        launch.force_int64 = False
+    check(*step_of(net, images()))
+    x = images()
+    before = len(check.launcher.of(lambda: net(x))[0])
+    with kernels.use_backend("torch"):
+        assert check.launcher.of(lambda: net(x))[0] == []
+    assert len(check.launcher.of(lambda: net(x))[0]) == before
+    net.float()
+    for precision in ("tf32", "ieee", "tf32"):
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = precision
+        check(*step_of(net, images(dtype=torch.float32)))
+
+
+@scenario
+def autocast(check: Check) -> None:
+    """Casts are PyTorch's, for each call anew: compared is which kernels run."""
+    net, x = small_net(torch.float32), images(dtype=torch.float32)
+    step, _ = step_of(net, x)
+    for dtype in (None, torch.bfloat16, torch.float16, None):
+
+        def call(dtype: torch.dtype | None = dtype) -> list[Tensor]:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                return step()
+
+        for _ in range(2):
+            call()
+        ours, _ = check.launcher.of(call)
+        with launch.observe_launches(lambda *_: None):
+            theirs, _ = check.launcher.of(call)
+        assert [launched[:5] for launched in ours] == [launched[:5] for launched in theirs]
+
+
+@scenario
+def modules_change(check: Check) -> None:
+    net = small_net()
+    check(*step_of(net, images()))
+    seen: list[int] = []
+    for index in (0, 1, 6, 9):
+        handle = net[index].register_forward_hook(lambda *_: seen.append(1))
+        check(*step_of(net, images()))
+        assert seen
+        handle.remove()
+        check(*step_of(net, images()))
+        seen.clear()
+    net.eval()
+    check(*step_of(net, images()))
+    net.train()
+    net[11].p = 0.25
+    check(*step_of(net, images()))
+    net[2] = nn.MaxPool2d(2)
+    net[9] = nn.Linear(32 * 3 * 3, 64).bfloat16()
+    check(*step_of(net, images()))
+    net[0].stride = (5, 5)
+    net[9] = nn.Linear(32 * 2 * 2, 64).bfloat16()
+    check(*step_of(net, images()))
+
+
+@scenario
+def frozen_layers_launch_nothing(check: Check) -> None:
+    net, x = small_net(), images()
+    whole = len(check.launcher.of(step_of(net, x)[0])[0])
+    for p in net[:8].parameters():
+        p.requires_grad_(False)
+    check(*step_of(net, x))
+    some = len(check.launcher.of(step_of(net, x)[0])[0])
+    for p in net.parameters():
+        p.requires_grad_(False)
+    step, tensors = step_of(net, x)
+    check(step, tensors)
+    none = len(check.launcher.of(step)[0])
+    with torch.no_grad():
+        assert none == len(check.launcher.of(step)[0]) < some < whole
+
+
+@scenario
+def the_optimizers_options(check: Check) -> None:
+    net = small_net()
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def step() -> list[Tensor]:
+        optimizer.step()
+        return []
+
+    def tensors() -> Tensors:
+        found = {}
+        for name, p in net.named_parameters():
+            found |= {name: p, f"{name}.grad": p.grad}
+            found |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+        return found  # type: ignore[return-value]
+
+    step()
+    group = optimizer.param_groups[0]
+    for options in ({}, {"lr": 0.05}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}):
+        group.update(options)
+        check(step, tensors())
+    group["lr"] = torch.tensor(0.1)
+    check(step, tensors() | {"lr": group["lr"]})
+    net[0].weight.grad = torch.zeros_like(net[0].weight)
+    check(step, tensors() | {"lr": group["lr"]})
+    net[0].weight.grad = None
+    check(step, {k: v for k, v in tensors().items() if v is not None} | {"lr": group["lr"]})
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    group = optimizer.param_groups[0]
+    check(step, {k: v for k, v in tensors().items() if v is not None} | {"lr": group["lr"]})
+    net[3].weight.data = net[3].weight.data.clone()
+    check(step, {k: v for k, v in tensors().items() if v is not None} | {"lr": group["lr"]})
+    bucket = torch.zeros(sum(p.numel() for p in net.parameters()), dtype=torch.bfloat16)  # as DistributedDataParallel's
+    offset = 0
+    for p in net.parameters():
+        p.grad = bucket[offset : offset + p.numel()].view_as(p)
+        offset += p.numel()
+    everything = {k: v for k, v in tensors().items() if v is not None and not k.endswith(".grad")}
+    check(step, everything | {"bucket": bucket, "lr": group["lr"]})
+    saved = [p._version for p in net.parameters()]
+    step()
+    assert all(p._version > before for p, before in zip(net.parameters(), saved, strict=True))
+
+
+@scenario
+def checkpointing(check: Check) -> None:
+    net, x = small_net(), images().requires_grad_()
+
+    def step() -> list[Tensor]:
+        y = checkpoint(net, x, use_reentrant=False)
+        leaves = [*net.parameters(), x]
+        return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))]
+
+    check(step, {"x": x, **dict(net.named_parameters())})
+
+
+@scenario
+def single_operations(check: Check) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+    def of(run: Callable[..., Tensor], **tensors: Tensor) -> None:
+        def call() -> list[Tensor]:
+            y = run(*tensors.values())
+            return [y, *torch.autograd.grad(y, list(tensors.values()), torch.zeros_like(y))]
+
+        check(call, tensors)
+
+    conv = {"x": leaf(64, 64, 9, 9), "w": leaf(96, 64, 3, 3), "b": leaf(96)}
+    of(lambda x, w, b: kernels.conv2d(x, w, b, padding=1, activation="relu"), **conv)
+    of(lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, padding=1, pool_kernel_size=3, pool_stride=2), **conv)
+    of(lambda x, w: kernels.conv2d(x, w, None, 2, 1, 2, 2), x=leaf(3, 6, 19, 17), w=leaf(8, 3, 3, 3))
+    of(lambda x, w: kernels.conv2d(x, w, None, 4, 1), x=leaf(64, 1, 63, 63), w=leaf(96, 1, 11, 11))
+    of(lambda x: kernels.max_pool2d(x, 3, 2), x=leaf(3, 17, 19, 17))
+    of(lambda x: kernels.max_pool2d(x, 5, 2), x=leaf(3, 17, 19, 17))
+    of(kernels.linear, x=leaf(37, 200), w=leaf(72, 200), b=leaf(72))
+    of(kernels.linear, x=leaf(5, 4, 21), w=leaf(10, 21), b=leaf(1))
+
+
+@scenario
+def what_watches_sees_each_launch(check: Check) -> None:
+    """Hooks of Triton, pre-run hooks, a profiler: while they are there, launches go through ``kernel[grid](...)``."""
+    from triton import knobs
+
+    from kernels.matrix_product import _matmul_descriptor_kernel
+
+    net, x = small_net(), images()
+    step, tensors = step_of(net, x)
+    check(step, tensors)
+    seen: list[object] = []
+
+    def hook(metadata: object) -> None:
+        seen.append(metadata)
+
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(hook)
+        launched, _ = check.launcher.of(step)
+        assert launched
+        assert not any(map(is_direct, launched))
+        chain.remove(hook)
+        check(step, tensors)
+    _matmul_descriptor_kernel.pre_run_hooks.append(lambda *args, **kwargs: seen.append(kwargs))
+    seen.clear()
+    check.launcher.of(step)
+    assert seen
+    _matmul_descriptor_kernel.pre_run_hooks.clear()
+    check(step, tensors)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        net(x)
+    assert any("alexnet_triton" in event.key for event in profile.key_averages())
+    check(step, tensors)
+
+
+@scenario
+def an_error_in_a_launch(check: Check) -> None:
+    net, x = small_net(), images()
+    step, tensors = step_of(net, x)
+    check(step, tensors)
+    utils = idle_utils[0]
+    before = utils.on_launch
+    for at in (0, 3, 9):
+        count = iter(range(1000))
+
+        def fail(*arguments: Any, at: int = at, count: Iterator[int] = count) -> None:
+            if next(count) == at:
+                raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+        utils.on_launch = fail
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            step()
+        utils.on_launch = before
+        check(step, tensors)
+
+
+@scenario
+def threads_at_once(check: Check) -> None:
+    net = small_net()
+    failed: list[str] = []
+
+    def work(n: int) -> None:
+        try:
+            step, _ = step_of(net, images(n))
+            for _ in range(20):
+                step()
+        except Exception:
+            failed.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (64, 33, 1, 2, 64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed[0]
+    for n in (64, 33, 1, 2):
+        check(*step_of(net, images(n)))
+
+
+@scenario
+def after_a_fork(check: Check) -> None:
+    net = small_net()
+    check(*step_of(net, images()))
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            check(*step_of(net, images()))
+            check(*step_of(net, images(7)))
+            os.write(write, b"right")
+        except BaseException:
+            os.write(write, traceback.format_exc().encode()[-2000:])
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    said = os.read(read, 4000).decode()
+    assert said == "right", said
+
+
+@scenario
+def copies_and_pickles(check: Check) -> None:
+    net = small_net()
+    check(*step_of(net, images()))
+    for other in (copy.deepcopy(net), copy.copy(net)):
+        check(*step_of(other, images()))
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    check(*step_of(loaded, images()))
+    check(*step_of(net, images()))
+
+
+@scenario
+def nothing_grows(check: Check) -> None:
+    """10,000 calls with 50 batch sizes: no plan after the first rounds, no object left over, no tensor held."""
+    idle_utils[0].on_launch = None
+    net = fuse(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8)))
+    inputs = [torch.zeros(n, 32) for n in range(1, 51)]
+
+    def step(x: Tensor) -> None:
+        net(x).sum().backward()
+        net.zero_grad()
+
+    for x in inputs * 2:
+        step(x)
+    made, kinds = plans.made, len(plans._plans)
+    gc.collect()
+    objects = len(gc.get_objects())
+    for i in range(5000):  # a forward and a backward call each
+        step(inputs[i * 7 % 50])
+    gc.collect()
+    assert (plans.made, len(plans._plans)) == (made, kinds)
+    assert len(gc.get_objects()) - objects < 200, len(gc.get_objects()) - objects
+    before = sum(isinstance(o, Tensor) for o in gc.get_objects())
+    plans.forget()
+    gc.collect()
+    assert sum(isinstance(o, Tensor) for o in gc.get_objects()) == before
+
+
+@scenario
+def the_cache_is_bounded(check: Check) -> None:
+    most, plans.MOST_PLANS = plans.MOST_PLANS, 10
+    try:
+        weight = torch.zeros(16, 32)
+        with torch.no_grad():
+            for n in range(1, 40):
+                kernels.linear(torch.zeros(n, 32), weight)
+        assert len(plans._plans) == 10
+        assert len(plans._recent) <= 10
+    finally:
+        plans.MOST_PLANS = most
+
+
+@scenario
+def weights_are_described_once(check: Check) -> None:
+    net = AlexNet().to(torch.bfloat16, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    x = torch.zeros(64, 1, 224, 224, dtype=torch.bfloat16)
+    described: list[int] = []
+    with torch.no_grad():
+        for _ in range(3):
+            net(x)
+        idle_utils[0].on_descriptor = lambda address, *_: described.append(address)
+        for _ in range(10):
+            net(x)
+    idle_utils[0].on_descriptor = None
+    storages = [(p.data_ptr(), p.data_ptr() + p.untyped_storage().nbytes()) for p in net.parameters()]
+    assert not [a for a in described if any(begin <= a < end for begin, end in storages)]
+
+
+@scenario
+def temporaries(check: Check) -> None:
+    """The workspace, with a place of its own for each: every launch gets those that it gets by its launch function."""
+    of_half = AlexNet().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    of_float = AlexNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plans.forget()
+    with mock.patch.object(plans, "_lay_out", _apart):
+        for net, x in (
+            (of_half, torch.zeros(64, 1, 224, 224, dtype=torch.bfloat16)),
+            (of_float, torch.zeros(2, 1, 224, 224)),
+        ):
+            step, tensors = step_of(net, x)
+            for _ in range(2):
+                step()
+            ours = _numbered(*check.launcher.of(step), tensors)
+            with launch.observe_launches(lambda *_: None):
+                theirs = _numbered(*check.launcher.of(step), tensors)
+            assert len(ours) == len(theirs)
+            for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+                assert mine == other, (i, mine, other)
+    plans.forget()
+
+
+def _apart(recording: Any, elsewhere: set[int]) -> tuple[dict[int, int], int]:
+    """A workspace in which nothing shares its place."""
+    offsets, end = {}, 0
+    for source, tensor in enumerate(recording.kept, start=len(recording.inputs)):
+        nbytes = tensor.untyped_storage().nbytes()
+        if source not in elsewhere and nbytes:
+            offsets[source] = end
+            end += -(-nbytes // 512) * 512
+    return offsets, end
+
+
+def named_by_address(launched: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Arguments with tensors and tensor maps as their addresses."""
+    found = []
+    for *_, kinds, _, arguments in launched:
+        values = [v.data_ptr() if isinstance(v, Tensor) else v for v in flat_arguments(kinds, arguments)]
+        found.append([v.arguments[0] if isinstance(v, TensorMap) else v for v in values])
+    return found
+
+
+def _numbered(launched: Sequence[tuple[Any, ...]], results: Sequence[Tensor], tensors: Tensors) -> list[list[Any]]:
+    """Addresses as the number of their first appearance, those of known tensors as their names."""
+    names: dict[int, Any] = {t.data_ptr(): name for name, t in tensors.items()}
+    names |= {t.data_ptr(): i for i, t in enumerate(results)}
+    numbers: dict[int, str] = {}
+
+    def name(value: Any) -> Any:
+        if not isinstance(value, int) or value <= _ADDRESSES:
+            return value
+        return names[value] if value in names else numbers.setdefault(value, f"temporary {len(numbers)}")
+
+    return [[name(value) for value in arguments] for arguments in named_by_address(launched)]
+
+
+idle_utils: list[IdleUtils] = []
+
+
+def main() -> None:
+    """Run every scenario; print what each came to."""
+    assert direct.VERSION >= (3, 7)
+    found: dict[str, str] = {}
+    torch.set_num_threads(1)
+    with idle_gpu() as utils:
+        idle_utils.append(utils)
+        for name, run in SCENARIOS.items():
+            plans.forget()
+            plans.unrepeatable.clear()
+            check = Check(Launcher(utils))
+            try:
+                run(check)
+                assert not plans.unrepeatable, plans.unrepeatable
+                found[name] = "right"
+            except BaseException:
+                found[name] = traceback.format_exc()[-3000:]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Plans: whatever changes between two calls, the launcher gets what the launch functions give it (``plan_worker.py``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.runtime import direct, plans
+
+from . import plan_worker
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    """What each scenario came to, in a process without Triton's interpreter, which replaces the compiler at import."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SANITIZE_IR")}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.runtime.plan_worker"],
+        env=environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(direct.VERSION < (3, 7), reason="Triton 3.6 gets constants too, by their places")
+@pytest.mark.parametrize("scenario", plan_worker.SCENARIOS)
+def test_the_launcher_gets_what_launch_functions_give(scenario: str, found: dict[str, str]) -> None:
+    assert found[scenario] == "right", found[scenario]
+
+
+class _Recorded:
+    """As much of a recording as the workspace's layout looks at."""
+
+    def __init__(self, sizes: list[int], steps: list[list[int]]) -> None:
+        self.inputs: list[Any] = []
+        self.kept = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        self.steps = [(None, (1,), {str(i): self.kept[source] for i, source in enumerate(used)}, None) for used in steps]
+
+    def tensor(self, source: int) -> torch.Tensor:
+        return self.kept[source]
+
+    def source_of(self, tensor: torch.Tensor) -> int:
+        return next(i for i, kept in enumerate(self.kept) if kept is tensor)
+
+
+def test_a_workspace_is_shared_by_those_that_never_meet() -> None:
+    """Random temporaries and launches: nobody alive at the same time overlaps, and memory is saved where it can be."""
+    drawn = random.Random(1)
+    saved = 0
+    for _ in range(100):
+        count = drawn.randint(1, 12)
+        sizes = [drawn.choice([0, 1, 511, 512, 3000, 10000]) for _ in range(count)]
+        steps = [drawn.sample(range(count), drawn.randint(1, min(3, count))) for _ in range(drawn.randint(1, 15))]
+        elsewhere = {i for i in range(count) if drawn.random() < 0.2}
+        offsets, size = plans._lay_out(_Recorded(sizes, steps), elsewhere)  # type: ignore[arg-type]
+        lives = {i: [s for s, used in enumerate(steps) if i in used] for i in range(count)}
+        used = {i for i in range(count) if lives[i] and sizes[i] and i not in elsewhere}
+        assert set(offsets) == used
+        for i in used:
+            assert offsets[i] % 512 == 0
+            assert offsets[i] + sizes[i] <= size
+            for j in used - {i}:
+                meet = lives[i][0] <= lives[j][-1] and lives[j][0] <= lives[i][-1]
+                apart = offsets[i] + sizes[i] <= offsets[j] or offsets[j] + sizes[j] <= offsets[i]
+                assert apart or not meet
+        saved += sum(-(-sizes[i] // 512) * 512 for i in used) - size
+    assert saved > 0
+
+
+def test_what_a_recording_cannot_repeat_makes_no_plan() -> None:
+    """An operation of PyTorch's that is neither a copy nor an allocation; and the call is right all the same."""
+
+    def function(x: torch.Tensor, problem: None) -> torch.Tensor:
+        return x + 1
+
+    recording = plans._Recording([x := torch.ones(3)])
+    with recording:
+        function(x, None)
+    assert recording.obstacle == "aten::add"
+    with pytest.raises(plans._Unrepeatable, match="aten::add"):
+        plans._plan_of(recording, x, torch.device("cpu"))
+
+
+def test_inputs_that_overlap_make_no_plan() -> None:
+    base = torch.zeros(10)
+    assert plans._Recording([base[:6], base[4:]]).obstacle == "two inputs share memory"
+    assert plans._Recording([base[:4], base[4:]]).obstacle is None
+    assert plans._Recording([base, base]).obstacle == "two inputs share memory"
+
+
+def test_nothing_is_planned_where_nothing_is_launched_directly() -> None:
+    """In the interpreter, and for whatever is on the CPU."""
+    assert direct.bind(SimpleNamespace(), SimpleNamespace(run=SimpleNamespace()), (1,)) is None
