@@ -20,7 +20,7 @@ from .configs.tables import elementwise_config
 from .convolution.cells import Cells, space_to_depth_reference
 from .primitives import cast, program_id
 from .runtime.arguments import integer
-from .runtime.backend import runs_triton
+from .runtime.backend import INTERPRETED, capability, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -225,6 +225,8 @@ def _launch_gather_resize(
     elements = rows * columns * stride * stride
     # Of images, also where cells have more pixels: the block is the order in which a window is summed, and cells the same bits.
     config = elementwise_config(size * size)
+    if not INTERPRETED and capability(output.device) >= 100:
+        config["num_warps"] = 8  # with four, Blackwell's compiler spills
     given = augmentation or Augmentation()
     launch(
         _gather_resize_kernel,

@@ -239,7 +239,7 @@ FAULTS = (
     ),
     Fault(
         "a network takes cells that were made for another padding",
-        "alexnet_triton/fused.py",
+        "alexnet_triton/runs.py",
         "    if reads is None or reads.pairs() != given.pairs():\n",
         "    if reads is None:\n",
         ("tests/alexnet_triton/test_cells.py::test_other_cells_and_layers_that_read_none_are_refused",),

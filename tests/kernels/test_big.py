@@ -23,7 +23,8 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution.general import dgrad
+from kernels.convolution.problem import Geometry, Problem
+from kernels.convolution.select import dgrad
 from kernels.dropouts import philox_uniform_reference
 from kernels.pooling.autograd import max_pool2d_dgrad
 from kernels.runtime import launch
@@ -237,7 +238,8 @@ def _conv2d() -> None:
 def _conv2d_dgrad() -> None:
     dz, w = _x(1, 8, 3, 4), _x(8, 3, 2, 2)
     n = _images_for(60)
-    dx, _, _ = dgrad(_many(dz, n), w, (n, 3, 4, 5), [1, 1], [0, 0], [1, 1], 1)
+    problem = Problem.of((n, 3, 4, 5), w, Geometry((1, 1), (0, 0), (1, 1), 1), (3, 4))
+    dx, _, _ = dgrad(_many(dz, n), w, problem)
     _ends(dx, F.conv_transpose2d(dz.float(), w.float()))
 
 

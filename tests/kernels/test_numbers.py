@@ -14,7 +14,8 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution.general import wgrad
+from kernels.convolution.problem import Geometry, Problem
+from kernels.convolution.select import wgrad
 from kernels.matrix_product import linear_epilogue_backward, linear_wgrad
 from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import sgd_step
@@ -164,6 +165,11 @@ def test_float16_overflows_at_the_store_and_only_there(sign: int) -> None:
     _assert_rounded_once("gradient of weight", linear_wgrad(x, torch.ones_like(x[:, :1]), w.t()), x.double().sum(0)[:, None])
 
 
+def conv2d_wgrad(dz: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """Of a convolution with stride 1 and no padding."""
+    return wgrad(dz, x, w, Problem.of(x.shape, w, Geometry((1, 1), (0, 0), (1, 1), 1), dz.shape[2:]))
+
+
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_float16_partial_sums_beyond_the_range(sign: int, split: int) -> None:
@@ -175,8 +181,8 @@ def test_float16_partial_sums_beyond_the_range(sign: int, split: int) -> None:
             "linear": kernels.linear(column[None], ones[None]),
             "gradient of linear's weight": linear_wgrad(column[:, None], ones[:, None], ones[None, :1]),
             "conv2d": kernels.conv2d(column[None, :, None, None], ones[None, :, None, None]),
-            "gradient of conv2d's weight": wgrad(
-                column[None, None, None], ones[None, None, None], ones[:1, None, None, None], (1, 1), (0, 0), (1, 1), 1
+            "gradient of conv2d's weight": conv2d_wgrad(
+                column[None, None, None], ones[None, None, None], ones[:1, None, None, None]
             ),
             "gradient of bias": linear_epilogue_backward(column[:, None], None, None, 0.0, False, True)[1],
         }
@@ -241,6 +247,6 @@ def test_gradient_of_a_filter_over_many_pixels(dtype: torch.dtype) -> None:
     assert images * side**2 >= LONG
     x, dz = (t.contiguous(memory_format=torch.channels_last) for t in (x, dz))
     w = x.new_empty(channels, channels, 1, 1)
-    ours = wgrad(dz, x, w, (1, 1), (0, 0), (1, 1), 1)
+    ours = conv2d_wgrad(dz, x, w)
     peer, exact = (torch.nn.grad.conv2d_weight(x.to(d), w.shape, dz.to(d)) for d in (dtype, torch.float64))
     assert_within_tolerance("gradient of weight", ours, peer, exact)

@@ -110,8 +110,8 @@ class Check:
     def __call__(self, call: Callable[[], Sequence[Tensor]], tensors: Tensors, *, name_results: bool = True) -> None:
         """``call`` returns tensors that it made; ``tensors`` are those that were there.
 
-        Without ``name_results`` a result is as good as a temporary: where PyTorch's own operations lie between ours, one may get
-        the address that a temporary had.
+        Without ``name_results`` a result is as good as a temporary: where PyTorch's own operations lie between ours, a result
+        may get the address that a temporary had.
         """
         call()  # may make plans
         call()
