@@ -68,42 +68,33 @@ def _check_each(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-#: Answers of :func:`checked`.
-_checked: dict[Any, Any] = {}
+#: Answers of :func:`checked`, each with the types of its arguments.
+_checked: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 _MOST_CHECKED = 4096
 
 
 def checked(check: Callable[..., T], *arguments: Any) -> T:
-    """``check(*arguments)``, a function of sizes and options alone, asked once for equal arguments.
+    """``check(*arguments)``, a function of sizes and options alone, asked once for equal arguments of equal types.
 
-    Other arguments than ints, booleans, strings, None and tuples of ints are checked anew: a float may equal an int.
+    Arguments without a hash (lists) are checked anew.
     """
     if torch.compiler.is_compiling():
         return check(*arguments)
-    has_bools = False
-    for argument in arguments:
-        kind = type(argument)
-        if kind is tuple or kind is torch.Size:
-            for inner in argument:
-                if type(inner) is not int:
-                    return check(*arguments)
-        elif kind is bool:
-            has_bools = True
-        elif kind not in _PLAIN:
-            return check(*arguments)
-    key = (check, arguments, tuple(map(type, arguments)) if has_bools else None)
     try:
-        return _checked[key]
-    except KeyError:
-        pass
+        known = _checked.get((check, arguments))
+    except TypeError:
+        return check(*arguments)
+    # A float, a boolean or a number of NumPy's may equal an int, and be refused.
+    types = tuple(map(type, arguments))
+    if tuple in types:
+        types += tuple([type(inner) for argument in arguments if type(argument) is tuple for inner in argument])
+    if known is not None and known[1] == types:
+        return known[0]
     answer = check(*arguments)
     if len(_checked) >= _MOST_CHECKED:
         _checked.clear()
-    _checked[key] = answer
+    _checked[check, arguments] = answer, types
     return answer
-
-
-_PLAIN = (int, str, type(None))
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:

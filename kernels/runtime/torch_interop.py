@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
@@ -91,7 +92,7 @@ class OperatorFunction(torch.autograd.Function):
     #: Whether its last tensor is the link of the operation before, and whether its second output is a link for the next.
     takes_link: ClassVar[bool] = False
     gives_link: ClassVar[bool] = False
-    #: Which outputs are for the backward pass alone.
+    #: Which of three outputs are for the backward pass alone.
     internal: ClassVar[tuple[int, ...]] = ()
     operator: ClassVar[Operator]
     apply_plain: ClassVar[Callable[..., Any]]
@@ -110,9 +111,10 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
                 output = plan.run(given, addresses)
             setup_context(ctx, (*tensors, problem), output)
             # What is only saved need not become an output of the node.
-            return tuple([None if i in cls.internal else o for i, o in enumerate(output)]) if cls.internal else output
+            return without_internal((*output, None)) if cls.internal else output
 
         setup_context = cls.setup_context
+        without_internal = itemgetter(*[-1 if i in cls.internal else i for i in range(3)])
         parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(cls.backward)}
         plain = type(cls.__name__, (torch.autograd.Function,), parts | {"__module__": cls.__module__, "__doc__": cls.__doc__})
         # What Function.apply itself ends in, with all arguments given in their order.
