@@ -46,7 +46,7 @@ import alexnet_triton
 import kernels
 from kernels.runtime import backend, direct, launch, plans
 
-from .host_cases import DTYPES, HostCase, Pair, host_cases
+from .host_cases import DTYPES, HostCase, Pair, TrainingStep, host_cases
 from .idle import NEEDS_COMPILER, idle_gpu
 from .networks import ALEXNET, OURS, Network, prepare, step_function
 from .timing import NoGraph, captured, own_stream
@@ -302,6 +302,30 @@ def profile(function: Callable[[], object], steps: int = 20) -> dict[str, Any]:
     }
 
 
+def measure_parts(pair: Pair, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Median host microseconds of each part of a training step, with autograd's own threads (as ever) and without.
+
+    On a GPU a backward pass runs in a thread of autograd's, which has to be woken up and to take Python's lock.
+    """
+    found = []
+    for threads in (True, False):
+        with _undisturbed(), torch.autograd.set_multithreading_enabled(threads):
+            of_both = []
+            for step in (pair.ours, pair.peer):
+                assert isinstance(step, TrainingStep)
+                parts: list[dict[str, float]] = []
+                for _ in range(_WARM_CALLS + rounds):
+                    parts.append(step.parts())
+                    _synchronize(device)
+                of_both.append({name: statistics.median(p[name] for p in parts[_WARM_CALLS:]) for name in parts[0]})
+        ours, peer = of_both
+        found += [
+            {"part": name, "threads": threads, "ours_us": round(ours[name], 1), "peer_us": round(peer[name], 1)}
+            for name in ours
+        ]
+    return found
+
+
 def _loop_us(function: Callable[[], object], rounds: int, device: torch.device) -> float:
     """Median microseconds of a call in a loop of calls, until the GPU has done the last: what a training loop sees."""
 
@@ -351,6 +375,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(parts: Sequence[dict[str, Any]]) -> str:
+    """The parts of a training step as text."""
+    lines = ["Parts of a training step: host time in us, ours and the peer's, with autograd's threads and without"]
+    for part in parts:
+        threads = "threads" if part["threads"] else "one thread"
+        lines.append(f"  {part['part']:<12}{threads:<12}{part['ours_us']:>10,.1f}{part['peer_us']:>10,.1f}")
+    return "\n".join(lines)
+
+
 def profile_table(found: dict[str, Any], most: int = 25) -> str:
     """Where the time goes, as text: a line for each package, then one for each of the first functions."""
     lines = [f"Where a training step's host time goes, under Python's profiler: {found['total_us']:,.0f} us"]
@@ -366,13 +399,14 @@ def profile_table(found: dict[str, Any], most: int = 25) -> str:
 def run(cases: Sequence[HostCase], rounds: int, device: torch.device) -> dict[str, Any]:
     """Measure ``cases``, of which the first one named ``train`` is profiled too."""
     rows = []
-    where = None
+    where, parts = None, None
     for case in cases:
         pair = case.pair(device)
         rows.append(measure(case, pair, rounds, device))
         if case.name == "train" and where is None:
             where = {"case": case.name, "batch": case.batch, "dtype": case.dtype, **profile(pair.ours)}
-    return {"environment": environment(device), "rounds": rounds, "rows": rows, "profile": where}
+            parts = measure_parts(pair, rounds, device)
+    return {"environment": environment(device), "rounds": rounds, "rows": rows, "parts": parts, "profile": where}
 
 
 def main() -> None:
@@ -411,6 +445,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in result["environment"].items() if value) + where)
     print(table(result["rows"]))
     if result["profile"] is not None:
+        print(parts_table(result["parts"]))
         print(profile_table(result["profile"]))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -7,6 +7,8 @@ the host's work is left of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
 from collections.abc import Callable
 
 import torch
@@ -89,17 +91,32 @@ def narrow_alexnet() -> nn.Sequential:
     return net
 
 
-def _train(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> Callable[[], object]:
+class TrainingStep:
     """zero_grad, forward, backward from a given gradient of the logits, optimizer: no loss, whose operators are PyTorch's."""
-    net.train()
-    grad = torch.zeros(len(images), 10, dtype=images.dtype, device=images.device)
 
-    def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        net(images).backward(grad)
-        optimizer.step()
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+        self.net, self.optimizer, self.images = net.train(), optimizer, images
+        self.grad = torch.zeros(len(images), 10, dtype=images.dtype, device=images.device)
 
-    return train
+    def __call__(self) -> None:
+        """One step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.net(self.images).backward(self.grad)
+        self.optimizer.step()
+
+    def parts(self) -> dict[str, float]:
+        """One step, and the microseconds of the host that each part of it took."""
+        times = [time.perf_counter()]
+        self.optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter())
+        logits = self.net(self.images)
+        times.append(time.perf_counter())
+        logits.backward(self.grad)
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        times.append(time.perf_counter())
+        names = ("zero_grad", "forward", "backward", "optimizer")
+        return {name: (end - begin) * 1e6 for name, (begin, end) in zip(names, itertools.pairwise(times), strict=True)}
 
 
 def _infer(net: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -115,7 +132,7 @@ def _infer(net: nn.Module, images: Tensor) -> Callable[[], object]:
 def _part(kind: str, net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> Callable[[], object]:
     if kind == "infer":
         return _infer(net, images)
-    train = _train(net, optimizer, images)
+    train = TrainingStep(net, optimizer, images)
     if kind == "train":
         return train
     train()  # makes the gradients

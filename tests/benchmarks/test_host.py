@@ -21,50 +21,51 @@ from ..conftest import UNDER_TTSEM
 
 ROOT = Path(__file__).parents[2]
 
-#: Our host time over PyTorch's, by (case, mode, dtype): the most that passes. Twice what was measured on a quiet machine.
+#: Our host time over PyTorch's, by (case, mode, dtype): the most that passes. Half as much again as was measured on a quiet
+#: machine, and a little: the step 0.42, inference 0.27, the optimizer 0.47, single operations 1.2 to 2.4 with their gradients.
 MOST_RATIO = {
-    ("train", "step", "bfloat16"): 13.4,
-    ("infer", "step", "bfloat16"): 20.8,
-    ("optimizer", "step", "bfloat16"): 20.1,
-    ("train_default_format", "step", "bfloat16"): 12.8,
-    ("infer_default_format", "step", "bfloat16"): 21.4,
-    ("train_default_format", "step", "float32"): 11.8,
-    ("infer_default_format", "step", "float32"): 17.9,
-    ("conv2d", "forward", "bfloat16"): 35.8,
-    ("conv2d", "forward_backward", "bfloat16"): 21.9,
-    ("conv2d_relu_max_pool2d", "forward", "bfloat16"): 32.0,
-    ("conv2d_relu_max_pool2d", "forward_backward", "bfloat16"): 18.3,
-    ("max_pool2d", "forward", "bfloat16"): 52.7,
-    ("max_pool2d", "forward_backward", "bfloat16"): 22.8,
-    ("linear", "forward", "bfloat16"): 69.1,
-    ("linear", "forward_backward", "bfloat16"): 26.4,
-    ("linear_relu_dropout", "forward", "bfloat16"): 26.0,
-    ("linear_relu_dropout", "forward_backward", "bfloat16"): 19.1,
-    ("dropout", "forward", "bfloat16"): 14.8,
-    ("dropout", "forward_backward", "bfloat16"): 10.1,
+    ("train", "step", "bfloat16"): 0.9,
+    ("infer", "step", "bfloat16"): 0.6,
+    ("optimizer", "step", "bfloat16"): 1.0,
+    ("train_default_format", "step", "bfloat16"): 1.1,
+    ("infer_default_format", "step", "bfloat16"): 1.1,
+    ("train_default_format", "step", "float32"): 0.9,
+    ("infer_default_format", "step", "float32"): 0.7,
+    ("conv2d", "forward", "bfloat16"): 2.8,
+    ("conv2d", "forward_backward", "bfloat16"): 2.6,
+    ("conv2d_relu_max_pool2d", "forward", "bfloat16"): 2.4,
+    ("conv2d_relu_max_pool2d", "forward_backward", "bfloat16"): 2.1,
+    ("max_pool2d", "forward", "bfloat16"): 4.4,
+    ("max_pool2d", "forward_backward", "bfloat16"): 4.0,
+    ("linear", "forward", "bfloat16"): 5.4,
+    ("linear", "forward_backward", "bfloat16"): 3.0,
+    ("linear_relu_dropout", "forward", "bfloat16"): 2.4,
+    ("linear_relu_dropout", "forward_backward", "bfloat16"): 2.5,
+    ("dropout", "forward", "bfloat16"): 2.4,
+    ("dropout", "forward_backward", "bfloat16"): 2.9,
 }
 
-#: What one warm call of ours does: launches of kernels, descriptors encoded, calls of Python functions.
+#: What one warm call of ours does: launches of kernels, calls of Python functions.
 COUNTS = {
-    ("train", "step", "bfloat16"): (43, 57, 6024),
-    ("infer", "step", "bfloat16"): (15, 23, 2554),
-    ("optimizer", "step", "bfloat16"): (1, 0, 1069),
-    ("train_default_format", "step", "bfloat16"): (44, 59, 6101),
-    ("infer_default_format", "step", "bfloat16"): (14, 24, 2519),
-    ("train_default_format", "step", "float32"): (46, 0, 5200),
-    ("infer_default_format", "step", "float32"): (14, 0, 2195),
-    ("conv2d", "forward", "bfloat16"): (1, 3, 316),
-    ("conv2d", "forward_backward", "bfloat16"): (5, 8, 677),
-    ("conv2d_relu_max_pool2d", "forward", "bfloat16"): (2, 3, 295),
-    ("conv2d_relu_max_pool2d", "forward_backward", "bfloat16"): (6, 8, 684),
-    ("max_pool2d", "forward", "bfloat16"): (1, 0, 266),
-    ("max_pool2d", "forward_backward", "bfloat16"): (2, 0, 377),
-    ("linear", "forward", "bfloat16"): (2, 2, 247),
-    ("linear", "forward_backward", "bfloat16"): (6, 6, 545),
-    ("linear_relu_dropout", "forward", "bfloat16"): (2, 2, 249),
-    ("linear_relu_dropout", "forward_backward", "bfloat16"): (6, 6, 549),
-    ("dropout", "forward", "bfloat16"): (1, 0, 129),
-    ("dropout", "forward_backward", "bfloat16"): (2, 0, 204),
+    ("train", "step", "bfloat16"): (43, 235),
+    ("infer", "step", "bfloat16"): (15, 93),
+    ("optimizer", "step", "bfloat16"): (1, 21),
+    ("train_default_format", "step", "bfloat16"): (44, 264),
+    ("infer_default_format", "step", "bfloat16"): (14, 105),
+    ("train_default_format", "step", "float32"): (46, 333),
+    ("infer_default_format", "step", "float32"): (14, 129),
+    ("conv2d", "forward", "bfloat16"): (1, 38),
+    ("conv2d", "forward_backward", "bfloat16"): (5, 90),
+    ("conv2d_relu_max_pool2d", "forward", "bfloat16"): (2, 42),
+    ("conv2d_relu_max_pool2d", "forward_backward", "bfloat16"): (6, 99),
+    ("max_pool2d", "forward", "bfloat16"): (1, 34),
+    ("max_pool2d", "forward_backward", "bfloat16"): (2, 79),
+    ("linear", "forward", "bfloat16"): (2, 35),
+    ("linear", "forward_backward", "bfloat16"): (6, 83),
+    ("linear_relu_dropout", "forward", "bfloat16"): (2, 35),
+    ("linear_relu_dropout", "forward_backward", "bfloat16"): (6, 82),
+    ("dropout", "forward", "bfloat16"): (1, 30),
+    ("dropout", "forward_backward", "bfloat16"): (2, 67),
 }
 
 #: Whose calls were counted: Python, PyTorch and Triton call other functions of their own in other versions.
@@ -141,16 +142,23 @@ def test_the_ratios(rows: dict, tmp_path: Path) -> None:
     assert slow == {}
 
 
-def test_the_launches_descriptors_and_plans_of_a_call(rows: dict) -> None:
-    """No plan is made after the first call."""
-    assert {key: (row["launches"], row["descriptors"]) for key, row in rows.items()} == {k: v[:2] for k, v in COUNTS.items()}
+def test_the_launches_and_plans_of_a_call(rows: dict) -> None:
+    """No plan is made after the first call. (That weights are described to TMA once: tests/kernels/runtime/plan_worker.py.)"""
+    assert {key: row["launches"] for key, row in rows.items()} == {key: counted[0] for key, counted in COUNTS.items()}
     assert {row["plans"] for row in rows.values()} == {0}
 
 
 @pytest.mark.skipif(_versions() != COUNTED_WITH, reason="the calls were counted with other versions")
 def test_the_calls_of_python_functions(rows: dict) -> None:
     """Exactly: a change of a number is a change of the code, better or worse, and is written down here."""
-    assert {key: row["calls"] for key, row in rows.items()} == {key: counted[2] for key, counted in COUNTS.items()}
+    assert {key: row["calls"] for key, row in rows.items()} == {key: counted[1] for key, counted in COUNTS.items()}
+
+
+def test_the_parts_of_a_step(measured: dict) -> None:
+    parts = [(part["part"], part["threads"]) for part in measured["parts"]]
+    names = ("zero_grad", "forward", "backward", "optimizer")
+    assert parts == [(name, threads) for threads in (True, False) for name in names]
+    assert all(part["ours_us"] > 0 and part["peer_us"] > 0 for part in measured["parts"])
 
 
 def test_where_the_time_goes(measured: dict) -> None:
