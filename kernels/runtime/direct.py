@@ -141,7 +141,10 @@ def _encoder(descriptor: TensorDescriptor, metadata: Any) -> Callable[[int], Any
 
 
 def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
-    """What launches ``compiled`` over ``grid`` with the values of :func:`leaves`; None where it cannot."""
+    """What launches ``compiled`` over ``grid`` with the values of :func:`leaves`; None where it cannot.
+
+    It keeps ``compiled`` alive, whose end would unload the machine code.
+    """
     launcher = compiled.run
     if (
         VERSION not in _SUPPORTED
@@ -163,7 +166,7 @@ def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
     signature = launcher.kernel_signature
     annotations = driver.annotate_arguments(["value"] * len(signature))
 
-    def launch_direct(stream: int, values: tuple[Any, ...]) -> None:
+    def launch_direct(stream: int, values: tuple[Any, ...], _keep: Any = compiled) -> None:
         launch(
             x, y, z, stream, function, cooperative, pdl, packed, None, None, None, None, None, annotations, signature, values
         )  # fmt: skip
@@ -178,7 +181,7 @@ def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...])
     kinds = tuple(_signature(compiled).values())
     if not any(isinstance(kind, tuple) for kind in kinds):
 
-        def launch_direct(stream: int, values: tuple[Any, ...]) -> None:
+        def launch_direct(stream: int, values: tuple[Any, ...], _keep: Any = compiled) -> None:
             launch(*grid, stream, *fixed, *values)
 
         return launch_direct
@@ -191,7 +194,7 @@ def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...])
         places.append(slice(begin, end) if isinstance(kind, tuple) else begin)
     nested = operator.itemgetter(*places)
 
-    def launch_nested(stream: int, values: tuple[Any, ...]) -> None:
+    def launch_nested(stream: int, values: tuple[Any, ...], _keep: Any = compiled) -> None:
         launch(*grid, stream, *fixed, *nested(values))
 
     return launch_nested

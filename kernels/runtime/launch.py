@@ -1,4 +1,7 @@
-"""The one place where kernels are launched, and where a launch can be recorded instead of run."""
+"""The one place where launch functions launch kernels, and where a launch can be recorded instead of run, or watched.
+
+A call of a kind that was there before goes past it, by its plan (:mod:`kernels.runtime.plans`), unless somebody watches.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import kernels
 from kernels.runtime import direct, plans
 
 from . import plan_worker
@@ -102,6 +103,20 @@ def test_inputs_that_overlap_make_no_plan() -> None:
     assert plans._Recording([base[:6], base[4:]]).obstacle == "two inputs share memory"
     assert plans._Recording([base[:4], base[4:]]).obstacle is None
     assert plans._Recording([base, base]).obstacle == "two inputs share memory"
+
+
+def test_an_equal_argument_of_another_type_is_not_the_one_that_passed() -> None:
+    """What was checked is looked up by value, and 1, 1.0 and True are equal."""
+    x, w = torch.ones(1, 2, 6, 6), torch.ones(2, 2, 1, 1)
+    kernels.max_pool2d(x, 2, 1)
+    kernels.conv2d(x, w, stride=1, padding=(1, 1))
+    for kernel_size, stride in ((2.0, 1), (2, 1.0), (2, True), ((2, 2.0), 1)):
+        with pytest.raises(TypeError, match=r"kernel_size|stride"):
+            kernels.max_pool2d(x, kernel_size, stride)  # type: ignore[arg-type]
+    for options in ({"stride": True}, {"padding": (1.0, 1)}, {"groups": 1.0}, {"dilation": 1.0}):
+        with pytest.raises(TypeError, match="must be"):
+            kernels.conv2d(x, w, **{"stride": 1, "padding": (1, 1), **options})  # type: ignore[arg-type]
+    assert kernels.max_pool2d(x, [2, 2], [1]).shape == (1, 2, 5, 5)  # type: ignore[union-attr]
 
 
 def test_nothing_is_planned_where_nothing_is_launched_directly() -> None:
