@@ -13,7 +13,7 @@ from torch import nn
 import kernels
 
 from .runs import HOOK_DICTS, LONGEST_LOOK, CellImages, call, cells_of, plan
-from .segments import segments_of
+from .segments import forget_segments, segments_of
 
 __all__ = ["CellImages", "FusedSequential", "first_layer_cells", "fuse"]
 
@@ -61,21 +61,26 @@ class FusedSequential(nn.Sequential):
 
     Its children are the ordinary modules, so everything done with an ``nn.Sequential`` (iterating and calling each layer,
     ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) means the same. The
-    runs are looked up at each forward pass. Shapes, dtypes and errors are those of the operations in :mod:`kernels`.
+    runs are cut anew whenever a layer, an option or a hook changes. Shapes, dtypes and errors are those of the operations in
+    :mod:`kernels`.
 
     Where the first layers are a Conv2d, a ReLU and a MaxPool2d, the input may be :class:`CellImages` as well.
     """
 
     def forward(self, input: Any) -> Any:
         """The output of the last layer for ``input``, the first layer's input."""
-        for segment in segments_of(self):
-            output = segment.run_as_one(input)
-            if output is None:
-                link = None
-                for run, following in itertools.zip_longest(segment.runs, segment.runs[1:]):
-                    input, link = call(run, input, link, following)
-            else:
-                input = output
+        try:
+            for segment in segments_of(self):
+                output = segment.run_as_one(input)
+                if output is None:
+                    link = None
+                    for run, following in itertools.zip_longest(segment.runs, segment.runs[1:]):
+                        input, link = call(run, input, link, following)
+                else:
+                    input = output
+        except Exception:
+            forget_segments(self)  # of an option that is no option an equal one may be made
+            raise
         return input
 
     def __getitem__(self, index: slice | int) -> Any:

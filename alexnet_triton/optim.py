@@ -176,8 +176,10 @@ class SGD(Optimizer):
             RuntimeError: a sparse gradient; a first step inside a CUDA graph capture that needs masters or momentum buffers.
             ValueError: a parameter with gaps in its memory.
         """
-        if closure is not None:
+        if closure is not None and type(self).step is SGD.step:
             return self._step_observed(closure)
+        if closure is not None:
+            return self._step_all(closure)
         if torch.compiler.is_compiling() or self._is_observed():
             return self._step_observed()
         for group in self.param_groups:
@@ -191,6 +193,8 @@ class SGD(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_observed(self) -> bool:
+        if type(self).step is not SGD.step:  # a subclass's step, which Optimizer has wrapped, calls this one
+            return False
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -200,8 +204,11 @@ class SGD(Optimizer):
         )
 
     @Optimizer.profile_hook_step
-    @torch.no_grad()
     def _step_observed(self, closure: Callable[[], float] | None = None) -> float | None:
+        return self._step_all(closure)
+
+    @torch.no_grad()
+    def _step_all(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -218,9 +225,9 @@ class SGD(Optimizer):
         problem = known.problem
         tensors: list[Any] = [*known.params, *[param.grad for param in known.params]]  # without a gradient nothing is found
         if problem.masters:
-            tensors += [state["master"] for state in known.states]
+            tensors += [state.get("master") for state in known.states]
         if problem.buffers:
-            tensors += [state["momentum_buffer"] for state in known.states]
+            tensors += [state.get("momentum_buffer") for state in known.states]
         numbers = known.numbers
         if problem.lr_in_memory:
             tensors.append(group["lr"])

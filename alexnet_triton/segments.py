@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
 
 from kernels import reads_cells, sequence
 from kernels.convolution.autograd import Conv2dFunction, prepare_conv2d
@@ -59,7 +60,7 @@ class Segment:
 
     def run_as_one(self, input: Any) -> Any:
         """What the runs make of ``input``, in one call; None where they are to be called one after the other."""
-        if self.dimensions is None or torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or is_observed():
+        if self.dimensions is None or torch.compiler.is_compiling() or _has_function_mode() or is_observed():
             return None
         cells = type(input) is CellImages
         if cells:
@@ -81,6 +82,13 @@ class Segment:
         if cells and not _reads_cells(x, tensors[1], self.runs[0]):
             return None
         return sequence.run(as_one.recorded, as_one.unrecorded, tensors, as_one.seeds)
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode wants to see functions; one that says on which device tensors are made does not."""
+    return any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(torch._C._len_torch_function_stack())
+    )
 
 
 def _reads_cells(cells: Tensor, weight: Tensor | None, run: Run) -> bool:
@@ -149,10 +157,10 @@ def _dropout(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, 
 
 
 def _probability(layer: nn.Module) -> float | None:
-    """Of dropping an element; None where the layer drops none."""
+    """Of dropping an element; None where the layer drops none, and so draws nothing."""
     dropout = cast(nn.Dropout, layer)
     check_probability(dropout.p)
-    return float(dropout.p) if dropout.training else None
+    return float(dropout.p) if dropout.training and dropout.p > 0 else None
 
 
 _STAGES: dict[str, _Stages] = {
@@ -176,36 +184,52 @@ class _Layers:
         self.children = children
         self.types = [type(child) for child in children]
         self.hooks = [getattr(child, hooks) for child in children for hooks in HOOK_DICTS]
+        self.hooked, self.global_hooks = _truths(self.hooks), _global_hooks()
         self.facts = []
         for child in children:
+            attributes, parameters = child.__dict__, child._parameters
             get = operator.itemgetter(*HOOK_DICTS, *_OPTIONS.get(type(child), ()))
-            self.facts.append((child.__dict__, child._parameters, get, get(child.__dict__)))
+            # A list may be changed in place.
+            values = tuple([list(value) if isinstance(value, list) else value for value in get(attributes)])
+            self.facts.append((attributes, "forward" in attributes, attributes.get("inplace"), parameters, get, values))
         self.segments = [Segment(tuple(runs)) for runs in _cut(plan(children))]
 
     def hold(self, children: tuple[nn.Module, ...]) -> bool:
-        """Whether ``children`` are the same modules, of the same classes, with the same options, and none carries a hook."""
-        if children != self.children or [type(child) for child in children] != self.types or any(self.hooks):
+        """Whether ``children`` are the same modules, of the same classes, with the same options, and the same carry hooks."""
+        if children != self.children or [type(child) for child in children] != self.types:
             return False
-        for attributes, parameters, get, facts in self.facts:
-            if attributes["_parameters"] is not parameters or get(attributes) != facts or "forward" in attributes:
+        for attributes, own_forward, inplace, parameters, get, values in self.facts:
+            if (
+                get(attributes) != values
+                or attributes.get("inplace") is not inplace  # which matters of any layer after a dropout
+                or attributes["_parameters"] is not parameters
+                or ("forward" in attributes) != own_forward
+            ):
                 return False
-        return not any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOK_DICTS)
+        return _truths(self.hooks) == self.hooked and _global_hooks() == self.global_hooks
+
+
+class _Known(list[_Layers]):
+    """The last two ways in which a container was cut: training and evaluation, mostly."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle of the container looks at its own children."""
-        return _nothing, ()
+        return list, ()
 
 
-def _nothing() -> None:
-    return None
+def _truths(values: Sequence[Any]) -> list[bool]:
+    return list(map(bool, values))
+
+
+def _global_hooks() -> list[bool]:
+    return [bool(getattr(torch_module, hooks, None)) for hooks in GLOBAL_HOOK_DICTS]
 
 
 #: What decides how runs are cut, and what operations are told, of each kind of layer.
 _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    nn.ReLU: ("inplace",),
-    nn.Dropout: ("p", "inplace", "training"),
+    nn.Dropout: ("p", "training"),
 }
 
 
@@ -222,12 +246,22 @@ def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
         yield [run for _, run in group]
 
 
+def forget_segments(net: nn.Sequential) -> None:
+    """Cut ``net`` anew at the next call."""
+    net.__dict__.pop("_known_layers", None)
+
+
 def segments_of(net: nn.Sequential) -> list[Segment]:
     """The segments that ``net`` consists of: those of the last call, where its layers are what they were."""
     children = tuple(net._modules.values())
     if torch.compiler.is_compiling():
         return [Segment(tuple(plan(children)))]
-    known: _Layers | None = net.__dict__.get("_known_layers")
-    if known is None or not known.hold(children):
-        known = net.__dict__["_known_layers"] = _Layers(children)
-    return known.segments
+    known: list[_Layers] | None = net.__dict__.get("_known_layers")
+    if known is None:
+        known = net.__dict__["_known_layers"] = _Known()
+    for layers in known:
+        if layers.hold(children):
+            return layers.segments
+    new = _Layers(children)
+    known[:] = [new, *known[:1]]
+    return new.segments

@@ -250,7 +250,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
     Args:
         input: any shape and strides; float32, float16 or bfloat16 (float64 on the CPU).
         p: probability of dropping an element, in [0, 1].
-        training: False returns ``input`` itself.
+        training: False returns ``input`` itself, and so does a ``p`` of 0, for which nothing is drawn.
         seed: int, or int64 tensor of one element; by default drawn from torch's generator on ``input``'s device, so
             ``torch.manual_seed`` governs it.
 
@@ -264,7 +264,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
     """
     check_tensors(input=input)
     check_probability(p)
-    if not training:
+    if not training or p == 0:
         return input
     use_triton = runs_triton(input)
     seed = draw_seed(input.device, seed)

@@ -137,7 +137,7 @@ def _matmul_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """As :func:`_matmul_kernel`, for matrices that the copy engine can read: Hopper and later.
+    """As :func:`_matmul_kernel`, for matrices that TMA can read: Hopper and later.
 
     Blocks go from memory to shared memory to the tensor cores, and no register sees them. What lies outside of a matrix comes
     as zeros, so that nothing is masked but the store.
@@ -213,7 +213,7 @@ def _matmul_finish_kernel(
 def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
     """``matrix`` or its transpose, whichever a tensor descriptor can describe, and whether it is the transpose; else None.
 
-    The copy engine wants neighbours in a row, and rows that start at multiples of 16 bytes.
+    TMA wants neighbours in a row, and rows that start at multiples of 16 bytes.
     """
     for candidate, transposed in ((matrix, False), (matrix.t(), True)):
         row, column = candidate.stride()
@@ -577,13 +577,14 @@ def linear_relu_dropout(
         p, training, seed: as :func:`kernels.dropout`; the mask is that of ``dropout_mask(output.shape, p, seed)``.
 
     Returns:
-        (..., out_features) in ``input``'s dtype. Without ``training`` it is ``linear(..., activation="relu")``.
+        (..., out_features) in ``input``'s dtype. Without ``training``, or with a ``p`` of 0, it is ``linear(...,
+        activation="relu")``, and nothing is drawn.
 
     Raises:
         TypeError, ValueError: as :func:`kernels.linear` and :func:`kernels.dropout`.
     """
     check_probability(p)
-    if not training:
+    if not training or p == 0:
         return linear(input, weight, bias, activation="relu")
     input, weight, bias = autocast_inputs(input, weight, bias)
     _check_linear(input, weight, bias)

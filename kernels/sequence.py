@@ -10,6 +10,7 @@ remembers, of all contexts, everything but tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -147,13 +148,26 @@ def _tape_of(
     return Hashed(Tape(tuple(records), tuple(of_inputs[id(t)] for t in inputs))), made
 
 
+def _wanted(records: Sequence[_Record], wanted: Sequence[bool]) -> list[tuple[_Record, list[bool]]]:
+    """Each record with what is asked of its stage: of what it can give, what this backward pass wants or what leads to it."""
+    found = []
+    of_input = wanted[0]
+    for record in records:
+        own = [i is not None and wanted[i] for i in record.stage.tensors]
+        asked = [of_input, *own, *[of_input] * record.stage.function.takes_link]
+        needs = [can and ask for can, ask in zip(record.needs, asked, strict=True)]
+        found.append((record, needs))
+        of_input = needs[0] or any(needs[1 : 1 + len(own)])
+    return found
+
+
 def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of a sequence's tensors: of its output's gradient and what was saved, and then the tape."""
-    grad, *saved, (tape, count) = arguments
-    gradients: list[Tensor | None] = [None] * count
+    """Gradients of a sequence's tensors, of its output's and what was saved; then its tape, and which are wanted."""
+    grad, *saved, (tape, wanted) = arguments
+    gradients: list[Tensor | None] = [None] * len(wanted)
     grad_link = None
-    for record in reversed(tape.value.records):
-        stage, attributes, places, needs = record
+    for record, needs in reversed(_wanted(tape.value.records, wanted)):
+        stage, attributes, places, _ = record
         if not any(needs):
             break
         context: Any = _Context()
@@ -172,6 +186,12 @@ def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
+def _names(ctx: Any) -> str:
+    """Of a sequence's operations, for an error."""
+    functions = dict.fromkeys(record.stage.function.__name__ for record in ctx.tape.value.records)
+    return " + ".join(name.removesuffix("Function") for name in functions)
+
+
 class SequenceFunction(torch.autograd.Function):
     """A sequence of operations. Its first input is what :func:`run` knows of the call, the others are tensors or None."""
 
@@ -181,14 +201,13 @@ class SequenceFunction(torch.autograd.Function):
         y, tape, *made = _run(_run_forward, tensors, problem, found, seeds)
         ctx.save_for_backward(*[tensors[i] for i in tape.value.saved_inputs], *made)
         ctx.tape = tape
-        ctx.count = len(tensors)
         return y
 
     @staticmethod
-    @once_differentiable
+    @functools.partial(once_differentiable, name_of=_names)
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:
         tensors = (grad_output, *saved)
-        problem = (ctx.tape, ctx.count)
+        problem = (ctx.tape, ctx.needs_input_grad[1:])
         found = plans.find(_run_backward, tensors, problem)
         if found is None and not is_plain(tensors):
             # As autograd would: each operation's backward pass for itself, through PyTorch's dispatcher.

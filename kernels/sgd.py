@@ -160,13 +160,13 @@ def _as_float32(value: float) -> float:
 
 
 class SGDProblem(NamedTuple):
-    """What a step is told beside its tensors and numbers: these, in this order, are as many as it says.
+    """What a step is told beside its tensors and numbers. The tensors are params, gradients, masters, buffers, learning rate.
 
     Attributes:
-        params: how many there are; as many gradients come after them.
-        masters: whether as many float32 weights come next.
-        buffers: whether as many momentum buffers come then; there is a momentum.
-        lr_in_memory: whether the last tensor is the learning rate.
+        params: how many, and so how many gradients.
+        masters: whether there are float32 masters.
+        buffers: whether there are momentum buffers.
+        lr_in_memory: whether the learning rate is a tensor.
         first_step: whether the buffers are only written.
         weight_decay: whether there is one.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from .configs.tables import MULTIPROCESSORS, apply_overrides, largest_divisor, split_count, tile_size
 from .primitives import cast, compensated_add, dropout_factor, program_id, relu_grad
 from .runtime.backend import INTERPRETED
-from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from .runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
 
 #: Rows that one program walks down at once: a second launch would take longer than the steps that it saves.
 _FEW_ROWS = 512
@@ -340,7 +340,7 @@ def epilogue_backward(
         height, width, step_n = 1, 1, step_q
     size = tuple(grad_output.shape) if write_dz else (0, *grad_output.shape[1:])
     dz = new_output(size, dtype, device, channels_last=True)
-    column_sums = new_output((c if sum_columns else 0,), dtype, device)
+    column_sums = new_output((c,), dtype, device) if sum_columns else nothing(grad_output)
     config = column_sum_config(rows, c)
     row_blocks = cdiv(rows, config["BLOCK_ROWS"])
     columns = cdiv(c, config["BLOCK_COLUMNS"])

@@ -123,7 +123,7 @@ def read_table(name: str) -> dict[str, dict[str, int]]:
     return load_table(path)["configs"] if path.is_file() else {}
 
 
-#: How often.
+#: How often :func:`forget_tables` was called.
 _tables_forgotten = 0
 
 

@@ -59,7 +59,7 @@ def _(input, weight, bias, link, stride, padding, dilation, groups, output_size,
 
 
 def _new_link(weight: Tensor, make_link: bool) -> Tensor:
-    return new_output((weight.shape[0] if make_link else 0,), weight.dtype, weight.device)
+    return new_output((weight.shape[0],), weight.dtype, weight.device) if make_link else nothing(weight)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_backward", mutates_args=())
@@ -155,9 +155,9 @@ conv2d_backward_operator = Operator(conv2d_backward, _run_backward)
 class Conv2dFunction(OperatorFunction):
     """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask.
 
-    Its second output, the link, holds nothing. A convolution that takes it beside the first promises to be the only one to read
-    that, and does two things on the way that would each be a pass over memory here: the input's gradient that it returns is the
-    one before this ReLU, and the link's gradient is the sum of that, the gradient of this bias.
+    The second output, the link, carries no data. The convolution that takes the link must be the output's only reader: its
+    backward pass applies this ReLU's mask and sums this bias's gradient, which saves two passes over memory. So the gradient
+    that comes through a linked output is the one before this ReLU, and the link's gradient is that of this bias.
     """
 
     takes_link = gives_link = True
@@ -182,7 +182,7 @@ class Conv2dFunction(OperatorFunction):
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
         input, weight, output = saved
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        # Asked first what was said in the forward pass: in compiled code the gradient of what nothing took is not None.
+        # Check make_link first: under torch.compile an unused output's gradient is zeros, not None.
         handed_over = ctx.problem.make_link and grad_link is not None
         masks = None if handed_over else output
         wanted = (needs_input, needs_weight, needs_bias and not handed_over)

@@ -1,6 +1,6 @@
 """Convolution of half-precision channels-last tensors through tensor descriptors: for Hopper and later.
 
-The general kernels of :mod:`.general` gather each element through a pointer of its own. These let the copy engine bring
+The general kernels of :mod:`.general` gather each element through a pointer of its own. These let TMA bring
 whole tiles into shared memory (``cp.async.bulk.tensor``), from where the tensor cores read them (``wgmma``, ``tcgen05``). They
 take stride 1, dilation 1, one group and channels in multiples of 16. A strided first layer of few channels is
 :mod:`kernels.convolution.stem`'s.

@@ -116,7 +116,7 @@ def conv2d_images_config(
         config |= {"num_warps": 4, "num_stages": 1}
     else:
         block_m = 128 if n > 64 else 64
-        # A narrow block of filters is read for two pixels at once: else the copy engine brings too little work.
+        # A narrow block of filters is read for two pixels at once: else TMA brings too little work.
         pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
         warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}

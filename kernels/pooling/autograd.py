@@ -16,7 +16,7 @@ from torch import Tensor
 from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
 from ..runtime.arguments import check_tensors, checked, pair
 from ..runtime.backend import INTERPRETED, runs_triton
-from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
@@ -140,16 +140,8 @@ def new_position_and_index(
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised window positions and int64 indices for the outputs ``y``; empty where not wanted."""
     dtype = position_dtype(kernel_size)
-    position = (
-        new_output(y.shape, dtype, y.device, channels_last=channels_last)
-        if write_position
-        else y.new_empty(0, dtype=torch.uint8)
-    )
-    index = (
-        new_output(y.shape, torch.int64, y.device, channels_last=channels_last)
-        if write_index
-        else y.new_empty(0, dtype=torch.int64)
-    )
+    position = new_output(y.shape, dtype, y.device, channels_last=channels_last) if write_position else nothing(y, torch.uint8)
+    index = new_output(y.shape, torch.int64, y.device, channels_last=channels_last) if write_index else nothing(y, torch.int64)
     return position, index
 
 
@@ -241,7 +233,7 @@ def _new_dgrad(
     """Uninitialised results of :func:`max_pool2d_dgrad`."""
     dtype, device = grad_output.dtype, grad_output.device
     dx = new_output((input_size[0] if write_dx else 0, *input_size[1:]), dtype, device, channels_last=channels_last)
-    return dx, new_output((input_size[1] if sum_channels else 0,), dtype, device)
+    return dx, new_output((input_size[1],), dtype, device) if sum_channels else nothing(grad_output)
 
 
 @max_pool2d_dgrad.register_fake

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 def check_tensors(**tensors: Tensor | None) -> None:
     """All strided floating-point tensors of one dtype on one device, of a dtype that the kernels run."""
     dtype, device = None, None
-    for tensor in tensors.values():  # what nearly always holds, with few questions
-        if tensor is None:
+    for name, tensor in tensors.items():  # what nearly always holds, with few questions
+        if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             break
@@ -45,13 +45,13 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def _check_each(tensors: dict[str, Tensor | None]) -> None:
-    given = {name: t for name, t in tensors.items() if t is not None}
+    given = {name: t for name, t in tensors.items() if t is not None or name != "bias"}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    (first_name, first), *rest = given.items()
+    (first_name, first), *rest = cast("dict[str, Tensor]", given).items()
     allowed = (*_KERNEL_DTYPES, torch.float64) if INTERPRETED or first.device.type != "cuda" else _KERNEL_DTYPES
-    for name, tensor in given.items():
+    for name, tensor in [(first_name, first), *rest]:
         if tensor.dtype not in allowed:
             extra = "" if torch.float64 in allowed else " (float64 runs on the CPU: in the interpreter or the reference)"
             raise TypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")

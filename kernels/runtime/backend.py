@@ -73,7 +73,7 @@ def _cuda_capability(index: int) -> int:
     return 10 * major + minor
 
 
-#: What the copy engine brings to the tensor cores in either order of rows and columns.
+#: What TMA brings to the tensor cores in either order of rows and columns.
 HALF = (torch.float16, torch.bfloat16)
 
 

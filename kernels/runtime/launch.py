@@ -235,6 +235,11 @@ def new_output_like(tensor: torch.Tensor) -> torch.Tensor:
     return _poisoned(torch.empty_like(tensor))
 
 
-def nothing(like: torch.Tensor) -> torch.Tensor:
-    """What an operator returns in place of a result that was not asked for: its schema has no way to leave one out."""
-    return like.new_empty(0)
+def nothing(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What an operator returns in place of a result that was not asked for: its schema has no way to leave one out.
+
+    A plan returns None for it.
+    """
+    result = like.new_empty(0, dtype=dtype)
+    result.not_asked_for = True  # type: ignore[attr-defined]  # an empty result that was asked for is another thing
+    return result

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
@@ -143,9 +144,10 @@ def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | Non
 
 
 def is_observed() -> bool:
-    """Whether somebody wants to see operators: a dispatch mode, a transform, a tracer, a profiler."""
+    """Whether somebody wants to see operators: a dispatch mode, a transform, forward-mode AD, a tracer, a profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0  # a dual tensor has no dispatch key of its own
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
@@ -213,13 +215,16 @@ class _RefuseFunction(torch.autograd.Function):
         )
 
 
-def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+def once_differentiable(backward: Callable[..., tuple], name_of: Callable[[Any], str] | None = None) -> Callable[..., tuple]:
     """For the ``backward(ctx, saved_tensors, *grads)`` of an autograd Function: a double backward is a clear error.
 
     The saved tensors are handed over because a checkpointed graph lets each be unpacked only once.
 
     PyTorch's own decorator of this name only notices when the incoming gradient requires a gradient; for the common
     ``grad(loss, x, create_graph=True)`` it does not, and the second derivative silently lacks this term.
+
+    Args:
+        name_of: of the context, the name in the error; by default that of the Function.
     """
 
     name = backward.__qualname__.split(".")[0].removesuffix("Function")
@@ -237,7 +242,8 @@ def once_differentiable(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
         computed_from = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
-        return tuple(r if r is None else _RefuseFunction.apply(name, r, *computed_from) for r in results)
+        who = name if name_of is None else name_of(ctx)
+        return tuple(r if r is None else _RefuseFunction.apply(who, r, *computed_from) for r in results)
 
     return wrapper
 

@@ -29,7 +29,7 @@ from alexnet_triton import AlexNet, fuse
 from alexnet_triton.optim import SGD
 from benchmarks.idle import IdleUtils, TensorMap, idle_gpu
 from kernels.configs import tables
-from kernels.runtime import direct, launch, plans
+from kernels.runtime import direct, launch, plan, plans, recording
 
 from .direct_worker import flat_arguments
 
@@ -64,7 +64,7 @@ def kept_memory() -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
-        for owner, name in ((launch, "_poisoned"), (plans, "_empty_strided_cpu"), (Tensor, "contiguous"), (Tensor, "clone")):
+        for owner, name in ((launch, "_poisoned"), (plan, "_empty_strided_cpu"), (Tensor, "contiguous"), (Tensor, "clone")):
             stack.enter_context(mock.patch.object(owner, name, keeping(getattr(owner, name))))
         yield
 
@@ -75,7 +75,8 @@ _ADDRESSES = 2**40
 
 def named(launched: Sequence[tuple[Any, ...]], tensors: Tensors) -> list[tuple[Any, ...]]:
     """Launches with their addresses as names of the tensors that they lie in; what is in none is ``"temporary"``."""
-    spans = [(name, t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for name, t in tensors.items() if t.numel()]
+    storages = {name: t.untyped_storage() for name, t in tensors.items() if t.numel()}
+    spans = [(name, s.data_ptr(), s.data_ptr() + s.nbytes()) for name, s in storages.items()]
 
     def name(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -313,6 +314,30 @@ def modules_change(check: Check) -> None:
     net[0].stride = (5, 5)
     net[9] = nn.Linear(32 * 2 * 2, 64).bfloat16()
     check(*step_of(net, images()))
+
+
+@scenario
+def a_hook_that_was_there_is_forgotten(check: Check) -> None:
+    """After a call with hooks, and after they are gone, the layers run fused again; lists that are changed in place count."""
+    net, x = small_net(), images()
+    whole = len(check.launcher.of(lambda: net(x))[0])
+    handles = [layer.register_forward_hook(lambda *_: None) for layer in net]
+    assert len(check.launcher.of(lambda: net(x))[0]) == 0
+    for handle in handles:
+        handle.remove()
+    assert len(check.launcher.of(lambda: net(x))[0]) == whole
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert len(check.launcher.of(lambda: net(x))[0]) == 0
+    handle.remove()
+    assert len(check.launcher.of(lambda: net(x))[0]) == whole
+    net[9].forward = lambda given: given.new_zeros(len(given), 64)
+    assert len(check.launcher.of(lambda: net(x))[0]) < whole
+    del net[9].forward
+    assert len(check.launcher.of(lambda: net(x))[0]) == whole
+    net[3].stride = [1, 1]
+    assert net[:4](x).shape[2:] == (6, 6)
+    net[3].stride[0] = 2
+    assert net[:4](x).shape[2:] == (3, 6)
 
 
 @scenario
@@ -562,7 +587,7 @@ def temporaries(check: Check) -> None:
     of_half = AlexNet().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
     of_float = AlexNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plans.forget()
-    with mock.patch.object(plans, "_lay_out", _apart):
+    with mock.patch.object(recording, "lay_out", _apart):
         for net, x in (
             (of_half, torch.zeros(64, 1, 224, 224, dtype=torch.bfloat16)),
             (of_float, torch.zeros(2, 1, 224, 224)),
@@ -579,10 +604,10 @@ def temporaries(check: Check) -> None:
     plans.forget()
 
 
-def _apart(recording: Any, elsewhere: set[int]) -> tuple[dict[int, int], int]:
+def _apart(seen: Any, elsewhere: set[int]) -> tuple[dict[int, int], int]:
     """A workspace in which nothing shares its place."""
     offsets, end = {}, 0
-    for source, tensor in enumerate(recording.kept, start=len(recording.inputs)):
+    for source, tensor in enumerate(seen.kept, start=len(seen.inputs)):
         nbytes = tensor.untyped_storage().nbytes()
         if source not in elsewhere and nbytes:
             offsets[source] = end

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.runtime import direct, plans
+from kernels.runtime import direct, recording
 
 from . import plan_worker
 
@@ -69,7 +69,7 @@ def test_a_workspace_is_shared_by_those_that_never_meet() -> None:
         sizes = [drawn.choice([0, 1, 511, 512, 3000, 10000]) for _ in range(count)]
         steps = [drawn.sample(range(count), drawn.randint(1, min(3, count))) for _ in range(drawn.randint(1, 15))]
         elsewhere = {i for i in range(count) if drawn.random() < 0.2}
-        offsets, size = plans._lay_out(_Recorded(sizes, steps), elsewhere)  # type: ignore[arg-type]
+        offsets, size = recording.lay_out(_Recorded(sizes, steps), elsewhere)  # type: ignore[arg-type]
         lives = {i: [s for s, used in enumerate(steps) if i in used] for i in range(count)}
         used = {i for i in range(count) if lives[i] and sizes[i] and i not in elsewhere}
         assert set(offsets) == used
@@ -90,19 +90,19 @@ def test_what_a_recording_cannot_repeat_makes_no_plan() -> None:
     def function(x: torch.Tensor, problem: None) -> torch.Tensor:
         return x + 1
 
-    recording = plans._Recording([x := torch.ones(3)])
-    with recording:
+    seen = recording.Recording([x := torch.ones(3)])
+    with seen:
         function(x, None)
-    assert recording.obstacle == "aten::add"
-    with pytest.raises(plans._Unrepeatable, match="aten::add"):
-        plans._plan_of(recording, x, torch.device("cpu"))
+    assert seen.obstacle == "aten::add"
+    with pytest.raises(recording.Unrepeatable, match="aten::add"):
+        recording.plan_of(seen, x, torch.device("cpu"))
 
 
 def test_inputs_that_overlap_make_no_plan() -> None:
     base = torch.zeros(10)
-    assert plans._Recording([base[:6], base[4:]]).obstacle == "two inputs share memory"
-    assert plans._Recording([base[:4], base[4:]]).obstacle is None
-    assert plans._Recording([base, base]).obstacle == "two inputs share memory"
+    assert recording.Recording([base[:6], base[4:]]).obstacle == "two inputs share memory"
+    assert recording.Recording([base[:4], base[4:]]).obstacle is None
+    assert recording.Recording([base, base]).obstacle == "two inputs share memory"
 
 
 def test_an_equal_argument_of_another_type_is_not_the_one_that_passed() -> None:
