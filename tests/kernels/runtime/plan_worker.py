@@ -2,7 +2,7 @@
 
 Run without TRITON_INTERPRET by ``test_plans.py``: ``python -m tests.kernels.runtime.plan_worker`` prints, as JSON, what each
 scenario came to. Kernels are compiled for an H100 and launched on nothing, so their arguments are compared, not their results:
-each address as the tensor that it lies in, each tensor map as what it was made of.
+each address as the tensor that it lies in, each tensor map as what it was made of (``plan_harness.py``).
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import gc
 import io
 import json
 import os
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -29,133 +31,10 @@ from alexnet_triton import AlexNet, fuse
 from alexnet_triton.optim import SGD
 from benchmarks.idle import IdleUtils, TensorMap, idle_gpu
 from kernels.configs import tables
-from kernels.runtime import direct, launch, plan, plans, recording
+from kernels.runtime import direct, launch, plans, recording
 
 from .direct_worker import flat_arguments
-
-Tensors = dict[str, Tensor]
-
-
-class Launcher:
-    """Keeps what reaches the C launcher."""
-
-    def __init__(self, utils: IdleUtils) -> None:
-        self.launched: list[tuple[Any, ...]] = []
-        utils.on_launch = lambda *arguments: self.launched.append(arguments)
-
-    def of(self, call: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], Any]:
-        """The launches of a call, and what it returned. No memory is freed meanwhile: an address stands for one tensor."""
-        self.launched = []
-        with kept_memory():
-            result = call()
-        return self.launched, result
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    keep: list[Tensor] = []
-
-    def keeping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*arguments: Any, **options: Any) -> Tensor:
-            result = function(*arguments, **options)
-            keep.append(result)
-            return result
-
-        return run
-
-    with ExitStack() as stack:
-        for owner, name in ((launch, "_poisoned"), (plan, "_empty_strided_cpu"), (Tensor, "contiguous"), (Tensor, "clone")):
-            stack.enter_context(mock.patch.object(owner, name, keeping(getattr(owner, name))))
-        yield
-
-
-#: Every number that is an address is larger, and no other is.
-_ADDRESSES = 2**40
-
-
-def named(launched: Sequence[tuple[Any, ...]], tensors: Tensors) -> list[tuple[Any, ...]]:
-    """Launches with their addresses as names of the tensors that they lie in; what is in none is ``"temporary"``."""
-    storages = {name: t.untyped_storage() for name, t in tensors.items() if t.numel()}
-    spans = [(name, s.data_ptr(), s.data_ptr() + s.nbytes()) for name, s in storages.items()]
-
-    def name(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value.data_ptr()
-        if isinstance(value, TensorMap):
-            return ("map", *[tuple(v) if isinstance(v, (list, tuple)) else name(v) for v in value.arguments])
-        if isinstance(value, int) and value > _ADDRESSES:
-            inside = [(of, value - begin) for of, begin, end in spans if begin <= value < end]
-            return inside[0] if inside else "temporary"
-        return value
-
-    found = []
-    for x, y, z, stream, function, *_, kinds, signature, arguments in launched:
-        values = [name(value) for value in flat_arguments(kinds, arguments)]
-        found.append((x, y, z, stream, function, bytes(signature), *values))
-    return found
-
-
-def is_direct(launched: tuple[Any, ...]) -> bool:
-    """Whether a launch did not go through ``kernel[grid](...)``, which hands constants over too."""
-    *_, signature, arguments = launched
-    return len(arguments) == len(signature)
-
-
-class Check:
-    """Calls the same function by plan and by launch functions, and compares."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
-        self.calls = 0
-
-    def __call__(self, call: Callable[[], Sequence[Tensor]], tensors: Tensors, *, name_results: bool = True) -> None:
-        """``call`` returns tensors that it made; ``tensors`` are those that were there.
-
-        Without ``name_results`` a result is as good as a temporary: where PyTorch's own operations lie between ours, a result
-        may get the address that a temporary had.
-        """
-        call()  # may make plans
-        call()
-        made = plans.made
-        by_plan, results = self.launcher.of(call)
-        assert plans.made == made, "a plan for a call that was there before"
-        ours = named(by_plan, tensors | {f"result {i}": t for i, t in enumerate(results) if name_results})
-        with launch.observe_launches(lambda *_: None):
-            by_hand, results = self.launcher.of(call)
-        theirs = named(by_hand, tensors | {f"result {i}": t for i, t in enumerate(results) if name_results})
-        assert all(map(is_direct, by_plan))
-        assert not any(map(is_direct, by_hand))
-        assert len(ours) == len(theirs), (len(ours), len(theirs))
-        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert mine == other, (i, mine, other)
-        self.calls += 1
-
-
-def small_net(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
-    layers = [
-        *(nn.Conv2d(1, 96, 11, 4, 1), nn.ReLU(), nn.MaxPool2d(3, 2)),
-        *(nn.Conv2d(96, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
-        *(nn.Flatten(), nn.Linear(32 * 2 * 2, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 16)),
-    ]
-    net = fuse(nn.Sequential(*layers)).to(dtype)
-    assert isinstance(net, nn.Sequential)
-    return net
-
-
-def images(n: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.zeros(n, 1, 63, 63, dtype=dtype)
-
-
-def step_of(net: nn.Module, x: Tensor) -> tuple[Callable[[], list[Tensor]], Tensors]:
-    """Forward and backward of a network, and the tensors that it has."""
-
-    def step() -> list[Tensor]:
-        leaves = [p for p in net.parameters() if p.requires_grad]
-        y = net(x)
-        return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))] if leaves else [y]
-
-    return step, {"x": x, **dict(net.named_parameters())}
-
+from .plan_harness import ADDRESSES, Check, Launcher, Tensors, images, is_direct, small_net, step_of
 
 Scenario = Callable[[Check], None]
 SCENARIOS: dict[str, Scenario] = {}
@@ -439,6 +318,108 @@ def single_operations(check: Check) -> None:
 
 
 @scenario
+def gradients_of_some(check: Check) -> None:
+    """Of a few weights, of the input; of a weight that is used twice."""
+    net, x = small_net(), images().requires_grad_()
+    step, tensors = step_of(net, x)
+    check(step, tensors)
+    for leaves in ([net[3].weight], [net[0].bias], [net[9].weight, net[12].bias], [x]):
+
+        def some(leaves: list[Tensor] = leaves) -> list[Tensor]:
+            y = net(x)
+            return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))]
+
+        check(some, tensors)
+    tied = fuse(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
+    check(*step_of(tied, torch.zeros(5, 32)))
+    tied[2].weight = tied[0].weight  # two inputs in one memory: not planned
+    launched, results = check.launcher.of(step_of(tied, torch.zeros(5, 32))[0])
+    assert not any(map(is_direct, launched))
+    assert len(results) == len(list(tied.parameters())) + 1
+    assert set(plans.unrepeatable.values()) == {"two inputs share memory"}
+    plans.unrepeatable.clear()
+    tied[2].weight = nn.Parameter(torch.zeros(32, 32))
+    check(*step_of(tied, torch.zeros(5, 32)))
+
+
+@scenario
+def transforms_and_modes(check: Check) -> None:
+    """Under a transform, a mode, a compiler or an exporter no plan is made or used; after it, the plans are as they were."""
+    net, x = small_net(), images()
+    step, tensors = step_of(net, x)
+    check(step, tensors)
+    y = net(x)
+    (grad,) = torch.autograd.grad(y, net[3].weight, torch.zeros_like(y), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        torch.autograd.grad(grad.sum(), net[3].weight)
+    check(step, tensors)
+    made = plans.made
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = net(mode.from_tensor(x))
+        assert isinstance(fake, FakeTensor)
+        assert fake.shape == (64, 16)
+    check(step, tensors)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        net(forward_ad.make_dual(x, torch.zeros_like(x)))
+    check(step, tensors)
+    assert plans.made == made
+    exported = torch.export.export(net.eval(), (x,))
+    assert any("alexnet_triton" in str(node.target) for node in exported.graph.nodes)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    launched, _ = check.launcher.of(lambda: compiled(x))
+    launched, _ = check.launcher.of(lambda: compiled(x))
+    assert len(launched) == len(check.launcher.of(lambda: net(x))[0])
+    net.train()
+    check(step, tensors)
+    torch.compiler.reset()
+
+
+@scenario
+def distributed_data_parallel(check: Check) -> None:
+    """Gradients are views of DistributedDataParallel's buckets; of one process here."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            net, x = small_net(torch.float32), images(dtype=torch.float32)
+            wrapped = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+            optimizer = SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+
+            def step() -> list[Tensor]:
+                optimizer.zero_grad()
+                y = wrapped(x)
+                y.backward(torch.zeros_like(y))
+                optimizer.step()
+                return [y]
+
+            for _ in range(3):  # the buckets are built anew after the first
+                step()
+            tensors = {"x": x, **dict(net.named_parameters())}
+            buckets = {p.grad.untyped_storage().data_ptr(): p.grad for p in net.parameters() if p.grad is not None}
+            tensors |= {f"bucket {i}": bucket for i, bucket in enumerate(buckets.values())}
+            tensors |= {f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())}
+            check(step, tensors)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+@scenario
+def empty_results(check: Check) -> None:
+    """A batch of none, an output of no features."""
+    net = small_net()
+    check(*step_of(net, images(64)))
+    check(*step_of(net, images(0)))
+    weight, x = torch.zeros(0, 32, requires_grad=True), torch.zeros(5, 32, requires_grad=True)
+
+    def call() -> list[Tensor]:
+        y = kernels.linear(x, weight)
+        return [y, *torch.autograd.grad(y, [x, weight], torch.zeros_like(y))]
+
+    check(call, {"x": x, "weight": weight})
+    assert [result.shape for result in call()] == [(5, 0), (5, 32), (0, 32)]
+    check(*step_of(net, images(64)))
+
+
+@scenario
 def what_watches_sees_each_launch(check: Check) -> None:
     """Hooks of Triton, pre-run hooks, a profiler: while they are there, launches go through ``kernel[grid](...)``."""
     from triton import knobs
@@ -631,7 +612,7 @@ def _numbered(launched: Sequence[tuple[Any, ...]], results: Sequence[Tensor], te
     numbers: dict[int, str] = {}
 
     def name(value: Any) -> Any:
-        if not isinstance(value, int) or value <= _ADDRESSES:
+        if not isinstance(value, int) or value <= ADDRESSES:
             return value
         return names[value] if value in names else numbers.setdefault(value, f"temporary {len(numbers)}")
 
