@@ -148,26 +148,13 @@ def _tape_of(
     return Hashed(Tape(tuple(records), tuple(of_inputs[id(t)] for t in inputs))), made
 
 
-def _wanted(records: Sequence[_Record], wanted: Sequence[bool]) -> list[tuple[_Record, list[bool]]]:
-    """Each record with what is asked of its stage: of what it can give, what this backward pass wants or what leads to it."""
-    found = []
-    of_input = wanted[0]
-    for record in records:
-        own = [i is not None and wanted[i] for i in record.stage.tensors]
-        asked = [of_input, *own, *[of_input] * record.stage.function.takes_link]
-        needs = [can and ask for can, ask in zip(record.needs, asked, strict=True)]
-        found.append((record, needs))
-        of_input = needs[0] or any(needs[1 : 1 + len(own)])
-    return found
-
-
 def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of a sequence's tensors, of its output's and what was saved; then its tape, and which are wanted."""
-    grad, *saved, (tape, wanted) = arguments
-    gradients: list[Tensor | None] = [None] * len(wanted)
+    """Gradients of a sequence's tensors: of its output's gradient and what was saved, and then the tape."""
+    grad, *saved, (tape, count) = arguments
+    gradients: list[Tensor | None] = [None] * count
     grad_link = None
-    for record, needs in reversed(_wanted(tape.value.records, wanted)):
-        stage, attributes, places, _ = record
+    for record in reversed(tape.value.records):
+        stage, attributes, places, needs = record
         if not any(needs):
             break
         context: Any = _Context()
@@ -207,7 +194,7 @@ class SequenceFunction(torch.autograd.Function):
     @functools.partial(once_differentiable, name_of=_names)
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:
         tensors = (grad_output, *saved)
-        problem = (ctx.tape, ctx.needs_input_grad[1:])
+        problem = (ctx.tape, len(ctx.needs_input_grad) - 1)
         found = plans.find(_run_backward, tensors, problem)
         if found is None and not is_plain(tensors):
             # As autograd would: each operation's backward pass for itself, through PyTorch's dispatcher.
