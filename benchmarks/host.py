@@ -16,7 +16,8 @@ A row of the JSON has these fields:
 - ``batch`` and ``dtype`` of our tensors.
 - ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's, the median of the rounds' ratios.
 - What one warm call of ours does: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,
-  the same by package in ``calls_by``, and ``plans`` made. These counts are exact: a second run gives the same.
+  the same by package in ``calls_by``, and ``plans`` made. A second run gives the same, but for ``descriptors`` of tensors that
+  the allocator puts elsewhere.
 """
 
 from __future__ import annotations

@@ -23,10 +23,6 @@ from benchmarks.offline import single_operations
 from kernels.runtime import direct, launch
 
 
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    return [leaf for a in arguments for leaf in (_flat(a) if isinstance(a, tuple) else [a])]
-
-
 def flat_arguments(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """As the C code walks it: constants left out, tuples opened."""
     from triton.backends.nvidia import driver
@@ -83,13 +79,19 @@ def _value(leaf: Any) -> Any:
 def _comparable(launched: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What a C launcher got: everything but the kernel's arguments, and those without constants and tuples, as addresses.
 
-    Triton 3.6 ignores what stands in a constant's place, where ``leaves`` have None.
+    Triton 3.6 ignores what stands in a constant's place, which may be a tuple, where ``leaves`` have None.
 
     A hook that calls nobody is as good as none, and so is what only hooks are given.
     """
     if direct.VERSION == (3, 6):
-        head, arguments = launched[:13], _flat(launched[13:])
-        arguments = [a for a, leaf in zip(arguments, leaves, strict=True) if leaf is not None]
+        head, arguments, of_all = launched[:13], [], iter(leaves)
+        for argument in launched[13:]:
+            if next(of_all) is not None:
+                opened = argument if isinstance(argument, tuple) else (argument,)
+                arguments += opened
+                for _ in opened[1:]:
+                    next(of_all)
+        assert not list(of_all)
     else:
         *head, annotations, signature, kernel_arguments = launched
         head.append(bytes(signature))
