@@ -15,7 +15,9 @@ from alexnet_triton.optim import SGD
 from kernels.configs import tables
 from kernels.runtime import launch, plans
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="plans are made on a GPU")
+from ...conftest import UNDER_TTSEM
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or UNDER_TTSEM, reason="plans are made on a GPU")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
