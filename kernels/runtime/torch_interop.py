@@ -85,8 +85,8 @@ class OperatorFunction(torch.autograd.Function):
     """An autograd Function over one :class:`Operator`: its tensors and then its problem, and its outputs.
 
     Being in the form with ``setup_context``, it works under ``torch.func``; where ``vmap`` meets an operator, PyTorch calls the
-    operator once for each entry. An application in this form takes five times as long as one in the older form, though
-    (13.7 against 2.6 us of the host on one CPU), so plain calls have a Function of that form, made of the same parts.
+    operator once for each entry. An application in this form takes Python much longer than one in the older
+    form, though, so plain calls have a Function of that form, made of the same parts.
     """
 
     generate_vmap_rule = True

@@ -138,3 +138,16 @@ def step_of(net: nn.Module, x: Tensor) -> tuple[Callable[[], list[Tensor]], Tens
         return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))] if leaves else [y]
 
     return step, {"x": x, **dict(net.named_parameters())}
+
+
+Scenario = Callable[[Check], None]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+#: The driver's functions, once the worker has them.
+idle_utils: list[IdleUtils] = []
