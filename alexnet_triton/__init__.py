@@ -12,7 +12,7 @@ if getattr(_kernels, "DISTRIBUTION", None) != "alexnet-triton":
 
 from . import optim
 from .explain import Explanation, explain
-from .fused import CellImages, FusedSequential, first_layer_cells, fuse
+from .fused import CellImages, FusedSequential, first_layer_cells, fuse, unfuse
 from .models import AlexNet, reference_alexnet, reference_lenet
 
 __version__ = "0.1.0"
@@ -28,4 +28,5 @@ __all__ = [
     "optim",
     "reference_alexnet",
     "reference_lenet",
+    "unfuse",
 ]

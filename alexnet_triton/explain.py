@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .fused import FusedSequential, fuse
-from .runs import plan
+from .forwards import owns_layers, recorded_runs
+from .fused import is_container, plain_class
+from .graphs import GraphRun, Trace, traced
+from .runs import LONE_RELU, obstacle_of, plan
 
 
 class ExplainedRun(NamedTuple):
@@ -18,8 +20,8 @@ class ExplainedRun(NamedTuple):
 
     Attributes:
         container: qualified name of the module that calls them, ``""`` for the root.
-        layers: their names in it, in order.
-        kinds: their classes' names.
+        layers: their names in it, in order; a function that ``forward`` calls has its own.
+        kinds: their classes' names, a function's name for a function.
         operation: name of the operation of ``kernels`` that runs them, or None: each is called as it stands.
         note: why they are called as they stand, or why the run is not longer; empty where there is nothing to say.
     """
@@ -36,7 +38,7 @@ class Explanation(NamedTuple):
 
     Attributes:
         name: of the module's class.
-        runs: all of the module's layers (modules without children), in order.
+        runs: all of the module's layers (modules without children, and functions that are layers), in order.
     """
 
     name: str
@@ -69,21 +71,26 @@ class Explanation(NamedTuple):
 def explain(module: nn.Module) -> Explanation:
     """Which runs of layers :func:`fuse` hands to which operation, and why the others are called as they stand.
 
-    Hooks count as they are registered now. What depends on the input (its dtype or device) is not looked at.
+    Hooks count as they are registered now. What depends on the input (its dtype or device) is not looked at. A ``forward`` that
+    calls its layers is traced by ``torch.fx``, on a copy that shares the parameters, with its arguments' defaults. Where that
+    fails (``forward`` may look at what its input holds), this tells what ran in the last call of a fused module.
 
     Args:
         module: any module, fused or not; it is left as it is.
     """
-    fused = fuse(module)
-    if _is_leaf(fused) and not isinstance(fused, nn.Sequential):
-        alone = ExplainedRun("", ("",), (type(fused).__name__,), None, "a layer by itself: fuse looks into nn.Sequential only")
-        return Explanation(type(module).__name__, (alone,))
-    return Explanation(type(module).__name__, tuple(_explain(fused, "")))
+    name = plain_class(type(module)).__name__
+    if _is_leaf(module) and not isinstance(module, nn.Sequential):
+        alone = ExplainedRun("", ("",), (name,), None, "a layer by itself: fuse changes the modules that call layers")
+        return Explanation(name, (alone,))
+    return Explanation(name, tuple(_explain(module, "")))
 
 
 def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
+    if owns_layers(container) and not is_container(container):
+        yield from _explain_forward(container, path)
+        return
     children = [(name, child) for name, child in container._modules.items() if child is not None]
-    if isinstance(container, FusedSequential):
+    if is_container(container):
         names = iter(name for name, _ in children)
         runs = [
             (tuple(itertools.islice(names, len(run.layers))), run.layers, run.operation, run.note)
@@ -92,8 +99,7 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
     else:
         kind = type(container).__name__
         holds = isinstance(container, (nn.ModuleList, nn.ModuleDict))
-        note = f"held in a {kind}" if holds else f"{kind}.forward calls it"
-        note += ", not a Sequential that fuse may change"
+        note = f"held in a {kind}" if holds else f"{kind}.forward calls it, as it stands"
         runs = [
             (tuple(name for name, _ in group), tuple(child for _, child in group), "module", note)
             for group in _neighbouring_leaves(children)
@@ -104,6 +110,34 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
         elif not isinstance(layers[0], nn.Sequential):
             kinds = tuple(type(layer).__name__ for layer in layers)
             yield ExplainedRun(path, names_of_run, kinds, None if operation == "module" else operation, note)
+
+
+def _explain_forward(module: nn.Module, path: str) -> Iterator[ExplainedRun]:
+    """Of a module whose ``forward`` calls its layers, and those of the modules in it."""
+    leaves = {name: child for name, child in module.named_modules() if name and _is_leaf(child)}
+    trace = traced(module, lambda child: not _is_leaf(child) or owns_layers(child))
+    why = "" if isinstance(trace, Trace) else f"{plain_class(type(module)).__name__}.forward cannot be traced ({trace})"
+    runs: Sequence[GraphRun] = trace.runs if isinstance(trace, Trace) else recorded_runs(module)
+    called: dict[str, None] = dict.fromkeys(trace.modules) if isinstance(trace, Trace) else {}
+    fused = {name: run for run in runs for name in run.names}
+    shown: set[int] = set()
+    for name in dict.fromkeys([*called, *(name for run in runs for name in run.names), *leaves]):
+        run = fused.get(name)
+        if run is None:
+            kind = type(leaves[name]).__name__
+            yield ExplainedRun(path, (name,), (kind,), None, why or _reason(leaves[name], name in called))
+        elif id(run) not in shown:
+            shown.add(id(run))
+            yield ExplainedRun(path, run.names, run.kinds, run.run.operation, "")
+
+
+def _reason(layer: nn.Module, called: bool) -> str:
+    """Why a layer that a ``forward`` calls is not in a run."""
+    if not called:
+        return "not called"
+    if isinstance(layer, nn.ReLU):
+        return obstacle_of(layer) or LONE_RELU
+    return obstacle_of(layer) or f"no operation for {type(layer).__name__}"
 
 
 def _neighbouring_leaves(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:

@@ -1,21 +1,27 @@
-"""An ``nn.Sequential`` that runs the layers it knows on fused Triton kernels."""
+"""An ``nn.Sequential`` that runs the layers it knows on fused Triton kernels, and how any module is made to run on them."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 import kernels
+from kernels.runtime.backend import can_run_triton, current_backend
 
-from .runs import HOOK_DICTS, LONGEST_LOOK, CellImages, call, cells_of, plan
+from .forwards import fused_forward, owns_layers
+from .graphs import LayerTracer, is_traced_for_fusing
+from .runs import HOOK_DICTS, LONGEST_LOOK, CellImages, cells_of, plan
 from .segments import forget_segments, segments_of
 
-__all__ = ["CellImages", "FusedSequential", "first_layer_cells", "fuse"]
+__all__ = ["CellImages", "FusedSequential", "first_layer_cells", "fuse", "unfuse"]
 
 
 def first_layer_cells(
@@ -61,32 +67,40 @@ class FusedSequential(nn.Sequential):
 
     Its children are the ordinary modules, so everything done with an ``nn.Sequential`` (iterating and calling each layer,
     ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) means the same. The
-    runs are cut anew whenever a layer, an option or a hook changes. Shapes, dtypes and errors are those of the operations in
-    :mod:`kernels`.
+    runs are cut anew whenever a layer, an option or a hook changes. Shapes and dtypes are those of the operations in
+    :mod:`kernels`; their errors are both the ValueError or TypeError named there and PyTorch's RuntimeError. The output has the
+    memory format that the ``nn.Sequential`` would return.
+
+    Layers are called as they stand where the kernels cannot run (on a CPU), where TorchScript traces them and where FX
+    quantization prepares them.
 
     Where the first layers are a Conv2d, a ReLU and a MaxPool2d, the input may be :class:`CellImages` as well.
     """
 
     def forward(self, input: Any) -> Any:
         """The output of the last layer for ``input``, the first layer's input."""
+        if _is_as_it_stands(input):
+            return super().forward(input)
         try:
             for segment in segments_of(self):
-                output = segment.run_as_one(input)
-                if output is None:
-                    link = None
-                    for run, following in itertools.zip_longest(segment.runs, segment.runs[1:]):
-                        input, link = call(run, input, link, following)
-                else:
-                    input = output
+                input = segment(input)
         except Exception:
             forget_segments(self)  # of an option that is no option an equal one may be made
             raise
         return input
 
+    def children(self) -> Iterator[nn.Module]:
+        """The layers; for :func:`torch.utils.checkpoint.checkpoint_sequential`, what runs its segments fused."""
+        layers = super().children()
+        caller = sys._getframe(1)
+        return _checkpointed(list(layers), caller) if caller.f_code is checkpoint_sequential.__code__ else layers
+
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or for a slice a :class:`FusedSequential` of the same layers under the same keys."""
         if isinstance(index, slice):
-            return FusedSequential(OrderedDict(list(self._modules.items())[index]))
+            # As nn.Sequential, a subclass that fuse was given makes another of itself.
+            kind = type(self) if type(self) in _plain_classes else FusedSequential
+            return kind(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
         return super().__getitem__(index)
 
     def __add__(self, other: nn.Sequential) -> FusedSequential:
@@ -101,72 +115,144 @@ class FusedSequential(nn.Sequential):
         """As :meth:`__mul__`."""
         return self * times
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by :func:`torch.jit.script`, which cannot compile what runs the operations."""
+        return _refuse_to_be_scripted(self)
+
+
+def _is_as_it_stands(input: Any) -> bool:
+    """Whether the layers are to be called one by one, as an ``nn.Sequential`` calls them."""
+    if isinstance(input, Tensor):
+        if not can_run_triton(input) and current_backend() != "triton":
+            return True
+    elif isinstance(input, torch.fx.Proxy):
+        tracer = input.tracer
+        if isinstance(tracer, LayerTracer) or type(tracer).__module__.startswith("torch.ao."):
+            return True  # explain, and FX quantization, which want PyTorch's layers
+    if torch.compiler.is_compiling():
+        return is_traced_for_fusing()
+    return torch._C._get_tracing_state() is not None
+
+
+def _checkpointed(layers: list[nn.Module], caller: FrameType) -> Iterator[nn.Module]:
+    """As many modules as there are layers, of which the first of each segment of ``checkpoint_sequential`` runs all of it."""
+    segments = caller.f_locals["segments"]
+    size = len(layers) // segments
+    starts = [*range(0, size * (segments - 1), size), size * (segments - 1)] if size else [0]
+    for start, end in itertools.zip_longest(starts, starts[1:], fillvalue=len(layers)):
+        yield FusedSequential(*layers[start:end])
+        yield from itertools.repeat(nn.Identity(), end - start - 1)
+
 
 # torch.fx copies annotations into its graph, and PyTorch 2.11's cannot pickle a graph with one that is still a string.
 FusedSequential.forward.__annotations__.clear()
 
-_fused_classes: dict[type[nn.Sequential], type[FusedSequential]] = {nn.Sequential: FusedSequential}
+#: What fuse makes of an instance of a class, and back.
+_fused_classes: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}
+_plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _fused_class(kind: type[nn.Sequential]) -> type[FusedSequential]:
-    """:class:`FusedSequential` for an ``nn.Sequential``; for a subclass of it, a class that is both."""
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of ``kind`` that runs fused; :class:`FusedSequential` for an ``nn.Sequential``."""
     if kind not in _fused_classes:
-        body = {"__reduce_ex__": _reduce_fused, "__module__": kind.__module__, "__doc__": kind.__doc__}
-        _fused_classes[kind] = type(f"Fused{kind.__name__}", (FusedSequential, kind), body)
+        body: dict[str, Any] = {"__reduce_ex__": _reduce_fused, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        if kind.forward is nn.Sequential.forward:
+            # What the subclass defines by itself comes first, and its super() is the fused container.
+            bases: tuple[type, ...] = (kind, FusedSequential)
+        else:
+            bases = (kind,)
+            body |= {"forward": fused_forward(kind), "__prepare_scriptable__": _refuse_to_be_scripted}
+        fused = _fused_classes[kind] = type(f"Fused{kind.__name__}", bases, body)
+        _plain_classes[fused] = kind
     return _fused_classes[kind]
 
 
-def _reduce_fused(module: nn.Module, protocol: int) -> tuple[Any, ...]:
-    """Pickle and deepcopy by the class that was fused: the one made by :func:`_fused_class` has no name to import."""
-    return _new_fused, (type(module).__mro__[2],), module.__dict__
+def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that ``kind`` is the fused one of; ``kind`` itself if there is none."""
+    if kind in _plain_classes:
+        return _plain_classes[kind]
+    # FusedSequential and AlexNet have nothing beside their layers; of other subclasses nobody knows a plain class.
+    return nn.Sequential if issubclass(kind, FusedSequential) and kind.__module__.startswith("alexnet_triton.") else kind
 
 
-def _new_fused(kind: type[nn.Sequential]) -> FusedSequential:
+def _refuse_to_be_scripted(module: nn.Module) -> nn.Module:
+    raise RuntimeError(
+        f"torch.jit.script cannot compile a fused module ({type(module).__name__}): script the module that "
+        "alexnet_triton.unfuse(module) gives back, or use torch.export or torch.jit.trace"
+    )
+
+
+def _reduce_fused(module: nn.Module, protocol: Any) -> Any:
+    """Pickle and copy by the class that was fused: the one made by :func:`_fused_class` has no name to import."""
+    fused = type(module)
+    kind = _plain_classes[fused]
+    reduced = super(fused, module).__reduce_ex__(protocol)
+    if not isinstance(reduced, tuple):
+        return reduced
+    make, arguments, *state = reduced
+    return _fused_again, (make, tuple(kind if argument is fused else argument for argument in arguments)), *state
+
+
+def _fused_again(make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = _fused_class(type(module))
+    return module
+
+
+def _new_fused(kind: type[nn.Sequential]) -> nn.Module:
+    """What pickles of version 0.1 name."""
     fused = _fused_class(kind)
     return fused.__new__(fused)
 
 
-def fuse(module: nn.Module, *, report: bool = False) -> nn.Module:
-    """The same module tree with every ``nn.Sequential`` in it made a :class:`FusedSequential`.
+M = TypeVar("M", bound=nn.Module)
 
-    Containers on the way to one are new objects; layers, Parameters and buffers are the same objects, state-dict keys are
-    unchanged, and ``module`` itself is left as it was. An instance of a subclass of ``nn.Sequential`` becomes an instance of
-    both, with the subclass's methods; one with a ``forward`` of its own keeps its class, and the containers inside it are
-    fused.
+
+def fuse(module: M, *, report: bool = False) -> M:
+    """Change ``module`` in place so that its layers run on the fused operations of :mod:`kernels`, and return it.
+
+    Every ``nn.Sequential`` in it becomes a :class:`FusedSequential`, and every module whose own ``forward`` calls its layers is
+    compiled (by ``torch.compile`` with this package's backend) when it is first called. They stay the same objects: parameters,
+    ``state_dict`` keys, hooks, optimizers and whatever else refers to a part of the network keep their meaning. Only classes
+    change: each becomes a subclass of what it was. A copy or a pickle of a fused module is fused.
 
     Args:
-        module: any module. Without an ``nn.Sequential`` inside it comes back as it is.
+        module: any module.
         report: print what :func:`alexnet_triton.explain` says of it.
+
+    Returns:
+        ``module`` itself. For a fused copy: ``fuse(copy.deepcopy(module))``.
     """
+    for each in list(module.modules()):
+        if _can_fuse(each):
+            each.__class__ = _fused_class(type(each))
     if report:
         from .explain import explain
 
         print(explain(module))
-    return _fuse(module, {})
+    return module
 
 
-def _is_fusable_container(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Sequential)
-        and not isinstance(module, FusedSequential)
-        and type(module).forward is nn.Sequential.forward
-        and "forward" not in vars(module)
-    )
+def unfuse(module: M) -> M:
+    """Undo :func:`fuse`: ``module`` and the modules in it get their own classes back, in place; and return it.
+
+    A :class:`FusedSequential` becomes an ``nn.Sequential``, an :class:`alexnet_triton.AlexNet` too.
+    """
+    for each in list(module.modules()):
+        plain = plain_class(type(each))
+        if plain is not type(each):
+            each.__class__ = plain
+    return module
 
 
-def _fuse(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in done:  # one container used in two places stays one
-        return done[id(module)]
-    children = {name: None if child is None else _fuse(child, done) for name, child in module._modules.items()}
-    changed = any(children[name] is not child for name, child in module._modules.items())
-    result = module
-    if isinstance(module, nn.Sequential) and _is_fusable_container(module):
-        result = _new_fused(type(module))
-    elif changed:
-        result = type(module).__new__(type(module))
-    if result is not module:
-        # Its own dictionaries of children, parameters, buffers and hooks: a later change to one tree leaves the other be.
-        result.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()})
-        result.__dict__["_modules"] = children
-    done[id(module)] = result
-    return result
+def _can_fuse(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind in _plain_classes or isinstance(module, (FusedSequential, torch.jit.ScriptModule)) or "forward" in vars(module):
+        return False
+    return is_container(module) or owns_layers(module)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether ``module`` is a sequence of its layers, and calls one after the other."""
+    forwards = (nn.Sequential.forward, FusedSequential.forward)
+    return isinstance(module, nn.Sequential) and type(module).forward in forwards and "forward" not in vars(module)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
 import kernels
 from kernels.runtime.arguments import pair
+from kernels.runtime.torch_interop import overridable
 
 #: Attributes of a module in which hooks on its forward or backward pass live.
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,18 +26,22 @@ GLOBAL_HOOK_DICTS = (
 )
 
 
+#: Methods that, set on a layer itself, say what it computes.
+OWN_METHODS = frozenset(("forward", "_conv_forward", "_call_impl"))
+
+
 class Run(NamedTuple):
-    """Neighbouring layers of a :class:`FusedSequential` that are run by one call.
+    """Neighbouring layers that are run by one call.
 
     Attributes:
         operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
-        layers: the layers, in order.
+        layers: the layers, in order: modules, or of a graph of calls what stands for them (:mod:`.graphs`).
         note: why the run is not longer, or why the layer is called as it stands; empty where there is nothing to say.
-        output_format: the memory format that what comes next wants, or None for the operation's own.
+        output_format: the memory format that what comes next wants, or None for the one that PyTorch's layers would return.
     """
 
     operation: str
-    layers: tuple[nn.Module, ...]
+    layers: tuple[Any, ...]
     note: str = ""
     output_format: torch.memory_format | None = None
 
@@ -77,17 +85,71 @@ def check_cells(run: Run, given: kernels.Cells) -> None:
         raise ValueError(f"what the network begins with, {names}{why}, reads {what}, got their {given}")
 
 
-def call(run: Run, input: Any, link: Tensor | None = None, following: Run | None = None) -> tuple[Any, Tensor | None]:
+#: Tensors that operations take from a network: PyTorch's own, and those by which it follows a computation without data.
+KNOWN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(input: Any) -> bool:
+    """Whether an operation is for ``input``, or its layers are called as they stand.
+
+    They are for quantized and sparse tensors, subclasses (which may compute something else), integers, and float64 on a GPU.
+    """
+    if not isinstance(input, Tensor):
+        return True  # of a trace, or cells, or nothing that any layer takes
+    floats = input.dtype in _KNOWN_DTYPES or (input.dtype == torch.float64 and input.device.type == "cpu")
+    return floats and input.layout is torch.strided and type(input) in KNOWN_TENSORS
+
+
+def returned_format(input: Any, weights: Sequence[Tensor | None]) -> torch.memory_format:
+    """The memory format that PyTorch's convolutions by ``weights``, and pools, would hand on from ``input``."""
+    if isinstance(input, CellImages):
+        return _returned_format(*weights)
+    return _returned_format(input, *weights) if isinstance(input, Tensor) else _recorded_format(input, *weights)
+
+
+def _returned_format(*tensors: Any) -> torch.memory_format:
+    for tensor in tensors:
+        if not tensor.is_contiguous() and _is_like_channels_last(tensor):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+#: For a trace, which records its call.
+_recorded_format = overridable(_returned_format)
+
+
+def _is_like_channels_last(tensor: Any) -> bool:
+    """Whether PyTorch counts a tensor as channels-last by its strides, of dimensions of size 1 too (c10/core/MemoryFormat.h)."""
+    if tensor.dim() != 4:
+        return False
+    sizes, strides = tensor.shape, tensor.stride()
+    least = 0
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]) or strides[1] == 0:
+            return False
+        least = strides[d] * max(sizes[d], 1)
+    return True
+
+
+def call(
+    run: Run,
+    input: Any,
+    link: Tensor | None = None,
+    following: Run | None = None,
+    output_format: torch.memory_format | None = None,
+) -> tuple[Any, Tensor | None]:
     """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
 
-    ``link`` is what the run before returned beside ``input``: nothing but this run reads that.
+    ``link`` is what the run before returned beside ``input``: nothing but this run reads that. ``output_format`` is the
+    operation's own where it is None.
 
     Raises:
         ValueError: ``input`` are :class:`CellImages`, and the run reads images or other cells.
     """
     if isinstance(input, CellImages):
         check_cells(run, input.cells)
-    options: dict[str, Any] = {} if run.output_format is None else {"output_format": run.output_format}
+    options: dict[str, Any] = {} if output_format is None else {"output_format": output_format}
     if run.operation in TAKE_LINKS:
         options["link"] = link
         if run.operation == "conv2d" and len(run.layers) == 2 and following is not None and following.operation in TAKE_LINKS:
@@ -95,14 +157,44 @@ def call(run: Run, input: Any, link: Tensor | None = None, following: Run | None
     return _OPERATIONS[run.operation](input, *run.layers, **options), None
 
 
+#: What a layer's class computes with: the class and the names of its methods, PyTorch's function, and both as they were.
+_COMPUTED_BY: dict[type[nn.Module], tuple[tuple[str, ...], str | None]] = {
+    nn.Conv2d: (("forward", "_conv_forward"), "conv2d"),
+    nn.ReLU: (("forward",), "relu"),
+    nn.MaxPool2d: (("forward",), "max_pool2d"),
+    nn.Linear: (("forward",), "linear"),
+    nn.Dropout: (("forward",), "dropout"),
+    nn.Flatten: (("forward",), None),
+}
+
+
+def _computed_by(kind: type[nn.Module]) -> tuple[Any, ...]:
+    methods, function = _COMPUTED_BY[kind]
+    return (*[getattr(kind, method) for method in methods], function and getattr(F, function))
+
+
+_AS_SHIPPED = {kind: _computed_by(kind) for kind in _COMPUTED_BY}
+
+
+def shipped() -> list[bool]:
+    """Of each kind of layer that operations know, whether PyTorch's own code still says what it computes."""
+    return [_computed_by(kind) == as_shipped for kind, as_shipped in _AS_SHIPPED.items()]
+
+
 def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why calling ``layer``, a ``kind``, may do something else than what ``kind`` does; None if it does just that."""
     if type(layer) is not kind:
         return f"{type(layer).__name__} is a subclass of {kind.__name__}"
-    if "forward" in vars(layer):
+    if not OWN_METHODS.isdisjoint(vars(layer)):
         return f"the {kind.__name__}'s forward was replaced"
+    if _computed_by(kind) != _AS_SHIPPED[kind]:
+        return f"what all of {kind.__name__} compute was replaced"
     if any(getattr(layer, hooks) for hooks in HOOK_DICTS):
         return f"the {kind.__name__} carries a hook"
+    for name in ("weight", "bias"):
+        tensor = layer._parameters.get(name, vars(layer).get(name))
+        if tensor is not None and type(tensor) not in KNOWN_TENSORS:
+            return f"the {kind.__name__}'s {name} is a {type(tensor).__name__}, which computes in its own way"
     return None
 
 
@@ -131,6 +223,8 @@ def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
     return obstacle
 
 
+LONE_RELU = "a ReLU is only fused into a Conv2d or Linear right before it"
+
 #: Layers that are looked at for one run: at most three of it, and the next.
 LONGEST_LOOK = 4
 
@@ -147,9 +241,16 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
     i = 0
     while i < len(layers):
         run = _longest_run(layers[i : i + LONGEST_LOOK])
-        runs.append(run)
         i += len(run.layers)
+        if run.operation in IMAGES and i < len(layers) and _obstacle(layers[i], nn.Flatten) is None:
+            # Flatten's order is NCHW. The operation can write that just as well, and then flattening is a view.
+            run = run._replace(output_format=torch.contiguous_format)
+        runs.append(run)
     return runs
+
+
+#: Operations that write images.
+IMAGES = ("conv2d", "conv2d_relu_max_pool2d", "max_pool2d")
 
 
 def _longest_run(layers: Sequence[nn.Module]) -> Run:
@@ -160,7 +261,7 @@ def _longest_run(layers: Sequence[nn.Module]) -> Run:
             obstacle = start_obstacle(first)
             return Run("module", (first,), obstacle) if obstacle is not None else _extended_run(layers)
     if isinstance(first, nn.ReLU):
-        return Run("module", (first,), "a ReLU is only fused into a Conv2d or Linear right before it")
+        return Run("module", (first,), LONE_RELU)
     if isinstance(first, nn.Sequential):
         return Run("module", (first,), "a container of its own: runs do not cross its border")
     return Run("module", (first,), f"no operation for {type(first).__name__}")
@@ -186,10 +287,7 @@ def _extended_run(layers: Sequence[nn.Module]) -> Run:
         return Run(operation, (first, relu), obstacle)
     if operation == "linear":
         return Run("linear_relu_dropout", (first, relu, rest[0]))
-    # Flatten's order is NCHW. The pool can write that just as well, and then flattening is a view.
-    flattened = len(rest) > 1 and isinstance(rest[1], nn.Flatten)
-    output_format = torch.contiguous_format if flattened else None
-    return Run("conv2d_relu_max_pool2d", (first, relu, rest[0]), output_format=output_format)
+    return Run("conv2d_relu_max_pool2d", (first, relu, rest[0]))
 
 
 def _dropout_obstacle(layer: nn.Module) -> str | None:
@@ -208,12 +306,27 @@ _STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
 }
 
 
+def obstacle_of(layer: nn.Module) -> str | None:
+    """Why a layer that an operation is for is called as it stands; None if there is no such reason, or no operation."""
+    if isinstance(layer, nn.ReLU):
+        return _obstacle(layer, nn.ReLU)
+    return next((obstacle(layer) for kind, obstacle in _STARTS.items() if isinstance(layer, kind)), None)
+
+
 def conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
     return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _run_conv2d(input: Tensor, conv: nn.Conv2d, relu: nn.ReLU | None = None, *, link: Tensor | None) -> Tensor:
-    return kernels.conv2d(input, *conv_arguments(conv), activation="relu" if relu is not None else None, link=link)
+def _run_conv2d(
+    input: Tensor,
+    conv: nn.Conv2d,
+    relu: nn.ReLU | None = None,
+    output_format: torch.memory_format | None = None,
+    *,
+    link: Tensor | None,
+) -> Tensor:
+    activation = "relu" if relu is not None else None
+    return kernels.conv2d(input, *conv_arguments(conv), activation=activation, link=link)
 
 
 def _run_conv2d_relu_max_pool2d(
@@ -247,10 +360,11 @@ def _run_conv2d_relu_max_pool2d(
     )
 
 
-def _run_max_pool2d(input: Tensor, pool: nn.MaxPool2d) -> Tensor | tuple[Tensor, Tensor]:
-    return kernels.max_pool2d(
-        input, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
-    )
+def _run_max_pool2d(
+    input: Tensor, pool: nn.MaxPool2d, output_format: torch.memory_format | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+    return kernels.max_pool2d(input, *window)
 
 
 def _run_linear(input: Tensor, linear: nn.Linear, relu: nn.ReLU | None = None) -> Tensor:
@@ -262,7 +376,10 @@ def _run_linear_relu_dropout(input: Tensor, linear: nn.Linear, relu: nn.ReLU, dr
 
 
 def _run_dropout(input: Tensor, dropout: nn.Dropout) -> Tensor:
-    return kernels.dropout(input, dropout.p, dropout.training)
+    output = kernels.dropout(input, dropout.p, dropout.training)
+    if isinstance(input, Tensor) and not input.is_contiguous() and output is not input:
+        output = torch.empty_like(input).copy_(output)  # PyTorch's keeps the strides
+    return output
 
 
 def _run_module(input: Any, layer: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,28 @@ from kernels.runtime.arguments import check_probability
 from kernels.runtime.backend import runs_triton
 from kernels.runtime.torch_interop import is_observed
 
-from .runs import GLOBAL_HOOK_DICTS, HOOK_DICTS, TAKE_LINKS, CellImages, Run, check_cells, conv_arguments, plan
+from .runs import (
+    GLOBAL_HOOK_DICTS,
+    HOOK_DICTS,
+    IMAGES,
+    OWN_METHODS,
+    TAKE_LINKS,
+    CellImages,
+    Run,
+    call,
+    check_cells,
+    conv_arguments,
+    plan,
+    returned_format,
+    shipped,
+    takes,
+)
 
 
 class Segment:
     """Neighbouring runs whose operations may be called as one (:mod:`kernels.sequence`).
+
+    What it returns has PyTorch's memory format; what lies between its operations is channels-last.
 
     Args:
         runs: of operations on images or of operations on rows of features; or one run, of a module.
@@ -34,33 +51,79 @@ class Segment:
 
     def __init__(self, runs: tuple[Run, ...]) -> None:
         self.runs = runs
-        weighted = [run.layers[0]._parameters for run in runs if _has_weight(run)]
-        self.parameters = [(parameters, name) for parameters in weighted for name in ("weight", "bias")]
-        returns_indices = getattr(runs[0].layers[0], "return_indices", False) and runs[0].operation == "max_pool2d"
-        self.dimensions = None if returns_indices else _DIMENSIONS.get(runs[0].operation)
-        self._as_one: dict[bool, _AsOne | None] = {}
+        self.weighted = [run.layers[0] for run in runs if _has_weight(run)]
+        self.writes_images = runs[-1].operation in IMAGES
+        self.dimensions = None if _returns_indices(runs[0]) else _DIMENSIONS.get(runs[0].operation)
+        self._as_one: dict[tuple[bool, Any], _AsOne | None] = {}
 
-    def _stages(self, cells: bool) -> _AsOne | None:
+    def __call__(self, input: Any) -> Any:
+        """What the layers make of ``input``."""
+        if self.runs[0].operation == "module":
+            if isinstance(input, CellImages):
+                check_cells(self.runs[0], input.cells)
+            return self.runs[0].layers[0](input)
+        if takes(input):
+            return self.compute(input, self._weights())
+        for layer in itertools.chain.from_iterable(run.layers for run in self.runs):
+            input = layer(input)
+        return input
+
+    def _weights(self) -> list[Tensor | None]:
+        """Weight and bias of each layer that has them."""
+        try:
+            return [layer._parameters[name] for layer in self.weighted for name in ("weight", "bias")]
+        except KeyError:  # one that is computed
+            return [getattr(layer, name) for layer in self.weighted for name in ("weight", "bias")]
+
+    def compute(self, input: Any, weights: list[Tensor | None]) -> Any:
+        """What the operations make of ``input``, with these weights and biases."""
+        output_format = self.runs[-1].output_format
+        if self.writes_images and output_format is None:
+            output_format = returned_format(input, weights[::2])
+        output = self._compute_as_one(input, weights, output_format)
+        if output is not None:
+            return output if output_format is None else output.contiguous(memory_format=output_format)
+        link = None
+        for run, following in itertools.zip_longest(self.bound(weights), self.runs[1:]):
+            input, link = call(
+                run,
+                input,
+                link,
+                following,
+                output_format if following is None and run.operation == "conv2d_relu_max_pool2d" else None,
+            )
+        return (
+            input if output_format is None or not isinstance(input, Tensor) else input.contiguous(memory_format=output_format)
+        )
+
+    def bound(self, weights: list[Tensor | None]) -> Sequence[Run]:
+        """The runs, with layers that have these weights: those that they have."""
+        return self.runs
+
+    def _stages(self, cells: bool, output_format: torch.memory_format | None) -> _AsOne | None:
         """The runs as one sequence; None where they cannot be."""
         stages: list[sequence.Stage] = []
-        tensors, seeds = 1, itertools.count(1 + len(self.parameters))
+        tensors, seeds = 1, itertools.count(1 + 2 * len(self.weighted))
         for run, following in itertools.zip_longest(self.runs, self.runs[1:]):
             own = (tensors, tensors + 1) if _has_weight(run) else ()
             tensors += len(own)
             links = following is not None and following.operation in TAKE_LINKS
-            stages += _STAGES[run.operation](run, own, seeds, links, cells and not stages)
+            given = _Given(own, seeds, links, cells and not stages, output_format if following is None else None)
+            stages += _STAGES[run.operation](run, given)
         if not stages:
             return None
-        count = next(seeds) - 1 - len(self.parameters)
+        count = next(seeds) - 1 - 2 * len(self.weighted)
         try:
             recorded, unrecorded = (sequence.Hashed(sequence.Sequenced(tuple(stages), records)) for records in (True, False))
         except TypeError:  # an option that has no hash: whether it is one at all the operation says
             return None
         return _AsOne(recorded, unrecorded, count)
 
-    def run_as_one(self, input: Any) -> Any:
+    def _compute_as_one(
+        self, input: Any, weights: list[Tensor | None], output_format: torch.memory_format | None
+    ) -> Tensor | None:
         """What the runs make of ``input``, in one call; None where they are to be called one after the other."""
-        if self.dimensions is None or torch.compiler.is_compiling() or _has_function_mode() or is_observed():
+        if self.dimensions is None or torch.compiler.is_compiling() or has_function_mode() or is_observed():
             return None
         cells = type(input) is CellImages
         if cells:
@@ -70,21 +133,15 @@ class Segment:
             return None
         if torch.is_autocast_enabled(x.device.type):  # which casts for each operation
             return None
-        if cells not in self._as_one:
-            self._as_one[cells] = self._stages(cells)
-        as_one = self._as_one[cells]
-        if as_one is None:
+        if (cells, output_format) not in self._as_one:
+            self._as_one[cells, output_format] = self._stages(cells, output_format)
+        as_one = self._as_one[cells, output_format]
+        if as_one is None or (cells and not _reads_cells(x, weights[0], self.runs[0])):
             return None
-        try:
-            tensors = [x, *[parameters[name] for parameters, name in self.parameters]]
-        except KeyError:  # a weight that is computed
-            return None
-        if cells and not _reads_cells(x, tensors[1], self.runs[0]):
-            return None
-        return sequence.run(as_one.recorded, as_one.unrecorded, tensors, as_one.seeds)
+        return sequence.run(as_one.recorded, as_one.unrecorded, [x, *weights], as_one.seeds)
 
 
-def _has_function_mode() -> bool:
+def has_function_mode() -> bool:
     """Whether a mode wants to see functions; one that says on which device tensors are made does not."""
     return any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(torch._C._len_torch_function_stack())
@@ -92,7 +149,7 @@ def _has_function_mode() -> bool:
 
 
 def _reads_cells(cells: Tensor, weight: Tensor | None, run: Run) -> bool:
-    conv = cast(nn.Conv2d, run.layers[0])
+    conv = run.layers[0]
     return isinstance(weight, Tensor) and reads_cells(cells, weight, conv.stride, conv.dilation, conv.groups)
 
 
@@ -109,56 +166,75 @@ _DIMENSIONS = {"conv2d": 4, "conv2d_relu_max_pool2d": 4, "max_pool2d": 4, "linea
 
 
 def _has_weight(run: Run) -> bool:
-    return isinstance(run.layers[0], (nn.Conv2d, nn.Linear))
+    return run.operation in ("conv2d", "conv2d_relu_max_pool2d", "linear", "linear_relu_dropout")
 
 
-#: What a run adds to a sequence: of the run, its parameters' indices, the indices of seeds to come, whether the next operation
-#: takes a link, whether the input are cells.
-_Stages = Callable[[Run, tuple[int, ...], Iterator[int], bool, bool], list[sequence.Stage]]
+def _returns_indices(run: Run) -> bool:
+    return run.operation == "max_pool2d" and run.layers[0].return_indices
+
+
+class _Given(NamedTuple):
+    """What the runs around a run give it.
+
+    Attributes:
+        own: indices of its parameters among a sequence's tensors.
+        seeds: indices of seeds to come.
+        links: whether the next operation takes a link.
+        cells: whether the input are cells.
+        output_format: of the sequence's output if the run is its last, else None.
+    """
+
+    own: tuple[int, ...]
+    seeds: Iterator[int]
+    links: bool
+    cells: bool
+    output_format: torch.memory_format | None
+
+
+#: What a run adds to a sequence.
+_Stages = Callable[[Run, _Given], list[sequence.Stage]]
 
 
 def _option(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _conv2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
-    _, _, *geometry = conv_arguments(cast(nn.Conv2d, run.layers[0]))
-    makes_link = links and len(run.layers) == 2
+def _conv2d(run: Run, given: _Given) -> list[sequence.Stage]:
+    _, _, *geometry = conv_arguments(run.layers[0])
+    makes_link = given.links and len(run.layers) == 2
+    channels_last = given.output_format != torch.contiguous_format
     options = (*map(_option, geometry), len(run.layers) == 2, makes_link)
-    return [sequence.Stage(Conv2dFunction, prepare_conv2d, options, own, makes_link)]
+    return [sequence.Stage(Conv2dFunction, prepare_conv2d, options, given.own, makes_link)]
 
 
-def _conv2d_relu_max_pool2d(
-    run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool
-) -> list[sequence.Stage]:
-    conv, _, pool = cast(tuple[nn.Conv2d, nn.ReLU, nn.MaxPool2d], run.layers)
+def _conv2d_relu_max_pool2d(run: Run, given: _Given) -> list[sequence.Stage]:
+    conv, _, pool = run.layers
     _, _, stride, padding, dilation, groups = map(_option, conv_arguments(conv))
     window = (_option(pool.kernel_size), _option(pool.stride), _option(pool.padding), pool.ceil_mode)
-    channels_last = run.output_format != torch.contiguous_format
-    options = (stride, 0 if cells else padding, dilation, groups, *window, channels_last, cells)
-    return [sequence.Stage(Conv2dReLUMaxPool2dFunction, prepare_conv2d_relu_max_pool2d, options, own)]
+    channels_last = given.output_format != torch.contiguous_format
+    options = (stride, 0 if given.cells else padding, dilation, groups, *window, channels_last, given.cells)
+    return [sequence.Stage(Conv2dReLUMaxPool2dFunction, prepare_conv2d_relu_max_pool2d, options, given.own)]
 
 
-def _max_pool2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
-    pool = cast(nn.MaxPool2d, run.layers[0])
+def _max_pool2d(run: Run, given: _Given) -> list[sequence.Stage]:
+    pool = run.layers[0]
     options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-    return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, tuple(map(_option, options)), ())]
+    return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, (*map(_option, options),), ())]
 
 
-def _linear(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+def _linear(run: Run, given: _Given) -> list[sequence.Stage]:
     p = _probability(run.layers[2]) if len(run.layers) == 3 else None
     options = (p or 0.0, len(run.layers) > 1)
-    return [sequence.Stage(LinearFunction, prepare_linear, options, (*own, None if p is None else next(seeds)))]
+    return [sequence.Stage(LinearFunction, prepare_linear, options, (*given.own, None if p is None else next(given.seeds)))]
 
 
-def _dropout(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
+def _dropout(run: Run, given: _Given) -> list[sequence.Stage]:
     p = _probability(run.layers[0])
-    return [] if p is None else [sequence.Stage(DropoutFunction, prepare_dropout, p, (next(seeds),))]
+    return [] if p is None else [sequence.Stage(DropoutFunction, prepare_dropout, p, (next(given.seeds),))]
 
 
-def _probability(layer: nn.Module) -> float | None:
+def _probability(dropout: Any) -> float | None:
     """Of dropping an element; None where the layer drops none, and so draws nothing."""
-    dropout = cast(nn.Dropout, layer)
     check_probability(dropout.p)
     return float(dropout.p) if dropout.training and dropout.p > 0 else None
 
@@ -184,29 +260,40 @@ class _Layers:
         self.children = children
         self.types = [type(child) for child in children]
         self.hooks = [getattr(child, hooks) for child in children for hooks in HOOK_DICTS]
-        self.hooked, self.global_hooks = _truths(self.hooks), _global_hooks()
+        self.hooked, self.global_hooks, self.shipped = _truths(self.hooks), _global_hooks(), shipped()
+        self.weights = [(child._parameters, name) for child in children for name in child._parameters]
+        self.weight_types = self._weight_types()
         self.facts = []
         for child in children:
             attributes, parameters = child.__dict__, child._parameters
             get = operator.itemgetter(*HOOK_DICTS, *_OPTIONS.get(type(child), ()))
             # A list may be changed in place.
             values = tuple([list(value) if isinstance(value, list) else value for value in get(attributes)])
-            self.facts.append((attributes, "forward" in attributes, attributes.get("inplace"), parameters, get, values))
-        self.segments = [Segment(tuple(runs)) for runs in _cut(plan(children))]
+            plain = OWN_METHODS.isdisjoint(attributes)
+            self.facts.append((attributes, plain, attributes.get("inplace"), parameters, get, values))
+        self.segments = [Segment(tuple(runs)) for runs in cut(plan(children))]
+
+    def _weight_types(self) -> list[type]:
+        return [type(parameters.get(name)) for parameters, name in self.weights]
 
     def hold(self, children: tuple[nn.Module, ...]) -> bool:
         """Whether ``children`` are the same modules, of the same classes, with the same options, and the same carry hooks."""
         if children != self.children or [type(child) for child in children] != self.types:
             return False
-        for attributes, own_forward, inplace, parameters, get, values in self.facts:
+        for attributes, plain, inplace, parameters, get, values in self.facts:
             if (
                 get(attributes) != values
                 or attributes.get("inplace") is not inplace  # which matters of any layer after a dropout
                 or attributes["_parameters"] is not parameters
-                or ("forward" in attributes) != own_forward
+                or OWN_METHODS.isdisjoint(attributes) != plain
             ):
                 return False
-        return _truths(self.hooks) == self.hooked and _global_hooks() == self.global_hooks
+        return (
+            _truths(self.hooks) == self.hooked
+            and _global_hooks() == self.global_hooks
+            and self._weight_types() == self.weight_types
+            and shipped() == self.shipped
+        )
 
 
 class _Known(list[_Layers]):
@@ -233,17 +320,18 @@ _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
+def cut(runs: Sequence[Run]) -> list[list[Run]]:
     """Neighbouring operations on images together, those on rows of features together, anything else by itself."""
-
-    def kind(item: tuple[int, Run]) -> int:
-        i, run = item
-        pool = run.layers[0]
-        alone = isinstance(pool, nn.MaxPool2d) and pool.return_indices
-        return -1 - i if alone else _DIMENSIONS.get(run.operation, -1 - i)
-
-    for _, group in itertools.groupby(enumerate(runs), kind):
-        yield [run for _, run in group]
+    groups: list[list[Run]] = []
+    before = None
+    for run in runs:
+        kind = None if _returns_indices(run) else _DIMENSIONS.get(run.operation)
+        if kind is not None and kind == before:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+        before = kind
+    return groups
 
 
 def forget_segments(net: nn.Sequential) -> None:
@@ -255,7 +343,7 @@ def segments_of(net: nn.Sequential) -> list[Segment]:
     """The segments that ``net`` consists of: those of the last call, where its layers are what they were."""
     children = tuple(net._modules.values())
     if torch.compiler.is_compiling():
-        return [Segment(tuple(plan(children)))]
+        return [Segment(tuple(runs)) for runs in cut(plan(children))]
     known: list[_Layers] | None = net.__dict__.get("_known_layers")
     if known is None:
         known = net.__dict__["_known_layers"] = _Known()

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from alexnet_triton import graphs
 from kernels.configs import tables
 from kernels.runtime import launch
 from kernels.runtime.backend import INTERPRETED
@@ -128,6 +129,24 @@ def _ieee_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     cudnn.allow_tf32, matmul.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where rewriting a graph fails, a fused module runs as it stands and the compiler prints why: here it is an error."""
+    failures: list[Exception] = []
+    rewrite = graphs.rewrite
+
+    def rewrite_or_note(graph: Any) -> Any:
+        try:
+            return rewrite(graph)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    monkeypatch.setattr(graphs, "rewrite", rewrite_or_note)
+    yield
+    assert not failures
 
 
 @pytest.fixture

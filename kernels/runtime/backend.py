@@ -50,6 +50,11 @@ def current_backend() -> str:
     return _current.value
 
 
+def can_run_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels can run on ``tensor`` at all: on a GPU, and on the CPU in Triton's interpreter."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.cpu_counts_as_gpu()))
+
+
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether an operation on ``tensor`` runs the Triton kernels under the current backend.
 
@@ -58,7 +63,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     """
     if _current.value == "torch":
         return False
-    can_run = tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.cpu_counts_as_gpu()))
+    can_run = can_run_triton(tensor)
     if _current.value == "triton" and not can_run:
         raise RuntimeError(
             f"the Triton kernels cannot run on a tensor on {tensor.device}: move it to a CUDA device, "

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from alexnet_triton import Explanation, FusedSequential, explain, fuse, reference_alexnet
 
+from ..conftest import DEVICE
 from .command import run_here
 
 
@@ -28,6 +31,20 @@ class Trunk(nn.Module):
         self.first = nn.Conv2d(3, 4, 3)
         self.act = nn.ReLU()
         self.rest = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        return self.rest(F.relu(self.first(x))) * (2 if twice else 1)
+
+
+class Looking(nn.Module):
+    """A ``forward`` that depends on what its input holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x)) if x.sum() > 0 else x
 
 
 class OwnForward(nn.Sequential):
@@ -140,20 +157,31 @@ def test_a_hook_on_all_modules() -> None:
         handle.remove()
 
 
-def test_layers_outside_of_a_sequential() -> None:
-    note = "{}.forward calls it, not a Sequential that fuse may change"
-    assert lines(Trunk()) == [
-        ("first-act", None, note.format("Trunk")),
-        ("rest.0", "conv2d", ""),
-        ("rest.1.0", None, "a ReLU is only fused into a Conv2d or Linear right before it"),
-        ("rest.1.1", "linear", ""),
-    ]
-    assert lines(OwnForward(nn.Conv2d(3, 3, 1))) == [("0", None, note.format("OwnForward"))]
-    assert lines(nn.Linear(2, 2)) == [("", None, "a layer by itself: fuse looks into nn.Sequential only")]
+def test_layers_that_a_forward_calls() -> None:
+    assert (
+        lines(Trunk())
+        == lines(fuse(Trunk()))
+        == [
+            ("first-relu", "conv2d", ""),
+            ("rest.0-rest.1.0", "conv2d", ""),
+            ("rest.1.1", "linear", ""),
+            ("act", None, "not called"),
+        ]
+    )
+    assert lines(OwnForward(nn.Conv2d(3, 3, 1))) == [("0", "conv2d", "")]
+    assert lines(nn.Linear(2, 2)) == [("", None, "a layer by itself: fuse changes the modules that call layers")]
     assert lines(nn.Sequential()) == []
-    assert lines(nn.ModuleList([nn.Linear(2, 2)])) == [
-        ("0", None, "held in a ModuleList, not a Sequential that fuse may change")
-    ]
+    assert lines(nn.ModuleList([nn.Linear(2, 2)])) == [("0", None, "held in a ModuleList")]
+
+
+def test_a_forward_that_looks_at_its_input() -> None:
+    """It cannot be traced without one: what its last call ran is told."""
+    net = fuse(Looking()).to(DEVICE)
+    assert [(run.operation, run.note) for run in explain(net).runs] == [
+        (None, "Looking.forward cannot be traced (TraceError)")
+    ] * 2
+    net(torch.ones(1, 3, 5, 5, device=DEVICE))
+    assert lines(net) == [("conv-relu", "conv2d", "")]
 
 
 def test_a_parametrized_layer_is_one_layer() -> None:
@@ -167,6 +195,7 @@ def test_a_parametrized_layer_is_one_layer() -> None:
 def test_fuse_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     net = reference_alexnet()
     fused = fuse(net, report=True)
+    assert fused is net
     printed = capsys.readouterr().out
     assert printed == f"{explain(net)}\n"
     assert printed.startswith("Sequential: 20 of 21 layers in 8 calls of kernels\n  0 - 2 ")

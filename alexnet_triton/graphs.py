@@ -1,0 +1,531 @@
+"""Graphs of calls, as PyTorch's compiler records them, with the layers in them run by fused operations.
+
+The backend ``"alexnet_triton"`` of ``torch.compile`` is here. Dynamo records what a function computes as a graph of PyTorch's
+calls, under guards that say when the graph holds. Here each call that is a layer's (a convolution, a ReLU, a pool, a linear layer,
+dropout, however it was written) is recognised, and neighbouring ones become a :class:`.segments.Segment`. Everything else in the
+graph runs as it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .runs import KNOWN_TENSORS, Run, obstacle_of, takes
+from .segments import Segment, cut
+
+# ------------------------------------------------------------------------------------------------- layers of a graph
+
+
+class Conv2d(NamedTuple):
+    """A convolution's options, as :class:`torch.nn.Conv2d` names them, and its parameters where it is called."""
+
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: Any = 1
+    weight: Any = None
+    bias: Any = None
+
+
+class Linear(NamedTuple):
+    """A linear layer's parameters where it is called."""
+
+    weight: Any = None
+    bias: Any = None
+
+
+class ReLU(NamedTuple):
+    """A ReLU, in place or not."""
+
+    inplace: bool = False
+
+
+class MaxPool2d(NamedTuple):
+    """A max-pool's options, as :class:`torch.nn.MaxPool2d` names them."""
+
+    kernel_size: Any
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    ceil_mode: Any = False
+    return_indices: Any = False
+
+
+class Dropout(NamedTuple):
+    """A dropout's options, as :class:`torch.nn.Dropout` names them."""
+
+    p: Any = 0.5
+    training: Any = True
+    inplace: Any = False
+
+
+Layer = Conv2d | Linear | ReLU | MaxPool2d | Dropout
+
+
+class Call(NamedTuple):
+    """A node of a graph that is a layer's call.
+
+    Attributes:
+        layer: without its parameters.
+        input: of the layer.
+        weights: weight and bias, if it has them.
+    """
+
+    layer: Layer
+    input: fx.Node
+    weights: tuple[fx.Node | None, ...] = ()
+
+
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> Call:
+    return Call(Conv2d(stride, padding, dilation, groups), input, (weight, bias))
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Call:
+    return Call(Linear(), input, (weight, bias))
+
+
+def _relu(input: Any, inplace: bool = False) -> Call:
+    return Call(ReLU(inplace), input)
+
+
+def _relu_in_place(input: Any) -> Call:
+    return Call(ReLU(inplace=True), input)
+
+
+def _max_pool2d(input: Any, *window: Any, **options: Any) -> Call:
+    return Call(MaxPool2d(*window, **options), input)
+
+
+def _max_pool2d_with_indices(input: Any, *window: Any, **options: Any) -> Call:
+    return Call(MaxPool2d(*window, **options)._replace(return_indices=True), input)
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Call:
+    return Call(Dropout(p, training, inplace), input)
+
+
+def _torch_dropout(input: Any, p: float, train: bool) -> Call:
+    return Call(Dropout(p, train), input)
+
+
+#: What a call of PyTorch's is, of its arguments: functions, and names of a tensor's methods.
+_CALLS: Mapping[Any, Callable[..., Call]] = {
+    torch.conv2d: _conv2d,
+    F.conv2d: _conv2d,
+    F.linear: _linear,
+    F.relu: _relu,
+    F.relu_: _relu_in_place,
+    torch.relu: _relu,
+    torch.relu_: _relu_in_place,
+    Tensor.relu: _relu,
+    Tensor.relu_: _relu_in_place,
+    "relu": _relu,
+    "relu_": _relu_in_place,
+    F.max_pool2d: _max_pool2d,
+    F.max_pool2d_with_indices: _max_pool2d_with_indices,
+    torch.max_pool2d: _max_pool2d,
+    F.dropout: _dropout,
+    torch.dropout: _torch_dropout,
+}
+
+
+def _called_module(node: fx.Node) -> tuple[str | None, Call | None]:
+    """Why the module that ``node`` calls is called as it stands, and else the call; of graphs that hold modules."""
+    assert node.graph.owning_module is not None
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    (input, *others), obstacle = node.args, obstacle_of(module)
+    if obstacle is not None or others or node.kwargs:
+        return obstacle or f"{type(module).__name__} is called with more than its input", None
+    if isinstance(module, nn.Conv2d):
+        return None, Call(Conv2d(module.stride, module.padding, module.dilation, module.groups), input, (None, None))  # type: ignore[arg-type]
+    if isinstance(module, nn.Linear):
+        return None, Call(Linear(), input, (None, None))  # type: ignore[arg-type]
+    if isinstance(module, nn.ReLU):
+        return None, _relu(input, module.inplace)
+    if isinstance(module, nn.MaxPool2d):
+        window = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices)
+        return None, _max_pool2d(input, *window)
+    if isinstance(module, nn.Dropout):
+        return None, _dropout(input, module.p, module.training, module.inplace)
+    return f"no operation for {type(module).__name__}", None
+
+
+def _call_of(node: fx.Node) -> Call | None:
+    """The layer's call that ``node`` is, if an operation can take its tensors; None if it is none."""
+    if node.op == "call_module":
+        return _called_module(node)[1]
+    make = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if make is None:
+        return None
+    try:
+        call = make(*node.args, **node.kwargs)
+    except TypeError:  # arguments that the layer does not have: out=, say
+        return None
+    tensors = [call.input, *call.weights]
+    if not isinstance(call.input, fx.Node) or not all(t is None or isinstance(t, fx.Node) for t in call.weights):
+        return None
+    if any(isinstance(option, fx.Node) for value in call.layer for option in _flat(value)):
+        return None  # an option that is not known before the graph runs
+    values = [tensor.meta.get("example_value") for tensor in tensors if tensor is not None]
+    if any(value is not None and (type(value) not in KNOWN_TENSORS or not takes(value)) for value in values):
+        return None
+    if isinstance(call.layer, Dropout) and call.layer.inplace:
+        return None
+    return call
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from _flat(inner)
+    else:
+        yield value
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+class GraphRun(NamedTuple):
+    """A run of layers in a graph.
+
+    Attributes:
+        run: with layers that have no parameters.
+        nodes: the layers' calls, in order.
+        calls: what they are.
+    """
+
+    run: Run
+    nodes: tuple[fx.Node, ...]
+    calls: tuple[Call, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """Of the first layer."""
+        return self.calls[0].input
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its layers, as the module that calls them knows them; a function has its node's."""
+        return tuple(_path(node) or node.name for node in self.nodes)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of its layers' classes; of a function the function's."""
+        return tuple(
+            type(call.layer).__name__ if _path(node) else getattr(node.target, "__name__", str(node.target))
+            for node, call in zip(self.nodes, self.calls, strict=True)
+        )
+
+    @property
+    def weights(self) -> tuple[fx.Node | None, ...]:
+        """Weight and bias of the first layer."""
+        return self.calls[0].weights
+
+
+def _path(node: fx.Node) -> str:
+    """Of the module whose call ``node`` is; of a function none."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack or not issubclass(stack[-1][1], (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Dropout)):
+        return ""
+    return str(stack[-1][0]).partition("]")[2].lstrip(".")  # after L['self'], as the compiler calls the module itself
+
+
+def _settle_in_place_relus(graph: fx.Graph) -> None:
+    """Let what reads a tensor after a ReLU in place read the ReLU's result, which is the same tensor."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        call = _call_of(node)
+        if call is not None and isinstance(call.layer, ReLU) and call.layer.inplace:
+            call.input.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])  # type: ignore[misc]
+
+
+#: Where the functions of a graph that only compute something come from.
+_COMPUTING_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch._C._nn", "torch.nn.functional")
+_IN_PLACE_OPERATORS = {
+    getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
+}
+_IN_PLACE_OPERATORS |= {operator.setitem, operator.delitem}
+_IN_PLACE_OPERATORS -= {operator.inv, operator.invert, operator.index}
+
+
+def _is_barrier(node: fx.Node) -> bool:
+    """Whether no call may be moved past ``node``: it may change a tensor, or what calls mean (autocast, gradient mode)."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_method":
+        return (str(node.target).endswith("_") and not str(node.target).endswith("__")) or node.target == "__setitem__"
+    if node.op == "call_module":
+        return False
+    name = getattr(node.target, "__name__", "_")
+    return (
+        getattr(node.target, "__module__", None) not in _COMPUTING_MODULES
+        or name.endswith("_")
+        or name.startswith(("_", "set_"))
+        or node.target in _IN_PLACE_OPERATORS
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
+        or (name in _TAKE_INPLACE and any(argument is True for argument in node.args))
+    )
+
+
+#: Functions of torch.nn.functional that take ``inplace`` by position.
+_TAKE_INPLACE = {
+    name for name in dir(F) if "inplace" in getattr(getattr(getattr(F, name), "__code__", None), "co_varnames", ())
+}
+
+
+class _Order:
+    """The order of a graph's nodes, and the barriers in it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        nodes = list(graph.nodes)
+        self.place = {node: i for i, node in enumerate(nodes)}
+        self.barriers = [node for node in nodes if _is_barrier(node)]
+
+    def are_together(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether all of ``nodes``, calls of layers, may be made where the last of them is."""
+        first, last = self.place[nodes[0]], self.place[nodes[-1]]
+        return not any(first < self.place[node] < last and node not in nodes for node in self.barriers)
+
+
+def runs_of(graph: fx.Graph) -> list[GraphRun]:
+    """The runs of layers in a graph, in its order."""
+    order, runs = _Order(graph), []
+    taken: set[fx.Node] = set()
+    for node in graph.nodes:
+        call = None if node in taken else _call_of(node)
+        if call is not None and not isinstance(call.layer, ReLU):
+            run = _longest_run(node, call, order)
+            taken.update(run.nodes)
+            runs.append(run)
+    return runs
+
+
+def _next(node: fx.Node, kind: type, order: _Order, before: tuple[fx.Node, ...]) -> tuple[fx.Node, Call] | None:
+    """The call of a ``kind`` that is all that reads ``node``, if it may be made together with those ``before``."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    call = _call_of(user)
+    if call is None or not isinstance(call.layer, kind) or call.input is not node or not order.are_together((*before, user)):
+        return None
+    return user, call
+
+
+def _longest_run(node: fx.Node, call: Call, order: _Order) -> GraphRun:
+    nodes, calls = (node,), (call,)
+
+    def made(operation: str) -> GraphRun:
+        return GraphRun(Run(operation, tuple(each.layer for each in calls)), nodes, calls)
+
+    if isinstance(call.layer, MaxPool2d):
+        return made("max_pool2d")
+    if isinstance(call.layer, Dropout):
+        return made("dropout")
+    operation = "conv2d" if isinstance(call.layer, Conv2d) else "linear"
+    relu = _next(node, ReLU, order, nodes)
+    if relu is None:
+        return made(operation)
+    nodes, calls = (node, relu[0]), (call, relu[1])
+    last = _next(relu[0], MaxPool2d if operation == "conv2d" else Dropout, order, nodes)
+    if last is None:
+        return made(operation)
+    layer = last[1].layer
+    if isinstance(layer, MaxPool2d) and (layer.return_indices or set(_flat(layer.dilation)) != {1}):
+        return made(operation)
+    if isinstance(layer, Dropout) and not _is_only_read_by_layers(last[0]):
+        return made(operation)  # the fused backward pass needs its output, which nobody may change then
+    nodes, calls = (*nodes, last[0]), (*calls, last[1])
+    return made("conv2d_relu_max_pool2d" if operation == "conv2d" else "linear_relu_dropout")
+
+
+def _is_only_read_by_layers(node: fx.Node) -> bool:
+    calls = [_call_of(user) for user in node.users]
+    return all(call is not None and not (isinstance(call.layer, ReLU) and call.layer.inplace) for call in calls)
+
+
+# --------------------------------------------------------------------------------------------------------- rewriting
+
+
+class GraphSegment(Segment):
+    """A segment of a graph's runs: a function of an input and the weights and biases of the layers that have them."""
+
+    def __init__(self, runs: tuple[Run, ...]) -> None:
+        super().__init__(runs)
+        self.__name__ = self.__qualname__ = "__".join(run.operation for run in runs)
+
+    def __call__(self, input: Any, *weights: Tensor | None) -> Any:
+        """What the operations make of ``input``."""
+        return self.compute(input, list(weights))
+
+    def bound(self, weights: list[Tensor | None]) -> list[Run]:
+        """The runs, with layers that have these weights."""
+        given = iter(weights)
+        runs = []
+        for run in self.runs:
+            first, *others = run.layers
+            if isinstance(first, (Conv2d, Linear)):
+                first = first._replace(weight=next(given), bias=next(given))
+            runs.append(run._replace(layers=(first, *others)))
+        return runs
+
+
+def rewrite(module: fx.GraphModule) -> list[list[GraphRun]]:
+    """Replace the calls of layers in a graph by segments, in place; returns the segments' runs, in the graph's order."""
+    graph = module.graph
+    _settle_in_place_relus(graph)
+    segments = _segments(runs_of(graph), _Order(graph))
+    replaced: dict[fx.Node, fx.Node] = {}
+    for runs in segments:
+        last = runs[-1].nodes[-1]
+        segment = GraphSegment(tuple(run.run for run in runs))
+        tensors = (runs[0].input, *itertools.chain.from_iterable(run.weights for run in runs))
+        with graph.inserting_before(last):
+            node = graph.call_function(segment, tuple(t if t is None else replaced.get(t, t) for t in tensors))
+        node.meta = last.meta.copy()
+        last.replace_all_uses_with(node)
+        replaced[last] = node
+        for old in reversed([node for run in runs for node in run.nodes]):
+            graph.erase_node(old)
+    if segments:
+        graph.lint()
+        module.recompile()
+    return segments
+
+
+def _segments(runs: Sequence[GraphRun], order: _Order) -> list[list[GraphRun]]:
+    """Runs that read one another, and that one segment can run."""
+    chains: list[list[GraphRun]] = []
+    ending: dict[fx.Node, list[GraphRun]] = {}
+    for run in runs:
+        before = ending.get(run.input)
+        joined = [*before, run] if before is not None else []
+        if (
+            before is not None
+            and len(run.input.users) == 1
+            and len(cut([each.run for each in joined])) == 1
+            and _dimensions(before[0].input) == _dimensions(run.input)
+            and order.are_together([node for each in joined for node in each.nodes])
+        ):
+            del ending[run.input]
+            before.append(run)
+            chain = before
+        else:
+            chain = [run]
+            chains.append(chain)
+        ending[run.nodes[-1]] = chain
+    return chains
+
+
+def _dimensions(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+# ------------------------------------------------------------------------------------------- traces without an input
+
+
+class LayerTracer(fx.Tracer):
+    """Records the calls of a module's layers; modules with a ``forward`` of their own are looked into."""
+
+    def __init__(self, looks_into: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.looks_into = looks_into
+        self.modules: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call of ``m`` is one node."""
+        leaf = not self.looks_into(m)
+        if leaf:
+            self.modules.append(module_qualified_name)
+        return leaf
+
+
+class Trace(NamedTuple):
+    """What a module's ``forward`` calls.
+
+    Attributes:
+        runs: that operations run.
+        modules: names of all layers that it calls, in order.
+    """
+
+    runs: list[GraphRun]
+    modules: list[str]
+
+
+def traced(module: nn.Module, looks_into: Callable[[nn.Module], bool]) -> Trace | str:
+    """The trace of ``module``, or in a word why there is none."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    try:
+        copied = copy.deepcopy(module, dict(shared))
+        parameters = inspect.signature(copied.forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        tracer = LayerTracer(looks_into)
+        graph = tracer.trace(copied, concrete_args=defaults)
+        recorded = fx.GraphModule(copied, graph)
+    except Exception as error:  # whatever the module's own code raises when it meets a proxy
+        return type(error).__name__
+    _settle_in_place_relus(recorded.graph)
+    return Trace(runs_of(recorded.graph), tracer.modules)
+
+
+# ----------------------------------------------------------------------------------------------------------- backend
+
+
+def backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend ``"alexnet_triton"`` of :func:`torch.compile`: convolutions, pools and linear layers on the fused operations.
+
+    Args:
+        module: the graph that Dynamo recorded; it is changed.
+        example_inputs: of the graph.
+        options: ``{"rest": "inductor"}`` hands what is not ours to TorchInductor; ``{"rest": "eager"}``, the default, runs it as
+            it stands.
+
+    Raises:
+        ValueError: other options.
+    """
+    rest = dict(options or {})
+    how = rest.pop("rest", "eager")
+    if rest or how not in ("eager", "inductor"):
+        raise ValueError(
+            f'the options of backend "alexnet_triton" are {{"rest": "eager" or "inductor"}}, got {dict(options or {})}'
+        )
+    rewrite(module)
+    if how == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(module, list(example_inputs))  # type: ignore[no-any-return]
+    return module.forward  # type: ignore[no-any-return]
+
+
+def is_traced_for_fusing() -> bool:
+    """Whether the compiler is recording a graph for :func:`backend`, which wants PyTorch's own calls in it."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # torch.export records in a way of its own
+        return False
+    while hasattr(compiler, "_torchdynamo_orig_backend") or hasattr(compiler, "compiler_fn"):
+        compiler = getattr(compiler, "_torchdynamo_orig_backend", None) or compiler.compiler_fn
+    return compiler is backend
+
+
+# The compiler asks while it records, and takes the answer as it is then (what torch.compiler.assume_constant_result says, which
+# would import the compiler here and now).
+is_traced_for_fusing._dynamo_marked_constant = True  # type: ignore[attr-defined]
