@@ -1,7 +1,7 @@
 """Modules whose own ``forward`` calls their layers: it is compiled, by this package's backend, when it is first called.
 
-Dynamo (``torch.compile``'s front end) records what ``forward`` computes and guards it: another branch, shape, option or layer is
-recorded anew. What its guards do not look at is looked at here: hooks, and methods that were replaced after the recording.
+Dynamo (``torch.compile``'s front end) records what ``forward`` computes and guards it: another branch, shape, option or layer
+is recorded anew. What its guards do not look at is looked at here: hooks, and methods that were replaced after the recording.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ _LAYERS = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.Dropout)
 
 
 def owns_layers(module: nn.Module) -> bool:
-    """Whether ``module`` has a ``forward`` of its own that may call layers: its children, its lists' and dicts', or parameters."""
+    """Whether ``module`` has a ``forward`` of its own that may call layers: its children, those in lists, or parameters."""
     defined_in = getattr(type(module).forward, "__module__", None) or ""
     if type(module).__module__.startswith("torch.") or defined_in.startswith("torch."):
         return False
-    weights = (p for p in module._parameters.values() if p is not None)
-    return any(isinstance(child, _LAYERS) for child in _own_children(module)) or any(
-        weight.dim() in (2, 4) for weight in weights
-    )
+    if any(isinstance(child, _LAYERS) for child in _own_children(module)):
+        return True
+    return any(p is not None and p.dim() in (2, 4) for p in module._parameters.values())
 
 
 def _own_children(module: nn.Module) -> Iterator[nn.Module]:
@@ -71,9 +70,8 @@ def _run(module: nn.Module, kind: type[nn.Module], args: tuple[Any, ...], kwargs
 
 def _is_as_it_stands(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether ``forward`` is to run as Python runs it: where kernels cannot, and where somebody watches what it calls."""
-    tensor = next(module.parameters(), None)
-    if tensor is None:
-        tensor = next((argument for argument in args if isinstance(argument, Tensor)), None)
+    tensors: Iterator[Tensor] = itertools.chain(module.parameters(), (each for each in args if isinstance(each, Tensor)))
+    tensor = next(tensors, None)
     if tensor is None or (not can_run_triton(tensor) and current_backend() != "triton"):
         return True
     return (

@@ -100,7 +100,7 @@ class FusedSequential(nn.Sequential):
         if isinstance(index, slice):
             # As nn.Sequential, a subclass that fuse was given makes another of itself.
             kind = type(self) if type(self) in _plain_classes else FusedSequential
-            return kind(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return kind(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def __add__(self, other: nn.Sequential) -> FusedSequential:

@@ -1,9 +1,9 @@
 """Graphs of calls, as PyTorch's compiler records them, with the layers in them run by fused operations.
 
 The backend ``"alexnet_triton"`` of ``torch.compile`` is here. Dynamo records what a function computes as a graph of PyTorch's
-calls, under guards that say when the graph holds. Here each call that is a layer's (a convolution, a ReLU, a pool, a linear layer,
-dropout, however it was written) is recognised, and neighbouring ones become a :class:`.segments.Segment`. Everything else in the
-graph runs as it stands.
+calls, under guards that say when the graph holds. Here each call that is a layer's (a convolution, a ReLU, a pool, a linear
+layer, dropout, however it was written) is recognised, and neighbouring ones become a :class:`.segments.Segment`. Everything
+else in the graph runs as it stands.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -255,10 +255,13 @@ def _settle_in_place_relus(graph: fx.Graph) -> None:
 #: Where the functions of a graph that only compute something come from.
 _COMPUTING_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch._C._nn", "torch.nn.functional")
 _IN_PLACE_OPERATORS = {
-    getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
-}
-_IN_PLACE_OPERATORS |= {operator.setitem, operator.delitem}
-_IN_PLACE_OPERATORS -= {operator.inv, operator.invert, operator.index}
+    *(
+        getattr(operator, name.strip("_"))
+        for name in dir(operator)
+        if name.startswith("__i") and name.strip("_") in dir(operator)
+    ),
+    *(operator.setitem, operator.delitem),
+} - {operator.inv, operator.invert, operator.index}
 
 
 def _is_barrier(node: fx.Node) -> bool:
@@ -283,7 +286,7 @@ def _is_barrier(node: fx.Node) -> bool:
 
 #: Functions of torch.nn.functional that take ``inplace`` by position.
 _TAKE_INPLACE = {
-    name for name in dir(F) if "inplace" in getattr(getattr(getattr(F, name), "__code__", None), "co_varnames", ())
+    name for name, function in vars(F).items() if "inplace" in getattr(getattr(function, "__code__", None), "co_varnames", ())
 }
 
 
@@ -326,7 +329,8 @@ def _next(node: fx.Node, kind: type, order: _Order, before: tuple[fx.Node, ...])
 
 
 def _longest_run(node: fx.Node, call: Call, order: _Order) -> GraphRun:
-    nodes, calls = (node,), (call,)
+    nodes: tuple[fx.Node, ...] = (node,)
+    calls: tuple[Call, ...] = (call,)
 
     def made(operation: str) -> GraphRun:
         return GraphRun(Run(operation, tuple(each.layer for each in calls)), nodes, calls)
@@ -493,24 +497,22 @@ def backend(
     Args:
         module: the graph that Dynamo recorded; it is changed.
         example_inputs: of the graph.
-        options: ``{"rest": "inductor"}`` hands what is not ours to TorchInductor; ``{"rest": "eager"}``, the default, runs it as
-            it stands.
+        options: ``{"rest": "inductor"}`` hands what is not ours to TorchInductor; ``{"rest": "eager"}``, the default, runs it
+            as it stands.
 
     Raises:
         ValueError: other options.
     """
-    rest = dict(options or {})
-    how = rest.pop("rest", "eager")
-    if rest or how not in ("eager", "inductor"):
-        raise ValueError(
-            f'the options of backend "alexnet_triton" are {{"rest": "eager" or "inductor"}}, got {dict(options or {})}'
-        )
+    given = dict(options or {})
+    rest = given.pop("rest", "eager")
+    if given or rest not in ("eager", "inductor"):
+        raise ValueError(f'backend "alexnet_triton" has the option rest, "eager" or "inductor", got {dict(options or {})}')
     rewrite(module)
-    if how == "inductor":
+    if rest == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, list(example_inputs))  # type: ignore[no-any-return]
-    return module.forward  # type: ignore[no-any-return]
+        return cast(Callable[..., Any], compile_fx(module, list(example_inputs)))
+    return module.forward
 
 
 def is_traced_for_fusing() -> bool:

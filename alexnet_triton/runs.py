@@ -120,7 +120,7 @@ _recorded_format = overridable(_returned_format)
 
 
 def _is_like_channels_last(tensor: Any) -> bool:
-    """Whether PyTorch counts a tensor as channels-last by its strides, of dimensions of size 1 too (c10/core/MemoryFormat.h)."""
+    """Whether PyTorch counts a tensor as channels-last by its strides, as c10/core/MemoryFormat.h does."""
     if tensor.dim() != 4:
         return False
     sizes, strides = tensor.shape, tensor.stride()
