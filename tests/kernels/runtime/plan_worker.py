@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -185,10 +186,9 @@ def frozen_layers_launch_nothing(check: Check) -> None:
         assert none == len(check.launcher.of(step)[0]) < some < whole
 
 
-@scenario
-def the_optimizers_options(check: Check) -> None:
-    net = small_net()
-    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+def optimizer_of(net: nn.Module, **options: Any) -> tuple[SGD, Callable[[], list[Tensor]], Callable[[], Tensors]]:
+    """An optimizer with gradients, its step, and the tensors that the step reads and writes."""
+    optimizer = SGD(net.parameters(), **options)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
 
@@ -203,6 +203,42 @@ def the_optimizers_options(check: Check) -> None:
             found |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
         return found  # type: ignore[return-value]
 
+    return optimizer, step, tensors
+
+
+@scenario
+def the_optimizers_numpy_options(check: Check) -> None:
+    """Of kinds that no scenario steps with Python's numbers: a kernel that is compiled for these would hide NumPy's."""
+    optimizer, step, tensors = optimizer_of(
+        small_net(torch.float16), lr=np.float32(0.1), momentum=np.float64(0.9), nesterov=np.True_, maximize=np.True_
+    )
+    step()
+    group = optimizer.param_groups[0]
+    check(step, tensors())
+    for options in ({"lr": np.float32(0.05)}, {"momentum": np.float32(0.5)}, {"weight_decay": np.float32(0.1)}):
+        group.update(options)
+        check(step, tensors())
+    group.update(dampening=0.6)
+    check(step, tensors())
+    # Equal in NumPy's eyes to 0.6, but 1 minus it is another float32.
+    for options in (
+        {"dampening": np.float32(0.6)},
+        {"nesterov": np.False_},
+        {"maximize": np.False_},
+        {"weight_decay": np.int64(0)},
+    ):
+        group.update(options)
+        check(step, tensors())
+    group["weight_decay"] = torch.tensor(0.2)
+    check(step, tensors())
+    group["weight_decay"].fill_(0.3)
+    check(step, tensors())
+
+
+@scenario
+def the_optimizers_options(check: Check) -> None:
+    net = small_net()
+    optimizer, step, tensors = optimizer_of(net, lr=0.1, momentum=0.9)
     step()
     group = optimizer.param_groups[0]
     for options in ({}, {"lr": 0.05}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}):
