@@ -28,7 +28,7 @@ from kernels.runtime import launch
 from kernels.runtime.backend import INTERPRETED
 from kernels.sgd import memory_order
 
-from ..conftest import DEVICE, UNDER_TTSEM
+from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 
 ROOT = Path(__file__).parents[2]
 HALF = [torch.bfloat16, torch.float16]
@@ -532,6 +532,7 @@ def test_weight_decay_in_a_tensor(place: str) -> None:
         assert torch.equal(*params)
 
 
+@own_devices
 def test_a_gradient_that_a_collective_is_still_to_bring(launches: list[str]) -> None:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
@@ -542,6 +543,7 @@ def test_a_gradient_that_a_collective_is_still_to_bring(launches: list[str]) -> 
     assert launches == ["_sgd_kernel"]
 
 
+@own_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_with_a_dispatch_of_their_own_are_stepped_by_torch(dtype: torch.dtype, launches: list[str]) -> None:
     """Two tensors in one, without memory of its own: a kernel would follow a null pointer."""

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -214,25 +215,34 @@ def the_optimizers_numpy_options(check: Check) -> None:
     )
     step()
     group = optimizer.param_groups[0]
-    check(step, tensors())
-    for options in ({"lr": np.float32(0.05)}, {"momentum": np.float32(0.5)}, {"weight_decay": np.float32(0.1)}):
+
+    def change(**options: Any) -> None:
+        """From steps by plan to steps by plan."""
+        step()
+        step()
         group.update(options)
         check(step, tensors())
-    group.update(dampening=0.6)
+
+    for options in ({}, {"lr": np.float32(0.05)}, {"momentum": np.float32(0.5)}, {"weight_decay": np.float32(0.1)}):
+        change(**options)
+    change(dampening=0.6)
+    change(dampening=np.float32(0.6))  # equal, in NumPy's eyes, but 1 minus it is another float32
+    decay = torch.tensor(0.2)
+    for value in (0.2, 0.3):
+        step()
+        step()
+        group["weight_decay"] = decay.fill_(value)
     check(step, tensors())
-    # Equal in NumPy's eyes to 0.6, but 1 minus it is another float32.
-    for options in (
-        {"dampening": np.float32(0.6)},
-        {"nesterov": np.False_},
-        {"maximize": np.False_},
-        {"weight_decay": np.int64(0)},
-    ):
-        group.update(options)
-        check(step, tensors())
-    group["weight_decay"] = torch.tensor(0.2)
-    check(step, tensors())
-    group["weight_decay"].fill_(0.3)
-    check(step, tensors())
+    for options in ({"nesterov": np.False_}, {"maximize": np.False_}, {"weight_decay": np.int64(0)}):
+        change(**options)
+    for refused in ({"differentiable": True}, {"foreach": True, "fused": True}, {"momentum": "0.5"}):
+        before = dict(group)
+        step()
+        step()
+        group.update(refused)
+        with pytest.raises((RuntimeError, TypeError)):
+            step()
+        group.update(before)
 
 
 @scenario
