@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import (
@@ -18,7 +21,17 @@ from torch.optim.optimizer import (
 
 from kernels.runtime.backend import current_backend
 from kernels.runtime.launch import has_plans
-from kernels.sgd import SGDProblem, is_dense, memory_order, repeat_step, sgd_step, sgd_step_reference, step_numbers
+from kernels.sgd import (
+    SGDProblem,
+    has_own_dispatch,
+    is_dense,
+    memory_order,
+    python_number,
+    repeat_step,
+    sgd_step,
+    sgd_step_reference,
+    step_numbers,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,22 +59,32 @@ class SGD(Optimizer):
     Gradients must be dense tensors. One whose strides are not its parameter's is copied into them first. ``GradScaler`` and
     ``clip_grad_norm_`` work as with ``torch.optim.SGD``.
 
+    A parameter may be a DTensor, of FSDP2 (``fully_shard``) or of tensor parallelism: each process steps its local shard, which
+    may be empty, and the state is a DTensor placed as the parameter is. A gradient that is placed otherwise (a pending sum,
+    ``Partial``) is redistributed first. Parameters of other classes with ``__torch_dispatch__`` are stepped by PyTorch.
+
     ``state_dict()`` has the form of ``torch.optim.SGD``'s, with ``"momentum_buffer"`` and, where there is one, ``"master"`` for
     a parameter, both float32; either class loads the other's. ``load_state_dict`` copies tensors and keeps them float32.
+
+    NumPy's numbers are as good as Python's, here, in a group's dict and assigned to ``param_groups`` later.
 
     Args:
         params: parameters, named parameters, or dicts that define groups: float32, float16 or bfloat16, on the CPU float64 too.
         lr: learning rate: a number, or a tensor of one element, which the kernel reads if it is on the parameters' device.
         momentum: factor of the momentum buffer; 0 keeps none.
         dampening: 1 minus the factor of the gradient in the momentum buffer, from the second step on.
-        weight_decay: factor of the L2 penalty's gradient.
+        weight_decay: factor of the L2 penalty's gradient: a number, or a tensor of one element, which each step reads.
         nesterov: Nesterov momentum.
         maximize: go up instead of down.
+        foreach, fused: which of its implementations ``torch.optim.SGD`` takes; this class has one, and takes it.
+        differentiable: must be False: no gradient flows through the kernel.
 
     Raises:
         ValueError: a negative ``lr``, ``momentum`` or ``weight_decay``; an ``lr`` of more than one element; ``nesterov``
             without momentum or with dampening.
         TypeError: parameters of another dtype; a ``momentum``, ``dampening`` or ``weight_decay`` that is no number.
+        NotImplementedError: ``differentiable``. It is a RuntimeError, as is what ``torch.optim.SGD`` raises.
+        RuntimeError: both ``foreach`` and ``fused``.
     """
 
     def __init__(
@@ -70,32 +93,36 @@ class SGD(Optimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        for name, value in {"momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}.items():
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        if lr < 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if momentum < 0.0:
-            raise ValueError(f"Invalid momentum value: {momentum}")
-        if weight_decay < 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
         }
+        defaults |= _python_options(defaults)
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if defaults["lr"] < 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+        if defaults["momentum"] < 0.0:
+            raise ValueError(f"Invalid momentum value: {momentum}")
+        if defaults["weight_decay"] < 0.0:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         #: By the identity of a group: what its last step was made of.
         self._known: dict[int, _Known] = {}
         super().__init__(params, defaults)
@@ -104,49 +131,49 @@ class SGD(Optimizer):
         """As :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            TypeError: a parameter of a dtype that :class:`SGD` does not take.
+            TypeError: a parameter of a dtype that :class:`SGD` does not take; an option that should be a number and is none.
+            RuntimeError: options of the group that :class:`SGD` refuses.
         """
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        group = self.param_groups.pop()
+        group.update(_python_options(group))
+        for param in group["params"]:
             if param.dtype not in _DTYPES and not (param.dtype == torch.float64 and param.device.type == "cpu"):
-                del self.param_groups[-1]
                 raise TypeError(
                     "parameters must be float32, float16 or bfloat16 (on the CPU float64 too), "
                     f"got {param.dtype} on {param.device}"
                 )
+        self.param_groups.append(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._known = {}
-        for group in self.param_groups:  # old files lack these
-            group.setdefault("nesterov", False)
-            group.setdefault("maximize", False)
+        for group in self.param_groups:
+            for name, value in _OLD_DEFAULTS.items():
+                group.setdefault(name, value)
+            group.update(_python_options(group))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As :meth:`torch.optim.Optimizer.load_state_dict`, but masters and momentum buffers are copied and stay float32.
 
         Raises:
-            ValueError: groups of other sizes, or a state of another shape than its parameter.
+            ValueError: groups of other sizes; a state of another shape than its parameter, or not a DTensor as it is.
+            TypeError: an option that should be a number and is none.
+            RuntimeError: options of a group that :class:`SGD` refuses.
+
+        Where one is raised nothing is loaded.
         """
-        given: StateDict = {}
+        given: list[tuple[Tensor, str, Tensor]] = []
 
         def remember(_: Optimizer, final: StateDict) -> None:
-            given.update(final)
+            for group in final["param_groups"]:
+                _python_options(group)
+            given.extend(self._checked_states(final))
 
         def restore(_: Optimizer) -> None:
             # The base class rounded all to the parameters' dtype.
-            numbers = (number for group in given["param_groups"] for number in group["params"])
-            params = (param for group in self.param_groups for param in group["params"])
-            for number, param in zip(numbers, params, strict=True):
-                for key in ("master", "momentum_buffer"):
-                    value = given["state"].get(number, {}).get(key)
-                    if isinstance(value, Tensor):
-                        if value.shape != param.shape:
-                            raise ValueError(
-                                f"{key} of parameter {number} must have its shape {tuple(param.shape)}, "
-                                f"got {tuple(value.shape)}"
-                            )
-                        self.state[param][key] = _new_state(param).copy_(value)
+            for param, key, value in given:
+                self.state[param][key] = _new_state(param).copy_(value)
 
         # As hooks, so that they see what other hooks make of the dict, and come before those that look at the result.
         hooks = (
@@ -158,6 +185,28 @@ class SGD(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _checked_states(self, state_dict: StateDict) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Masters and momentum buffers of ``state_dict``, each with its parameter and its key."""
+        numbers = [group["params"] for group in state_dict["param_groups"]]
+        params = [group["params"] for group in self.param_groups]
+        if list(map(len, numbers)) != list(map(len, params)):
+            return  # which the base class refuses
+        for number, param in zip(itertools.chain(*numbers), itertools.chain(*params), strict=True):
+            for key in ("master", "momentum_buffer"):
+                value = state_dict["state"].get(number, {}).get(key)
+                if not isinstance(value, Tensor):
+                    continue
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"{key} of parameter {number} must have its shape {tuple(param.shape)}, got {tuple(value.shape)}"
+                    )
+                if _is_dtensor(value) != _is_dtensor(param):
+                    raise ValueError(
+                        f"{key} of parameter {number} must be a DTensor exactly if the parameter is one, "
+                        f"got a {type(value).__name__} for a {type(param).__name__}"
+                    )
+                yield param, key, value
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,7 +222,10 @@ class SGD(Optimizer):
             What ``closure`` returned.
 
         Raises:
-            RuntimeError: a sparse gradient; a first step inside a CUDA graph capture that needs masters or momentum buffers.
+            RuntimeError: a sparse gradient; a first step inside a CUDA graph capture that needs masters or momentum buffers;
+                options set in ``param_groups`` that :class:`SGD` refuses.
+            TypeError: an option set there that should be a number and is none; a gradient that is not a DTensor as its
+                parameter is.
             ValueError: a parameter with gaps in its memory.
         """
         if closure is not None and type(self).step is SGD.step:
@@ -238,57 +290,52 @@ class SGD(Optimizer):
     # torch.compile runs it as it stands, between two graphs. (torch.compiler.disable would import the compiler here and now.)
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_group(self, group: dict[str, Any]) -> None:
+        values = _step_values(group)
         # What one launch takes: tensors of one device and dtype that all make their first step or none.
-        together: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]] = {}
+        together: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
-            grad = param.grad
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"SGD takes dense gradients only, got layout {grad.layout} (sparse=True of an embedding?)")
-            if not is_dense(param):
-                raise ValueError(
-                    f"parameters must be dense in memory, got shape {tuple(param.shape)} and strides {param.stride()}"
-                )
-            if memory_order(grad) != memory_order(param):
-                grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            weight, grad = _shards(param)
             master = None
             if param.dtype in (torch.float16, torch.bfloat16):
                 master = self._state(param, "master")
                 if master is None:
-                    master = self._make_state(param, "master").copy_(param)
+                    master = self.state[param]["master"] = self._make_state(param, "master").copy_(param)
             buffer, first_step = None, False
-            if group["momentum"] != 0:
+            if values["momentum"] != 0:
                 buffer = self._state(param, "momentum_buffer")
                 if buffer is None:
                     first_step = True
                     buffer = self._make_state(param, "momentum_buffer")
-            key = (param.device, param.dtype, grad.dtype, first_step)
-            together.setdefault(key, []).append((param, grad, master, buffer))
+            # What PyTorch has to step: no kernel takes it.
+            by_torch = weight.dtype == torch.float64 or has_own_dispatch(weight) or has_own_dispatch(grad)
+            key = (weight.device, weight.dtype, grad.dtype, first_step, by_torch and current_backend() != "triton")
+            together.setdefault(key, []).append((param, weight, grad, master, buffer))
         self._known.pop(id(group), None)
-        for (_, dtype, _, first_step), tensors in together.items():
-            values = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-            if dtype == torch.float64 and current_backend() != "triton":
-                for each in tensors:
+        for (*_, first_step, by_torch), listed in together.items():
+            params, weights, grads, *states = zip(*listed, strict=True)
+            masters, buffers = [None if state[0] is None else list(map(_local, state)) for state in states]
+            if by_torch:
+                nothing = [None] * len(params)
+                for each in zip(weights, grads, masters or nothing, buffers or nothing, strict=True):
                     sgd_step_reference(*each, **values, first_step=first_step)
-                continue
-            params, grads, masters, buffers = zip(*tensors, strict=True)
-            sgd_step(
-                params,
-                grads,
-                masters if masters[0] is not None else None,
-                buffers if buffers[0] is not None else None,
-                **values,
-                first_step=first_step,
-            )
-            if len(together) == 1 and not first_step and has_plans(params[0]):
+            else:
+                sgd_step(weights, grads, masters, buffers, **values, first_step=first_step)
+            if first_step:  # only now: a step that is refused leaves no buffer that nothing was written to
+                for param, buffer in zip(params, states[1], strict=True):
+                    self.state[param]["momentum_buffer"] = buffer
+            sharded = [param for param, weight in zip(params, weights, strict=True) if weight is not param]
+            torch.autograd.graph.increment_version(sharded)  # which a DTensor counts apart from its shard
+            once = len(together) == 1 and not (first_step or by_torch or sharded)
+            if once and _is_fixed(_OPTIONS(group)) and has_plans(params[0]):
                 self._known[id(group)] = _Known(group, list(params), self.state)
 
     def _state(self, param: Tensor, key: str) -> Tensor | None:
         """``param``'s state, moved into its memory order where that changed (``net.to(memory_format=...)``)."""
         state = self.state[param]
         value: Tensor | None = state.get(key)
-        if value is not None and memory_order(value) != memory_order(param):
+        if value is not None and memory_order(_local(value)) != memory_order(_local(param)):
             value = state[key] = _new_state(param).copy_(value)
         return value
 
@@ -297,11 +344,58 @@ class SGD(Optimizer):
             raise RuntimeError(
                 f"a CUDA graph that makes a {key} would make it anew at every replay: take a step before the capture"
             )
-        value = self.state[param][key] = _new_state(param)
-        return value
+        return _new_state(param)
 
 
-_OPTIONS = operator.itemgetter("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+_FLAGS = ("nesterov", "maximize", "foreach", "differentiable", "fused")
+
+#: All but the learning rate, which a scheduler changes at every step.
+_OPTIONS = operator.itemgetter(*_NUMBERS[1:], *_FLAGS)
+
+#: Of options that a group in an old file lacks.
+_OLD_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": False}
+
+
+def _python_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group with Python's numbers and booleans for NumPy's; an ``lr`` or ``weight_decay`` may be a tensor.
+
+    Raises:
+        TypeError: what should be a number is none.
+        NotImplementedError: a step that is differentiable.
+        RuntimeError: a step that is both foreach and fused.
+    """
+    options: dict[str, Any] = {}
+    for name in filter(group.__contains__, _NUMBERS):
+        value = group[name]
+        # Tensors are kept, since they may be changed in place.
+        kept = isinstance(value, Tensor) and (name == "lr" or (name == "weight_decay" and value.numel() == 1))
+        options[name] = value if kept else python_number(name, value)
+    for name in filter(group.__contains__, _FLAGS):
+        options[name] = None if group[name] is None else bool(group[name])
+    if options.get("differentiable"):
+        raise NotImplementedError(
+            "SGD does not support differentiable=True: no gradient flows through its kernel; use torch.optim.SGD for that"
+        )
+    if options.get("foreach") and options.get("fused"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    return options
+
+
+def _step_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step of the group is asked to compute, as :func:`sgd_step` takes it."""
+    options = _python_options(group)
+    values = {name: options[name] for name in (*_NUMBERS, "nesterov", "maximize")}
+    if isinstance(values["weight_decay"], Tensor):
+        values["weight_decay"] = values["weight_decay"].item()
+    if _is_dtensor(values["lr"]):
+        values["lr"] = values["lr"].full_tensor()
+    return values
+
+
+def _is_fixed(options: Sequence[Any]) -> bool:
+    """Whether options keep their values: no tensor or array that may be changed in place."""
+    return all(value is None or isinstance(value, (int, float, np.generic)) for value in options)
 
 
 class _Known:
@@ -322,19 +416,20 @@ class _Known:
         self.states = [state[param] for param in params] if state else []
         self.problem = self._problem(group)
         self.options = _OPTIONS(group)
-        self.lr = 0.0 if self.problem.lr_in_memory else group["lr"]
+        self.lr = 0.0 if self.problem.lr_in_memory else float(group["lr"])
         self.numbers = step_numbers(self.lr, *self.options[:3])
 
     def _problem(self, group: dict[str, Any]) -> SGDProblem:
         masters = self.params[0].dtype != torch.float32
         in_memory = isinstance(group["lr"], Tensor)
-        momentum, weight_decay = group["momentum"] != 0, group["weight_decay"] != 0
+        momentum, weight_decay = bool(group["momentum"] != 0), bool(group["weight_decay"] != 0)
         options = (bool(group["nesterov"]), bool(group["maximize"]))
         return SGDProblem(len(self.params), masters, momentum, in_memory, False, weight_decay, *options)
 
     def _takes_options(self, group: dict[str, Any]) -> bool:
         """Whether other options ask for the same launch: other numbers."""
-        if self._problem(group) != self.problem:
+        _python_options(group)
+        if not _is_fixed(_OPTIONS(group)) or self._problem(group) != self.problem:
             return False
         self.options = _OPTIONS(group)
         self.numbers = step_numbers(self.lr, *self.options[:3])
@@ -349,7 +444,8 @@ class _Known:
             and state is self.state
             and len(state) == len(self.all_states)
             and all(map(operator.is_, state.values(), self.all_states))
-            and (_OPTIONS(group) == self.options or self._takes_options(group))
+            # By identity: NumPy's float32 equals a float that it is not.
+            and (all(map(operator.is_, _OPTIONS(group), self.options)) or self._takes_options(group))
             and isinstance(group["lr"], Tensor) == self.problem.lr_in_memory
             and all(param.grad is None for param in self.without_grad)
         )
@@ -358,3 +454,36 @@ class _Known:
 def _new_state(param: Tensor) -> Tensor:
     """An uninitialised tensor in ``param``'s memory order, in float32 at least."""
     return torch.empty_like(param, dtype=torch.promote_types(param.dtype, torch.float32), requires_grad=False)
+
+
+def _is_dtensor(value: Any) -> bool:
+    """Asked without importing the class, which takes long: where nobody has imported it, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _local(tensor: Any) -> Any:
+    """This process's shard of a DTensor; another tensor as it is. A collective that was to bring it has ended."""
+    if _is_dtensor(tensor):
+        tensor = tensor.to_local()
+    return tensor.wait() if hasattr(tensor, "wait") else tensor
+
+
+def _shards(param: Any) -> tuple[Tensor, Tensor]:
+    """What this process has to step of a parameter, and the gradient of that, in one memory order."""
+    grad = param.grad
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"SGD takes dense gradients only, got layout {grad.layout} (sparse=True of an embedding?)")
+    if _is_dtensor(grad) != _is_dtensor(param):
+        raise TypeError(
+            "a gradient must be a DTensor exactly if its parameter is one, "
+            f"got a {type(grad).__name__} for a {type(param).__name__}"
+        )
+    if _is_dtensor(param) and (grad.device_mesh, grad.placements) != (param.device_mesh, param.placements):
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    weight, grad = _local(param), _local(grad)
+    if not is_dense(weight):
+        raise ValueError(f"parameters must be dense in memory, got shape {tuple(weight.shape)} and strides {weight.stride()}")
+    if memory_order(grad) != memory_order(weight):
+        grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+    return weight, grad

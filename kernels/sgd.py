@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -221,8 +222,8 @@ def _run_step(*arguments: Any) -> None:
 
 
 def step_numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> tuple[float, float, float, float]:
-    """A step's numbers as the kernel takes them."""
-    return _as_float32(lr), _as_float32(momentum), _as_float32(1 - dampening), _as_float32(weight_decay)
+    """A step's numbers as the kernel takes them, of Python's numbers or NumPy's."""
+    return _as_float32(lr), _as_float32(momentum), _as_float32(1 - float(dampening)), _as_float32(weight_decay)
 
 
 def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequence[float]) -> bool:
@@ -240,6 +241,24 @@ def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequenc
 
 
 # --------------------------------------------------------------------------------------------------- public functions
+
+
+def python_number(name: str, value: Any) -> float:
+    """``value`` as a Python int or float; NumPy's numbers are as good, but Triton and safe unpickling know Python's alone.
+
+    Raises:
+        TypeError: it is no real number; the message begins with ``name``.
+    """
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        value = float(value) if isinstance(value, np.longdouble) else value.item()
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def has_own_dispatch(tensor: Tensor) -> bool:
+    """Whether operations on ``tensor`` are another class's affair (``__torch_dispatch__``), and its memory may be too."""
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
@@ -275,7 +294,10 @@ def sgd_step_reference(
     maximize: bool,
     first_step: bool,
 ) -> None:
-    """What :func:`sgd_step` does to each tensor, in PyTorch's own operations; of any floating-point dtype and strides."""
+    """What :func:`sgd_step` does to each tensor, in PyTorch's own operations; of any floating-point dtype and strides.
+
+    Numbers and flags are Python's.
+    """
     weight = param
     if master is not None:
         master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
@@ -307,6 +329,8 @@ def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if name != "grads" and tensor.is_neg():
             raise ValueError(f"{name}[{i}] must not be lazily negated: it is changed in place")
+        if has_own_dispatch(tensor):
+            raise TypeError(f"{name}[{i}] must be a plain tensor, got a {type(tensor).__name__}")
         if tensor.device != params[0].device:
             raise ValueError(f"{name}[{i}] must be on the device of params[0], {params[0].device}, got {tensor.device}")
         if tensor.dtype != dtype:
@@ -344,16 +368,20 @@ def sgd_step(
         momentum_buffers: float32, of the same shapes and strides, changed in place; None for no momentum.
         lr: a number, or a tensor of one element on the device of ``params``, which the kernel reads: in a CUDA graph a later
             change of it counts. A tensor on the CPU counts as a number.
-        momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
+        momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`. NumPy's numbers are as good.
         first_step: the buffers are not read but become the gradient.
 
     Raises:
-        TypeError: a dtype other than these.
+        TypeError: a dtype other than these; tensors of a class with ``__torch_dispatch__`` of its own; what should be a number
+            and is none.
         ValueError: lists of different lengths; a device, shape or strides other than those of ``params``; gaps in memory;
             anything but ``grads`` and ``lr`` lazily negated (``Tensor.is_neg``).
     """
     if not params:
         return
+    momentum, dampening = python_number("momentum", momentum), python_number("dampening", dampening)
+    weight_decay = python_number("weight_decay", weight_decay)
+    nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     device, dtype = params[0].device, params[0].dtype
     if dtype not in _DTYPES:
         raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
@@ -376,9 +404,13 @@ def sgd_step(
             )
     # A kernel sees memory, not the minus that PyTorch still owes it.
     grads = [grad.resolve_neg() for grad in grads]
-    if isinstance(lr, Tensor):
+    if not isinstance(lr, Tensor):
+        lr = python_number("lr", lr)
+    else:
         if lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+        if has_own_dispatch(lr):
+            raise TypeError(f"lr must be a number or a plain tensor, got a {type(lr).__name__}")
         lr = lr.resolve_neg()
         if lr.device.type == "cpu" and device.type != "cpu":
             lr = float(lr)

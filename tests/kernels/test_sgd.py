@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -144,6 +145,20 @@ def test_a_learning_rate_in_memory_counts_as_the_number(dtype: torch.dtype) -> N
     assert lr.item() == torch.tensor(0.1, dtype=dtype).item()
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.array])
+def test_a_launch_gets_pythons_numbers_for_numpys(kind: Any) -> None:
+    params, grads, buffers = (make(torch.float32) for _ in range(3))
+    copies, their_buffers = clones(params), clones(buffers)
+    numbers = {"lr": kind(0.1), "momentum": kind(0.9), "dampening": kind(0.6), "weight_decay": kind(0.05)}
+    arguments: dict[str, Any] = {}
+    with launch.observe_launches(lambda _, grid, given: arguments.update(given, grid=grid)):
+        sgd_step(params, grads, None, buffers, **numbers, nesterov=np.False_, maximize=np.True_, first_step=np.False_)
+    values = [value for given in arguments.values() for value in (given if isinstance(given, tuple) else (given,))]
+    assert {type(value) for value in values} <= {Tensor, int, float, bool, type(None)}
+    sgd_step(copies, grads, None, their_buffers, **{name: float(value) for name, value in numbers.items()}, maximize=True)
+    assert all(map(torch.equal, [*params, *buffers], [*copies, *their_buffers]))
+
+
 def test_one_launch_up_to_the_limit(launches: list[str]) -> None:
     params, grads = make(torch.float32, [(3,)] * MAX_TENSORS), make(torch.float32, [(3,)] * MAX_TENSORS)
     sgd_step(params, grads, lr=0.1)
@@ -254,6 +269,13 @@ class TestRefused:
             sgd_step(single, single, single, lr=0.1)
         with pytest.raises(TypeError, match=r"masters\[0\] must be torch\.float32"):
             sgd_step(half, half, half, lr=0.1)
+
+    @pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+    @pytest.mark.parametrize("value", ["0.1", None, 1j, np.zeros(1)], ids=repr)
+    def test_what_is_no_number(self, name: str, value: Any) -> None:
+        tensors = make(torch.float32, [(3,)])
+        with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+            sgd_step(tensors, tensors, **({"lr": 0.1} | {name: value}))
 
     def test_momentum_without_buffers(self) -> None:
         tensors = make(torch.float32, [(3,)])

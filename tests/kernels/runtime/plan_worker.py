@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -185,10 +187,9 @@ def frozen_layers_launch_nothing(check: Check) -> None:
         assert none == len(check.launcher.of(step)[0]) < some < whole
 
 
-@scenario
-def the_optimizers_options(check: Check) -> None:
-    net = small_net()
-    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+def optimizer_of(net: nn.Module, **options: Any) -> tuple[SGD, Callable[[], list[Tensor]], Callable[[], Tensors]]:
+    """An optimizer with gradients, its step, and the tensors that the step reads and writes."""
+    optimizer = SGD(net.parameters(), **options)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
 
@@ -203,6 +204,51 @@ def the_optimizers_options(check: Check) -> None:
             found |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
         return found  # type: ignore[return-value]
 
+    return optimizer, step, tensors
+
+
+@scenario
+def the_optimizers_numpy_options(check: Check) -> None:
+    """Of kinds that no scenario steps with Python's numbers: a kernel that is compiled for these would hide NumPy's."""
+    optimizer, step, tensors = optimizer_of(
+        small_net(torch.float16), lr=np.float32(0.1), momentum=np.float64(0.9), nesterov=np.True_, maximize=np.True_
+    )
+    step()
+    group = optimizer.param_groups[0]
+
+    def change(**options: Any) -> None:
+        """From steps by plan to steps by plan."""
+        step()
+        step()
+        group.update(options)
+        check(step, tensors())
+
+    for options in ({}, {"lr": np.float32(0.05)}, {"momentum": np.float32(0.5)}, {"weight_decay": np.float32(0.1)}):
+        change(**options)
+    change(dampening=0.6)
+    change(dampening=np.float32(0.6))  # equal, in NumPy's eyes, but 1 minus it is another float32
+    decay = torch.tensor(0.2)
+    for value in (0.2, 0.3):
+        step()
+        step()
+        group["weight_decay"] = decay.fill_(value)
+    check(step, tensors())
+    for options in ({"nesterov": np.False_}, {"maximize": np.False_}, {"weight_decay": np.int64(0)}):
+        change(**options)
+    for refused in ({"differentiable": True}, {"foreach": True, "fused": True}, {"momentum": "0.5"}):
+        before = dict(group)
+        step()
+        step()
+        group.update(refused)
+        with pytest.raises((RuntimeError, TypeError)):
+            step()
+        group.update(before)
+
+
+@scenario
+def the_optimizers_options(check: Check) -> None:
+    net = small_net()
+    optimizer, step, tensors = optimizer_of(net, lr=0.1, momentum=0.9)
     step()
     group = optimizer.param_groups[0]
     for options in ({}, {"lr": 0.05}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"nesterov": True}, {"maximize": True}):
