@@ -1,4 +1,4 @@
-"""The forms in which people write a network: modules whose own ``forward`` calls its layers. Each takes images of 3 x 12 x 12."""
+"""The forms in which people write a network: modules whose own ``forward`` calls their layers, for images of 3 x 12 x 12."""
 
 from __future__ import annotations
 
