@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .forwards import owns_layers, recorded_runs
-from .fused import is_container, plain_class
+from .fused import is_container, plain_name
 from .graphs import GraphRun, Trace, traced
 from .runs import LONE_RELU, obstacle_of, plan
 
@@ -78,7 +78,7 @@ def explain(module: nn.Module) -> Explanation:
     Args:
         module: any module, fused or not; it is left as it is.
     """
-    name = plain_class(type(module)).__name__
+    name = plain_name(type(module))
     if _is_leaf(module) and not isinstance(module, nn.Sequential):
         alone = ExplainedRun("", ("",), (name,), None, "a layer by itself: fuse changes the modules that call layers")
         return Explanation(name, (alone,))
@@ -116,7 +116,7 @@ def _explain_forward(module: nn.Module, path: str) -> Iterator[ExplainedRun]:
     """Of a module whose ``forward`` calls its layers, and those of the modules in it."""
     leaves = {name: child for name, child in module.named_modules() if name and _is_leaf(child)}
     trace = traced(module, lambda child: not _is_leaf(child) or owns_layers(child))
-    why = "" if isinstance(trace, Trace) else f"{plain_class(type(module)).__name__}.forward cannot be traced ({trace})"
+    why = "" if isinstance(trace, Trace) else f"{plain_name(type(module))}.forward cannot be traced ({trace})"
     runs: Sequence[GraphRun] = trace.runs if isinstance(trace, Trace) else recorded_runs(module)
     called: dict[str, None] = dict.fromkeys(trace.modules) if isinstance(trace, Trace) else {}
     fused = {name: run for run in runs for name in run.names}

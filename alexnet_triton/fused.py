@@ -175,6 +175,11 @@ def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
     return nn.Sequential if issubclass(kind, FusedSequential) and kind.__module__.startswith("alexnet_triton.") else kind
 
 
+def plain_name(kind: type[nn.Module]) -> str:
+    """Of the class of which :func:`fuse` made ``kind``, or of ``kind`` itself."""
+    return (plain_class(kind) if kind in _plain_classes or kind is FusedSequential else kind).__name__
+
+
 def _refuse_to_be_scripted(module: nn.Module) -> nn.Module:
     raise RuntimeError(
         f"torch.jit.script cannot compile a fused module ({type(module).__name__}): script the module that "

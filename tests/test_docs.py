@@ -42,6 +42,6 @@ def test_snippets_run(name: str) -> None:
     for line, code in snippets:
         # Padded with empty lines, so that a traceback names the page's own line.
         exec(compile("\n" * line + code, str(ROOT / name), "exec"), namespace)
-        if "print(explain(net))" in code:
-            (_, printed), *_ = blocks(ROOT / name, "text")
-            assert printed.rstrip("\n") == str(explain(namespace["net"]))  # type: ignore[arg-type]
+        for explained in re.findall(r"print\(explain\((\w+)\)\)", code):
+            printed = next(text for text_line, text in blocks(ROOT / name, "text") if text_line > line)
+            assert printed.rstrip("\n") == str(explain(namespace[explained]))  # type: ignore[arg-type]
