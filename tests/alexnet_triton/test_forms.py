@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet_triton import fuse, unfuse
 
@@ -256,12 +257,67 @@ def compiled_before(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
     assert_same(compiled(x), expected)
 
 
+def errors(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """What the network refuses, the fused one does, as what it did; before, between and after calls that it takes."""
+    wrong = (x[:, :2], x.expand(2, 2, 3, 12, 12), x[:, :, :2], x.long(), None)
+    for _ in range(2):
+        for bad in wrong:
+            with pytest.raises(Exception) as theirs:  # noqa: PT011 (whatever it is)
+                net(bad)
+            with pytest.raises(theirs.type):
+                fused(bad)
+        assert_same(fused.eval()(x), net.eval()(x))
+
+
+def side_effects(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    for each in (net, fused):
+        for batch in (x, images(3), images(5), x, x):
+            each.eval()(batch)
+    for name, value in vars(net).items():
+        if isinstance(value, (int, list)) and not any(isinstance(part, nn.Module) for part in [value]):
+            assert getattr(fused, name) == value or name == "walked"
+    for (name, wanted), got in zip(net.named_buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(got, wanted, msg=name)
+    if hasattr(net, "kept"):
+        assert (net.calls, len(net.shapes)) == (5, 5)
+        assert_same(fused.kept, net.kept)
+
+
+def watched(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """By a profiler, a counter of FLOPs and a dispatch mode."""
+    expected = net.eval()(x)
+    counts = []
+    for each in (net, fused.eval()):
+        with FlopCounterMode(display=False) as counter:
+            assert_same(each(x), expected)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0 or isinstance(net, FORMS["Looking"])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert_same(fused(x), expected)
+
+
+def per_sample(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Gradients of each sample and a Jacobian-vector product, by torch.func."""
+    if isinstance(net, FORMS["Looking"] | FORMS["SideEffects"] | FORMS["Residual"] | FORMS["Branches"] | FORMS["InPlace"]):
+        return
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    found = []
+    for each in (fused.eval(), net.eval()):
+
+        def objective(parameters: dict[str, Tensor], x: Tensor, each: nn.Module = each) -> Tensor:
+            return loss(torch.func.functional_call(each, parameters, (x[None],)))
+
+        found.append(list(torch.func.vmap(torch.func.grad(objective), in_dims=(None, 0))(parameters, x).values()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 USES: dict[str, Use] = {
     use.__name__: use
     for use in (
         *(train_and_evaluate, channels_last, copies_and_pickles, saved_whole, state_dict, hooks, changing_hooks),
         *(replaced_layers, classes_patched, weights_in_place, input_gradient, checkpointed, functional_call, float64),
-        *(autocast, traced, compiled_before),
+        *(autocast, traced, compiled_before, errors, side_effects, watched, per_sample),
     )
 }
 
