@@ -583,7 +583,7 @@ def linear_relu_dropout(
     Raises:
         TypeError, ValueError: as :func:`kernels.linear` and :func:`kernels.dropout`.
     """
-    check_probability(p)
+    p = check_probability(p)
     if not training or p == 0:
         return linear(input, weight, bias, activation="relu")
     input, weight, bias = autocast_inputs(input, weight, bias)
@@ -592,4 +592,4 @@ def linear_relu_dropout(
     seed = draw_seed(input.device, seed)
     if not use_triton:
         return linear_relu_dropout_reference(input, weight, bias, p, seed)
-    return _apply_linear(input, weight, bias, seed, float(p), True)
+    return _apply_linear(input, weight, bias, seed, p, True)

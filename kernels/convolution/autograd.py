@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.arguments import check_activation, check_tensors, checked, pair
+from ..runtime.arguments import check_activation, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
@@ -232,8 +232,7 @@ def conv2d_arguments(
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")
     if len(weight_size) != 4:
         raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight_size)}")
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups must be a positive int, got {groups!r}")
+    groups = integer("groups", groups)
     if groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
     n, channels, height, width = input_size
@@ -264,13 +263,16 @@ def conv2d_arguments(
                 f"(weight {tuple(weight_size)}, dilation {dilations}): the output would be empty"
             )
         sizes.append((size + total - span) // step + 1)
-    return Geometry(strides, before, dilations, int(groups)), (sizes[0], sizes[1])
+    return Geometry(strides, before, dilations, groups), (sizes[0], sizes[1])
 
 
 def _padding(
     padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int], filter_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Total padding of each axis, and the part of it before the first element."""
+    if not isinstance(padding, str):
+        before = pair("padding", padding, 0)
+        return (2 * before[0], 2 * before[1]), before
     if padding == "valid":
         return (0, 0), (0, 0)
     if padding == "same":
@@ -278,10 +280,7 @@ def _padding(
             raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
         total = (dilation[0] * (filter_size[0] - 1), dilation[1] * (filter_size[1] - 1))
         return total, (total[0] // 2, total[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
-    before = pair("padding", padding, 0)
-    return (2 * before[0], 2 * before[1]), before
+    raise ValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
 
 
 @overridable

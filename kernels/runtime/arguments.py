@@ -1,7 +1,8 @@
 """Argument checks, and how float32 products are formed.
 
-A check raises before any kernel is launched, names the argument, says what was given and what is allowed. float32 products
-follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
+A check raises before any kernel is launched, names the argument, says what was given and what is allowed. Numbers and flags
+may be NumPy's; what a check returns is Python's, and that is what goes on to problems and launches: Triton does not compile for
+others. float32 products follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         values = [operator.index(v) for v in given]
     except TypeError:
         values = []
-    if len(values) not in (1, 2) or isinstance(given[0], bool):  # of a pair, PyTorch looks at the first only
+    # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
+    if len(values) not in (1, 2) or isinstance(given[0], bool) or np.bool_ in map(type, given):
         raise TypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
@@ -121,6 +123,20 @@ def integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool; NumPy's are as good, numbers are not."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
+
+
+def number(name: str, value: object) -> float:
+    """``value`` as a float; NumPy's numbers are as good."""
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def check_activation(activation: str | None) -> bool:
     """Whether the activation is ReLU; raises on any but None and "relu"."""
     if activation not in (None, "relu"):
@@ -128,12 +144,13 @@ def check_activation(activation: str | None) -> bool:
     return activation == "relu"
 
 
-def check_probability(p: float) -> None:
-    """``p`` in [0, 1]."""
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"p (the probability of dropping an element) must be a number, got {p!r}")
+def check_probability(p: float) -> float:
+    """``p`` as a float in [0, 1]."""
+    if type(p) is not float:
+        p = number("p (the probability of dropping an element)", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
+    return p
 
 
 def _resolve(*settings: str) -> str:
