@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs.tables import elementwise_config
 from .primitives import cast, dropout_factor, program_id
-from .runtime.arguments import check_probability, check_tensors, integer
+from .runtime.arguments import check_probability, check_tensors, flag, integer
 from .runtime.backend import runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .runtime.torch_interop import (
@@ -265,6 +265,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
     """
     check_tensors(input=input)
     p = check_probability(p)
+    if type(training) is not bool:
+        training = flag("training", training)
     if not training or p == 0:
         return input
     use_triton = runs_triton(input)

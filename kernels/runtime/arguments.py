@@ -22,6 +22,17 @@ T = TypeVar("T")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class ArgumentValueError(ValueError, RuntimeError):
+    """A shape, size, device or number that does not fit. PyTorch's operations raise a RuntimeError for most of these."""
+
+
+class ArgumentTypeError(TypeError, NotImplementedError):
+    """A dtype, a layout or a number of values that does not fit. PyTorch's operations raise a RuntimeError for these too.
+
+    NotImplementedError is one, and what some of them raise. What is no tensor or no int is a TypeError alone, as in PyTorch.
+    """
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
@@ -55,16 +66,16 @@ def _check_each(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in [(first_name, first), *rest]:
         if tensor.dtype not in allowed:
             extra = "" if torch.float64 in allowed else " (float64 runs on the CPU: in the interpreter or the reference)"
-            raise TypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")
+            raise ArgumentTypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")
         if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+            raise ArgumentTypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
     for name, tensor in rest:
         if tensor.device != first.device:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{name} must be on the device of {first_name}: {first_name} is on {first.device}, {name} on {tensor.device}"
             )
         if tensor.dtype != first.dtype:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{name} must have the dtype of {first_name}: {first_name} is {first.dtype}, {name} is {tensor.dtype}"
             )
 
@@ -102,14 +113,18 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     """``value`` as two ints, each at least ``minimum``."""
     given = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
+        # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
+        if isinstance(given[0] if given else None, bool) or np.bool_ in map(type, given):
+            raise TypeError
         values = [operator.index(v) for v in given]
     except TypeError:
-        values = []
-    # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
-    if len(values) not in (1, 2) or isinstance(given[0], bool) or np.bool_ in map(type, given):
-        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}") from None
+    if len(values) not in (1, 2):
+        raise ArgumentTypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+        raise ArgumentValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if max(values) >= 2**63:
+        raise ArgumentValueError(f"{name} must be an int64, got {value!r}")
     return values[0], values[-1]
 
 
@@ -149,7 +164,7 @@ def check_probability(p: float) -> float:
     if type(p) is not float:
         p = number("p (the probability of dropping an element)", p)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
+        raise ArgumentValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
     return p
 
 
