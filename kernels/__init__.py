@@ -2,7 +2,8 @@
 
 Each operation has the meaning of its PyTorch counterpart, one file or folder with its kernels, launch functions, autograd
 Function and public function, and a ``*_reference`` beside it in PyTorch's own operations. What is for whoever builds a pipeline
-is in :mod:`kernels.advanced` too.
+is in :mod:`kernels.advanced` too. What an operation refuses is a ValueError or a TypeError, and also what PyTorch's counterpart
+raises for it, mostly a RuntimeError.
 """
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)

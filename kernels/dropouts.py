@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs.tables import elementwise_config
 from .primitives import cast, dropout_factor, program_id
-from .runtime.arguments import check_probability, check_tensors, integer
+from .runtime.arguments import check_probability, check_tensors, flag, integer
 from .runtime.backend import runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .runtime.torch_interop import (
@@ -131,7 +131,7 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
         seed_ptr=seed,
         y_ptr=y,
         elements=y.numel(),
-        p=float(p),
+        p=p,
         scale=1.0 if mask_only else dropout_scale(p),
         MASK_ONLY=mask_only,
         WIDE=needs_int64(y),
@@ -232,15 +232,16 @@ def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: 
     Raises:
         ValueError: p outside [0, 1], or a seed that is no int64.
     """
-    check_probability(p)
+    p = check_probability(p)
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
+    size = [integer("shape", length) for length in shape]
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     seed = draw_seed(torch.device(device), seed)
     if runs_triton(seed):
-        return dropout_keep_mask(list(shape), seed, p)
-    return dropout_mask_reference(shape, p, seed)
+        return dropout_keep_mask(size, seed, p)
+    return dropout_mask_reference(size, p, seed)
 
 
 @overridable
@@ -263,11 +264,11 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         ValueError: p outside [0, 1], or a seed that is no int64.
     """
     check_tensors(input=input)
-    check_probability(p)
+    p = check_probability(p)
+    if type(training) is not bool:
+        training = flag("training", training)
     if not training or p == 0:
         return input
     use_triton = runs_triton(input)
     seed = draw_seed(input.device, seed)
-    return (
-        apply_function(DropoutFunction, (input, seed), Dropout(float(p))) if use_triton else dropout_reference(input, p, seed)
-    )
+    return apply_function(DropoutFunction, (input, seed), Dropout(p)) if use_triton else dropout_reference(input, p, seed)

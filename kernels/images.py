@@ -19,7 +19,7 @@ from torch import Tensor
 from .configs.tables import elementwise_config
 from .convolution.cells import Cells, space_to_depth_reference
 from .primitives import cast, program_id
-from .runtime.arguments import integer
+from .runtime.arguments import integer, number
 from .runtime.backend import INTERPRETED, capability, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
 
@@ -236,8 +236,8 @@ def _launch_gather_resize(
         **{f"{name}_ptr": tensor for name, tensor in given._asdict().items()},
         y_ptr=output,
         D=depth,
-        mean=float(mean),
-        std=float(std),
+        mean=mean,
+        std=std,
         **strides("stride_i", "dhw", images),
         H=height,
         W=width,
@@ -419,6 +419,7 @@ def gather_resize(
     size = integer("size", size)
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
+    mean, std = number("mean", mean), number("std", std)
     if not math.isfinite(mean) or not 0 < std < math.inf:
         raise ValueError(f"mean must be finite and std finite and above 0, got {mean} and {std}")
     if dtype not in _DTYPES:

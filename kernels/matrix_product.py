@@ -30,7 +30,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .dropouts import draw_seed, dropout_reference
 from .linear_rules import linear_config, matmul_finish_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
-from .runtime.arguments import check_activation, check_probability, check_tensors, matmul_input_precision
+from .runtime.arguments import (
+    ArgumentValueError,
+    check_activation,
+    check_probability,
+    check_tensors,
+    flag,
+    matmul_input_precision,
+)
 from .runtime.backend import HALF, has_copy_engine, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .runtime.torch_interop import (
@@ -495,21 +502,23 @@ def linear_relu_dropout_reference(input: Tensor, weight: Tensor, bias: Tensor | 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensors(input=input, weight=weight, bias=bias)
     if input.dim() < 1:
-        raise ValueError("input must be (..., in_features), got a scalar")
+        raise ArgumentValueError("input must be (..., in_features), got a scalar")
     if weight.dim() not in (1, 2):
-        raise ValueError(f"weight must be (out_features, in_features) or (in_features,), got shape {tuple(weight.shape)}")
+        raise ArgumentValueError(
+            f"weight must be (out_features, in_features) or (in_features,), got shape {tuple(weight.shape)}"
+        )
     if input.shape[-1] != weight.shape[-1]:
-        raise ValueError(
+        raise ArgumentValueError(
             f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} wants "
             f"{weight.shape[-1]}"
         )
     if bias is None:
         return
     if weight.dim() == 1:
-        raise ValueError(f"bias must be None with a weight of shape (in_features,), got shape {tuple(bias.shape)}")
+        raise ArgumentValueError(f"bias must be None with a weight of shape (in_features,), got shape {tuple(bias.shape)}")
     features = weight.shape[0]
     if bias.dim() > 2 or bias.numel() not in (1, features) or (bias.dim() > 0 and bias.shape[-1] != bias.numel()):
-        raise ValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
+        raise ArgumentValueError(f"bias must have shape ({features},), or (1,) or () for one value, got {tuple(bias.shape)}")
 
 
 def prepare_linear(tensors: Sequence[Tensor | None], options: tuple[float, bool], needs_grad: bool) -> Linear:
@@ -583,7 +592,9 @@ def linear_relu_dropout(
     Raises:
         TypeError, ValueError: as :func:`kernels.linear` and :func:`kernels.dropout`.
     """
-    check_probability(p)
+    p = check_probability(p)
+    if type(training) is not bool:
+        training = flag("training", training)
     if not training or p == 0:
         return linear(input, weight, bias, activation="relu")
     input, weight, bias = autocast_inputs(input, weight, bias)
@@ -592,4 +603,4 @@ def linear_relu_dropout(
     seed = draw_seed(input.device, seed)
     if not use_triton:
         return linear_relu_dropout_reference(input, weight, bias, p, seed)
-    return _apply_linear(input, weight, bias, seed, float(p), True)
+    return _apply_linear(input, weight, bias, seed, p, True)

@@ -21,11 +21,14 @@ def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
-    """``acc + a @ b``, accumulated in the type of ``acc``."""
+    """``acc + a @ b``, accumulated in the type of ``acc``. Rows with equal operands give equal results, as on a GPU."""
     if INTERPRETED:
         # The interpreter keeps bfloat16 as raw uint16 and would multiply those; float32 holds both half types exactly.
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
+        a = a.to(acc.dtype).to(tl.float64)
+        b = b.to(acc.dtype).to(tl.float64)
+        # NumPy's float32 product adds in another order in another row: equal pixels would not tie in a pool's window.
+        # What the order changes in float64 is gone when the product is rounded.
+        return acc + tl.dot(a, b, out_dtype=tl.float64).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
 
 

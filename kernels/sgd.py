@@ -21,6 +21,7 @@ from torch import Tensor
 from .configs.tables import apply_overrides, tile_size
 from .primitives import cast, fma, program_id
 from .runtime import plans
+from .runtime.arguments import number
 from .runtime.backend import INTERPRETED, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64
 from .runtime.torch_interop import is_plain
@@ -387,6 +388,9 @@ def sgd_step(
         raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
     if grads and grads[0].dtype not in _DTYPES:
         raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
+    momentum, dampening = number("momentum", momentum), number("dampening", dampening)
+    weight_decay = number("weight_decay", weight_decay)
+    nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     if (masters is None) != (dtype == torch.float32):
         raise TypeError("masters must be given exactly for half-precision params")
     if (momentum_buffers is None) != (momentum == 0):
@@ -416,6 +420,8 @@ def sgd_step(
             lr = float(lr)
         elif lr.device != device:
             raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
+    else:
+        lr = number("lr", lr)
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
         for each in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -159,21 +158,6 @@ def test_deterministic_algorithms_refuse_what_is_not() -> None:
         values.put_(torch.tensor([0, 0], device=DEVICE), torch.ones(2, device=DEVICE))
 
 
-@pytest.fixture
-def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a row of a matrix product is NumPy's, whose BLAS adds in another order in another row."""
-
-    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        a, b = a.astype(dtype), b.astype(dtype)
-        total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
-        for k in range(a.shape[-1]):
-            total += a[..., k, None] * b[..., k, None, :]
-        return total
-
-    if INTERPRETED:
-        monkeypatch.setattr(np, "matmul", matmul)
-
-
 Operation = Callable[[Tensor], Tensor]
 
 
@@ -197,7 +181,6 @@ def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operatio
     }
 
 
-@pytest.mark.usefixtures("products_by_rows")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", _operations(torch.float32))
 @pytest.mark.parametrize("images", [0, 1], ids=["for_few", "for_many"])
@@ -216,7 +199,6 @@ def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch
 
 
 @own_devices
-@pytest.mark.usefixtures("products_by_rows")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_network_gives_a_sample_the_same_bits_wherever_it_stands(dtype: torch.dtype) -> None:
     net = network(dtype).eval()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.arguments import check_activation, check_tensors, checked, pair
+from ..runtime.arguments import ArgumentValueError, check_activation, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
@@ -229,28 +229,27 @@ def conv2d_arguments(
 ) -> tuple[Geometry, tuple[int, int]]:
     """Check the arguments of a convolution, the tensors' by their sizes; its geometry and output size as plain ints."""
     if len(input_size) != 4:
-        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")
+        raise ArgumentValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")
     if len(weight_size) != 4:
-        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight_size)}")
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
-        raise TypeError(f"groups must be a positive int, got {groups!r}")
+        raise ArgumentValueError(f"weight must be (K, C / groups, R, S), got shape {tuple(weight_size)}")
+    groups = integer("groups", groups)
     if groups < 1:
-        raise ValueError(f"groups must be a positive int, got {groups!r}")
+        raise ArgumentValueError(f"groups must be a positive int, got {groups!r}")
     n, channels, height, width = input_size
     k, cg, r, s = weight_size
     if channels != cg * groups:
-        raise ValueError(
+        raise ArgumentValueError(
             f"input has {channels} channels, but weight of shape {tuple(weight_size)} with groups={groups} wants "
             f"{cg} x {groups} = {cg * groups}"
         )
     if k == 0 or k % groups != 0:
-        raise ValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
+        raise ArgumentValueError(f"weight must have a positive number of filters divisible by groups={groups}, got {k}")
     if bias_size is not None and tuple(bias_size) != (k,):
-        raise ValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias_size)}")
+        raise ArgumentValueError(f"bias must have shape ({k},), one for each filter of weight, got {tuple(bias_size)}")
     if min(height, width) < 1 and n > 0:
-        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input_size)}")
+        raise ArgumentValueError(f"only the batch of input may be empty, got shape {tuple(input_size)}")
     if min(cg, r, s) < 1:
-        raise ValueError(f"weight must have no dimension of size 0, got shape {tuple(weight_size)}")
+        raise ArgumentValueError(f"weight must have no dimension of size 0, got shape {tuple(weight_size)}")
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     totals, before = _padding(padding, strides, dilations, (r, s))
     sizes = []
@@ -259,29 +258,29 @@ def conv2d_arguments(
     ):
         span = dil * (filter_size - 1) + 1
         if size + total < span:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"input's {name} {size} with {total} of padding is smaller than the filter's span of {span} "
                 f"(weight {tuple(weight_size)}, dilation {dilations}): the output would be empty"
             )
         sizes.append((size + total - span) // step + 1)
-    return Geometry(strides, before, dilations, int(groups)), (sizes[0], sizes[1])
+    return Geometry(strides, before, dilations, groups), (sizes[0], sizes[1])
 
 
 def _padding(
     padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int], filter_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Total padding of each axis, and the part of it before the first element."""
+    if not isinstance(padding, str):
+        before = pair("padding", padding, 0)
+        return (2 * before[0], 2 * before[1]), before
     if padding == "valid":
         return (0, 0), (0, 0)
     if padding == "same":
         if stride != (1, 1):
-            raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
+            raise ArgumentValueError(f'padding="same" needs stride 1, got stride {stride}')
         total = (dilation[0] * (filter_size[0] - 1), dilation[1] * (filter_size[1] - 1))
         return total, (total[0] // 2, total[1] // 2)
-    if isinstance(padding, str):
-        raise ValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
-    before = pair("padding", padding, 0)
-    return (2 * before[0], 2 * before[1]), before
+    raise ArgumentValueError(f'padding must be an int, two ints, "same" or "valid", got {padding!r}')
 
 
 @overridable

@@ -23,7 +23,7 @@ from ..pooling.autograd import (
     run_max_pool2d_fprop,
 )
 from ..pooling.problem import MaxPool, MaxPoolGradient, Window
-from ..runtime.arguments import check_tensors, checked, pair
+from ..runtime.arguments import check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.launch import new_output, nothing
 from ..runtime.torch_interop import (
@@ -266,6 +266,7 @@ def conv2d_relu_max_pool2d(
     """
     if output_format not in (None, torch.channels_last, torch.contiguous_format):
         raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
+    cells = bool(cells)
     input, weight, bias = autocast_inputs(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
     if cells:
@@ -293,7 +294,7 @@ def conv2d_relu_max_pool2d(
             pool_kernel_size=pool_kernel_size,
             pool_stride=pool_stride,
             pool_padding=pool_padding,
-            ceil_mode=ceil_mode,
+            ceil_mode=bool(ceil_mode),
             output_format=output_format,
         )
     channels_last = output_format != torch.contiguous_format
@@ -343,7 +344,7 @@ def reads_cells(
     """
     if not runs_triton(input):
         return False
-    geometry = Geometry(pair("stride", stride, 1), (0, 0), pair("dilation", dilation, 1), groups)
+    geometry = Geometry(pair("stride", stride, 1), (0, 0), pair("dilation", dilation, 1), integer("groups", groups))
     size = (input.shape[0] if input.numel() else 0, 0, 1, 1)
     return select.reads_cells(Problem.of(size, weight, geometry, (1, 1))._replace(dtype=input.dtype, device=input.device))
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
-from ..runtime.arguments import check_tensors, checked, pair
+from ..runtime.arguments import ArgumentValueError, check_tensors, checked, flag, pair
 from ..runtime.backend import INTERPRETED, runs_triton
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
 from ..runtime.torch_interop import (
@@ -359,10 +359,11 @@ def pool_arguments(
     steps = window if no_stride else pair(f"{prefix}stride", stride, 1)  # type: ignore[arg-type]
     pads = pair(f"{prefix}padding", padding, 0)
     dilations = pair(f"{prefix}dilation", dilation, 1)
+    ceil_mode = flag("ceil_mode", ceil_mode)
     output = []
     for axis, name in enumerate(("height", "width")):
         if pads[axis] > window[axis] // 2:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{prefix}padding must be at most half of {prefix}kernel_size: {pads} with {prefix}kernel_size {window}"
             )
         span = dilations[axis] * (window[axis] - 1) + 1
@@ -372,7 +373,7 @@ def pool_arguments(
         if ceil_mode and (count - 1) * steps[axis] >= size[axis] + pads[axis]:
             count -= 1
         if count < 1:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"the pool's input {name} {size[axis]} with padding {pads[axis]} is smaller than the window's span of "
                 f"{span} ({prefix}kernel_size {window}, {prefix}dilation {dilations}): the output would be empty"
             )
@@ -418,14 +419,15 @@ def max_pool2d(
         TypeError: a dtype that the kernels do not run.
         ValueError: ranks, sizes or options that do not fit.
     """
+    return_indices = bool(return_indices)
     check_tensors(input=input)
     if input.dim() not in (3, 4):
-        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
+        raise ArgumentValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
     if input.shape[-3] == 0:
-        raise ValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
+        raise ArgumentValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
     window = checked(pool_arguments, input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
     if not runs_triton(input):
-        return max_pool2d_reference(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return max_pool2d_reference(input, kernel_size, stride, padding, dilation, bool(ceil_mode), return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     problem = MaxPool(window, is_channels_last(batched), False, wants_grad(input), return_indices)
     y, _, index = apply_function(MaxPool2dFunction, (batched,), problem)

@@ -1,7 +1,8 @@
 """Argument checks, and how float32 products are formed.
 
-A check raises before any kernel is launched, names the argument, says what was given and what is allowed. float32 products
-follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
+A check raises before any kernel is launched, names the argument, says what was given and what is allowed. Numbers and flags
+may be NumPy's; what a check returns is Python's, and that is what goes on to problems and launches: Triton does not compile for
+others. float32 products follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from .backend import INTERPRETED
 T = TypeVar("T")
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class ArgumentValueError(ValueError, RuntimeError):
+    """A shape, size, device or number that does not fit. PyTorch's operations raise a RuntimeError for most of these."""
+
+
+class ArgumentTypeError(TypeError, NotImplementedError):
+    """A dtype, a layout or a number of values that does not fit. PyTorch's operations raise a RuntimeError for these too.
+
+    NotImplementedError is one, and what some of them raise. What is no tensor or no int is a TypeError alone, as in PyTorch.
+    """
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -54,16 +66,16 @@ def _check_each(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in [(first_name, first), *rest]:
         if tensor.dtype not in allowed:
             extra = "" if torch.float64 in allowed else " (float64 runs on the CPU: in the interpreter or the reference)"
-            raise TypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")
+            raise ArgumentTypeError(f"{name} must be one of {_names(allowed)} on {tensor.device}, got {tensor.dtype}{extra}")
         if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+            raise ArgumentTypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
     for name, tensor in rest:
         if tensor.device != first.device:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{name} must be on the device of {first_name}: {first_name} is on {first.device}, {name} on {tensor.device}"
             )
         if tensor.dtype != first.dtype:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{name} must have the dtype of {first_name}: {first_name} is {first.dtype}, {name} is {tensor.dtype}"
             )
 
@@ -101,13 +113,18 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     """``value`` as two ints, each at least ``minimum``."""
     given = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
+        # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
+        if isinstance(given[0] if given else None, bool) or np.bool_ in map(type, given):
+            raise TypeError
         values = [operator.index(v) for v in given]
     except TypeError:
-        values = []
-    if len(values) not in (1, 2) or isinstance(given[0], bool):  # of a pair, PyTorch looks at the first only
-        raise TypeError(f"{name} must be an int or two ints, got {value!r}")
+        raise TypeError(f"{name} must be an int or two ints, got {value!r}") from None
+    if len(values) not in (1, 2):
+        raise ArgumentTypeError(f"{name} must be an int or two ints, got {value!r}")
     if min(values) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+        raise ArgumentValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if max(values) >= 2**63:
+        raise ArgumentValueError(f"{name} must be an int64, got {value!r}")
     return values[0], values[-1]
 
 
@@ -121,6 +138,20 @@ def integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool; NumPy's are as good, numbers are not."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
+
+
+def number(name: str, value: object) -> float:
+    """``value`` as a float; NumPy's numbers are as good."""
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def check_activation(activation: str | None) -> bool:
     """Whether the activation is ReLU; raises on any but None and "relu"."""
     if activation not in (None, "relu"):
@@ -128,12 +159,13 @@ def check_activation(activation: str | None) -> bool:
     return activation == "relu"
 
 
-def check_probability(p: float) -> None:
-    """``p`` in [0, 1]."""
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"p (the probability of dropping an element) must be a number, got {p!r}")
+def check_probability(p: float) -> float:
+    """``p`` as a float in [0, 1]."""
+    if type(p) is not float:
+        p = number("p (the probability of dropping an element)", p)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
+        raise ArgumentValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
+    return p
 
 
 def _resolve(*settings: str) -> str:
