@@ -198,9 +198,10 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
         has_cells = cells is not None and cells.dim() == 4
-        # What is differentiated twice is the images: cells that were made of them are not part of the graph.
-        needs_input = not has_cells or input.requires_grad or torch._C._are_functorch_transforms_active()
-        ctx.save_for_backward(input if needs_input else None, cells if has_cells else None, weight, position, link)
+        # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
+        leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
+        saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
+        ctx.save_for_backward(saved, cells if has_cells else None, weight, position, link)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.input_size = input.shape
         ctx.problem = problem

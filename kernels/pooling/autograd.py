@@ -232,10 +232,12 @@ def pool_backward_reference(grad_output: Tensor, position: Tensor, input_size: S
     """The first result of :func:`pool_backward`, in PyTorch's own operations."""
     (_, s), stride, padding, dilation, (p, q) = window
     n, c, h, w = input_size
-    stopped = position == no_gradient(position.dtype)
     place = position.long()
     rows = torch.arange(p, device=place.device)[:, None] * stride[0] - padding[0] + place // s * dilation[0]
     columns = torch.arange(q, device=place.device) * stride[1] - padding[1] + place % s * dilation[1]
+    # A window may lie in the padding alone.
+    outside = (rows < 0) | (rows >= h) | (columns < 0) | (columns >= w)
+    stopped = outside | (position == no_gradient(position.dtype))
     index = (rows * w + columns).masked_fill(stopped, 0)
     passed = grad_output.masked_fill(stopped, 0)
     return grad_output.new_zeros(n, c, h * w).scatter_add(2, index.flatten(2), passed.flatten(2)).view(n, c, h, w)

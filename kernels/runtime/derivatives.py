@@ -25,9 +25,12 @@ Formula = Callable[..., tuple[Tensor | None, ...]]
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether an operation on ``tensors`` is differentiated in forward mode; to be asked where ``forward_ad`` has a level."""
     # Inside a transform a tensor does not say whether there is a tangent below; there the reference is right in any case.
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return torch._C._are_functorch_transforms_active() or any(map(is_dual, tensors))
+
+
+def is_dual(tensor: Tensor | None) -> bool:
+    """Whether ``tensor`` itself has a tangent, not one that it wraps."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def differentiable_by(

@@ -12,12 +12,14 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import plans
+from .derivatives import is_dual
 
 
 class Operator:
@@ -44,7 +46,8 @@ class Operator:
         """Give the registered operator the gradient of ``function``.
 
         Eager and compiled code go through the Function and never need it. A graph of operators does, when it is differentiated
-        later: what ``torch.export`` wrote can be trained.
+        later: what ``torch.export`` wrote can be trained. In forward mode an operator is an error: PyTorch would leave out the
+        tangents.
 
         Args:
             problem_of: makes the problem of a flat list.
@@ -60,7 +63,19 @@ class Operator:
             results = function.backward(ctx, *grads)[:tensors]
             return (*results, *[None] * (ctx.arguments - tensors))
 
-        self.registered.register_autograd(backward, setup_context=setup_context)
+        registered = self.registered
+        registered.register_autograd(backward, setup_context=setup_context)
+        differentiated = make_autograd_impl(registered._opoverload, registered)
+
+        def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(is_dual, inputs[:tensors])):
+                raise NotImplementedError(
+                    f"{registered._qualname} has no forward-mode derivative (jvp): differentiate the network that the graph "
+                    'was made of, or make the graph under kernels.use_backend("torch")'
+                )
+            return differentiated(keyset, *inputs)
+
+        registered._lib.impl(registered._name, autograd, "Autograd", with_keyset=True, allow_override=True)
 
 
 def call_planned(

@@ -20,6 +20,9 @@ from kernels.matrix_product import linear_relu_dropout_reference
 from ..conftest import DEVICE
 from ..oracle import DTYPES, assert_within_tolerance, dtype_id
 
+#: What runs here in a kernel, other tests run in it too.
+pytestmark = pytest.mark.slow_under_ttsem
+
 SEED = 5
 Operation = Callable[..., Tensor]
 
@@ -275,8 +278,9 @@ USES = [
 
 def distinct(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Values in (-0.7, 0.7) far enough apart that no rounding moves a maximum."""
-    count = torch.Size(size).numel()
-    return ((torch.randperm(count, device=DEVICE) - count / 2 + 0.25) * (1.4 / count)).view(size).to(dtype).requires_grad_()
+    count = max(1, torch.Size(size).numel())
+    values = (torch.randperm(count, device=DEVICE) - count / 2 + 0.25) * (1.4 / count)
+    return values[: torch.Size(size).numel()].view(size).to(dtype).requires_grad_()
 
 
 def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: Operation, tensors: Sequence[Tensor]) -> None:
@@ -300,3 +304,110 @@ def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: 
 def test_as_pytorchs_operations(name: str, use: Callable, dtype: torch.dtype) -> None:
     (ours, reference), sizes = OPERATIONS[name]
     assert_as(use, ours, reference, [distinct(size, dtype) for size in sizes])
+
+
+# --------------------------------------------------------------------------------------------------- special cases
+
+
+def integers(*size: int, dtype: torch.dtype) -> Tensor:
+    """-1, 0 and 1: a convolution's sums of them are exact in every dtype."""
+    return torch.randint(-1, 2, size, device=DEVICE).to(dtype).requires_grad_()
+
+
+def _stem(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return kernels.conv2d_relu_max_pool2d(x, w, b, stride=4, padding=2, pool_kernel_size=3, pool_stride=2)
+
+
+def _stem_of_cells(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    made = kernels.space_to_depth(x.detach(), 11, 4, 2)
+    return kernels.conv2d_relu_max_pool2d(made, w, b, stride=4, pool_kernel_size=3, pool_stride=2, cells=True)
+
+
+def _stem_reference(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(x, w, b, stride=4, padding=2)), 3, 2)
+
+
+@pytest.mark.parametrize("func", [False, True], ids=["autograd", "func"])
+@pytest.mark.parametrize("ours", [_stem, _stem_of_cells], ids=["images", "cells"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+def test_a_first_layer_that_reads_cells(ours: Operation, func: bool, dtype: torch.dtype) -> None:
+    """The gradient of its weight is one of the images, though what was saved are the cells that were made of them."""
+    tensors = [integers(*size, dtype=dtype) for size in ((2, 1, 35, 31), (16, 1, 11, 11), (16,))]
+    if DEVICE == "cpu":
+        assert kernels.reads_cells(tensors[0], tensors[1], 4)
+    images = 0 if ours is _stem else 1  # of cells no gradient reaches the images
+
+    def penalty(operation: Operation, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        def of(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            if func:
+                grads = torch.func.grad(lambda w, b: operation(x, w, b).square().sum(), (0, 1))(w, b)
+            else:
+                grads = torch.autograd.grad(operation(x, w, b).square().sum(), (w, b), create_graph=True)
+            return sum(grad.float().square().mean() for grad in grads)
+
+        if func:
+            return torch.func.grad(of, (0, 1, 2))(*given)[images:]
+        return torch.autograd.grad(of(*given), given[images:])
+
+    assert_as(penalty, ours, _stem_reference, tensors)
+
+
+@pytest.mark.parametrize("use", [penalty_alone, func_grad_of_grad, func_jvp_of_grad], ids=lambda use: use.__name__)
+@pytest.mark.parametrize("name", ["conv2d_relu", "block", "max_pool2d", "linear_relu", "dropout"])
+def test_an_empty_batch(name: str, use: Callable) -> None:
+    (ours, reference), (size, *others) = OPERATIONS[name]
+    tensors = [distinct(s, torch.float32) for s in ((0, *size[1:]), *others)]
+    for got, due in zip(use(ours, tensors), use(reference, tensors), strict=True):
+        assert torch.equal(got, due)
+
+
+def test_a_window_that_lets_nothing_pass() -> None:
+    """Where every value is below zero, and where a window lies in the padding alone."""
+    x = -distinct((1, 2, 6, 6), torch.float32).detach().abs() - 1
+    tensors = [x.requires_grad_(), torch.eye(2, device=DEVICE).view(2, 2, 1, 1).requires_grad_()]
+    assert_as(penalty_alone, *block({"kernel_size": 2}), tensors)
+    assert all(not grad.any() for grad in penalty_alone(block({"kernel_size": 2})[0], tensors))
+    pixel = distinct((1, 2, 1, 1), torch.float32)
+    for result in of_the_output_gradient(max_pool2d(kernel_size=2, padding=1, dilation=2)[0], [pixel]):
+        assert not result.any()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_gradients_are_those_of_the_kernels(name: str) -> None:
+    """To the bit, whether they are to be differentiated or not."""
+    (ours, _), sizes = OPERATIONS[name]
+    tensors = [distinct(size, torch.float32) for size in sizes]
+    expected = torch.autograd.grad(loss_of(ours, *tensors), tensors)
+    differentiable = torch.autograd.grad(loss_of(ours, *tensors), tensors, create_graph=True)
+    func = torch.func.grad(lambda *t: loss_of(ours, *t), every(tensors))(*tensors)
+    for due, *got in zip(expected, differentiable, func, strict=True):
+        assert all(torch.equal(due, g) for g in got)
+
+
+def test_a_plain_tensor_beside_a_dual_one_runs_the_kernel(launches: list[str]) -> None:
+    x, other = torch.randn(4, 6, device=DEVICE), torch.randn(4, 6, device=DEVICE)
+    with forward_ad.dual_level():
+        forward_ad.make_dual(other, other)
+        kernels.dropout(x)
+        assert launches == ["_dropout_kernel"]
+        kernels.dropout(forward_ad.make_dual(other, other))
+    assert launches == ["_dropout_kernel"]
+
+
+@pytest.mark.parametrize("level", ["func", "dual"])
+def test_an_operator_by_itself_refuses_forward_mode(level: str) -> None:
+    """As in a graph that ``torch.export`` wrote: PyTorch would leave the tangent out."""
+    x, w = torch.randn(1, 1, 4, 4, device=DEVICE), torch.randn(1, 1, 1, 1, device=DEVICE)
+
+    def operator(x: Tensor) -> Tensor:
+        return torch.ops.alexnet_triton.conv2d_fprop(x, w, None, None, [1, 1], [0, 0], [1, 1], 1, [4, 4], False, False)[0]
+
+    def differentiate() -> None:
+        if level == "func":
+            torch.func.jvp(operator, (x,), (x,))
+        else:
+            with forward_ad.dual_level():
+                operator(forward_ad.make_dual(x, x))
+
+    with pytest.raises(NotImplementedError, match="conv2d_fprop has no forward-mode derivative"):
+        differentiate()
