@@ -14,17 +14,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .configs.tables import elementwise_config
 from .primitives import cast, dropout_factor, program_id
 from .runtime.arguments import check_probability, check_tensors, flag, integer
 from .runtime.backend import runs_triton
+from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .runtime.torch_interop import (
     Operator,
     OperatorFunction,
     apply_function,
-    once_differentiable,
     over,
     overridable,
 )
@@ -146,6 +147,10 @@ def _launch_dropout(x: Tensor, seed: Tensor, y: Tensor, p: float, *, mask_only: 
 _operator = Operator(dropout_apply, _run_dropout)
 
 
+def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor], grad_output: Tensor) -> tuple[Tensor]:
+    return (dropout_reference(grad_output, ctx.problem.p, saved[0]),)
+
+
 @over(_operator)
 class DropoutFunction(OperatorFunction):
     """Dropout. Saves its seed; the gradient is the same product again."""
@@ -160,7 +165,7 @@ class DropoutFunction(OperatorFunction):
         ctx.save_for_backward(seed)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_formula)
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor):
         (seed,) = saved
         return _operator((grad_output, seed), ctx.problem), None, None
@@ -269,6 +274,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         training = flag("training", training)
     if not training or p == 0:
         return input
-    use_triton = runs_triton(input)
+    use_triton = runs_triton(input) and not (forward_ad._current_level >= 0 and has_tangent(input))
     seed = draw_seed(input.device, seed)
     return apply_function(DropoutFunction, (input, seed), Dropout(p)) if use_triton else dropout_reference(input, p, seed)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropouts import draw_seed, dropout_reference
@@ -39,6 +40,7 @@ from .runtime.arguments import (
     matmul_input_precision,
 )
 from .runtime.backend import HALF, has_copy_engine, runs_triton
+from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .runtime.torch_interop import (
     Operator,
@@ -46,7 +48,6 @@ from .runtime.torch_interop import (
     apply_function,
     autocast_inputs,
     call_planned,
-    once_differentiable,
     over,
     overridable,
 )
@@ -460,6 +461,23 @@ _dispatch_backward = functools.partial(_backward, _registered)
 _run_backward = functools.partial(_backward, _BackwardOperators(*(operator._init_fn for operator in _registered)))
 
 
+def _formula(
+    ctx: Any,
+    wanted: Sequence[bool],
+    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grad_output: Tensor,
+) -> tuple[Tensor | None, ...]:
+    input, weight, output, seed = saved
+    dz = grad_output if seed is None else dropout_reference(grad_output, ctx.p, seed)
+    if output is not None:
+        dz = dz.masked_fill(output <= 0, 0)
+    return (
+        dz @ weight if wanted[0] else None,
+        dz.t() @ input if wanted[1] else None,
+        dz.sum(0) if wanted[2] else None,
+    )
+
+
 @over(_fprop_operator)
 class LinearFunction(OperatorFunction):
     """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
@@ -475,7 +493,7 @@ class LinearFunction(OperatorFunction):
         ctx.p = problem.p
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_formula, of=(0, 1))
     def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None], grad_output: Tensor):
         tensors = (grad_output, *saved)
         problem = LinearGradients(ctx.p, ctx.needs_input_grad[:3])
@@ -564,7 +582,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
     _check_linear(input, weight, bias)
-    if not runs_triton(input):
+    if not runs_triton(input) or (forward_ad._current_level >= 0 and has_tangent(input, weight, bias)):
         return linear_reference(input, weight, bias, activation=activation)
     return _apply_linear(input, weight, bias, None, 0.0, fuse_relu)
 
@@ -599,7 +617,7 @@ def linear_relu_dropout(
         return linear(input, weight, bias, activation="relu")
     input, weight, bias = autocast_inputs(input, weight, bias)
     _check_linear(input, weight, bias)
-    use_triton = runs_triton(input)
+    use_triton = runs_triton(input) and not (forward_ad._current_level >= 0 and has_tangent(input, weight, bias))
     seed = draw_seed(input.device, seed)
     if not use_triton:
         return linear_relu_dropout_reference(input, weight, bias, p, seed)

@@ -5,21 +5,22 @@ autograd node. Here the operations' own launch functions, saved tensors and back
 which is planned as a whole. What lies between them and is not saved shares one workspace.
 
 The composition is that of autograd: :class:`_Context` stands for the ``ctx`` of each operation's Function, and a :class:`Tape`
-remembers, of all contexts, everything but tensors.
+remembers, of all contexts, everything but tensors. Where the gradients are to be differentiated in turn, a graph with a node
+for each operation is made of it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dropouts import draw_seed
 from .runtime import plans
-from .runtime.torch_interop import OperatorFunction, is_plain, once_differentiable
+from .runtime.torch_interop import OperatorFunction, is_plain
 
 
 class Stage(NamedTuple):
@@ -78,12 +79,16 @@ class _Record(NamedTuple):
         attributes: of the context.
         saved: indices of the tensors that were saved, among the sequence's saved ones.
         needs: for each tensor of the Function, whether its gradient is wanted.
+        output: index of its output among the sequence's saved tensors, None where that was not saved.
+        output_size: of its output.
     """
 
     stage: Stage
     attributes: tuple[tuple[str, Hashable], ...]
     saved: tuple[int | None, ...]
     needs: tuple[bool, ...]
+    output: int | None
+    output_size: tuple[int, ...]
 
 
 class Tape(NamedTuple):
@@ -91,10 +96,12 @@ class Tape(NamedTuple):
 
     Attributes:
         saved_inputs: indices of the sequence's own tensors that are saved; what was made on the way is saved after them.
+        unsaved_inputs: indices of those whose gradients are wanted, but whose values are not: biases.
     """
 
     records: tuple[_Record, ...]
     saved_inputs: tuple[int, ...]
+    unsaved_inputs: tuple[int, ...]
 
 
 class Sequenced(NamedTuple):
@@ -110,7 +117,7 @@ def _run_forward(*arguments: Any) -> tuple[Any, ...]:
     stages, recorded = problem.value
     x, link = tensors[0], None
     needs_input = recorded and x.requires_grad
-    steps: list[tuple[Stage, _Context, tuple[bool, ...]]] = []
+    steps: list[tuple[Stage, _Context, tuple[bool, ...], Tensor]] = []
     for stage in stages:
         own = [None if i is None else tensors[i] for i in stage.tensors]
         needs = [recorded and t is not None and t.requires_grad for t in own]
@@ -123,7 +130,9 @@ def _run_forward(*arguments: Any) -> tuple[Any, ...]:
             context = _Context()
             stage.function.setup_context(context, (*given, of_stage), results if len(results) > 1 else results[0])
             of_link = [needs_input and link is not None] if stage.function.takes_link else []
-            steps.append((stage, context, (needs_input, *needs, *of_link)))
+            if link is not None:
+                context.saved_tensors = (*context.saved_tensors[:-1], None)  # the link, which carries no data
+            steps.append((stage, context, (needs_input, *needs, *of_link), results[0]))
         x, link = results[0], results[1] if stage.makes_link and needs_grad else None
         needs_input = needs_grad
     tape, saved = _tape_of(steps, tensors)
@@ -131,21 +140,24 @@ def _run_forward(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _tape_of(
-    steps: Sequence[tuple[Stage, _Context, tuple[bool, ...]]], tensors: Sequence[Tensor | None]
+    steps: Sequence[tuple[Stage, _Context, tuple[bool, ...], Tensor]], tensors: Sequence[Tensor | None]
 ) -> tuple[Hashed, list[Tensor]]:
     """The tape of a forward pass, and the tensors made in it that are saved, each once."""
     of_inputs = {id(tensor): i for i, tensor in enumerate(tensors)}
-    wanted = [t for _, context, needs in steps if any(needs) for t in context.saved_tensors if t is not None]
+    wanted = [t for _, context, needs, _ in steps if any(needs) for t in context.saved_tensors if t is not None]
     unique = list({id(t): t for t in wanted}.values())
     inputs = [t for t in unique if id(t) in of_inputs]
     made = [t for t in unique if id(t) not in of_inputs]
     places = {id(t): i for i, t in enumerate([*inputs, *made])}
     records = []
-    for stage, context, needs in steps:
+    for stage, context, needs, output in steps:
         attributes = tuple((name, value) for name, value in vars(context).items() if name != "saved_tensors")
         saved = tuple(None if t is None else places.get(id(t)) for t in context.saved_tensors)
-        records.append(_Record(stage, attributes, saved, needs))
-    return Hashed(Tape(tuple(records), tuple(of_inputs[id(t)] for t in inputs))), made
+        records.append(_Record(stage, attributes, saved, needs, places.get(id(output)), tuple(output.shape)))
+    saved_inputs = tuple(of_inputs[id(t)] for t in inputs)
+    needed = [i for r in records for i, need in zip(r.stage.tensors, r.needs[1:], strict=False) if i is not None and need]
+    unsaved_inputs = tuple(i for i in needed if i not in saved_inputs)
+    return Hashed(Tape(tuple(records), saved_inputs, unsaved_inputs)), made
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -154,7 +166,7 @@ def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * count
     grad_link = None
     for record in reversed(tape.value.records):
-        stage, attributes, places, needs = record
+        stage, attributes, places, needs, *_ = record
         if not any(needs):
             break
         context: Any = _Context()
@@ -173,10 +185,62 @@ def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
-def _names(ctx: Any) -> str:
-    """Of a sequence's operations, for an error."""
-    functions = dict.fromkeys(record.stage.function.__name__ for record in ctx.tape.value.records)
-    return " + ".join(name.removesuffix("Function") for name in functions)
+class _RecordedFunction(torch.autograd.Function):
+    """An operation of a sequence as a node of its own, made of what the sequence saved of it.
+
+    Inputs: those of the operation's Function (None for a tensor that takes no gradient), but in place of the problem the record
+    and the sequence's saved tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *given, (record, saved) = inputs
+        function = record.stage.function
+        for name, value in record.attributes:
+            setattr(ctx, name, value)
+        own = [None if i is None else saved[i] for i in record.saved]
+        if function.takes_link:
+            own[-1] = given[-1]
+        ctx.save_for_backward(*own)
+        ctx.set_materialize_grads(False)
+        ctx.function = function
+        # Nobody reads an output that was not saved: neither a link.
+        nothing = saved[0].new_zeros(())
+        output = nothing.expand(record.output_size) if record.output is None else saved[record.output].detach()
+        return (output, nothing.expand(record.output_size[1])) if function.gives_link else output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.function.backward(ctx, *grads)
+
+
+def _differentiable_gradients(ctx: Any, saved: Sequence[Tensor], grad_output: Tensor) -> list[Tensor | None]:
+    """As :func:`_run_backward` of the :class:`SequenceFunction` of ``ctx``, by a graph with a node for each operation."""
+    tape = ctx.tape.value
+    needs = ctx.needs_input_grad[1:]
+    create_graph = torch.is_grad_enabled()
+    gradients: list[Tensor | None] = [None] * len(needs)
+    with torch.enable_grad():
+        known = dict(zip(tape.saved_inputs, saved, strict=False)) | dict(zip(tape.unsaved_inputs, ctx.unsaved, strict=True))
+        # Views of them: one may be made of another, whose gradient is not to hold this one's share.
+        own = {i: tensor.view_as(tensor) for i, tensor in known.items() if needs[i]}
+        values = [own.get(i, value) for i, value in zip(tape.saved_inputs, saved, strict=False)]
+        values += saved[len(values) :]
+        y, link = own.get(0), None
+        for record in tape.records:
+            if any(record.needs):
+                function = record.stage.function
+                tensors = [y, *map(own.get, record.stage.tensors), *[link] * function.takes_link]
+                outputs = _apply_recorded(*tensors, (record, values))
+                y, link = outputs if function.gives_link else (outputs, None)
+                link = link if record.stage.makes_link else None
+                if record.output is not None:
+                    values[record.output] = y
+        assert y is not None
+        found = torch.autograd.grad(y, list(own.values()), grad_output, create_graph=create_graph, allow_unused=True)
+    for i, gradient in zip(own, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 class SequenceFunction(torch.autograd.Function):
@@ -187,12 +251,15 @@ class SequenceFunction(torch.autograd.Function):
         problem, seeds, found = known
         y, tape, *made = _run(_run_forward, tensors, problem, found, seeds)
         ctx.save_for_backward(*[tensors[i] for i in tape.value.saved_inputs], *made)
+        ctx.unsaved = [tensors[i] for i in tape.value.unsaved_inputs]
         ctx.tape = tape
         return y
 
     @staticmethod
-    @functools.partial(once_differentiable, name_of=_names)
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return None, *_differentiable_gradients(ctx, saved, grad_output)
         tensors = (grad_output, *saved)
         problem = (ctx.tape, len(ctx.needs_input_grad) - 1)
         found = plans.find(_run_backward, tensors, problem)
@@ -202,7 +269,9 @@ class SequenceFunction(torch.autograd.Function):
         return None, *_run(_run_backward, tensors, problem, found)
 
 
+# What Function.apply itself ends in, where no transform is to see it.
 _apply = super(torch.autograd.Function, SequenceFunction).apply
+_apply_recorded = super(torch.autograd.Function, _RecordedFunction).apply
 
 
 def _run(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable, found: Any, fresh: int = 0) -> Any:

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..runtime.arguments import ArgumentValueError, check_activation, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
+from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    once_differentiable,
     over,
     overridable,
 )
@@ -145,15 +146,61 @@ def gradients(
     return dx, dw, d_link
 
 
+def gradients_reference(
+    dz: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], link: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What :func:`gradients` means, and the gradient of the bias, in PyTorch's own operations.
+
+    Args:
+        dz: gradient before the activation.
+        wanted: of input, weight, bias and link, whether the gradient is; None what is not.
+        link: of ``input``, if it comes with one.
+    """
+    stride, padding, dilation, groups = geometry
+    needed = [
+        (outputs - 1) * step + distance * (filter_size - 1) + 1 - size - 2 * before
+        for outputs, step, distance, filter_size, size, before in zip(
+            dz.shape[2:], stride, dilation, weight.shape[2:], input.shape[2:], padding, strict=True
+        )
+    ]
+    below, right = (max(0, rows) for rows in needed)  # more padding than above: of "same"
+    padded = F.pad(input, (0, right, 0, below)) if below or right else input
+    mask = [wanted[0] or wanted[3], wanted[1], wanted[2]]
+    dx, dw, d_bias = torch.ops.aten.convolution_backward(
+        dz, padded, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    d_link = None
+    if dx is not None:
+        dx = dx[..., : input.shape[2], : input.shape[3]]
+        if link is not None:
+            dx = dx.masked_fill(input <= 0, 0)
+            d_link = dx.sum((0, 2, 3))
+    return dx, dw, d_bias, d_link
+
+
 conv2d_fprop_operator = Operator(conv2d_fprop, _run_fprop)
 conv2d_backward_operator = Operator(conv2d_backward, _run_backward)
 
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
+def _formula(
+    ctx: Any,
+    wanted: Sequence[bool],
+    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grad_output: Tensor,
+    grad_link: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    input, weight, output, link = saved
+    handed_over = ctx.problem.make_link and grad_link is not None
+    dz = grad_output if handed_over or output is None else grad_output.masked_fill(output <= 0, 0)
+    dx, dw, d_bias, d_link = gradients_reference(dz, input, weight, ctx.problem.geometry, wanted, link)
+    return dx, dw, grad_link if handed_over else d_bias, d_link
+
+
 @over(conv2d_fprop_operator)
 class Conv2dFunction(OperatorFunction):
-    """Convolution (+bias, +ReLU). Saves its input, its weight and, for a ReLU, its output, whose sign is the mask.
+    """Convolution (+bias, +ReLU). Saves its input and weight, for a ReLU its output, whose sign is the mask, and its link.
 
     The second output, the link, carries no data. The convolution that takes the link must be the output's only reader: its
     backward pass applies this ReLU's mask and sums this bias's gradient, which saves two passes over memory. So the gradient
@@ -170,7 +217,7 @@ class Conv2dFunction(OperatorFunction):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         input, weight, _, link, problem = inputs
         y, new_link = output
-        ctx.save_for_backward(input, weight, y if problem.relu else None)
+        ctx.save_for_backward(input, weight, y if problem.relu else None, link)
         ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
         if not problem.make_link and new_link is not None:
             ctx.mark_non_differentiable(new_link)
@@ -178,9 +225,9 @@ class Conv2dFunction(OperatorFunction):
         ctx.linked = link is not None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor, grad_link: Tensor | None):
-        input, weight, output = saved
+    @differentiable_by(_formula, of=(0, 1), takes_link=True)
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, grad_link: Tensor | None):
+        input, weight, output, _ = saved
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Check make_link first: under torch.compile an unused output's gradient is zeros, not None.
         handed_over = ctx.problem.make_link and grad_link is not None
@@ -372,7 +419,7 @@ def _conv2d(
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     geometry, size = _checked_arguments(batched, weight, bias, stride, padding, dilation, groups)
     check_link(link, batched)
-    if not runs_triton(input):
+    if not runs_triton(input) or (forward_ad._current_level >= 0 and has_tangent(input, weight, bias)):
         return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
     problem = Convolution(geometry, size, fuse_relu, make_link)
     output, new_link = apply_function(Conv2dFunction, (batched, weight, bias, link), problem)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..pooling.autograd import (
     check_positions_written,
@@ -20,24 +21,25 @@ from ..pooling.autograd import (
     new_position_and_index,
     pool_arguments,
     pool_backward,
+    pool_backward_reference,
     run_max_pool2d_fprop,
 )
 from ..pooling.problem import MaxPool, MaxPoolGradient, Window
 from ..runtime.arguments import check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
+from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import new_output, nothing
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
     apply_function,
     autocast_inputs,
-    once_differentiable,
     over,
     overridable,
     wants_grad,
 )
 from . import select, stem_pool
-from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, new_gradients
+from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
 
@@ -162,9 +164,25 @@ _fprop_operator = Operator(conv2d_relu_max_pool2d_fprop, _run_fprop)
 _backward_operator = Operator(conv2d_relu_max_pool2d_backward, _run_backward)
 
 
+def _formula(
+    ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    input, cells, weight, position, link = saved
+    assert weight is not None
+    assert position is not None
+    geometry, conv_size, window = ctx.problem[:3]
+    if input is None:
+        assert cells is not None
+        input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
+        geometry = geometry._replace(padding=(0, 0))  # which is in the cells
+    unpooled_size = (grad_output.shape[0], weight.shape[0], *conv_size)
+    dz = pool_backward_reference(grad_output, position, unpooled_size, window)
+    return gradients_reference(dz, input, weight, geometry, wanted, link)
+
+
 @over(_fprop_operator)
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
-    """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight and window positions."""
+    """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight, positions and link."""
 
     takes_link = True
     internal = (1, 2)
@@ -180,20 +198,25 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
         has_cells = cells is not None and cells.dim() == 4
-        ctx.save_for_backward(None if has_cells else input, cells if has_cells else None, weight, position)
+        # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
+        leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
+        saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
+        ctx.save_for_backward(saved, cells if has_cells else None, weight, position, link)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.input_size = input.shape
         ctx.problem = problem
         ctx.linked = link is not None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor | None, Tensor | None, Tensor, Tensor], grad_output: Tensor, *_: Any):
+    @differentiable_by(_formula, of=(0, 2), takes_link=True)
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any):
+        input, cells, weight, position = saved[:4]
         geometry, conv_size, window, _, write_position, _ = ctx.problem
         check_positions_written(write_position)
         wanted = ctx.needs_input_grad[:3]
         problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked)
-        dx, dw, d_bias, d_link = _backward_operator((grad_output, *saved), problem)
+        tensors = (grad_output, input if cells is None else None, cells, weight, position)
+        dx, dw, d_bias, d_link = _backward_operator(tensors, problem)
         return (
             dx if wanted[0] else None,
             dw if wanted[1] else None,
@@ -269,10 +292,11 @@ def conv2d_relu_max_pool2d(
     cells = bool(cells)
     input, weight, bias = autocast_inputs(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
+    use_triton = runs_triton(input) and not (forward_ad._current_level >= 0 and has_tangent(input, weight, bias))
     if cells:
         images = _check_cells(input, weight, stride, padding, groups, link)
         steps = pair("stride", stride, 1)
-        if not reads_cells(input, weight, steps, dilation, groups):
+        if not (use_triton and reads_cells(input, weight, steps, dilation, groups)):
             input, cells = depth_to_space(input, images[1], steps[0]), False
     batched = input.unsqueeze(0) if input.dim() == 3 else input
     geometry, conv_size = checked(
@@ -282,7 +306,7 @@ def conv2d_relu_max_pool2d(
     )
     window = checked(pool_arguments, conv_size, pool_kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
     check_link(link, batched)
-    if not runs_triton(input):
+    if not use_triton:
         return conv2d_relu_max_pool2d_reference(
             input,
             weight,

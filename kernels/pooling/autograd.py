@@ -12,16 +12,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
 from ..runtime.arguments import ArgumentValueError, check_tensors, checked, flag, pair
 from ..runtime.backend import INTERPRETED, runs_triton
+from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
     apply_function,
-    once_differentiable,
     over,
     overridable,
     wants_grad,
@@ -227,6 +228,21 @@ def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradien
     return dx, sums, [ColumnSums(partial, sums)] if sum_channels else []
 
 
+def pool_backward_reference(grad_output: Tensor, position: Tensor, input_size: Sequence[int], window: Window) -> Tensor:
+    """The first result of :func:`pool_backward`, in PyTorch's own operations."""
+    (_, s), stride, padding, dilation, (p, q) = window
+    n, c, h, w = input_size
+    place = position.long()
+    rows = torch.arange(p, device=place.device)[:, None] * stride[0] - padding[0] + place // s * dilation[0]
+    columns = torch.arange(q, device=place.device) * stride[1] - padding[1] + place % s * dilation[1]
+    # A window may lie in the padding alone.
+    outside = (rows < 0) | (rows >= h) | (columns < 0) | (columns >= w)
+    stopped = outside | (position == no_gradient(position.dtype))
+    index = (rows * w + columns).masked_fill(stopped, 0)
+    passed = grad_output.masked_fill(stopped, 0)
+    return grad_output.new_zeros(n, c, h * w).scatter_add(2, index.flatten(2), passed.flatten(2)).view(n, c, h, w)
+
+
 def _new_dgrad(
     grad_output: Tensor, input_size: Sequence[int], channels_last: bool, write_dx: bool, sum_channels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -291,6 +307,10 @@ _fprop_operator = Operator(max_pool2d_fprop, run_max_pool2d_fprop)
 _dgrad_operator = Operator(max_pool2d_dgrad, _run_dgrad)
 
 
+def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor], grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (pool_backward_reference(grad_output, saved[0], ctx.input_size, ctx.problem.window),)
+
+
 @over(_fprop_operator)
 class MaxPool2dFunction(OperatorFunction):
     """Max-pool. Saves one byte an output: the position in its window."""
@@ -315,7 +335,7 @@ class MaxPool2dFunction(OperatorFunction):
         ctx.input_size = input.shape
 
     @staticmethod
-    @once_differentiable
+    @differentiable_by(_formula)
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
         window, channels_last, _, write_position, _ = ctx.problem
         check_positions_written(write_position)
@@ -426,7 +446,7 @@ def max_pool2d(
     if input.shape[-3] == 0:
         raise ArgumentValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
     window = checked(pool_arguments, input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
-    if not runs_triton(input):
+    if not runs_triton(input) or (forward_ad._current_level >= 0 and has_tangent(input)):
         return max_pool2d_reference(input, kernel_size, stride, padding, dilation, bool(ceil_mode), return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     problem = MaxPool(window, is_channels_last(batched), False, wants_grad(input), return_indices)

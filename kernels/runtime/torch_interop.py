@@ -1,6 +1,6 @@
 """What PyTorch asks of operations of our own: autocast, ``__torch_function__``, and differentiation.
 
-The autograd Functions share a registration with their operator, and a refusal to be differentiated twice.
+The autograd Functions share a registration with their operator. Of their gradients' derivatives: :mod:`.derivatives`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 from torch.library import CustomOpDef  # type: ignore[attr-defined]
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import plans
+from .derivatives import is_dual
 
 
 class Operator:
@@ -44,7 +46,8 @@ class Operator:
         """Give the registered operator the gradient of ``function``.
 
         Eager and compiled code go through the Function and never need it. A graph of operators does, when it is differentiated
-        later: what ``torch.export`` wrote can be trained.
+        later: what ``torch.export`` wrote can be trained. In forward mode an operator is an error: PyTorch would leave out the
+        tangents.
 
         Args:
             problem_of: makes the problem of a flat list.
@@ -60,7 +63,19 @@ class Operator:
             results = function.backward(ctx, *grads)[:tensors]
             return (*results, *[None] * (ctx.arguments - tensors))
 
-        self.registered.register_autograd(backward, setup_context=setup_context)
+        registered = self.registered
+        registered.register_autograd(backward, setup_context=setup_context)
+        differentiated = make_autograd_impl(registered._opoverload, registered)
+
+        def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(is_dual, inputs[:tensors])):
+                raise NotImplementedError(
+                    f"{registered._qualname} has no forward-mode derivative (jvp): differentiate the network that the graph "
+                    'was made of, or make the graph under kernels.use_backend("torch")'
+                )
+            return differentiated(keyset, *inputs)
+
+        registered._lib.impl(registered._name, autograd, "Autograd", with_keyset=True, allow_override=True)
 
 
 def call_planned(
@@ -192,60 +207,6 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
         return False
     # Inside vmap a tensor does not say that an outer torch.func.grad watches it.
     return any(t is not None and t.requires_grad for t in tensors) or torch._C._are_functorch_transforms_active()
-
-
-class _RefuseFunction(torch.autograd.Function):
-    """Passes a gradient through, hanging in the graph on all that it was computed from; differentiating it raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, gradient, *computed_from):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any):
-        raise RuntimeError(
-            f"{ctx.name} cannot be differentiated twice (its backward pass is a Triton kernel): for a gradient of a gradient "
-            'use the PyTorch operation, or kernels.use_backend("torch")'
-        )
-
-
-def once_differentiable(backward: Callable[..., tuple], name_of: Callable[[Any], str] | None = None) -> Callable[..., tuple]:
-    """For the ``backward(ctx, saved_tensors, *grads)`` of an autograd Function: a double backward is a clear error.
-
-    The saved tensors are handed over because a checkpointed graph lets each be unpacked only once.
-
-    PyTorch's own decorator of this name only notices when the incoming gradient requires a gradient; for the common
-    ``grad(loss, x, create_graph=True)`` it does not, and the second derivative silently lacks this term.
-
-    Args:
-        name_of: of the context, the name in the error; by default that of the Function.
-    """
-
-    name = backward.__qualname__.split(".")[0].removesuffix("Function")
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> tuple:
-        for grad in grads:
-            if grad is not None:
-                break
-        else:  # no gradient reached any output
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return backward(ctx, saved, *grads)
-        with torch.no_grad():
-            results = backward(ctx, saved, *grads)
-        computed_from = [t for t in (*grads, *saved) if isinstance(t, torch.Tensor) and t.requires_grad]
-        who = name if name_of is None else name_of(ctx)
-        return tuple(r if r is None else _RefuseFunction.apply(who, r, *computed_from) for r in results)
-
-    return wrapper
 
 
 def autocast_inputs(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
