@@ -12,7 +12,7 @@ IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host render bench clean
+.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host kernelbench render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -27,6 +27,7 @@ help:
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
 	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
 	@echo "make host    how long Python works on a training step and on each operation, beside PyTorch (a GPU need not be there)"
+	@echo "make kernelbench  KernelBench's AlexNet and LeNet-5, fused: verified, on a CUDA GPU also timed beside PyTorch"
 	@echo "make bench   time every operation against PyTorch by pytest-benchmark (without a CUDA GPU: host time alone)"
 
 $(INSTALLED): pyproject.toml
@@ -105,6 +106,9 @@ profile: $(INSTALLED)
 
 host: $(INSTALLED)
 	$(BIN)/python -m benchmarks.host $(ARGS)
+
+kernelbench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.kernelbench $(ARGS)
 
 render: $(INSTALLED)
 	$(BIN)/python -m benchmarks.render --readme $(ARGS)

@@ -11,8 +11,9 @@ idle before each call. For each batch the eager step stands beside its CUDA grap
 
 A row of the JSON has these fields:
 
-- ``case``, and ``mode``: ``step`` of a network, ``forward`` or ``forward_backward`` of an operation. On a GPU also ``eager``
-  and ``graph``, whose times are the GPU's and the host's together.
+- ``case``, and ``mode``: ``step`` of a network, ``train`` or ``infer`` of the case ``module`` (AlexNet as a class whose forward
+  pass calls its layers; its peer is the same class), ``forward`` or ``forward_backward`` of an operation. On a GPU also
+  ``eager`` and ``graph``, whose times are the GPU's and the host's together.
 - ``batch`` and ``dtype`` of our tensors.
 - ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's, the median of the rounds' ratios.
 - What one warm call of ours does: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,

@@ -41,7 +41,7 @@ class HostCase:
 
     Attributes:
         name: of the case.
-        mode: ``step`` of a network, or the pass of an operation.
+        mode: ``step`` of a network, ``train`` or ``infer`` of a module, or the pass of an operation.
         batch: images of ours.
         dtype: of our tensors, by name.
         make: builds the functions on a device.
@@ -89,6 +89,28 @@ def narrow_alexnet() -> nn.Sequential:
         net[index] = nn.Conv2d(32, 32, 3, padding=1)
     net[14] = nn.Linear(32 * 5 * 5, 4096)
     return net
+
+
+class ModuleAlexNet(nn.Module):
+    """AlexNet as most people write it: a class whose forward pass calls its layers, and functions between them."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        """Take the convolutions and linear layers of ``layers``, AlexNet's 21."""
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = (m for m in layers if isinstance(m, nn.Conv2d))
+        self.fc1, self.fc2, self.fc3 = (m for m in layers if isinstance(m, nn.Linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 3, 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 3, 2)
+        x = F.relu(self.conv3(x))
+        x = F.relu(self.conv4(x))
+        x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2)
+        x = torch.flatten(x, 1)
+        x = F.dropout(F.relu(self.fc1(x)), 0.5, self.training)
+        x = F.dropout(F.relu(self.fc2(x)), 0.5, self.training)
+        return self.fc3(x)
 
 
 class TrainingStep:
@@ -139,6 +161,16 @@ def _part(kind: str, net: nn.Module, optimizer: torch.optim.Optimizer, images: T
     return optimizer.step
 
 
+def _pair(kind: str, net: nn.Module, images: Tensor, peer: nn.Module) -> Pair:
+    """A part of a step of ``net`` on ``images``, and of its tiny peer."""
+    peer = peer.to(images.device)
+    tiny_images = torch.zeros(1, 1, 31, 31, device=images.device)
+    return Pair(
+        _part(kind, net, SGD(net.parameters(), lr=0.01), images),
+        _part(kind, peer, torch.optim.SGD(peer.parameters(), lr=0.01), tiny_images),
+    )
+
+
 def _network(case: HostCase, device: torch.device) -> Pair:
     """A fused network and the tiny peer; the case's name says which part of a step, and which memory format."""
     kind, _, default_format = case.name.partition("_")
@@ -149,12 +181,15 @@ def _network(case: HostCase, device: torch.device) -> Pair:
     else:
         net = AlexNet().to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = to_channels_last(images)
-    peer = tiny_alexnet().to(device)
-    tiny_images = torch.zeros(1, 1, 31, 31, device=device)
-    return Pair(
-        _part(kind, net, SGD(net.parameters(), lr=0.01), images),
-        _part(kind, peer, torch.optim.SGD(peer.parameters(), lr=0.01), tiny_images),
-    )
+    return _pair(kind, net, images, tiny_alexnet())
+
+
+def _module(case: HostCase, device: torch.device) -> Pair:
+    """A fused class, in the default memory format, and the same class with tiny layers."""
+    dtype = DTYPES[case.dtype]
+    net = fuse(ModuleAlexNet(narrow_alexnet())).to(device, dtype)
+    images = torch.zeros(case.batch, 1, 224, 224, dtype=dtype, device=device)
+    return _pair(case.mode, net, images, ModuleAlexNet(tiny_alexnet()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +272,10 @@ def _operation(case: HostCase, device: torch.device) -> Pair:
 
 
 def host_cases(batch: int = 128, dtype: str = "bfloat16") -> list[HostCase]:
-    """Every case: the network's with channels-last parameters, a drop-in user's, the operations'.
+    """Every case: the network's with channels-last parameters, a drop-in user's, a module's, the operations'.
 
     A drop-in user's network is ``fuse(nn.Sequential(...))`` in the default memory format, in ``dtype`` and in PyTorch's default
-    one (see :func:`narrow_alexnet`).
+    one (see :func:`narrow_alexnet`). A module is the same network as a class with a forward pass of its own.
     """
     networks = [HostCase(name, "step", batch, dtype, _network) for name in ("train", "infer", "optimizer")]
     drop_ins = [
@@ -248,7 +283,12 @@ def host_cases(batch: int = 128, dtype: str = "bfloat16") -> list[HostCase]:
         for used in dict.fromkeys((dtype, "float32"))
         for kind in ("train", "infer")
     ]
+    modules = [
+        HostCase("module", mode, batch, used, _module)
+        for used in dict.fromkeys((dtype, "float32"))
+        for mode in ("train", "infer")
+    ]
     operations = [
         HostCase(name, which, batch, dtype, _operation) for name in OPERATIONS for which in (FORWARD, FORWARD_BACKWARD)
     ]
-    return networks + drop_ins + operations
+    return networks + drop_ins + modules + operations

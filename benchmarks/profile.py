@@ -28,7 +28,7 @@ from kernels.runtime import launch
 
 from .audit import TARGETS, LayerMarker, OperatorCount, floor_us, pass_of
 from .networks import ALEXNET, OURS, PEERS, prepare, step_function
-from .report import DTYPES, RESULTS, float32_on_tensor_cores
+from .report import DTYPES, RESULTS, float32_products
 from .timing import CudaTimer, captured, own_stream
 from .work import fewest_bytes, flops
 
@@ -117,7 +117,7 @@ def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str,
     """Rows of one step, and the microseconds of one replay from start to end (the gaps between kernels are in it)."""
     device = torch.device("cuda")
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    with float32_on_tensor_cores(), own_stream(device):
+    with float32_products("tf32"), own_stream(device):
         torch.manual_seed(0)
         built, images, labels = prepare(ALEXNET, implementation, dtype, batch, device)
         layer = LayerMarker()

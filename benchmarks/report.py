@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._functorch.config as functorch_config
@@ -89,21 +89,18 @@ def quick(settings: Settings) -> Settings:
 
 
 class Report:
-    """The results so far, and the file they are written to."""
+    """The results so far, and the file they are written to, if there is one."""
 
-    def __init__(self, settings: Settings, out: Path, console: Console) -> None:
-        self.settings, self.out, self.console = settings, out, console
+    def __init__(self, settings: Settings, path: Path | None, console: Console) -> None:
+        self.settings, self.path, self.console = settings, path, console
         self.deadline = time.monotonic() + settings.minutes * 60
         self.content: dict[str, Any] = {"environment": environment(settings), "ceilings": {}, "rows": [], "left_out": []}
 
-    @property
-    def path(self) -> Path:
-        """``<gpu>.json``."""
-        return self.out / f"{gpu_slug(self.content['environment']['gpu'])}.json"
-
     def write(self) -> None:
         """What there is, whole: a reader never sees half a file."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         partial.replace(self.path)
@@ -123,6 +120,18 @@ class Report:
         labels = " ".join(str(row[key]) for key in ("section", "case", "pass", "dtype", "batch", "impl"))
         self.console.print(f"{labels}: {value}{note}", markup=False)
 
+    def add_untimed(self, row: dict[str, Any], why: str) -> None:
+        """A row without a time."""
+        self.add(**row, ms=None, p20=None, p80=None, images_per_s=None, peak_mb=None, note=why)
+
+    def add_timed(
+        self, row: dict[str, Any], function: Callable[[], object], peak_mb: float | None, note: str | None = None
+    ) -> None:
+        """A row with the time of ``function``, which handles the row's batch."""
+        timing = self.settings.timer(function)
+        numbers = dataclasses.asdict(timing) | {"images_per_s": row["batch"] / timing.ms * 1e3, "peak_mb": peak_mb}
+        self.add(**row, **numbers, note=note)
+
 
 def _command(*arguments: str) -> str | None:
     """What a command prints, run in the repository; None if it cannot."""
@@ -133,12 +142,17 @@ def _command(*arguments: str) -> str | None:
     return result.stdout.strip()
 
 
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name; of the CPU that there is none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({platform.machine()})"
+
+
 def environment(settings: Settings) -> dict[str, Any]:
     """The machine, the versions, the commit, the timer."""
     cuda = settings.device.type == "cuda"
     changes = _command("git", "status", "--porcelain")
     return {
-        "gpu": torch.cuda.get_device_name(settings.device) if cuda else f"no GPU ({platform.machine()})",
+        "gpu": gpu_name(settings.device),
         "multiprocessors": torch.cuda.get_device_properties(settings.device).multi_processor_count if cuda else None,
         "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "torch": torch.__version__,
@@ -171,37 +185,26 @@ def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**
 
 
 @contextmanager
-def float32_on_tensor_cores() -> Iterator[None]:
-    """TF32 for both implementations, and cuDNN free to choose its fastest algorithm."""
+def float32_products(precision: Literal["tf32", "ieee"]) -> Iterator[None]:
+    """Products of float32 in TF32 or exact, for all implementations, and cuDNN free to choose its fastest algorithm."""
     backends: Any = torch.backends  # some of its attributes are made at run time
-    conv, matmul, benchmark = backends.cudnn.conv, backends.cuda.matmul, backends.cudnn.benchmark
-    before = conv.fp32_precision, matmul.fp32_precision
-    conv.fp32_precision = "tf32"
-    # By the older switch, which Inductor reads: torch 2.11 refuses to answer it where only the newer one was set.
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    cudnn, matmul = backends.cudnn, backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.fp32_precision, cudnn.benchmark
+    # By the older switches, which Inductor and torch.export read: torch 2.11 refuses to answer them where only the newer
+    # ones were set.
+    cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    cudnn.benchmark = True
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-        conv.fp32_precision, matmul.fp32_precision = before
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.allow_tf32, matmul.fp32_precision, cudnn.benchmark = before
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _add_failed(report: Report, row: dict[str, Any], why: str) -> None:
-    report.add(**row, ms=None, p20=None, p80=None, images_per_s=None, peak_mb=None, note=why)
-
-
-def _add_timed(
-    report: Report, row: dict[str, Any], function: Callable[[], object], peak_mb: float | None, note: str | None
-) -> None:
-    timing = report.settings.timer(function)
-    numbers = dataclasses.asdict(timing) | {"images_per_s": row["batch"] / timing.ms * 1e3, "peak_mb": peak_mb}
-    report.add(**row, **numbers, note=note)
 
 
 def _peak_mb(function: Callable[[], object], device: torch.device) -> float | None:
@@ -263,9 +266,8 @@ def measure_operations(
                 _measure_operation(report, label | {"impl": name}, case, function, own, expected)
             del tensors, expected
         except Exception as error:  # whatever one case raises, the others are measured
-            _add_failed(
-                report, label | {"impl": "all", "pass": "all", "verified": None, "flops": 0, "bytes": 0}, _reason(error)
-            )
+            row = label | {"impl": "all", "pass": "all", "verified": None, "flops": 0, "bytes": 0}
+            report.add_untimed(row, reason(error))
         report.write()
 
 
@@ -286,7 +288,7 @@ def _measure_operation(
         try:
             verify(case, function, tensors, expected)
         except Exception as error:  # a kernel that cannot be compiled or launched is as wrong as a wrong number
-            wrong = f"WRONG: {_reason(error)}"
+            wrong = f"WRONG: {reason(error)}"
         verified = wrong is None
     for which in passes(case):
         work = {
@@ -295,7 +297,7 @@ def _measure_operation(
         }
         row = label | {"pass": which, "verified": verified} | work
         if wrong is not None:
-            _add_failed(report, row, wrong)
+            report.add_untimed(row, wrong)
             continue
         try:
             eager = runner(function, which, tensors)
@@ -304,9 +306,9 @@ def _measure_operation(
                 timed, note = captured(eager, settings.device), None
             except NoGraph as error:
                 timed, note = eager, f"timed without a CUDA graph: {error}"
-            _add_timed(report, row, timed, peak, note)
+            report.add_timed(row, timed, peak, note)
         except Exception as error:
-            _add_failed(report, row, _reason(error))
+            report.add_untimed(row, reason(error))
 
 
 #: Seconds that Inductor takes to tune a step of AlexNet, roughly: none is begun with less time left.
@@ -340,16 +342,16 @@ def _measure_step(report: Report, implementation: str, label: dict[str, Any]) ->
         eager["verified"] = graph["verified"] = True
         step = step_function(built, dtype, mode, images, labels)
         peak = _peak_mb(step, settings.device)
-        _add_timed(report, eager, step, peak, None)
+        report.add_timed(eager, step, peak)
     except Exception as error:  # whatever one implementation raises, the others are measured
         wrong = isinstance(error, AssertionError)
         eager["verified"] = False if wrong else eager["verified"]
-        _add_failed(report, eager, f"WRONG: {_reason(error)}" if wrong else _reason(error))
+        report.add_untimed(eager, f"WRONG: {reason(error)}" if wrong else reason(error))
         return
     try:
-        _add_timed(report, graph, captured(step, settings.device), peak, None)
+        report.add_timed(graph, captured(step, settings.device), peak)
     except Exception as error:
-        _add_failed(report, graph, _reason(error))
+        report.add_untimed(graph, reason(error))
 
 
 def sections(report: Report) -> list[Callable[[], None]]:
@@ -389,10 +391,11 @@ def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 819
     """
     if isinstance(settings.timer, FakeTimer) and out.resolve().is_relative_to(RESULTS.resolve()):
         raise ValueError(f"fake times do not belong into {out}")
-    report = Report(settings, out, console)
+    path = out / f"{gpu_slug(gpu_name(settings.device))}.json"
+    report = Report(settings, path, console)
     console.print_json(json.dumps(report.content["environment"]))
     # Inductor may free what a backward pass needs as it runs; here one is run many times over.
-    with float32_on_tensor_cores(), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
+    with float32_products("tf32"), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
         report.content["ceilings"] = measure_ceilings(settings, ceiling_size, copy_bytes)
         forward, step = network_flops(settings.network, 1)
         parameters = sum(p.numel() for p in settings.network.reference().parameters())
@@ -403,7 +406,7 @@ def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 819
                 section()
         finally:
             report.write()
-    return report.path
+    return path
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from benchmarks import host
-from benchmarks.host_cases import OPERATIONS, host_cases, tiny_alexnet
+from benchmarks.host_cases import OPERATIONS, ModuleAlexNet, host_cases, tiny_alexnet
 from benchmarks.networks import TINY
 from kernels.runtime import backend
 
@@ -31,6 +31,10 @@ MOST_RATIO = {
     ("infer_default_format", "step", "bfloat16"): 1.1,
     ("train_default_format", "step", "float32"): 0.9,
     ("infer_default_format", "step", "float32"): 0.7,
+    ("module", "train", "bfloat16"): 1.1,
+    ("module", "infer", "bfloat16"): 1.1,
+    ("module", "train", "float32"): 0.9,
+    ("module", "infer", "float32"): 0.7,
     ("conv2d", "forward", "bfloat16"): 2.8,
     ("conv2d", "forward_backward", "bfloat16"): 2.6,
     ("conv2d_relu_max_pool2d", "forward", "bfloat16"): 2.4,
@@ -54,6 +58,10 @@ COUNTS = {
     ("infer_default_format", "step", "bfloat16"): (14, 106),
     ("train_default_format", "step", "float32"): (46, 335),
     ("infer_default_format", "step", "float32"): (14, 131),
+    ("module", "train", "bfloat16"): (44, 265),
+    ("module", "infer", "bfloat16"): (14, 106),
+    ("module", "train", "float32"): (46, 335),
+    ("module", "infer", "float32"): (14, 131),
     ("conv2d", "forward", "bfloat16"): (1, 38),
     ("conv2d", "forward_backward", "bfloat16"): (5, 90),
     ("conv2d_relu_max_pool2d", "forward", "bfloat16"): (2, 42),
@@ -111,7 +119,7 @@ def rows(measured: dict) -> dict[tuple[str, str, str], dict]:
 def test_every_case_has_a_row(measured: dict, rows: dict) -> None:
     assert len(rows) == len(measured["rows"])
     assert set(rows) == {(case.name, case.mode, case.dtype) for case in host_cases()} == set(MOST_RATIO) == set(COUNTS)
-    assert {name for name, mode, _ in rows if mode != "step"} == set(OPERATIONS)
+    assert {name for name, mode, _ in rows if mode != "step"} == {*OPERATIONS, "module"}
 
 
 def test_a_row_says_what_it_is(measured: dict) -> None:
@@ -204,6 +212,19 @@ for _ in range(2):
     launches, *rest = result.stdout.splitlines()
     assert launches.split()[1:] == ["True", "True"]
     assert rest == ["[]", launches, "[]"]
+
+
+def test_the_module_is_the_network() -> None:
+    """Our module computes what the ``nn.Sequential`` of its layers does, and has its parameters."""
+    net = tiny_alexnet()
+    module = ModuleAlexNet(net)
+    assert [id(p) for p in module.parameters()] == [id(p) for p in net.parameters()]
+    images = torch.randn(2, 1, 31, 31)
+    for train in (False, True):
+        torch.manual_seed(1)
+        expected = net.train(train)(images)
+        torch.manual_seed(1)
+        assert torch.equal(module.train(train)(images), expected)
 
 
 def test_the_peer_has_the_same_layers() -> None:

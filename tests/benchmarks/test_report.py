@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -180,11 +181,14 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
     assert position["fused", "ours"] < position["step", "compile_max_autotune"] < position["plain", "torch_compile"]
 
 
-def test_inductor_can_ask_for_the_precision_it_is_given() -> None:
+@pytest.mark.parametrize(("precision", "older"), [("tf32", "high"), ("ieee", "highest")])
+def test_inductor_can_ask_for_the_precision_it_is_given(precision: Literal["tf32", "ieee"], older: str) -> None:
     """torch 2.11 raises where the newer switch alone was set; Inductor asks while it tunes."""
-    with report.float32_on_tensor_cores():
-        assert torch.get_float32_matmul_precision() == "high"
-        assert (conv_input_precision(torch.float32), matmul_input_precision(torch.float32)) == ("tf32", "tf32")
+    with report.float32_products(precision):
+        assert torch.get_float32_matmul_precision() == older
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        assert (conv_input_precision(torch.float32), matmul_input_precision(torch.float32)) == (precision, precision)
+    assert (conv_input_precision(torch.float32), matmul_input_precision(torch.float32)) == ("ieee", "ieee")
 
 
 def test_fake_times_never_land_among_results() -> None:

@@ -1,0 +1,171 @@
+"""fuse on networks that others wrote as classes of their own: each equals itself unfused.
+
+On the CPU in float64, in which a network of fifty layers and its gradients are known to 1e-8 whatever the order of a sum.
+Images are small, and so are the networks where their makers offer a size.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from alexnet_triton import fuse
+from kernels.runtime import backend
+
+from ..conftest import DEVICE, UNDER_TTSEM
+
+pytestmark = pytest.mark.skipif(UNDER_TTSEM, reason="its kernels are tested in tests/kernels")
+
+#: Kernels run float64 in the interpreter alone.
+DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
+#: Of an error, beside the result's own norm and beside that of all gradients together. In float32 what fifty layers may make of
+#: the rounding of the first.
+OWN, ALL = (1e-8, 1e-10) if DEVICE == "cpu" else (1e-2, 1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network of somebody's.
+
+    Attributes:
+        library: torchvision or timm.
+        name: of the function that makes it.
+        options: for that function.
+        features: what gives its feature maps, a method or a part; None where nothing has a name.
+    """
+
+    library: str
+    name: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    features: str | None = "forward_features"
+
+    def make(self) -> nn.Module:
+        """The network with random weights, without dropout, whose fused form draws other numbers.
+
+        Scales and biases are random too: as initialized, some are zero and switch a block off.
+        """
+        torch.manual_seed(0)
+        if self.library == "timm":
+            net = pytest.importorskip("timm").create_model(self.name, num_classes=5, drop_rate=0.0, **self.options)
+        else:
+            net = getattr(torchvision.models, self.name)(num_classes=5, **self.options)
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.dim() == 1:
+                    parameter.uniform_(0.5, 1.5)
+        return net.to(DEVICE, DTYPE)
+
+
+MODELS = (
+    Model("torchvision", "resnet18", features=None),
+    Model("torchvision", "resnet50", features=None),
+    Model("torchvision", "mobilenet_v2", {"width_mult": 0.25}, "features"),
+    Model("torchvision", "mobilenet_v3_small", {"width_mult": 0.25}, "features"),
+    Model("torchvision", "googlenet", {"init_weights": False}, None),  # with its two further outputs in training
+    Model("timm", "resnet10t"),
+    Model("timm", "mobilenetv3_small_050"),
+    Model("timm", "test_efficientnet"),
+    Model("timm", "regnetx_002"),
+    Model("timm", "convnext_atto", {"depths": (1, 1, 2, 1)}),
+    Model("timm", "ghostnet_050"),
+    Model("timm", "dla46_c"),
+    Model("timm", "densenet121", {"block_config": (2, 2, 4, 2)}),
+    Model("timm", "vit_tiny_patch16_224", {"img_size": 32, "depth": 4}),
+    Model("timm", "test_byobnet"),
+)
+
+
+def images(memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Four of 32 x 32, in which every network ends at one pixel, so that batch normalization has four numbers."""
+    return torch.randn(4, 3, 32, 32, device=DEVICE, dtype=DTYPE).contiguous(memory_format=memory_format)
+
+
+def outputs(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Of a network that returns a tensor or several."""
+    result = net(x)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def assert_same(name: str, ours: Tensor, theirs: Tensor, floor: float = 0.0) -> None:
+    """The values up to rounding, or an error of ``floor``; shape, dtype and strides exactly."""
+    assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride()), name
+    error, allowed = (ours.double() - theirs.double()).norm().item(), OWN * theirs.double().norm().item() + floor
+    assert error <= allowed, f"{name}: error {error:.3e} in norm, allowed {allowed:.3e}"
+
+
+class Pair(NamedTuple):
+    """A network, the same fused, and what it is."""
+
+    net: nn.Module
+    fused: nn.Module
+    model: Model
+
+
+def id_of(model: Model) -> str:
+    """For test ids."""
+    return f"{model.library}-{model.name}"
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=id_of)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    net = request.param.make()
+    return Pair(net, fuse(copy.deepcopy(net)), request.param)
+
+
+BOTH_FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+
+
+@BOTH_FORMATS
+def test_inference(pair: Pair, memory_format: torch.memory_format, launches: list[str]) -> None:
+    net, fused = pair.net.eval(), pair.fused.eval()
+    x = images(memory_format)
+    with torch.no_grad():
+        ours = outputs(fused, x)
+        launched = len(launches)
+        theirs = outputs(net, x)
+    if backend.runs_triton(x):
+        assert launched > 0
+    assert launched == len(launches)  # the plain network does not run on kernels
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert_same("output", got, wanted)
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize("pair", [model for model in MODELS if model.features], ids=id_of, indirect=True)
+def test_features(pair: Pair, memory_format: torch.memory_format) -> None:
+    """Feature maps, whose strides say in which format they are."""
+    net, fused = pair.net.eval(), pair.fused.eval()
+    name = pair.model.features
+    assert name is not None
+    x = images(memory_format)
+    with torch.no_grad():
+        assert_same("features", getattr(fused, name)(x), getattr(net, name)(x))
+
+
+def test_training(pair: Pair) -> None:
+    """Outputs, the gradients of parameters and images, and what batch normalization keeps."""
+    x = images()
+    results, gradients = [], []
+    for module in pair[:2]:
+        module.train().zero_grad()
+        given = x.clone().requires_grad_()
+        found = outputs(module, given)
+        torch.manual_seed(1)
+        torch.autograd.backward(found, [torch.randn_like(y) for y in found])
+        results.append({f"output {i}": y.detach() for i, y in enumerate(found)} | dict(module.named_buffers()))
+        gradients.append({name: t.grad for name, t in [("images", given), *module.named_parameters()] if t.grad is not None})
+    for name, wanted in results[0].items():
+        assert_same(name, results[1][name], wanted)
+    assert list(gradients[0]) == list(gradients[1])
+    whole = sum(t.double().square().sum().item() for t in gradients[0].values()) ** 0.5
+    for name, wanted in gradients[0].items():
+        assert_same(f"gradient of {name}", gradients[1][name], wanted, ALL * whole)
