@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from kernels.runtime.arguments import number
 from kernels.runtime.backend import current_backend
 from kernels.runtime.launch import has_plans
 from kernels.sgd import (
@@ -26,7 +27,6 @@ from kernels.sgd import (
     has_own_dispatch,
     is_dense,
     memory_order,
-    python_number,
     repeat_step,
     sgd_step,
     sgd_step_reference,
@@ -192,18 +192,18 @@ class SGD(Optimizer):
         params = [group["params"] for group in self.param_groups]
         if list(map(len, numbers)) != list(map(len, params)):
             return  # which the base class refuses
-        for number, param in zip(itertools.chain(*numbers), itertools.chain(*params), strict=True):
+        for index, param in zip(itertools.chain(*numbers), itertools.chain(*params), strict=True):
             for key in ("master", "momentum_buffer"):
-                value = state_dict["state"].get(number, {}).get(key)
+                value = state_dict["state"].get(index, {}).get(key)
                 if not isinstance(value, Tensor):
                     continue
                 if value.shape != param.shape:
                     raise ValueError(
-                        f"{key} of parameter {number} must have its shape {tuple(param.shape)}, got {tuple(value.shape)}"
+                        f"{key} of parameter {index} must have its shape {tuple(param.shape)}, got {tuple(value.shape)}"
                     )
                 if _is_dtensor(value) != _is_dtensor(param):
                     raise ValueError(
-                        f"{key} of parameter {number} must be a DTensor exactly if the parameter is one, "
+                        f"{key} of parameter {index} must be a DTensor exactly if the parameter is one, "
                         f"got a {type(value).__name__} for a {type(param).__name__}"
                     )
                 yield param, key, value
@@ -370,7 +370,7 @@ def _python_options(group: Mapping[str, Any]) -> dict[str, Any]:
         value = group[name]
         # Tensors are kept, since they may be changed in place.
         kept = isinstance(value, Tensor) and (name == "lr" or (name == "weight_decay" and value.numel() == 1))
-        options[name] = value if kept else python_number(name, value)
+        options[name] = value if kept else number(name, value)
     for name in filter(group.__contains__, _FLAGS):
         options[name] = None if group[name] is None else bool(group[name])
     if options.get("differentiable"):

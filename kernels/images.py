@@ -419,7 +419,7 @@ def gather_resize(
     size = integer("size", size)
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    mean, std = number("mean", mean), number("std", std)
+    mean, std = float(number("mean", mean)), float(number("std", std))
     if not math.isfinite(mean) or not 0 < std < math.inf:
         raise ValueError(f"mean must be finite and std finite and above 0, got {mean} and {std}")
     if dtype not in _DTYPES:

@@ -12,7 +12,6 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -244,19 +243,6 @@ def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequenc
 # --------------------------------------------------------------------------------------------------- public functions
 
 
-def python_number(name: str, value: Any) -> float:
-    """``value`` as a Python int or float; NumPy's numbers are as good, but Triton and safe unpickling know Python's alone.
-
-    Raises:
-        TypeError: it is no real number; the message begins with ``name``.
-    """
-    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
-        value = float(value) if isinstance(value, np.longdouble) else value.item()
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return value
-
-
 def has_own_dispatch(tensor: Tensor) -> bool:
     """Whether operations on ``tensor`` are another class's affair (``__torch_dispatch__``), and its memory may be too."""
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
@@ -380,17 +366,14 @@ def sgd_step(
     """
     if not params:
         return
-    momentum, dampening = python_number("momentum", momentum), python_number("dampening", dampening)
-    weight_decay = python_number("weight_decay", weight_decay)
+    momentum, dampening = number("momentum", momentum), number("dampening", dampening)
+    weight_decay = number("weight_decay", weight_decay)
     nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     device, dtype = params[0].device, params[0].dtype
     if dtype not in _DTYPES:
         raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
     if grads and grads[0].dtype not in _DTYPES:
         raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
-    momentum, dampening = number("momentum", momentum), number("dampening", dampening)
-    weight_decay = number("weight_decay", weight_decay)
-    nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     if (masters is None) != (dtype == torch.float32):
         raise TypeError("masters must be given exactly for half-precision params")
     if (momentum_buffers is None) != (momentum == 0):
@@ -409,7 +392,7 @@ def sgd_step(
     # A kernel sees memory, not the minus that PyTorch still owes it.
     grads = [grad.resolve_neg() for grad in grads]
     if not isinstance(lr, Tensor):
-        lr = python_number("lr", lr)
+        lr = number("lr", lr)
     else:
         if lr.numel() != 1:
             raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
@@ -420,8 +403,6 @@ def sgd_step(
             lr = float(lr)
         elif lr.device != device:
             raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
-    else:
-        lr = number("lr", lr)
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
         for each in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):

@@ -146,10 +146,16 @@ def flag(name: str, value: object) -> bool:
 
 
 def number(name: str, value: object) -> float:
-    """``value`` as a float; NumPy's numbers are as good."""
-    if not isinstance(value, (int, float, np.integer, np.floating)):
+    """``value`` as a Python int or float; NumPy's numbers are as good, but Triton and safe unpickling know Python's alone.
+
+    Raises:
+        TypeError: it is no real number; the message begins with ``name``.
+    """
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        value = float(value) if isinstance(value, np.longdouble) else value.item()
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    return value
 
 
 def check_activation(activation: str | None) -> bool:
@@ -162,7 +168,7 @@ def check_activation(activation: str | None) -> bool:
 def check_probability(p: float) -> float:
     """``p`` as a float in [0, 1]."""
     if type(p) is not float:
-        p = number("p (the probability of dropping an element)", p)
+        p = float(number("p (the probability of dropping an element)", p))
     if not 0.0 <= p <= 1.0:
         raise ArgumentValueError(f"p (the probability of dropping an element) must be in [0, 1], got {p!r}")
     return p
