@@ -124,7 +124,7 @@ def _option(value: Any) -> Any:
 def _conv2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
     _, _, *geometry = conv_arguments(cast(nn.Conv2d, run.layers[0]))
     makes_link = links and len(run.layers) == 2
-    options = (*map(_option, geometry), len(run.layers) == 2, makes_link)
+    options = (*map(_option, geometry), len(run.layers) == 2, makes_link, run.output_format != torch.contiguous_format)
     return [sequence.Stage(Conv2dFunction, prepare_conv2d, options, own, makes_link)]
 
 
@@ -141,7 +141,7 @@ def _conv2d_relu_max_pool2d(
 
 def _max_pool2d(run: Run, own: tuple[int, ...], seeds: Iterator[int], links: bool, cells: bool) -> list[sequence.Stage]:
     pool = cast(nn.MaxPool2d, run.layers[0])
-    options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, run.output_format)
     return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, tuple(map(_option, options)), ())]
 
 
