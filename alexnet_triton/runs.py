@@ -326,7 +326,7 @@ def _run_conv2d(
     link: Tensor | None,
 ) -> Tensor:
     activation = "relu" if relu is not None else None
-    return kernels.conv2d(input, *conv_arguments(conv), activation=activation, link=link)
+    return kernels.conv2d(input, *conv_arguments(conv), activation=activation, link=link, output_format=output_format)
 
 
 def _run_conv2d_relu_max_pool2d(
@@ -364,7 +364,7 @@ def _run_max_pool2d(
     input: Tensor, pool: nn.MaxPool2d, output_format: torch.memory_format | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
-    return kernels.max_pool2d(input, *window)
+    return kernels.max_pool2d(input, *window, output_format=output_format)
 
 
 def _run_linear(input: Tensor, linear: nn.Linear, relu: nn.ReLU | None = None) -> Tensor:

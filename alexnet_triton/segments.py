@@ -82,19 +82,11 @@ class Segment:
             output_format = returned_format(input, weights[::2])
         output = self._compute_as_one(input, weights, output_format)
         if output is not None:
-            return output if output_format is None else output.contiguous(memory_format=output_format)
+            return output
         link = None
         for run, following in itertools.zip_longest(self.bound(weights), self.runs[1:]):
-            input, link = call(
-                run,
-                input,
-                link,
-                following,
-                output_format if following is None and run.operation == "conv2d_relu_max_pool2d" else None,
-            )
-        return (
-            input if output_format is None or not isinstance(input, Tensor) else input.contiguous(memory_format=output_format)
-        )
+            input, link = call(run, input, link, following, output_format if following is None else None)
+        return input
 
     def bound(self, weights: list[Tensor | None]) -> Sequence[Run]:
         """The runs, with layers that have these weights: those that they have."""
@@ -203,7 +195,7 @@ def _conv2d(run: Run, given: _Given) -> list[sequence.Stage]:
     _, _, *geometry = conv_arguments(run.layers[0])
     makes_link = given.links and len(run.layers) == 2
     channels_last = given.output_format != torch.contiguous_format
-    options = (*map(_option, geometry), len(run.layers) == 2, makes_link)
+    options = (*map(_option, geometry), len(run.layers) == 2, makes_link, channels_last)
     return [sequence.Stage(Conv2dFunction, prepare_conv2d, options, given.own, makes_link)]
 
 
@@ -219,7 +211,7 @@ def _conv2d_relu_max_pool2d(run: Run, given: _Given) -> list[sequence.Stage]:
 def _max_pool2d(run: Run, given: _Given) -> list[sequence.Stage]:
     pool = run.layers[0]
     options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-    return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, (*map(_option, options),), ())]
+    return [sequence.Stage(MaxPool2dFunction, prepare_max_pool2d, (*map(_option, options), given.output_format), ())]
 
 
 def _linear(run: Run, given: _Given) -> list[sequence.Stage]:

@@ -213,6 +213,13 @@ def single_operations(dtype: torch.dtype) -> None:
     first = torch.empty(96, 1, 11, 11, dtype=dtype, requires_grad=True)
     first_bias = torch.empty(96, dtype=dtype, requires_grad=True)
     kernels.conv2d(pixels, first, first_bias, stride=4, padding=1, activation="relu").sum().backward()
+    with torch.no_grad():
+        nchw = functools.partial(kernels.conv2d, output_format=torch.contiguous_format)
+        nchw(pixels, first, first_bias, stride=4, padding=1, activation="relu")
+        nchw(x, filters, bias, stride=2, padding=1, groups=2)
+        for batch, channels, size in ((2, 256, 12), (128, 256, 12), (128, 96, 26)):
+            maps = torch.empty(batch, channels, size, size, dtype=dtype)
+            nchw(maps, torch.empty(256, channels, 3, 3, dtype=dtype), bias, padding=1, activation="relu")
     for output_format in (torch.channels_last, torch.contiguous_format):
         block = functools.partial(
             kernels.conv2d_relu_max_pool2d, stride=4, padding=1, pool_kernel_size=3, pool_stride=2, output_format=output_format

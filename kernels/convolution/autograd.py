@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..runtime.arguments import ArgumentValueError, check_activation, check_tensors, checked, integer, pair
+from ..pooling.autograd import in_format
+from ..runtime.arguments import ArgumentValueError, check_activation, check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import new_output, new_output_like, nothing
@@ -31,7 +32,8 @@ def _run_fprop(
     input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: Convolution
 ) -> tuple[Tensor, Tensor]:
     convolution = Problem.of(input.shape, weight, problem.geometry, problem.output_size)
-    return fprop(input, weight, bias, convolution, problem.relu), _new_link(weight, problem.make_link)
+    output = fprop(input, weight, bias, convolution, problem.relu, channels_last=problem.channels_last)
+    return output, _new_link(weight, problem.make_link)
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_fprop", mutates_args=())
@@ -47,16 +49,17 @@ def conv2d_fprop(
     output_size: list[int],
     relu: bool,
     make_link: bool,
+    channels_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`.select.fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link``: of the ReLU before."""
-    problem = Convolution.of(stride, padding, dilation, groups, output_size, relu, make_link)
+    problem = Convolution.of(stride, padding, dilation, groups, output_size, relu, make_link, channels_last)
     return _run_fprop(input, weight, bias, link, problem)
 
 
 @conv2d_fprop.register_fake
-def _(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link):
+def _(input, weight, bias, link, stride, padding, dilation, groups, output_size, relu, make_link, channels_last=True):
     size = (input.shape[0], weight.shape[0], *output_size)
-    return new_output(size, input.dtype, input.device, channels_last=True), _new_link(weight, make_link)
+    return new_output(size, input.dtype, input.device, channels_last=channels_last), _new_link(weight, make_link)
 
 
 def _new_link(weight: Tensor, make_link: bool) -> Tensor:
@@ -259,10 +262,11 @@ def conv2d_reference(
     groups: int = 1,
     *,
     activation: str | None = None,
+    output_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """What :func:`conv2d` means, in PyTorch's own operations."""
+    """What :func:`conv2d` means, in PyTorch's own operations; in their memory format where none is asked for."""
     output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return F.relu(output) if activation == "relu" else output
+    return in_format(F.relu(output) if activation == "relu" else output, output_format)
 
 
 def conv2d_arguments(
@@ -341,6 +345,7 @@ def conv2d(
     groups: int = 1,
     *,
     activation: str | None = None,
+    output_format: torch.memory_format | None = None,
     link: Tensor | None = None,
 ) -> Tensor:
     """2-D convolution, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.conv2d`.
@@ -354,19 +359,22 @@ def conv2d(
         dilation: distance of filter elements, int or (vertical, horizontal), in pixels.
         groups: number of groups that input and output channels are cut into.
         activation: None or ``"relu"``.
+        output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, which the kernel writes itself;
+            ``torch.channels_last`` or None for NHWC.
         link: of ``input``, where :func:`linked_conv2d` gave both and nothing else reads ``input``.
 
     Returns:
         (N, K, P, Q) or (K, P, Q) with P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, in ``input``'s dtype,
-        channels-last in memory. Products are summed in float32 (float64 for float64). float32 products follow
-        ``torch.backends.cudnn.conv.fp32_precision`` (TF32 by PyTorch's default). Under autocast, inputs are cast as
-        ``F.conv2d`` casts them.
+        channels-last in memory unless ``output_format`` says NCHW. Products are summed in float32 (float64 for float64).
+        float32 products follow ``torch.backends.cudnn.conv.fp32_precision`` (TF32 by PyTorch's default). Under autocast,
+        inputs are cast as ``F.conv2d`` casts them.
 
     Raises:
         TypeError: a dtype that the kernels do not run, or dtypes that differ.
         ValueError: ranks, channels, devices, sizes or options that do not fit.
     """
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, activation, link, make_link=False)[0]
+    options = (stride, padding, dilation, groups, activation, output_format)
+    return _conv2d(input, weight, bias, *options, link, make_link=False)[0]
 
 
 @overridable
@@ -398,7 +406,7 @@ def linked_conv2d(
     """
     # Of compiled code the gradient of a link that nothing took would be zeros, not None, and so say that it was taken.
     make_link = not torch.compiler.is_compiling()
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", link, make_link=make_link)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", None, link, make_link=make_link)
 
 
 def _conv2d(
@@ -410,27 +418,35 @@ def _conv2d(
     dilation: int | Sequence[int],
     groups: int,
     activation: str | None,
+    output_format: torch.memory_format | None,
     link: Tensor | None,
     *,
     make_link: bool,
 ) -> tuple[Tensor, Tensor | None]:
     fuse_relu = check_activation(activation)
+    channels_last = output_format is None or check_output_format(output_format)
     input, weight, bias = autocast_inputs(input, weight, bias)
     batched = input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == 3 else input
     geometry, size = _checked_arguments(batched, weight, bias, stride, padding, dilation, groups)
     check_link(link, batched)
     if not runs_triton(input) or (forward_ad._current_level >= 0 and has_tangent(input, weight, bias)):
-        return conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation=activation), None
-    problem = Convolution(geometry, size, fuse_relu, make_link)
+        output = conv2d_reference(
+            *(input, weight, bias, stride, padding, dilation, groups), activation=activation, output_format=output_format
+        )
+        return output, None
+    problem = Convolution(geometry, size, fuse_relu, make_link, channels_last)
     output, new_link = apply_function(Conv2dFunction, (batched, weight, bias, link), problem)
     return output.squeeze(0) if input.dim() == 3 else output, new_link if make_link else None
 
 
 def prepare_conv2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> Convolution:
-    """The problem of :class:`Conv2dFunction` in a sequence; options: stride to groups, ReLU, whether to make a link."""
-    *geometry, fuse_relu, make_link = options
+    """The problem of :class:`Conv2dFunction` in a sequence.
+
+    Options: stride to groups, whether there is a ReLU, whether to make a link, whether the output is NHWC.
+    """
+    *geometry, fuse_relu, make_link, channels_last = options
     convolution, size = _checked_arguments(*tensors[:3], *geometry)  # type: ignore[arg-type]
-    return Convolution(convolution, size, fuse_relu, make_link and needs_grad)
+    return Convolution(convolution, size, fuse_relu, make_link and needs_grad, channels_last)
 
 
 def _checked_arguments(

@@ -39,14 +39,26 @@ from .rules import conv2d_box_config, conv2d_images_config, conv2d_images_wgrad_
 
 
 @triton.jit
-def store_pixels(y_ptr, bias_ptr, acc, o_row, m_row, o_k, K, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """The epilogue: bias, ReLU, cast, store of [rows, filters]."""
+def pixel_offset(n, p, q, K, P, Q, CHANNELS_LAST: tl.constexpr):
+    """Where pixel (p, q) of image n has its first filter, in [N, P, Q, K] or [N, K, P, Q]."""
+    if CHANNELS_LAST:
+        return ((n * P + p) * Q + q) * K
+    else:
+        return (n * K * P + p) * Q + q
+
+
+@triton.jit
+def store_pixels(
+    y_ptr, bias_ptr, acc, o_row, m_row, o_k, K, pixels, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """The epilogue: bias, ReLU, cast, store of [rows, filters]; ``pixels``: of an image, the distance of filters in NCHW."""
     m_k = o_k < K
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_k, mask=m_k, other=0.0).to(acc.dtype)[None, :]
     if RELU:
         acc = relu(acc)
-    p_y = y_ptr + o_row[:, None] + o_k[None, :]
+    o_filter = o_k if CHANNELS_LAST else o_k.to(o_row.dtype) * pixels
+    p_y = y_ptr + o_row[:, None] + o_filter[None, :]
     tl.store(p_y, cast(acc, y_ptr.dtype.element_ty), mask=m_row[:, None] & m_k[None, :])
 
 
@@ -97,7 +109,7 @@ def _conv2d_images_kernel(
     bias_ptr,  # [K], or unused
     relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
     sums_ptr,  # out: [tiles of PIXELS, PIXELS, K] float32, the sums of y over each tile's images; or unused
-    y_ptr,  # out: [N, P, Q, K] contiguous
+    y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     N,
     H,
     W,
@@ -113,6 +125,7 @@ def _conv2d_images_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     RELU_GRAD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -187,27 +200,28 @@ def _conv2d_images_kernel(
                 next_acc2 = dot(b_next, b_w2, next_acc2, INPUT_PRECISION)
 
     o_n = pid_pixels % blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_row = ((o_n * P + p) * Q + q) * K
+    o_row = pixel_offset(o_n, p, q, K, P, Q, CHANNELS_LAST)
     m_n = o_n < N
     o_k = k0 + tl.arange(0, BLOCK_N)
     p_sums = sums_ptr + pid_pixels * (PIXELS * K)
     if RELU_GRAD:
         acc = mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_n, o_k, K)
-    store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, HAS_BIAS, RELU)
+    store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
     if BLOCK_N2 > 0:
         o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
         if RELU_GRAD:
             acc2 = mask_and_sum_pixels(acc2, relu_ptr, p_sums, o_row, m_n, o_k2, K)
-        store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, HAS_BIAS, RELU)
+        store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
     if PIXELS == 2:
         m_n = m_n & (q + 1 < Q)
+        o_row += K if CHANNELS_LAST else 1
         if RELU_GRAD:
-            next_acc = mask_and_sum_pixels(next_acc, relu_ptr, p_sums + K, o_row + K, m_n, o_k, K)
-        store_pixels(y_ptr, bias_ptr, next_acc, o_row + K, m_n, o_k, K, HAS_BIAS, RELU)
+            next_acc = mask_and_sum_pixels(next_acc, relu_ptr, p_sums + K, o_row, m_n, o_k, K)
+        store_pixels(y_ptr, bias_ptr, next_acc, o_row, m_n, o_k, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
         if BLOCK_N2 > 0:
             if RELU_GRAD:
-                next_acc2 = mask_and_sum_pixels(next_acc2, relu_ptr, p_sums + K, o_row + K, m_n, o_k2, K)
-            store_pixels(y_ptr, bias_ptr, next_acc2, o_row + K, m_n, o_k2, K, HAS_BIAS, RELU)
+                next_acc2 = mask_and_sum_pixels(next_acc2, relu_ptr, p_sums + K, o_row, m_n, o_k2, K)
+            store_pixels(y_ptr, bias_ptr, next_acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
 @triton.jit
@@ -217,7 +231,7 @@ def _conv2d_box_kernel(
     bias_ptr,  # [K], or unused
     relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
     sums_ptr,  # out: [tiles, K] float32, the sums of y over each tile's pixels; or unused
-    y_ptr,  # out: [N, P, Q, K] contiguous
+    y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     N,
     P,
     Q,
@@ -231,6 +245,7 @@ def _conv2d_box_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     RELU_GRAD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -272,12 +287,12 @@ def _conv2d_box_kernel(
     o_p = p0 + o_m // TW % TH
     o_q = q0 + o_m % TW
     m_m = (o_n < N) & (o_p < P) & (o_q < Q)
-    o_row = ((o_n * P + o_p) * Q + o_q) * K
+    o_row = pixel_offset(o_n, o_p, o_q, K, P, Q, CHANNELS_LAST)
     o_k = k0 + tl.arange(0, BLOCK_N)
     acc = acc.T
     if RELU_GRAD:
         acc = mask_and_sum_pixels(acc, relu_ptr, sums_ptr + pid_tile * K, o_row, m_m, o_k, K)
-    store_pixels(y_ptr, bias_ptr, acc, o_row, m_m, o_k, K, HAS_BIAS, RELU)
+    store_pixels(y_ptr, bias_ptr, acc, o_row, m_m, o_k, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
 @triton.jit
@@ -404,9 +419,9 @@ def _matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], list(block))
 
 
-def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
-    return _convolve(input, weight, bias, problem, relu, None, dgrad=False)[0]
+    return _convolve(input, weight, bias, problem, relu, None, dgrad=False, channels_last=channels_last)[0]
 
 
 def dgrad(dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None) -> tuple[Tensor, Tensor, list[ColumnSums]]:
@@ -427,6 +442,7 @@ def _convolve(
     relu_output: Tensor | None,
     *,
     dgrad: bool,
+    channels_last: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Both directions: what is input, output, C and K here is the gradient's, the other way round, with ``dgrad``.
 
@@ -436,7 +452,7 @@ def _convolve(
     if dgrad:
         c, h, w, k, p, q = k, p, q, c, h, w
     x, filters = dense_nhwc(input), dense_nhwc(weight)
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=True)
+    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=channels_last)
 
     def new_sums(tiles: int) -> Tensor | None:
         return None if relu_output is None else new_output((tiles, k), torch.float32, y.device)
@@ -456,11 +472,12 @@ def _convolve(
         "DGRAD": dgrad,
         "HAS_BIAS": bias is not None,
         "RELU": relu,
+        "CHANNELS_LAST": channels_last,
         "WIDE": needs_int64(y),
         "INPUT_PRECISION": "ieee",
     }
     operation = "conv2d_dgrad" if dgrad else "conv2d_fprop"
-    if conv2d_tile(input.device, operation, n, p, q, c, k, r, s) == "images":
+    if conv2d_tile(input.device, operation, n, p, q, c, k, r, s, channels_last) == "images":
         config = conv2d_images_config(input.device, operation, n, p, q, c, k, r, s)
         n2 = config["BLOCK_N2"]
 
@@ -484,7 +501,7 @@ def _convolve(
             **config,
         )
         return y, sums
-    config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s)
+    config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s, narrow=not channels_last)
     tile = [config["NB"], config["TH"], config["TW"]]
     tiles = cdiv(n, tile[0]) * cdiv(p, tile[1]) * cdiv(q, tile[2])
     block = [config["BLOCK_K"], config["BLOCK_N"]] if dgrad else [config["BLOCK_N"], config["BLOCK_K"]]

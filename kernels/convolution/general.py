@@ -23,6 +23,7 @@ from torch import Tensor
 from ..configs.tables import split_count
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.arguments import conv_input_precision
+from ..runtime.backend import HALF
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums, accumulator_dtype, sum_parts, triton_accumulator
 from .problem import Problem
@@ -36,7 +37,7 @@ def _conv2d_fprop_kernel(
     x_ptr,  # [N, G*CG, H, W] through its strides
     w_ptr,  # [G*KG, CG, R, S] through its strides
     bias_ptr,  # [G*KG], or unused
-    y_ptr,  # out: [N, P, Q, G*KG] contiguous
+    y_ptr,  # out: [N, P, Q, G*KG] contiguous; without CHANNELS_LAST [N, G*KG, P, Q] contiguous
     M,  # N * P * Q output pixels
     G,
     CG,
@@ -63,6 +64,7 @@ def _conv2d_fprop_kernel(
     S: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -113,7 +115,11 @@ def _conv2d_fprop_kernel(
         acc += b_bias.to(ACC)[None, :]
     if RELU:
         acc = relu(acc)
-    p_y = y_ptr + o_m[:, None] * (G * KG) + (group * KG + o_k)[None, :]
+    if CHANNELS_LAST:
+        p_y = y_ptr + o_m[:, None] * (G * KG) + (group * KG + o_k)[None, :]
+    else:
+        o_row = o_m // Q // P * (G * KG) * P * Q + o_m % (P * Q)
+        p_y = y_ptr + o_row[:, None] + ((group * KG + o_k) * P * Q)[None, :]
     tl.store(p_y, cast(acc, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
 
 
@@ -301,13 +307,14 @@ def _conv2d_wgrad_kernel(
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device = problem
     cg = c // groups
-    y = new_output((n, k, p, q), dtype, device, channels_last=True)
+    y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     precision = conv_input_precision(input.dtype)
-    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=problem.is_irregular)
+    irregular = problem.is_irregular or (not channels_last and dtype in HALF)
+    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=irregular)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -336,6 +343,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
         S=s,
         HAS_BIAS=bias is not None,
         RELU=relu,
+        CHANNELS_LAST=channels_last,
         WIDE=needs_int64(input, weight, y),
         ACC=triton_accumulator(input.dtype),
         INPUT_PRECISION=precision,

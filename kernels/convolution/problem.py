@@ -68,6 +68,7 @@ class Convolution(NamedTuple):
     output_size: Sequence[int]
     relu: bool
     make_link: bool
+    channels_last: bool = True
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator's schema lists it."""

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from ..pooling.autograd import (
     check_positions_written,
+    in_format,
     max_pool2d_reference,
     new_position_and_index,
     pool_arguments,
@@ -25,7 +26,7 @@ from ..pooling.autograd import (
     run_max_pool2d_fprop,
 )
 from ..pooling.problem import MaxPool, MaxPoolGradient, Window
-from ..runtime.arguments import check_tensors, checked, integer, pair
+from ..runtime.arguments import check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import new_output, nothing
@@ -248,7 +249,7 @@ def conv2d_relu_max_pool2d_reference(
     activation = conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation="relu")
     pooled = max_pool2d_reference(activation, pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     assert isinstance(pooled, Tensor)
-    return pooled.contiguous() if output_format == torch.contiguous_format else pooled
+    return in_format(pooled, output_format)
 
 
 @overridable
@@ -287,8 +288,7 @@ def conv2d_relu_max_pool2d(
         TypeError, ValueError: as :func:`kernels.linked_conv2d` and :func:`kernels.max_pool2d`; ValueError for another
             ``output_format``.
     """
-    if output_format not in (None, torch.channels_last, torch.contiguous_format):
-        raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
+    channels_last = output_format is None or check_output_format(output_format)
     cells = bool(cells)
     input, weight, bias = autocast_inputs(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
@@ -321,7 +321,6 @@ def conv2d_relu_max_pool2d(
             ceil_mode=bool(ceil_mode),
             output_format=output_format,
         )
-    channels_last = output_format != torch.contiguous_format
     problem = PooledConvolution(geometry, conv_size, window, channels_last, wants_grad(input, weight, bias), cells)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled

@@ -31,7 +31,7 @@ def matmul_config(
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a matrix kernel of M x N outputs and K products each.
 
     ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
-    pointers are recomputed element by element) tiles are small, so that all fits the registers.
+    pointers are recomputed element by element; one of half precision to NCHW) tiles are small, so that all fits the registers.
     """
     if INTERPRETED:
         config = {
@@ -88,16 +88,20 @@ def _powers(high: int) -> list[int]:
     return [1 << i for i in range(high.bit_length())]
 
 
-def conv2d_tile(device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
+def conv2d_tile(
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, channels_last: bool
+) -> str:
     """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
 
     One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 64 make its
     loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
+    What is written as NCHW goes by boxes, whose pixels are neighbours in memory then; one pixel of each image never is.
     """
     few_images = n < (3 if INTERPRETED else 48)
     narrow = c % 64 != 0 and k % 256 == 0 and not INTERPRETED
-    config = {"IMAGES": int(not few_images and not narrow)}
-    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    config = {"IMAGES": int(channels_last and not few_images and not narrow)}
+    if channels_last:
+        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
     return "images" if apply_overrides(config)["IMAGES"] else "box"
 
 
@@ -128,14 +132,18 @@ def conv2d_images_config(
 
 
 def conv2d_box_config(
-    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, narrow: bool = False
 ) -> dict[str, int]:
-    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some."""
+    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some.
+
+    ``narrow``: with filters that are no neighbours in memory, whose offsets take registers.
+    """
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     else:
         choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % 64 != 0 else []
-        choices += [(256, 128, 8, 4), (128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
+        choices += [] if narrow else [(256, 128, 8, 4)]
+        choices += [(128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
         for pixels, block_n, warps, stages in choices:  # noqa: B007
             nb, th, tw = conv2d_box(pixels, n, p, q)
             programs = cdiv(n, nb) * cdiv(p, th) * cdiv(q, tw) * cdiv(k, block_n)
@@ -144,7 +152,8 @@ def conv2d_box_config(
         config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
     nb, th, tw = conv2d_box(pixels, n, p, q)
     config = {"NB": nb, "TH": th, "TW": tw, "WARP_SPECIALIZE": 0} | config
-    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    if not narrow:
+        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
     config = apply_overrides(config)
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
@@ -175,15 +184,21 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
 
-def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters."""
+def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False) -> dict[str, int]:
+    """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters.
+
+    ``narrow``: with filters that are no neighbours in memory, whose offsets take registers.
+    """
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
+    if narrow and not INTERPRETED:
+        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
     config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    config |= known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
+    if not narrow:
+        config |= known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
     applied = apply_overrides(config)
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 

@@ -108,19 +108,27 @@ def _is_stem(problem: Problem) -> bool:
 
 
 def fprop(
-    input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, cells: Tensor | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    relu: bool,
+    cells: Tensor | None = None,
+    channels_last: bool = True,
 ) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C / groups, R, S) to channels-last (N, K, P, Q).
+    """Convolution, bias, ReLU: (N, C, H, W) and (K, C / groups, R, S) to (N, K, P, Q).
 
     Args:
         cells: :func:`.cells.cells_of` the input, if they are there already.
+        channels_last: whether the result is NHWC in memory, or NCHW.
     """
     kernels = fprop_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
-        return descriptor.fprop(input, weight, bias, problem, relu)
+        return descriptor.fprop(input, weight, bias, problem, relu, channels_last)
     if kernels == Kernels.STEM:
-        return stem.fprop(input_cells(input, problem) if cells is None else cells, weight, bias, problem, relu)
-    return general.fprop(input, weight, bias, problem, relu)
+        cells = input_cells(input, problem) if cells is None else cells
+        return stem.fprop(cells, weight, bias, problem, relu, channels_last)
+    return general.fprop(input, weight, bias, problem, relu, channels_last)
 
 
 def input_cells(input: Tensor, problem: Problem) -> Tensor:

@@ -22,7 +22,7 @@ from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums, sum_columns, sum_over_parts, vector_arguments
 from . import descriptor
 from .cells import cells_size, depth_to_space
-from .descriptor import aligned, dense_nhwc, store_pixels
+from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Geometry, Problem
 from .rules import conv2d_stem_config, conv2d_stem_wgrad_config
 
@@ -66,7 +66,7 @@ def _conv2d_stem_kernel(
     v_desc,  # [1, BLOCK_N2, BLOCK_K]
     v2_desc,  # [1, BLOCK_N2, BLOCK_K2]
     bias_ptr,  # [K], or unused
-    y_ptr,  # out: [N, P, Q, K] contiguous
+    y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     N,
     P,
     Q,
@@ -75,6 +75,7 @@ def _conv2d_stem_kernel(
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,8 +130,8 @@ def _conv2d_stem_kernel(
             acc = dot(x2_0, w2_0, acc, INPUT_PRECISION)
             acc = dot(x2_1, w2_1, acc, INPUT_PRECISION)
             acc = dot(x2_2, w2_2, acc, INPUT_PRECISION)
-        o_row = ((o_n * P + p) * Q + q) * K
-        store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, HAS_BIAS, RELU)
+        o_row = pixel_offset(o_n, p, q, K, P, Q, CHANNELS_LAST)
+        store_pixels(y_ptr, bias_ptr, acc, o_row, m_n, o_k, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
         if BLOCK_N2 > 0:
             acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
             acc2 = dot(x_0, v_0, acc2, INPUT_PRECISION)
@@ -141,7 +142,7 @@ def _conv2d_stem_kernel(
                 acc2 = dot(x2_1, v2_1, acc2, INPUT_PRECISION)
                 acc2 = dot(x2_2, v2_2, acc2, INPUT_PRECISION)
             o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
-            store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, HAS_BIAS, RELU)
+            store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
 @triton.jit
@@ -310,13 +311,13 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
     return filters
 
 
-def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool) -> Tensor:
+def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`, of the input's cells."""
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), *_ = problem
     folded = fold(c, s, stride)
     filters = fold_filter(weight, stride)
-    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=True)
-    config = conv2d_stem_config(cells.device, n, p, q, folded, k)
+    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=channels_last)
+    config = conv2d_stem_config(cells.device, n, p, q, folded, k, narrow=not channels_last)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
@@ -342,6 +343,7 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
         USEFUL_POSITIONS=c * r * s,
         HAS_BIAS=bias is not None,
         RELU=relu,
+        CHANNELS_LAST=channels_last,
         WIDE=needs_int64(y),
         INPUT_PRECISION="ieee",
         **config,

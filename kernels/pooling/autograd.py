@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..configs.tables import apply_overrides, elementwise_config, largest_divisor, split_count, tile_size
-from ..runtime.arguments import ArgumentValueError, check_tensors, checked, flag, pair
+from ..runtime.arguments import ArgumentValueError, check_output_format, check_tensors, checked, flag, pair
 from ..runtime.backend import INTERPRETED, runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
@@ -67,6 +67,15 @@ def is_channels_last(tensor: Tensor) -> bool:
     last = (c == 1 or step_c == 1) and (w == 1 or step_w == c) and (h == 1 or step_h == w * c)
     first = (w == 1 or step_w == 1) and (h == 1 or step_h == w) and (c == 1 or step_c == h * w)
     return batch and last and not first
+
+
+def in_format(output: Tensor, output_format: torch.memory_format | None) -> Tensor:
+    """``output`` (N, C, H, W) or (C, H, W), copied where it is in another memory format than is asked for."""
+    if output_format is None:
+        return output
+    if output.dim() == 3:
+        return output.unsqueeze(0).contiguous(memory_format=output_format).squeeze(0)
+    return output.contiguous(memory_format=output_format)
 
 
 def position_dtype(kernel_size: Sequence[int]) -> torch.dtype:
@@ -333,14 +342,15 @@ class MaxPool2dFunction(OperatorFunction):
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.problem = problem
         ctx.input_size = input.shape
+        ctx.channels_last = is_channels_last(input)
 
     @staticmethod
     @differentiable_by(_formula)
     def backward(ctx: Any, saved: tuple[Tensor], grad_output: Tensor, *_: Any):
-        window, channels_last, _, write_position, _ = ctx.problem
+        window, _, _, write_position, _ = ctx.problem
         check_positions_written(write_position)
         (position,) = saved
-        problem = MaxPoolGradient(ctx.input_size, window, channels_last, True, False)
+        problem = MaxPoolGradient(ctx.input_size, window, ctx.channels_last, True, False)
         dx, _ = _dgrad_operator((grad_output, position), problem)
         return dx, None
 
@@ -359,9 +369,14 @@ def max_pool2d_reference(
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
+    output_format: torch.memory_format | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What :func:`max_pool2d` means, in PyTorch's own operation."""
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)  # type: ignore[call-overload]
+    options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    result = F.max_pool2d(input, *options)  # type: ignore[call-overload]
+    if return_indices:
+        return in_format(result[0], output_format), in_format(result[1], output_format)
+    return in_format(result, output_format)
 
 
 def pool_arguments(
@@ -402,12 +417,14 @@ def pool_arguments(
 
 
 def prepare_max_pool2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> MaxPool:
-    """The problem of :class:`MaxPool2dFunction` in a sequence; options: the pool's, ``ceil_mode`` the last."""
+    """The problem of :class:`MaxPool2dFunction` in a sequence; options: the pool's to ``ceil_mode``, and ``output_format``."""
     (input,) = tensors
     check_tensors(input=input)
     assert input is not None
-    window = checked(pool_arguments, input.shape[-2:], *options)
-    return MaxPool(window, is_channels_last(input), False, needs_grad, False)
+    *of_window, output_format = options
+    window = checked(pool_arguments, input.shape[-2:], *of_window)
+    channels_last = is_channels_last(input) if output_format is None else check_output_format(output_format)
+    return MaxPool(window, channels_last, False, needs_grad, False)
 
 
 @overridable
@@ -419,6 +436,8 @@ def max_pool2d(
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
+    *,
+    output_format: torch.memory_format | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """2-D max-pooling; the meaning of :func:`torch.nn.functional.max_pool2d`, ties and NaN included.
 
@@ -430,9 +449,11 @@ def max_pool2d(
         dilation: distance of window elements.
         ceil_mode: count the last, partial window too.
         return_indices: return PyTorch's int64 indices (h * W + w in the input's plane) as well.
+        output_format: ``torch.contiguous_format`` for what is returned to be NCHW in memory, ``torch.channels_last`` for NHWC;
+            None for ``input``'s own.
 
     Returns:
-        (N, C, P, Q) or (C, P, Q) in ``input``'s dtype and memory format (NHWC or NCHW); a pair with the indices if asked.
+        (N, C, P, Q) or (C, P, Q) in ``input``'s dtype, in memory NHWC or NCHW; a pair with the indices if asked.
         The gradient needs one byte an output (four for windows of more than 255 elements).
 
     Raises:
@@ -440,6 +461,7 @@ def max_pool2d(
         ValueError: ranks, sizes or options that do not fit.
     """
     return_indices = bool(return_indices)
+    channels_last = output_format is not None and check_output_format(output_format)
     check_tensors(input=input)
     if input.dim() not in (3, 4):
         raise ArgumentValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input.shape)}")
@@ -447,9 +469,12 @@ def max_pool2d(
         raise ArgumentValueError(f"only the batch of input may be empty, got shape {tuple(input.shape)}")
     window = checked(pool_arguments, input.shape[-2:], kernel_size, stride, padding, dilation, ceil_mode)
     if not runs_triton(input) or (forward_ad._current_level >= 0 and has_tangent(input)):
-        return max_pool2d_reference(input, kernel_size, stride, padding, dilation, bool(ceil_mode), return_indices)
+        options = (kernel_size, stride, padding, dilation, bool(ceil_mode), return_indices, output_format)
+        return max_pool2d_reference(input, *options)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    problem = MaxPool(window, is_channels_last(batched), False, wants_grad(input), return_indices)
+    if output_format is None:
+        channels_last = is_channels_last(batched)
+    problem = MaxPool(window, channels_last, False, wants_grad(input), return_indices)
     y, _, index = apply_function(MaxPool2dFunction, (batched,), problem)
     if input.dim() == 3:
         y, index = y.squeeze(0), index.squeeze(0) if return_indices else index

@@ -165,6 +165,13 @@ def check_activation(activation: str | None) -> bool:
     return activation == "relu"
 
 
+def check_output_format(output_format: torch.memory_format) -> bool:
+    """Whether the output is to be NHWC in memory; raises on any format but that and NCHW."""
+    if output_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
+    return output_format == torch.channels_last
+
+
 def check_probability(p: float) -> float:
     """``p`` as a float in [0, 1]."""
     if type(p) is not float:
