@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
@@ -91,12 +91,12 @@ _KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(input: Any) -> bool:
-    """Whether an operation is for ``input``, or its layers are called as they stand.
+    """Whether an operation is for ``input`` (a tensor, cells, or a trace's), or its layers are called as they stand.
 
     They are for quantized and sparse tensors, subclasses (which may compute something else), integers, and float64 on a GPU.
     """
     if not isinstance(input, Tensor):
-        return True  # of a trace, or cells, or nothing that any layer takes
+        return isinstance(input, (CellImages, fx.Proxy))
     floats = input.dtype in _KNOWN_DTYPES or (input.dtype == torch.float64 and input.device.type == "cpu")
     return floats and input.layout is torch.strided and type(input) in KNOWN_TENSORS
 

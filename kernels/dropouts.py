@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 from .configs.tables import elementwise_config
 from .primitives import cast, dropout_factor, program_id
 from .runtime.arguments import check_probability, check_tensors, flag, integer
-from .runtime.backend import runs_triton
+from .runtime.backend import can_run_triton, runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .runtime.torch_interop import (
@@ -210,10 +211,20 @@ def dropout_mask_reference(shape: Sequence[int], p: float, seed: Tensor) -> Tens
     return (philox_uniform_reference(seed, size.numel()) >= torch.tensor(p, dtype=torch.float32)).view(size)
 
 
-def dropout_reference(input: Tensor, p: float, seed: Tensor) -> Tensor:
-    """What :func:`dropout` in training means, in PyTorch's own operations."""
+def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """What :func:`dropout` in training means, in PyTorch's own operations; without a seed PyTorch's own, of another stream."""
+    if seed is None:
+        return F.dropout(input, p)
     keep = dropout_mask_reference(input.shape, p, seed)
     return input * keep.to(input.dtype) * dropout_scale(p)
+
+
+def seed_of_reference(input: Tensor, seed: int | Tensor | None) -> Tensor | None:
+    """The seed for :func:`dropout_reference`; None where nobody gave one, and no kernel could draw the same elements.
+
+    Philox in PyTorch's integer operations takes 15 to 20 times as long as PyTorch's own dropout.
+    """
+    return draw_seed(input.device, seed) if seed is not None or can_run_triton(input) else None
 
 
 def prepare_dropout(tensors: Sequence[Tensor | None], options: float, needs_grad: bool) -> Dropout:
@@ -258,7 +269,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         p: probability of dropping an element, in [0, 1].
         training: False returns ``input`` itself, and so does a ``p`` of 0, for which nothing is drawn.
         seed: int, or int64 tensor of one element; by default drawn from torch's generator on ``input``'s device, so
-            ``torch.manual_seed`` governs it.
+            ``torch.manual_seed`` governs it. Without one, where no kernel can run, PyTorch's own dropout drops.
 
     Returns:
         ``input`` / (1 - p) where kept, 0 where dropped, contiguous, in ``input``'s dtype. The kernels take 1 / (1 - p) as a
@@ -275,5 +286,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
     if not training or p == 0:
         return input
     use_triton = runs_triton(input) and not (forward_ad._current_level >= 0 and has_tangent(input))
-    seed = draw_seed(input.device, seed)
-    return apply_function(DropoutFunction, (input, seed), Dropout(p)) if use_triton else dropout_reference(input, p, seed)
+    if not use_triton:
+        return dropout_reference(input, p, seed_of_reference(input, seed))
+    return apply_function(DropoutFunction, (input, draw_seed(input.device, seed)), Dropout(p))

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .dropouts import draw_seed, dropout_reference
+from .dropouts import draw_seed, dropout_reference, seed_of_reference
 from .linear_rules import linear_config, matmul_finish_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
 from .runtime.arguments import (
@@ -512,7 +512,7 @@ def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return F.relu(output) if activation == "relu" else output
 
 
-def linear_relu_dropout_reference(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor) -> Tensor:
+def linear_relu_dropout_reference(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
     """What :func:`linear_relu_dropout` in training means, in PyTorch's own operations."""
     return dropout_reference(linear_reference(input, weight, bias, activation="relu"), p, seed)
 
@@ -618,7 +618,6 @@ def linear_relu_dropout(
     input, weight, bias = autocast_inputs(input, weight, bias)
     _check_linear(input, weight, bias)
     use_triton = runs_triton(input) and not (forward_ad._current_level >= 0 and has_tangent(input, weight, bias))
-    seed = draw_seed(input.device, seed)
     if not use_triton:
-        return linear_relu_dropout_reference(input, weight, bias, p, seed)
-    return _apply_linear(input, weight, bias, seed, p, True)
+        return linear_relu_dropout_reference(input, weight, bias, p, seed_of_reference(input, seed))
+    return _apply_linear(input, weight, bias, draw_seed(input.device, seed), p, True)
