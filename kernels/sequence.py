@@ -131,7 +131,7 @@ def _run_forward(*arguments: Any) -> tuple[Any, ...]:
             stage.function.setup_context(context, (*given, of_stage), results if len(results) > 1 else results[0])
             of_link = [needs_input and link is not None] if stage.function.takes_link else []
             if link is not None:
-                context.saved_tensors = (*context.saved_tensors[:-1], None)  # the link, which carries no data
+                context.saved_tensors = (None, *context.saved_tensors[1:])  # the link, which carries no data
             steps.append((stage, context, (needs_input, *needs, *of_link), results[0]))
         x, link = results[0], results[1] if stage.makes_link and needs_grad else None
         needs_input = needs_grad
@@ -200,7 +200,7 @@ class _RecordedFunction(torch.autograd.Function):
             setattr(ctx, name, value)
         own = [None if i is None else saved[i] for i in record.saved]
         if function.takes_link:
-            own[-1] = given[-1]
+            own[0] = given[-1]
         ctx.save_for_backward(*own)
         ctx.set_materialize_grads(False)
         ctx.function = function

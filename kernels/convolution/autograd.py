@@ -190,11 +190,11 @@ conv2d_backward_operator = Operator(conv2d_backward, _run_backward)
 def _formula(
     ctx: Any,
     wanted: Sequence[bool],
-    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    saved: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     grad_output: Tensor,
     grad_link: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    input, weight, output, link = saved
+    link, input, weight, output = saved
     handed_over = ctx.problem.make_link and grad_link is not None
     dz = grad_output if handed_over or output is None else grad_output.masked_fill(output <= 0, 0)
     dx, dw, d_bias, d_link = gradients_reference(dz, input, weight, ctx.problem.geometry, wanted, link)
@@ -220,7 +220,7 @@ class Conv2dFunction(OperatorFunction):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         input, weight, _, link, problem = inputs
         y, new_link = output
-        ctx.save_for_backward(input, weight, y if problem.relu else None, link)
+        ctx.save_for_backward(link, input, weight, y if problem.relu else None)
         ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
         if not problem.make_link and new_link is not None:
             ctx.mark_non_differentiable(new_link)
@@ -228,9 +228,9 @@ class Conv2dFunction(OperatorFunction):
         ctx.linked = link is not None
 
     @staticmethod
-    @differentiable_by(_formula, of=(0, 1), takes_link=True)
+    @differentiable_by(_formula, of=(1, 2), takes_link=True)
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, grad_link: Tensor | None):
-        input, weight, output, _ = saved
+        _, input, weight, output = saved
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # Check make_link first: under torch.compile an unused output's gradient is zeros, not None.
         handed_over = ctx.problem.make_link and grad_link is not None

@@ -168,7 +168,7 @@ _backward_operator = Operator(conv2d_relu_max_pool2d_backward, _run_backward)
 def _formula(
     ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    input, cells, weight, position, link = saved
+    link, input, cells, weight, position = saved
     assert weight is not None
     assert position is not None
     geometry, conv_size, window = ctx.problem[:3]
@@ -202,16 +202,16 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
         leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
         saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
-        ctx.save_for_backward(saved, cells if has_cells else None, weight, position, link)
+        ctx.save_for_backward(link, saved, cells if has_cells else None, weight, position)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.input_size = input.shape
         ctx.problem = problem
         ctx.linked = link is not None
 
     @staticmethod
-    @differentiable_by(_formula, of=(0, 2), takes_link=True)
+    @differentiable_by(_formula, of=(1, 3), takes_link=True)
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any):
-        input, cells, weight, position = saved[:4]
+        input, cells, weight, position = saved[1:]
         geometry, conv_size, window, _, write_position, _ = ctx.problem
         check_positions_written(write_position)
         wanted = ctx.needs_input_grad[:3]

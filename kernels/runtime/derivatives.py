@@ -43,7 +43,7 @@ def differentiable_by(
     Args:
         formula: of the same gradients.
         of: indices of the saved tensors whose values the gradients depend on; the others are constants.
-        takes_link: whether the last saved tensor is the link of the first, or None.
+        takes_link: whether the first saved tensor is the link of the second, or None.
     """
 
     def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -57,8 +57,9 @@ def differentiable_by(
             saved = ctx.saved_tensors
             if not torch.is_grad_enabled() and forward_ad._current_level < 0:
                 return backward(ctx, saved, *grads)
-            if takes_link and saved[-1] is not None:
-                saved = (_LinkedInputFunction.apply(saved[0], saved[-1]), *saved[1:])
+            if takes_link and saved[0] is not None:
+                link, input, *others = saved
+                saved = (link, _LinkedInputFunction.apply(input, link), *others)
             saved = tuple(t if t is None or i in of else t.detach() for i, t in enumerate(saved))
             rule = functools.partial(formula, ctx)
             if forward_ad._current_level >= 0 and has_tangent(*grads, *saved):

@@ -329,10 +329,9 @@ def _stem_reference(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("func", [False, True], ids=["autograd", "func"])
 @pytest.mark.parametrize("ours", [_stem, _stem_of_cells], ids=["images", "cells"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
-def test_a_first_layer_that_reads_cells(ours: Operation, func: bool, dtype: torch.dtype) -> None:
+def test_a_first_layer_that_reads_cells(ours: Operation, func: bool) -> None:
     """The gradient of its weight is one of the images, though what was saved are the cells that were made of them."""
-    tensors = [integers(*size, dtype=dtype) for size in ((2, 1, 35, 31), (16, 1, 11, 11), (16,))]
+    tensors = [integers(*size, dtype=torch.float16) for size in ((2, 1, 35, 31), (16, 1, 11, 11), (16,))]
     if DEVICE == "cpu":
         assert kernels.reads_cells(tensors[0], tensors[1], 4)
     images = 0 if ours is _stem else 1  # of cells no gradient reaches the images

@@ -100,8 +100,7 @@ def transforms_and_modes(check: Check) -> None:
     check(step, tensors)
     y = net(x)
     (grad,) = torch.autograd.grad(y, net[3].weight, torch.zeros_like(y), create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiat"):
-        torch.autograd.grad(grad.sum(), net[3].weight)
+    assert torch.autograd.grad(grad.sum(), net[0].weight)[0].shape == net[0].weight.shape
     check(step, tensors)
     made = plans.made
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -109,8 +108,8 @@ def transforms_and_modes(check: Check) -> None:
         assert isinstance(fake, FakeTensor)
         assert fake.shape == (64, 16)
     check(step, tensors)
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        net(forward_ad.make_dual(x, torch.zeros_like(x)))
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.zeros_like(x)))).tangent is not None
     check(step, tensors)
     assert plans.made == made
     exported = torch.export.export(net.eval(), (x,))
