@@ -1,8 +1,8 @@
 """Derivatives that no kernel computes: of gradients (``create_graph``, ``torch.func``), and forward mode.
 
 A backward pass returns the kernels' gradients. Where they are to be differentiated in turn, their derivatives are those of a
-formula of the same gradients in PyTorch's own operations, and so are those of any higher order. The formula takes a ReLU's mask,
-a pool's positions and a dropout's seed from the forward pass, as constants.
+formula of the same gradients in PyTorch's own operations, and so are those of any higher order. The formula takes a ReLU's
+mask, a pool's positions and a dropout's seed from the forward pass, as constants.
 
 In forward mode the public functions run their references, in PyTorch's own operations, from the start. A backward pass of a
 graph of plain tensors that is handed a gradient with a tangent returns what the formula gives.
