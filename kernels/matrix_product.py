@@ -42,15 +42,7 @@ from .runtime.arguments import (
 from .runtime.backend import HALF, has_copy_engine, runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
-from .runtime.torch_interop import (
-    Operator,
-    OperatorFunction,
-    apply_function,
-    autocast_inputs,
-    call_planned,
-    over,
-    overridable,
-)
+from .runtime.torch_interop import Operator, OperatorFunction, apply_function, autocast_inputs, call_planned, over, overridable
 from .sums import accumulator_dtype, dropout_scale, epilogue_backward, sum_vectors, triton_accumulator
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -461,21 +453,14 @@ _dispatch_backward = functools.partial(_backward, _registered)
 _run_backward = functools.partial(_backward, _BackwardOperators(*(operator._init_fn for operator in _registered)))
 
 
-def _formula(
-    ctx: Any,
-    wanted: Sequence[bool],
-    saved: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    grad_output: Tensor,
-) -> tuple[Tensor | None, ...]:
+def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output, seed = saved
     dz = grad_output if seed is None else dropout_reference(grad_output, ctx.p, seed)
     if output is not None:
         dz = dz.masked_fill(output <= 0, 0)
-    return (
-        dz @ weight if wanted[0] else None,
-        dz.t() @ input if wanted[1] else None,
-        dz.sum(0) if wanted[2] else None,
-    )
+    dx = dz @ weight if wanted[0] else None
+    dw = dz.t() @ input if wanted[1] else None
+    return dx, dw, dz.sum(0) if wanted[2] else None
 
 
 @over(_fprop_operator)

@@ -174,7 +174,8 @@ def gradients_reference(
     )
     d_link = None
     if dx is not None:
-        dx = dx[..., : input.shape[2], : input.shape[3]]
+        if padded is not input:
+            dx = dx[:, :, : input.shape[2], : input.shape[3]]
         if link is not None:
             dx = dx.masked_fill(input <= 0, 0)
             d_link = dx.sum((0, 2, 3))

@@ -249,7 +249,8 @@ def pool_backward_reference(grad_output: Tensor, position: Tensor, input_size: S
     stopped = outside | (position == no_gradient(position.dtype))
     index = (rows * w + columns).masked_fill(stopped, 0)
     passed = grad_output.masked_fill(stopped, 0)
-    return grad_output.new_zeros(n, c, h * w).scatter_add(2, index.flatten(2), passed.flatten(2)).view(n, c, h, w)
+    plane = grad_output.new_zeros(n, c, h * w)
+    return plane.scatter_add(2, index.reshape(n, c, p * q), passed.reshape(n, c, p * q)).view(n, c, h, w)
 
 
 def _new_dgrad(

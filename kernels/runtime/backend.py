@@ -34,7 +34,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
             ``"torch"``: the PyTorch reference, on any device.
 
     The choice is the process's, not the thread's, and holds for the forward call; a backward pass runs what its forward
-    recorded. Where blocks of several threads overlap, that one holds which was entered last and has not ended.
+    recorded. In forward mode every operation runs the reference, and so do derivatives of gradients, whatever was chosen. Where
+    blocks of several threads overlap, that one holds which was entered last and has not ended.
 
     Raises:
         ValueError: ``backend`` is none of the three.

@@ -1,10 +1,11 @@
 """Derivatives that no kernel computes: of gradients (``create_graph``, ``torch.func``), and forward mode.
 
-A backward pass returns the kernels' gradients in any case. Where they are to be differentiated in turn, their derivatives are
-those of a formula of the same gradients in PyTorch's own operations, and so are those of any higher order. The formula takes a
-ReLU's mask, a pool's positions and a dropout's seed from the forward pass, as constants.
+A backward pass returns the kernels' gradients. Where they are to be differentiated in turn, their derivatives are those of a
+formula of the same gradients in PyTorch's own operations, and so are those of any higher order. The formula takes a ReLU's
+mask, a pool's positions and a dropout's seed from the forward pass, as constants.
 
-In forward mode the public functions run their references, in PyTorch's own operations, from the start.
+In forward mode the public functions run their references, in PyTorch's own operations, from the start. A backward pass of a
+graph of plain tensors that is handed a gradient with a tangent returns what the formula gives.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 def is_dual(tensor: Tensor | None) -> bool:
     """Whether ``tensor`` itself has a tangent, not one that it wraps."""
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_mapped(grad: Tensor | None) -> bool:
+    """Whether ``grad`` is a batch of ``torch.autograd.grad(..., is_grads_batched=True)``, to which a Function adds no graph."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiable_by(
@@ -62,7 +68,7 @@ def differentiable_by(
                 saved = (link, _LinkedInputFunction.apply(input, link), *others)
             saved = tuple(t if t is None or i in of else t.detach() for i, t in enumerate(saved))
             rule = functools.partial(formula, ctx)
-            if forward_ad._current_level >= 0 and has_tangent(*grads, *saved):
+            if (forward_ad._current_level >= 0 and has_tangent(*grads, *saved)) or any(map(_is_mapped, grads)):
                 results = rule(ctx.needs_input_grad, saved, *grads)
                 return (*results, *[None] * (len(ctx.needs_input_grad) - len(results)))
             with torch.no_grad():

@@ -184,6 +184,13 @@ def functional_hessian_at_once(net: nn.Module, x: Tensor) -> Any:
     return torch.autograd.functional.hessian(of, net[5].bias.detach(), vectorize=True)
 
 
+def batched_gradients(net: nn.Module, x: Tensor) -> Any:
+    y = net(x)
+    several = torch.stack([torch.ones_like(y), y.detach()])
+    (grad,) = torch.autograd.grad(y.sin(), x, several, is_grads_batched=True, create_graph=True)
+    return [grad, *torch.autograd.grad(grad.square().sum(), parameters(net))]
+
+
 def dual_weight(net: nn.Module, x: Tensor, name: str) -> list[Tensor]:
     with forward_ad.dual_level():
         given: Parameters = dict(net.named_parameters())
@@ -239,6 +246,7 @@ USES: Sequence[Use] = [
     func_penalty_of_each_sample,
     functional_jvp,
     functional_hessian_at_once,
+    batched_gradients,
     a_dual_first_weight,
     a_dual_last_weight,
     a_dual_gradient,

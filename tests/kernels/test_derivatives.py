@@ -201,6 +201,14 @@ def functional_hvp(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[
     return torch.autograd.functional.hvp(lambda *t: loss_of(operation, *t), tuple(tensors), directions(tensors))[1]
 
 
+def batched_gradients(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As of ``torch.autograd.functional.jacobian(..., create_graph=True, vectorize=True)``."""
+    y = operation(*tensors)
+    several = torch.stack([torch.ones_like(y), *directions([y])])
+    grads = torch.autograd.grad(y.sin(), tensors, several, is_grads_batched=True, create_graph=True)
+    return [*grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)]
+
+
 def func_grad_of_grad(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     def inner(*given: Tensor) -> Tensor:
         grads = torch.func.grad(lambda *t: loss_of(operation, *t), every(tensors))(*given)
@@ -265,6 +273,7 @@ USES = [
     meta_learning,
     saved_on_the_host,
     functional_hvp,
+    batched_gradients,
     func_grad_of_grad,
     func_jvp,
     func_jvp_of_grad,
