@@ -70,8 +70,7 @@ def _run(module: nn.Module, kind: type[nn.Module], args: tuple[Any, ...], kwargs
 
 def _is_as_it_stands(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether ``forward`` is to run as Python runs it: where kernels cannot, and where somebody watches what it calls."""
-    tensors: Iterator[Tensor] = itertools.chain(module.parameters(), (each for each in args if isinstance(each, Tensor)))
-    tensor = next(tensors, None)
+    tensor = args[0] if args and isinstance(args[0], Tensor) else next(module.parameters(), None)
     if tensor is None or (not can_run_triton(tensor) and current_backend() != "triton"):
         return True
     return (

@@ -32,10 +32,10 @@ from .runs import (
     Run,
     call,
     check_cells,
+    computed_by,
     conv_arguments,
     plan,
     returned_format,
-    shipped,
     takes,
 )
 
@@ -252,7 +252,7 @@ class _Layers:
         self.children = children
         self.types = [type(child) for child in children]
         self.hooks = [getattr(child, hooks) for child in children for hooks in HOOK_DICTS]
-        self.hooked, self.global_hooks, self.shipped = _truths(self.hooks), _global_hooks(), shipped()
+        self.hooked, self.global_hooks, self.computed_by = _truths(self.hooks), _global_hooks(), computed_by()
         self.weights = [(child._parameters, name) for child in children for name in child._parameters]
         self.weight_types = self._weight_types()
         self.facts = []
@@ -261,8 +261,8 @@ class _Layers:
             get = operator.itemgetter(*HOOK_DICTS, *_OPTIONS.get(type(child), ()))
             # A list may be changed in place.
             values = tuple([list(value) if isinstance(value, list) else value for value in get(attributes)])
-            plain = OWN_METHODS.isdisjoint(attributes)
-            self.facts.append((attributes, plain, attributes.get("inplace"), parameters, get, values))
+            own = not OWN_METHODS.isdisjoint(attributes)
+            self.facts.append((attributes, own, attributes.get("inplace"), parameters, get, values))
         self.segments = [Segment(tuple(runs)) for runs in cut(plan(children))]
 
     def _weight_types(self) -> list[type]:
@@ -272,19 +272,19 @@ class _Layers:
         """Whether ``children`` are the same modules, of the same classes, with the same options, and the same carry hooks."""
         if children != self.children or [type(child) for child in children] != self.types:
             return False
-        for attributes, plain, inplace, parameters, get, values in self.facts:
+        for attributes, own, inplace, parameters, get, values in self.facts:
             if (
                 get(attributes) != values
                 or attributes.get("inplace") is not inplace  # which matters of any layer after a dropout
                 or attributes["_parameters"] is not parameters
-                or OWN_METHODS.isdisjoint(attributes) != plain
+                or ("forward" in attributes or "_conv_forward" in attributes or "_call_impl" in attributes) is not own
             ):
                 return False
         return (
             _truths(self.hooks) == self.hooked
             and _global_hooks() == self.global_hooks
             and self._weight_types() == self.weight_types
-            and shipped() == self.shipped
+            and computed_by() == self.computed_by
         )
 
 
