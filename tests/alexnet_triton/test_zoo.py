@@ -75,7 +75,7 @@ MODELS = (
     Model("timm", "test_efficientnet"),
     Model("timm", "regnetx_002"),
     Model("timm", "convnext_atto", {"depths": (1, 1, 2, 1)}),
-    Model("timm", "ghostnet_050"),
+    Model("timm", "lcnet_035"),
     Model("timm", "dla46_c"),
     Model("timm", "densenet121", {"block_config": (2, 2, 4, 2)}),
     Model("timm", "vit_tiny_patch16_224", {"img_size": 32, "depth": 4}),
