@@ -259,6 +259,17 @@ def test_torchscript(net: FusedSequential) -> None:
     torch.jit.script(unfuse(net))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
+    """``add_graph`` traces the network; of the layers it shows PyTorch's own."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(net.eval(), images())
+    (events,) = tmp_path.iterdir()
+    assert b"aten::_convolution" in events.read_bytes()
+
+
 def test_flops_are_counted_as_pytorchs() -> None:
     """But for groups, whose weight gradient PyTorch counts as if there were none."""
     x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 6, 9, 9), (4, 3, 3, 3)))
