@@ -155,6 +155,8 @@ class _Compiled:
         self.runs += itertools.chain.from_iterable(graphs.rewrite(graph))
         return graph.forward
 
+    _backend.wants_layers = True  # type: ignore[attr-defined]
+
 
 def _nothing() -> None:
     return None

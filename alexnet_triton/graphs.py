@@ -515,17 +515,23 @@ def backend(
     return module.forward
 
 
+#: Says of a backend that it wants PyTorch's own calls in its graphs, those of fused containers too.
+backend.wants_layers = True  # type: ignore[attr-defined]
+
+
 def is_traced_for_fusing() -> bool:
-    """Whether the compiler is recording a graph for :func:`backend`, which wants PyTorch's own calls in it."""
+    """Whether the compiler is recording a graph for a backend that wants PyTorch's own calls in it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
     except AttributeError:  # torch.export records in a way of its own
         return False
-    while hasattr(compiler, "_torchdynamo_orig_backend") or hasattr(compiler, "compiler_fn"):
-        compiler = getattr(compiler, "_torchdynamo_orig_backend", None) or compiler.compiler_fn
-    return compiler is backend
+    while compiler is not None and not hasattr(compiler, "wants_layers"):
+        # The compiler's own wrappers, and functools.partial.
+        wrapped = ("_torchdynamo_orig_backend", "compiler_fn", "func")
+        compiler = next((getattr(compiler, name) for name in wrapped if hasattr(compiler, name)), None)
+    return compiler is not None
 
 
 # The compiler asks while it records, and takes the answer as it is then (what torch.compiler.assume_constant_result says, which

@@ -110,7 +110,7 @@ def returned_format(input: Any, weights: Sequence[Tensor | None]) -> torch.memor
 
 def _returned_format(*tensors: Any) -> torch.memory_format:
     for tensor in tensors:
-        if not tensor.is_contiguous() and _is_like_channels_last(tensor):
+        if _is_like_channels_last(tensor):
             return torch.channels_last
     return torch.contiguous_format
 
@@ -124,6 +124,8 @@ def _is_like_channels_last(tensor: Any) -> bool:
     if tensor.dim() != 4:
         return False
     sizes, strides = tensor.shape, tensor.stride()
+    if strides[3] == 1 and sizes[1] > 1:  # of nearly all that are not
+        return False
     least = 0
     for d in (1, 3, 2, 0):
         if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]) or strides[1] == 0:

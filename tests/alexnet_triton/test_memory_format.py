@@ -1,0 +1,108 @@
+"""What a fused network returns has the strides that the unfused one's has, and so does every border inside it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from alexnet_triton import fuse
+from kernels.runtime import launch
+
+from ..conftest import DEVICE, UNDER_TTSEM
+
+pytestmark = pytest.mark.skipif(UNDER_TTSEM, reason="its kernels are tested in tests/kernels")
+
+
+class View(nn.Module):
+    """As people write it who do not know Flatten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1)
+
+
+class Pointwise(nn.Module):
+    """A layer of one's own, which looks at strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_strided(x, x.shape, x.stride()) * (1 + x.stride(1))
+
+
+NETWORKS: dict[str, list[nn.Module]] = {
+    "conv": [nn.Conv2d(3, 4, 3)],
+    "conv-relu": [nn.Conv2d(3, 4, 3), nn.ReLU()],
+    "conv-relu-pool": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)],
+    "conv-relu-conv": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)],
+    "conv-pool": [nn.Conv2d(3, 4, 3), nn.MaxPool2d(3, 2)],
+    "pool": [nn.MaxPool2d(2)],
+    "pool-conv": [nn.MaxPool2d(2), nn.Conv2d(3, 2, 1)],
+    "one filter": [nn.Conv2d(3, 1, 3), nn.ReLU()],
+    "one pixel": [nn.Conv2d(3, 4, 9)],
+    "one row": [nn.Conv2d(3, 4, (9, 1)), nn.ReLU(), nn.MaxPool2d((1, 2))],
+    "pointwise": [nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)],
+    "strided": [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2)],
+    "grouped": [nn.Conv2d(3, 6, 3, groups=3)],
+    "indices": [nn.Conv2d(3, 4, 2), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)],
+    "dropout": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.0)],
+    "own layer": [nn.Conv2d(3, 4, 3), nn.ReLU(), Pointwise(), nn.Conv2d(4, 4, 3), Pointwise()],
+    "batch norm": [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)],
+    "average": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2)],
+    "containers": [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2))],
+    "flatten": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()],
+    "flatten of a conv": [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(196, 3)],
+}
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def assert_same(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> None:
+    """Values, and strides but those of dimensions of size 1, which say nothing."""
+    for got, wanted in zip(*((t,) if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        strides = zip(got.shape, got.stride(), wanted.stride(), strict=True)
+        assert all(size == 1 or mine == its for size, mine, its in strides), (got.shape, got.stride(), wanted.stride())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("of_images", "of_weights"), itertools.product(FORMATS, FORMATS))
+def test_strides(name: str, batch: int, of_images: str, of_weights: str) -> None:
+    net = nn.Sequential(*copy.deepcopy(NETWORKS[name])).to(DEVICE).to(memory_format=FORMATS[of_weights])
+    fused = fuse(copy.deepcopy(net))
+    x = torch.randn(batch, 3, 9, 9, device=DEVICE).contiguous(memory_format=FORMATS[of_images])
+    assert_same(fused(x), net(x))
+    with torch.no_grad():
+        assert_same(fused(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["conv", "conv-relu", "conv-relu-pool", "conv-relu-conv", "pool", "dropout"])
+def test_images_without_a_batch_and_from_a_crop(name: str) -> None:
+    net = nn.Sequential(*copy.deepcopy(NETWORKS[name])).to(DEVICE)
+    fused = fuse(copy.deepcopy(net))
+    whole = torch.randn(2, 3, 12, 14, device=DEVICE)
+    for x in (whole[0], whole[:, :, 2:, 1:11], whole.transpose(2, 3), whole[:, :, ::2]):
+        assert_same(fused(x), net(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_view_after_a_container(training: bool) -> None:
+    """``x.view(x.size(0), 256 * 6 * 6)`` after ``self.features(x)``."""
+    net = nn.Sequential(*copy.deepcopy(NETWORKS["conv-relu-pool"]), View(), nn.Linear(36, 5)).to(DEVICE).train(training)
+    fused = fuse(copy.deepcopy(net))
+    x = torch.randn(2, 3, 9, 9, device=DEVICE)
+    torch.testing.assert_close(fused(x), net(x))
+
+
+def test_no_launch_is_added() -> None:
+    """The last operation writes NCHW by itself: the launches are those of a channels-last network."""
+    found = []
+    for memory_format in FORMATS.values():
+        net = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()).to(DEVICE))
+        names: list[str] = []
+        with torch.no_grad(), launch.observe_launches(lambda kernel, *_, names=names: names.append(kernel.fn.__name__)):
+            y = net(torch.randn(2, 3, 9, 9, device=DEVICE).contiguous(memory_format=memory_format))
+        assert y.is_contiguous(memory_format=memory_format)
+        found.append(names)
+    assert found[0] == found[1] == ["_conv2d_fprop_kernel"] * 2
