@@ -79,16 +79,20 @@ def explain(module: nn.Module) -> Explanation:
         module: any module, fused or not; it is left as it is.
     """
     name = plain_name(type(module))
-    if _is_leaf(module) and not isinstance(module, nn.Sequential):
+    if _is_leaf(module) and not isinstance(module, nn.Sequential) and not owns_layers(module):
         alone = ExplainedRun("", ("",), (name,), None, "a layer by itself: fuse changes the modules that call layers")
         return Explanation(name, (alone,))
     return Explanation(name, tuple(_explain(module, "")))
 
 
 def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
+    why = ""
     if owns_layers(container) and not is_container(container):
-        yield from _explain_forward(container, path)
-        return
+        trace = traced(container, lambda child: not _is_leaf(child) or owns_layers(child))
+        if isinstance(trace, Trace) or recorded_runs(container):
+            yield from _explain_forward(container, path, trace)
+            return
+        why = f" ({trace}: call it once)"
     children = [(name, child) for name, child in container._modules.items() if child is not None]
     if is_container(container):
         names = iter(name for name, _ in children)
@@ -99,7 +103,8 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
     else:
         kind = type(container).__name__
         holds = isinstance(container, (nn.ModuleList, nn.ModuleDict))
-        note = f"held in a {kind}" if holds else f"{kind}.forward calls it, as it stands"
+        note = f"held in a {kind}" if holds else f"{plain_name(type(container))}.forward calls it, as it stands"
+        note = f"{plain_name(type(container))}.forward cannot be traced{why}" if why else note
         runs = [
             (tuple(name for name, _ in group), tuple(child for _, child in group), "module", note)
             for group in _neighbouring_leaves(children)
@@ -112,11 +117,10 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
             yield ExplainedRun(path, names_of_run, kinds, None if operation == "module" else operation, note)
 
 
-def _explain_forward(module: nn.Module, path: str) -> Iterator[ExplainedRun]:
+def _explain_forward(module: nn.Module, path: str, trace: Trace | str) -> Iterator[ExplainedRun]:
     """Of a module whose ``forward`` calls its layers, and those of the modules in it."""
     leaves = {name: child for name, child in module.named_modules() if name and _is_leaf(child)}
-    trace = traced(module, lambda child: not _is_leaf(child) or owns_layers(child))
-    why = "" if isinstance(trace, Trace) else f"{plain_name(type(module))}.forward cannot be traced ({trace})"
+    why = "" if isinstance(trace, Trace) else "not called"
     runs: Sequence[GraphRun] = trace.runs if isinstance(trace, Trace) else recorded_runs(module)
     called: dict[str, None] = dict.fromkeys(trace.modules) if isinstance(trace, Trace) else {}
     fused = {name: run for run in runs for name in run.names}

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
+import re
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -73,6 +77,8 @@ def _is_as_it_stands(module: nn.Module, args: tuple[Any, ...]) -> bool:
     tensor = args[0] if args and isinstance(args[0], Tensor) else next(module.parameters(), None)
     if tensor is None or (not can_run_triton(tensor) and current_backend() != "triton"):
         return True
+    if any(isinstance(argument, np.ndarray) for argument in args):  # which the compiler would take for tensors
+        return True
     return (
         torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
@@ -94,24 +100,32 @@ class _Compiled:
 
     def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
         self.module, self.plain = module, plain
-        self.modules = list(module.modules())
+        self.modules = list(_all_modules(module))
+        kinds = list(dict.fromkeys(itertools.chain.from_iterable(type(each).__mro__ for each in self.modules)))
+        self.kinds = [kind for kind in kinds if "forward" in vars(kind)]
+        self.own_kinds = [
+            (vars(kind), [name for name, value in vars(kind).items() if isinstance(value, _METHODS)])
+            for kind in kinds
+            if not kind.__module__.startswith(("torch.", "builtins"))
+        ]
         self.facts, self.methods, self.everywhere = self._facts(), self._methods(), _hooks_everywhere()
         #: By what the compiler is not to tell apart in one list of guards, which it goes through one by one.
         self.forwards: dict[Any, Callable[..., Any]] = {}
-        self.recorded = True
         self.runs: list[graphs.GraphRun] = []
+        self.records = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle of the module compiles its own."""
         return _nothing, ()
 
     def _facts(self) -> list[Any]:
-        """Of each module: its children, its hooks, and whether methods were set on itself."""
+        """Of each module: its children, its hooks, and what was set on itself in place of methods."""
         facts: list[Any] = []
         for module in self.modules:
             attributes = module.__dict__
             facts += attributes["_modules"].values()
             for hooks in HOOK_DICTS:
+                facts.append(hooks)
                 if attributes[hooks]:
                     facts += attributes[hooks].values()
             if not OWN_METHODS.isdisjoint(attributes):
@@ -119,9 +133,12 @@ class _Compiled:
         return facts
 
     def _methods(self) -> list[Any]:
-        """Of each class of module: its forward and what that may be made of."""
-        kinds = dict.fromkeys(map(type, self.modules))
-        return [getattr(kind, name, None) for kind in kinds for name in ("forward", "_conv_forward")]
+        """What the modules' classes are made of: all methods of somebody's own, of PyTorch's those that layers compute by."""
+        methods: list[Any] = [getattr(kind, name, None) for kind in self.kinds for name in ("forward", "_conv_forward")]
+        for attributes, names in self.own_kinds:
+            methods.append(len(attributes))
+            methods += map(attributes.get, names)
+        return methods
 
     def holds(self, module: nn.Module, plain: Callable[..., Any]) -> bool:
         """Whether all is as it was."""
@@ -138,24 +155,75 @@ class _Compiled:
         forward = self.forwards.get(key)
         if forward is None:
             forward = self.forwards[key] = torch.compile(_copy(self.plain), backend=self._backend)
-        if not self.recorded:
-            try:
-                return forward(module, *args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException:
-                pass  # of a recording, not of what was recorded before
-        # Right after a recording there may be another: of a size that changes, of a number that the module counts. What the
-        # compiler cannot record it prints, and Python runs it: so an error in forward is the one that it always was.
-        self.recorded = False
-        self.runs = []
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, suppress_errors=True, recompile_limit=64):
+        self.records = False
+        config = torch._dynamo.config
+        before = config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit
+        # A number that a module counts is no reason to record anew. What the compiler cannot record Python runs: so an error in
+        # forward is the one that it always was. (By hand: config.patch takes twice as long.)
+        config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = True, True, 64
+        _fused.name = plain_name = type(module).__name__.removeprefix("Fused")
+        try:
             return forward(module, *args, **kwargs)
+        finally:
+            config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = before
+            if _fused.name is plain_name:
+                _fused.name = None
 
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        self.recorded = True
+        if not self.records:
+            self.runs, self.records = [], True
         self.runs += itertools.chain.from_iterable(graphs.rewrite(graph))
         return graph.forward
 
     _backend.wants_layers = True  # type: ignore[attr-defined]
+
+
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in ``module``, and those that they hold without having registered them: in lists, dicts and attributes."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        values = [value for name, value in vars(each).items() if name not in _OWN_DICTS]
+        for value in [*each._modules.values(), *values]:
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            waiting += [part for part in parts if isinstance(part, nn.Module)]
+
+
+#: Of a class.
+_METHODS = (types.FunctionType, staticmethod, classmethod, property)
+#: A module's attributes that hold something else than modules of its own.
+_OWN_DICTS = {"_parameters", "_buffers", "_modules", "_compiled_forward", "_known_layers", *HOOK_DICTS}
+
+
+class _Fused(threading.local):
+    """The fused module whose forward is running in this thread."""
+
+    name: str | None = None
+
+
+_fused = _Fused()
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Let a line say what the compiler, which cannot record a forward, says on a hundred; the error itself comes afterwards."""
+    if _fused.name is None or record.levelno < logging.WARNING:
+        return True
+    if not record.name.endswith("convert_frame"):
+        return False
+    reasons = re.findall(r"^\S*(?:Error|Exception|Unsupported)\b.*", record.getMessage(), re.MULTILINE)
+    reason = reasons[-1] if reasons else record.getMessage().splitlines()[0]
+    record.msg, record.args = "alexnet_triton: a part of %s.forward runs as it stands (%s)", (_fused.name, reason)
+    record.exc_info = None
+    return True
+
+
+for _logger in ("torch._dynamo.convert_frame", "torch._dynamo.exc", "torch._subclasses.fake_tensor"):
+    logging.getLogger(_logger).addFilter(_shorten)
 
 
 def _nothing() -> None:
@@ -168,8 +236,14 @@ def recorded_runs(module: nn.Module) -> list[graphs.GraphRun]:
     return known.runs if known is not None else []
 
 
-def _hooks_everywhere() -> list[bool]:
-    return [bool(getattr(torch_module, hooks, None)) for hooks in GLOBAL_HOOK_DICTS]
+def _hooks_everywhere() -> list[Any]:
+    """The hooks that all modules have."""
+    return [hook for hooks in GLOBAL_HOOK_DICTS for hook in (hooks, *(getattr(torch_module, hooks, None) or {}).values())]
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was compiled for ``module``."""
+    module.__dict__.pop("_compiled_forward", None)
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:

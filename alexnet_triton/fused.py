@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 import kernels
 from kernels.runtime.backend import can_run_triton, current_backend
 
-from .forwards import fused_forward, owns_layers
+from .forwards import forget, fused_forward, owns_layers
 from .graphs import LayerTracer, is_traced_for_fusing
 from .runs import HOOK_DICTS, LONGEST_LOOK, CellImages, cells_of, plan
 from .segments import forget_segments, segments_of
@@ -152,15 +152,22 @@ _fused_classes: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSe
 _plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
+class _Unregistered(nn.Module):
+    """Keeps a class that it is the first base of from a base's ``__init_subclass__``: nobody has written that class."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Do nothing."""
+
+
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of ``kind`` that runs fused; :class:`FusedSequential` for an ``nn.Sequential``."""
     if kind not in _fused_classes:
         body: dict[str, Any] = {"__reduce_ex__": _reduce_fused, "__module__": kind.__module__, "__doc__": kind.__doc__}
         if kind.forward is nn.Sequential.forward:
             # What the subclass defines by itself comes first, and its super() is the fused container.
-            bases: tuple[type, ...] = (kind, FusedSequential)
+            bases: tuple[type, ...] = (_Unregistered, kind, FusedSequential)
         else:
-            bases = (kind,)
+            bases = (_Unregistered, kind)
             body |= {"forward": fused_forward(kind), "__prepare_scriptable__": _refuse_to_be_scripted}
         fused = _fused_classes[kind] = type(f"Fused{kind.__name__}", bases, body)
         _plain_classes[fused] = kind
@@ -228,9 +235,9 @@ def fuse(module: M, *, report: bool = False) -> M:
     Returns:
         ``module`` itself. For a fused copy: ``fuse(copy.deepcopy(module))``.
     """
-    for each in list(module.modules()):
-        if _can_fuse(each):
-            each.__class__ = _fused_class(type(each))
+    classes = [(each, _fused_class(type(each))) for each in module.modules() if _can_fuse(each)]
+    for each, fused in classes:
+        each.__class__ = fused
     if report:
         from .explain import explain
 
@@ -247,6 +254,8 @@ def unfuse(module: M) -> M:
         plain = plain_class(type(each))
         if plain is not type(each):
             each.__class__ = plain
+            forget(each)
+            forget_segments(each)
     return module
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from .runs import KNOWN_TENSORS, Run, obstacle_of, takes
 from .segments import Segment, cut
@@ -266,17 +267,18 @@ _IN_PLACE_OPERATORS = {
 
 def _is_barrier(node: fx.Node) -> bool:
     """Whether no call may be moved past ``node``: it may change a tensor, or what calls mean (autocast, gradient mode)."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output", "call_module"):
         return False
     if node.op == "call_method":
-        return (str(node.target).endswith("_") and not str(node.target).endswith("__")) or node.target == "__setitem__"
-    if node.op == "call_module":
-        return False
+        name = str(node.target)
+        in_place = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        return in_place or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     name = getattr(node.target, "__name__", "_")
     return (
         getattr(node.target, "__module__", None) not in _COMPUTING_MODULES
         or name.endswith("_")
         or name.startswith(("_", "set_"))
+        or name in _WRITE_WHAT_THEY_ARE_GIVEN
         or node.target in _IN_PLACE_OPERATORS
         or bool(node.kwargs.get("inplace"))
         or "out" in node.kwargs
@@ -284,6 +286,8 @@ def _is_barrier(node: fx.Node) -> bool:
     )
 
 
+#: Functions that may change an argument (a weight's norm, running statistics).
+_WRITE_WHAT_THEY_ARE_GIVEN = {"embedding", "embedding_bag", "batch_norm", "instance_norm"}
 #: Functions of torch.nn.functional that take ``inplace`` by position.
 _TAKE_INPLACE = {
     name for name, function in vars(F).items() if "inplace" in getattr(getattr(function, "__code__", None), "co_varnames", ())
@@ -357,8 +361,9 @@ def _longest_run(node: fx.Node, call: Call, order: _Order) -> GraphRun:
 
 
 def _is_only_read_by_layers(node: fx.Node) -> bool:
+    """Whether all that reads ``node`` makes a new tensor of it."""
     calls = [_call_of(user) for user in node.users]
-    return all(call is not None and not (isinstance(call.layer, ReLU) and call.layer.inplace) for call in calls)
+    return all(call is not None and isinstance(call.layer, (Conv2d, Linear, MaxPool2d)) for call in calls)
 
 
 # --------------------------------------------------------------------------------------------------------- rewriting
@@ -390,6 +395,11 @@ class GraphSegment(Segment):
 def rewrite(module: fx.GraphModule) -> list[list[GraphRun]]:
     """Replace the calls of layers in a graph by segments, in place; returns the segments' runs, in the graph's order."""
     graph = module.graph
+    checkpointing: Any = next((n.target for n in graph.nodes if _is_checkpoint(n)), None)
+    if checkpointing is not None:
+        # Recorded, a checkpoint would draw another dropout when it is repeated, and count a batch twice. With this error the
+        # compiler stops recording there: the checkpoint is Python's, and what it calls is recorded by itself.
+        raise UnsupportedOperatorException(checkpointing)
     _settle_in_place_relus(graph)
     segments = _segments(runs_of(graph), _Order(graph))
     replaced: dict[fx.Node, fx.Node] = {}
@@ -410,6 +420,10 @@ def rewrite(module: fx.GraphModule) -> list[list[GraphRun]]:
     return segments
 
 
+def _is_checkpoint(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "tag_activation_checkpoint"
+
+
 def _segments(runs: Sequence[GraphRun], order: _Order) -> list[list[GraphRun]]:
     """Runs that read one another, and that one segment can run."""
     chains: list[list[GraphRun]] = []
@@ -420,6 +434,7 @@ def _segments(runs: Sequence[GraphRun], order: _Order) -> list[list[GraphRun]]:
         if (
             before is not None
             and len(run.input.users) == 1
+            and run.input not in run.weights
             and len(cut([each.run for each in joined])) == 1
             and _dimensions(before[0].input) == _dimensions(run.input)
             and order.are_together([node for each in joined for node in each.nodes])
@@ -481,7 +496,7 @@ def traced(module: nn.Module, looks_into: Callable[[nn.Module], bool]) -> Trace 
         graph = tracer.trace(copied, concrete_args=defaults)
         recorded = fx.GraphModule(copied, graph)
     except Exception as error:  # whatever the module's own code raises when it meets a proxy
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     _settle_in_place_relus(recorded.graph)
     return Trace(runs_of(recorded.graph), tracer.modules)
 

@@ -143,14 +143,15 @@ def call(
 ) -> tuple[Any, Tensor | None]:
     """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
 
-    ``link`` is what the run before returned beside ``input``: nothing but this run reads that. ``output_format`` is the
-    operation's own where it is None.
+    ``link`` is what the run before returned beside ``input``: nothing but this run reads that. ``output_format`` is by
+    default the run's, or the operation's own.
 
     Raises:
         ValueError: ``input`` are :class:`CellImages`, and the run reads images or other cells.
     """
     if isinstance(input, CellImages):
         check_cells(run, input.cells)
+    output_format = run.output_format if output_format is None else output_format
     options: dict[str, Any] = {} if output_format is None else {"output_format": output_format}
     if run.operation in TAKE_LINKS:
         options["link"] = link
@@ -216,9 +217,14 @@ def _pool_after_relu_obstacle(layer: nn.Module) -> str | None:
 def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
     """Of the first layer; the second, if there is one, comes after the dropout."""
     obstacle = _obstacle(layers[0], nn.Dropout)
-    if obstacle is None and len(layers) > 1 and getattr(layers[1], "inplace", False):
-        return f"the {type(layers[1]).__name__} after the Dropout works in place, on what the fused backward pass needs"
-    return obstacle
+    if obstacle is not None:
+        return obstacle
+    if len(layers) == 1:
+        return "what comes after the container may work in place, on what the fused backward pass needs"
+    if obstacle_of(layers[1]) is None and isinstance(layers[1], (nn.Linear, nn.Conv2d, nn.MaxPool2d)):
+        return None
+    works = "works" if getattr(layers[1], "inplace", False) else "may work"
+    return f"the {type(layers[1]).__name__} after the Dropout {works} in place, on what the fused backward pass needs"
 
 
 LONE_RELU = "a ReLU is only fused into a Conv2d or Linear right before it"

@@ -83,6 +83,8 @@ class Segment:
         output = self._compute_as_one(input, weights, output_format)
         if output is not None:
             return output
+        if isinstance(input, Tensor) and input.dim() == 3 and self.runs[-1].operation.endswith("max_pool2d"):
+            output_format = torch.contiguous_format  # PyTorch's, of an image without a batch
         link = None
         for run, following in itertools.zip_longest(self.bound(weights), self.runs[1:]):
             input, link = call(run, input, link, following, output_format if following is None else None)
@@ -326,7 +328,7 @@ def cut(runs: Sequence[Run]) -> list[list[Run]]:
     return groups
 
 
-def forget_segments(net: nn.Sequential) -> None:
+def forget_segments(net: nn.Module) -> None:
     """Cut ``net`` anew at the next call."""
     net.__dict__.pop("_known_layers", None)
 

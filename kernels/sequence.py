@@ -69,7 +69,7 @@ class _Context:
         """There are no gradients to materialize: those that are not there are None."""
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        """Nobody differentiates inside a sequence."""
+        """Nobody asks: where the operations are differentiated one by one, each has a node of its own."""
 
 
 class _Record(NamedTuple):
@@ -96,7 +96,8 @@ class Tape(NamedTuple):
 
     Attributes:
         saved_inputs: indices of the sequence's own tensors that are saved; what was made on the way is saved after them.
-        unsaved_inputs: indices of those whose gradients are wanted, but whose values are not: biases.
+        unsaved_inputs: indices of those whose gradients are wanted, but whose values are not: biases, what a pool or a dropout
+            is given.
     """
 
     records: tuple[_Record, ...]
@@ -156,6 +157,7 @@ def _tape_of(
         records.append(_Record(stage, attributes, saved, needs, places.get(id(output)), tuple(output.shape)))
     saved_inputs = tuple(of_inputs[id(t)] for t in inputs)
     needed = [i for r in records for i, need in zip(r.stage.tensors, r.needs[1:], strict=False) if i is not None and need]
+    needed += [0] if records and records[0].needs[0] else []
     unsaved_inputs = tuple(i for i in needed if i not in saved_inputs)
     return Hashed(Tape(tuple(records), saved_inputs, unsaved_inputs)), made
 
@@ -205,7 +207,7 @@ class _RecordedFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.function = function
         # Nobody reads an output that was not saved: neither a link.
-        nothing = saved[0].new_zeros(())
+        nothing = next(t for t in given if t is not None).new_zeros(())
         output = nothing.expand(record.output_size) if record.output is None else saved[record.output].detach()
         return (output, nothing.expand(record.output_size[1])) if function.gives_link else output
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..pooling.autograd import in_format
+from ..pooling.autograd import in_format, is_channels_last
 from ..runtime.arguments import ArgumentValueError, check_activation, check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
@@ -227,6 +227,7 @@ class Conv2dFunction(OperatorFunction):
             ctx.mark_non_differentiable(new_link)
         ctx.problem = problem
         ctx.linked = link is not None
+        ctx.input_is_nchw = not is_channels_last(input)
 
     @staticmethod
     @differentiable_by(_formula, of=(1, 2), takes_link=True)
@@ -240,7 +241,7 @@ class Conv2dFunction(OperatorFunction):
         problem = ConvolutionGradients(ctx.problem.geometry, wanted, ctx.linked)
         dx, dw, d_bias, d_link = conv2d_backward_operator((grad_output, input, weight, masks), problem)
         return (
-            dx if needs_input else None,
+            (dx.contiguous() if ctx.input_is_nchw else dx) if needs_input else None,  # whoever views it gets PyTorch's order
             dw if needs_weight else None,
             (grad_link if handed_over else d_bias) if needs_bias else None,
             d_link if needs_input and ctx.linked else None,

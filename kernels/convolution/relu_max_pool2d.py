@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..pooling.autograd import (
     check_positions_written,
     in_format,
+    is_channels_last,
     max_pool2d_reference,
     new_position_and_index,
     pool_arguments,
@@ -206,6 +207,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
         ctx.input_size = input.shape
         ctx.problem = problem
+        ctx.input_is_nchw = not is_channels_last(input)
         ctx.linked = link is not None
 
     @staticmethod
@@ -219,7 +221,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         tensors = (grad_output, input if cells is None else None, cells, weight, position)
         dx, dw, d_bias, d_link = _backward_operator(tensors, problem)
         return (
-            dx if wanted[0] else None,
+            (dx.contiguous() if ctx.input_is_nchw else dx) if wanted[0] else None,
             dw if wanted[1] else None,
             d_bias if wanted[2] else None,
             d_link if ctx.linked and wanted[0] else None,

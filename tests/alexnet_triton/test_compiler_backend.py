@@ -200,8 +200,25 @@ def test_changes_in_place(weight: Tensor) -> None:
             z = F.relu(z)
         return F.relu(y) + z + x[:, :1, :10, :10]
 
+    def operator_methods(x: Tensor) -> Tensor:
+        y = F.conv2d(x, weight)
+        z = x[:, :1, :10, :10] * 1
+        z.__imul__(3)
+        return F.relu(y) + z
+
+    def by_itself(x: Tensor) -> Tensor:
+        rows = F.linear(x.flatten(1)[:, :9], weight.view(12, 9))
+        return F.linear(rows, rows) + F.relu(rows)[:, :2]
+
     for function in (
-        *(input_changed_between, between_two_convolutions, relu_of_what_a_view_reads, read_before_the_relu),
+        *(
+            operator_methods,
+            by_itself,
+            input_changed_between,
+            between_two_convolutions,
+            relu_of_what_a_view_reads,
+            read_before_the_relu,
+        ),
         *(returned_and_reused, output_changed, added_into, a_list_of_branches, out_of_gradients),
     ):
         check(function, x)
@@ -233,3 +250,21 @@ def test_many_instances_of_a_class_and_sizes(launches: list[str]) -> None:
         with torch.set_grad_enabled(n % 2 == 0):
             net(images(n))
         assert launches, n
+
+
+def test_an_embedding_that_renormalizes_its_weight() -> None:
+    """It writes the weight that a linear layer has read before."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        table = nn.Embedding(10, 12, max_norm=0.5).to(DEVICE)
+
+        def tied(x: Tensor, ids: Tensor, table: nn.Embedding = table) -> Tensor:
+            y = F.linear(x, table.weight)
+            return F.relu(y) + table(ids).sum()
+
+        x, ids = torch.randn(2, 12, device=DEVICE), torch.arange(10, device=DEVICE)
+        run = torch.compile(tied, backend="alexnet_triton") if compiled else tied
+        with torch.no_grad():
+            found.append(run(x, ids))
+    torch.testing.assert_close(*found)

@@ -177,11 +177,27 @@ def test_layers_that_a_forward_calls() -> None:
 def test_a_forward_that_looks_at_its_input() -> None:
     """It cannot be traced without one: what its last call ran is told."""
     net = fuse(Looking()).to(DEVICE)
-    assert [(run.operation, run.note) for run in explain(net).runs] == [
-        (None, "Looking.forward cannot be traced (TraceError)")
-    ] * 2
-    net(torch.ones(1, 3, 5, 5, device=DEVICE))
-    assert lines(net) == [("conv-relu", "conv2d", "")]
+    for run in explain(net).runs:
+        assert run.operation is None
+        assert run.note.startswith("Looking.forward cannot be traced (TraceError: ")
+    for _ in range(3):
+        net(torch.ones(1, 3, 5, 5, device=DEVICE))
+        assert lines(net) == [("conv-relu", "conv2d", "")]
+
+
+class Parameters(nn.Module):
+    """No layer, but weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.weight))
+
+
+def test_functions_of_own_parameters() -> None:
+    assert [(run.kinds, run.operation) for run in explain(Parameters()).runs] == [(("conv2d", "relu"), "conv2d")]
 
 
 def test_a_parametrized_layer_is_one_layer() -> None:

@@ -283,6 +283,14 @@ def test_an_in_place_layer_after_dropout() -> None:
     assert net[0].weight.grad.any()
 
 
+@pytest.mark.parametrize("after", [[], [nn.Identity(), nn.Dropout(0.0)], [nn.Flatten(), nn.Hardtanh(inplace=True)]])
+def test_what_comes_after_dropout_may_work_in_place(after: list[nn.Module]) -> None:
+    """The caller too: PyTorch's dropout does not need its output."""
+    net = FusedSequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), *after).to(DEVICE)
+    net(torch.randn(4, 6, device=DEVICE)).mul_(2).sum().backward()
+    assert net[0].weight.grad.any()
+
+
 def test_a_hook_between_in_place_layers() -> None:
     net = FusedSequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2)).to(DEVICE)
     seen: list[torch.Tensor] = []

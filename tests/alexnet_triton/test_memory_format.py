@@ -106,3 +106,18 @@ def test_no_launch_is_added() -> None:
         assert y.is_contiguous(memory_format=memory_format)
         found.append(names)
     assert found[0] == found[1] == ["_conv2d_fprop_kernel"] * 2
+
+
+@pytest.mark.parametrize("of_images", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["conv", "conv-relu-pool", "conv-relu-conv", "pool-conv", "strided", "containers", "own layer"]
+)
+def test_the_gradient_of_the_images(name: str, of_images: str) -> None:
+    """As a gradient penalty takes it: ``gradient.view(len(x), -1)``."""
+    net = nn.Sequential(*copy.deepcopy(NETWORKS[name])).to(DEVICE)
+    x = torch.randn(2, 3, 9, 9, device=DEVICE).contiguous(memory_format=FORMATS[of_images])
+    gradients = []
+    for each in (fuse(copy.deepcopy(net)), net):
+        given = (x.clone().requires_grad_() * 1).contiguous(memory_format=FORMATS[of_images])
+        gradients.append(torch.autograd.grad(each(given).square().sum(), given)[0])
+    assert_same(*gradients)
