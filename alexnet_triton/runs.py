@@ -105,7 +105,7 @@ def returned_format(input: Any, weights: Sequence[Tensor | None]) -> torch.memor
     """The memory format that PyTorch's convolutions by ``weights``, and pools, would hand on from ``input``."""
     if isinstance(input, CellImages):
         return _returned_format(*weights)
-    return _returned_format(input, *weights) if isinstance(input, Tensor) else _recorded_format(input, *weights)
+    return _returned_format(input, *weights) if isinstance(input, Tensor) else memory_format_of(input, *weights)  # type: ignore[arg-type]
 
 
 def _returned_format(*tensors: Any) -> torch.memory_format:
@@ -115,8 +115,10 @@ def _returned_format(*tensors: Any) -> torch.memory_format:
     return torch.contiguous_format
 
 
-#: For a trace, which records its call.
-_recorded_format = overridable(_returned_format)
+@overridable
+def memory_format_of(*tensors: Tensor) -> torch.memory_format:
+    """As :func:`returned_format`; a trace records its call."""
+    return _returned_format(*tensors)
 
 
 def _is_like_channels_last(tensor: Any) -> bool:
