@@ -99,7 +99,7 @@ class _Compiled:
     """
 
     def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
-        self.module, self.plain = module, plain
+        self.module, self.plain, self.name = module, plain, type(module).__name__.removeprefix("Fused")
         self.modules = list(_all_modules(module))
         kinds = list(dict.fromkeys(itertools.chain.from_iterable(type(each).__mro__ for each in self.modules)))
         self.kinds = [kind for kind in kinds if "forward" in vars(kind)]
@@ -161,13 +161,12 @@ class _Compiled:
         # A number that a module counts is no reason to record anew. What the compiler cannot record Python runs: so an error in
         # forward is the one that it always was. (By hand: config.patch takes twice as long.)
         config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = True, True, 64
-        _fused.name = plain_name = type(module).__name__.removeprefix("Fused")
+        around, _fused.name = _fused.name, self.name
         try:
             return forward(module, *args, **kwargs)
         finally:
             config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = before
-            if _fused.name is plain_name:
-                _fused.name = None
+            _fused.name = around
 
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if not self.records:

@@ -122,13 +122,11 @@ def _torch_dropout(input: Any, p: float, train: bool) -> Call:
 
 #: What a call of PyTorch's is, of its arguments: functions, and names of a tensor's methods.
 _CALLS: Mapping[Any, Callable[..., Call]] = {
-    torch.conv2d: _conv2d,
-    F.conv2d: _conv2d,
+    torch.conv2d: _conv2d,  # which F.conv2d is too
     F.linear: _linear,
     F.relu: _relu,
-    F.relu_: _relu_in_place,
     torch.relu: _relu,
-    torch.relu_: _relu_in_place,
+    torch.relu_: _relu_in_place,  # which F.relu_ is too
     Tensor.relu: _relu,
     Tensor.relu_: _relu_in_place,
     "relu": _relu,
@@ -256,13 +254,10 @@ def _settle_in_place_relus(graph: fx.Graph) -> None:
 #: Where the functions of a graph that only compute something come from.
 _COMPUTING_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch._C._nn", "torch.nn.functional")
 _IN_PLACE_OPERATORS = {
-    *(
-        getattr(operator, name.strip("_"))
-        for name in dir(operator)
-        if name.startswith("__i") and name.strip("_") in dir(operator)
-    ),
+    *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.iconcat),
     *(operator.setitem, operator.delitem),
-} - {operator.inv, operator.invert, operator.index}
+}
 
 
 def _is_barrier(node: fx.Node) -> bool:
@@ -321,13 +316,13 @@ def runs_of(graph: fx.Graph) -> list[GraphRun]:
     return runs
 
 
-def _next(node: fx.Node, kind: type, order: _Order, before: tuple[fx.Node, ...]) -> tuple[fx.Node, Call] | None:
-    """The call of a ``kind`` that is all that reads ``node``, if it may be made together with those ``before``."""
+def _next(node: fx.Node, kind: type, order: _Order, so_far: tuple[fx.Node, ...]) -> tuple[fx.Node, Call] | None:
+    """The call of a ``kind`` that is all that reads ``node``, if it may be made together with those ``so_far``."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
     call = _call_of(user)
-    if call is None or not isinstance(call.layer, kind) or call.input is not node or not order.are_together((*before, user)):
+    if call is None or not isinstance(call.layer, kind) or call.input is not node or not order.are_together((*so_far, user)):
         return None
     return user, call
 
