@@ -13,7 +13,7 @@ import re
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -154,19 +154,15 @@ class _Compiled:
         key = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), module.training)
         forward = self.forwards.get(key)
         if forward is None:
-            forward = self.forwards[key] = torch.compile(_copy(self.plain), backend=self._backend)
+            forward = self.forwards[key] = self._compile()
         self.records = False
-        config = torch._dynamo.config
-        before = config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit
-        # A number that a module counts is no reason to record anew. What the compiler cannot record Python runs: so an error in
-        # forward is the one that it always was. (By hand: config.patch takes twice as long.)
-        config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = True, True, 64
-        around, _fused.name = _fused.name, self.name
-        try:
-            return forward(module, *args, **kwargs)
-        finally:
-            config.allow_unspec_int_on_nn_module, config.suppress_errors, config.recompile_limit = before
-            _fused.name = around
+        return forward(module, *args, **kwargs)
+
+    def _compile(self) -> Callable[..., Any]:
+        """What ``torch.compile`` makes of the forward, with settings of our own for its recordings alone."""
+        context: Any = torch._dynamo.optimize(backend=self._backend)
+        context.callback = _Recording(context.callback, self.name)
+        return cast(Callable[..., Any], context(_copy(self.plain)))
 
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if not self.records:
@@ -199,24 +195,51 @@ _METHODS = (types.FunctionType, staticmethod, classmethod, property)
 _OWN_DICTS = {"_parameters", "_buffers", "_modules", "_compiled_forward", "_known_layers", *HOOK_DICTS}
 
 
-class _Fused(threading.local):
-    """The fused module whose forward is running in this thread."""
+class _Recording:
+    """The compiler's function that records a frame, which its evaluator of frames calls where nothing recorded holds.
+
+    A number that a module counts is no reason to record anew. What the compiler cannot record Python runs: so an error in
+    forward is the one that it always was. (Settings around each call of a compiled forward would take longer than the call.)
+
+    Args:
+        record: the compiler's.
+        name: of the module's class.
+    """
+
+    def __init__(self, record: Callable[..., Any], name: str) -> None:
+        self._torchdynamo_orig_backend = record  # by which the evaluator knows whose recordings are whose
+        self.name = name
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        around, _recording.name = _recording.name, self.name
+        try:
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, suppress_errors=True, recompile_limit=64):
+                return self._torchdynamo_orig_backend(*arguments, **options)
+        finally:
+            _recording.name = around
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchdynamo_orig_backend, name)
+
+
+class _Named(threading.local):
+    """The class of the module whose forward is being recorded in this thread."""
 
     name: str | None = None
 
 
-_fused = _Fused()
+_recording = _Named()
 
 
 def _shorten(record: logging.LogRecord) -> bool:
     """Let a line say what the compiler, which cannot record a forward, says on a hundred; the error itself comes afterwards."""
-    if _fused.name is None or record.levelno < logging.WARNING:
+    if _recording.name is None or record.levelno < logging.WARNING:
         return True
     if not record.name.endswith("convert_frame"):
         return False
     reasons = re.findall(r"^\S*(?:Error|Exception|Unsupported)\b.*", record.getMessage(), re.MULTILINE)
     reason = reasons[-1] if reasons else record.getMessage().splitlines()[0]
-    record.msg, record.args = "alexnet_triton: a part of %s.forward runs as it stands (%s)", (_fused.name, reason)
+    record.msg, record.args = "alexnet_triton: a part of %s.forward runs as it stands (%s)", (_recording.name, reason)
     record.exc_info = None
     return True
 

@@ -114,7 +114,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     given = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
         # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
-        if isinstance(given[0] if given else None, bool) or np.bool_ in map(type, given):
+        if isinstance(given[0] if given else None, bool) or any(isinstance(each, np.bool_) for each in given):
             raise TypeError
         values = [operator.index(v) for v in given]
     except TypeError:
