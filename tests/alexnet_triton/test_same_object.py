@@ -210,6 +210,19 @@ def test_unfuse(launches: list[str]) -> None:
     assert launches != []
 
 
+@own_devices
+def test_compiled_code_walks_the_children() -> None:
+    net = FusedSequential(nn.Linear(4, 3), nn.ReLU()).to(DEVICE)
+
+    def walk(x: Tensor) -> Tensor:
+        for child in net.children():
+            x = child(x)
+        return x
+
+    x = torch.randn(2, 4, device=DEVICE)
+    torch.testing.assert_close(torch.compile(walk, fullgraph=True, backend="eager")(x), walk(x))
+
+
 @pytest.mark.parametrize("segments", [1, 3, 4])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_sequential_runs_its_segments_fused(segments: int, reentrant: bool, launches: list[str]) -> None:
