@@ -139,31 +139,31 @@ _CALLS: Mapping[Any, Callable[..., Call]] = {
 }
 
 
-def _called_module(node: fx.Node) -> tuple[str | None, Call | None]:
-    """Why the module that ``node`` calls is called as it stands, and else the call; of graphs that hold modules."""
+def _called_module(node: fx.Node) -> Call | None:
+    """The layer's call where ``node`` calls a module, if the module is what it seems; of graphs that hold modules."""
     assert node.graph.owning_module is not None
-    module = node.graph.owning_module.get_submodule(str(node.target))
-    (input, *others), obstacle = node.args, obstacle_of(module)
-    if obstacle is not None or others or node.kwargs:
-        return obstacle or f"{type(module).__name__} is called with more than its input", None
+    module: Any = node.graph.owning_module.get_submodule(str(node.target))
+    input, *others = node.args
+    if others or node.kwargs or obstacle_of(module) is not None:
+        return None
     if isinstance(module, nn.Conv2d):
-        return None, Call(Conv2d(module.stride, module.padding, module.dilation, module.groups), input, (None, None))  # type: ignore[arg-type]
+        return _conv2d(input, None, None, module.stride, module.padding, module.dilation, module.groups)
     if isinstance(module, nn.Linear):
-        return None, Call(Linear(), input, (None, None))  # type: ignore[arg-type]
+        return _linear(input, None)
     if isinstance(module, nn.ReLU):
-        return None, _relu(input, module.inplace)
+        return _relu(input, module.inplace)
     if isinstance(module, nn.MaxPool2d):
         window = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices)
-        return None, _max_pool2d(input, *window)
+        return _max_pool2d(input, *window)
     if isinstance(module, nn.Dropout):
-        return None, _dropout(input, module.p, module.training, module.inplace)
-    return f"no operation for {type(module).__name__}", None
+        return _dropout(input, module.p, module.training, module.inplace)
+    return None
 
 
 def _call_of(node: fx.Node) -> Call | None:
     """The layer's call that ``node`` is, if an operation can take its tensors; None if it is none."""
     if node.op == "call_module":
-        return _called_module(node)[1]
+        return _called_module(node)
     make = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
     if make is None:
         return None
