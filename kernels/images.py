@@ -159,7 +159,8 @@ def _gather_resize_kernel(
     if CONTRAST:
         contrast = tl.load(contrast_ptr + i_n)
         # Each program sums the whole window: it is as small as the block, and no second launch is needed.
-        b_sum = tl.zeros([BLOCK], tl.float32)
+        # In float64, which adds up pixels exactly: in which order the compiler adds depends on how the output is stored.
+        b_sum = tl.zeros([BLOCK], tl.float64)
         pixels, flip_s = H * W, flip
         if size_ptr is not None:
             pixels, flip_s = height.to(tl.float32) * width.to(tl.float32), False  # the sum is the same
@@ -171,10 +172,11 @@ def _gather_resize_kernel(
                 # Over the image, not over the window: however large that is, the rest of it is black.
                 y_s, x_s = y_s - top, x_s - left
                 m_s = m_s & (y_s >= 0) & (y_s < height) & (x_s >= 0) & (x_s < width)
-            b_sum += _window_pixel(
+            b_pixel = _window_pixel(
                 p_image, y_s, x_s, m_s, top, left, width, flip_s, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE
             )
-        window_mean = tl.sum(b_sum) / pixels
+            b_sum += b_pixel.to(tl.float64)
+        window_mean = (tl.sum(b_sum) / pixels).to(tl.float32)
 
     # Centres of pixels lie on centres (align_corners=False); beyond the outermost ones the edge goes on.
     b_y = tl.maximum((o_y.to(tl.float32) + 0.5) * step_y - 0.5, 0.0)

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -101,6 +102,9 @@ UNDER_TTSEM = "ttsem" in sys.modules
 if UNDER_TTSEM:
     _mend_ttsem()
     torch.cuda.is_current_stream_capturing = lambda: False
+
+#: What torch.compile is told: the name, or where the package is not installed, but its tree is there, what it stands for.
+BACKEND: Any = "alexnet_triton" if entry_points(group="torch_dynamo_backends", name="alexnet_triton") else graphs.backend
 
 #: For what asks PyTorch itself on which device a tensor is.
 own_devices = pytest.mark.skipif(

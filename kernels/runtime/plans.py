@@ -213,3 +213,4 @@ def forget() -> None:
     with _lock:
         _plans.clear()
         _recent.clear()
+        unrepeatable.clear()

@@ -1,4 +1,4 @@
-"""torch.compile(anything, backend="alexnet_triton"): what is recorded, rewritten, and left as it stands."""
+"""torch.compile(anything, backend=BACKEND): what is recorded, rewritten, and left as it stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import kernels
 from alexnet_triton import FusedSequential, fuse, graphs
 
-from ..conftest import DEVICE, own_devices
+from ..conftest import BACKEND, DEVICE, own_devices
 from .forms import FORMS
 from .test_forms import assert_trains_alike, images
 
@@ -52,7 +52,8 @@ def matrix() -> Tensor:
     return torch.randn(12, 12, device=DEVICE)
 
 
-def test_entry_point_and_options() -> None:
+@pytest.mark.skipif(not isinstance(BACKEND, str), reason="the package is not installed, so that PyTorch cannot know its name")
+def test_entry_point() -> None:
     """In a process that has not imported this package."""
     code = (
         "import torch\n"
@@ -65,15 +66,18 @@ def test_entry_point_and_options() -> None:
         "assert 'alexnet_triton' in torch.compiler.list_backends(exclude_tags=())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_options() -> None:
     with pytest.raises(Exception, match='has the option rest, "eager" or "inductor"'):
-        torch.compile(nn.ReLU(), backend="alexnet_triton", options={"rest": "tvm"})(torch.ones(1, device=DEVICE))
+        torch.compile(nn.ReLU(), backend=BACKEND, options={"rest": "tvm"})(torch.ones(1, device=DEVICE))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
 @pytest.mark.parametrize("form", ["Functional", "Residual"])
 def test_the_rest_by_inductor(form: str, launches: list[str]) -> None:
     net = FORMS[form]().to(DEVICE)
-    compiled = torch.compile(copy.deepcopy(net), backend="alexnet_triton", options={"rest": "inductor"})
+    compiled = torch.compile(copy.deepcopy(net), backend=BACKEND, options={"rest": "inductor"})
     x = images()
     ours = compiled(x)
     assert len(launches) > 3
@@ -84,7 +88,7 @@ def test_a_function_of_any_size(weight: Tensor, launches: list[str]) -> None:
     def blur(x: Tensor) -> Tensor:
         return F.max_pool2d(torch.conv2d(x, weight, padding="same").relu(), (2, 1)).mean((2, 3))
 
-    compiled = torch.compile(blur, backend="alexnet_triton", dynamic=True, fullgraph=True)
+    compiled = torch.compile(blur, backend=BACKEND, dynamic=True, fullgraph=True)
     for n, side in ((1, 8), (3, 8), (2, 11)):
         x = torch.randn(n, 3, side, side, device=DEVICE)
         torch.testing.assert_close(compiled(x), blur(x), rtol=1e-4, atol=1e-5)
@@ -125,7 +129,8 @@ def test_what_is_a_run(weight: Tensor, matrix: Tensor) -> None:
     ]
     assert runs(lambda x: F.linear(x, matrix) @ matrix, rows) == ["linear"]
     assert runs(lambda x: F.relu(x), x) == []
-    assert runs(lambda x: F.max_pool2d(x.long(), 2), x) == []
+    if DEVICE == "cpu":  # PyTorch pools no integers on a GPU
+        assert runs(lambda x: F.max_pool2d(x.long(), 2), x) == []
     assert runs(lambda x: F.dropout(x, 0.5, inplace=True), x) == []
     assert runs(lambda x: F.conv2d(x, weight, stride=x.shape[0]), x) == ["conv2d"]
 
@@ -133,7 +138,7 @@ def test_what_is_a_run(weight: Tensor, matrix: Tensor) -> None:
 def check(function: Callable[[Tensor], object], x: Tensor) -> None:
     """Outputs, the input as it is afterwards, and its gradient, if PyTorch has it."""
     found = []
-    for run in (function, torch.compile(function, backend="alexnet_triton")):
+    for run in (function, torch.compile(function, backend=BACKEND)):
         leaf = x.clone().requires_grad_("input" not in function.__name__)
         given = leaf * 1
         outputs = run(given)
@@ -231,7 +236,7 @@ def test_dropout_that_the_caller_changes(matrix: Tensor) -> None:
         return F.dropout(F.relu(F.linear(x, matrix)), 0.5)
 
     x = torch.randn(3, 12, device=DEVICE, requires_grad=True)
-    y = torch.compile(hidden, backend="alexnet_triton")(x)
+    y = torch.compile(hidden, backend=BACKEND)(x)
     y.mul_(2)
     y.sum().backward()
     assert x.grad is not None
@@ -264,7 +269,7 @@ def test_an_embedding_that_renormalizes_its_weight() -> None:
             return F.relu(y) + table(ids).sum()
 
         x, ids = torch.randn(2, 12, device=DEVICE), torch.arange(10, device=DEVICE)
-        run = torch.compile(tied, backend="alexnet_triton") if compiled else tied
+        run = torch.compile(tied, backend=BACKEND) if compiled else tied
         with torch.no_grad():
             found.append(run(x, ids))
     torch.testing.assert_close(*found)

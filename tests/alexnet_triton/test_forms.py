@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from alexnet_triton import fuse, unfuse
 
-from ..conftest import DEVICE
+from ..conftest import BACKEND, DEVICE
 from .forms import FORMS, tensors_of
 
 Use = Callable[[nn.Module, nn.Module, Tensor], None]
@@ -30,7 +30,19 @@ def images(n: int = 2) -> Tensor:
 def assert_same(ours: Any, theirs: Any) -> None:
     """Values and strides of all tensors of two outputs."""
     for got, wanted in zip(tensors_of(ours), tensors_of(theirs), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, check_stride=True)
+        torch.testing.assert_close(got, wanted, **TOLERANCE, check_stride=True)
+
+
+#: Of float32.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _tolerance_of_half_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form with a part in bfloat16: on a GPU ours and PyTorch's round sums of another order to it."""
+    if DEVICE == "cuda" and request.node.callspec.params["form"] == "Regions":
+        monkeypatch.setitem(TOLERANCE, "rtol", 2.0**-7)
+        monkeypatch.setitem(TOLERANCE, "atol", 2.0**-8)
 
 
 def loss(output: Any) -> Tensor:
@@ -341,14 +353,14 @@ LAUNCHES = {name: {"conv2d": 2, "pool": 1, "matmul": 1} for name in FORMS} | {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["fuse", "alexnet_triton"])
+@pytest.mark.parametrize("backend", ["fuse", "backend"])
 def test_its_layers_run_on_kernels(form: str, backend: str, launches: list[str]) -> None:
     """By fuse, and by the compiler's backend of an unfused network."""
     torch._dynamo.reset()
     net = FORMS[form]().to(DEVICE).eval()
     x = images()
     expected = net(x)
-    run = fuse(copy.deepcopy(net)) if backend == "fuse" else torch.compile(copy.deepcopy(net), backend=backend)
+    run = fuse(copy.deepcopy(net)) if backend == "fuse" else torch.compile(copy.deepcopy(net), backend=BACKEND)
     for _ in range(2):
         launches.clear()
         assert_same(run(x), expected)

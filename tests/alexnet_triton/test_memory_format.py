@@ -120,4 +120,7 @@ def test_the_gradient_of_the_images(name: str, of_images: str) -> None:
     for each in (fuse(copy.deepcopy(net)), net):
         given = (x.clone().requires_grad_() * 1).contiguous(memory_format=FORMATS[of_images])
         gradients.append(torch.autograd.grad(each(given).square().sum(), given)[0])
-    assert_same(*gradients)
+    ours, theirs = gradients
+    assert ours.stride() == theirs.stride()
+    # By norm: of a sum over all outputs single elements may cancel.
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

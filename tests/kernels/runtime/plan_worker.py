@@ -452,7 +452,6 @@ def main() -> None:
         idle_utils.append(utils)
         for name, run in SCENARIOS.items():
             plans.forget()
-            plans.unrepeatable.clear()
             check = Check(Launcher(utils))
             try:
                 run(check)
