@@ -73,7 +73,7 @@ def explain(module: nn.Module) -> Explanation:
 
     Hooks count as they are registered now. What depends on the input (its dtype or device) is not looked at. A ``forward`` that
     calls its layers is traced by ``torch.fx``, on a copy that shares the parameters, with its arguments' defaults. Where that
-    fails (``forward`` may look at what its input holds), this tells what ran in the last call of a fused module.
+    fails (``forward`` may look at what its input holds), this tells what the last recording of a fused module's call ran.
 
     Args:
         module: any module, fused or not; it is left as it is.

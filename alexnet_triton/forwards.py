@@ -1,7 +1,8 @@
 """Modules whose own ``forward`` calls their layers: it is compiled, by this package's backend, when it is first called.
 
 Dynamo (``torch.compile``'s front end) records what ``forward`` computes and guards it: another branch, shape, option or layer
-is recorded anew. What its guards do not look at is looked at here: hooks, and methods that were replaced after the recording.
+is recorded anew. What its guards do not look at is looked at here, before each call: hooks, methods that were replaced after
+the recording, and both of modules that are held in plain lists.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch.nn.modules import module as torch_module
 from kernels.runtime.backend import can_run_triton, current_backend
 
 from . import graphs
-from .runs import GLOBAL_HOOK_DICTS, HOOK_DICTS, OWN_METHODS
-from .segments import has_function_mode
+from .runs import HOOK_DICTS, OWN_METHODS
+from .segments import has_function_mode, hooks_everywhere
 
 #: Layers that operations are for.
 _LAYERS = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.Dropout)
@@ -108,7 +109,7 @@ class _Compiled:
             for kind in kinds
             if not kind.__module__.startswith(("torch.", "builtins"))
         ]
-        self.facts, self.methods, self.everywhere = self._facts(), self._methods(), _hooks_everywhere()
+        self.facts, self.methods, self.everywhere = self._facts(), self._methods(), hooks_everywhere()
         #: By what the compiler is not to tell apart in one list of guards, which it goes through one by one.
         self.forwards: dict[Any, Callable[..., Any]] = {}
         self.runs: list[graphs.GraphRun] = []
@@ -147,7 +148,7 @@ class _Compiled:
             and self.plain is plain
             and self._facts() == self.facts
             and self._methods() == self.methods
-            and _hooks_everywhere() == self.everywhere
+            and hooks_everywhere() == self.everywhere
         )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,14 +254,9 @@ def _nothing() -> None:
 
 
 def recorded_runs(module: nn.Module) -> list[graphs.GraphRun]:
-    """The runs of the last forward pass of ``module`` that the compiler recorded; none if there was none."""
+    """The runs of the last call of ``module`` in which the compiler recorded something; none if there was none."""
     known: _Compiled | None = module.__dict__.get("_compiled_forward")
     return known.runs if known is not None else []
-
-
-def _hooks_everywhere() -> list[Any]:
-    """The hooks that all modules have."""
-    return [hook for hooks in GLOBAL_HOOK_DICTS for hook in (hooks, *(getattr(torch_module, hooks, None) or {}).values())]
 
 
 def forget(module: nn.Module) -> None:

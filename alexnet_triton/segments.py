@@ -254,7 +254,7 @@ class _Layers:
         self.children = children
         self.types = [type(child) for child in children]
         self.hooks = [getattr(child, hooks) for child in children for hooks in HOOK_DICTS]
-        self.hooked, self.global_hooks, self.computed_by = _truths(self.hooks), _global_hooks(), computed_by()
+        self.hooked, self.global_hooks, self.computed_by = _truths(self.hooks), hooks_everywhere(), computed_by()
         self.weights = [(child._parameters, name) for child in children for name in child._parameters]
         self.weight_types = self._weight_types()
         self.facts = []
@@ -284,7 +284,7 @@ class _Layers:
                 return False
         return (
             _truths(self.hooks) == self.hooked
-            and _global_hooks() == self.global_hooks
+            and hooks_everywhere() == self.global_hooks
             and self._weight_types() == self.weight_types
             and computed_by() == self.computed_by
         )
@@ -302,8 +302,9 @@ def _truths(values: Sequence[Any]) -> list[bool]:
     return list(map(bool, values))
 
 
-def _global_hooks() -> list[bool]:
-    return [bool(getattr(torch_module, hooks, None)) for hooks in GLOBAL_HOOK_DICTS]
+def hooks_everywhere() -> list[Any]:
+    """The hooks that all modules have."""
+    return [hook for hooks in GLOBAL_HOOK_DICTS for hook in (hooks, *(getattr(torch_module, hooks, None) or {}).values())]
 
 
 #: What decides how runs are cut, and what operations are told, of each kind of layer.

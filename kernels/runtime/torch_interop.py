@@ -6,6 +6,7 @@ The autograd Functions share a registration with their operator. Of their gradie
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -75,7 +76,9 @@ class Operator:
                 )
             return differentiated(keyset, *inputs)
 
-        registered._lib.impl(registered._name, autograd, "Autograd", with_keyset=True, allow_override=True)
+        with warnings.catch_warnings():  # PyTorch 2.11 warns whoever imports this package that the operator had another one
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            registered._lib.impl(registered._name, autograd, "Autograd", with_keyset=True, allow_override=True)
 
 
 def call_planned(
