@@ -329,6 +329,49 @@ def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype
             )
 
 
+def _check_all(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    momentum_buffers: Sequence[Tensor] | None,
+) -> None:
+    """Refuse tensors that :func:`sgd_step` does not take."""
+    dtype = params[0].dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
+    if grads and grads[0].dtype not in _DTYPES:
+        raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
+    if (masters is None) != (dtype == torch.float32):
+        raise TypeError("masters must be given exactly for half-precision params")
+    _check("params", params, params, dtype)
+    _check("grads", grads, params, grads[0].dtype if grads else dtype)
+    if masters is not None:
+        _check("masters", masters, params, torch.float32)
+    if momentum_buffers is not None:
+        _check("momentum_buffers", momentum_buffers, params, torch.float32)
+    for i, param in enumerate(params):
+        if not is_dense(param):
+            raise ValueError(
+                f"params[{i}] must be dense in memory, got shape {tuple(param.shape)} and strides {param.stride()}"
+            )
+
+
+def _checked_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """The learning rate as a Python number, or as a tensor on ``device``."""
+    if not isinstance(lr, Tensor):
+        return number("lr", lr)
+    if lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    if has_own_dispatch(lr):
+        raise TypeError(f"lr must be a number or a plain tensor, got a {type(lr).__name__}")
+    lr = lr.resolve_neg()
+    if lr.device.type == "cpu" and device.type != "cpu":
+        return float(lr)
+    if lr.device != device:
+        raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
+    return lr
+
+
 @torch.no_grad()
 def sgd_step(
     params: Sequence[Tensor],
@@ -369,40 +412,12 @@ def sgd_step(
     momentum, dampening = number("momentum", momentum), number("dampening", dampening)
     weight_decay = number("weight_decay", weight_decay)
     nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
-    device, dtype = params[0].device, params[0].dtype
-    if dtype not in _DTYPES:
-        raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
-    if grads and grads[0].dtype not in _DTYPES:
-        raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
-    if (masters is None) != (dtype == torch.float32):
-        raise TypeError("masters must be given exactly for half-precision params")
     if (momentum_buffers is None) != (momentum == 0):
         raise ValueError("momentum_buffers must be given exactly for a momentum other than 0")
-    _check("params", params, params, dtype)
-    _check("grads", grads, params, grads[0].dtype if grads else dtype)
-    if masters is not None:
-        _check("masters", masters, params, torch.float32)
-    if momentum_buffers is not None:
-        _check("momentum_buffers", momentum_buffers, params, torch.float32)
-    for i, param in enumerate(params):
-        if not is_dense(param):
-            raise ValueError(
-                f"params[{i}] must be dense in memory, got shape {tuple(param.shape)} and strides {param.stride()}"
-            )
+    _check_all(params, grads, masters, momentum_buffers)
     # A kernel sees memory, not the minus that PyTorch still owes it.
     grads = [grad.resolve_neg() for grad in grads]
-    if not isinstance(lr, Tensor):
-        lr = number("lr", lr)
-    else:
-        if lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-        if has_own_dispatch(lr):
-            raise TypeError(f"lr must be a number or a plain tensor, got a {type(lr).__name__}")
-        lr = lr.resolve_neg()
-        if lr.device.type == "cpu" and device.type != "cpu":
-            lr = float(lr)
-        elif lr.device != device:
-            raise ValueError(f"lr must be on the device of params, {device}, or on the CPU, got {lr.device}")
+    lr = _checked_lr(lr, params[0].device)
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
         for each in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):
