@@ -222,7 +222,7 @@ def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def seed_of_reference(input: Tensor, seed: int | Tensor | None) -> Tensor | None:
     """The seed for :func:`dropout_reference`; None where nobody gave one, and no kernel could draw the same elements.
 
-    Philox in PyTorch's integer operations takes 15 to 20 times as long as PyTorch's own dropout.
+    Philox in PyTorch's integer operations takes many times as long as PyTorch's own dropout.
     """
     return draw_seed(input.device, seed) if seed is not None or can_run_triton(input) else None
 
