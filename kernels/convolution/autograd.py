@@ -24,8 +24,9 @@ from ..runtime.torch_interop import (
     overridable,
 )
 from ..sums import ColumnSums, epilogue_backward, sum_vectors
+from .by_batch import Copy
 from .problem import Convolution, ConvolutionGradients, Geometry, Problem
-from .select import dgrad, fprop, wgrad
+from .select import copies_by_batch, dgrad, fprop, wgrad, wgrad_by_batch
 
 
 def _run_fprop(
@@ -139,11 +140,17 @@ def gradients(
         cells: :func:`.cells.cells_of` the input.
     """
     dx, dw, d_link = (nothing(dz) for _ in range(3))
+    copies: Sequence[Copy] = ()
+    if needs_input and needs_weight and cells is None and wgrad_by_batch(problem):
+        # The gradient of the input reads what is to be copied, and so copies it.
+        assert input is not None
+        copies = copies_by_batch(dz, input)
+        dz = copies[0].source.permute(0, 3, 1, 2)
     if needs_input:
-        dx, d_link, of_link = dgrad(dz, weight, problem, input if linked else None)
+        dx, d_link, of_link = dgrad(dz, weight, problem, input if linked else None, copies)
         unsummed = [*unsummed, *of_link]
     if needs_weight:
-        dw = wgrad(dz, input, weight, problem, unsummed, cells)
+        dw = wgrad(dz, input, weight, problem, unsummed, cells, copies)
     else:
         sum_vectors(unsummed)
     return dx, dw, d_link

@@ -1,9 +1,13 @@
-"""Convolution of half-precision channels-last tensors through tensor descriptors: for Hopper and later.
+"""Convolution of channels-last tensors through tensor descriptors, in half precision and TF32: for Hopper and later.
 
 The general kernels of :mod:`.general` gather each element through a pointer of its own. These let TMA bring
 whole tiles into shared memory (``cp.async.bulk.tensor``), from where the tensor cores read them (``wgmma``, ``tcgen05``). They
-take stride 1, dilation 1, one group and channels in multiples of 16. A strided first layer of few channels is
+take stride 1, dilation 1, one group and channels in multiples of 16, in TF32 of 8. A strided first layer of few channels is
 :mod:`kernels.convolution.stem`'s.
+
+From shared memory Hopper's tensor cores read half types in either order, TF32 only where neighbours in memory are neighbours in
+the sum. So in TF32 the input gradient takes a copy of the filters, [C, R, S, K], and the weight gradient copies of both its
+operands, [H, W, C, N] (:mod:`.by_batch`), which launches write that read those tensors anyway.
 
 What is a tile? A product's rows are output pixels, and for each filter position (r, s) they must be shifted together.
 
@@ -32,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..primitives import cast, dot, program_id, relu, relu_grad
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums, sum_parts
+from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch, rows_by_batch
 from .problem import Problem
 from .rules import conv2d_box_config, conv2d_images_config, conv2d_images_wgrad_config, conv2d_tile
 
@@ -102,14 +107,29 @@ def inner_first(i, rows, columns, edge_h, edge_w):
 
 
 @triton.jit
+def _load_filters(w_desc, rs, c0, k0, C: tl.constexpr, K, DGRAD: tl.constexpr, FILTERS_BY_SUM: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of filter position ``rs``: reduced channels from ``c0``, written ones from ``k0`` on."""
+    if FILTERS_BY_SUM:
+        return w_desc.load([rs * K + k0, c0]).T
+    elif DGRAD:
+        return w_desc.load([c0, rs * K + k0])
+    else:
+        return w_desc.load([k0, rs * C + c0]).T
+
+
+@triton.jit
 def _conv2d_images_kernel(
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_M, BLOCK_K]
-    w_desc,  # filters [K, R*S*C], blocks [BLOCK_N, BLOCK_K]; DGRAD: [C, R*S*K], blocks [BLOCK_K, BLOCK_N]
+    w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     w2_desc,  # the same with BLOCK_N2 for BLOCK_N
     bias_ptr,  # [K], or unused
     relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
     sums_ptr,  # out: [tiles of PIXELS, PIXELS, K] float32, the sums of y over each tile's images; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
+    copy_ptrs,  # see copy_by_batch; or None
+    copy_out_ptrs,
+    copy_pixels,
+    copy_channels,
     N,
     H,
     W,
@@ -122,10 +142,14 @@ def _conv2d_images_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     DGRAD: tl.constexpr,
+    FILTERS_BY_SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     RELU_GRAD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -181,17 +205,14 @@ def _conv2d_images_kernel(
         if DGRAD:
             h = p + pad_h - r
             o_x = (q + pad_w - s) * C + c0
-            o_w = (r * S + s) * K + k0
-            b_w = w_desc.load([c0, o_w])  # [BLOCK_K, BLOCK_N]
         else:
             h = p - pad_h + r
             o_x = (q - pad_w + s) * C + c0
-            o_w = (r * S + s) * C + c0
-            b_w = w_desc.load([k0, o_w]).T
+        b_w = _load_filters(w_desc, r * S + s, c0, k0, C, K, DGRAD, FILTERS_BY_SUM)  # [BLOCK_K, BLOCK_N]
         b_x = x_desc.load([h, n0, o_x]).reshape(BLOCK_M, BLOCK_K)
         acc = dot(b_x, b_w, acc, INPUT_PRECISION)
         if BLOCK_N2 > 0:
-            b_w2 = w2_desc.load([c0, o_w + BLOCK_N]) if DGRAD else w2_desc.load([k0 + BLOCK_N, o_w]).T
+            b_w2 = _load_filters(w2_desc, r * S + s, c0, k0 + BLOCK_N, C, K, DGRAD, FILTERS_BY_SUM)
             acc2 = dot(b_x, b_w2, acc2, INPUT_PRECISION)
         if PIXELS == 2:
             b_next = x_desc.load([h, n0, o_x + C]).reshape(BLOCK_M, BLOCK_K)
@@ -222,16 +243,22 @@ def _conv2d_images_kernel(
             if RELU_GRAD:
                 next_acc2 = mask_and_sum_pixels(next_acc2, relu_ptr, p_sums + K, o_row, m_n, o_k2, K)
             store_pixels(y_ptr, bias_ptr, next_acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
+    if HAS_COPIES:
+        copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
 
 
 @triton.jit
 def _conv2d_box_kernel(
     x_desc,  # input [N, H, W, C], blocks [NB, TH, TW, BLOCK_K]
-    w_desc,  # filters [K, R*S*C], blocks [BLOCK_N, BLOCK_K]; DGRAD: [C, R*S*K], blocks [BLOCK_K, BLOCK_N]
+    w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     bias_ptr,  # [K], or unused
     relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
     sums_ptr,  # out: [tiles, K] float32, the sums of y over each tile's pixels; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
+    copy_ptrs,  # see copy_by_batch; or None
+    copy_out_ptrs,
+    copy_pixels,
+    copy_channels,
     N,
     P,
     Q,
@@ -242,10 +269,14 @@ def _conv2d_box_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     DGRAD: tl.constexpr,
+    FILTERS_BY_SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     RELU_GRAD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -276,10 +307,7 @@ def _conv2d_box_kernel(
         c0 = i % CHUNKS * BLOCK_K
         rs = i // CHUNKS
         b_x = x_desc.load([n0, p0 + rs // S - pad_h, q0 + rs % S - pad_w, c0]).reshape(BLOCK_M, BLOCK_K)
-        if DGRAD:
-            b_w = w_desc.load([c0, (R * S - 1 - rs) * K + k0]).T
-        else:
-            b_w = w_desc.load([k0, rs * C + c0])
+        b_w = _load_filters(w_desc, R * S - 1 - rs if DGRAD else rs, c0, k0, C, K, DGRAD, FILTERS_BY_SUM).T
         acc = dot(b_w, b_x.T, acc, INPUT_PRECISION)
 
     o_m = tl.arange(0, BLOCK_M)
@@ -293,12 +321,25 @@ def _conv2d_box_kernel(
     if RELU_GRAD:
         acc = mask_and_sum_pixels(acc, relu_ptr, sums_ptr + pid_tile * K, o_row, m_m, o_k, K)
     store_pixels(y_ptr, bias_ptr, acc, o_row, m_m, o_k, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
+    if HAS_COPIES:
+        copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
+
+
+@triton.jit
+def _load_images(x_desc, h, n0, o_x, BY_BATCH: tl.constexpr):
+    """[images, columns] of row ``h``, from image ``n0`` and column ``o_x`` on."""
+    if BY_BATCH:
+        block = x_desc.load([h, o_x, n0])
+        return block.reshape(block.shape[1], block.shape[2]).T
+    else:
+        block = x_desc.load([h, n0, o_x])
+        return block.reshape(block.shape[1], block.shape[2])
 
 
 @triton.jit
 def _conv2d_images_wgrad_kernel(
-    z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]
-    x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]
+    z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]; BY_BATCH: [P*Q*K, N], transposed blocks
+    x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]; BY_BATCH: [H, W*C, N], blocks [1, BLOCK_N, BLOCK_K]
     x2_desc,  # the same with BLOCK_N2 for BLOCK_N
     partial_ptr,  # out: [SPLIT, K, R*S*C] float32
     N,
@@ -313,6 +354,7 @@ def _conv2d_images_wgrad_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
+    BY_BATCH: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -365,18 +407,19 @@ def _conv2d_images_wgrad_kernel(
         n0 = i % blocks_n * BLOCK_K
         q = q_low + i // blocks_n % tl.maximum(columns, 1)
         p = p_low + i // blocks_n // tl.maximum(columns, 1)
-        b_z = z_desc.load([n0, (p * Q + q) * K + k0]).T  # [BLOCK_M, BLOCK_K]
+        o_z = (p * Q + q) * K + k0
+        b_z = z_desc.load([o_z, n0]) if BY_BATCH else z_desc.load([n0, o_z]).T  # [BLOCK_M, BLOCK_K]
         h = p + r - pad_h
         o_x = (q + s - pad_w) * C + c0
-        acc = dot(b_z, x_desc.load([h, n0, o_x]).reshape(BLOCK_K, BLOCK_N), acc, INPUT_PRECISION)
+        acc = dot(b_z, _load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
         if BLOCK_N2 > 0:
-            acc2 = dot(b_z, x2_desc.load([h, n0, o_x + BLOCK_N]).reshape(BLOCK_K, BLOCK_N2), acc2, INPUT_PRECISION)
+            acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
         if POSITIONS == 2:
             h2 = p + r2 - pad_h
             o_x2 = (q + s2 - pad_w) * C + c0
-            next_acc = dot(b_z, x_desc.load([h2, n0, o_x2]).reshape(BLOCK_K, BLOCK_N), next_acc, INPUT_PRECISION)
+            next_acc = dot(b_z, _load_images(x_desc, h2, n0, o_x2, BY_BATCH), next_acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
-                b_x2 = x2_desc.load([h2, n0, o_x2 + BLOCK_N]).reshape(BLOCK_K, BLOCK_N2)
+                b_x2 = _load_images(x2_desc, h2, n0, o_x2 + BLOCK_N, BY_BATCH)
                 next_acc2 = dot(b_z, b_x2, next_acc2, INPUT_PRECISION)
 
     o_k = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -421,12 +464,20 @@ def _matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor
 
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
-    return _convolve(input, weight, bias, problem, relu, None, dgrad=False, channels_last=channels_last)[0]
+    x, filters = dense_nhwc(input), dense_nhwc(weight)
+    return _convolve(x, filters, bias, problem, relu, None, (), dgrad=False, channels_last=channels_last)[0]
 
 
-def dgrad(dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None) -> tuple[Tensor, Tensor, list[ColumnSums]]:
+def dgrad(
+    dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None, copies: Sequence[Copy] = ()
+) -> tuple[Tensor, Tensor, list[ColumnSums]]:
     """As :func:`.select.dgrad`; the gradient of the ReLU and the sums of each tile cost no pass of their own."""
-    dx, sums = _convolve(dz, weight, None, problem, False, relu_output, dgrad=True)
+    filters = dense_nhwc(weight)
+    if problem.precision == "tf32":
+        by_sum = new_by_batch(filters.shape, filters)
+        copy([Copy(filters, by_sum)])
+        filters = by_sum
+    dx, sums = _convolve(dense_nhwc(dz), filters, None, problem, False, relu_output, copies, dgrad=True)
     if sums is None:
         return dx, nothing(dx), []
     vector = ColumnSums(sums, new_output((problem.c,), dx.dtype, dx.device))
@@ -434,12 +485,13 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | No
 
 
 def _convolve(
-    input: Tensor,
-    weight: Tensor,
+    x: Tensor,
+    filters: Tensor,
     bias: Tensor | None,
     problem: Problem,
     relu: bool,
     relu_output: Tensor | None,
+    copies: Sequence[Copy],
     *,
     dgrad: bool,
     channels_last: bool = True,
@@ -447,15 +499,24 @@ def _convolve(
     """Both directions: what is input, output, C and K here is the gradient's, the other way round, with ``dgrad``.
 
     With ``relu_output`` the second result are the sums of each tile of the first, (tiles, K) float32.
+
+    Args:
+        x: (N, H, W, C).
+        filters: (K, R, S, C); of TF32's ``dgrad`` :func:`.by_batch.new_by_batch` of that.
+        copies: that the launch makes beside its own work.
     """
-    n, c, h, w, k, r, s, p, q, (_, padding, _, _), *_ = problem
+    n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
+    by_sum = dgrad and precision == "tf32"
     if dgrad:
         c, h, w, k, p, q = k, p, q, c, h, w
-    x, filters = dense_nhwc(input), dense_nhwc(weight)
-    y = new_output((n, k, p, q), input.dtype, input.device, channels_last=channels_last)
+    y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
 
     def new_sums(tiles: int) -> Tensor | None:
-        return None if relu_output is None else new_output((tiles, k), torch.float32, y.device)
+        return None if relu_output is None else new_output((tiles, k), torch.float32, device)
+
+    def filter_blocks(columns: int, step: int) -> TensorDescriptor:
+        rows = r * s * k if by_sum else filters.shape[0]
+        return _matrix(filters, rows, [step, columns] if dgrad and not by_sum else [columns, step])
 
     shared = {
         "bias_ptr": filters if bias is None else bias.contiguous(),
@@ -470,28 +531,27 @@ def _convolve(
         "R": r,
         "S": s,
         "DGRAD": dgrad,
+        "FILTERS_BY_SUM": by_sum,
         "HAS_BIAS": bias is not None,
         "RELU": relu,
         "CHANNELS_LAST": channels_last,
-        "WIDE": needs_int64(y),
-        "INPUT_PRECISION": "ieee",
+        "WIDE": needs_int64(y, *[tensor for each in copies for tensor in each]),
+        "INPUT_PRECISION": precision,
+        **copy_arguments(copies),
     }
     operation = "conv2d_dgrad" if dgrad else "conv2d_fprop"
-    if conv2d_tile(input.device, operation, n, p, q, c, k, r, s, channels_last) == "images":
-        config = conv2d_images_config(input.device, operation, n, p, q, c, k, r, s)
+    sizes = (n, p, q, c, k, r, s)
+    if conv2d_tile(device, operation, *sizes, channels_last, dtype) == "images":
+        config = conv2d_images_config(device, operation, *sizes, dtype)
         n2 = config["BLOCK_N2"]
-
-        def filter_blocks(columns: int) -> list[int]:
-            return [config["BLOCK_K"], columns] if dgrad else [columns, config["BLOCK_K"]]
-
         tiles = cdiv(n, config["BLOCK_M"]) * p * cdiv(q, config["PIXELS"])
         sums = new_sums(tiles * config["PIXELS"])
         launch(
             _conv2d_images_kernel,
             (tiles * cdiv(k, config["BLOCK_N"] + n2),),
             x_desc=_rows(x, config["BLOCK_M"], config["BLOCK_K"]),
-            w_desc=_matrix(filters, weight.shape[0], filter_blocks(config["BLOCK_N"])),
-            w2_desc=_matrix(filters, weight.shape[0], filter_blocks(n2 or config["BLOCK_N"])),
+            w_desc=filter_blocks(config["BLOCK_N"], config["BLOCK_K"]),
+            w2_desc=filter_blocks(n2 or config["BLOCK_N"], config["BLOCK_K"]),
             H=h,
             W=w,
             pad_h=padding[0],
@@ -501,16 +561,15 @@ def _convolve(
             **config,
         )
         return y, sums
-    config = conv2d_box_config(input.device, operation, n, p, q, c, k, r, s, narrow=not channels_last)
+    config = conv2d_box_config(device, operation, *sizes, narrow=not channels_last, dtype=dtype)
     tile = [config["NB"], config["TH"], config["TW"]]
     tiles = cdiv(n, tile[0]) * cdiv(p, tile[1]) * cdiv(q, tile[2])
-    block = [config["BLOCK_K"], config["BLOCK_N"]] if dgrad else [config["BLOCK_N"], config["BLOCK_K"]]
     sums = new_sums(tiles)
     launch(
         _conv2d_box_kernel,
         (tiles * cdiv(k, config["BLOCK_N"]),),
         x_desc=TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [*tile, config["BLOCK_K"]]),
-        w_desc=_matrix(filters, weight.shape[0], block),
+        w_desc=filter_blocks(config["BLOCK_N"], config["BLOCK_K"]),
         pad_h=r - 1 - padding[0] if dgrad else padding[0],
         pad_w=s - 1 - padding[1] if dgrad else padding[1],
         sums_ptr=filters if sums is None else sums,
@@ -520,24 +579,36 @@ def _convolve(
     return y, sums
 
 
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
-    n, c, h, w, k, r, s, p, q, (_, padding, _, _), *_ = problem
-    config = conv2d_images_wgrad_config(input.device, n, p, q, c, k, r, s)
+def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool) -> None:
+    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
+
+    Args:
+        by_batch: whether ``dz`` and ``input`` are copies of :func:`.by_batch.new_by_batch`, which TF32 needs.
+    """
+    n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
+    config = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, dtype)
     split = config.pop("SPLIT")
     n2 = config["BLOCK_N2"]
-    z, x = dense_nhwc(dz), dense_nhwc(input)
-    partial = new_output((split, dw.numel()), torch.float32, dz.device)
+    m, images = config["BLOCK_M"], config["BLOCK_K"]
+    partial = new_output((split, dw.numel()), torch.float32, device)
     wide = needs_int64(partial)
     if wide:
         config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
     positions = cdiv(r * s, config["POSITIONS"]) * (c // (config["BLOCK_N"] + n2))
+    if by_batch:
+        z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [m, images])
+    else:
+        z_desc, input = _matrix(dense_nhwc(dz), n, [images, m]), dense_nhwc(input)
+
+    def rows(columns: int) -> TensorDescriptor:
+        return rows_by_batch(input, n, [1, columns, images]) if by_batch else _rows(input, images, columns)
+
     launch(
         _conv2d_images_wgrad_kernel,
-        (cdiv(k, config["BLOCK_M"]) * positions, split),
-        z_desc=_matrix(z, n, [config["BLOCK_K"], config["BLOCK_M"]]),
-        x_desc=_rows(x, config["BLOCK_K"], config["BLOCK_N"]),
-        x2_desc=_rows(x, config["BLOCK_K"], n2 or config["BLOCK_N"]),
+        (cdiv(k, m) * positions, split),
+        z_desc=z_desc,
+        x_desc=rows(config["BLOCK_N"]),
+        x2_desc=rows(n2 or config["BLOCK_N"]),
         partial_ptr=partial,
         N=n,
         H=h,
@@ -551,8 +622,9 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         C=c,
         R=r,
         S=s,
+        BY_BATCH=by_batch,
         WIDE=wide,
-        INPUT_PRECISION="ieee",
+        INPUT_PRECISION=precision,
         **config,
     )
     sum_parts(partial, dw, vectors)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pooling.problem import Window
+from ..runtime.arguments import conv_input_precision
 
 
 class Geometry(NamedTuple):
@@ -28,7 +29,10 @@ class Geometry(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One convolution: N x C x H x W inputs, K filters of R x S, N x K x P x Q outputs. Of its tensors only what they are."""
+    """One convolution: N x C x H x W inputs, K filters of R x S, N x K x P x Q outputs. Of its tensors only what they are.
+
+    ``precision``: of its products, ``input_precision`` of ``tl.dot``: "tf32" or "ieee".
+    """
 
     n: int
     c: int
@@ -42,6 +46,7 @@ class Problem(NamedTuple):
     geometry: Geometry
     dtype: torch.dtype
     device: torch.device
+    precision: str
 
     @classmethod
     def of(cls, input_size: Sequence[int], weight: Tensor, geometry: Geometry, output_size: Sequence[int]) -> Problem:
@@ -52,7 +57,8 @@ class Problem(NamedTuple):
         n, _, h, w = input_size
         k, cg, r, s = weight.shape
         p, q = output_size
-        return cls(n, cg * geometry.groups, h, w, k, r, s, p, q, geometry, weight.dtype, weight.device)
+        precision = conv_input_precision(weight.dtype)
+        return cls(n, cg * geometry.groups, h, w, k, r, s, p, q, geometry, weight.dtype, weight.device, precision)
 
     @property
     def is_irregular(self) -> bool:

@@ -30,7 +30,7 @@ from ..pooling.problem import MaxPool, MaxPoolGradient, Window
 from ..runtime.arguments import check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
-from ..runtime.launch import new_output, nothing
+from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
@@ -40,7 +40,7 @@ from ..runtime.torch_interop import (
     overridable,
     wants_grad,
 )
-from . import select, stem_pool
+from . import row_stem, select, stem_pool
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
@@ -55,8 +55,11 @@ def _run_fprop(
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
     if select.fuses_pool(convolution, window):
-        patches = select.input_cells(input, convolution) if cells is None else cells
-        pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
+        if select.reads_cells(convolution):
+            x = select.input_cells(input, convolution) if cells is None else cells
+        else:
+            x = row_stem.dense_rows(input)
+        pooled, position = stem_pool.fprop(x, weight, bias, convolution, window, channels_last, write_position)
     else:
         unpooled = select.fprop(input, weight, bias, convolution, True, cells)
         pooled, position, _ = run_max_pool2d_fprop(unpooled, MaxPool(window, channels_last, True, write_position, False))
@@ -119,12 +122,20 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked = problem
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
+    convolution = Problem.of(input_size, weight, geometry, conv_size)
+    d_weight = d_of_bias = None
+    if needs_weight and input is not None and select.fuses_pool_wgrad(convolution, window):
+        d_weight = new_output_like(weight)
+        d_of_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
+        row_stem.wgrad(grad_output, input, d_weight, convolution, position=position, d_bias=d_of_bias)
+        needs_weight = needs_bias = False
+        if not needs_input:
+            return nothing(weight), d_weight, nothing(weight) if d_of_bias is None else d_of_bias, nothing(weight)
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
-    convolution = Problem.of(input_size, weight, geometry, conv_size)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
-    return dx, dw, d_bias, d_link
+    return dx, dw if d_weight is None else d_weight, d_bias if d_of_bias is None else d_of_bias, d_link
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())

@@ -9,14 +9,22 @@ import functools
 
 import torch
 
-from ..configs.tables import MULTIPROCESSORS, apply_overrides, known, largest_divisor, tile_size, tuned
+from ..configs.tables import MULTIPROCESSORS, SHARED_BYTES, apply_overrides, known, largest_divisor, tile_size, tuned
 from ..runtime.backend import INTERPRETED, capability
 from ..runtime.launch import cdiv
 
 
-def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> str:
-    """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written."""
-    return f"{operation} n{n} p{p} q{q} c{c} k{k} r{r} s{s}"
+def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written.
+
+    bfloat16 and float16 share their entries.
+    """
+    return f"{operation} n{n} p{p} q{q} c{c} k{k} r{r} s{s}" + (" tf32" if dtype == torch.float32 else "")
+
+
+def _row(dtype: torch.dtype) -> int:
+    """Elements of 128 bytes: the row of a block that shared memory holds without bank conflicts, and TMA brings at once."""
+    return 128 // dtype.itemsize
 
 
 def matmul_config(
@@ -89,19 +97,29 @@ def _powers(high: int) -> list[int]:
 
 
 def conv2d_tile(
-    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, channels_last: bool
+    device: torch.device,
+    operation: str,
+    n: int,
+    p: int,
+    q: int,
+    c: int,
+    k: int,
+    r: int,
+    s: int,
+    channels_last: bool,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> str:
     """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
 
-    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 64 make its
+    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 128 bytes make its
     loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
     What is written as NCHW goes by boxes, whose pixels are neighbours in memory then; one pixel of each image never is.
     """
     few_images = n < (3 if INTERPRETED else 48)
-    narrow = c % 64 != 0 and k % 256 == 0 and not INTERPRETED
+    narrow = c % _row(dtype) != 0 and k % 256 == 0 and not INTERPRETED
     config = {"IMAGES": int(channels_last and not few_images and not narrow)}
     if channels_last:
-        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s, dtype)))
     return "images" if apply_overrides(config)["IMAGES"] else "box"
 
 
@@ -111,10 +129,19 @@ def conv2d_wgrad_by_images(n: int) -> bool:
 
 
 def conv2d_images_config(
-    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+    device: torch.device,
+    operation: str,
+    n: int,
+    p: int,
+    q: int,
+    c: int,
+    k: int,
+    r: int,
+    s: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
     """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
-    block_n, block_n2 = _two_blocks(k, 128)
+    block_n, block_n2 = _two_blocks(k, 256 if dtype == torch.float32 and k % 256 == 0 and not INTERPRETED else 128)
     if INTERPRETED:
         config = {"PIXELS": 1, "BLOCK_M": tile_size(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
         config |= {"num_warps": 4, "num_stages": 1}
@@ -123,16 +150,26 @@ def conv2d_images_config(
         # A narrow block of filters is read for two pixels at once: else TMA brings too little work.
         pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
         warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
-        config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 64}
+        config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": _row(dtype)}
         config |= {"num_warps": warps, "num_stages": 4}
     config["WARP_SPECIALIZE"] = 0
-    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+    config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s, dtype)))
     config = apply_overrides(config)
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
 
 def conv2d_box_config(
-    device: torch.device, operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, narrow: bool = False
+    device: torch.device,
+    operation: str,
+    n: int,
+    p: int,
+    q: int,
+    c: int,
+    k: int,
+    r: int,
+    s: int,
+    narrow: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
     """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some.
 
@@ -141,7 +178,7 @@ def conv2d_box_config(
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     else:
-        choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % 64 != 0 else []
+        choices = [(128, 256, 8, 5)] if k % 256 == 0 and c % _row(dtype) != 0 else []
         choices += [] if narrow else [(256, 128, 8, 4)]
         choices += [(128, 128, 8, 4), (128, 64, 4, 4), (64, 64, 4, 5)]
         for pixels, block_n, warps, stages in choices:  # noqa: B007
@@ -149,16 +186,18 @@ def conv2d_box_config(
             programs = cdiv(n, nb) * cdiv(p, th) * cdiv(q, tw) * cdiv(k, block_n)
             if programs >= MULTIPROCESSORS:
                 break
-        config = {"BLOCK_N": block_n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
+        config = {"BLOCK_N": block_n, "BLOCK_K": _row(dtype), "num_warps": warps, "num_stages": stages}
     nb, th, tw = conv2d_box(pixels, n, p, q)
     config = {"NB": nb, "TH": th, "TW": tw, "WARP_SPECIALIZE": 0} | config
     if not narrow:
-        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s)))
+        config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s, dtype)))
     config = apply_overrides(config)
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
 
-def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+def conv2d_images_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, int]:
     """Tiles of the images kernel's weight gradient: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
     block_m, positions = 128, 1
     block_n, block_n2 = largest_divisor(c, 256 if k % 128 == 0 else 128), 0
@@ -169,10 +208,10 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
         block_m = 256 if k % 256 == 0 else 128
     area = block_m * (block_n + block_n2) * positions
     config = {"POSITIONS": positions, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
-    config |= {"BLOCK_K": tile_size(n, 16, 64), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
+    config |= {"BLOCK_K": tile_size(n, 16, _row(dtype)), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(k, 16, 128), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s))
+    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
     config = apply_overrides(config | known(config, measured))
     if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
         config |= {"BLOCK_N": largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
@@ -184,6 +223,12 @@ def conv2d_images_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
 
+def _two_blocks_of(positions: int) -> tuple[int, int]:
+    """Powers of 2, the second possibly 0, whose sum is ``positions``."""
+    first = 1 << positions.bit_length() - 1
+    return first, positions - first
+
+
 def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False) -> dict[str, int]:
     """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters.
 
@@ -192,7 +237,7 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
     if narrow and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    block_k, block_k2 = _two_blocks_of(fold)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
     config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
     if INTERPRETED:
@@ -203,32 +248,61 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
+def conv2d_stem_pool_fused(
+    device: torch.device,
+    n: int,
+    p: int,
+    q: int,
+    fold: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 3,
+    stride: int = 1,
+) -> bool:
     """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
 
-    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
+    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile. In TF32 a column
+    of image rows is loaded while no other is in work; it and the filters must fit.
+
+    Args:
+        rows: of the filter.
+        stride: rows of what is read from one row of the convolution to the next.
     """
-    config = {"FUSED": int(fold == 48)}
-    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
+    fits = fold == 48
+    if dtype == torch.float32:
+        fits = (64 * (2 * stride + rows) + sum(_two_blocks(k, 64)) * rows) * fold * dtype.itemsize <= SHARED_BYTES * 3 // 4
+    config = {"FUSED": int(fits)}
+    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, rows, 1, dtype)))
     return bool(apply_overrides(config)["FUSED"])
 
 
 def conv2d_stem_pool_config(
-    device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
+    device: torch.device,
+    n: int,
+    p: int,
+    q: int,
+    fold: int,
+    k: int,
+    narrow: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 3,
 ) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
     p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
+    ``rows``: of the filter.
     """
     block_n, block_n2 = _two_blocks(k, 64)
     if narrow and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
+    block_k, block_k2 = _two_blocks_of(fold)
     config = {"ROWS": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
     config |= {"num_warps": 4, "num_stages": 2 if fold == 48 else 1}
+    if dtype == torch.float32:  # keys of 64 bits
+        config |= {"num_warps": 8, "num_stages": 1}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1))
+    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, rows, 1, dtype))
     config = apply_overrides(config | known(config, measured))
     if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
         config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
@@ -258,3 +332,40 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     steps = p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
+
+
+def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int) -> dict[str, int]:
+    """Tiles of a TF32 first layer: one pixel of BLOCK_M images x (BLOCK_N + BLOCK_N2) filters, BLOCK_K positions a step."""
+    block_n, block_n2 = _two_blocks(k, 128)
+    block_m = 128 if n > 64 else 64
+    config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32}
+    config |= {"num_warps": 8 if block_m == 128 else 4, "num_stages": 4}
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
+    config |= known(config, tuned(device, conv2d_key("conv2d_rows_fprop", n, p, q, positions, k, r, 1, torch.float32)))
+    config = apply_overrides(config)
+    return config | {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
+
+
+def conv2d_rows_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, pooled: bool
+) -> dict[str, int]:
+    """Tiles of its weight gradient: BLOCKS x BLOCK_M positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
+
+    ``pooled``: with the gradient of the pool, p x q pixels before it.
+    """
+    block_n, block_n2 = _two_blocks(k, 64)
+    block_m = 64
+    needed = cdiv(r * positions, block_m)
+    blocks = min((3, 2, 1), key=lambda b: cdiv(needed, b) * b)
+    config = {"BLOCKS": blocks, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32}
+    config |= {"num_warps": 8, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}
+    operation = "conv2d_rows_pool_wgrad" if pooled else "conv2d_rows_wgrad"
+    measured = tuned(device, conv2d_key(operation, n, p, q, positions, k, r, 1, torch.float32))
+    config = apply_overrides(config | known(config, measured))
+    programs = cdiv(needed, config["BLOCKS"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    steps = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, config["BLOCK_K"]) if pooled else p * q * cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
+    return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})

@@ -9,16 +9,23 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
+import torch
+import triton
 from torch import Tensor
 
 from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_copy_engine
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, general, stem
+from . import descriptor, general, row_stem, stem
+from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
 from .rules import conv2d_stem_pool_fused, conv2d_wgrad_by_images
+
+
+#: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
+_SUMS_OF_8 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 class Kernels(enum.Enum):
@@ -27,13 +34,16 @@ class Kernels(enum.Enum):
     GENERAL = "general"
     DESCRIPTOR = "descriptor"
     STEM = "stem"
+    ROW_STEM = "row_stem"
 
 
 def fprop_kernels(problem: Problem) -> Kernels:
     """The forward pass's."""
     if _takes_descriptors(problem):
         return Kernels.DESCRIPTOR
-    return Kernels.STEM if _is_stem(problem) else Kernels.GENERAL
+    if _is_row_stem(problem):
+        return Kernels.ROW_STEM
+    return Kernels.STEM if reads_cells(problem) else Kernels.GENERAL
 
 
 def dgrad_kernels(problem: Problem) -> Kernels:
@@ -42,7 +52,7 @@ def dgrad_kernels(problem: Problem) -> Kernels:
         return Kernels.DESCRIPTOR
     # The cells' gradient is a convolution by descriptors, of the cells' channels.
     cells = problem.c * problem.geometry.stride[0] ** 2
-    return Kernels.STEM if _is_stem(problem) and problem.k % 16 == 0 and cells % 16 == 0 else Kernels.GENERAL
+    return Kernels.STEM if _has_cells(problem) and problem.k % 16 == 0 and cells % 16 == 0 else Kernels.GENERAL
 
 
 def wgrad_kernels(problem: Problem) -> Kernels:
@@ -52,7 +62,7 @@ def wgrad_kernels(problem: Problem) -> Kernels:
 
 def reads_cells(problem: Problem) -> bool:
     """Whether the forward pass reads its input's cells, and so may the gradient of the weight, whatever the batch."""
-    return _is_stem(problem)
+    return problem.dtype in HALF and _has_cells(problem)
 
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
@@ -60,44 +70,78 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
 
     On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
     """
+    if not (reads_cells(problem) or _is_row_stem(problem)):
+        return False
     kernel_size, stride, padding, _, (p, q) = window
-    folded = stem.fold(problem.c, problem.s, problem.geometry.stride[0])
     return (
-        _is_stem(problem)
-        and capability(problem.device) < 100
+        capability(problem.device) < 100
         and tuple(kernel_size) == (3, 3)
         and tuple(stride) == (2, 2)
         and max(padding) == 0
         and 2 * p + 1 <= problem.p
         and 2 * q + 1 <= problem.q
-        and conv2d_stem_pool_fused(problem.device, problem.n, p, q, folded, problem.k)
+        and conv2d_stem_pool_fused(problem.device, problem.n, p, q, *_stem_sizes(problem))
     )
 
 
+def _stem_sizes(problem: Problem) -> tuple[int, int, torch.dtype, int, int]:
+    """Positions of a filter row, filters, dtype, filter rows, and rows of what is read between two of the output."""
+    step = problem.geometry.stride[0]
+    if problem.dtype == torch.float32:
+        return row_stem.Rows.of(problem).positions, problem.k, problem.dtype, problem.r, step
+    return stem.fold(problem.c, problem.s, step), problem.k, problem.dtype, 3, 1
+
+
+def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
+    """Whether the gradient of the weight takes the pool's on the way: where the forward pass runs both as one in TF32."""
+    return _is_row_stem(problem) and fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
+
+
 def _takes_descriptors(problem: Problem) -> bool:
-    """Half precision, stride and dilation 1, one group, channels and filters in multiples of 16, sm_90 and later."""
+    """Stride and dilation 1, one group, channels and filters in multiples of 16, of 8 in TF32; sm_90 and later."""
+    multiple = 8 if problem.dtype == torch.float32 and _SUMS_OF_8 else 16
     return (
-        problem.dtype in HALF
-        and has_copy_engine(problem.device)
+        _by_tensor_cores(problem)
         and not problem.is_irregular
-        and problem.c % 16 == 0
-        and problem.k % 16 == 0
+        and problem.c % multiple == 0
+        and problem.k % multiple == 0
         and problem.n > 0
     )
 
 
-def _is_stem(problem: Problem) -> bool:
+def _by_tensor_cores(problem: Problem) -> bool:
+    """Half precision and TF32, on sm_90 and later: what kernels over tensor descriptors multiply."""
+    return (problem.dtype in HALF or problem.precision == "tf32") and has_copy_engine(problem.device)
+
+
+def _is_row_stem(problem: Problem) -> bool:
+    """Whether this is a strided convolution of few channels in TF32: at most 64 numbers under a filter row, a step of fours."""
+    stride, _, dilation, groups = problem.geometry
+    rows = row_stem.Rows.of(problem)
+    return (
+        problem.precision == "tf32"
+        and _by_tensor_cores(problem)
+        and groups == 1
+        and max(dilation) == 1
+        and max(stride) > 1
+        and rows.step % 4 == 0
+        and rows.block_positions <= 64
+        and problem.k % 8 == 0
+        and problem.n > 0
+    )
+
+
+def _has_cells(problem: Problem) -> bool:
     """Whether cells make this strided convolution one of three rows of 48 or 144 positions, for descriptors."""
     (step, other), _, dilation, groups = problem.geometry
     return (
-        problem.dtype in HALF
-        and has_copy_engine(problem.device)
+        _by_tensor_cores(problem)
         and groups == 1
         and max(dilation) == 1
         and other == step
         and step > 1
         and cdiv(problem.r, step) == 3
-        and problem.c * step * step % 8 == 0
+        and problem.c * step * step * problem.dtype.itemsize % 16 == 0
         and stem.fold(problem.c, problem.s, step) in (48, 144)
         and problem.k % 8 == 0
         and problem.n > 0
@@ -125,6 +169,8 @@ def fprop(
     kernels = fprop_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
         return descriptor.fprop(input, weight, bias, problem, relu, channels_last)
+    if kernels == Kernels.ROW_STEM:
+        return row_stem.fprop(input, weight, bias, problem, relu, channels_last)
     if kernels == Kernels.STEM:
         cells = input_cells(input, problem) if cells is None else cells
         return stem.fprop(cells, weight, bias, problem, relu, channels_last)
@@ -138,20 +184,36 @@ def input_cells(input: Tensor, problem: Problem) -> Tensor:
 
 
 def dgrad(
-    dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None = None
+    dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None = None, copies: Sequence[Copy] = ()
 ) -> tuple[Tensor, Tensor, list[ColumnSums]]:
     """Gradient of the input, channels-last (N, C, H, W), from that of the output before the activation.
 
     With ``relu_output``, the input itself, channels-last: the gradient before the ReLU that gave it, its sum over everything
     but the channels (else empty), and what is still to be summed for that.
+
+    Args:
+        copies: to be made beside it.
     """
     kernels = dgrad_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
-        return descriptor.dgrad(dz, weight, problem, relu_output)
+        return descriptor.dgrad(dz, weight, problem, relu_output, copies)
+    copy(copies)
     dx = stem.dgrad(dz, weight, problem) if kernels == Kernels.STEM else general.dgrad(dz, weight, problem)
     if relu_output is None:
         return dx, nothing(dx), []
     return epilogue_backward(dx, relu_output, write_dz=True, sum_columns=True)
+
+
+def wgrad_by_batch(problem: Problem) -> bool:
+    """Whether the gradient of the weight reads copies of its operands whose innermost dimension is the batch."""
+    return problem.dtype == torch.float32 and wgrad_kernels(problem) == Kernels.DESCRIPTOR
+
+
+def copies_by_batch(dz: Tensor, input: Tensor) -> tuple[Copy, Copy]:
+    """Those copies, to be made: of the gradient before the activation and of the input, (N, C, H, W)."""
+    sources = descriptor.dense_nhwc(dz), descriptor.dense_nhwc(input)
+    z, x = (Copy(source, new_by_batch(source.shape, source)) for source in sources)
+    return z, x
 
 
 def wgrad(
@@ -161,6 +223,7 @@ def wgrad(
     problem: Problem,
     vectors: Sequence[ColumnSums] = (),
     cells: Tensor | None = None,
+    by_batch: Sequence[Copy] = (),
 ) -> Tensor:
     """Gradient of the weight, in the weight's own shape and strides (its values are not read).
 
@@ -168,6 +231,7 @@ def wgrad(
 
     Args:
         input: None where its ``cells`` are all that is there of it.
+        by_batch: :func:`copies_by_batch` that were made already; else they are made here, where they are needed.
     """
     dw = new_output_like(weight)
     kernels = Kernels.STEM if cells is not None else wgrad_kernels(problem)
@@ -178,6 +242,15 @@ def wgrad(
         stem.wgrad(dz, cells, dw, problem, vectors)
         return dw
     assert input is not None
-    launch = descriptor.wgrad if kernels == Kernels.DESCRIPTOR else general.wgrad
-    launch(dz, input, dw, problem, vectors)
+    if kernels == Kernels.ROW_STEM:
+        row_stem.wgrad(dz, input, dw, problem, vectors)
+    elif kernels == Kernels.GENERAL:
+        general.wgrad(dz, input, dw, problem, vectors)
+    elif wgrad_by_batch(problem):
+        if not by_batch:
+            by_batch = copies_by_batch(dz, input)
+            copy(by_batch)
+        descriptor.wgrad(*[each.out for each in by_batch], dw, problem, vectors, by_batch=True)
+    else:
+        descriptor.wgrad(dz, input, dw, problem, vectors, by_batch=False)
     return dw

@@ -30,7 +30,7 @@ from .rules import conv2d_stem_config, conv2d_stem_wgrad_config
 @triton.jit
 def _fold_filter_kernel(
     w_ptr,  # [K, C, R, S] through its strides
-    out_ptr,  # out: [3, K, FOLD] contiguous
+    out_ptr,  # out: [rows, K, FOLD] contiguous
     elements,
     K,
     stride_wk,
@@ -42,19 +42,24 @@ def _fold_filter_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD: tl.constexpr,
+    SHIFT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The filter over an input that :func:`.cells._space_to_depth_kernel` wrote; zeros where it is longer than R x S."""
+    """The filter over an input that :func:`.cells._space_to_depth_kernel` wrote; zeros where it is longer than R x S.
+
+    The first SHIFT positions of a row are zeros too.
+    """
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
-    o_f = o_e % FOLD
+    o_f = tl.maximum(o_e % FOLD - SHIFT, 0)
     o_k = o_e // FOLD % K
     o_c = o_f % C
     o_s = o_f // (STRIDE * STRIDE * C) * STRIDE + o_f // C % STRIDE
     o_r = o_e // FOLD // K * STRIDE + o_f // C // STRIDE % STRIDE
+    m_w = m_e & (o_r < R) & (o_s < S) & (o_e % FOLD >= SHIFT)
     p_w = w_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
-    tl.store(out_ptr + o_e, tl.load(p_w, mask=m_e & (o_r < R) & (o_s < S), other=0.0), mask=m_e)
+    tl.store(out_ptr + o_e, tl.load(p_w, mask=m_w, other=0.0), mask=m_e)
 
 
 @triton.jit
@@ -215,7 +220,7 @@ def _conv2d_stem_wgrad_kernel(
 
 @triton.jit
 def _unfold_filter_kernel(
-    partial_ptr,  # [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
+    partial_ptr,  # [SPLIT, FOLD_BLOCKS, ROWS, BLOCK_M, K] float32
     dw_ptr,  # out: [K, C, R, S] through its strides
     elements,
     K,
@@ -233,7 +238,9 @@ def _unfold_filter_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
+    SHIFT: tl.constexpr,  # positions before the first useful one of a row
     FOLD_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -254,9 +261,9 @@ def _unfold_filter_kernel(
         o_c = o_e // K % C
         o_s = o_e // K // C % S
         o_r = o_e // K // C // S
-        o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
-        p_in = partial_ptr + ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
-        part = FOLD_BLOCKS * 3 * BLOCK_M * K  # elements from one to the next
+        o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c + SHIFT
+        p_in = partial_ptr + ((o_f // BLOCK_M * ROWS + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
+        part = FOLD_BLOCKS * ROWS * BLOCK_M * K  # elements from one to the next
         b_total = sum_over_parts(p_in, part, SPLIT, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
         p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
         tl.store(p_dw, cast(b_total, dw_ptr.dtype.element_ty), mask=m_e)
@@ -286,11 +293,16 @@ def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -
     return TensorDescriptor(cells, [rows, columns, n, positions], [row, depth, image, 1], [1, 1, *block])
 
 
-def fold_filter(weight: Tensor, stride: int) -> Tensor:
-    """(K, C, R, S), any strides, to dense (3, K, :func:`fold`): the filter over what :func:`.cells.space_to_depth` gives."""
+def fold_filter(weight: Tensor, stride: int, rows: int = 3, folded: int | None = None, shift: int = 0) -> Tensor:
+    """(K, C, R, S), any strides, to dense (rows, K, folded): the filter over what :func:`.cells.space_to_depth` gives.
+
+    Args:
+        folded: positions of a row, the last ones zeros; if not given :func:`fold`.
+        shift: positions at the beginning of a row that are zeros.
+    """
     k, c, r, s = weight.shape
-    folded = fold(c, s, stride)
-    filters = new_output((3, k, folded), weight.dtype, weight.device)
+    folded = fold(c, s, stride) if folded is None else folded
+    filters = new_output((rows, k, folded), weight.dtype, weight.device)
     config = elementwise_config(filters.numel())
     launch(
         _fold_filter_kernel,
@@ -305,6 +317,7 @@ def fold_filter(weight: Tensor, stride: int) -> Tensor:
         S=s,
         STRIDE=stride,
         FOLD=folded,
+        SHIFT=shift,
         WIDE=needs_int64(weight, filters),
         **config,
     )
@@ -407,13 +420,16 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     unfold(partial, dw, stride, vectors)
 
 
-def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
-    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, 3, positions, K).
+def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums], shift: int = 0) -> None:
+    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, rows, positions, K).
 
     And the sums of ``vectors`` in the same launch.
+
+    Args:
+        shift: positions before the first useful one of a row.
     """
     k, c, r, s = dw.shape
-    split, fold_blocks, _, m, _ = partial.shape
+    split, fold_blocks, rows, m, _ = partial.shape
     block = 64
     vector_values, programs = vector_arguments(vectors, cdiv(dw.numel(), block))
     launch(
@@ -430,7 +446,9 @@ def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSum
         R=r,
         S=s,
         STRIDE=stride,
+        SHIFT=shift,
         FOLD_BLOCKS=fold_blocks,
+        ROWS=rows,
         BLOCK_M=m,
         WIDE=needs_int64(dw, partial),
         BLOCK_PARTS=16,

@@ -1,0 +1,127 @@
+"""Copies of channels-last tensors whose innermost dimension is the batch: what a TF32 weight gradient reads.
+
+A weight's gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, TF32 only
+where neighbours in memory are neighbours in the sum. So the gradient and the input of a float32 convolution are copied from
+[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..configs.tables import tile_size
+from ..primitives import program_id
+from ..runtime.backend import INTERPRETED
+from ..runtime.launch import cdiv, launch, needs_int64, new_output
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def copy_by_batch(
+    copy_ptrs,  # a tuple of [N, pixels, channels] contiguous
+    copy_out_ptrs,  # out: as many [pixels, channels, N rounded up to a multiple of 4]
+    copy_pixels,  # as many ints
+    copy_channels,  # as many ints
+    N,
+    WIDE: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
+):
+    """This program's share of all copies: every ``num_programs``-th tile of COPY_IMAGES x COPY_CHANNELS."""
+    pid = program_id(0, WIDE)
+    programs = tl.num_programs(0).to(pid.dtype)
+    row = tl.cdiv(N, 4) * 4
+    blocks_n = tl.cdiv(N, COPY_IMAGES)
+    for j in tl.static_range(len(copy_ptrs)):
+        channels = copy_channels[j]
+        blocks_c = tl.cdiv(channels, COPY_CHANNELS)
+        for i in range(pid, copy_pixels[j] * blocks_n * blocks_c, programs):
+            pixel = i // blocks_c // blocks_n
+            o_n = i // blocks_c % blocks_n * COPY_IMAGES + tl.arange(0, COPY_IMAGES)
+            o_c = i % blocks_c * COPY_CHANNELS + tl.arange(0, COPY_CHANNELS)
+            mask = (o_n < N)[:, None] & (o_c < channels)[None, :]
+            p_in = copy_ptrs[j] + ((o_n * copy_pixels[j] + pixel) * channels)[:, None] + o_c[None, :]
+            p_out = copy_out_ptrs[j] + ((pixel * channels + o_c) * row)[None, :] + o_n[:, None]
+            tl.store(p_out, tl.load(p_in, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _by_batch_kernel(
+    copy_ptrs,
+    copy_out_ptrs,
+    copy_pixels,
+    copy_channels,
+    N,
+    WIDE: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
+):
+    """The copies alone: one program, one tile of the largest."""
+    copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+class Copy(NamedTuple):
+    """One copy that is wanted.
+
+    Attributes:
+        source: (N, H, W, C), contiguous.
+        out: :func:`new_by_batch` for it.
+    """
+
+    source: Tensor
+    out: Tensor
+
+
+def new_by_batch(nhwc: Sequence[int], like: Tensor) -> Tensor:
+    """Uninitialised (H, W, C, N rounded up to a multiple of 4): rows of whole 16 bytes, as TMA wants them."""
+    n, h, w, c = nhwc
+    return new_output((h, w, c, cdiv(n, 4) * 4), like.dtype, like.device)
+
+
+def images_of(by_batch: Tensor, n: int) -> Tensor:
+    """The ``n`` images (N, C, H, W) that :func:`new_by_batch` holds, as a view."""
+    return by_batch[..., :n].permute(3, 2, 0, 1)
+
+
+def rows_by_batch(by_batch: Tensor, n: int, block: Sequence[int]) -> TensorDescriptor:
+    """[H, W*C, N] over such a copy; what lies beyond the ``n`` images comes as zeros."""
+    h, w, c, row = by_batch.shape
+    return TensorDescriptor(by_batch, [h, w * c, n], [w * c * row, row, 1], list(block))
+
+
+def copy_arguments(copies: Sequence[Copy]) -> dict[str, Any]:
+    """What a kernel is told for :func:`copy_by_batch`."""
+    values = {
+        "copy_ptrs": [copy.source for copy in copies],
+        "copy_out_ptrs": [copy.out for copy in copies],
+        "copy_pixels": [copy.source.shape[1] * copy.source.shape[2] for copy in copies],
+        "copy_channels": [copy.source.shape[3] for copy in copies],
+    }
+    arguments: dict[str, Any] = {name: tuple(value) if copies else None for name, value in values.items()}
+    images, channels = (tile_size(copies[0].source.shape[0], 16, 64), 128) if INTERPRETED and copies else (64, 32)
+    return arguments | {"HAS_COPIES": len(copies) > 0, "COPY_IMAGES": images, "COPY_CHANNELS": channels}
+
+
+def copy(copies: Sequence[Copy]) -> None:
+    """Make the copies, in a launch of their own."""
+    if not copies:
+        return
+    arguments = copy_arguments(copies)
+    arguments.pop("HAS_COPIES")
+    n = copies[0].source.shape[0]
+    tiles = [
+        pixels * cdiv(n, arguments["COPY_IMAGES"]) * cdiv(channels, arguments["COPY_CHANNELS"])
+        for pixels, channels in zip(arguments["copy_pixels"], arguments["copy_channels"], strict=True)
+    ]
+    wide = needs_int64(*[tensor for each in copies for tensor in each])
+    launch(_by_batch_kernel, (max(tiles),), N=n, WIDE=wide, num_warps=4, **arguments)
