@@ -40,7 +40,7 @@ from ..runtime.torch_interop import (
     overridable,
     wants_grad,
 )
-from . import row_stem, select, stem_pool
+from . import row_stem, row_stem_wgrad, select, stem_pool
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
@@ -54,15 +54,14 @@ def _run_fprop(
     keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
-    if select.fuses_pool(convolution, window):
-        if select.reads_cells(convolution):
-            x = select.input_cells(input, convolution) if cells is None else cells
-        else:
-            x = row_stem.dense_rows(input)
-        pooled, position = stem_pool.fprop(x, weight, bias, convolution, window, channels_last, write_position)
-    else:
+    if not select.fuses_pool(convolution, window):
         unpooled = select.fprop(input, weight, bias, convolution, True, cells)
         pooled, position, _ = run_max_pool2d_fprop(unpooled, MaxPool(window, channels_last, True, write_position, False))
+    elif select.reads_cells(convolution):
+        patches = select.input_cells(input, convolution) if cells is None else cells
+        pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
+    else:
+        pooled, position = row_stem.pooled_fprop(input, weight, bias, convolution, window, channels_last, write_position)
     return pooled, position, nothing(input) if made is None else made
 
 
@@ -127,7 +126,7 @@ def _run_backward(
     if needs_weight and input is not None and select.fuses_pool_wgrad(convolution, window):
         d_weight = new_output_like(weight)
         d_of_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-        row_stem.wgrad(grad_output, input, d_weight, convolution, position=position, d_bias=d_of_bias)
+        row_stem_wgrad.wgrad(grad_output, input, d_weight, convolution, position=position, d_bias=d_of_bias)
         needs_weight = needs_bias = False
         if not needs_input:
             return nothing(weight), d_weight, nothing(weight) if d_of_bias is None else d_of_bias, nothing(weight)

@@ -5,14 +5,12 @@ is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. Four n
 TMA begins a block: with a stride of 4 no cells are needed (:mod:`kernels.convolution.stem`), which would be written and read once
 more than the images.
 
-In the gradient of the weight the sum runs over images, which must be neighbours in shared memory in TF32. Both operands are turned
-on their way through registers there. Small as a first layer's products are, memory decides: so the pool's gradient is taken on
-the same way, from its windows' positions, and the unpooled gradient, four and a half times as large, is never written.
+With its ReLU and 3 x 3 max-pool of stride 2 it is one kernel, as in :mod:`kernels.convolution.stem_pool`: nothing unpooled is
+written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..pooling.autograd import no_gradient
-from ..primitives import cast, compensated_add, dot, program_id
+from ..pooling.autograd import new_position_and_index, no_gradient
+from ..pooling.problem import Window
+from ..primitives import cast, dot, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
-from ..sums import ColumnSums
 from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Problem
-from .rules import conv2d_rows_config, conv2d_rows_wgrad_config
-from .stem import fold_filter, unfold
+from .rules import conv2d_rows_config, conv2d_rows_pool_config
+from .stem import fold_filter
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -94,134 +92,88 @@ def _conv2d_rows_kernel(
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
-#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four times
-#: four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
+#: A float32 that is not negative orders integers by its bits. Below them are 5 bits more: with 31 - position in these, of equal values
+#: the first in the window is the largest. NaN is above infinity, and of NaNs the last in the window counts, as in PyTorch: their
+#: last bits are the position.
+_NAN_KEY = tl.constexpr(0x7FC00000 << 5)
 
 
 @triton.jit
-def _images_5d(n0, IMAGES: tl.constexpr):
-    """Numbers of images, for a block that is to be turned."""
-    o_high = tl.arange(0, IMAGES // 8)[:, None, None, None, None]
-    return n0 + o_high * 8 + tl.arange(0, 8)[None, None, None, :, None]
+def _key(value, position, KEYS: tl.constexpr):
+    """With KEYS an int64, the largest of which is what the window points at; else the value."""
+    if KEYS:
+        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign, and a zero
+        place = position.to(tl.int64)
+        return tl.minimum((bits.to(tl.int64) << 5) | (31 - place), place | _NAN_KEY)
+    else:
+        return value
 
 
 @triton.jit
-def _others_5d(first, COUNT: tl.constexpr):
-    """Numbers of the other dimension, for a block that is to be turned."""
-    o_high = tl.arange(0, COUNT // 16)[None, :, None, None, None]
-    o_middle = tl.arange(0, 4)[None, None, :, None, None]
-    return first + o_high * 16 + o_middle * 4 + tl.arange(0, 4)[None, None, None, None, :]
+def _larger(a, b, KEYS: tl.constexpr):
+    """The maximum of keys, or of numbers, where NaN is above all."""
+    if KEYS:
+        return tl.maximum(a, b)
+    else:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
-    """Such a block as [COUNT, IMAGES]."""
-    return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
-
-
-@triton.jit
-def _windows(
-    dy_ptr,
-    position_ptr,
-    o_n,
-    o_k,
-    i,
-    j,
-    N,
-    K,
-    POOL_P,
-    POOL_Q,
-    stride_dyn,
-    stride_dyk,
-    stride_dyp,
-    stride_dyq,
-    stride_pn,
-    stride_pk,
-    stride_pp,
-    stride_pq,
-    NO_GRADIENT: tl.constexpr,
-):
-    """Gradients and positions of the four windows that reach the 2 x 2 pixels at which window (i, j) begins."""
-    grads = ()
-    positions = ()
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            p = i - 1 + a
-            q = j - 1 + b
-            mask = (o_n < N) & (o_k < K) & (p >= 0) & (p < POOL_P) & (q >= 0) & (q < POOL_Q)
-            p_dy = dy_ptr + (p * stride_dyp + q * stride_dyq) + o_n * stride_dyn + o_k * stride_dyk
-            p_position = position_ptr + (p * stride_pp + q * stride_pq) + o_n * stride_pn + o_k * stride_pk
-            grads += (tl.load(p_dy, mask=mask, other=0.0),)  # type: ignore[assignment]
-            positions += (tl.load(p_position, mask=mask, other=NO_GRADIENT),)  # type: ignore[assignment]
-    return grads, positions
-
-
-@triton.jit
-def _pixel_gradient(grads, positions, a: tl.constexpr, b: tl.constexpr):
-    """Of pixel (a, b) of the 2 x 2: the sum over the windows that point at it, in the order of :mod:`kernels.pooling`."""
-    total = tl.zeros(grads[0].shape, dtype=tl.float32)
-    for u in tl.static_range(2):  # windows (i - 1, .) see row 0 as their row 2, windows (i, .) both rows as their own
-        for v in tl.static_range(2):
-            if (u == 1 or a == 0) and (v == 1 or b == 0):
-                row: tl.constexpr = a if u == 1 else 2
-                column: tl.constexpr = b if v == 1 else 2
-                points = positions[2 * u + v] == row * 3 + column
-                total += tl.where(points, grads[2 * u + v].to(tl.float32), 0.0)
-    return total
-
-
-@triton.jit
-def _add_products(accs, x_ptr, b_z, o_n, f0, p, q, N, H, P, Q, pad_h, first,
-    R: tl.constexpr, ROW: tl.constexpr, POSITIONS: tl.constexpr, STRIDE_H: tl.constexpr, STEP: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def _pooled_pixel(
+    window, column, acc, b_bias, i, s, complete, y_ptr, position_ptr, o_y, m_y,
+    HAS_BIAS: tl.constexpr, KEYS: tl.constexpr, NO_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """``accs``, [BLOCK_M, filters] each, with the products of one pixel; ``b_z``: gradients [filters, BLOCK_K] in the type of x."""
-    added = ()
-    for block in tl.static_range(len(accs)):
-        o_f = _others_5d(f0 + block * BLOCK_M, BLOCK_M)
-        r = o_f // POSITIONS
-        h = p * STRIDE_H - pad_h + r
-        column = q * STEP - first + o_f % POSITIONS
-        mask = (o_n < N) & (r < R) & (h >= 0) & (h < H) & (column >= 0) & (column < ROW) & (p < P) & (q < Q)
-        b_x = tl.load(x_ptr + (o_n * H + h) * ROW + column, mask=mask, other=0.0)
-        added += (dot(_turned(b_x, BLOCK_K, BLOCK_M), b_z.T, accs[block], INPUT_PRECISION),)  # type: ignore[assignment]
-    return added
+    """The maxima of a window and of its column with pixel (i, s) of it; stores the window that it completes."""
+    if HAS_BIAS:
+        acc += b_bias[None, :]
+    if KEYS:
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    key = _key(acc, 3 * i + s, KEYS)
+    column = tl.where(i == 0, key, _larger(column, key, KEYS))
+    best = _larger(window, column, KEYS)
+    if complete & (i == 2):
+        if KEYS:
+            low = (best & 31).to(tl.int32)
+            position = tl.where(best < _NAN_KEY, 31 - low, low)
+            position = tl.where(best < 32, NO_GRADIENT, position)  # a ReLU's zero
+            tl.store(position_ptr + o_y, position.to(tl.uint8), mask=m_y)
+            tl.store(y_ptr + o_y, (best >> 5).to(tl.int32).to(tl.float32, bitcast=True), mask=m_y)
+        else:
+            tl.store(y_ptr + o_y, relu(best), mask=m_y)
+    # A window's last column is the next one's first: at place 0 of it.
+    following = column
+    if KEYS:
+        following += tl.where(column < _NAN_KEY, 2, -2)
+    return tl.where(i < 2, window, tl.where(s == 2, following, best)), column
 
 
 @triton.jit
-def _conv2d_rows_wgrad_kernel(
-    x_ptr,  # [N, H, ROW] contiguous
-    dy_ptr,  # POOLED: gradient of the pooled output; else that before the activation; [N, K, P, Q] through its strides
-    position_ptr,  # window positions, [N, K, POOL_P, POOL_Q] through its strides; or unused
-    partial_ptr,  # out: [SPLIT, blocks of BLOCK_M positions, BLOCK_M, K] float32; position (r, j) of POSITIONS a row
-    sums_ptr,  # POOLED: out: [SPLIT, K] float32, the sums of the gradient before the activation
+def _conv2d_rows_pool_kernel(
+    x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_M, BLOCK_K]
+    w_desc,  # filters [R*K, POSITIONS], blocks [BLOCK_N, BLOCK_K]
+    w2_desc,  # the same with BLOCK_N2 for BLOCK_N
+    bias_ptr,  # [K], or unused
+    y_ptr,  # out: [N, K, P, Q] through its strides
+    position_ptr,  # out: uint8 window positions, as y, or unused
     N,
-    H,
-    P,  # of the convolution's output
-    Q,
     K,
-    POOL_P,
-    POOL_Q,
-    stride_dyn,
-    stride_dyk,
-    stride_dyp,
-    stride_dyq,
-    stride_pn,
-    stride_pk,
-    stride_pp,
-    stride_pq,
+    P,  # of the pool's output
+    Q,
+    columns,  # of windows, that a program walks past
+    stride_yn,
+    stride_yk,
+    stride_yp,
+    stride_yq,
     pad_h,
-    SPLIT,
-    FIRST: tl.constexpr,  # numbers that the first pixel's positions begin before its row
+    first,  # numbers that the first pixel's positions begin before its row
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
+    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
     R: tl.constexpr,
-    ROW: tl.constexpr,
     POSITIONS: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
-    BLOCKS: tl.constexpr,  # of positions, that one program adds up
-    ALL_BLOCKS: tl.constexpr,
-    POOLED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WRITE_POSITION: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -230,107 +182,67 @@ def _conv2d_rows_wgrad_kernel(
     BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program sums BLOCKS blocks of BLOCK_M positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
+    """One program computes BLOCK_M images x one row of windows x some columns of them x BLOCK_N + BLOCK_N2 filters.
 
-    A step is one pixel of BLOCK_K images, POOLED the 2 x 2 at which a window begins: they share the windows that reach them.
+    The filters wait in shared memory. A step is one pixel of the convolution, down the three rows that the windows see, then to the
+    next column.
     """
     pid = program_id(0, WIDE)
-    pid_split = program_id(1, WIDE)
-    GROUPS: tl.constexpr = ALL_BLOCKS // BLOCKS
-    group = pid % GROUPS
-    f0 = (group * (BLOCKS * BLOCK_M)).to(tl.int32)
-    k0 = (pid // GROUPS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
-    SIDE: tl.constexpr = 2 if POOLED else 1
-    rows = tl.cdiv(P, SIDE)
-    columns = tl.cdiv(Q, SIDE)
-    blocks_n = tl.cdiv(N, BLOCK_K)
-    steps = rows * columns * blocks_n
-    steps_per_split = tl.cdiv(steps, SPLIT)
-    begin = (pid_split * steps_per_split).to(tl.int32)
-    o_k = _others_5d(k0, BLOCK_N)
-    o_k2 = o_k
-    accs = ()
-    accs2 = ()
-    for _ in tl.static_range(BLOCKS):
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]
-    if BLOCK_N2 > 0:
-        o_k2 = _others_5d(k0 + BLOCK_N, BLOCK_N2)
-        for _ in tl.static_range(BLOCKS):
-            accs2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32),)  # type: ignore[assignment]
-    if POOLED:
-        b_sum = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
-        b_lost = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
+    blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
+    strips = tl.cdiv(Q, columns)
+    blocks_n = tl.cdiv(N, BLOCK_M)
+    k0 = (pid % blocks_k * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    pid_strip = pid // blocks_k % strips
+    pid_n = pid // blocks_k // strips % blocks_n
+    p = pid // blocks_k // strips // blocks_n
+    n0 = (pid_n * BLOCK_M).to(tl.int32)
+    row = (p * (2 * STRIDE_H)).to(tl.int32) - pad_h  # of the images
+    left = (pid_strip * (2 * columns)).to(tl.int32)
+    right = tl.minimum(left + 2 * columns, 2 * Q)
+    CHUNKS: tl.constexpr = POSITIONS // BLOCK_K
+    w = ()
+    w2 = ()
+    for j in tl.static_range(R * CHUNKS):
+        o_j = j % CHUNKS * BLOCK_K
+        w += (w_desc.load([j // CHUNKS * K + k0, o_j]).T,)  # type: ignore[assignment]
         if BLOCK_N2 > 0:
-            b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-            b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    for step in range(begin, tl.minimum(begin + steps_per_split, steps)):
-        i = step // blocks_n // columns
-        j = step // blocks_n % columns
-        o_n = _images_5d(step % blocks_n * BLOCK_K, BLOCK_K)
-        if WIDE:
-            o_n = o_n.to(tl.int64)
-        if POOLED:
-            grads, positions = _windows(
-                *(dy_ptr, position_ptr, o_n, o_k, i, j, N, K, POOL_P, POOL_Q),
-                *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, NO_GRADIENT),
-            )
-            # Every gradient that a window passes on reaches one pixel: the sum over the windows is that over the pixels.
-            b_own = tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))
-            b_sum, b_lost = compensated_add(b_sum, b_lost, b_own)
-            for a in tl.static_range(2):
-                for b in tl.static_range(2):
-                    b_z = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N)
-                    accs = _add_products(
-                        *(accs, x_ptr, b_z, o_n, f0, 2 * i + a, 2 * j + b, N, H, P, Q, pad_h, FIRST),
-                        *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                    )
-            if BLOCK_N2 > 0:
-                grads, positions = _windows(
-                    *(dy_ptr, position_ptr, o_n, o_k2, i, j, N, K, POOL_P, POOL_Q),
-                    *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, NO_GRADIENT),
-                )
-                b_own2 = tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))
-                b_sum2, b_lost2 = compensated_add(b_sum2, b_lost2, b_own2)
-                for a in tl.static_range(2):
-                    for b in tl.static_range(2):
-                        b_z2 = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N2)
-                        accs2 = _add_products(
-                            *(accs2, x_ptr, b_z2, o_n, f0, 2 * i + a, 2 * j + b, N, H, P, Q, pad_h, FIRST),
-                            *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                        )
-        else:
-            p_z = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn
-            b_z = tl.load(p_z + o_k * stride_dyk, mask=(o_n < N) & (o_k < K), other=0.0)
-            accs = _add_products(
-                *(accs, x_ptr, _turned(b_z, BLOCK_K, BLOCK_N), o_n, f0, i, j, N, H, P, Q, pad_h, FIRST),
-                *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-            )
-            if BLOCK_N2 > 0:
-                b_z2 = tl.load(p_z + o_k2 * stride_dyk, mask=(o_n < N) & (o_k2 < K), other=0.0)
-                accs2 = _add_products(
-                    *(accs2, x_ptr, _turned(b_z2, BLOCK_K, BLOCK_N2), o_n, f0, i, j, N, H, P, Q, pad_h, FIRST),
-                    *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                )
-    o_m = tl.arange(0, BLOCK_M)[:, None] * K
-    p_out = partial_ptr + (pid_split * ALL_BLOCKS + group * BLOCKS) * (BLOCK_M * K) + o_m
-    o_out = k0 + tl.arange(0, BLOCK_N)[None, :]
-    for block in tl.static_range(BLOCKS):
-        tl.store(p_out + block * BLOCK_M * K + o_out, accs[block], mask=o_out < K)
+            w2 += (w2_desc.load([j // CHUNKS * K + k0 + BLOCK_N, o_j]).T,)  # type: ignore[assignment]
+    o_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_k = k0 + tl.arange(0, BLOCK_N)
+    b_bias = tl.load(bias_ptr + o_k, mask=o_k < K, other=0.0) if HAS_BIAS else o_k
+    KEY: tl.constexpr = tl.int64 if WRITE_POSITION else tl.float32
+    window = tl.zeros((BLOCK_M, BLOCK_N), dtype=KEY)
+    column = tl.zeros((BLOCK_M, BLOCK_N), dtype=KEY)
     if BLOCK_N2 > 0:
-        o_out2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
-        for block in tl.static_range(BLOCKS):
-            tl.store(p_out + block * BLOCK_M * K + o_out2, accs2[block], mask=o_out2 < K)
-    if POOLED:
-        if group == 0:
-            p_sums = sums_ptr + pid_split * K
-            b_total = tl.sum(_turned(b_sum, BLOCK_K, BLOCK_N), axis=1)
-            o_sum = k0 + tl.arange(0, BLOCK_N)
-            tl.store(p_sums + o_sum, b_total, mask=o_sum < K)
+        o_k2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
+        b_bias2 = tl.load(bias_ptr + o_k2, mask=o_k2 < K, other=0.0) if HAS_BIAS else o_k2
+        window2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
+        column2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
+    for step in range(3 * left, 3 * right + 3):
+        i = step % 3
+        q = step // 3
+        s = 2 - q % 2
+        complete = (s == 2) & (q > left)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if BLOCK_N2 > 0:
+            acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        for j in tl.static_range(R * CHUNKS):
+            o_x = q * STEP - first + j % CHUNKS * BLOCK_K
+            b_x = x_desc.load([row + i * STRIDE_H + j // CHUNKS, n0, o_x]).reshape(BLOCK_M, BLOCK_K)
+            acc = dot(b_x, w[j], acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
-                b_total2 = tl.sum(_turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1)
-                o_sum2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
-                tl.store(p_sums + o_sum2, b_total2, mask=o_sum2 < K)
+                acc2 = dot(b_x, w2[j], acc2, INPUT_PRECISION)
+        o_row = (o_n * stride_yn + p * stride_yp + (q // 2 - 1) * stride_yq)[:, None]
+        m_n = (o_n < N)[:, None]
+        window, column = _pooled_pixel(
+            *(window, column, acc, b_bias, i, s, complete, y_ptr, position_ptr),
+            *(o_row + o_k[None, :] * stride_yk, m_n & (o_k < K)[None, :], HAS_BIAS, WRITE_POSITION, NO_GRADIENT),
+        )
+        if BLOCK_N2 > 0:
+            window2, column2 = _pooled_pixel(
+                *(window2, column2, acc2, b_bias2, i, s, complete, y_ptr, position_ptr),
+                *(o_row + o_k2[None, :] * stride_yk, m_n & (o_k2 < K)[None, :], HAS_BIAS, WRITE_POSITION, NO_GRADIENT),
+            )
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -394,6 +306,12 @@ def filter_rows(weight: Tensor, problem: Problem) -> Tensor:
     return fold_filter(weight, 1, problem.r, rows.positions, rows.shift)
 
 
+def filter_blocks(filters: Tensor, columns: int, step: int) -> TensorDescriptor:
+    """[R*K, positions] over :func:`filter_rows`."""
+    r, k, positions = filters.shape
+    return TensorDescriptor(filters, [r * k, positions], [positions, 1], [columns, step])
+
+
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
     n, c, h, _, k, r, s, p, q, (stride, padding, *_), dtype, device, precision = problem
@@ -402,16 +320,12 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     config = conv2d_rows_config(device, n, p, q, rows.positions, k, r)
     m, n1, n2, step = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-
-    def filter_blocks(columns: int) -> TensorDescriptor:
-        return TensorDescriptor(filters, [r * k, rows.positions], [rows.positions, 1], [columns, step])
-
     launch(
         _conv2d_rows_kernel,
         (p * q * cdiv(n, m) * cdiv(k, n1 + n2),),
         x_desc=row_blocks(x, m, step),
-        w_desc=filter_blocks(n1),
-        w2_desc=filter_blocks(n2 or n1),
+        w_desc=filter_blocks(filters, n1, step),
+        w2_desc=filter_blocks(filters, n2 or n1, step),
         bias_ptr=filters if bias is None else bias.contiguous(),
         y_ptr=y,
         N=n,
@@ -436,65 +350,53 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     return y
 
 
-def wgrad(
-    dy: Tensor,
+def pooled_fprop(
     input: Tensor,
-    dw: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     problem: Problem,
-    vectors: Sequence[ColumnSums] = (),
-    position: Tensor | None = None,
-    d_bias: Tensor | None = None,
-) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
-
-    Args:
-        dy: gradient before the activation (N, K, P, Q); with ``position`` that of the output's pool, 3 x 3 of stride 2.
-        position: the pool's, uint8.
-        d_bias: out: with ``position`` the gradient of the bias (K,), if wanted.
-    """
-    n, c, h, _, k, r, s, p, q, (stride, padding, *_), dtype, device, precision = problem
+    window: Window,
+    channels_last: bool,
+    write_position: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`.stem_pool.fprop`, of the images (N, C, H, W)."""
+    n, c, _, _, k, r, s, *conv_size, (stride, padding, *_), dtype, device, precision = problem
+    p, q = window.output_size
     rows = Rows.of(problem)
-    x = dense_rows(input)
-    positions = rows.block_positions
-    config = conv2d_rows_wgrad_config(device, n, p, q, positions, k, r, pooled=position is not None)
-    split, blocks = config.pop("SPLIT"), config["BLOCKS"]
-    m, n1, n2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2"))
-    all_blocks = cdiv(cdiv(r * positions, m), blocks) * blocks
-    partial = new_output((split, 1, all_blocks * m // positions, positions, k), torch.float32, device)
-    sums = partial if position is None else new_output((split, k), torch.float32, device)
-    if d_bias is not None:
-        vectors = [*vectors, ColumnSums(sums, d_bias)]
+    x, filters = dense_rows(input), filter_rows(weight, problem)
+    y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
+    position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
+    config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r)
+    columns = config.pop("COLUMNS")
+    m, n1, n2, step = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     launch(
-        _conv2d_rows_wgrad_kernel,
-        (all_blocks // blocks * cdiv(k, n1 + n2), split),
-        x_ptr=x,
-        dy_ptr=dy,
-        position_ptr=dy if position is None else position,
-        partial_ptr=partial,
-        sums_ptr=sums,
+        _conv2d_rows_pool_kernel,
+        (p * cdiv(n, m) * cdiv(q, columns) * cdiv(k, n1 + n2),),
+        x_desc=row_blocks(x, m, step),
+        w_desc=filter_blocks(filters, n1, step),
+        w2_desc=filter_blocks(filters, n2 or n1, step),
+        bias_ptr=filters if bias is None else bias.contiguous(),
+        y_ptr=y,
+        position_ptr=position if write_position else y,
         N=n,
-        H=h,
+        K=k,
         P=p,
         Q=q,
-        K=k,
-        POOL_P=dy.shape[2],
-        POOL_Q=dy.shape[3],
-        **strides("stride_dy", "nkpq", dy),
-        **strides("stride_p", "nkpq", dy if position is None else position),
+        columns=columns,
+        **strides("stride_y", "nkpq", y),
         pad_h=padding[0],
-        SPLIT=split,
-        FIRST=rows.first,
+        first=rows.first,
         USEFUL_POSITIONS=c * r * s,
+        CONV_SIZE=conv_size[0] * conv_size[1],
         R=r,
-        ROW=x.shape[2],
-        POSITIONS=positions,
+        POSITIONS=rows.positions,
         STRIDE_H=stride[0],
         STEP=rows.step,
-        ALL_BLOCKS=all_blocks,
-        POOLED=position is not None,
+        HAS_BIAS=bias is not None,
+        WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(x, dy, position, partial),
+        WIDE=needs_int64(y),
         INPUT_PRECISION=precision,
         **config,
     )
-    unfold(partial, dw, 1, vectors, rows.shift)
+    return y, position

@@ -149,9 +149,12 @@ def conv2d_images_config(
         block_m = 128 if n > 64 else 64
         # A narrow block of filters is read for two pixels at once: else TMA brings too little work.
         pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
-        warps = 8 if block_m * (block_n + block_n2) * pixels > 128 * 128 else 4
+        area = block_m * (block_n + block_n2) * pixels
+        warps = 8 if area > 128 * 128 or (dtype == torch.float32 and area == 128 * 128) else 4
+        # Three stages of float32 leave room for a second program, whose products run while this one stores.
+        stages = 3 if dtype == torch.float32 and area <= 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": _row(dtype)}
-        config |= {"num_warps": warps, "num_stages": 4}
+        config |= {"num_warps": warps, "num_stages": stages}
     config["WARP_SPECIALIZE"] = 0
     config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s, dtype)))
     config = apply_overrides(config)
@@ -223,12 +226,6 @@ def conv2d_images_wgrad_config(
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
 
-def _two_blocks_of(positions: int) -> tuple[int, int]:
-    """Powers of 2, the second possibly 0, whose sum is ``positions``."""
-    first = 1 << positions.bit_length() - 1
-    return first, positions - first
-
-
 def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False) -> dict[str, int]:
     """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters.
 
@@ -237,7 +234,7 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
     if narrow and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = _two_blocks_of(fold)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
     config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
     if INTERPRETED:
@@ -248,72 +245,38 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
     return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
 
 
-def conv2d_stem_pool_fused(
-    device: torch.device,
-    n: int,
-    p: int,
-    q: int,
-    fold: int,
-    k: int,
-    dtype: torch.dtype = torch.bfloat16,
-    rows: int = 3,
-    stride: int = 1,
-) -> bool:
+def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
     """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
 
-    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile. In TF32 a column
-    of image rows is loaded while no other is in work; it and the filters must fit.
-
-    Args:
-        rows: of the filter.
-        stride: rows of what is read from one row of the convolution to the next.
+    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
     """
-    fits = fold == 48
-    if dtype == torch.float32:
-        fits = (64 * (2 * stride + rows) + sum(_two_blocks(k, 64)) * rows) * fold * dtype.itemsize <= SHARED_BYTES * 3 // 4
-    config = {"FUSED": int(fits)}
-    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, rows, 1, dtype)))
+    config = {"FUSED": int(fold == 48)}
+    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
     return bool(apply_overrides(config)["FUSED"])
 
 
 def conv2d_stem_pool_config(
-    device: torch.device,
-    n: int,
-    p: int,
-    q: int,
-    fold: int,
-    k: int,
-    narrow: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    rows: int = 3,
+    device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
 ) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
     p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
-    ``rows``: of the filter.
     """
     block_n, block_n2 = _two_blocks(k, 64)
     if narrow and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = _two_blocks_of(fold)
+    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
     config = {"ROWS": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
     config |= {"num_warps": 4, "num_stages": 2 if fold == 48 else 1}
-    if dtype == torch.float32:  # keys of 64 bits
-        config |= {"num_warps": 8, "num_stages": 1}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, rows, 1, dtype))
+    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1))
     config = apply_overrides(config | known(config, measured))
     if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
         config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
     programs = cdiv(p, config["ROWS"]) * cdiv(n, config["BLOCK_M"])
     programs *= cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-
-    def columns_one_after_another(strips: int) -> int:
-        # Two programs run on a multiprocessor at once; neighbouring strips share a column of the convolution.
-        return cdiv(programs * strips, 2 * MULTIPROCESSORS) * (2 * cdiv(q, strips) + 1)
-
-    strips = min(range(1, min(q, 16) + 1), key=columns_one_after_another)
+    strips = _strips(q, programs, 2)  # two programs run on a multiprocessor at once
     return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
 
 
@@ -345,6 +308,40 @@ def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: 
     config |= known(config, tuned(device, conv2d_key("conv2d_rows_fprop", n, p, q, positions, k, r, 1, torch.float32)))
     config = apply_overrides(config)
     return config | {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
+
+
+def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
+    """Whether such a layer and its 3 x 3 pool run as one kernel: where two stages of a pixel's rows and the filters fit."""
+    return (2 * 64 + sum(_two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
+
+
+def conv2d_rows_pool_config(device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int) -> dict[str, int]:
+    """Tiles of such a layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
+
+    p x q windows.
+    """
+    block_n, block_n2 = _two_blocks(k, 64)
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
+    measured = tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
+    config = apply_overrides(config | known(config, measured))
+    config |= {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
+    programs = p * cdiv(n, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    strips = _strips(q, programs, 1)
+    return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
+
+
+def _strips(q: int, programs: int, programs_per_multiprocessor: int) -> int:
+    """Into how many strips to cut ``q`` columns of windows, so that the busiest multiprocessor walks past the fewest.
+
+    Neighbouring strips share a column of the convolution.
+    """
+
+    def columns_one_after_another(strips: int) -> int:
+        return cdiv(programs * strips, programs_per_multiprocessor * MULTIPROCESSORS) * (2 * cdiv(q, strips) + 1)
+
+    return min(range(1, min(q, 16) + 1), key=columns_one_after_another)
 
 
 def conv2d_rows_wgrad_config(

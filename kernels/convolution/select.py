@@ -17,11 +17,11 @@ from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_copy_engine
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, general, row_stem, stem
+from . import descriptor, general, row_stem, row_stem_wgrad, stem
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
-from .rules import conv2d_stem_pool_fused, conv2d_wgrad_by_images
+from .rules import conv2d_rows_pool_fused, conv2d_stem_pool_fused, conv2d_wgrad_by_images
 
 
 #: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
@@ -66,30 +66,27 @@ def reads_cells(problem: Problem) -> bool:
 
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
-    """Whether :mod:`.stem_pool` runs convolution, ReLU and pool: windows 3 x 3, 2 apart, all of them whole.
+    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` runs convolution, ReLU and pool: 3 x 3, 2 apart, all whole.
 
     On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
     """
-    if not (reads_cells(problem) or _is_row_stem(problem)):
-        return False
     kernel_size, stride, padding, _, (p, q) = window
-    return (
-        capability(problem.device) < 100
-        and tuple(kernel_size) == (3, 3)
+    whole = (
+        tuple(kernel_size) == (3, 3)
         and tuple(stride) == (2, 2)
         and max(padding) == 0
         and 2 * p + 1 <= problem.p
         and 2 * q + 1 <= problem.q
-        and conv2d_stem_pool_fused(problem.device, problem.n, p, q, *_stem_sizes(problem))
+        and capability(problem.device) < 100
     )
-
-
-def _stem_sizes(problem: Problem) -> tuple[int, int, torch.dtype, int, int]:
-    """Positions of a filter row, filters, dtype, filter rows, and rows of what is read between two of the output."""
-    step = problem.geometry.stride[0]
-    if problem.dtype == torch.float32:
-        return row_stem.Rows.of(problem).positions, problem.k, problem.dtype, problem.r, step
-    return stem.fold(problem.c, problem.s, step), problem.k, problem.dtype, 3, 1
+    if not whole:
+        return False
+    if _is_row_stem(problem):
+        return conv2d_rows_pool_fused(row_stem.Rows.of(problem).positions, problem.k, problem.r)
+    if not reads_cells(problem):
+        return False
+    folded = stem.fold(problem.c, problem.s, problem.geometry.stride[0])
+    return conv2d_stem_pool_fused(problem.device, problem.n, p, q, folded, problem.k)
 
 
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
@@ -243,7 +240,7 @@ def wgrad(
         return dw
     assert input is not None
     if kernels == Kernels.ROW_STEM:
-        row_stem.wgrad(dz, input, dw, problem, vectors)
+        row_stem_wgrad.wgrad(dz, input, dw, problem, vectors)
     elif kernels == Kernels.GENERAL:
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):

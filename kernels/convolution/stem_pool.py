@@ -18,7 +18,7 @@ from ..pooling.autograd import new_position_and_index, no_gradient
 from ..pooling.problem import Window
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
-from . import row_stem, stem
+from . import stem
 from .problem import Problem
 from .rules import conv2d_stem_pool_config
 
@@ -26,30 +26,15 @@ from .rules import conv2d_stem_pool_config
 
 #: A half type's number that is not negative, as the bits of a float32, has its last five bits free: with 31 - position in them,
 #: integers are ordered by value, and of equal values the first in the window is the largest. NaN is above infinity, and of NaNs
-#: the last in the window counts, as in PyTorch: their last bits are the position. A float32 has none free: its keys are int64,
-#: with five bits more.
+#: the last in the window counts, as in PyTorch: their last bits are the position.
 _NAN_KEY = tl.constexpr(0x7FC00000)
-_NAN_KEY_64 = tl.constexpr(0x7FC00000 << 5)
 
 
 @triton.jit
-def _rank(value, position, KEY: tl.constexpr):
-    """Keys, the largest of which is what the window points at; ``value``: float32, for int32 keys one that a half type holds."""
+def _rank(value, position):
+    """Integer keys, the largest of which is what the window points at; ``value``: float32 that a half type holds, or NaN."""
     bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign, and a zero
-    if KEY == tl.int64:
-        place = position.to(tl.int64)
-        return tl.minimum((bits.to(tl.int64) << 5) | (31 - place), place | _NAN_KEY_64)
-    else:
-        return tl.minimum(bits | (31 - position), position | _NAN_KEY)
-
-
-@triton.jit
-def _value_of(key):
-    """The float32 of a key that is no NaN's."""
-    if key.dtype == tl.int64:
-        return (key >> 5).to(tl.int32).to(tl.float32, bitcast=True)
-    else:
-        return (key & -32).to(tl.float32, bitcast=True)
+    return tl.minimum(bits | (31 - position), position | _NAN_KEY)
 
 
 @triton.jit
@@ -60,7 +45,7 @@ def _pixel(
     w2,
     acc,
     b_bias,
-    ROW: tl.constexpr,  # the first of x
+    ROW: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -89,11 +74,11 @@ def _larger(a, b, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _key(value, position, KEY: tl.constexpr):
-    if KEY == tl.float32:
-        return value
+def _key(value, position, KEYS: tl.constexpr):
+    if KEYS:
+        return _rank(value, position)
     else:
-        return _rank(value, position, KEY)
+        return value
 
 
 @triton.jit
@@ -122,9 +107,8 @@ def _add_pixel(
     stride_yp,
     stride_yq,
     ROW: tl.constexpr,  # of the convolution, from the first on
-    STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    KEY: tl.constexpr,  # type of the maxima: of keys, or without positions float32
+    KEYS: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
@@ -133,23 +117,20 @@ def _add_pixel(
     A window's last row is the next one's first, and so is its last column: then that alone is what comes back.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    KEYS: tl.constexpr = KEY != tl.float32
-    NAN_KEY: tl.constexpr = _NAN_KEY_64 if KEY == tl.int64 else _NAN_KEY
     i: tl.constexpr = ROW // 2 - 1
     if ROW > 0:
         # Always zero, but the compiler does not know: else it multiplies for all the pixels before it takes the first maximum,
         # and the registers hold all the products.
-        known = column.to(tl.int32) if KEYS else column.to(tl.int32, bitcast=True)
-        acc = (known & zero).to(tl.float32, bitcast=True)
+        acc = (column.to(tl.int32, bitcast=True) & zero).to(tl.float32, bitcast=True)
     else:
         acc = tl.zeros(windows[0].shape, dtype=tl.float32)
-    b_pixel = _pixel(x, x2, w, w2, acc, b_bias, ROW * STEP, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
+    b_pixel = _pixel(x, x2, w, w2, acc, b_bias, ROW, DTYPE, HAS_BIAS, KEYS, INPUT_PRECISION)
     if ROW == 0:
-        column = _key(b_pixel, s, KEY)
+        column = _key(b_pixel, s, KEYS)
     elif ROW % 2 == 1:
-        column = _larger(column, _key(b_pixel, 3 + s, KEY), KEYS)
+        column = _larger(column, _key(b_pixel, 3 + s, KEYS), KEYS)
     else:
-        column = _larger(column, _key(b_pixel, 6 + s, KEY), KEYS)
+        column = _larger(column, _key(b_pixel, 6 + s, KEYS), KEYS)
         best = _larger(windows[0], column, KEYS)
         if complete:
             o_n = n0 + tl.arange(0, column.shape[0])
@@ -158,37 +139,26 @@ def _add_pixel(
             m_y = ((o_n < N) & (p0 + i < P))[:, None] & (o_k < K)[None, :]
             if KEYS:
                 low = best & 31
-                position = tl.where(best < NAN_KEY, 31 - low, low)
+                position = tl.where(best < _NAN_KEY, 31 - low, low)
                 position = tl.where(best < 32, NO_GRADIENT, position)  # a ReLU's zero
                 tl.store(position_ptr + o_y, position.to(tl.uint8), mask=m_y)
-                value = _value_of(best)
+                value = (best & -32).to(tl.float32, bitcast=True)
             else:
                 value = relu(best)
             tl.store(y_ptr + o_y, cast(value, DTYPE), mask=m_y)
         if KEYS:
-            column += tl.where(column < NAN_KEY, 2, -2)  # from place 2 to place 0
+            column += tl.where(column < _NAN_KEY, 2, -2)  # from place 2 to place 0
         # To the end, so that the next row's window is the first.
         windows = windows[1:] + (tl.where(s == 2, column, best),)  # noqa: RUF005  # Triton has no star in a tuple
-        column = _key(b_pixel, s, KEY)
+        column = _key(b_pixel, s, KEYS)
     return windows, column
-
-
-@triton.jit
-def _load_row(x_desc, p, q, n0, j, pad_h, offset, STEP: tl.constexpr, STEP_W: tl.constexpr):
-    """[images, positions] of row ``j`` under pixel (p, q) of the convolution, from image ``n0`` and its position ``offset`` on."""
-    if STEP_W > 0:
-        block = x_desc.load([p * STEP - pad_h + j, n0, q * STEP_W + offset])
-        return block.reshape(block.shape[1], block.shape[2])
-    else:
-        block = x_desc.load([p + j, q, n0, offset])
-        return block.reshape(block.shape[2], block.shape[3])
 
 
 @triton.jit(do_not_specialize=["N"])  # of a batch of 1 the compiler would know that N >> 31 is zero
 def _conv2d_stem_pool_kernel(
-    x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_M, BLOCK_K]; with a STEP_W rows [H, N, W*C], [1, BLOCK_M, BLOCK_K]
+    x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_M, BLOCK_K]
     x2_desc,  # the same with BLOCK_K2 for BLOCK_K
-    w_desc,  # filters [FILTER_ROWS, K, FOLD], blocks [1, BLOCK_N, BLOCK_K]
+    w_desc,  # filters [3, K, FOLD], blocks [1, BLOCK_N, BLOCK_K]
     w2_desc,  # [1, BLOCK_N, BLOCK_K2]
     v_desc,  # [1, BLOCK_N2, BLOCK_K]
     v2_desc,  # [1, BLOCK_N2, BLOCK_K2]
@@ -204,11 +174,6 @@ def _conv2d_stem_pool_kernel(
     stride_yk,
     stride_yp,
     stride_yq,
-    pad_h,  # with a STEP_W: rows before the first
-    before,  # with a STEP_W: numbers that the first pixel's positions begin before its row
-    FILTER_ROWS: tl.constexpr,
-    STEP: tl.constexpr,  # rows of x from one of the convolution's to the next
-    STEP_W: tl.constexpr,  # numbers from one pixel's positions to the next one's in a row of x; 0 of cells
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
     CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
     HAS_BIAS: tl.constexpr,
@@ -245,7 +210,7 @@ def _conv2d_stem_pool_kernel(
     w2 = ()
     v = ()
     v2 = ()
-    for j in tl.static_range(FILTER_ROWS):
+    for j in tl.static_range(3):
         w += (w_desc.load([j, k0, 0]).reshape(BLOCK_N, BLOCK_K).T,)  # type: ignore[assignment]
         if BLOCK_K2 > 0:
             w2 += (w2_desc.load([j, k0, BLOCK_K]).reshape(BLOCK_N, BLOCK_K2).T,)  # type: ignore[assignment]
@@ -256,8 +221,7 @@ def _conv2d_stem_pool_kernel(
     o_k = k0 + tl.arange(0, BLOCK_N)
     m_k = o_k < K
     b_bias = tl.load(bias_ptr + o_k, mask=m_k, other=0.0).to(tl.float32) if HAS_BIAS else o_k
-    NUMBER: tl.constexpr = y_ptr.dtype.element_ty
-    KEY: tl.constexpr = (tl.int64 if NUMBER == tl.float32 else tl.int32) if WRITE_POSITION else tl.float32
+    KEY: tl.constexpr = tl.int32 if WRITE_POSITION else tl.float32
     windows = ()
     for _ in tl.static_range(ROWS):
         windows += (tl.zeros((BLOCK_M, BLOCK_N), dtype=KEY),)  # type: ignore[assignment]
@@ -281,16 +245,15 @@ def _conv2d_stem_pool_kernel(
         so_far = windows[0]  # type: ignore[misc]
         if BLOCK_N2 > 0:
             so_far2 = windows2[0]  # type: ignore[misc]
-        for j in tl.static_range(2 * ROWS * STEP + FILTER_ROWS):
-            x += (_load_row(x_desc, row, column, n0, j, pad_h, -before if STEP_W > 0 else 0, STEP, STEP_W),)  # type: ignore[assignment]
+        for j in tl.static_range(2 * ROWS + 3):
+            x += (x_desc.load([row + j, column, n0, 0]).reshape(BLOCK_M, BLOCK_K),)  # type: ignore[assignment]
             if BLOCK_K2 > 0:
-                second = BLOCK_K - before if STEP_W > 0 else BLOCK_K
-                x2 += (_load_row(x2_desc, row, column, n0, j, pad_h, second, STEP, STEP_W),)  # type: ignore[assignment]
+                x2 += (x2_desc.load([row + j, column, n0, BLOCK_K]).reshape(BLOCK_M, BLOCK_K2),)  # type: ignore[assignment]
         for i in tl.static_range(2 * ROWS + 1):
             windows, so_far = _add_pixel(
                 *(windows, so_far, x, x2, w, w2, b_bias, zero, s, complete, y_ptr, position_ptr),
                 *(o_n0, o_k0, pid_p * ROWS, column // 2 - 1, N, K, P, stride_yn, stride_yk, stride_yp, stride_yq),
-                *(i, STEP, HAS_BIAS, KEY, NO_GRADIENT, INPUT_PRECISION),
+                *(i, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
             )
         if BLOCK_N2 > 0:
             for i in tl.static_range(2 * ROWS + 1):
@@ -298,7 +261,7 @@ def _conv2d_stem_pool_kernel(
                     *(windows2, so_far2, x, x2, v, v2, b_bias2, zero, s, complete, y_ptr, position_ptr),
                     *(o_n0, o_k0 + BLOCK_N, pid_p * ROWS, column // 2 - 1, N, K, P),
                     *(stride_yn, stride_yk, stride_yp, stride_yq),
-                    *(i, STEP, HAS_BIAS, KEY, NO_GRADIENT, INPUT_PRECISION),
+                    *(i, HAS_BIAS, WRITE_POSITION, NO_GRADIENT, INPUT_PRECISION),
                 )
 
 
@@ -306,7 +269,7 @@ def _conv2d_stem_pool_kernel(
 
 
 def fprop(
-    x: Tensor,
+    cells: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     problem: Problem,
@@ -317,30 +280,27 @@ def fprop(
     """Convolution, bias, ReLU, pool: to pooled values and uint8 window positions, each (N, K, P, Q).
 
     Args:
-        x: :func:`.cells.cells_of` the input; in TF32 :func:`.row_stem.dense_rows` of it.
+        cells: :func:`.cells.cells_of` the input.
         problem: the convolution, whose output is not written.
         channels_last: whether both results are NHWC in memory, or NCHW.
         write_position: whether the second is wanted; else it is empty.
     """
-    n, c, _, _, k, r, s, *conv_size, ((stride, step_w), (pad_h, _), *_), dtype, device, precision = problem
+    n, c, _, _, k, r, s, *conv_size, ((stride, _), *_), _, _, _ = problem
     p, q = window.output_size
-    rows = row_stem.Rows.of(problem) if dtype == torch.float32 else None
-    filters = stem.fold_filter(weight, stride) if rows is None else row_stem.filter_rows(weight, problem)
-    filter_rows, _, folded = filters.shape
-    y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
+    folded = stem.fold(c, s, stride)
+    filters = stem.fold_filter(weight, stride)
+    y = new_output((n, k, p, q), cells.dtype, cells.device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
     wide = needs_int64(y)
-    config = conv2d_stem_pool_config(device, n, p, q, folded, k, wide or not channels_last, dtype, filter_rows)
+    config = conv2d_stem_pool_config(cells.device, n, p, q, folded, k, narrow=wide or not channels_last)
     columns = config.pop("COLUMNS")
     m, n1, n2, k1, k2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K", "K2"))
 
     def patches(positions: int) -> TensorDescriptor:
-        if rows is not None:
-            return row_stem.row_blocks(x, m, positions)
-        return stem.patches(x, folded, conv_size[1], [m, positions])
+        return stem.patches(cells, folded, conv_size[1], [m, positions])
 
-    def filter_blocks(columns: int, positions: int) -> TensorDescriptor:
-        return TensorDescriptor(filters, [filter_rows, k, folded], [k * folded, folded, 1], [1, columns, positions])
+    def filter_blocks(rows: int, positions: int) -> TensorDescriptor:
+        return TensorDescriptor(filters, [3, k, folded], [k * folded, folded, 1], [1, rows, positions])
 
     launch(
         _conv2d_stem_pool_kernel,
@@ -360,18 +320,13 @@ def fprop(
         Q=q,
         columns=columns,
         **strides("stride_y", "nkpq", y),
-        pad_h=pad_h,
-        before=0 if rows is None else rows.first,
-        FILTER_ROWS=filter_rows,
-        STEP=1 if rows is None else stride,
-        STEP_W=0 if rows is None else rows.step,
         USEFUL_POSITIONS=c * r * s,
         CONV_SIZE=conv_size[0] * conv_size[1],
         HAS_BIAS=bias is not None,
         WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
         WIDE=wide,
-        INPUT_PRECISION=precision,
+        INPUT_PRECISION="ieee",
         **config,
     )
     return y, position
