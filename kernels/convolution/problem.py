@@ -99,7 +99,10 @@ class ConvolutionGradients(NamedTuple):
 
 
 class PooledConvolution(NamedTuple):
-    """What :func:`kernels.conv2d_relu_max_pool2d`'s operator is told beside its tensors."""
+    """What :func:`kernels.conv2d_relu_max_pool2d`'s operator is told beside its tensors.
+
+    ``keeps_rows``: whether the backward pass is to read a copy of the images with the batch innermost in their place.
+    """
 
     geometry: Geometry
     conv_size: Sequence[int]
@@ -107,6 +110,7 @@ class PooledConvolution(NamedTuple):
     channels_last: bool
     write_position: bool
     input_is_cells: bool
+    keeps_rows: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator's schema lists it."""
@@ -121,7 +125,10 @@ class PooledConvolution(NamedTuple):
 
 
 class PooledConvolutionGradients(NamedTuple):
-    """What the operator of its gradients is told: as :class:`ConvolutionGradients`, and the size of the images."""
+    """What the operator of its gradients is told: as :class:`ConvolutionGradients`, and the size of the images.
+
+    ``kept_rows``: whether what is there in place of the images is their copy with the batch innermost, and no cells.
+    """
 
     input_size: Sequence[int]
     geometry: Geometry
@@ -129,6 +136,7 @@ class PooledConvolutionGradients(NamedTuple):
     window: Window
     wanted: Sequence[bool]
     linked: bool
+    kept_rows: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator's schema lists it."""

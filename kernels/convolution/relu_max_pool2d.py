@@ -30,7 +30,7 @@ from ..pooling.problem import MaxPool, MaxPoolGradient, Window
 from ..runtime.arguments import check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
-from ..runtime.launch import new_output, new_output_like, nothing
+from ..runtime.launch import cdiv, new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
@@ -42,6 +42,7 @@ from ..runtime.torch_interop import (
 )
 from . import row_stem, row_stem_wgrad, select, stem_pool
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
+from .by_batch import copy, new_by_batch
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
 
@@ -49,8 +50,10 @@ from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Pr
 def _run_fprop(
     input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_rows = problem
     convolution = Problem.of(input.shape, weight, geometry, conv_size)
+    if keeps_rows:
+        return _run_rows(input, weight, bias, convolution, problem)
     keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
@@ -61,8 +64,24 @@ def _run_fprop(
         patches = select.input_cells(input, convolution) if cells is None else cells
         pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
     else:
-        pooled, position = row_stem.pooled_fprop(input, weight, bias, convolution, window, channels_last, write_position)
+        x = row_stem.dense_rows(input)
+        pooled, position = row_stem.pooled_fprop(x, weight, bias, convolution, window, channels_last, write_position, ())
     return pooled, position, nothing(input) if made is None else made
+
+
+def _run_rows(
+    input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Problem, problem: PooledConvolution
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and a copy of the images with the batch innermost in place of cells."""
+    x = row_stem.dense_rows(input)
+    wanted = row_stem.copy_of_rows(x)
+    if select.fuses_pool(convolution, problem.window):
+        options = (convolution, problem.window, problem.channels_last, problem.write_position, [wanted])
+        pooled, position = row_stem.pooled_fprop(x, weight, bias, *options)
+    else:  # PyTorch's switch was another when the call was prepared
+        pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_rows=False))
+        copy([wanted])
+    return pooled, position, wanted.out
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
@@ -83,15 +102,16 @@ def conv2d_relu_max_pool2d_fprop(
     channels_last: bool,
     write_position: bool,
     input_is_cells: bool,
+    keeps_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
 
-    The third result, empty where there is no such thing, are the cells of a strided first layer: what its backward pass reads
-    in place of ``input``. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
+    The third result, empty where there is no such thing, is what the backward pass of a strided first layer reads in place of
+    ``input``: its cells, or in TF32 a copy with the batch innermost. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
     problem = PooledConvolution.of(
-        *(stride, padding, dilation, groups, conv_size), *window, channels_last, write_position, input_is_cells
+        *(stride, padding, dilation, groups, conv_size), *window, channels_last, write_position, input_is_cells, keeps_rows
     )
     return _run_fprop(input, weight, bias, link, problem)
 
@@ -99,7 +119,7 @@ def conv2d_relu_max_pool2d_fprop(
 @conv2d_relu_max_pool2d_fprop.register_fake
 def _(input, weight, bias, link, *flat):
     problem = PooledConvolution.of(*flat)
-    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_rows = problem
     size = (input.shape[0], weight.shape[0], *window.output_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(pooled, window.kernel_size, channels_last, write_position, False)
@@ -108,6 +128,9 @@ def _(input, weight, bias, link, *flat):
     if keeps_cells and select.reads_cells(Problem.of(input.shape, weight, geometry, conv_size)):
         step = geometry.stride[0]
         cells = new_cells(input, step, cells_size(step, conv_size, weight.shape[2:]))
+    if keeps_rows:
+        n, c, h, w = input.shape
+        cells = new_by_batch((n, h, 1, cdiv(w * c, 4) * 4), input)
     return pooled, position, cells
 
 
@@ -119,22 +142,27 @@ def _run_backward(
     position: Tensor,
     problem: PooledConvolutionGradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked = problem
-    unpooled_size = (input_size[0], weight.shape[0], *conv_size)
+    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked, kept_rows = problem
     convolution = Problem.of(input_size, weight, geometry, conv_size)
-    d_weight = d_of_bias = None
-    if needs_weight and input is not None and select.fuses_pool_wgrad(convolution, window):
-        d_weight = new_output_like(weight)
-        d_of_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-        row_stem_wgrad.wgrad(grad_output, input, d_weight, convolution, position=position, d_bias=d_of_bias)
-        needs_weight = needs_bias = False
-        if not needs_input:
-            return nothing(weight), d_weight, nothing(weight) if d_of_bias is None else d_of_bias, nothing(weight)
+    unpooled_size = (input_size[0], weight.shape[0], *conv_size)
+    d_weight = nothing(weight)
+    if kept_rows:
+        assert cells is not None
+        if needs_weight and select.fuses_pool_wgrad(convolution, window):
+            d_weight = new_output_like(weight)
+            d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
+            row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+            if not needs_input:
+                return nothing(weight), d_weight, nothing(weight) if d_bias is None else d_bias, nothing(weight)
+            needs_weight = False
+        elif needs_weight:
+            input = row_stem.images_of_copy(cells, input_size)
+        cells = None
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
-    return dx, dw if d_weight is None else d_weight, d_bias if d_of_bias is None else d_of_bias, d_link
+    return dx, dw if needs_weight else d_weight, d_bias, d_link
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())
@@ -155,20 +183,21 @@ def conv2d_relu_max_pool2d_backward(
     pool_padding: list[int],
     wanted: list[bool],
     linked: bool,
+    kept_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
 
-    Either ``input`` or its ``cells`` are there.
+    Either ``input`` is there or its ``cells``, with ``kept_rows`` its copy with the batch innermost.
     """
     window = Window(kernel_size, pool_stride, pool_padding, (1, 1), grad_output.shape[2:])
     geometry = Geometry(stride, padding, dilation, groups)
-    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked)
+    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked, kept_rows)
     return _run_backward(grad_output, input, cells, weight, position, problem)
 
 
 @conv2d_relu_max_pool2d_backward.register_fake
 def _(grad_output, input, cells, weight, position, input_size, *arguments):
-    *_, wanted, linked = arguments
+    *_, wanted, linked, _ = arguments
     return new_gradients(grad_output, input_size, weight, wanted, linked)
 
 
@@ -185,8 +214,11 @@ def _formula(
     geometry, conv_size, window = ctx.problem[:3]
     if input is None:
         assert cells is not None
-        input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
-        geometry = geometry._replace(padding=(0, 0))  # which is in the cells
+        if ctx.problem.keeps_rows:
+            input = row_stem.images_of_copy(cells, ctx.input_size)
+        else:
+            input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
+            geometry = geometry._replace(padding=(0, 0))  # which is in the cells
     unpooled_size = (grad_output.shape[0], weight.shape[0], *conv_size)
     dz = pool_backward_reference(grad_output, position, unpooled_size, window)
     return gradients_reference(dz, input, weight, geometry, wanted, link)
@@ -224,10 +256,10 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     @differentiable_by(_formula, of=(1, 3), takes_link=True)
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any):
         input, cells, weight, position = saved[1:]
-        geometry, conv_size, window, _, write_position, _ = ctx.problem
+        geometry, conv_size, window, _, write_position, _, keeps_rows = ctx.problem
         check_positions_written(write_position)
         wanted = ctx.needs_input_grad[:3]
-        problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked)
+        problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked, keeps_rows)
         tensors = (grad_output, input if cells is None else None, cells, weight, position)
         dx, dw, d_bias, d_link = _backward_operator(tensors, problem)
         return (
@@ -333,7 +365,9 @@ def conv2d_relu_max_pool2d(
             ceil_mode=bool(ceil_mode),
             output_format=output_format,
         )
-    problem = PooledConvolution(geometry, conv_size, window, channels_last, wants_grad(input, weight, bias), cells)
+    needs_grad = wants_grad(input, weight, bias)
+    keeps_rows = needs_grad and link is None and not cells and _keeps_rows(batched, weight, geometry, conv_size, window)
+    problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_rows)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
 
@@ -358,7 +392,12 @@ def prepare_conv2d_relu_max_pool2d(
     bias_size = None if bias is None else bias.shape
     convolution, conv_size = checked(conv2d_arguments, tuple(size), weight.shape, bias_size, *geometry)
     window = checked(pool_arguments, conv_size, kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
-    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells)
+    keeps_rows = needs_grad and link is None and not cells and _keeps_rows(input, weight, convolution, conv_size, window)
+    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells, keeps_rows)
+
+
+def _keeps_rows(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
+    return weight.requires_grad and select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
 
 
 def reads_cells(

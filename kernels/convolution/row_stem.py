@@ -11,6 +11,7 @@ written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..pooling.autograd import new_position_and_index, no_gradient
 from ..pooling.problem import Window
 from ..primitives import cast, dot, program_id, relu
-from ..runtime.launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from .by_batch import Copy, copy_arguments, copy_by_batch, new_by_batch
 from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Problem
 from .rules import conv2d_rows_config, conv2d_rows_pool_config
@@ -155,6 +157,10 @@ def _conv2d_rows_pool_kernel(
     bias_ptr,  # [K], or unused
     y_ptr,  # out: [N, K, P, Q] through its strides
     position_ptr,  # out: uint8 window positions, as y, or unused
+    copy_ptrs,  # see copy_by_batch; or None
+    copy_out_ptrs,
+    copy_pixels,
+    copy_channels,
     N,
     K,
     P,  # of the pool's output
@@ -175,6 +181,9 @@ def _conv2d_rows_pool_kernel(
     HAS_BIAS: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,7 +227,7 @@ def _conv2d_rows_pool_kernel(
         b_bias2 = tl.load(bias_ptr + o_k2, mask=o_k2 < K, other=0.0) if HAS_BIAS else o_k2
         window2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
         column2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
-    for step in range(3 * left, 3 * right + 3):
+    for step in tl.range(3 * left, 3 * right + 3, disable_licm=True):
         i = step % 3
         q = step // 3
         s = 2 - q % 2
@@ -243,6 +252,8 @@ def _conv2d_rows_pool_kernel(
                 *(window2, column2, acc2, b_bias2, i, s, complete, y_ptr, position_ptr),
                 *(o_row + o_k2[None, :] * stride_yk, m_n & (o_k2 < K)[None, :], HAS_BIAS, WRITE_POSITION, NO_GRADIENT),
             )
+    if HAS_COPIES:
+        copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -275,11 +286,6 @@ class Rows(NamedTuple):
         """Of a filter row: in multiples of 16, the fewest that the tensor cores reduce at once on every Triton."""
         return cdiv(self.shift + self.useful, 16) * 16
 
-    @property
-    def block_positions(self) -> int:
-        """Of a filter row in the gradient: a power of 2, so that blocks of 64 hold whole rows."""
-        return max(16, next_power_of_2(self.shift + self.useful))
-
 
 def dense_rows(input: Tensor) -> Tensor:
     """(N, C, H, W) as a dense (N, H, W*C rounded up to a multiple of 4): rows of whole 16 bytes, the last filled with zeros."""
@@ -291,6 +297,19 @@ def dense_rows(input: Tensor) -> Tensor:
     rows.zero_()
     rows[:, :, : w * c] = nhwc.view(n, h, w * c)
     return rows
+
+
+def copy_of_rows(rows: Tensor) -> Copy:
+    """:func:`dense_rows` with the batch innermost, (H, 1, numbers of a row, N rounded up to a multiple of 4): to be made."""
+    n, h, row = rows.shape
+    source = rows.view(n, h, 1, row)
+    return Copy(source, new_by_batch(source.shape, source))
+
+
+def images_of_copy(by_batch: Tensor, input_size: Sequence[int]) -> Tensor:
+    """The images (N, C, H, W) of which :func:`copy_of_rows` was made."""
+    n, c, h, w = input_size
+    return by_batch[:, 0, : w * c, :n].permute(2, 0, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def row_blocks(rows: Tensor, images: int, positions: int) -> TensorDescriptor:
@@ -351,19 +370,25 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
 
 
 def pooled_fprop(
-    input: Tensor,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     problem: Problem,
     window: Window,
     channels_last: bool,
     write_position: bool,
+    copies: Sequence[Copy],
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.stem_pool.fprop`, of the images (N, C, H, W)."""
+    """As :func:`.stem_pool.fprop`.
+
+    Args:
+        x: :func:`dense_rows` of the images.
+        copies: that the launch makes beside its own work.
+    """
     n, c, _, _, k, r, s, *conv_size, (stride, padding, *_), dtype, device, precision = problem
     p, q = window.output_size
     rows = Rows.of(problem)
-    x, filters = dense_rows(input), filter_rows(weight, problem)
+    filters = filter_rows(weight, problem)
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
     config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r)
@@ -395,8 +420,9 @@ def pooled_fprop(
         HAS_BIAS=bias is not None,
         WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(y),
+        WIDE=needs_int64(y, *[tensor for each in copies for tensor in each]),
         INPUT_PRECISION=precision,
+        **copy_arguments(copies),
         **config,
     )
     return y, position

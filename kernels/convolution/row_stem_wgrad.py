@@ -1,8 +1,9 @@
 """The gradient of the weight of a strided first layer of few channels in TF32: see :mod:`kernels.convolution.row_stem`.
 
-The sum runs over images, which must be neighbours in shared memory in TF32. Both operands are turned on their way through registers.
-Small as a first layer's products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions,
-and the unpooled gradient, four and a half times as large, is never written.
+The sum runs over images, which must be neighbours in shared memory in TF32. So the images are read from a copy (:mod:`.by_batch`), and
+the gradient is turned on its way through registers: as the second operand it may take that way. Small as a first layer's
+products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions, and the unpooled
+gradient, four and a half times as large, is never written.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ..pooling.autograd import no_gradient
 from ..primitives import cast, compensated_add, dot, program_id
-from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
 from ..sums import ColumnSums
+from .by_batch import rows_by_batch
 from .problem import Problem
-from .row_stem import Rows, dense_rows
 from .rules import conv2d_rows_wgrad_config
 from .stem import unfold
 
@@ -101,26 +102,24 @@ def _pixel_gradient(grads, positions, a: tl.constexpr, b: tl.constexpr):
 
 
 @triton.jit
-def _add_products(accs, x_ptr, b_z, o_n, f0, p, q, N, H, P, Q, pad_h, first,
-    R: tl.constexpr, ROW: tl.constexpr, POSITIONS: tl.constexpr, STRIDE_H: tl.constexpr, STEP: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def _add_products(
+    accs, x_desc, b_z, n0, r0, p, q, H, P, Q, pad_h, first,
+    STRIDE_H: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``accs``, [BLOCK_M, filters] each, with the products of one pixel; ``b_z``: gradients [filters, BLOCK_K] in the type of x."""
+    # A pixel outside of the convolution's output, at the edge of the 2 x 2, has no gradient: nor may it see an infinity.
+    h = tl.where((p < P) & (q < Q), p * STRIDE_H - pad_h + r0, H)
     added = ()
     for block in tl.static_range(len(accs)):
-        o_f = _others_5d(f0 + block * BLOCK_M, BLOCK_M)
-        r = o_f // POSITIONS
-        h = p * STRIDE_H - pad_h + r
-        column = q * STEP - first + o_f % POSITIONS
-        mask = (o_n < N) & (r < R) & (h >= 0) & (h < H) & (column >= 0) & (column < ROW) & (p < P) & (q < Q)
-        b_x = tl.load(x_ptr + (o_n * H + h) * ROW + column, mask=mask, other=0.0)
-        added += (dot(_turned(b_x, BLOCK_K, BLOCK_M), b_z.T, accs[block], INPUT_PRECISION),)  # type: ignore[assignment]
+        b_x = x_desc.load([h + block * (BLOCK_M // POSITIONS), q * STEP - first, n0]).reshape(BLOCK_M, BLOCK_K)
+        added += (dot(b_x, b_z.T, accs[block], INPUT_PRECISION),)  # type: ignore[assignment]
     return added
 
 
 @triton.jit
 def _conv2d_rows_wgrad_kernel(
-    x_ptr,  # [N, H, ROW] contiguous
+    x_desc,  # input as rows [H, W*C, N], blocks [BLOCK_M / POSITIONS, POSITIONS, BLOCK_K]
     dy_ptr,  # POOLED: gradient of the pooled output; else that before the activation; [N, K, P, Q] through its strides
     position_ptr,  # window positions, [N, K, POOL_P, POOL_Q] through its strides; or unused
     partial_ptr,  # out: [SPLIT, blocks of BLOCK_M positions, BLOCK_M, K] float32; position (r, j) of POSITIONS a row
@@ -141,11 +140,9 @@ def _conv2d_rows_wgrad_kernel(
     stride_pp,
     stride_pq,
     pad_h,
+    first,  # numbers that the first pixel's filter begins before its row
     SPLIT,
-    FIRST: tl.constexpr,  # numbers that the first pixel's positions begin before its row
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
-    R: tl.constexpr,
-    ROW: tl.constexpr,
     POSITIONS: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
@@ -168,7 +165,7 @@ def _conv2d_rows_wgrad_kernel(
     pid_split = program_id(1, WIDE)
     GROUPS: tl.constexpr = ALL_BLOCKS // BLOCKS
     group = pid % GROUPS
-    f0 = (group * (BLOCKS * BLOCK_M)).to(tl.int32)
+    r0 = (group * (BLOCKS * BLOCK_M // POSITIONS)).to(tl.int32)
     k0 = (pid // GROUPS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     SIDE: tl.constexpr = 2 if POOLED else 1
     rows = tl.cdiv(P, SIDE)
@@ -193,11 +190,12 @@ def _conv2d_rows_wgrad_kernel(
         if BLOCK_N2 > 0:
             b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
             b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     for step in range(begin, tl.minimum(begin + steps_per_split, steps)):
         i = step // blocks_n // columns
         j = step // blocks_n % columns
-        o_n = _images_5d(step % blocks_n * BLOCK_K, BLOCK_K)
+        n0 = step % blocks_n * BLOCK_K
+        o_n = _images_5d(n0, BLOCK_K)
         if WIDE:
             o_n = o_n.to(tl.int64)
         if POOLED:
@@ -212,8 +210,8 @@ def _conv2d_rows_wgrad_kernel(
                 for b in tl.static_range(2):
                     b_z = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N)
                     accs = _add_products(
-                        *(accs, x_ptr, b_z, o_n, f0, 2 * i + a, 2 * j + b, N, H, P, Q, pad_h, FIRST),
-                        *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                        *(accs, x_desc, b_z, n0, r0, 2 * i + a, 2 * j + b, H, P, Q, pad_h, first),
+                        *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                     )
             if BLOCK_N2 > 0:
                 grads, positions = _windows(
@@ -226,21 +224,21 @@ def _conv2d_rows_wgrad_kernel(
                     for b in tl.static_range(2):
                         b_z2 = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N2)
                         accs2 = _add_products(
-                            *(accs2, x_ptr, b_z2, o_n, f0, 2 * i + a, 2 * j + b, N, H, P, Q, pad_h, FIRST),
-                            *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                            *(accs2, x_desc, b_z2, n0, r0, 2 * i + a, 2 * j + b, H, P, Q, pad_h, first),
+                            *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                         )
         else:
             p_z = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn
             b_z = tl.load(p_z + o_k * stride_dyk, mask=(o_n < N) & (o_k < K), other=0.0)
             accs = _add_products(
-                *(accs, x_ptr, _turned(b_z, BLOCK_K, BLOCK_N), o_n, f0, i, j, N, H, P, Q, pad_h, FIRST),
-                *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                *(accs, x_desc, _turned(b_z, BLOCK_K, BLOCK_N), n0, r0, i, j, H, P, Q, pad_h, first),
+                *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
             )
             if BLOCK_N2 > 0:
                 b_z2 = tl.load(p_z + o_k2 * stride_dyk, mask=(o_n < N) & (o_k2 < K), other=0.0)
                 accs2 = _add_products(
-                    *(accs2, x_ptr, _turned(b_z2, BLOCK_K, BLOCK_N2), o_n, f0, i, j, N, H, P, Q, pad_h, FIRST),
-                    *(R, ROW, POSITIONS, STRIDE_H, STEP, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                    *(accs2, x_desc, _turned(b_z2, BLOCK_K, BLOCK_N2), n0, r0, i, j, H, P, Q, pad_h, first),
+                    *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                 )
     o_m = tl.arange(0, BLOCK_M)[:, None] * K
     p_out = partial_ptr + (pid_split * ALL_BLOCKS + group * BLOCKS) * (BLOCK_M * K) + o_m
@@ -268,7 +266,7 @@ def _conv2d_rows_wgrad_kernel(
 
 def wgrad(
     dy: Tensor,
-    input: Tensor,
+    by_batch: Tensor,
     dw: Tensor,
     problem: Problem,
     vectors: Sequence[ColumnSums] = (),
@@ -279,16 +277,15 @@ def wgrad(
 
     Args:
         dy: gradient before the activation (N, K, P, Q); with ``position`` that of the output's pool, 3 x 3 of stride 2.
+        by_batch: of the input, :func:`.row_stem.rows_of_copy`.
         position: the pool's, uint8.
         d_bias: out: with ``position`` the gradient of the bias (K,), if wanted.
     """
-    n, c, h, _, k, r, s, p, q, (stride, padding, *_), dtype, device, precision = problem
-    rows = Rows.of(problem)
-    x = dense_rows(input)
-    positions = rows.block_positions
+    n, c, h, _, k, r, s, p, q, (stride, padding, *_), _, device, precision = problem
+    positions = max(16, next_power_of_2(s * c))
     config = conv2d_rows_wgrad_config(device, n, p, q, positions, k, r, pooled=position is not None)
     split, blocks = config.pop("SPLIT"), config["BLOCKS"]
-    m, n1, n2 = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2"))
+    m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     all_blocks = cdiv(cdiv(r * positions, m), blocks) * blocks
     partial = new_output((split, 1, all_blocks * m // positions, positions, k), torch.float32, device)
     sums = partial if position is None else new_output((split, k), torch.float32, device)
@@ -297,7 +294,7 @@ def wgrad(
     launch(
         _conv2d_rows_wgrad_kernel,
         (all_blocks // blocks * cdiv(k, n1 + n2), split),
-        x_ptr=x,
+        x_desc=rows_by_batch(by_batch, n, [m // positions, positions, images]),
         dy_ptr=dy,
         position_ptr=dy if position is None else position,
         partial_ptr=partial,
@@ -312,19 +309,17 @@ def wgrad(
         **strides("stride_dy", "nkpq", dy),
         **strides("stride_p", "nkpq", dy if position is None else position),
         pad_h=padding[0],
+        first=padding[1] * c,
         SPLIT=split,
-        FIRST=rows.first,
         USEFUL_POSITIONS=c * r * s,
-        R=r,
-        ROW=x.shape[2],
         POSITIONS=positions,
         STRIDE_H=stride[0],
-        STEP=rows.step,
+        STEP=stride[1] * c,
         ALL_BLOCKS=all_blocks,
         POOLED=position is not None,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(x, dy, position, partial),
+        WIDE=needs_int64(dy, position, partial),
         INPUT_PRECISION=precision,
         **config,
     )
-    unfold(partial, dw, 1, vectors, rows.shift)
+    unfold(partial, dw, 1, vectors)

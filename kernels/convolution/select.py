@@ -122,7 +122,7 @@ def _is_row_stem(problem: Problem) -> bool:
         and max(dilation) == 1
         and max(stride) > 1
         and rows.step % 4 == 0
-        and rows.block_positions <= 64
+        and rows.useful <= 64
         and problem.k % 8 == 0
         and problem.n > 0
     )
@@ -240,7 +240,9 @@ def wgrad(
         return dw
     assert input is not None
     if kernels == Kernels.ROW_STEM:
-        row_stem_wgrad.wgrad(dz, input, dw, problem, vectors)
+        rows = row_stem.copy_of_rows(row_stem.dense_rows(input))
+        copy([rows])
+        row_stem_wgrad.wgrad(dz, rows.out, dw, problem, vectors)
     elif kernels == Kernels.GENERAL:
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):

@@ -238,7 +238,6 @@ def _unfold_filter_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
-    SHIFT: tl.constexpr,  # positions before the first useful one of a row
     FOLD_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -261,7 +260,7 @@ def _unfold_filter_kernel(
         o_c = o_e // K % C
         o_s = o_e // K // C % S
         o_r = o_e // K // C // S
-        o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c + SHIFT
+        o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
         p_in = partial_ptr + ((o_f // BLOCK_M * ROWS + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
         part = FOLD_BLOCKS * ROWS * BLOCK_M * K  # elements from one to the next
         b_total = sum_over_parts(p_in, part, SPLIT, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
@@ -420,13 +419,10 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     unfold(partial, dw, stride, vectors)
 
 
-def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums], shift: int = 0) -> None:
+def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
     """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, rows, positions, K).
 
     And the sums of ``vectors`` in the same launch.
-
-    Args:
-        shift: positions before the first useful one of a row.
     """
     k, c, r, s = dw.shape
     split, fold_blocks, rows, m, _ = partial.shape
@@ -446,7 +442,6 @@ def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSum
         R=r,
         S=s,
         STRIDE=stride,
-        SHIFT=shift,
         FOLD_BLOCKS=fold_blocks,
         ROWS=rows,
         BLOCK_M=m,
