@@ -53,6 +53,66 @@ def copy_by_batch(
 
 
 @triton.jit
+def copy_cells_by_batch(
+    x_ptr,  # [N, H, ROW] contiguous, W*C numbers of a row the images'
+    out_ptr,  # out: [HS, WS*DEPTH, N rounded up to a multiple of 4]
+    N,
+    H,
+    W,
+    HS,
+    pad_h,
+    pad_w,
+    ROW,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
+):
+    """This program's share of the cells (:mod:`.cells`) of the images, as :func:`copy_by_batch` would copy them."""
+    DEPTH: tl.constexpr = STRIDE * STRIDE * C
+    pid = program_id(0, WIDE)
+    row = tl.cdiv(N, 4) * 4
+    blocks_n = tl.cdiv(N, COPY_IMAGES)
+    blocks_e = tl.cdiv(WS * DEPTH, COPY_CHANNELS)
+    for t in range(pid, HS * blocks_n * blocks_e, tl.num_programs(0).to(pid.dtype)):
+        i = t // blocks_e // blocks_n
+        o_n = t // blocks_e % blocks_n * COPY_IMAGES + tl.arange(0, COPY_IMAGES)
+        o_e = t % blocks_e * COPY_CHANNELS + tl.arange(0, COPY_CHANNELS)
+        h = i * STRIDE + o_e % DEPTH // C // STRIDE - pad_h
+        w = o_e // DEPTH * STRIDE + o_e // C % STRIDE - pad_w
+        m_x = (o_n < N)[:, None] & ((o_e < WS * DEPTH) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
+        b_x = tl.load(x_ptr + (o_n * H * ROW)[:, None] + (h * ROW + w * C + o_e % C)[None, :], mask=m_x, other=0.0)
+        p_out = out_ptr + ((i * (WS * DEPTH) + o_e) * row)[None, :] + o_n[:, None]
+        tl.store(p_out, b_x, mask=(o_n < N)[:, None] & (o_e < WS * DEPTH)[None, :])
+
+
+@triton.jit
+def _cells_by_batch_kernel(
+    x_ptr,
+    cells_ptr,
+    N,
+    H,
+    W,
+    HS,
+    pad_h,
+    pad_w,
+    ROW,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COPY_IMAGES: tl.constexpr,
+    COPY_CHANNELS: tl.constexpr,
+):
+    """The cells alone: one program, one tile."""
+    copy_cells_by_batch(
+        x_ptr, cells_ptr, N, H, W, HS, pad_h, pad_w, ROW, C, STRIDE, WS, WIDE, COPY_IMAGES, COPY_CHANNELS
+    )  # fmt: skip
+
+
+@triton.jit
 def _by_batch_kernel(
     copy_ptrs,
     copy_out_ptrs,
@@ -108,8 +168,13 @@ def copy_arguments(copies: Sequence[Copy]) -> dict[str, Any]:
         "copy_channels": [copy.source.shape[3] for copy in copies],
     }
     arguments: dict[str, Any] = {name: tuple(value) if copies else None for name, value in values.items()}
-    images, channels = (tile_size(copies[0].source.shape[0], 16, 64), 128) if INTERPRETED and copies else (64, 32)
-    return arguments | {"HAS_COPIES": len(copies) > 0, "COPY_IMAGES": images, "COPY_CHANNELS": channels}
+    n = copies[0].source.shape[0] if copies else 64
+    return arguments | {"HAS_COPIES": len(copies) > 0} | _tile(n)
+
+
+def _tile(n: int) -> dict[str, int]:
+    images, channels = (tile_size(n, 16, 64), 128) if INTERPRETED else (64, 32)
+    return {"COPY_IMAGES": images, "COPY_CHANNELS": channels}
 
 
 def copy(copies: Sequence[Copy]) -> None:
@@ -125,3 +190,44 @@ def copy(copies: Sequence[Copy]) -> None:
     ]
     wide = needs_int64(*[tensor for each in copies for tensor in each])
     launch(_by_batch_kernel, (max(tiles),), N=n, WIDE=wide, num_warps=4, **arguments)
+
+
+class CellsCopy(NamedTuple):
+    """Cells of images with the batch innermost: one copy that is wanted.
+
+    Attributes:
+        rows: the images (N, H, W*C or more), contiguous.
+        size: rows and columns of cells.
+        out: (rows of cells, columns * depth, N rounded up to a multiple of 4), uninitialised.
+        images: C and W of the images.
+        stride, padding: of the convolution.
+    """
+
+    rows: Tensor
+    size: tuple[int, int]
+    out: Tensor
+    images: tuple[int, int]
+    stride: int
+    padding: tuple[int, int]
+
+    def arguments(self) -> dict[str, Any]:
+        """What a kernel is told for :func:`copy_cells_by_batch`."""
+        n, h, row = self.rows.shape
+        c, w = self.images
+        values = {"x_ptr": self.rows, "cells_ptr": self.out, "H": h, "W": w, "HS": self.size[0], "ROW": row}
+        values |= {"pad_h": self.padding[0], "pad_w": self.padding[1], "C": c, "STRIDE": self.stride, "WS": self.size[1]}
+        return values | _tile(n)
+
+    def make(self) -> None:
+        """In a launch of its own."""
+        arguments = self.arguments()
+        n, columns = self.rows.shape[0], self.out.shape[1]
+        tiles = self.size[0] * cdiv(n, arguments["COPY_IMAGES"]) * cdiv(columns, arguments["COPY_CHANNELS"])
+        launch(
+            _cells_by_batch_kernel, (tiles,), N=n, WIDE=needs_int64(self.rows, self.out), num_warps=4, **arguments
+        )  # fmt: skip
+
+
+def new_cells_by_batch(size: Sequence[int], depth: int, n: int, like: Tensor) -> Tensor:
+    """Uninitialised :attr:`CellsCopy.out`."""
+    return new_output((size[0], size[1] * depth, cdiv(n, 4) * 4), like.dtype, like.device)

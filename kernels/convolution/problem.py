@@ -101,7 +101,7 @@ class ConvolutionGradients(NamedTuple):
 class PooledConvolution(NamedTuple):
     """What :func:`kernels.conv2d_relu_max_pool2d`'s operator is told beside its tensors.
 
-    ``keeps_rows``: whether the backward pass is to read a copy of the images with the batch innermost in their place.
+    ``keeps_rows``: whether the backward pass is to read cells with the batch innermost in place of the images.
     """
 
     geometry: Geometry
@@ -127,7 +127,7 @@ class PooledConvolution(NamedTuple):
 class PooledConvolutionGradients(NamedTuple):
     """What the operator of its gradients is told: as :class:`ConvolutionGradients`, and the size of the images.
 
-    ``kept_rows``: whether what is there in place of the images is their copy with the batch innermost, and no cells.
+    ``kept_rows``: whether the cells that are there in place of the images have the batch innermost.
     """
 
     input_size: Sequence[int]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -30,7 +31,7 @@ from ..pooling.problem import MaxPool, MaxPoolGradient, Window
 from ..runtime.arguments import check_output_format, check_tensors, checked, integer, pair
 from ..runtime.backend import runs_triton
 from ..runtime.derivatives import differentiable_by, has_tangent
-from ..runtime.launch import cdiv, new_output, new_output_like, nothing
+from ..runtime.launch import new_output, new_output_like, nothing
 from ..runtime.torch_interop import (
     Operator,
     OperatorFunction,
@@ -42,7 +43,7 @@ from ..runtime.torch_interop import (
 )
 from . import row_stem, row_stem_wgrad, select, stem_pool
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
-from .by_batch import copy, new_by_batch
+from .by_batch import new_cells_by_batch
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
 
@@ -65,23 +66,23 @@ def _run_fprop(
         pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
     else:
         x = row_stem.dense_rows(input)
-        pooled, position = row_stem.pooled_fprop(x, weight, bias, convolution, window, channels_last, write_position, ())
+        pooled, position = row_stem.pooled_fprop(x, weight, bias, convolution, window, channels_last, write_position)
     return pooled, position, nothing(input) if made is None else made
 
 
 def _run_rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Problem, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and a copy of the images with the batch innermost in place of cells."""
+    """The same, and in the third place the cells with the batch innermost."""
     x = row_stem.dense_rows(input)
-    wanted = row_stem.copy_of_rows(x)
+    kept = row_stem.cells_copy(x, convolution)
     if select.fuses_pool(convolution, problem.window):
-        options = (convolution, problem.window, problem.channels_last, problem.write_position, [wanted])
+        options = (convolution, problem.window, problem.channels_last, problem.write_position, kept)
         pooled, position = row_stem.pooled_fprop(x, weight, bias, *options)
     else:  # PyTorch's switch was another when the call was prepared
         pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_rows=False))
-        copy([wanted])
-    return pooled, position, wanted.out
+        kept.make()
+    return pooled, position, kept.out
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
@@ -107,7 +108,7 @@ def conv2d_relu_max_pool2d_fprop(
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
 
     The third result, empty where there is no such thing, is what the backward pass of a strided first layer reads in place of
-    ``input``: its cells, or in TF32 a copy with the batch innermost. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
+    ``input``: its cells, with ``keeps_rows`` with the batch innermost. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
     problem = PooledConvolution.of(
@@ -129,8 +130,9 @@ def _(input, weight, bias, link, *flat):
         step = geometry.stride[0]
         cells = new_cells(input, step, cells_size(step, conv_size, weight.shape[2:]))
     if keeps_rows:
-        n, c, h, w = input.shape
-        cells = new_by_batch((n, h, 1, cdiv(w * c, 4) * 4), input)
+        step = geometry.stride[0]
+        cells_at = cells_size(step, conv_size, weight.shape[2:])
+        cells = new_cells_by_batch(cells_at, step * step * input.shape[1], input.shape[0], input)
     return pooled, position, cells
 
 
@@ -155,14 +157,23 @@ def _run_backward(
             if not needs_input:
                 return nothing(weight), d_weight, nothing(weight) if d_bias is None else d_bias, nothing(weight)
             needs_weight = False
-        elif needs_weight:
-            input = row_stem.images_of_copy(cells, input_size)
+        else:
+            of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
+            input = _images_of(of_cells, input_size, geometry)
         cells = None
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
     return dx, dw if needs_weight else d_weight, d_bias, d_link
+
+
+def _images_of(cells: Tensor, input_size: Sequence[int], geometry: Geometry) -> Tensor:
+    """The images (N, C, H, W) whose cells these are; zeros where no filter sees them."""
+    (step, _), (above, left), *_ = geometry
+    padded = depth_to_space(cells, input_size[1], step)
+    seen = padded[:, :, above : above + input_size[2], left : left + input_size[3]]
+    return F.pad(seen, (0, input_size[3] - seen.shape[3], 0, input_size[2] - seen.shape[2]))
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())
@@ -215,10 +226,9 @@ def _formula(
     if input is None:
         assert cells is not None
         if ctx.problem.keeps_rows:
-            input = row_stem.images_of_copy(cells, ctx.input_size)
-        else:
-            input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
-            geometry = geometry._replace(padding=(0, 0))  # which is in the cells
+            cells = row_stem.cells_of_copy(cells, ctx.input_size[0], geometry.stride[0] ** 2 * weight.shape[1])
+        input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
+        geometry = geometry._replace(padding=(0, 0))  # which is in the cells
     unpooled_size = (grad_output.shape[0], weight.shape[0], *conv_size)
     dz = pool_backward_reference(grad_output, position, unpooled_size, window)
     return gradients_reference(dz, input, weight, geometry, wanted, link)
@@ -241,7 +251,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         _, position, made = output
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
-        has_cells = cells is not None and cells.dim() == 4
+        has_cells = cells is not None and (problem.keeps_rows or cells.dim() == 4)
         # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
         leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
         saved = None if has_cells and (problem.input_is_cells or not leads_on) else input

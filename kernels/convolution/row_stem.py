@@ -11,7 +11,6 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ from ..pooling.autograd import new_position_and_index, no_gradient
 from ..pooling.problem import Window
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
-from .by_batch import Copy, copy_arguments, copy_by_batch, new_by_batch
+from .by_batch import CellsCopy, copy_cells_by_batch, new_cells_by_batch
+from .cells import cells_size
 from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Problem
 from .rules import conv2d_rows_config, conv2d_rows_pool_config
@@ -157,10 +157,8 @@ def _conv2d_rows_pool_kernel(
     bias_ptr,  # [K], or unused
     y_ptr,  # out: [N, K, P, Q] through its strides
     position_ptr,  # out: uint8 window positions, as y, or unused
-    copy_ptrs,  # see copy_by_batch; or None
-    copy_out_ptrs,
-    copy_pixels,
-    copy_channels,
+    x_ptr,  # for KEEP_CELLS, see copy_cells_by_batch
+    cells_ptr,
     N,
     K,
     P,  # of the pool's output
@@ -170,18 +168,25 @@ def _conv2d_rows_pool_kernel(
     stride_yk,
     stride_yp,
     stride_yq,
+    H,  # for KEEP_CELLS
+    W,
+    HS,
     pad_h,
+    pad_w,
+    ROW,
     first,  # numbers that the first pixel's positions begin before its row
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
     CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
     R: tl.constexpr,
     POSITIONS: tl.constexpr,
-    STRIDE_H: tl.constexpr,
     STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
     HAS_BIAS: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
-    HAS_COPIES: tl.constexpr,
+    KEEP_CELLS: tl.constexpr,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    WS: tl.constexpr,
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -205,7 +210,7 @@ def _conv2d_rows_pool_kernel(
     pid_n = pid // blocks_k // strips % blocks_n
     p = pid // blocks_k // strips // blocks_n
     n0 = (pid_n * BLOCK_M).to(tl.int32)
-    row = (p * (2 * STRIDE_H)).to(tl.int32) - pad_h  # of the images
+    row = (p * (2 * STRIDE)).to(tl.int32) - pad_h  # of the images
     left = (pid_strip * (2 * columns)).to(tl.int32)
     right = tl.minimum(left + 2 * columns, 2 * Q)
     CHUNKS: tl.constexpr = POSITIONS // BLOCK_K
@@ -237,7 +242,7 @@ def _conv2d_rows_pool_kernel(
             acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         for j in tl.static_range(R * CHUNKS):
             o_x = q * STEP - first + j % CHUNKS * BLOCK_K
-            b_x = x_desc.load([row + i * STRIDE_H + j // CHUNKS, n0, o_x]).reshape(BLOCK_M, BLOCK_K)
+            b_x = x_desc.load([row + i * STRIDE + j // CHUNKS, n0, o_x]).reshape(BLOCK_M, BLOCK_K)
             acc = dot(b_x, w[j], acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
                 acc2 = dot(b_x, w2[j], acc2, INPUT_PRECISION)
@@ -252,8 +257,10 @@ def _conv2d_rows_pool_kernel(
                 *(window2, column2, acc2, b_bias2, i, s, complete, y_ptr, position_ptr),
                 *(o_row + o_k2[None, :] * stride_yk, m_n & (o_k2 < K)[None, :], HAS_BIAS, WRITE_POSITION, NO_GRADIENT),
             )
-    if HAS_COPIES:
-        copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
+    if KEEP_CELLS:
+        copy_cells_by_batch(
+            x_ptr, cells_ptr, N, H, W, HS, pad_h, pad_w, ROW, C, STRIDE, WS, WIDE, COPY_IMAGES, COPY_CHANNELS
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -299,17 +306,18 @@ def dense_rows(input: Tensor) -> Tensor:
     return rows
 
 
-def copy_of_rows(rows: Tensor) -> Copy:
-    """:func:`dense_rows` with the batch innermost, (H, 1, numbers of a row, N rounded up to a multiple of 4): to be made."""
-    n, h, row = rows.shape
-    source = rows.view(n, h, 1, row)
-    return Copy(source, new_by_batch(source.shape, source))
+def cells_copy(rows: Tensor, problem: Problem) -> CellsCopy:
+    """The images' cells with the batch innermost, which the gradient of the weight reads: to be made."""
+    n, c, _, w, _, r, s, p, q, ((stride, _), (pad_h, pad_w), *_), *_ = problem
+    height, width = cells_size(stride, (p, q), (r, s))
+    out = new_cells_by_batch((height, width), stride * stride * c, n, rows)
+    return CellsCopy(rows, (height, width), out, (c, w), stride, (pad_h, pad_w))
 
 
-def images_of_copy(by_batch: Tensor, input_size: Sequence[int]) -> Tensor:
-    """The images (N, C, H, W) of which :func:`copy_of_rows` was made."""
-    n, c, h, w = input_size
-    return by_batch[:, 0, : w * c, :n].permute(2, 0, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+def cells_of_copy(by_batch: Tensor, n: int, depth: int) -> Tensor:
+    """The cells (N, rows, columns, depth) that were copied so, as a view."""
+    height, columns, _ = by_batch.shape
+    return by_batch[..., :n].view(height, columns // depth, depth, n).permute(3, 0, 1, 2)
 
 
 def row_blocks(rows: Tensor, images: int, positions: int) -> TensorDescriptor:
@@ -377,15 +385,15 @@ def pooled_fprop(
     window: Window,
     channels_last: bool,
     write_position: bool,
-    copies: Sequence[Copy],
+    kept: CellsCopy | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`.stem_pool.fprop`.
 
     Args:
         x: :func:`dense_rows` of the images.
-        copies: that the launch makes beside its own work.
+        kept: :func:`cells_copy` of it, to be made by the launch.
     """
-    n, c, _, _, k, r, s, *conv_size, (stride, padding, *_), dtype, device, precision = problem
+    n, c, _, w, k, r, s, *conv_size, (stride, padding, *_), dtype, device, precision = problem
     p, q = window.output_size
     rows = Rows.of(problem)
     filters = filter_rows(weight, problem)
@@ -409,20 +417,19 @@ def pooled_fprop(
         Q=q,
         columns=columns,
         **strides("stride_y", "nkpq", y),
-        pad_h=padding[0],
         first=rows.first,
         USEFUL_POSITIONS=c * r * s,
         CONV_SIZE=conv_size[0] * conv_size[1],
         R=r,
         POSITIONS=rows.positions,
-        STRIDE_H=stride[0],
         STEP=rows.step,
         HAS_BIAS=bias is not None,
         WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(y, *[tensor for each in copies for tensor in each]),
+        WIDE=needs_int64(y, x, None if kept is None else kept.out),
         INPUT_PRECISION=precision,
-        **copy_arguments(copies),
+        KEEP_CELLS=kept is not None,
+        **(kept or CellsCopy(x, (0, 0), x, (c, w), stride[0], (padding[0], 0))).arguments(),
         **config,
     )
     return y, position

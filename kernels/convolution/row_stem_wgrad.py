@@ -1,6 +1,6 @@
 """The gradient of the weight of a strided first layer of few channels in TF32: see :mod:`kernels.convolution.row_stem`.
 
-The sum runs over images, which must be neighbours in shared memory in TF32. So the images are read from a copy (:mod:`.by_batch`), and
+The sum runs over images, which must be neighbours in shared memory in TF32. So the images' cells are read from a copy (:mod:`.by_batch`), and
 the gradient is turned on its way through registers: as the second operand it may take that way. Small as a first layer's
 products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions, and the unpooled
 gradient, four and a half times as large, is never written.
@@ -14,15 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling.autograd import no_gradient
 from ..primitives import cast, compensated_add, dot, program_id
-from ..runtime.launch import cdiv, launch, needs_int64, new_output, next_power_of_2, strides
+from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums
-from .by_batch import rows_by_batch
 from .problem import Problem
 from .rules import conv2d_rows_wgrad_config
-from .stem import unfold
+from .stem import fold, unfold
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -103,29 +103,28 @@ def _pixel_gradient(grads, positions, a: tl.constexpr, b: tl.constexpr):
 
 @triton.jit
 def _add_products(
-    accs, x_desc, b_z, n0, r0, p, q, H, P, Q, pad_h, first,
-    STRIDE_H: tl.constexpr, STEP: tl.constexpr, POSITIONS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    accs, x_desc, b_z, n0, f0, p, q, HS, P, Q,
+    DEPTH: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``accs``, [BLOCK_M, filters] each, with the products of one pixel; ``b_z``: gradients [filters, BLOCK_K] in the type of x."""
     # A pixel outside of the convolution's output, at the edge of the 2 x 2, has no gradient: nor may it see an infinity.
-    h = tl.where((p < P) & (q < Q), p * STRIDE_H - pad_h + r0, H)
+    row = tl.where((p < P) & (q < Q), p, HS)
     added = ()
-    for block in tl.static_range(len(accs)):
-        b_x = x_desc.load([h + block * (BLOCK_M // POSITIONS), q * STEP - first, n0]).reshape(BLOCK_M, BLOCK_K)
-        added += (dot(b_x, b_z.T, accs[block], INPUT_PRECISION),)  # type: ignore[assignment]
+    for j in tl.static_range(3):
+        b_x = x_desc.load([row + j, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
+        added += (dot(b_x, b_z.T, accs[j], INPUT_PRECISION),)  # type: ignore[assignment]
     return added
 
 
 @triton.jit
 def _conv2d_rows_wgrad_kernel(
-    x_desc,  # input as rows [H, W*C, N], blocks [BLOCK_M / POSITIONS, POSITIONS, BLOCK_K]
+    x_desc,  # cells of the input [HS, WS*DEPTH, N], blocks [1, BLOCK_M, BLOCK_K]
     dy_ptr,  # POOLED: gradient of the pooled output; else that before the activation; [N, K, P, Q] through its strides
     position_ptr,  # window positions, [N, K, POOL_P, POOL_Q] through its strides; or unused
-    partial_ptr,  # out: [SPLIT, blocks of BLOCK_M positions, BLOCK_M, K] float32; position (r, j) of POSITIONS a row
+    partial_ptr,  # out: [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
     sums_ptr,  # POOLED: out: [SPLIT, K] float32, the sums of the gradient before the activation
     N,
-    H,
+    HS,
     P,  # of the convolution's output
     Q,
     K,
@@ -139,15 +138,10 @@ def _conv2d_rows_wgrad_kernel(
     stride_pk,
     stride_pp,
     stride_pq,
-    pad_h,
-    first,  # numbers that the first pixel's filter begins before its row
     SPLIT,
     USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
-    POSITIONS: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
-    BLOCKS: tl.constexpr,  # of positions, that one program adds up
-    ALL_BLOCKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    FOLD_BLOCKS: tl.constexpr,
     POOLED: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -157,16 +151,14 @@ def _conv2d_rows_wgrad_kernel(
     BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program sums BLOCKS blocks of BLOCK_M positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
+    """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
 
     A step is one pixel of BLOCK_K images, POOLED the 2 x 2 at which a window begins: they share the windows that reach them.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
-    GROUPS: tl.constexpr = ALL_BLOCKS // BLOCKS
-    group = pid % GROUPS
-    r0 = (group * (BLOCKS * BLOCK_M // POSITIONS)).to(tl.int32)
-    k0 = (pid // GROUPS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
+    f0 = (pid % FOLD_BLOCKS * BLOCK_M).to(tl.int32)
+    k0 = (pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     SIDE: tl.constexpr = 2 if POOLED else 1
     rows = tl.cdiv(P, SIDE)
     columns = tl.cdiv(Q, SIDE)
@@ -178,11 +170,11 @@ def _conv2d_rows_wgrad_kernel(
     o_k2 = o_k
     accs = ()
     accs2 = ()
-    for _ in tl.static_range(BLOCKS):
+    for _ in tl.static_range(3):
         accs += (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]
     if BLOCK_N2 > 0:
         o_k2 = _others_5d(k0 + BLOCK_N, BLOCK_N2)
-        for _ in tl.static_range(BLOCKS):
+        for _ in tl.static_range(3):
             accs2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32),)  # type: ignore[assignment]
     if POOLED:
         b_sum = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
@@ -191,7 +183,8 @@ def _conv2d_rows_wgrad_kernel(
             b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
             b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    for step in range(begin, tl.minimum(begin + steps_per_split, steps)):
+    # The compiler keeps each product's addresses in registers, beside the accumulators, if it may.
+    for step in tl.range(begin, tl.minimum(begin + steps_per_split, steps), disable_licm=True):
         i = step // blocks_n // columns
         j = step // blocks_n % columns
         n0 = step % blocks_n * BLOCK_K
@@ -210,8 +203,8 @@ def _conv2d_rows_wgrad_kernel(
                 for b in tl.static_range(2):
                     b_z = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N)
                     accs = _add_products(
-                        *(accs, x_desc, b_z, n0, r0, 2 * i + a, 2 * j + b, H, P, Q, pad_h, first),
-                        *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                        *(accs, x_desc, b_z, n0, f0, 2 * i + a, 2 * j + b, HS, P, Q),
+                        *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                     )
             if BLOCK_N2 > 0:
                 grads, positions = _windows(
@@ -224,41 +217,39 @@ def _conv2d_rows_wgrad_kernel(
                     for b in tl.static_range(2):
                         b_z2 = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N2)
                         accs2 = _add_products(
-                            *(accs2, x_desc, b_z2, n0, r0, 2 * i + a, 2 * j + b, H, P, Q, pad_h, first),
-                            *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                            *(accs2, x_desc, b_z2, n0, f0, 2 * i + a, 2 * j + b, HS, P, Q),
+                            *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                         )
         else:
             p_z = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn
             b_z = tl.load(p_z + o_k * stride_dyk, mask=(o_n < N) & (o_k < K), other=0.0)
             accs = _add_products(
-                *(accs, x_desc, _turned(b_z, BLOCK_K, BLOCK_N), n0, r0, i, j, H, P, Q, pad_h, first),
-                *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                *(accs, x_desc, _turned(b_z, BLOCK_K, BLOCK_N), n0, f0, i, j, HS, P, Q),
+                *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
             )
             if BLOCK_N2 > 0:
                 b_z2 = tl.load(p_z + o_k2 * stride_dyk, mask=(o_n < N) & (o_k2 < K), other=0.0)
                 accs2 = _add_products(
-                    *(accs2, x_desc, _turned(b_z2, BLOCK_K, BLOCK_N2), n0, r0, i, j, H, P, Q, pad_h, first),
-                    *(STRIDE_H, STEP, POSITIONS, INPUT_PRECISION, BLOCK_M, BLOCK_K),
+                    *(accs2, x_desc, _turned(b_z2, BLOCK_K, BLOCK_N2), n0, f0, i, j, HS, P, Q),
+                    *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
                 )
     o_m = tl.arange(0, BLOCK_M)[:, None] * K
-    p_out = partial_ptr + (pid_split * ALL_BLOCKS + group * BLOCKS) * (BLOCK_M * K) + o_m
+    p_out = partial_ptr + (pid_split * FOLD_BLOCKS + pid % FOLD_BLOCKS) * (3 * BLOCK_M * K) + o_m
     o_out = k0 + tl.arange(0, BLOCK_N)[None, :]
-    for block in tl.static_range(BLOCKS):
-        tl.store(p_out + block * BLOCK_M * K + o_out, accs[block], mask=o_out < K)
+    for j in tl.static_range(3):
+        tl.store(p_out + j * BLOCK_M * K + o_out, accs[j], mask=o_out < K)
     if BLOCK_N2 > 0:
         o_out2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
-        for block in tl.static_range(BLOCKS):
-            tl.store(p_out + block * BLOCK_M * K + o_out2, accs2[block], mask=o_out2 < K)
+        for j in tl.static_range(3):
+            tl.store(p_out + j * BLOCK_M * K + o_out2, accs2[j], mask=o_out2 < K)
     if POOLED:
-        if group == 0:
+        if f0 == 0:
             p_sums = sums_ptr + pid_split * K
-            b_total = tl.sum(_turned(b_sum, BLOCK_K, BLOCK_N), axis=1)
             o_sum = k0 + tl.arange(0, BLOCK_N)
-            tl.store(p_sums + o_sum, b_total, mask=o_sum < K)
+            tl.store(p_sums + o_sum, tl.sum(_turned(b_sum, BLOCK_K, BLOCK_N), axis=1), mask=o_sum < K)
             if BLOCK_N2 > 0:
-                b_total2 = tl.sum(_turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1)
                 o_sum2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
-                tl.store(p_sums + o_sum2, b_total2, mask=o_sum2 < K)
+                tl.store(p_sums + o_sum2, tl.sum(_turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1), mask=o_sum2 < K)
 
 
 # ------------------------------------------------------------------------------------------------- launch function
@@ -266,7 +257,7 @@ def _conv2d_rows_wgrad_kernel(
 
 def wgrad(
     dy: Tensor,
-    by_batch: Tensor,
+    cells: Tensor,
     dw: Tensor,
     problem: Problem,
     vectors: Sequence[ColumnSums] = (),
@@ -277,30 +268,31 @@ def wgrad(
 
     Args:
         dy: gradient before the activation (N, K, P, Q); with ``position`` that of the output's pool, 3 x 3 of stride 2.
-        by_batch: of the input, :func:`.row_stem.rows_of_copy`.
+        cells: the input's, with the batch innermost (:class:`.by_batch.CellsCopy`).
         position: the pool's, uint8.
         d_bias: out: with ``position`` the gradient of the bias (K,), if wanted.
     """
-    n, c, h, _, k, r, s, p, q, (stride, padding, *_), _, device, precision = problem
-    positions = max(16, next_power_of_2(s * c))
-    config = conv2d_rows_wgrad_config(device, n, p, q, positions, k, r, pooled=position is not None)
-    split, blocks = config.pop("SPLIT"), config["BLOCKS"]
+    n, c, _, _, k, r, s, p, q, ((stride, _), *_), _, device, precision = problem
+    folded = fold(c, s, stride)
+    config = conv2d_rows_wgrad_config(device, n, p, q, folded, k, pooled=position is not None)
+    split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
-    all_blocks = cdiv(cdiv(r * positions, m), blocks) * blocks
-    partial = new_output((split, 1, all_blocks * m // positions, positions, k), torch.float32, device)
+    fold_blocks = cdiv(folded, m)
+    height, columns, row = cells.shape
+    partial = new_output((split, fold_blocks, 3, m, k), torch.float32, device)
     sums = partial if position is None else new_output((split, k), torch.float32, device)
     if d_bias is not None:
         vectors = [*vectors, ColumnSums(sums, d_bias)]
     launch(
         _conv2d_rows_wgrad_kernel,
-        (all_blocks // blocks * cdiv(k, n1 + n2), split),
-        x_desc=rows_by_batch(by_batch, n, [m // positions, positions, images]),
+        (fold_blocks * cdiv(k, n1 + n2), split),
+        x_desc=TensorDescriptor(cells, [height, columns, n], [columns * row, row, 1], [1, m, images]),
         dy_ptr=dy,
         position_ptr=dy if position is None else position,
         partial_ptr=partial,
         sums_ptr=sums,
         N=n,
-        H=h,
+        HS=height,
         P=p,
         Q=q,
         K=k,
@@ -308,18 +300,14 @@ def wgrad(
         POOL_Q=dy.shape[3],
         **strides("stride_dy", "nkpq", dy),
         **strides("stride_p", "nkpq", dy if position is None else position),
-        pad_h=padding[0],
-        first=padding[1] * c,
         SPLIT=split,
         USEFUL_POSITIONS=c * r * s,
-        POSITIONS=positions,
-        STRIDE_H=stride[0],
-        STEP=stride[1] * c,
-        ALL_BLOCKS=all_blocks,
+        DEPTH=stride * stride * c,
+        FOLD_BLOCKS=fold_blocks,
         POOLED=position is not None,
         NO_GRADIENT=no_gradient(torch.uint8),
         WIDE=needs_int64(dy, position, partial),
         INPUT_PRECISION=precision,
         **config,
     )
-    unfold(partial, dw, 1, vectors)
+    unfold(partial, dw, stride, vectors)

@@ -344,25 +344,19 @@ def _strips(q: int, programs: int, programs_per_multiprocessor: int) -> int:
     return min(range(1, min(q, 16) + 1), key=columns_one_after_another)
 
 
-def conv2d_rows_wgrad_config(
-    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, pooled: bool
-) -> dict[str, int]:
-    """Tiles of its weight gradient: BLOCKS x BLOCK_M positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
+def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, pooled: bool) -> dict[str, int]:
+    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
 
     ``pooled``: with the gradient of the pool, p x q pixels before it.
     """
     block_n, block_n2 = _two_blocks(k, 64)
-    block_m = 64
-    needed = cdiv(r * positions, block_m)
-    blocks = min((3, 2, 1), key=lambda b: cdiv(needed, b) * b)
-    config = {"BLOCKS": blocks, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32}
-    config |= {"num_warps": 8, "num_stages": 2}
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}
     operation = "conv2d_rows_pool_wgrad" if pooled else "conv2d_rows_wgrad"
-    measured = tuned(device, conv2d_key(operation, n, p, q, positions, k, r, 1, torch.float32))
+    measured = tuned(device, conv2d_key(operation, n, p, q, fold, k, 3, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
-    programs = cdiv(needed, config["BLOCKS"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
+    programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
     steps = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, config["BLOCK_K"]) if pooled else p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})

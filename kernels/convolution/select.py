@@ -112,20 +112,8 @@ def _by_tensor_cores(problem: Problem) -> bool:
 
 
 def _is_row_stem(problem: Problem) -> bool:
-    """Whether this is a strided convolution of few channels in TF32: at most 64 numbers under a filter row, a step of fours."""
-    stride, _, dilation, groups = problem.geometry
-    rows = row_stem.Rows.of(problem)
-    return (
-        problem.precision == "tf32"
-        and _by_tensor_cores(problem)
-        and groups == 1
-        and max(dilation) == 1
-        and max(stride) > 1
-        and rows.step % 4 == 0
-        and rows.useful <= 64
-        and problem.k % 8 == 0
-        and problem.n > 0
-    )
+    """Whether this is such a convolution in TF32, whose pixels' rows begin at multiples of 16 bytes."""
+    return problem.precision == "tf32" and _has_cells(problem) and row_stem.Rows.of(problem).step % 4 == 0
 
 
 def _has_cells(problem: Problem) -> bool:
@@ -240,9 +228,9 @@ def wgrad(
         return dw
     assert input is not None
     if kernels == Kernels.ROW_STEM:
-        rows = row_stem.copy_of_rows(row_stem.dense_rows(input))
-        copy([rows])
-        row_stem_wgrad.wgrad(dz, rows.out, dw, problem, vectors)
+        kept = row_stem.cells_copy(row_stem.dense_rows(input), problem)
+        kept.make()
+        row_stem_wgrad.wgrad(dz, kept.out, dw, problem, vectors)
     elif kernels == Kernels.GENERAL:
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):

@@ -220,7 +220,7 @@ def _conv2d_stem_wgrad_kernel(
 
 @triton.jit
 def _unfold_filter_kernel(
-    partial_ptr,  # [SPLIT, FOLD_BLOCKS, ROWS, BLOCK_M, K] float32
+    partial_ptr,  # [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
     dw_ptr,  # out: [K, C, R, S] through its strides
     elements,
     K,
@@ -239,8 +239,7 @@ def _unfold_filter_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+        BLOCK_M: tl.constexpr,
     HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -261,8 +260,8 @@ def _unfold_filter_kernel(
         o_s = o_e // K // C % S
         o_r = o_e // K // C // S
         o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
-        p_in = partial_ptr + ((o_f // BLOCK_M * ROWS + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
-        part = FOLD_BLOCKS * ROWS * BLOCK_M * K  # elements from one to the next
+        p_in = partial_ptr + ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
+        part = FOLD_BLOCKS * 3 * BLOCK_M * K  # elements from one to the next
         b_total = sum_over_parts(p_in, part, SPLIT, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
         p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
         tl.store(p_dw, cast(b_total, dw_ptr.dtype.element_ty), mask=m_e)
@@ -420,12 +419,12 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
 
 
 def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
-    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, rows, positions, K).
+    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, 3, positions, K).
 
     And the sums of ``vectors`` in the same launch.
     """
     k, c, r, s = dw.shape
-    split, fold_blocks, rows, m, _ = partial.shape
+    split, fold_blocks, _, m, _ = partial.shape
     block = 64
     vector_values, programs = vector_arguments(vectors, cdiv(dw.numel(), block))
     launch(
@@ -443,7 +442,6 @@ def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSum
         S=s,
         STRIDE=stride,
         FOLD_BLOCKS=fold_blocks,
-        ROWS=rows,
         BLOCK_M=m,
         WIDE=needs_int64(dw, partial),
         BLOCK_PARTS=16,
