@@ -53,67 +53,41 @@ def _turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _windows(
-    dy_ptr,
-    position_ptr,
-    o_n,
-    o_k,
-    i,
-    j,
-    N,
-    K,
-    POOL_P,
-    POOL_Q,
-    stride_dyn,
-    stride_dyk,
-    stride_dyp,
-    stride_dyq,
-    stride_pn,
-    stride_pk,
-    stride_pp,
-    stride_pq,
-    NO_GRADIENT: tl.constexpr,
-):
-    """Gradients and positions of the four windows that reach the 2 x 2 pixels at which window (i, j) begins."""
-    grads = ()
-    positions = ()
-    for a in tl.static_range(2):
-        for b in tl.static_range(2):
-            p = i - 1 + a
-            q = j - 1 + b
-            mask = (o_n < N) & (o_k < K) & (p >= 0) & (p < POOL_P) & (q >= 0) & (q < POOL_Q)
-            p_dy = dy_ptr + (p * stride_dyp + q * stride_dyq) + o_n * stride_dyn + o_k * stride_dyk
-            p_position = position_ptr + (p * stride_pp + q * stride_pq) + o_n * stride_pn + o_k * stride_pk
-            grads += (tl.load(p_dy, mask=mask, other=0.0),)  # type: ignore[assignment]
-            positions += (tl.load(p_position, mask=mask, other=NO_GRADIENT),)  # type: ignore[assignment]
-    return grads, positions
-
-
-@triton.jit
-def _pixel_gradient(grads, positions, a: tl.constexpr, b: tl.constexpr):
-    """Of pixel (a, b) of the 2 x 2: the sum over the windows that point at it, in the order of :mod:`kernels.pooling`."""
-    total = tl.zeros(grads[0].shape, dtype=tl.float32)
-    for u in tl.static_range(2):  # windows (i - 1, .) see row 0 as their row 2, windows (i, .) both rows as their own
-        for v in tl.static_range(2):
-            if (u == 1 or a == 0) and (v == 1 or b == 0):
-                points = positions[2 * u + v] == (a if u == 1 else 2) * 3 + (b if v == 1 else 2)
-                total += tl.where(points, grads[2 * u + v].to(tl.float32), 0.0)
-    return total
-
-
-@triton.jit
-def _add_products(
-    accs, x_desc, b_z, n0, f0, p, q, HS, P, Q,
-    DEPTH: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def _gradient(
+    dy_ptr, position_ptr, o_n, o_k, p, q, N, K, POOL_P, POOL_Q,
+    stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq,
+    POOLED: tl.constexpr, NO_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """``accs``, [BLOCK_M, filters] each, with the products of one pixel; ``b_z``: gradients [filters, BLOCK_K] in the type of x."""
-    # A pixel outside of the convolution's output, at the edge of the 2 x 2, has no gradient: nor may it see an infinity.
-    row = tl.where((p < P) & (q < Q), p, HS)
-    added = ()
-    for j in tl.static_range(3):
-        b_x = x_desc.load([row + j, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
-        added += (dot(b_x, b_z.T, accs[j], INPUT_PRECISION),)  # type: ignore[assignment]
-    return added
+    """Gradient of pixel (p, q) before the activation, and POOLED what its own window, whose last row and column it may be in, passes on.
+
+    POOLED it is the sum over the windows that point at the pixel, in the order of :mod:`kernels.pooling`.
+    """
+    inside = (o_n < N) & (o_k < K)
+    if POOLED:
+        total = tl.zeros(inside.shape, dtype=tl.float32)
+        own = total
+        for u in tl.static_range(2):  # the windows that begin two rows above, if they reach so far, and those of the pixel's own row
+            for v in tl.static_range(2):
+                i = p // 2 - 1 + u
+                j = q // 2 - 1 + v
+                reached = (i >= 0) & (i < POOL_P) & (j >= 0) & (j < POOL_Q)
+                if u == 0:
+                    reached = reached & (p % 2 == 0)
+                if v == 0:
+                    reached = reached & (q % 2 == 0)
+                place = (p % 2 if u == 1 else 2) * 3 + (q % 2 if v == 1 else 2)
+                p_dy = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn + o_k * stride_dyk
+                p_position = position_ptr + (i * stride_pp + j * stride_pq) + o_n * stride_pn + o_k * stride_pk
+                b_dy = tl.load(p_dy, mask=inside & reached, other=0.0).to(tl.float32)
+                b_position = tl.load(p_position, mask=inside & reached, other=NO_GRADIENT).to(tl.int32)
+                total += tl.where(b_position == place, b_dy, 0.0)
+                if u == 1 and v == 1:
+                    own = tl.where(b_position == NO_GRADIENT, 0.0, b_dy)
+        return total, own
+    else:
+        p_dy = dy_ptr + (p * stride_dyp + q * stride_dyq) + o_n * stride_dyn + o_k * stride_dyk
+        total = tl.load(p_dy, mask=inside, other=0.0).to(tl.float32)
+        return total, total
 
 
 @triton.jit
@@ -124,7 +98,6 @@ def _conv2d_rows_wgrad_kernel(
     partial_ptr,  # out: [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
     sums_ptr,  # POOLED: out: [SPLIT, K] float32, the sums of the gradient before the activation
     N,
-    HS,
     P,  # of the convolution's output
     Q,
     K,
@@ -153,95 +126,76 @@ def _conv2d_rows_wgrad_kernel(
 ):
     """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
 
-    A step is one pixel of BLOCK_K images, POOLED the 2 x 2 at which a window begins: they share the windows that reach them.
+    A step is one pixel of BLOCK_K images.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     f0 = (pid % FOLD_BLOCKS * BLOCK_M).to(tl.int32)
     k0 = (pid // FOLD_BLOCKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
-    SIDE: tl.constexpr = 2 if POOLED else 1
-    rows = tl.cdiv(P, SIDE)
-    columns = tl.cdiv(Q, SIDE)
     blocks_n = tl.cdiv(N, BLOCK_K)
-    steps = rows * columns * blocks_n
+    steps = P * Q * blocks_n
     steps_per_split = tl.cdiv(steps, SPLIT)
     begin = (pid_split * steps_per_split).to(tl.int32)
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     o_k = _others_5d(k0, BLOCK_N)
-    o_k2 = o_k
-    accs = ()
-    accs2 = ()
-    for _ in tl.static_range(3):
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
+    b_lost = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
     if BLOCK_N2 > 0:
         o_k2 = _others_5d(k0 + BLOCK_N, BLOCK_N2)
-        for _ in tl.static_range(3):
-            accs2 += (tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32),)  # type: ignore[assignment]
-    if POOLED:
-        b_sum = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
-        b_lost = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
-        if BLOCK_N2 > 0:
-            b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-            b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+        acc2_0 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        acc2_1 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        acc2_2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
+        b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
+        b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
     # The compiler keeps each product's addresses in registers, beside the accumulators, if it may.
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, steps), disable_licm=True):
-        i = step // blocks_n // columns
-        j = step // blocks_n % columns
         n0 = step % blocks_n * BLOCK_K
+        p = step // blocks_n // Q
+        q = step // blocks_n % Q
         o_n = _images_5d(n0, BLOCK_K)
         if WIDE:
             o_n = o_n.to(tl.int64)
+        x_0 = x_desc.load([p, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
+        x_1 = x_desc.load([p + 1, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
+        x_2 = x_desc.load([p + 2, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
+        first = (p % 2 == 0) & (q % 2 == 0)  # of its window: the sum over windows is that over pixels
+        b_z, own = _gradient(
+            *(dy_ptr, position_ptr, o_n, o_k, p, q, N, K, POOL_P, POOL_Q),
+            *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, POOLED, NO_GRADIENT),
+        )
         if POOLED:
-            grads, positions = _windows(
-                *(dy_ptr, position_ptr, o_n, o_k, i, j, N, K, POOL_P, POOL_Q),
-                *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, NO_GRADIENT),
+            b_sum, b_lost = compensated_add(b_sum, b_lost, tl.where(first, own, 0.0))
+        b_z = _turned(cast(b_z, DTYPE), BLOCK_K, BLOCK_N).T
+        acc_0 = dot(x_0, b_z, acc_0, INPUT_PRECISION)
+        acc_1 = dot(x_1, b_z, acc_1, INPUT_PRECISION)
+        acc_2 = dot(x_2, b_z, acc_2, INPUT_PRECISION)
+        if BLOCK_N2 > 0:
+            b_z2, own2 = _gradient(
+                *(dy_ptr, position_ptr, o_n, o_k2, p, q, N, K, POOL_P, POOL_Q),
+                *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, POOLED, NO_GRADIENT),
             )
-            # Every gradient that a window passes on reaches one pixel: the sum over the windows is that over the pixels.
-            b_own = tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))
-            b_sum, b_lost = compensated_add(b_sum, b_lost, b_own)
-            for a in tl.static_range(2):
-                for b in tl.static_range(2):
-                    b_z = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N)
-                    accs = _add_products(
-                        *(accs, x_desc, b_z, n0, f0, 2 * i + a, 2 * j + b, HS, P, Q),
-                        *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                    )
-            if BLOCK_N2 > 0:
-                grads, positions = _windows(
-                    *(dy_ptr, position_ptr, o_n, o_k2, i, j, N, K, POOL_P, POOL_Q),
-                    *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, NO_GRADIENT),
-                )
-                b_own2 = tl.where(positions[3] == NO_GRADIENT, 0.0, grads[3].to(tl.float32))
-                b_sum2, b_lost2 = compensated_add(b_sum2, b_lost2, b_own2)
-                for a in tl.static_range(2):
-                    for b in tl.static_range(2):
-                        b_z2 = _turned(cast(_pixel_gradient(grads, positions, a, b), DTYPE), BLOCK_K, BLOCK_N2)
-                        accs2 = _add_products(
-                            *(accs2, x_desc, b_z2, n0, f0, 2 * i + a, 2 * j + b, HS, P, Q),
-                            *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                        )
-        else:
-            p_z = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn
-            b_z = tl.load(p_z + o_k * stride_dyk, mask=(o_n < N) & (o_k < K), other=0.0)
-            accs = _add_products(
-                *(accs, x_desc, _turned(b_z, BLOCK_K, BLOCK_N), n0, f0, i, j, HS, P, Q),
-                *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-            )
-            if BLOCK_N2 > 0:
-                b_z2 = tl.load(p_z + o_k2 * stride_dyk, mask=(o_n < N) & (o_k2 < K), other=0.0)
-                accs2 = _add_products(
-                    *(accs2, x_desc, _turned(b_z2, BLOCK_K, BLOCK_N2), n0, f0, i, j, HS, P, Q),
-                    *(DEPTH, INPUT_PRECISION, BLOCK_M, BLOCK_K),
-                )
+            if POOLED:
+                b_sum2, b_lost2 = compensated_add(b_sum2, b_lost2, tl.where(first, own2, 0.0))
+            b_z2 = _turned(cast(b_z2, DTYPE), BLOCK_K, BLOCK_N2).T
+            acc2_0 = dot(x_0, b_z2, acc2_0, INPUT_PRECISION)
+            acc2_1 = dot(x_1, b_z2, acc2_1, INPUT_PRECISION)
+            acc2_2 = dot(x_2, b_z2, acc2_2, INPUT_PRECISION)
     o_m = tl.arange(0, BLOCK_M)[:, None] * K
     p_out = partial_ptr + (pid_split * FOLD_BLOCKS + pid % FOLD_BLOCKS) * (3 * BLOCK_M * K) + o_m
     o_out = k0 + tl.arange(0, BLOCK_N)[None, :]
-    for j in tl.static_range(3):
-        tl.store(p_out + j * BLOCK_M * K + o_out, accs[j], mask=o_out < K)
+    m_k = o_out < K
+    tl.store(p_out + o_out, acc_0, mask=m_k)
+    tl.store(p_out + BLOCK_M * K + o_out, acc_1, mask=m_k)
+    tl.store(p_out + 2 * BLOCK_M * K + o_out, acc_2, mask=m_k)
     if BLOCK_N2 > 0:
         o_out2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
-        for j in tl.static_range(3):
-            tl.store(p_out + j * BLOCK_M * K + o_out2, accs2[j], mask=o_out2 < K)
+        m_k2 = o_out2 < K
+        tl.store(p_out + o_out2, acc2_0, mask=m_k2)
+        tl.store(p_out + BLOCK_M * K + o_out2, acc2_1, mask=m_k2)
+        tl.store(p_out + 2 * BLOCK_M * K + o_out2, acc2_2, mask=m_k2)
     if POOLED:
         if f0 == 0:
             p_sums = sums_ptr + pid_split * K
@@ -292,7 +246,6 @@ def wgrad(
         partial_ptr=partial,
         sums_ptr=sums,
         N=n,
-        HS=height,
         P=p,
         Q=q,
         K=k,

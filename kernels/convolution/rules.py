@@ -357,6 +357,6 @@ def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     measured = tuned(device, conv2d_key(operation, n, p, q, fold, k, 3, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
     programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    steps = cdiv(p, 2) * cdiv(q, 2) * cdiv(n, config["BLOCK_K"]) if pooled else p * q * cdiv(n, config["BLOCK_K"])
+    steps = p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
