@@ -94,13 +94,14 @@ def _conv2d_box(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 def _conv2d_images_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["C"] * a["R"] * a["S"]
     together = a["POSITIONS"]
-    tiles = triton.cdiv(a["K"], a["BLOCK_M"]) * a["C"] // (a["BLOCK_N"] + a["BLOCK_N2"])
+    tiles = triton.cdiv(a["K"], a["BLOCK_M"]) * triton.cdiv(a["C"], a["BLOCK_N"] + a["BLOCK_N2"])
     step = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * together * a["BLOCK_K"] * triton.cdiv(a["N"], a["BLOCK_K"])
     issued = 0
     for first in range(0, a["R"] * a["S"], together):
         inside = [(max(0, a["pad_h"] - r), min(a["P"], a["H"] + a["pad_h"] - r)) for r in _positions(first, together, a)[0]]
         across = [(max(0, a["pad_w"] - s), min(a["Q"], a["W"] + a["pad_w"] - s)) for s in _positions(first, together, a)[1]]
         rows, columns = (max(0, max(h for _, h in e) - min(low for low, _ in e)) for e in (inside, across))
+        columns = a["Q"] if a.get("FOLDED") else columns
         issued += rows * columns * step * tiles
     return useful, issued
 
@@ -131,6 +132,22 @@ def _conv2d_stem_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, in
     return useful, grid[0] // strips * pixels * tile * (a["BLOCK_K"] + a["BLOCK_K2"])
 
 
+def _conv2d_rows(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """A first layer row by row of its filters; rows in the padding above and below are not issued."""
+    useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["USEFUL_POSITIONS"]
+    rows = sum(0 <= p * a["STRIDE_H"] - a["pad_h"] + r < a["H"] for p in range(a["P"]) for r in range(a["R"]))
+    tile = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["POSITIONS"]
+    return useful, grid[0] // a["P"] * rows * tile
+
+
+def _conv2d_rows_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """As :func:`_conv2d_stem_pool`."""
+    useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
+    tile = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["POSITIONS"] * a["R"]
+    strips = triton.cdiv(a["Q"], a["columns"])
+    return useful, grid[0] // strips * 3 * (2 * a["Q"] + strips) * tile
+
+
 def _matmul(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])  # the parts of a split share the steps of K
 
@@ -146,6 +163,9 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_stem_kernel": _conv2d_stem,
     "_conv2d_stem_wgrad_kernel": _conv2d_stem,
     "_conv2d_stem_pool_kernel": _conv2d_stem_pool,
+    "_conv2d_rows_kernel": _conv2d_rows,
+    "_conv2d_rows_pool_kernel": _conv2d_rows_pool,
+    "_conv2d_rows_wgrad_kernel": _conv2d_stem,
     "_matmul_kernel": _matmul,
     "_matmul_descriptor_kernel": _matmul,
 }

@@ -38,7 +38,13 @@ from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums, sum_parts
 from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch, rows_by_batch
 from .problem import Problem
-from .rules import conv2d_box_config, conv2d_images_config, conv2d_images_wgrad_config, conv2d_tile
+from .rules import (
+    conv2d_box_config,
+    conv2d_by_batch_wgrad_config,
+    conv2d_images_config,
+    conv2d_images_wgrad_config,
+    conv2d_tile,
+)
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -355,6 +361,8 @@ def _conv2d_images_wgrad_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     BY_BATCH: tl.constexpr,
+    X_CHANNELS: tl.constexpr,  # of the input
+    FOLDED: tl.constexpr,  # C is S times as many, and S is 1: the columns of a filter are neighbours in a row of the input
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -371,7 +379,7 @@ def _conv2d_images_wgrad_kernel(
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(K, BLOCK_M)
-    CHUNKS: tl.constexpr = C // (BLOCK_N + BLOCK_N2)
+    CHUNKS: tl.constexpr = (C + BLOCK_N + BLOCK_N2 - 1) // (BLOCK_N + BLOCK_N2)
     k0 = (pid % blocks_m * BLOCK_M).to(tl.int32)
     c0 = (pid // blocks_m % CHUNKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
     rs = (pid // blocks_m // CHUNKS * POSITIONS).to(tl.int32)
@@ -382,6 +390,9 @@ def _conv2d_images_wgrad_kernel(
     p_high = tl.minimum(P, H + pad_h - r)
     q_low = tl.maximum(0, pad_w - s)
     q_high = tl.minimum(Q, W + pad_w - s)
+    if FOLDED:  # columns outside of the image come as zeros
+        q_low = q_low * 0
+        q_high = Q
     if POSITIONS == 2:
         r2 = (rs + 1) // S
         s2 = (rs + 1) % S
@@ -410,13 +421,13 @@ def _conv2d_images_wgrad_kernel(
         o_z = (p * Q + q) * K + k0
         b_z = z_desc.load([o_z, n0]) if BY_BATCH else z_desc.load([n0, o_z]).T  # [BLOCK_M, BLOCK_K]
         h = p + r - pad_h
-        o_x = (q + s - pad_w) * C + c0
+        o_x = (q + s - pad_w) * X_CHANNELS + c0
         acc = dot(b_z, _load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
         if BLOCK_N2 > 0:
             acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
         if POSITIONS == 2:
             h2 = p + r2 - pad_h
-            o_x2 = (q + s2 - pad_w) * C + c0
+            o_x2 = (q + s2 - pad_w) * X_CHANNELS + c0
             next_acc = dot(b_z, _load_images(x_desc, h2, n0, o_x2, BY_BATCH), next_acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
                 b_x2 = _load_images(x2_desc, h2, n0, o_x2 + BLOCK_N, BY_BATCH)
@@ -426,10 +437,10 @@ def _conv2d_images_wgrad_kernel(
     p_out = partial_ptr + ((pid_split * K + o_k) * (R * S * C) + rs * C + c0)[:, None]
     m_k = (o_k < K)[:, None]
     o_c = tl.arange(0, BLOCK_N)[None, :]
-    tl.store(p_out + o_c, acc, mask=m_k)
+    tl.store(p_out + o_c, acc, mask=m_k & (c0 + o_c < C) if FOLDED else m_k)
     if BLOCK_N2 > 0:
         o_c2 = BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
-        tl.store(p_out + o_c2, acc2, mask=m_k)
+        tl.store(p_out + o_c2, acc2, mask=m_k & (c0 + o_c2 < C) if FOLDED else m_k)
     if POSITIONS == 2:
         m_k = m_k & (rs + 1 < R * S)
         tl.store(p_out + C + o_c, next_acc, mask=m_k)
@@ -586,7 +597,11 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         by_batch: whether ``dz`` and ``input`` are copies of :func:`.by_batch.new_by_batch`, which TF32 needs.
     """
     n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
-    config = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, dtype)
+    sizes = (n, p, q, c, k, r, s)
+    if by_batch:
+        config = conv2d_by_batch_wgrad_config(device, *sizes)
+    else:
+        config = conv2d_images_wgrad_config(device, *sizes, dtype) | {"FOLDED": 0}
     split = config.pop("SPLIT")
     n2 = config["BLOCK_N2"]
     m, images = config["BLOCK_M"], config["BLOCK_K"]
@@ -594,7 +609,8 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     wide = needs_int64(partial)
     if wide:
         config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
-    positions = cdiv(r * s, config["POSITIONS"]) * (c // (config["BLOCK_N"] + n2))
+    folded = s if config["FOLDED"] else 1  # filter columns that are taken for channels
+    positions = cdiv(r * s // folded, config["POSITIONS"]) * cdiv(c * folded, config["BLOCK_N"] + n2)
     if by_batch:
         z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [m, images])
     else:
@@ -619,10 +635,11 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         SPLIT=split,
         pad_h=padding[0],
         pad_w=padding[1],
-        C=c,
+        C=c * folded,
         R=r,
-        S=s,
+        S=s // folded,
         BY_BATCH=by_batch,
+        X_CHANNELS=c,
         WIDE=wide,
         INPUT_PRECISION=precision,
         **config,

@@ -198,6 +198,68 @@ def conv2d_box_config(
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
 
+#: Estimates for an H100: clock cycles a microsecond, bytes of memory a microsecond, microseconds of starting and ending a program.
+_CYCLES_US, _MEMORY_BYTES_US, _PROGRAM_US = 1700, 3.0e6, 2.0
+
+
+def _tf32_cycles(block_m: int, block_n: int) -> float:
+    """Cycles that one multiprocessor takes for block_m x block_n sums of 32 products of TF32, at least.
+
+    The tensor cores take n / 2 cycles for 64 x n x 8 products. Shared memory moves 128 bytes a cycle: both operands of each such
+    product on their way out, and the blocks on their way in.
+    """
+    products = block_m * block_n / 32
+    moved = block_m / 64 * (64 + block_n) + block_m + block_n
+    return max(products, moved)
+
+
+@functools.lru_cache(maxsize=1024)
+def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles and SPLIT of a weight gradient in TF32: of those within 5% of the least estimated time the one with the fewest parts."""
+    steps = p * q * cdiv(n, 32)
+
+    def microseconds(config: dict[str, int]) -> float:
+        columns = config["BLOCK_N"] + config["BLOCK_N2"]
+        blocks = r * cdiv(s * c, columns) if config["FOLDED"] else r * s * (c // columns)
+        rounds = cdiv(cdiv(k, config["BLOCK_M"]) * blocks * config["SPLIT"], MULTIPROCESSORS)
+        step = _tf32_cycles(config["BLOCK_M"], columns) / _CYCLES_US
+        parts = (2 * config["SPLIT"] + 1) * 4 * k * c * r * s  # written, read, and added up
+        return rounds * (cdiv(steps, config["SPLIT"]) * step + _PROGRAM_US) + parts / _MEMORY_BYTES_US
+
+    candidates = []
+    for block_m in (128, 256) if k % 256 == 0 else (128,):
+        for block_n, block_n2 in ((256, 0), (128, 64), (128, 0), (64, 32), (64, 0), (32, 16), (32, 0), (16, 0), (8, 0)):
+            for folded in (0, 1):
+                columns = block_n + block_n2
+                if block_m * columns > 128 * 256 or (not folded and c % columns) or (folded and (s == 1 or columns > 2 * s * c)):
+                    continue
+                tiles = {"POSITIONS": 1, "FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
+                stages = min(4, SHARED_BYTES * 9 // 10 // ((block_m + columns) * 128))
+                tiles |= {"BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
+                candidates += [tiles | {"SPLIT": split} for split in range(1, min(24, steps) + 1)]
+    limit = 1.05 * min(map(microseconds, candidates))
+    return min((each for each in candidates if microseconds(each) <= limit), key=lambda each: (each["SPLIT"], microseconds(each)))
+
+
+def conv2d_by_batch_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
+    """As :func:`conv2d_images_wgrad_config`, in TF32, and FOLDED: whether a block's columns may be of several filter columns.
+
+    For one filter row those of all filter columns are neighbours in a row of the images.
+    """
+    if INTERPRETED:
+        config = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, torch.float32)
+        config |= apply_overrides({"FOLDED": 0})
+    else:
+        config = dict(_by_batch_wgrad_rule(n, p, q, c, k, r, s))
+        config |= known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
+        config = apply_overrides(config)
+    if config["FOLDED"]:
+        config["POSITIONS"] = 1
+    return config
+
+
 def conv2d_images_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, int]:
