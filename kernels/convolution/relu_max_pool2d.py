@@ -148,19 +148,22 @@ def _run_backward(
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight = nothing(weight)
-    if kept_rows:
+    if needs_weight and (kept_rows or cells is None) and select.fuses_pool_wgrad(convolution, window):
+        if cells is None:
+            assert input is not None
+            kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
+            kept.make()
+            cells = kept.out
+        d_weight = new_output_like(weight)
+        d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
+        row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+        if not needs_input:
+            return nothing(weight), d_weight, nothing(weight) if d_bias is None else d_bias, nothing(weight)
+        needs_weight, cells = False, None
+    elif kept_rows:
         assert cells is not None
-        if needs_weight and select.fuses_pool_wgrad(convolution, window):
-            d_weight = new_output_like(weight)
-            d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-            row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
-            if not needs_input:
-                return nothing(weight), d_weight, nothing(weight) if d_bias is None else d_bias, nothing(weight)
-            needs_weight = False
-        else:
-            of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
-            input = _images_of(of_cells, input_size, geometry)
-        cells = None
+        of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
+        input, cells = _images_of(of_cells, input_size, geometry), None
     # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
@@ -208,7 +211,7 @@ def conv2d_relu_max_pool2d_backward(
 
 @conv2d_relu_max_pool2d_backward.register_fake
 def _(grad_output, input, cells, weight, position, input_size, *arguments):
-    *_, wanted, linked, _ = arguments
+    wanted, linked = arguments[8:10]
     return new_gradients(grad_output, input_size, weight, wanted, linked)
 
 
@@ -407,7 +410,9 @@ def prepare_conv2d_relu_max_pool2d(
 
 
 def _keeps_rows(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
-    return weight.requires_grad and select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
+    if torch.compiler.is_compiling() or not weight.requires_grad:  # Dynamo cannot ask PyTorch's switches
+        return False
+    return select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
 
 
 def reads_cells(
