@@ -162,7 +162,9 @@ def _fma_us(m: int, n: int, k: int, rows_along_k: bool, config: dict[str, int]) 
     rounds = cdiv(programs, MULTIPROCESSORS)
     registers = 48 + 2 * rows * columns  # as compiled, about
     step_bytes = (block_m + block_n) * block_k * 4
-    held = min(_REGISTERS // (32 * warps * registers), SHARED_BYTES // (config["num_stages"] * step_bytes), 2048 // (32 * warps))
+    held = min(
+        _REGISTERS // (32 * warps * registers), SHARED_BYTES // (config["num_stages"] * step_bytes), 2048 // (32 * warps)
+    )
     at_once = min(held, rounds)
     # Each of a multiprocessor's four schedulers gives out one instruction a cycle: products and reads.
     issued = (rows * columns + rows / 4 + columns / 4) * max(warps / 4, 1 / at_once)
