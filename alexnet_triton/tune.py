@@ -330,7 +330,8 @@ def _configured(candidate: Candidate) -> Iterator[None]:
 def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     """Verify and time every candidate of ``job``.
 
-    A candidate's largest error against float32 (float64 for float32) must be at most twice PyTorch's own in ``dtype``, plus half a unit.
+    A candidate's largest error against float32 (of float32: against float64) must be at most twice PyTorch's own in ``dtype``,
+    plus half a unit.
     """
     tensors = _tensors(job.layer, job.batch, dtype)
     wide = torch.float64 if dtype == torch.float32 else torch.float32

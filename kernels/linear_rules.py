@@ -183,7 +183,7 @@ def _fma_rule(m: int, n: int, k: int, rows_along_k: bool) -> dict[str, int]:
 
     def cost(config: dict[str, int]) -> tuple[float, int, int, int]:
         split = config["SPLIT"]
-        # The estimate is not so sure: a percent more bytes, which the parts of a split are, must be worth a percent of the time.
+        # The estimate is not so sure: a percent more bytes, as a split's parts are, must be worth a percent of the time.
         us = _fma_us(m, n, k, rows_along_k, config) * (1 + 2 * split * m * n / moved if split > 1 else 1)
         # Among equals fewer parts, longer steps, which wait less often, and more stages.
         return round(us, 1), split, -config["BLOCK_K"], -config["num_stages"]
@@ -247,7 +247,8 @@ def linear_config(
         config = dict(_linear_rule(m, n, k, dtype.itemsize))
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     elif dtype == torch.float32 and input_precision == "ieee":
-        config = dict(_fma_rule(n, m, k, True) if swap else _fma_rule(m, n, k, pass_ != "wgrad"))
+        rows, columns, products = (max(size, 1) for size in ((n, m, k) if swap else (m, n, k)))  # a batch may be empty
+        config = dict(_fma_rule(rows, columns, products, pass_ != "wgrad"))
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)

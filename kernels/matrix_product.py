@@ -13,8 +13,9 @@ epilogue. Without a split bias and ReLU are applied to the accumulators before t
 kernel's in any case: beside the accumulators of a large tile, the ten rounds of its random numbers do not fit the registers.
 
 In TF32 the tensor cores read shared memory only with K along the rows. The weight gradient gets copies of both operands in that
-order; the input gradient transposes each block of the weights on its way (:class:`_Operand`). Exact float32 products are FMAs on
-registers, whose second operand wants K along the columns: the forward pass computes the transposed product (:func:`_swaps`).
+order; the input gradient transposes each block of the weights on its way (:class:`_Operand`). An exact float32 product is FMAs
+on registers, where the second operand's neighbours should lie along N: the forward pass computes the transposed product
+(:func:`_swaps`).
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kernels
 from kernels import linear_rules
@@ -13,7 +16,7 @@ from kernels.matrix_product import linear_reference
 from kernels.runtime import backend, launch
 
 from ..conftest import DEVICE
-from ..oracle import check, dtype_id, randn
+from ..oracle import check, dtype_id, integers, randn
 
 HALF = (torch.bfloat16, torch.float16)
 #: (rows, in, out): rows of all three matrices start at multiples of 16 bytes. With SMALL blocks several, the last ragged.
@@ -126,55 +129,64 @@ def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch
     assert "_matmul_descriptor_kernel" not in launches
 
 
+def _check_tf32(operation: Callable[..., Tensor], reference: Callable[..., Tensor], shape: tuple[int, int, int]) -> None:
+    """Output and gradients of small integers, which TF32 holds: wherever this runs, its products round nothing."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    rows, features, outputs = shape
+    tensors = [integers(*size, dtype=torch.float32, high=3) for size in ((rows, features), (outputs, features), (outputs,))]
+    copies = [t.detach().double().requires_grad_() for t in tensors]
+    grad = integers(rows, outputs, dtype=torch.float32, high=3, grad=False)
+    ours, exact = operation(*tensors), reference(*copies)
+    assert torch.equal(ours.double(), exact)
+    grads = torch.autograd.grad(ours, tensors, grad)
+    exact_grads = torch.autograd.grad(exact, copies, grad.double())
+    for name, got, truth in zip(("input", "weight", "bias"), grads, exact_grads, strict=True):
+        assert torch.equal(got.double(), truth), name
+
+
 @hopper
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("features", [(72, 56), (96, 36)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 5, 17, 130])
 def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[str]) -> None:
     """All three passes, features in whole panels of 16 and not, more rows than outputs and fewer."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
     with tables.override(**SMALL, SPLIT=split):
-        check(
+        _check_tf32(
             lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
             lambda x, w, b: linear_reference(x, w, b, activation="relu"),
-            _tensors((rows, *features), torch.float32),
-            names="input weight bias",
+            (rows, *features),
         )
     assert launches.count("_matmul_descriptor_kernel") == 3
     assert "_matmul_kernel" not in launches
-    # The weight gradient's first operand is copied, and one second operand: the input, or with more rows than outputs the weight.
+    # A copy of the weight gradient's first operand, and of the input, or with more rows than outputs of the weight.
     assert launches.count("_row_major_kernel") == 2
 
 
 @hopper
 def test_tf32_of_the_own_configuration(launches: list[str]) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    check(kernels.linear, F.linear, _tensors((140, 320, 264), torch.float32), names="input weight bias")
+    _check_tf32(kernels.linear, F.linear, (140, 320, 264))
     assert launches.count("_matmul_descriptor_kernel") == 3
 
 
 @pytest.mark.parametrize("shape", [(5, 10, 32), (5, 32, 10)], ids=str)
 def test_tf32_features_that_tma_cannot_read(shape: tuple[int, int, int], launches: list[str]) -> None:
     """Ten columns of four bytes are no multiple of 16 bytes. Ten inputs: no pass can; ten outputs: the forward pass alone."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    check(kernels.linear, F.linear, _tensors(shape, torch.float32), names="input weight bias")
+    _check_tf32(kernels.linear, F.linear, shape)
     assert launches.count("_matmul_kernel") == (3 if shape[1] == 10 else 2)
 
 
 @hopper
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tf32_layouts(layout: str, launches: list[str]) -> None:
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
     change = {
         "row_stride_of_16_bytes": lambda t: F.pad(t, (0, 4))[:, : t.shape[1]],
         "starts_at_2_bytes": lambda t: F.pad(t, (1, 3))[:, 1 : 1 + t.shape[1]],  # 4 bytes here
     }.get(layout, LAYOUTS[layout][0])
     with tables.override(**SMALL, SPLIT=2):
-        check(
+        _check_tf32(
             lambda x, w, b: kernels.linear(change(x), change(w), b),
             lambda x, w, b: F.linear(change(x), change(w), b),
-            _tensors((40, 80, 56), torch.float32),
-            names="input weight bias",
+            (40, 80, 56),
         )
     assert launches.count("_matmul_descriptor_kernel") == (3 if LAYOUTS[layout][1] else 0)
 
