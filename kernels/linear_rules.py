@@ -93,11 +93,17 @@ def _split_us(m: int, n: int, split: int) -> float:
     return 0.0 if split == 1 else 2.0 + 2 * split * m * n * 4 / (1.5 * _MEMORY_BYTES_US)
 
 
+def _split_factor(m: int, n: int, k: int, split: int) -> float:
+    """Of a float32 product's estimate, which is not so sure: a percent more bytes must be worth a percent of the time."""
+    return 1.0 if split == 1 else 1 + 2 * split * m * n / (m * k + k * n + m * n)
+
+
 @functools.lru_cache(maxsize=1024)
 def _linear_rule(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
     def cost(config: dict[str, int]) -> tuple[float, int, int]:
         # Among equals more warps, which share the epilogue, and more stages, for memory that answers late.
-        return round(_linear_us(m, n, k, itemsize, config), 1), -config["num_warps"], -config["num_stages"]
+        us = _linear_us(m, n, k, itemsize, config) * (_split_factor(m, n, k, config["SPLIT"]) if itemsize == 4 else 1.0)
+        return round(us, 1), -config["num_warps"], -config["num_stages"]
 
     return min(linear_candidates(m, n, k, itemsize), key=cost)
 
@@ -179,14 +185,10 @@ def _fma_us(m: int, n: int, k: int, rows_along_k: bool, config: dict[str, int]) 
 
 @functools.lru_cache(maxsize=1024)
 def _fma_rule(m: int, n: int, k: int, rows_along_k: bool) -> dict[str, int]:
-    moved = m * k + k * n + m * n
-
     def cost(config: dict[str, int]) -> tuple[float, int, int, int]:
-        split = config["SPLIT"]
-        # The estimate is not so sure: a percent more bytes, as a split's parts are, must be worth a percent of the time.
-        us = _fma_us(m, n, k, rows_along_k, config) * (1 + 2 * split * m * n / moved if split > 1 else 1)
+        us = _fma_us(m, n, k, rows_along_k, config) * _split_factor(m, n, k, config["SPLIT"])
         # Among equals fewer parts, longer steps, which wait less often, and more stages.
-        return round(us, 1), split, -config["BLOCK_K"], -config["num_stages"]
+        return round(us, 1), config["SPLIT"], -config["BLOCK_K"], -config["num_stages"]
 
     return min(fma_candidates(m, n, k), key=cost)
 
@@ -212,14 +214,6 @@ def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: 
     return config | {"SPLIT": max(1, min(2 * MULTIPROCESSORS // max(tiles(), 1), steps // 4))}
 
 
-def linear_swap() -> bool:
-    """Whether exact float32 products with K along the second operand's columns are computed transposed, where that is faster.
-
-    The interpreter's values do not depend on it; it runs them as they are.
-    """
-    return bool(apply_overrides({"SWAP": int(not INTERPRETED)})["SWAP"])
-
-
 def linear_config(
     device: torch.device,
     pass_: str,
@@ -230,15 +224,20 @@ def linear_config(
     input_precision: str,
     *,
     descriptors: bool,
-    swap: bool = False,
+    along_k: bool = False,
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, num_warps, num_stages of a linear layer's pass: M x N outputs of K products each.
+
+    And of the pointer kernel SWAP: whether it computes the transposed product, whose tiles these are then; 2 with a copy of the
+    first operand, by its columns. In the interpreter, where no value depends on it, it does not.
 
     Args:
         pass_: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``: its name in the tables.
         descriptors: whether it is the descriptor kernel's that is asked for, or the pointer kernel's.
-        swap: whether the tiles are those of the transposed product, N x M.
+        along_k: whether neighbours in the second operand lie along K.
     """
+    exact = dtype == torch.float32 and input_precision == "ieee"
+    swap = 0
     if INTERPRETED:
         largest = 256 if descriptors else 512  # a descriptor's block can have no more
         config = {"BLOCK_M": tile_size(m, 16, largest), "BLOCK_N": tile_size(n, 16, largest), "BLOCK_K": tile_size(k, 16, 256)}
@@ -246,13 +245,17 @@ def linear_config(
     elif descriptors:
         config = dict(_linear_rule(m, n, k, dtype.itemsize))
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
-    elif dtype == torch.float32 and input_precision == "ieee":
+    elif exact:
+        # Of an FMA's operands in shared memory, 16 lanes of a warp read 16 columns of the second, 4 apart, and 2 rows of the
+        # first. With neighbours along K, as in a forward pass, these 16 lie in one bank; as the first operand, 2 do. A narrow
+        # second operand has no 16 columns, and for a narrow first one a copy is not worth its launch.
+        swap = (2 if m > 16 else 1) if along_k and n > 16 else 0
         rows, columns, products = (max(size, 1) for size in ((n, m, k) if swap else (m, n, k)))  # a batch may be empty
         config = dict(_fma_rule(rows, columns, products, pass_ != "wgrad"))
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)
-    return apply_overrides(config)
+    return apply_overrides(config if descriptors else config | {"SWAP": swap})
 
 
 def matmul_finish_config(elements: int) -> dict[str, int]:

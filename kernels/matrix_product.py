@@ -15,7 +15,7 @@ kernel's in any case: beside the accumulators of a large tile, the ten rounds of
 In TF32 the tensor cores read shared memory only with K along the rows. The weight gradient gets copies of both operands in that
 order; the input gradient transposes each block of the weights on its way (:class:`_Operand`). An exact float32 product is FMAs
 on registers, where the second operand's neighbours should lie along N: the forward pass computes the transposed product
-(:func:`_swaps`).
+(SWAP in :func:`kernels.linear_rules.linear_config`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropouts import draw_seed, dropout_reference, seed_of_reference
-from .linear_rules import linear_config, linear_swap, matmul_finish_config, row_major_config
+from .linear_rules import linear_config, matmul_finish_config, row_major_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
 from .runtime.arguments import (
     ArgumentValueError,
@@ -317,7 +317,7 @@ def _row_major(matrix: Tensor) -> Tensor:
     return out[:, :columns]
 
 
-def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[_Operand, _Operand] | None:
+def _descriptors(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[_Operand, _Operand] | None:
     """Both operands for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
     half = a.dtype in HALF
     if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_copy_engine(a.device):
@@ -326,28 +326,16 @@ def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[_Operand, _Opera
     if a_rows is None or b_rows is None or half:
         return None if a_rows is None or b_rows is None else (a_rows, b_rows)
     # Tensor cores read TF32 from shared memory only with K along the rows.
-    (m, k), n = a.shape, b.shape[1]
     if a_rows.transposed:
         a_rows = _Operand(_row_major(a), False)
     if not b_rows.transposed:
-        # Each row of tiles would transpose all of b anew: where there are many, as in a weight gradient, one copy is cheaper.
-        # An input gradient has few, and b are the weights: a copy moves twice the bytes that the product does.
-        if k < m:
+        # Each row of tiles transposes all of b anew. A weight gradient has many rows of tiles, and b is the input: a copy is
+        # cheaper. An input gradient has few, and b are the weights: a copy moves twice the bytes that the product does.
+        if pass_ == "wgrad":
             b_rows = _Operand(_row_major(b.t()), True)
-        elif n % _PANEL == 0:
+        elif b.shape[1] % _PANEL == 0:
             b_rows = b_rows._replace(panel=_PANEL)
     return a_rows, b_rows
-
-
-def _swaps(a: Tensor, b: Tensor, precision: str) -> bool:
-    """Whether the pointer kernel computes the transposed product, b.T @ a.T, of exact float32.
-
-    Of an FMA's operands in shared memory, 16 lanes of a warp read 16 columns of the second, 4 apart, and 2 rows of the first.
-    With K along b's columns, as in a forward pass, these 16 lie in one bank; as the first operand b is read by 2. A narrow b
-    has no 16 columns to read.
-    """
-    along_columns = b.stride(0) == 1 and b.stride(1) != 1 and b.shape[1] > 16
-    return along_columns and a.dtype == torch.float32 and precision == "ieee" and linear_swap()
 
 
 def _matmul(
@@ -366,9 +354,10 @@ def _matmul(
     """
     (m, k), n = a.shape, b.shape[1]
     precision = matmul_input_precision(a.dtype)
-    rows = _descriptors(a, b, precision)
-    swap = rows is None and _swaps(a, b, precision)
-    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None, swap=swap)
+    rows = _descriptors(pass_, a, b, precision)
+    along_k = b.stride(0) == 1 and b.stride(1) != 1
+    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None, along_k=along_k)
+    swap = config.pop("SWAP") if rows is None else 0
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     blocks = max(1, cdiv(k, block_k))
     blocks_per_split = cdiv(blocks, config.pop("SPLIT"))
@@ -378,8 +367,7 @@ def _matmul(
     parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
     target = out if parts is None else parts[0]
     if swap:
-        # Narrow tiles have few lanes along the rows of a: they are not worth a copy.
-        a, b = b.t(), (_row_major(a.t()) if m > 16 and a.stride(1) == 1 else a.t())
+        a, b = b.t(), (_row_major(a.t()) if swap == 2 and a.stride(1) == 1 else a.t())
         m, n, target = n, m, target.t()
     arguments = {
         "c_ptr": target,
@@ -418,7 +406,7 @@ def _matmul(
             stride_ak=a.stride(1),
             stride_bk=b.stride(0),
             stride_bn=b.stride(1),
-            BIAS_OF_ROWS=swap,
+            BIAS_OF_ROWS=swap > 0,
             ACC=triton_accumulator(a.dtype),
             **arguments,
         )
