@@ -32,6 +32,7 @@ from kernels.convolution import rules, stem
 from kernels.convolution.problem import Geometry, Problem
 from kernels.convolution.select import dgrad, fprop, wgrad
 from kernels.runtime import launch
+from kernels.runtime.arguments import matmul_input_precision
 from kernels.runtime.launch import cdiv
 
 from .files import check_writable, write_atomically
@@ -83,9 +84,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in the table."""
+        """Its name in the table, for half precision."""
+        return self.table_key(torch.bfloat16)
+
+    def table_key(self, dtype: torch.dtype) -> str:
+        """Its name in the table; of a linear layer in float32 PyTorch's switch for TF32 is a part."""
         if self.layer in LINEAR_LAYERS:
-            return linear_rules.linear_key(self.pass_, *self.product)
+            return linear_rules.linear_key(self.pass_, *self.product, dtype, matmul_input_precision(dtype))
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             fold, pooled = stem.fold(c, r, stride), (self.size - 1) // 2
@@ -97,10 +102,14 @@ class Job:
             return rules.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
         return rules.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
         """All that are worth a measurement."""
         if self.layer in LINEAR_LAYERS:
-            return linear_rules.linear_candidates(*self.product, itemsize=2)
+            m, n, k = self.product
+            if dtype != torch.float32 or matmul_input_precision(dtype) == "tf32":
+                return linear_rules.linear_candidates(m, n, k, dtype.itemsize)
+            # A forward pass with more than 16 outputs computes the transposed product.
+            return linear_rules.fma_candidates(*((n, m, k) if self.pass_ == "fprop" and n > 16 else (m, n, k)))
         c, size, k, r, stride, _ = LAYERS[self.layer]
         if self.layer == POOLED:
             found = _stem_pool_fprop((self.size - 1) // 2)
@@ -321,21 +330,23 @@ def _configured(candidate: Candidate) -> Iterator[None]:
 def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     """Verify and time every candidate of ``job``.
 
-    A candidate's largest error against float32 must be at most twice PyTorch's own in ``dtype``, plus half a unit.
+    A candidate's largest error against float32 (of float32: against float64) must be at most twice PyTorch's own in ``dtype``,
+    plus half a unit.
     """
     tensors = _tensors(job.layer, job.batch, dtype)
-    exact = _reference(job, tuple(t.float() for t in tensors))
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    exact = _reference(job, tuple(t.to(wide) for t in tensors))
     peer = _reference(job, tensors)
-    peer_error = (peer.float() - exact).abs().max().item()
+    peer_error = (peer.to(wide) - exact).abs().max().item()
     allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * exact.abs().max().item()
     wrong: list[str] = []
     times: list[tuple[float, Candidate]] = []
-    candidates = [{}, *job.candidates()]
+    candidates = [{}, *job.candidates(dtype)]
     for candidate in candidates:
         with _configured(candidate):
             try:
                 for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
-                    error = (_run(job, tensors).float() - exact).abs().max().item()
+                    error = (_run(job, tensors).to(wide) - exact).abs().max().item()
                     if not error <= allowed:
                         raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
                 times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
@@ -374,7 +385,7 @@ def _compile_share(share: int, shares: int, work: list[Job], dtype: torch.dtype)
     def compile_only(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         kernel.warmup(grid=grid, **arguments)
 
-    every = [(job, candidate) for job in work for candidate in job.candidates()]
+    every = [(job, candidate) for job in work for candidate in job.candidates(dtype)]
     with launch.record_launches(compile_only):
         for job, candidate in every[share::shares]:
             with _configured(candidate):
@@ -420,8 +431,9 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         content["dtype"] = str(dtype).removeprefix("torch.")
         for result in results:
-            content["configs"][result.job.key] = result.best
-            content["measured"][result.job.key] = {
+            key = result.job.table_key(dtype)
+            content["configs"][key] = result.best
+            content["measured"][key] = {
                 "layer": result.job.layer,
                 "pass": result.job.pass_,
                 "batch": result.job.batch,
@@ -450,8 +462,8 @@ def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tune
     for job in work:
         with float32_products("float32"):
             result = tune_job(job, dtype)
-        results.append(result)
-        write_table(results, dtype, path)
+            results.append(result)
+            write_table(results, dtype, path)
         report(result)
         _tensors.cache_clear()
     return results

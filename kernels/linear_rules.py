@@ -20,13 +20,16 @@ from .runtime.launch import cdiv
 _FLOPS_US, _L2_BYTES_US, _MEMORY_BYTES_US = 5.2e6, 6e4, 3.0e6
 #: Of one H100 multiprocessor: 32-bit registers.
 _REGISTERS = 65536
+#: Of one H100 multiprocessor: cycles a microsecond, and (assumed) those that a step of an FMA product waits for its operands.
+_CYCLES_US, _STEP_CYCLES = 1755, 150
 #: Microseconds from asking for a block of memory until it is there, and of starting and ending a program.
 _LATENCY_US, _PROGRAM_US = 1.5, 1.7
 
 
-def linear_key(pass_: str, m: int, n: int, k: int) -> str:
-    """Name of a linear layer's pass in the tables; m x n outputs of k products each."""
-    return f"linear_{pass_} m{m} n{n} k{k}"
+def linear_key(pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str) -> str:
+    """Name of a linear layer's pass in the tables; m x n outputs of k products each. Half types share theirs."""
+    precision = {"tf32": " tf32", "ieee": " float32"}[input_precision] if dtype == torch.float32 else ""
+    return f"linear_{pass_} m{m} n{n} k{k}{precision}"
 
 
 def linear_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
@@ -74,7 +77,7 @@ def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) ->
     held = max(1, min(by_registers, SHARED_BYTES // (config["num_stages"] * step_bytes)))
     rounds = cdiv(programs, MULTIPROCESSORS)  # programs of the busiest multiprocessor
     step_us = max(
-        2 * block_m * block_n * block_k / _FLOPS_US,
+        block_m * block_n * block_k * itemsize / _FLOPS_US,  # TF32 has half the rate of the half types
         step_bytes / _L2_BYTES_US,
         _LATENCY_US / (config["num_stages"] - 1) / min(held, rounds),
     )
@@ -82,25 +85,122 @@ def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) ->
     moved = (m * k + k * n + m * n) * itemsize
     memory_us = moved / _MEMORY_BYTES_US / min(1.0, programs / MULTIPROCESSORS)
     # Both go on at once, not quite.
-    total = max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us)
-    if split > 1:
-        # The parts, written once and read once, mostly in the L2 cache; and one more launch.
-        total += 2.0 + 2 * split * m * n * 4 / (1.5 * _MEMORY_BYTES_US)
-    return total
+    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _split_us(m, n, split)
+
+
+def _split_us(m: int, n: int, split: int) -> float:
+    """Of a split: one more launch, and the parts, written once and read once, mostly in the L2 cache."""
+    return 0.0 if split == 1 else 2.0 + 2 * split * m * n * 4 / (1.5 * _MEMORY_BYTES_US)
+
+
+def _split_factor(m: int, n: int, k: int, split: int) -> float:
+    """Of a float32 product's estimate, which is not so sure: a percent more bytes must be worth a percent of the time."""
+    return 1.0 if split == 1 else 1 + 2 * split * m * n / (m * k + k * n + m * n)
 
 
 @functools.lru_cache(maxsize=1024)
 def _linear_rule(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
     def cost(config: dict[str, int]) -> tuple[float, int, int]:
         # Among equals more warps, which share the epilogue, and more stages, for memory that answers late.
-        return round(_linear_us(m, n, k, itemsize, config), 1), -config["num_warps"], -config["num_stages"]
+        us = _linear_us(m, n, k, itemsize, config) * (_split_factor(m, n, k, config["SPLIT"]) if itemsize == 4 else 1.0)
+        return round(us, 1), -config["num_warps"], -config["num_stages"]
 
     return min(linear_candidates(m, n, k, itemsize), key=cost)
 
 
+def _fma_layout(block_m: int, block_n: int, warps: int) -> tuple[int, int, int, int]:
+    """Lanes of a warp along N and along M, and a thread's columns and rows: how Triton deals out an FMA product's tile.
+
+    A thread has 4 x 4 elements, as often as the tile wants (2 x 2 in a tile of less than 16 elements a thread); lanes and then
+    warps go along N first.
+    """
+    width = 4 if block_m * block_n >= 16 * 32 * warps else 2
+    lanes_n = min(32, block_n // width)
+    lanes_m = 32 // lanes_n
+    warps_n = min(warps, max(1, block_n // (width * lanes_n)))
+    columns, rows = block_n // (lanes_n * warps_n), block_m // (lanes_m * (warps // warps_n))
+    return lanes_n, lanes_m, max(width, columns), max(width, rows)
+
+
+def fma_candidates(m: int, n: int, k: int) -> list[dict[str, int]]:
+    """Configurations of the pointer kernel that are worth a measurement for an exact float32 product, M x N x K.
+
+    A thread keeps 16 to 64 sums: with fewer, shared memory is read more often than multiplied; more do not fit the registers.
+    Of a narrow product, whose time goes into memory, 4 are enough. Left out are tiles of which some spilled as compiled for an
+    A100, H100 or B200: more than 16 sums in 2 warps or in steps of 16, more rows than columns, 16 sums in 8 warps.
+    """
+    found = []
+    for block_m, block_n, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8)):
+        sums = block_m * block_n // (32 * warps)
+        *_, columns, rows = _fma_layout(block_m, block_n, warps)
+        if (block_m > 16 and block_m >= 2 * m) or (block_n > 16 and block_n >= 2 * n) or columns * rows != sums:
+            continue
+        if not (4 if min(m, n) <= 16 else 16) <= sums <= (64 if warps > 2 else 16) or (sums > 8 and block_m > block_n):
+            continue
+        if warps == 8 and sums <= 16:
+            continue
+        tiles = cdiv(m, block_m) * cdiv(n, block_n)
+        for block_k, stages in itertools.product((16, 32), (3, 4)):
+            if stages * (block_m + block_n) * block_k * 4 > 96 * 1024 or (block_k > 16 and block_k >= 2 * k):
+                continue
+            steps = cdiv(k, block_k)
+            if (sums > 16 and block_k == 16) or (stages > 3 and steps < stages):
+                continue
+            for split in sorted({cdiv(steps, cdiv(steps, s)) for s in _splits(tiles, steps)}):
+                values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
+                found.append(values | {"num_warps": warps, "num_stages": stages})
+    return found
+
+
+def _fma_us(m: int, n: int, k: int, rows_along_k: bool, config: dict[str, int]) -> float:
+    """Estimated microseconds of an exact float32 product on an H100; ``rows_along_k``: whether K runs along the rows of a.
+
+    A multiprocessor multiplies 128 pairs a cycle and reads 128 bytes of shared memory. Of a step of K one warp reads, in groups
+    of 4 floats, its rows of a and its columns of b. Along the columns a group is 4 columns of one k, and 8 lanes read at once.
+    Along the rows a group is 4 k of one row, and all lanes with other rows wait for each other: their rows lie in one bank.
+    """
+    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
+    warps = config["num_warps"]
+    lanes_n, lanes_m, columns, rows = _fma_layout(block_m, block_n, warps)
+    reads = warps * (rows / 4 * (lanes_m if rows_along_k else cdiv(lanes_m, 8)) + columns / 4 * cdiv(lanes_n, 8))
+    programs = cdiv(m, block_m) * cdiv(n, block_n) * split
+    steps = cdiv(cdiv(k, block_k), split)
+    rounds = cdiv(programs, MULTIPROCESSORS)
+    registers = 48 + 2 * rows * columns  # as compiled, about
+    step_bytes = (block_m + block_n) * block_k * 4
+    held = min(
+        _REGISTERS // (32 * warps * registers), SHARED_BYTES // (config["num_stages"] * step_bytes), 2048 // (32 * warps)
+    )
+    at_once = min(held, rounds)
+    # Each of a multiprocessor's four schedulers gives out one instruction a cycle: products and reads.
+    issued = (rows * columns + rows / 4 + columns / 4) * max(warps / 4, 1 / at_once)
+    busy = block_k * max(block_m * block_n / 128, reads, issued)
+    from_l2 = step_bytes / _L2_BYTES_US * _CYCLES_US
+    # A step's wait for its operands; programs beside it multiply meanwhile. Both go on at once, not quite.
+    step = max(busy, from_l2, (busy + _STEP_CYCLES) / at_once) + 0.25 * min(busy, from_l2)
+    compute_us = rounds * steps * step / _CYCLES_US + cdiv(rounds, held) * _PROGRAM_US
+    memory_us = (m * k + k * n + m * n) * 4 / _MEMORY_BYTES_US / min(1.0, programs / MULTIPROCESSORS)
+    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _split_us(m, n, split)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fma_rule(m: int, n: int, k: int, rows_along_k: bool) -> dict[str, int]:
+    def cost(config: dict[str, int]) -> tuple[float, int, int, int]:
+        us = _fma_us(m, n, k, rows_along_k, config) * _split_factor(m, n, k, config["SPLIT"])
+        # Among equals fewer parts, longer steps, which wait less often, and more stages.
+        return round(us, 1), config["SPLIT"], -config["BLOCK_K"], -config["num_stages"]
+
+    return min(fma_candidates(m, n, k), key=cost)
+
+
 def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: str) -> dict[str, int]:
-    """Tiles of the pointer kernel, and a split that gives each multiprocessor one or two programs of four steps or more."""
-    config = matmul_config(m, n, k, dtype, precision)
+    """Tiles of the pointer kernel on tensor cores, and a split that gives each multiprocessor one or two programs of four steps
+    or more.
+    """
+    if dtype == torch.float32:
+        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    else:
+        config = matmul_config(m, n, k, dtype, precision)
     config["BLOCK_K"] = min(config["BLOCK_K"], tile_size(k, 16, 128))
     steps = cdiv(k, config["BLOCK_K"])
 
@@ -124,26 +224,48 @@ def linear_config(
     input_precision: str,
     *,
     descriptors: bool,
+    along_k: bool = False,
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, num_warps, num_stages of a linear layer's pass: M x N outputs of K products each.
+
+    And of the pointer kernel SWAP: whether it computes the transposed product, whose tiles these are then; 2 with a copy of the
+    first operand, by its columns. In the interpreter, where no value depends on it, it does not.
 
     Args:
         pass_: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``: its name in the tables.
         descriptors: whether it is the descriptor kernel's that is asked for, or the pointer kernel's.
+        along_k: whether neighbours in the second operand lie along K.
     """
+    exact = dtype == torch.float32 and input_precision == "ieee"
+    swap = 0
     if INTERPRETED:
-        config = matmul_config(m, n, k, dtype, input_precision) | {"SPLIT": 1}
-        if descriptors:  # the sizes that a descriptor's block can have
-            config |= {"BLOCK_M": min(config["BLOCK_M"], 256), "BLOCK_N": min(config["BLOCK_N"], 256)}
+        largest = 256 if descriptors else 512  # a descriptor's block can have no more
+        config = {"BLOCK_M": tile_size(m, 16, largest), "BLOCK_N": tile_size(n, 16, largest), "BLOCK_K": tile_size(k, 16, 256)}
+        config |= {"SPLIT": 1, "num_warps": 4, "num_stages": 1}
     elif descriptors:
         config = dict(_linear_rule(m, n, k, dtype.itemsize))
-        config |= known(config, tuned(device, linear_key(pass_, m, n, k)))
+        config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
+    elif exact:
+        # Of an FMA's operands in shared memory, 16 lanes of a warp read 16 columns of the second, 4 apart, and 2 rows of the
+        # first. With neighbours along K, as in a forward pass, these 16 lie in one bank; as the first operand, 2 do. A narrow
+        # second operand has no 16 columns, and for a narrow first one a copy is not worth its launch.
+        swap = (2 if m > 16 else 1) if along_k and n > 16 else 0
+        rows, columns, products = (max(size, 1) for size in ((n, m, k) if swap else (m, n, k)))  # a batch may be empty
+        config = dict(_fma_rule(rows, columns, products, pass_ != "wgrad"))
+        config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)
-    return apply_overrides(config)
+    return apply_overrides(config if descriptors else config | {"SWAP": swap})
 
 
 def matmul_finish_config(elements: int) -> dict[str, int]:
     """BLOCK and num_warps of the kernel that finishes a product: small blocks where there are few elements."""
     block = tile_size(elements, 16, 2**17) if INTERPRETED else tile_size(elements // (2 * MULTIPROCESSORS), 128, 1024)
     return apply_overrides({"BLOCK": block, "num_warps": 4})
+
+
+def row_major_config(rows: int, columns: int) -> dict[str, int]:
+    """BLOCK_R, BLOCK_C and num_warps of the kernel that copies a matrix along its rows."""
+    if INTERPRETED:
+        return apply_overrides({"BLOCK_R": tile_size(rows, 16, 512), "BLOCK_C": tile_size(columns, 16, 512), "num_warps": 4})
+    return apply_overrides({"BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4})

@@ -11,6 +11,11 @@ A small batch has few tiles, and the time goes into reading the weights. So K is
 multiprocessors reading; each stores its part of the sum in float32, and a second kernel adds the parts in order and applies the
 epilogue. Without a split bias and ReLU are applied to the accumulators before they leave the registers. Dropout is the second
 kernel's in any case: beside the accumulators of a large tile, the ten rounds of its random numbers do not fit the registers.
+
+In TF32 the tensor cores read shared memory only with K along the rows. The weight gradient gets copies of both operands in that
+order; the input gradient transposes each block of the weights on its way (:class:`_Operand`). An exact float32 product is FMAs
+on registers, where the second operand's neighbours should lie along N: the forward pass computes the transposed product
+(SWAP in :func:`kernels.linear_rules.linear_config`).
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dropouts import draw_seed, dropout_reference, seed_of_reference
-from .linear_rules import linear_config, matmul_finish_config
+from .linear_rules import linear_config, matmul_finish_config, row_major_config
 from .primitives import cast, dot, dropout_factor, program_id, relu
 from .runtime.arguments import (
     ArgumentValueError,
@@ -49,6 +54,27 @@ from .sums import accumulator_dtype, dropout_scale, epilogue_backward, sum_vecto
 
 
 @triton.jit
+def _row_major_kernel(
+    source_ptr,  # [R, C] through its strides
+    out_ptr,  # out: [R, C], rows stride_out apart
+    R,
+    C,
+    stride_r,
+    stride_c,
+    stride_out,
+    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = source. One program copies a BLOCK_R x BLOCK_C tile, read and written along the rows of either."""
+    o_r = program_id(0, WIDE) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = program_id(1, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (o_r < R)[:, None] & (o_c < C)[None, :]
+    b = tl.load(source_ptr + o_r[:, None] * stride_r + o_c[None, :] * stride_c, mask=mask, other=0.0)
+    tl.store(out_ptr + o_r[:, None] * stride_out + o_c[None, :], b, mask=mask)
+
+
+@triton.jit
 def _bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
     """relu(acc + bias); ``o_n`` are the columns of ``acc``, in a shape that broadcasts to its."""
     if HAS_BIAS:
@@ -62,7 +88,7 @@ def _bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constex
 def _matmul_kernel(
     a_ptr,  # [M, K] through its strides
     b_ptr,  # [K, N] through its strides
-    bias_ptr,  # [N], or unused
+    bias_ptr,  # [N], BIAS_OF_ROWS: [M]; or unused
     c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
     N,
@@ -76,6 +102,7 @@ def _matmul_kernel(
     stride_cn,
     blocks_per_split,
     HAS_BIAS: tl.constexpr,
+    BIAS_OF_ROWS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -109,7 +136,10 @@ def _matmul_kernel(
         b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
         o_k += BLOCK_K
-    acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
+    if BIAS_OF_ROWS:
+        acc = _bias_relu(acc, bias_ptr, o_m[:, None], m_m[:, None], HAS_BIAS, RELU)
+    else:
+        acc = _bias_relu(acc, bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
     p_c = c_ptr + pid_split * stride_cs + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
     tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -117,7 +147,7 @@ def _matmul_kernel(
 @triton.jit
 def _matmul_descriptor_kernel(
     a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_TRANSPOSED: [K, M], blocks [BLOCK_K, BLOCK_M]
-    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]
+    b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]; B_PANEL: see _Operand
     bias_ptr,  # [N], or unused
     c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
     M,
@@ -129,6 +159,7 @@ def _matmul_descriptor_kernel(
     blocks_per_split,
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
+    B_PANEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
@@ -139,8 +170,8 @@ def _matmul_descriptor_kernel(
 ):
     """As :func:`_matmul_kernel`, for matrices that TMA can read: Hopper and later.
 
-    Blocks go from memory to shared memory to the tensor cores, and no register sees them. What lies outside of a matrix comes
-    as zeros, so that nothing is masked but the store.
+    Blocks go from memory to shared memory to the tensor cores. No register sees them, but for a block of TF32 that is
+    transposed on its way. What lies outside of a matrix comes as zeros, so that nothing is masked but the store.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
@@ -160,6 +191,9 @@ def _matmul_descriptor_kernel(
             b_a = a_desc.load([m0, k0])
         if B_TRANSPOSED:
             b_b = b_desc.load([n0, k0]).T
+        elif B_PANEL > 0:
+            b_b = b_desc.load([n0 // B_PANEL, k0, 0])  # [BLOCK_N / B_PANEL, BLOCK_K, B_PANEL]
+            b_b = tl.reshape(tl.permute(b_b, (1, 0, 2)), (BLOCK_K, BLOCK_N))
         else:
             b_b = b_desc.load([k0, n0])
         acc = dot(b_a, b_b, acc, INPUT_PRECISION)
@@ -210,8 +244,44 @@ def _matmul_finish_kernel(
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
-def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
-    """``matrix`` or its transpose, whichever a tensor descriptor can describe, and whether it is the transpose; else None.
+#: Columns of a panel of :class:`_Operand`.
+_PANEL = 16
+
+
+class _Operand(NamedTuple):
+    """An operand of :func:`_matmul_descriptor_kernel`.
+
+    Attributes:
+        matrix: rows that a tensor descriptor can describe.
+        transposed: whether they are the operand's columns.
+        panel: 0; or the columns of a panel: the descriptor then describes [columns / panel, rows, panel].
+
+    Panels are for TF32's second operand with K along the columns, which the compiler reads from shared memory into registers
+    and writes back in the other order. With a block of two dimensions the 32 lanes of a warp hold 2 rows x 16 groups of 4
+    columns, and a store has 8 lanes to a bank; with panels of 16 they hold 8 x 4, and it has 2. (Panels of 8: 1, but TMA would
+    fetch rows of 32 bytes, where these are of 64.) By arithmetic, fc1's input gradient: a multiprocessor's share of the weights
+    is 0.8 MB, 6,200 cycles of shared memory at 128 bytes each, 3.5 us at 1.76 GHz. So these stores take 7 us (28 without
+    panels), and memory 35 us.
+    """
+
+    matrix: Tensor
+    transposed: bool
+    panel: int = 0
+
+    def descriptor(self, block_rows: int, block_columns: int) -> TensorDescriptor:
+        """For blocks of so many rows and columns of the operand."""
+        matrix, block = self.matrix, [block_rows, block_columns]
+        if self.transposed:
+            block.reverse()
+        if self.panel:
+            (rows, columns), step = matrix.shape, matrix.stride(0)
+            matrix = matrix.as_strided((columns // self.panel, rows, self.panel), (self.panel, step, 1))
+            block = [block_columns // self.panel, block_rows, self.panel]
+        return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def _dense_side(matrix: Tensor) -> _Operand | None:
+    """``matrix`` or its transpose, whichever a tensor descriptor can describe; else None.
 
     TMA wants neighbours in a row, and rows that start at multiples of 16 bytes.
     """
@@ -219,21 +289,52 @@ def _dense_side(matrix: Tensor) -> tuple[Tensor, bool] | None:
         row, column = candidate.stride()
         size = candidate.element_size()
         if column == 1 and row >= candidate.shape[1] and row * size % 16 == 0 and candidate.data_ptr() % 16 == 0:
-            return candidate, transposed
+            return _Operand(candidate, transposed)
     return None
 
 
-def _descriptors(a: Tensor, b: Tensor, precision: str) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]] | None:
-    """Both operands as rows for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
+def _row_major(matrix: Tensor) -> Tensor:
+    """A copy of ``matrix``, (R, C), with neighbours in a row, and rows that start at multiples of 16 elements.
+
+    Of a stride Triton knows whether 16 divides it, and only then are pointers to 4 neighbours read at once.
+    """
+    rows, columns = matrix.shape
+    out = new_output((rows, cdiv(columns, 16) * 16), matrix.dtype, matrix.device)
+    config = row_major_config(rows, columns)
+    launch(
+        _row_major_kernel,
+        (cdiv(rows, config["BLOCK_R"]), cdiv(columns, config["BLOCK_C"])),
+        source_ptr=matrix,
+        out_ptr=out,
+        R=rows,
+        C=columns,
+        stride_r=matrix.stride(0),
+        stride_c=matrix.stride(1),
+        stride_out=out.stride(0),
+        WIDE=needs_int64(matrix, out),
+        **config,
+    )
+    return out[:, :columns]
+
+
+def _descriptors(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[_Operand, _Operand] | None:
+    """Both operands for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
     half = a.dtype in HALF
     if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_copy_engine(a.device):
         return None
     a_rows, b_rows = _dense_side(a), _dense_side(b)
-    if a_rows is None or b_rows is None:
-        return None
-    # Tensor cores read TF32 from shared memory only with K along the rows; half types either way.
-    if not half and (a_rows[1] or not b_rows[1]):
-        return None
+    if a_rows is None or b_rows is None or half:
+        return None if a_rows is None or b_rows is None else (a_rows, b_rows)
+    # Tensor cores read TF32 from shared memory only with K along the rows.
+    if a_rows.transposed:
+        a_rows = _Operand(_row_major(a), False)
+    if not b_rows.transposed:
+        # Each row of tiles transposes all of b anew. A weight gradient has many rows of tiles, and b is the input: a copy is
+        # cheaper. An input gradient has few, and b are the weights: a copy moves twice the bytes that the product does.
+        if pass_ == "wgrad":
+            b_rows = _Operand(_row_major(b.t()), True)
+        elif b.shape[1] % _PANEL == 0:
+            b_rows = b_rows._replace(panel=_PANEL)
     return a_rows, b_rows
 
 
@@ -253,8 +354,10 @@ def _matmul(
     """
     (m, k), n = a.shape, b.shape[1]
     precision = matmul_input_precision(a.dtype)
-    rows = _descriptors(a, b, precision)
-    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None)
+    rows = _descriptors(pass_, a, b, precision)
+    along_k = b.stride(0) == 1 and b.stride(1) != 1
+    config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None, along_k=along_k)
+    swap = config.pop("SWAP") if rows is None else 0
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     blocks = max(1, cdiv(k, block_k))
     blocks_per_split = cdiv(blocks, config.pop("SPLIT"))
@@ -263,6 +366,9 @@ def _matmul(
     unchanged = {"bias_ptr": a, "HAS_BIAS": False, "RELU": False}
     parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
     target = out if parts is None else parts[0]
+    if swap:
+        a, b = b.t(), (_row_major(a.t()) if swap == 2 and a.stride(1) == 1 else a.t())
+        m, n, target = n, m, target.t()
     arguments = {
         "c_ptr": target,
         "M": m,
@@ -279,16 +385,15 @@ def _matmul(
     }
     grid = (cdiv(m, block_m) * cdiv(n, block_n), split)
     if rows is not None:
-        (a_rows, a_transposed), (b_rows, b_transposed) = rows
-        a_block = [block_k, block_m] if a_transposed else [block_m, block_k]
-        b_block = [block_n, block_k] if b_transposed else [block_k, block_n]
+        a_rows, b_rows = rows
         launch(
             _matmul_descriptor_kernel,
             grid,
-            a_desc=TensorDescriptor(a_rows, list(a_rows.shape), list(a_rows.stride()), a_block),
-            b_desc=TensorDescriptor(b_rows, list(b_rows.shape), list(b_rows.stride()), b_block),
-            A_TRANSPOSED=a_transposed,
-            B_TRANSPOSED=b_transposed,
+            a_desc=a_rows.descriptor(block_m, block_k),
+            b_desc=b_rows.descriptor(block_k, block_n),
+            A_TRANSPOSED=a_rows.transposed,
+            B_TRANSPOSED=b_rows.transposed,
+            B_PANEL=b_rows.panel,
             **arguments,
         )
     else:
@@ -301,6 +406,7 @@ def _matmul(
             stride_ak=a.stride(1),
             stride_bk=b.stride(0),
             stride_bn=b.stride(1),
+            BIAS_OF_ROWS=swap > 0,
             ACC=triton_accumulator(a.dtype),
             **arguments,
         )
@@ -314,7 +420,7 @@ def _matmul(
         seed_ptr=a if seed is None else seed,
         c_ptr=out,
         elements=m * n,
-        N=n,
+        N=out.shape[1],
         stride_cm=out.stride(0),
         stride_cn=out.stride(1),
         p=float(p),

@@ -30,6 +30,8 @@ DESCRIPTOR_PRODUCTS = {
     "_conv2d_stem_pool_kernel",
     "_matmul_descriptor_kernel",
 }
+#: Copies of float32 linear layers' operands, which half precision reads as they are.
+FLOAT32_KERNELS = {"_row_major_kernel"}
 #: And what prepares their operands or adds up their parts.
 DESCRIPTOR_KERNELS = DESCRIPTOR_PRODUCTS | {"_space_to_depth_kernel", "_fold_filter_kernel", "_unfold_filter_kernel"}
 
@@ -61,6 +63,7 @@ def test_every_kernel_is_compiled_in_every_dtype(launches: list[dict]) -> None:
     for dtype in DTYPES:
         general = launches[0]["arch"] == "sm_80" or dtype == "float32"
         expected = kernel_names() - (DESCRIPTOR_KERNELS if general else set())
+        expected -= set() if dtype == "float32" else FLOAT32_KERNELS
         assert {r["kernel"] for r in launches if r["dtype"] == dtype} == expected
 
 
@@ -148,3 +151,53 @@ for capability in (90, 100):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.stdout.split() == ["wgmma.mma_async", "tcgen05.mma"], result.stderr
+
+
+_LINEAR = """
+import dataclasses, json, sys
+import torch, kernels
+from benchmarks.offline import compile_launches
+
+torch.backends.cuda.matmul.fp32_precision = sys.argv[1]
+
+def step():
+    for batch in map(int, sys.argv[3:]):
+        for outputs, inputs in ((4096, 6400), (4096, 4096), (10, 4096)):
+            x, w, b = (torch.empty(*size, requires_grad=True) for size in ((batch, inputs), (outputs, inputs), (outputs,)))
+            kernels.linear(x, w, b, activation="relu").sum().backward()
+
+for launched in compile_launches(step, int(sys.argv[2])):
+    print(json.dumps(dataclasses.asdict(launched)))
+"""
+
+
+def _linear_launches(precision: str, arch: str, *batches: int) -> list[dict]:
+    """AlexNet's linear layers in float32, three passes each, compiled; biases' gradients left out."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _LINEAR, precision, arch.removeprefix("sm_"), *map(str, batches)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    return [r for r in records if r["kernel"].startswith(("_matmul", "_row_major"))]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str) -> None:
+    """fc1 and fc2 in all passes, fc3 forward; the gradients of its ten outputs have rows that no descriptor can describe."""
+    records = _linear_launches("tf32", arch, 7, 128)
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
+    products = [r for r in records if r["has_dot"]]
+    assert [r["kernel"] for r in products] == [*["_matmul_descriptor_kernel"] * 7, *["_matmul_kernel"] * 2] * 2
+    described = [r for r in products if r["kernel"] == "_matmul_descriptor_kernel"]
+    wanted = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
+    assert [r for r in described if not r["tma_loads"] or not r["tensor_core_ops"].get(wanted) or r["register_operands"]] == []
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_exact_linear_layers_do_not_spill(arch: str) -> None:
+    records = _linear_launches("ieee", arch, 1, 2, 7, 128, 1024)
+    products = [r for r in records if r["has_dot"]]
+    assert len(products) == 5 * 9
+    assert {r["kernel"] for r in products} == {"_matmul_kernel"}
+    assert not any(r["tensor_core_ops"] for r in products)
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []

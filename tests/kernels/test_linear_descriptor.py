@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import kernels
 from kernels import linear_rules
@@ -13,7 +16,7 @@ from kernels.matrix_product import linear_reference
 from kernels.runtime import backend, launch
 
 from ..conftest import DEVICE
-from ..oracle import check, dtype_id, randn
+from ..oracle import check, dtype_id, integers, randn
 
 HALF = (torch.bfloat16, torch.float16)
 #: (rows, in, out): rows of all three matrices start at multiples of 16 bytes. With SMALL blocks several, the last ragged.
@@ -126,22 +129,108 @@ def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch
     assert "_matmul_descriptor_kernel" not in launches
 
 
-@hopper
-def test_float32_on_tensor_cores(launches: list[str]) -> None:
-    """TF32 operands stay in shared memory only with K along the rows, as in the forward pass; IEEE has none of it."""
-    x, w, b = _tensors((40, 72, 56), torch.float32)
+def _check_tf32(operation: Callable[..., Tensor], reference: Callable[..., Tensor], shape: tuple[int, int, int]) -> None:
+    """Output and gradients of small integers, which TF32 holds: wherever this runs, its products round nothing."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
+    rows, features, outputs = shape
+    tensors = [integers(*size, dtype=torch.float32, high=3) for size in ((rows, features), (outputs, features), (outputs,))]
+    copies = [t.detach().double().requires_grad_() for t in tensors]
+    grad = integers(rows, outputs, dtype=torch.float32, high=3, grad=False)
+    ours, exact = operation(*tensors), reference(*copies)
+    assert torch.equal(ours.double(), exact)
+    grads = torch.autograd.grad(ours, tensors, grad)
+    exact_grads = torch.autograd.grad(exact, copies, grad.double())
+    for name, got, truth in zip(("input", "weight", "bias"), grads, exact_grads, strict=True):
+        assert torch.equal(got.double(), truth), name
+
+
+@hopper
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("features", [(72, 56), (96, 36)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 5, 17, 130])
+def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[str]) -> None:
+    """All three passes, features in whole panels of 16 and not, more rows than outputs and fewer."""
+    with tables.override(**SMALL, SPLIT=split):
+        _check_tf32(
+            lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
+            lambda x, w, b: linear_reference(x, w, b, activation="relu"),
+            (rows, *features),
+        )
+    assert launches.count("_matmul_descriptor_kernel") == 3
+    assert "_matmul_kernel" not in launches
+    # Both operands of the weight gradient.
+    assert launches.count("_row_major_kernel") == 2
+
+
+@hopper
+def test_tf32_of_the_own_configuration(launches: list[str]) -> None:
+    _check_tf32(kernels.linear, F.linear, (140, 320, 264))
+    assert launches.count("_matmul_descriptor_kernel") == 3
+
+
+@pytest.mark.parametrize("shape", [(5, 10, 32), (5, 32, 10)], ids=str)
+def test_tf32_features_that_tma_cannot_read(shape: tuple[int, int, int], launches: list[str]) -> None:
+    """Ten columns of four bytes are no multiple of 16 bytes. Ten inputs: no pass can; ten outputs: the forward pass alone."""
+    _check_tf32(kernels.linear, F.linear, shape)
+    assert launches.count("_matmul_kernel") == (3 if shape[1] == 10 else 2)
+
+
+@hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tf32_layouts(layout: str, launches: list[str]) -> None:
+    change = {
+        "row_stride_of_16_bytes": lambda t: F.pad(t, (0, 4))[:, : t.shape[1]],
+        "starts_at_2_bytes": lambda t: F.pad(t, (1, 3))[:, 1 : 1 + t.shape[1]],  # 4 bytes here
+    }.get(layout, LAYOUTS[layout][0])
     with tables.override(**SMALL, SPLIT=2):
-        y = kernels.linear(x, w, b)
-        y.backward(torch.ones_like(y))
-    assert launches[0] == "_matmul_descriptor_kernel"
-    assert launches.count("_matmul_kernel") == 2
-    exact = F.linear(x.double(), w.double(), b.double())
-    assert (y - exact).abs().max() <= 2.0**-9 * exact.abs().max()
+        _check_tf32(
+            lambda x, w, b: kernels.linear(change(x), change(w), b),
+            lambda x, w, b: F.linear(change(x), change(w), b),
+            (40, 80, 56),
+        )
+    assert launches.count("_matmul_descriptor_kernel") == (3 if LAYOUTS[layout][1] else 0)
+
+
+def test_exact_float32_uses_no_tensor_cores(launches: list[str]) -> None:
+    """PyTorch's switch decides, whatever rows TMA could read."""
+    x, w, b = _tensors((40, 72, 56), torch.float32)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    launches.clear()
-    kernels.linear(x, w, b)
-    assert launches == ["_matmul_kernel"]
+    check(kernels.linear, F.linear, [x, w, b], names="input weight bias")
+    assert launches.count("_matmul_kernel") == 3
+    assert "_matmul_descriptor_kernel" not in launches
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("swap", [1, 2])
+def test_transposed_product_of_exact_float32(swap: int, split: int, launches: list[str]) -> None:
+    """The weights by the input, in place of the input by the weights: bias, ReLU and mask still fall on the right elements."""
+    rows, copies = 37, swap - 1
+    mask = kernels.dropout_mask((rows, 56), 0.5, 7, device=DEVICE)
+    with tables.override(**SMALL, SPLIT=split, SWAP=swap):
+        check(
+            lambda x, w, b: kernels.linear_relu_dropout(x, w, b, 0.5, seed=7),
+            lambda x, w, b: F.relu(F.linear(x, w, b)) * mask * 2,
+            _tensors((rows, 104, 56), torch.float32),
+            names="input weight bias",
+        )
+        assert launches.count("_row_major_kernel") == 2 * copies  # of the input, and of the output's gradient
+        tensors = _tensors((rows, 104, 56), torch.float32)
+        check(
+            lambda *t: kernels.linear(*t, activation="relu"),
+            lambda *t: F.relu(F.linear(*t)),
+            tensors,
+            names="input weight bias",
+        )
+        launches.clear()
+        x, w, _ = tensors
+        transposed = x.detach().t().contiguous().t()
+        assert torch.equal(kernels.linear(transposed, w), kernels.linear(x, w))
+        assert launches.count("_row_major_kernel") == copies  # of the second alone
+
+
+def test_narrow_outputs_are_not_transposed(launches: list[str]) -> None:
+    check(kernels.linear, F.linear, _tensors((37, 104, 10), torch.float32), names="input weight bias")
+    assert "_row_major_kernel" not in launches
 
 
 @hopper
@@ -169,6 +258,49 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
             assert c["BLOCK_M"] * c["BLOCK_N"] / (32 * c["num_warps"]) <= 128
             blocks = -(-k // c["BLOCK_K"])
             assert -(-blocks // -(-blocks // c["SPLIT"])) == c["SPLIT"]  # no part is empty
+
+
+#: And of those that FMAs do: the forward passes as transposed products.
+FMA_PASSES = [(4096, 0, 6400), (4096, 0, 4096), (0, 10, 4096), (0, 6400, 4096), (0, 4096, 10), (4096, 6400, 0), (10, 4096, 0)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 20, 128, 1024])
+def test_fma_candidates_fit(batch: int) -> None:
+    for sizes in FMA_PASSES:
+        m, n, k = (size or batch for size in sizes)
+        candidates = linear_rules.fma_candidates(m, n, k)
+        assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
+        tables.check_table({"configs": {str(i): c for i, c in enumerate(candidates)}})
+        for c in candidates:
+            assert c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 4 <= 227 * 1024
+            assert c["BLOCK_M"] * c["BLOCK_N"] / (32 * c["num_warps"]) <= 64
+            blocks = -(-k // c["BLOCK_K"])
+            assert -(-blocks // -(-blocks // c["SPLIT"])) == c["SPLIT"]  # no part is empty
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 31, 33, 63, 65])
+def test_a_small_product_has_an_fma_configuration(size: int) -> None:
+    for m, n, k in ((size, size, size), (1, size, 3), (size, 1, 3), (size, 10000, 1), (10000, size, 1)):
+        assert linear_rules.fma_candidates(m, n, k), (m, n, k)
+
+
+@pytest.mark.parametrize("sizes", [s for s in FMA_PASSES if 10 not in s], ids=str)
+def test_exact_products_of_batch_128_fill_an_h100_without_a_split(sizes: tuple[int, int, int]) -> None:
+    """The parts of a split are bytes that the step would move twice; every multiprocessor has work without them."""
+    m, n, k = (size or 128 for size in sizes)
+    chosen = linear_rules._fma_rule(m, n, k, True)
+    assert chosen["SPLIT"] == 1
+    assert -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) >= 132
+
+
+def test_float32_has_table_entries_of_its_own() -> None:
+    keys = {
+        linear_rules.linear_key("fprop", 128, 10, 4096, dtype, precision)
+        for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
+    }
+    assert len(keys) == 3
+    half = linear_rules.linear_key("fprop", 128, 10, 4096, torch.float16, "ieee")
+    assert half == linear_rules.linear_key("fprop", 128, 10, 4096, torch.bfloat16, "ieee") == "linear_fprop m128 n10 k4096"
 
 
 @pytest.mark.parametrize("sizes", [s for s in PASSES if 10 not in s], ids=str)
