@@ -25,6 +25,7 @@ from ..runtime.torch_interop import (
 )
 from ..sums import ColumnSums, epilogue_backward, sum_vectors
 from .by_batch import Copy
+from .descriptor import dense_nhwc
 from .problem import Convolution, ConvolutionGradients, Geometry, Problem
 from .select import copies_by_batch, dgrad, fprop, wgrad, wgrad_by_batch
 
@@ -144,8 +145,8 @@ def gradients(
     if needs_input and needs_weight and cells is None and wgrad_by_batch(problem):
         # The gradient of the input reads what is to be copied, and so copies it.
         assert input is not None
-        copies = copies_by_batch(dz, input)
-        dz = copies[0].source.permute(0, 3, 1, 2)
+        dz = dense_nhwc(dz).permute(0, 3, 1, 2)
+        copies = copies_by_batch(dz, input, problem)
     if needs_input:
         dx, d_link, of_link = dgrad(dz, weight, problem, input if linked else None, copies)
         unsummed = [*unsummed, *of_link]

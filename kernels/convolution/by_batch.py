@@ -2,7 +2,8 @@
 
 A weight's gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, TF32 only
 where neighbours in memory are neighbours in the sum. So the gradient and the input of a float32 convolution are copied from
-[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once.
+[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once. Or a kernel turns
+blocks of the product's second operand on their way through registers (:func:`turned`).
 """
 
 from __future__ import annotations
@@ -125,6 +126,31 @@ def _by_batch_kernel(
 ):
     """The copies alone: one program, one tile of the largest."""
     copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
+
+
+#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four times
+#: four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
+
+
+@triton.jit
+def images_5d(n0, IMAGES: tl.constexpr):
+    """Numbers of images, for a block that is to be turned."""
+    o_high = tl.arange(0, IMAGES // 8)[:, None, None, None, None]
+    return n0 + o_high * 8 + tl.arange(0, 8)[None, None, None, :, None]
+
+
+@triton.jit
+def others_5d(first, COUNT: tl.constexpr):
+    """Numbers of the other dimension, for a block that is to be turned."""
+    o_high = tl.arange(0, COUNT // 16)[None, :, None, None, None]
+    o_middle = tl.arange(0, 4)[None, None, :, None, None]
+    return first + o_high * 16 + o_middle * 4 + tl.arange(0, 4)[None, None, None, None, :]
+
+
+@triton.jit
+def turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
+    """Such a block as [COUNT, IMAGES]."""
+    return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions

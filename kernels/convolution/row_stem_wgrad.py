@@ -20,36 +20,12 @@ from ..pooling.autograd import no_gradient
 from ..primitives import cast, compensated_add, dot, program_id
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums
+from .by_batch import images_5d, others_5d, turned
 from .problem import Problem
 from .rules import conv2d_rows_wgrad_config
 from .stem import fold, unfold
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-
-
-#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four times
-#: four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
-
-
-@triton.jit
-def _images_5d(n0, IMAGES: tl.constexpr):
-    """Numbers of images, for a block that is to be turned."""
-    o_high = tl.arange(0, IMAGES // 8)[:, None, None, None, None]
-    return n0 + o_high * 8 + tl.arange(0, 8)[None, None, None, :, None]
-
-
-@triton.jit
-def _others_5d(first, COUNT: tl.constexpr):
-    """Numbers of the other dimension, for a block that is to be turned."""
-    o_high = tl.arange(0, COUNT // 16)[None, :, None, None, None]
-    o_middle = tl.arange(0, 4)[None, None, :, None, None]
-    return first + o_high * 16 + o_middle * 4 + tl.arange(0, 4)[None, None, None, None, :]
-
-
-@triton.jit
-def _turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
-    """Such a block as [COUNT, IMAGES]."""
-    return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
 
 
 @triton.jit
@@ -137,14 +113,14 @@ def _conv2d_rows_wgrad_kernel(
     steps_per_split = tl.cdiv(steps, SPLIT)
     begin = (pid_split * steps_per_split).to(tl.int32)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    o_k = _others_5d(k0, BLOCK_N)
+    o_k = others_5d(k0, BLOCK_N)
     acc_0 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
     b_lost = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
     if BLOCK_N2 > 0:
-        o_k2 = _others_5d(k0 + BLOCK_N, BLOCK_N2)
+        o_k2 = others_5d(k0 + BLOCK_N, BLOCK_N2)
         acc2_0 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         acc2_1 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         acc2_2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
@@ -155,7 +131,7 @@ def _conv2d_rows_wgrad_kernel(
         n0 = step % blocks_n * BLOCK_K
         p = step // blocks_n // Q
         q = step // blocks_n % Q
-        o_n = _images_5d(n0, BLOCK_K)
+        o_n = images_5d(n0, BLOCK_K)
         if WIDE:
             o_n = o_n.to(tl.int64)
         x_0 = x_desc.load([p, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
@@ -168,7 +144,7 @@ def _conv2d_rows_wgrad_kernel(
         )
         if POOLED:
             b_sum, b_lost = compensated_add(b_sum, b_lost, tl.where(first, own, 0.0))
-        b_z = _turned(cast(b_z, DTYPE), BLOCK_K, BLOCK_N).T
+        b_z = turned(cast(b_z, DTYPE), BLOCK_K, BLOCK_N).T
         acc_0 = dot(x_0, b_z, acc_0, INPUT_PRECISION)
         acc_1 = dot(x_1, b_z, acc_1, INPUT_PRECISION)
         acc_2 = dot(x_2, b_z, acc_2, INPUT_PRECISION)
@@ -179,7 +155,7 @@ def _conv2d_rows_wgrad_kernel(
             )
             if POOLED:
                 b_sum2, b_lost2 = compensated_add(b_sum2, b_lost2, tl.where(first, own2, 0.0))
-            b_z2 = _turned(cast(b_z2, DTYPE), BLOCK_K, BLOCK_N2).T
+            b_z2 = turned(cast(b_z2, DTYPE), BLOCK_K, BLOCK_N2).T
             acc2_0 = dot(x_0, b_z2, acc2_0, INPUT_PRECISION)
             acc2_1 = dot(x_1, b_z2, acc2_1, INPUT_PRECISION)
             acc2_2 = dot(x_2, b_z2, acc2_2, INPUT_PRECISION)
@@ -200,10 +176,10 @@ def _conv2d_rows_wgrad_kernel(
         if f0 == 0:
             p_sums = sums_ptr + pid_split * K
             o_sum = k0 + tl.arange(0, BLOCK_N)
-            tl.store(p_sums + o_sum, tl.sum(_turned(b_sum, BLOCK_K, BLOCK_N), axis=1), mask=o_sum < K)
+            tl.store(p_sums + o_sum, tl.sum(turned(b_sum, BLOCK_K, BLOCK_N), axis=1), mask=o_sum < K)
             if BLOCK_N2 > 0:
                 o_sum2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
-                tl.store(p_sums + o_sum2, tl.sum(_turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1), mask=o_sum2 < K)
+                tl.store(p_sums + o_sum2, tl.sum(turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1), mask=o_sum2 < K)
 
 
 # ------------------------------------------------------------------------------------------------- launch function

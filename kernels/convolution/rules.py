@@ -260,6 +260,37 @@ def conv2d_by_batch_wgrad_config(
     return config
 
 
+#: Bytes of the largest output's gradient of which a copy is made for a weight gradient in TF32: what a network's other tensors
+#: leave room for, and about what an H100's L2 cache holds.
+_LARGEST_COPY = 64 * 2**20
+
+
+def conv2d_wgrad_turns(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> bool:
+    """Whether a weight gradient in TF32 turns the output's gradient in registers, and makes no copy of it."""
+    config = {"TURNED": int(n * p * q * k * 4 > _LARGEST_COPY)}
+    config |= known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
+    return bool(apply_overrides(config)["TURNED"])
+
+
+def conv2d_turned_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int
+) -> dict[str, int]:
+    """Its tiles: BLOCK_M columns of a filter row x BLOCK_N filters, BLOCK_K images a step."""
+    columns = s * c
+    if INTERPRETED:
+        config = {"BLOCK_M": tile_size(columns, 16, 128), "BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": tile_size(n, 16, 32)}
+        config |= {"num_warps": 8, "num_stages": 1}
+    else:
+        block_m = min((256, 128, 64), key=lambda m: cdiv(columns, m) * m)
+        config = {"BLOCK_M": block_m, "BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    measured = tuned(device, conv2d_key("conv2d_turned_wgrad", n, p, q, c, k, r, s, torch.float32))
+    config = apply_overrides(config | known(config, measured))
+    programs = cdiv(columns, config["BLOCK_M"]) * r * cdiv(k, config["BLOCK_N"])
+    steps = p * q * cdiv(n, config["BLOCK_K"])
+    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
+    return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
+
+
 def conv2d_images_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, int]:

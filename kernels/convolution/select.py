@@ -17,11 +17,11 @@ from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_copy_engine
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, general, row_stem, row_stem_wgrad, stem
+from . import descriptor, general, row_stem, row_stem_wgrad, stem, turned_wgrad
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
-from .rules import conv2d_rows_pool_fused, conv2d_stem_pool_fused, conv2d_wgrad_by_images
+from .rules import conv2d_rows_pool_fused, conv2d_stem_pool_fused, conv2d_wgrad_by_images, conv2d_wgrad_turns
 
 
 #: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
@@ -194,11 +194,16 @@ def wgrad_by_batch(problem: Problem) -> bool:
     return problem.dtype == torch.float32 and wgrad_kernels(problem) == Kernels.DESCRIPTOR
 
 
-def copies_by_batch(dz: Tensor, input: Tensor) -> tuple[Copy, Copy]:
-    """Those copies, to be made: of the gradient before the activation and of the input, (N, C, H, W)."""
-    sources = descriptor.dense_nhwc(dz), descriptor.dense_nhwc(input)
-    z, x = (Copy(source, new_by_batch(source.shape, source)) for source in sources)
-    return z, x
+def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
+    """Those copies, to be made: of the input (N, C, H, W), and of the gradient before the activation if it is not turned."""
+    turns = conv2d_wgrad_turns(problem.device, *_wgrad_sizes(problem))
+    sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
+    return [Copy(source, new_by_batch(source.shape, source)) for source in sources]
+
+
+def _wgrad_sizes(problem: Problem) -> tuple[int, ...]:
+    n, c, _, _, k, r, s, p, q, *_ = problem
+    return n, p, q, c, k, r, s
 
 
 def wgrad(
@@ -235,9 +240,13 @@ def wgrad(
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):
         if not by_batch:
-            by_batch = copies_by_batch(dz, input)
+            by_batch = copies_by_batch(dz, input, problem)
             copy(by_batch)
-        descriptor.wgrad(*[each.out for each in by_batch], dw, problem, vectors, by_batch=True)
+        x, *z = [each.out for each in by_batch]
+        if z:
+            descriptor.wgrad(*z, x, dw, problem, vectors, by_batch=True)
+        else:
+            turned_wgrad.wgrad(dz, x, dw, problem, vectors)
     else:
         descriptor.wgrad(dz, input, dw, problem, vectors, by_batch=False)
     return dw
