@@ -2,8 +2,8 @@
 
 A weight's gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, TF32 only
 where neighbours in memory are neighbours in the sum. So the gradient and the input of a float32 convolution are copied from
-[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once. Or a kernel turns
-blocks of the product's second operand on their way through registers (:func:`turned`).
+[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once. Or a kernel
+turns blocks of the product's second operand on their way through registers (:func:`turned`).
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _by_batch_kernel(
     copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
 
 
-#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four times
-#: four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
+#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four
+#: times four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def rows_by_batch(by_batch: Tensor, n: int, block: Sequence[int]) -> TensorDescr
     return TensorDescriptor(by_batch, [h, w * c, n], [w * c * row, row, 1], list(block))
 
 
-def copy_arguments(copies: Sequence[Copy]) -> dict[str, Any]:
-    """What a kernel is told for :func:`copy_by_batch`."""
-    values = {
+def copy_arguments(copies: Sequence[Copy], beside: bool = True) -> dict[str, Any]:
+    """What a kernel is told for :func:`copy_by_batch`, which it does ``beside`` other work."""
+    values: dict[str, list[Any]] = {
         "copy_ptrs": [copy.source for copy in copies],
         "copy_out_ptrs": [copy.out for copy in copies],
         "copy_pixels": [copy.source.shape[1] * copy.source.shape[2] for copy in copies],
@@ -195,11 +195,14 @@ def copy_arguments(copies: Sequence[Copy]) -> dict[str, Any]:
     }
     arguments: dict[str, Any] = {name: tuple(value) if copies else None for name, value in values.items()}
     n = copies[0].source.shape[0] if copies else 64
-    return arguments | {"HAS_COPIES": len(copies) > 0} | _tile(n)
+    return arguments | {"HAS_COPIES": len(copies) > 0} | _tile(n, beside)
 
 
-def _tile(n: int) -> dict[str, int]:
-    images, channels = (tile_size(n, 16, 64), 128) if INTERPRETED else (64, 32)
+def _tile(n: int, beside: bool) -> dict[str, int]:
+    # Beside other work one program may have a multiprocessor for itself: then it must have many loads under way.
+    images, channels = (128 if n > 64 else 64, 64) if beside else (64, 32)
+    if INTERPRETED:
+        images, channels = tile_size(n, 16, 64), 128
     return {"COPY_IMAGES": images, "COPY_CHANNELS": channels}
 
 
@@ -207,7 +210,7 @@ def copy(copies: Sequence[Copy]) -> None:
     """Make the copies, in a launch of their own."""
     if not copies:
         return
-    arguments = copy_arguments(copies)
+    arguments = copy_arguments(copies, beside=False)
     arguments.pop("HAS_COPIES")
     n = copies[0].source.shape[0]
     tiles = [
@@ -236,17 +239,17 @@ class CellsCopy(NamedTuple):
     stride: int
     padding: tuple[int, int]
 
-    def arguments(self) -> dict[str, Any]:
-        """What a kernel is told for :func:`copy_cells_by_batch`."""
+    def arguments(self, beside: bool = True) -> dict[str, Any]:
+        """What a kernel is told for :func:`copy_cells_by_batch`, which it does ``beside`` other work."""
         n, h, row = self.rows.shape
         c, w = self.images
         values = {"x_ptr": self.rows, "cells_ptr": self.out, "H": h, "W": w, "HS": self.size[0], "ROW": row}
         values |= {"pad_h": self.padding[0], "pad_w": self.padding[1], "C": c, "STRIDE": self.stride, "WS": self.size[1]}
-        return values | _tile(n)
+        return values | _tile(n, beside)
 
     def make(self) -> None:
         """In a launch of its own."""
-        arguments = self.arguments()
+        arguments = self.arguments(beside=False)
         n, columns = self.rows.shape[0], self.out.shape[1]
         tiles = self.size[0] * cdiv(n, arguments["COPY_IMAGES"]) * cdiv(columns, arguments["COPY_CHANNELS"])
         launch(

@@ -7,7 +7,8 @@ take stride 1, dilation 1, one group and channels in multiples of 16, in TF32 of
 
 From shared memory Hopper's tensor cores read half types in either order, TF32 only where neighbours in memory are neighbours in
 the sum. So in TF32 the input gradient takes a copy of the filters, [C, R, S, K], and the weight gradient copies of both its
-operands, [H, W, C, N] (:mod:`.by_batch`), which launches write that read those tensors anyway.
+operands, [H, W, C, N] (:mod:`.by_batch`), which launches write that read those tensors anyway. The gradient of the weight is
+:mod:`.descriptor_wgrad`'s.
 
 What is a tile? A product's rows are output pixels, and for each filter position (r, s) they must be shifted together.
 
@@ -35,16 +36,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..primitives import cast, dot, program_id, relu, relu_grad
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
-from ..sums import ColumnSums, sum_parts
-from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch, rows_by_batch
+from ..sums import ColumnSums
+from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch
 from .problem import Problem
-from .rules import (
-    conv2d_box_config,
-    conv2d_by_batch_wgrad_config,
-    conv2d_images_config,
-    conv2d_images_wgrad_config,
-    conv2d_tile,
-)
+from .rules import conv2d_box_config, conv2d_images_config, conv2d_tile
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -331,123 +326,6 @@ def _conv2d_box_kernel(
         copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
 
 
-@triton.jit
-def _load_images(x_desc, h, n0, o_x, BY_BATCH: tl.constexpr):
-    """[images, columns] of row ``h``, from image ``n0`` and column ``o_x`` on."""
-    if BY_BATCH:
-        block = x_desc.load([h, o_x, n0])
-        return block.reshape(block.shape[1], block.shape[2]).T
-    else:
-        block = x_desc.load([h, n0, o_x])
-        return block.reshape(block.shape[1], block.shape[2])
-
-
-@triton.jit
-def _conv2d_images_wgrad_kernel(
-    z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]; BY_BATCH: [P*Q*K, N], transposed blocks
-    x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]; BY_BATCH: [H, W*C, N], blocks [1, BLOCK_N, BLOCK_K]
-    x2_desc,  # the same with BLOCK_N2 for BLOCK_N
-    partial_ptr,  # out: [SPLIT, K, R*S*C] float32
-    N,
-    H,
-    W,
-    P,
-    Q,
-    K,
-    SPLIT,
-    pad_h,
-    pad_w,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    BY_BATCH: tl.constexpr,
-    X_CHANNELS: tl.constexpr,  # of the input
-    FOLDED: tl.constexpr,  # C is S times as many, and S is 1: the columns of a filter are neighbours in a row of the input
-    WIDE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_N2: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program sums BLOCK_M filters x BLOCK_N + BLOCK_N2 channels of POSITIONS (1 or 2) filter positions over its split.
-
-    A step of the sum is one pixel of BLOCK_K images. Pixels whose input lies in the padding are left out. Two positions share
-    the gradient's tile.
-    """
-    pid = program_id(0, WIDE)
-    pid_split = program_id(1, WIDE)
-    blocks_m = tl.cdiv(K, BLOCK_M)
-    CHUNKS: tl.constexpr = (C + BLOCK_N + BLOCK_N2 - 1) // (BLOCK_N + BLOCK_N2)
-    k0 = (pid % blocks_m * BLOCK_M).to(tl.int32)
-    c0 = (pid // blocks_m % CHUNKS * (BLOCK_N + BLOCK_N2)).to(tl.int32)
-    rs = (pid // blocks_m // CHUNKS * POSITIONS).to(tl.int32)
-    r = rs // S
-    s = rs % S
-    # Output rows and columns whose input is inside the image for one of the positions.
-    p_low = tl.maximum(0, pad_h - r)
-    p_high = tl.minimum(P, H + pad_h - r)
-    q_low = tl.maximum(0, pad_w - s)
-    q_high = tl.minimum(Q, W + pad_w - s)
-    if FOLDED:  # columns outside of the image come as zeros
-        q_low = q_low * 0
-        q_high = Q
-    if POSITIONS == 2:
-        r2 = (rs + 1) // S
-        s2 = (rs + 1) % S
-        p_low = tl.minimum(p_low, tl.maximum(0, pad_h - r2))
-        p_high = tl.maximum(p_high, tl.minimum(P, H + pad_h - r2))
-        q_low = tl.minimum(q_low, tl.maximum(0, pad_w - s2))
-        q_high = tl.maximum(q_high, tl.minimum(Q, W + pad_w - s2))
-    columns = tl.maximum(q_high - q_low, 0)
-    blocks_n = tl.cdiv(N, BLOCK_K)
-    steps = tl.maximum(p_high - p_low, 0) * columns * blocks_n
-    steps_per_split = tl.cdiv(steps, SPLIT)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if BLOCK_N2 > 0:
-        acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
-    if POSITIONS == 2:
-        next_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if BLOCK_N2 > 0:
-            next_acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
-    first = (pid_split * steps_per_split).to(tl.int32)
-    last = tl.minimum(first + steps_per_split, steps)
-    for i in range(first, last):
-        n0 = i % blocks_n * BLOCK_K
-        q = q_low + i // blocks_n % tl.maximum(columns, 1)
-        p = p_low + i // blocks_n // tl.maximum(columns, 1)
-        o_z = (p * Q + q) * K + k0
-        b_z = z_desc.load([o_z, n0]) if BY_BATCH else z_desc.load([n0, o_z]).T  # [BLOCK_M, BLOCK_K]
-        h = p + r - pad_h
-        o_x = (q + s - pad_w) * X_CHANNELS + c0
-        acc = dot(b_z, _load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
-        if BLOCK_N2 > 0:
-            acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
-        if POSITIONS == 2:
-            h2 = p + r2 - pad_h
-            o_x2 = (q + s2 - pad_w) * X_CHANNELS + c0
-            next_acc = dot(b_z, _load_images(x_desc, h2, n0, o_x2, BY_BATCH), next_acc, INPUT_PRECISION)
-            if BLOCK_N2 > 0:
-                b_x2 = _load_images(x2_desc, h2, n0, o_x2 + BLOCK_N, BY_BATCH)
-                next_acc2 = dot(b_z, b_x2, next_acc2, INPUT_PRECISION)
-
-    o_k = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_out = partial_ptr + ((pid_split * K + o_k) * (R * S * C) + rs * C + c0)[:, None]
-    m_k = (o_k < K)[:, None]
-    o_c = tl.arange(0, BLOCK_N)[None, :]
-    tl.store(p_out + o_c, acc, mask=m_k & (c0 + o_c < C) if FOLDED else m_k)
-    if BLOCK_N2 > 0:
-        o_c2 = BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
-        tl.store(p_out + o_c2, acc2, mask=m_k & (c0 + o_c2 < C) if FOLDED else m_k)
-    if POSITIONS == 2:
-        m_k = m_k & (rs + 1 < R * S)
-        tl.store(p_out + C + o_c, next_acc, mask=m_k)
-        if BLOCK_N2 > 0:
-            tl.store(p_out + C + o_c2, next_acc2, mask=m_k)
-
-
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
@@ -461,13 +339,13 @@ def dense_nhwc(tensor: Tensor) -> Tensor:
     return aligned(tensor.permute(0, 2, 3, 1).contiguous())
 
 
-def _rows(nhwc: Tensor, images: int, columns: int) -> TensorDescriptor:
+def input_rows(nhwc: Tensor, images: int, columns: int) -> TensorDescriptor:
     """[H, N, W*C] over (N, H, W, C): a block is one pixel of ``images`` images."""
     n, h, w, c = nhwc.shape
     return TensorDescriptor(nhwc, [h, n, w * c], [w * c, h * w * c, 1], [1, images, columns])
 
 
-def _matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor:
+def matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor:
     """[rows, whatever is left] over a dense tensor."""
     columns = tensor.numel() // rows
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], list(block))
@@ -527,7 +405,7 @@ def _convolve(
 
     def filter_blocks(columns: int, step: int) -> TensorDescriptor:
         rows = r * s * k if by_sum else filters.shape[0]
-        return _matrix(filters, rows, [step, columns] if dgrad and not by_sum else [columns, step])
+        return matrix(filters, rows, [step, columns] if dgrad and not by_sum else [columns, step])
 
     shared = {
         "bias_ptr": filters if bias is None else bias.contiguous(),
@@ -560,7 +438,7 @@ def _convolve(
         launch(
             _conv2d_images_kernel,
             (tiles * cdiv(k, config["BLOCK_N"] + n2),),
-            x_desc=_rows(x, config["BLOCK_M"], config["BLOCK_K"]),
+            x_desc=input_rows(x, config["BLOCK_M"], config["BLOCK_K"]),
             w_desc=filter_blocks(config["BLOCK_N"], config["BLOCK_K"]),
             w2_desc=filter_blocks(n2 or config["BLOCK_N"], config["BLOCK_K"]),
             H=h,
@@ -588,60 +466,3 @@ def _convolve(
         **config,
     )
     return y, sums
-
-
-def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
-
-    Args:
-        by_batch: whether ``dz`` and ``input`` are copies of :func:`.by_batch.new_by_batch`, which TF32 needs.
-    """
-    n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
-    sizes = (n, p, q, c, k, r, s)
-    if by_batch:
-        config = conv2d_by_batch_wgrad_config(device, *sizes)
-    else:
-        config = conv2d_images_wgrad_config(device, *sizes, dtype) | {"FOLDED": 0}
-    split = config.pop("SPLIT")
-    n2 = config["BLOCK_N2"]
-    m, images = config["BLOCK_M"], config["BLOCK_K"]
-    partial = new_output((split, dw.numel()), torch.float32, device)
-    wide = needs_int64(partial)
-    if wide:
-        config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
-    folded = s if config["FOLDED"] else 1  # filter columns that are taken for channels
-    positions = cdiv(r * s // folded, config["POSITIONS"]) * cdiv(c * folded, config["BLOCK_N"] + n2)
-    if by_batch:
-        z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [m, images])
-    else:
-        z_desc, input = _matrix(dense_nhwc(dz), n, [images, m]), dense_nhwc(input)
-
-    def rows(columns: int) -> TensorDescriptor:
-        return rows_by_batch(input, n, [1, columns, images]) if by_batch else _rows(input, images, columns)
-
-    launch(
-        _conv2d_images_wgrad_kernel,
-        (cdiv(k, m) * positions, split),
-        z_desc=z_desc,
-        x_desc=rows(config["BLOCK_N"]),
-        x2_desc=rows(n2 or config["BLOCK_N"]),
-        partial_ptr=partial,
-        N=n,
-        H=h,
-        W=w,
-        P=p,
-        Q=q,
-        K=k,
-        SPLIT=split,
-        pad_h=padding[0],
-        pad_w=padding[1],
-        C=c * folded,
-        R=r,
-        S=s // folded,
-        BY_BATCH=by_batch,
-        X_CHANNELS=c,
-        WIDE=wide,
-        INPUT_PRECISION=precision,
-        **config,
-    )
-    sum_parts(partial, dw, vectors)

@@ -108,7 +108,8 @@ def conv2d_relu_max_pool2d_fprop(
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
 
     The third result, empty where there is no such thing, is what the backward pass of a strided first layer reads in place of
-    ``input``: its cells, with ``keeps_rows`` with the batch innermost. ``link``: of ``input``, see :class:`kernels.conv2d.Conv2dFunction`.
+    ``input``: its cells, with ``keeps_rows`` such with the batch innermost. ``link``: of ``input``, see
+    :class:`kernels.conv2d.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
     problem = PooledConvolution.of(

@@ -1,9 +1,9 @@
 """A strided first layer of few channels in TF32, row by row of its filters, from the images as they are.
 
-Under one filter row the pixels of an image are one piece of memory, S * C numbers of [N, H, W*C]. They are the reduction, and a tile
-is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. Four numbers of float32 are the 16 bytes at whose multiples
-TMA begins a block: with a stride of 4 no cells are needed (:mod:`kernels.convolution.stem`), which would be written and read once
-more than the images.
+Under one filter row the pixels of an image are one piece of memory, S * C numbers of [N, H, W*C]. They are the reduction, and a
+tile is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. Four numbers of float32 are the 16 bytes at whose
+multiples TMA begins a block: with a stride of 4 the cells of :mod:`kernels.convolution.stem` are not needed, which would be
+written and read beside the images.
 
 With its ReLU and 3 x 3 max-pool of stride 2 it is one kernel, as in :mod:`kernels.convolution.stem_pool`: nothing unpooled is
 written.
@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling.autograd import new_position_and_index, no_gradient
 from ..pooling.problem import Window
-from ..primitives import cast, dot, program_id, relu
+from ..primitives import dot, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from .by_batch import CellsCopy, copy_cells_by_batch, new_cells_by_batch
 from .cells import cells_size
@@ -94,9 +94,9 @@ def _conv2d_rows_kernel(
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
-#: A float32 that is not negative orders integers by its bits. Below them are 5 bits more: with 31 - position in these, of equal values
-#: the first in the window is the largest. NaN is above infinity, and of NaNs the last in the window counts, as in PyTorch: their
-#: last bits are the position.
+#: The bits of a float32 that is not negative, as an integer, order numbers by value. With 31 - position in five bits below,
+#: of equal values the first in the window is the largest. NaN is above infinity, and of NaNs the last in the window counts, as
+#: in PyTorch: their last bits are the position.
 _NAN_KEY = tl.constexpr(0x7FC00000 << 5)
 
 
@@ -198,8 +198,8 @@ def _conv2d_rows_pool_kernel(
 ):
     """One program computes BLOCK_M images x one row of windows x some columns of them x BLOCK_N + BLOCK_N2 filters.
 
-    The filters wait in shared memory. A step is one pixel of the convolution, down the three rows that the windows see, then to the
-    next column.
+    The filters wait in shared memory. A step is one pixel of the convolution, down the three rows that the windows see, then to
+    the next column.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
@@ -232,6 +232,7 @@ def _conv2d_rows_pool_kernel(
         b_bias2 = tl.load(bias_ptr + o_k2, mask=o_k2 < K, other=0.0) if HAS_BIAS else o_k2
         window2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
         column2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
+    # The compiler keeps each product's addresses in registers, beside the maxima, if it may.
     for step in tl.range(3 * left, 3 * right + 3, disable_licm=True):
         i = step % 3
         q = step // 3

@@ -1,9 +1,9 @@
 """The gradient of the weight of a strided first layer of few channels in TF32: see :mod:`kernels.convolution.row_stem`.
 
-The sum runs over images, which must be neighbours in shared memory in TF32. So the images' cells are read from a copy (:mod:`.by_batch`), and
-the gradient is turned on its way through registers: as the second operand it may take that way. Small as a first layer's
-products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions, and the unpooled
-gradient, four and a half times as large, is never written.
+The sum runs over images, which must be neighbours in shared memory in TF32. So the images' cells are read from a copy
+(:mod:`.by_batch`), and the gradient is turned on its way through registers: the second operand may take that way. Small as a
+first layer's products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions, and the
+unpooled gradient, four and a half times as large, is never written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _gradient(
     stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq,
     POOLED: tl.constexpr, NO_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of pixel (p, q) before the activation, and POOLED what its own window, whose last row and column it may be in, passes on.
+    """Gradient of pixel (p, q) before the activation, and POOLED what window (p // 2, q // 2) passes on to any pixel.
 
     POOLED it is the sum over the windows that point at the pixel, in the order of :mod:`kernels.pooling`.
     """
@@ -42,7 +42,7 @@ def _gradient(
     if POOLED:
         total = tl.zeros(inside.shape, dtype=tl.float32)
         own = total
-        for u in tl.static_range(2):  # the windows that begin two rows above, if they reach so far, and those of the pixel's own row
+        for u in tl.static_range(2):  # windows that begin two rows above, which see even rows alone, and in the pixel's rows
             for v in tl.static_range(2):
                 i = p // 2 - 1 + u
                 j = q // 2 - 1 + v
@@ -151,7 +151,18 @@ def _conv2d_rows_wgrad_kernel(
         if BLOCK_N2 > 0:
             b_z2, own2 = _gradient(
                 *(dy_ptr, position_ptr, o_n, o_k2, p, q, N, K, POOL_P, POOL_Q),
-                *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, POOLED, NO_GRADIENT),
+                *(
+                    stride_dyn,
+                    stride_dyk,
+                    stride_dyp,
+                    stride_dyq,
+                    stride_pn,
+                    stride_pk,
+                    stride_pp,
+                    stride_pq,
+                    POOLED,
+                    NO_GRADIENT,
+                ),
             )
             if POOLED:
                 b_sum2, b_lost2 = compensated_add(b_sum2, b_lost2, tl.where(first, own2, 0.0))

@@ -14,7 +14,9 @@ from ..runtime.backend import INTERPRETED, capability
 from ..runtime.launch import cdiv
 
 
-def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16) -> str:
+def conv2d_key(
+    operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
+) -> str:
     """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written.
 
     bfloat16 and float16 share their entries.
@@ -111,8 +113,8 @@ def conv2d_tile(
 ) -> str:
     """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
 
-    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 128 bytes make its
-    loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
+    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 128 bytes make
+    its loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
     What is written as NCHW goes by boxes, whose pixels are neighbours in memory then; one pixel of each image never is.
     """
     few_images = n < (3 if INTERPRETED else 48)
@@ -198,15 +200,15 @@ def conv2d_box_config(
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
 
-#: Estimates for an H100: clock cycles a microsecond, bytes of memory a microsecond, microseconds of starting and ending a program.
+#: Estimates for an H100: clock cycles and bytes of memory a microsecond, microseconds of starting and ending a program.
 _CYCLES_US, _MEMORY_BYTES_US, _PROGRAM_US = 1700, 3.0e6, 2.0
 
 
 def _tf32_cycles(block_m: int, block_n: int) -> float:
     """Cycles that one multiprocessor takes for block_m x block_n sums of 32 products of TF32, at least.
 
-    The tensor cores take n / 2 cycles for 64 x n x 8 products. Shared memory moves 128 bytes a cycle: both operands of each such
-    product on their way out, and the blocks on their way in.
+    The tensor cores take n / 2 cycles for 64 x n x 8 products. Shared memory moves 128 bytes a cycle: both operands of each
+    such product on their way out, and the blocks on their way in.
     """
     products = block_m * block_n / 32
     moved = block_m / 64 * (64 + block_n) + block_m + block_n
@@ -215,7 +217,7 @@ def _tf32_cycles(block_m: int, block_n: int) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
-    """Tiles and SPLIT of a weight gradient in TF32: of those within 5% of the least estimated time the one with the fewest parts."""
+    """Tiles and SPLIT of a weight gradient in TF32: within 5% of the least estimated time, the fewest parts."""
     steps = p * q * cdiv(n, 32)
 
     def microseconds(config: dict[str, int]) -> float:
@@ -231,14 +233,19 @@ def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int)
         for block_n, block_n2 in ((256, 0), (128, 64), (128, 0), (64, 32), (64, 0), (32, 16), (32, 0), (16, 0), (8, 0)):
             for folded in (0, 1):
                 columns = block_n + block_n2
-                if block_m * columns > 128 * 256 or (not folded and c % columns) or (folded and (s == 1 or columns > 2 * s * c)):
+                if (
+                    block_m * columns > 128 * 256
+                    or (not folded and c % columns)
+                    or (folded and (s == 1 or columns > 2 * s * c))
+                ):
                     continue
                 tiles = {"POSITIONS": 1, "FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
                 stages = min(4, SHARED_BYTES * 9 // 10 // ((block_m + columns) * 128))
                 tiles |= {"BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
                 candidates += [tiles | {"SPLIT": split} for split in range(1, min(24, steps) + 1)]
     limit = 1.05 * min(map(microseconds, candidates))
-    return min((each for each in candidates if microseconds(each) <= limit), key=lambda each: (each["SPLIT"], microseconds(each)))
+    close = [each for each in candidates if microseconds(each) <= limit]
+    return min(close, key=lambda each: (each["SPLIT"], microseconds(each)))
 
 
 def conv2d_by_batch_wgrad_config(
@@ -272,9 +279,7 @@ def conv2d_wgrad_turns(device: torch.device, n: int, p: int, q: int, c: int, k: 
     return bool(apply_overrides(config)["TURNED"])
 
 
-def conv2d_turned_wgrad_config(
-    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int
-) -> dict[str, int]:
+def conv2d_turned_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
     """Its tiles: BLOCK_M columns of a filter row x BLOCK_N filters, BLOCK_K images a step."""
     columns = s * c
     if INTERPRETED:

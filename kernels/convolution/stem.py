@@ -239,7 +239,7 @@ def _unfold_filter_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
-        BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     HAS_VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,

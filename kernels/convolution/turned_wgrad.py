@@ -1,7 +1,8 @@
 """The gradient of a weight in TF32 without a copy of the output's gradient, which is turned on its way through registers.
 
-As :mod:`kernels.convolution.descriptor` computes it, of copies with the batch innermost, but of the input alone there is one. For
-an output's gradient so large that its copy would take memory that others want: the tensor cores wait longer for shared memory.
+:mod:`kernels.convolution.descriptor_wgrad` reads copies of both operands with the batch innermost, this kernel one of the input
+alone. For an output's gradient so large that its copy would take memory that others want; the tensor cores wait longer for
+shared memory.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _conv2d_turned_wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program sums BLOCK_M columns of one filter row x BLOCK_N filters over its split's pixels, one of BLOCK_K images a step."""
+    """One program sums BLOCK_M columns of a filter row x BLOCK_N filters over its split, a pixel of BLOCK_K images a step."""
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     BLOCKS_M: tl.constexpr = (COLUMNS + BLOCK_M - 1) // BLOCK_M
