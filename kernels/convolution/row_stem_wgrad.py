@@ -2,7 +2,7 @@
 
 The sum runs over images, which must be neighbours in shared memory in TF32. So the images' cells are read from a copy
 (:mod:`.by_batch`), and the gradient is turned on its way through registers: the second operand may take that way. Small as a
-first layer's products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions, and the
+first layer's products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions; the
 unpooled gradient, four and a half times as large, is never written.
 """
 
