@@ -23,7 +23,7 @@ from torch import Tensor
 from ..configs.tables import split_count
 from ..primitives import cast, dot, program_id, relu
 from ..runtime.arguments import conv_input_precision
-from ..runtime.backend import HALF
+from ..runtime.backend import HALF, dot_precision
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums, accumulator_dtype, sum_parts, triton_accumulator
 from .problem import Problem
@@ -312,7 +312,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device = problem
     cg = c // groups
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
-    precision = conv_input_precision(input.dtype)
+    precision = dot_precision(device, conv_input_precision(input.dtype))
     irregular = problem.is_irregular or (not channels_last and dtype in HALF)
     config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=irregular)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
@@ -357,7 +357,7 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device = problem
     cg = c // groups
     dx = new_output((n, c, h, w), dtype, device, channels_last=True)
-    precision = conv_input_precision(dz.dtype)
+    precision = dot_precision(dz.device, conv_input_precision(dz.dtype))
     phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
     config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=problem.is_irregular)
     phases = min(stride[0], h) * min(stride[1], w)
@@ -405,7 +405,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     """Gradient of the weight into ``dw`` (K, C / groups, R, S), any dense strides; and the sums of ``vectors``."""
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), *_ = problem
     cg = c // groups
-    precision = conv_input_precision(dz.dtype)
+    precision = dot_precision(dz.device, conv_input_precision(dz.dtype))
     pixels = n * p * q
     config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=problem.is_irregular)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])

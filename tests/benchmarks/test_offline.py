@@ -97,6 +97,25 @@ def test_a_small_batchs_configurations_compile(arch: str) -> None:
     assert _compile("--check", "--arch", arch, "--batch", "7") == []
 
 
+@pytest.mark.parametrize("precision", ["--tf32", "--no-tf32"])
+def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
+    """They fit its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in both precisions."""
+    records = _compile("--arch", "gfx942", "--dtype", *DTYPES, "--batch", "2", "128", precision)
+    assert {r["kernel"] for r in records} == kernel_names() - DESCRIPTOR_KERNELS
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []
+    assert [r for r in records if r["shared_bytes"] > SHARED_BYTES["gfx942"]] == []
+    assert [r for r in records if r["has_dot"] and not r["tensor_core_ops"].get("v_mfma")] == []
+    assert [r for r in records if r["float_atomics"]] == []
+
+
+def test_convolutions_on_an_amd_gpu_without_tf32_compile() -> None:
+    """PyTorch's switch allows TF32 by default. An MI200 has none, and multiplies float32 exactly."""
+    records = _compile("--arch", "gfx90a", "--dtype", "float32")
+    products = [r for r in records if r["has_dot"]]
+    assert {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"} <= {r["kernel"] for r in products}
+    assert [r for r in products if not r["tensor_core_ops"].get("v_mfma")] == []
+
+
 def test_no_float_atomics(launches: list[dict]) -> None:
     assert [r for r in launches if r["float_atomics"]] == []
 
