@@ -291,13 +291,13 @@ def _conv2d_wgrad_kernel(
         o_p = (o_m // Q) % P
         o_n = o_m // Q // P
         o_z = o_n * stride_zn + o_p * stride_zp + o_q * stride_zq
-        b_z = tl.load(dz_ptr + o_z[:, None] + o_zk[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_z = tl.load(dz_ptr + o_zk[:, None] + o_z[None, :], mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         h = (o_p * stride_h)[:, None] + o_hj[None, :]  # [BLOCK_K, BLOCK_N]
         w = (o_q * stride_w)[:, None] + o_wj[None, :]
         m_x = m_m[:, None] & m_j[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         p_x = x_ptr + (o_n * stride_xn)[:, None] + (o_c * stride_xc)[None, :] + h * stride_xh + w * stride_xw
         b_x = tl.load(p_x, mask=m_x, other=0.0)
-        acc = dot(tl.trans(b_z), b_x, acc, INPUT_PRECISION)
+        acc = dot(b_z, b_x, acc, INPUT_PRECISION)
 
     o_row = pid_split * (G * KG) + group * KG + o_k
     p_out = partial_ptr + o_row[:, None] * (CG * R * S) + o_j[None, :]
