@@ -313,8 +313,10 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     cg = c // groups
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     precision = dot_precision(device, conv_input_precision(input.dtype))
-    irregular = problem.is_irregular or (not channels_last and dtype in HALF)
-    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=irregular)
+    # Channels that are no neighbours in memory have a pointer each.
+    irregular = problem.is_irregular or input.stride(1) != 1 or (not channels_last and dtype in HALF)
+    sizes = n * p * q, k // groups, cg * r * s
+    config = matmul_config(*sizes, input.dtype, precision, irregular_gather=irregular, whole=True)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -359,7 +361,8 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     dx = new_output((n, c, h, w), dtype, device, channels_last=True)
     precision = dot_precision(dz.device, conv_input_precision(dz.dtype))
     phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
-    config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=problem.is_irregular)
+    sizes = phase_pixels, cg, k // groups * r * s
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=True)
     phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
