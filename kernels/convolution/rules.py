@@ -52,6 +52,7 @@ def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products:
 
 @functools.lru_cache(maxsize=4096)
 def _pointer_tile(m: int, n: int, dtype: torch.dtype, exact: bool, irregular: bool, whole: bool) -> tuple[int, ...]:
+    tiles: tuple[tuple[int, ...], ...]
     if dtype != torch.float32:
         tiles, products = (_SCATTERED_HALF_TILES if irregular else _TENSOR_CORE_TILES), _HALF_PRODUCTS
     elif exact:

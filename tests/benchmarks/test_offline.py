@@ -87,6 +87,26 @@ def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
     assert [r for r in records if not r["tma_loads"] or r["register_operands"]] == []
 
 
+def test_copies_past_the_registers_feed_an_a100s_tensor_cores(launches: list[dict]) -> None:
+    """Of both operands, 16 bytes at a time, in the large tiles of each pass: three stages of 128 x 32 elements twice."""
+    if launches[0]["arch"] != "sm_80":
+        pytest.skip("later GPUs have TMA, or read shared memory in other layouts")
+    convolutions = [r for r in launches if r["kernel"].startswith("_conv2d") and r["has_dot"]]
+    assert [r for r in convolutions if r["dtype"] == "float32" and not r["async_copies"]] == []
+    for dtype in DTYPES:
+        itemsize = 4 if dtype == "float32" else 2
+        stage = 2 * 128 * 32 * itemsize
+        large = [r for r in convolutions if r["dtype"] == dtype and r["shared_bytes"] >= 2 * stage]
+        assert {r["kernel"] for r in large} == {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+        assert [r for r in large if r["async_copies"] * 16 * 32 * r["num_warps"] != 3 * stage] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_exact_float32_spills_nothing(arch: str) -> None:
+    """Products on registers leave few of them for pointers; test_the_tf32_switch_reaches_the_code sees to sm_90."""
+    assert _compile("--check", "--arch", arch, "--dtype", "float32", "--no-tf32", "--batch", "7", "128") == []
+
+
 def test_shared_memory_fits(launches: list[dict]) -> None:
     assert [r for r in launches if r["shared_bytes"] > SHARED_BYTES[r["arch"]]] == []
 
