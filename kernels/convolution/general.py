@@ -315,8 +315,9 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     precision = dot_precision(device, conv_input_precision(input.dtype))
     # Channels that are no neighbours in memory have a pointer each.
     irregular = problem.is_irregular or input.stride(1) != 1 or (not channels_last and dtype in HALF)
+    wide = needs_int64(input, weight, y)
     sizes = n * p * q, k // groups, cg * r * s
-    config = matmul_config(*sizes, input.dtype, precision, irregular_gather=irregular, whole=True)
+    config = matmul_config(*sizes, input.dtype, precision, irregular_gather=irregular, whole=None if wide else True)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -346,7 +347,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
         HAS_BIAS=bias is not None,
         RELU=relu,
         CHANNELS_LAST=channels_last,
-        WIDE=needs_int64(input, weight, y),
+        WIDE=wide,
         ACC=triton_accumulator(input.dtype),
         INPUT_PRECISION=precision,
         **config,
@@ -362,7 +363,9 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     precision = dot_precision(dz.device, conv_input_precision(dz.dtype))
     phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
     sizes = phase_pixels, cg, k // groups * r * s
-    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=True)
+    wide = needs_int64(dz, weight, dx)
+    whole = None if wide else True
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
     phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
@@ -396,7 +399,7 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
         STEP_S=step_s,
         INVERSE_R=inverse_r,
         INVERSE_S=inverse_s,
-        WIDE=needs_int64(dz, weight, dx),
+        WIDE=wide,
         ACC=triton_accumulator(dz.dtype),
         INPUT_PRECISION=precision,
         **config,
@@ -410,7 +413,10 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     cg = c // groups
     precision = dot_precision(dz.device, conv_input_precision(dz.dtype))
     pixels = n * p * q
-    config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=problem.is_irregular)
+    wide = needs_int64(dz, input, dw)
+    sizes = k // groups, cg * r * s, pixels
+    whole = None if wide else False
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
     blocks = cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
@@ -440,7 +446,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         blocks_per_split=cdiv(blocks, split),
         R=r,
         S=s,
-        WIDE=needs_int64(dz, input, partial),
+        WIDE=wide or needs_int64(partial),
         ACC=triton_accumulator(dz.dtype),
         INPUT_PRECISION=precision,
         **config,

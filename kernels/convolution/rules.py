@@ -23,8 +23,9 @@ def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s
 #: (``benchmarks.offline --check`` compiles them), the stages fit 99 KiB, a consumer GPU's shared memory, and an MI300's 64.
 _TENSOR_CORE_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _FMA_TILES = ((128, 128, 16, 8, 2), (64, 64, 16, 4, 3), (64, 32, 16, 8, 2))
-#: Where parts of the sum keep every multiprocessor busy, the middle one has no use; in a linear layer it spills on Blackwell.
 _FMA_SPLIT_TILES = ((128, 128, 16, 8, 2), (64, 32, 16, 8, 2))
+#: Of a linear layer, and with offsets in int64, pointers take twice the registers.
+_FMA_SMALL_TILES = ((64, 64, 16, 8, 3),)
 #: Where every element has a pointer of its own.
 _SCATTERED_HALF_TILES = ((64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _SCATTERED_TF32_TILES = ((64, 32, 16, 8, 2),)
@@ -35,7 +36,7 @@ _SCATTERED_FMA_TILES = ((64, 32, 16, 4, 3),)
 _HALF_PRODUCTS, _TF32_PRODUCTS, _FMA_PRODUCTS, _SHARED_WORDS, _L2_BYTES = 1024, 512, 128, 64, 32
 
 
-def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products: int, whole: bool) -> float:
+def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products: int, whole: bool | None) -> float:
     """Estimated cycles of M x N outputs in such tiles, per product of an output. It ranks tiles and says no more."""
     block_m, block_n, _, warps, _ = tile
     accumulators = block_m * block_n // (32 * warps)
@@ -51,12 +52,12 @@ def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products:
 
 
 @functools.lru_cache(maxsize=4096)
-def _pointer_tile(m: int, n: int, dtype: torch.dtype, exact: bool, irregular: bool, whole: bool) -> tuple[int, ...]:
+def _pointer_tile(m: int, n: int, dtype: torch.dtype, exact: bool, irregular: bool, whole: bool | None) -> tuple[int, ...]:
     tiles: tuple[tuple[int, ...], ...]
     if dtype != torch.float32:
         tiles, products = (_SCATTERED_HALF_TILES if irregular else _TENSOR_CORE_TILES), _HALF_PRODUCTS
     elif exact:
-        regular = _FMA_TILES if whole else _FMA_SPLIT_TILES
+        regular = _FMA_SMALL_TILES if whole is None else _FMA_TILES if whole else _FMA_SPLIT_TILES
         tiles, products = (_SCATTERED_FMA_TILES if irregular else regular), _FMA_PRODUCTS
     else:
         tiles, products = (_SCATTERED_TF32_TILES if irregular else _TENSOR_CORE_TILES), _TF32_PRODUCTS
@@ -71,13 +72,14 @@ def matmul_config(
     input_precision: str,
     *,
     irregular_gather: bool = False,
-    whole: bool = False,
+    whole: bool | None = None,
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a pointer kernel of M x N outputs and K products each.
 
     ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
     pointers are recomputed element by element; one from or to NCHW) tiles are small, so that all fits the registers.
-    ``whole``: a program sums all K products, so that only smaller tiles give more multiprocessors something to do.
+    ``whole``: of a convolution whose programs sum all K products, so that only smaller tiles keep more multiprocessors busy;
+    False: parts of the sum keep them busy. None: another product, or one with offsets in int64.
     """
     if INTERPRETED:
         config = {
