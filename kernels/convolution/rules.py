@@ -21,7 +21,8 @@ def conv2d_key(operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s
 
 #: Tiles of the pointer kernels: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. Accumulators and pointers fit the registers
 #: (``benchmarks.offline --check`` compiles them), the stages fit 99 KiB, a consumer GPU's shared memory, and an MI300's 64.
-_TENSOR_CORE_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
+_HALF_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 128, 32, 4, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
+_TF32_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _FMA_TILES = ((128, 128, 16, 8, 2), (64, 64, 16, 4, 3), (64, 32, 16, 8, 2))
 _FMA_SPLIT_TILES = ((128, 128, 16, 8, 2), (64, 32, 16, 8, 2))
 #: Of a linear layer, and with offsets in int64, pointers take twice the registers.
@@ -39,6 +40,7 @@ _HALF_PRODUCTS, _TF32_PRODUCTS, _FMA_PRODUCTS, _SHARED_WORDS, _L2_BYTES = 1024, 
 def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products: int, whole: bool | None) -> float:
     """Estimated cycles of M x N outputs in such tiles, per product of an output. It ranks tiles and says no more."""
     block_m, block_n, _, warps, _ = tile
+    block_n = tile_size(n, 16, block_n)
     accumulators = block_m * block_n // (32 * warps)
     math = block_m * block_n / products
     # A thread reads four rows and a quarter as many columns as it has accumulators: what Triton's layout gives it.
@@ -55,13 +57,13 @@ def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products:
 def _pointer_tile(m: int, n: int, dtype: torch.dtype, exact: bool, irregular: bool, whole: bool | None) -> tuple[int, ...]:
     tiles: tuple[tuple[int, ...], ...]
     if dtype != torch.float32:
-        tiles, products = (_SCATTERED_HALF_TILES if irregular else _TENSOR_CORE_TILES), _HALF_PRODUCTS
+        tiles, products = (_SCATTERED_HALF_TILES if irregular else _HALF_TILES), _HALF_PRODUCTS
     elif exact:
         regular = _FMA_SMALL_TILES if whole is None else _FMA_TILES if whole else _FMA_SPLIT_TILES
         tiles, products = (_SCATTERED_FMA_TILES if irregular else regular), _FMA_PRODUCTS
     else:
-        tiles, products = (_SCATTERED_TF32_TILES if irregular else _TENSOR_CORE_TILES), _TF32_PRODUCTS
-    return min(tiles, key=lambda tile: _tile_cycles(m, n, tile, dtype.itemsize, products, whole))
+        tiles, products = (_SCATTERED_TF32_TILES if irregular else _TF32_TILES), _TF32_PRODUCTS
+    return min(tiles, key=lambda tile: (_tile_cycles(m, n, tile, dtype.itemsize, products, whole), tile[3]))
 
 
 def matmul_config(
