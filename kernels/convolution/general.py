@@ -419,9 +419,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
     blocks = cdiv(pixels, config["BLOCK_K"])
-    # The accumulators of a large tile leave no room for a second program on a multiprocessor: two one after the other.
-    large = config["BLOCK_M"] * config["BLOCK_N"] >= 128 * 128
-    split = split_count(programs, max(blocks, 1), programs_per_multiprocessor=2 if large else 4)
+    split = split_count(programs, max(blocks, 1))
     partial = new_output((split, dw.numel()), accumulator_dtype(dz.dtype), dz.device)
     launch(
         _conv2d_wgrad_kernel,
