@@ -25,7 +25,7 @@ _HALF_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 128, 32, 4, 3), (
 _TF32_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _FMA_TILES = ((128, 128, 16, 8, 2), (64, 64, 16, 4, 3), (64, 32, 16, 8, 2))
 _FMA_SPLIT_TILES = ((128, 128, 16, 8, 2), (64, 32, 16, 8, 2))
-#: Of a linear layer, and with offsets in int64, pointers take twice the registers.
+#: A linear layer's, and a convolution's with offsets in int64, which take twice the registers.
 _FMA_SMALL_TILES = ((64, 64, 16, 8, 3),)
 #: Where every element has a pointer of its own.
 _SCATTERED_HALF_TILES = ((64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
