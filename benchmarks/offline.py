@@ -5,7 +5,7 @@ does not use, on CPU tensors, hands every launch to Triton's compiler instead of
 With ``--check`` it prints the launches that spill registers or ask for more shared memory than there is, and fails if there are
 any. This compiles every configuration that AlexNet gets:
 
-    python -m benchmarks.offline --check --arch sm_80 sm_90 sm_100 --dtype bfloat16 float32 --batch 1 2 7 128
+    python -m benchmarks.offline --check --arch sm_80 sm_90 sm_100 gfx942 --dtype bfloat16 float32 --batch 1 2 7 128
 
 Must run without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
 """
@@ -36,17 +36,23 @@ from alexnet_triton import AlexNet
 from alexnet_triton.optim import SGD
 from kernels.runtime import backend, launch
 
-#: Bytes of shared memory that a program may use, by the generation of the GPU.
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+#: Bytes of shared memory that a program may use, by the architecture of the GPU; AMD's are MI200, MI300 and MI350.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+SHARED_BYTES |= {"gfx90a": 64 * 1024, "gfx942": 64 * 1024, "gfx950": 160 * 1024}
 
-#: Instructions of the tensor cores in PTX, by generation.
-_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+#: Instructions of the tensor cores in PTX, by generation, and of AMD's matrix cores.
+_TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)")
+
+
+def capability_of(arch: str) -> int | str:
+    """What :func:`offline_target` takes for a name: 90 for ``"sm_90"``, ``"gfx942"`` for itself."""
+    return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else arch
 
 
 class OfflineDriver(DriverBase):  # type: ignore[misc]
-    """A driver whose target is any NVIDIA GPU and that can do nothing but say so: enough to compile."""
+    """A driver whose target is any NVIDIA or AMD GPU and that can do nothing but say so: enough to compile."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int | str) -> None:
         super().__init__()
         self.capability = capability
 
@@ -55,9 +61,11 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         return True
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.capability, str):
+            return GPUTarget("hip", self.capability, 64)
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         # Triton keeps compiled kernels by device: another target must be another one.
         return self.capability
 
@@ -89,6 +97,7 @@ class CompiledLaunch:
     shared_bytes: int
     tensor_core_ops: dict[str, int]
     tma_loads: int
+    async_copies: int  # to shared memory, past the registers: ``cp.async``
     register_operands: int  # asynchronous products whose first operand waits in registers
     float_atomics: int
     fused_products: int  # float32 products fused with a sum, or that ptxas may still fuse with one
@@ -96,10 +105,15 @@ class CompiledLaunch:
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
 
 
+#: A copy of 4 to 16 bytes from memory to shared memory, which a thread does not wait for.
+_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.")
 #: A warp group's product in Triton's GPU IR names the types of its operands: a tensor is in registers.
 _REGISTER_OPERAND = re.compile(r"ttng\.warp_group_dot [^\n]* : tensor<")
-#: A product that names its rounding (``mul.rn``) is never fused.
-_FUSED_PRODUCT = re.compile(r"\b(?:fma\.rn(?:\.ftz)?|mul(?:\.ftz)?)\.f32(?:x2)?\b")
+#: A product that names its rounding (``mul.rn``) is never fused. AMD's divisions are made of fused products too.
+_FUSED_PRODUCT = re.compile(r"\b(?:fma\.rn(?:\.ftz)?|mul(?:\.ftz)?)\.f32(?:x2)?\b|\bv_(?:pk_)?fmac?_f32")
+_FLOAT_ATOMIC = re.compile(
+    r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b|\b(?:(?:global|flat|buffer)_atomic|ds)_(?:pk_)?add_(?:rtn_)?b?f\d+"
+)
 _OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
 
 
@@ -138,9 +152,19 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", output)}
 
 
+def _amd_resource_usage(assembly: str) -> dict[str, int]:
+    """The same from AMD's assembly. Scratch memory holds what is spilled to memory, of vector and of scalar registers.
+
+    Scalar registers that are spilled to lanes of vector registers reach no memory. They are among the vector registers.
+    """
+    usage = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    registers = usage["vgpr_count"]  # with those of the accumulators
+    return {"REG": registers, "STACK": usage["private_segment_fixed_size"], "LOCAL": 4 * usage["vgpr_spill_count"]}
+
+
 @contextlib.contextmanager
-def offline_target(capability: int) -> Iterator[None]:
-    """Compile for an NVIDIA GPU of ``capability`` (80, 90, 100) inside the block; nothing can be run there.
+def offline_target(capability: int | str) -> Iterator[None]:
+    """Compile for an NVIDIA GPU of ``capability`` (80, 90, 100) or AMD's ``"gfx942"`` inside the block; nothing can run there.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter, so there is no compiler.
@@ -158,13 +182,17 @@ def offline_target(capability: int) -> Iterator[None]:
 def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
     """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
     compiled = kernel.warmup(grid=grid, **arguments)
-    usage = _resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    found = _TENSOR_CORE.findall(ptx)
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        usage, arch = _amd_resource_usage(assembly), compiled.metadata.target.arch
+    else:
+        assembly = compiled.asm["ptx"]
+        usage, arch = _resource_usage(compiled.asm["cubin"]), f"sm_{compiled.metadata.target.arch}"
+    found = _TENSOR_CORE.findall(assembly)
     return CompiledLaunch(
         kernel=kernel.fn.__name__,
         grid=grid,
-        arch=f"sm_{triton.runtime.driver.active.get_current_target().arch}",
+        arch=arch,
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         registers=usage["REG"],
@@ -172,17 +200,18 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         local_bytes=usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         tensor_core_ops={name: found.count(name) for name in sorted(set(found))},
-        tma_loads=ptx.count("cp.async.bulk.tensor"),
+        tma_loads=assembly.count("cp.async.bulk.tensor"),
+        async_copies=len(_ASYNC_COPY.findall(assembly)),
         register_operands=len(_REGISTER_OPERAND.findall(compiled.asm["ttgir"])),
-        float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)),
-        fused_products=len(_FUSED_PRODUCT.findall(ptx)),
+        float_atomics=len(_FLOAT_ATOMIC.findall(assembly)),
+        fused_products=len(_FUSED_PRODUCT.findall(assembly)),
         has_dot="tt.dot" in compiled.asm["ttir"],
         int32_program_products=int32_program_products(compiled.asm["ttir"]),
     )
 
 
-def compile_launches(step: Callable[[], Any], capability: int) -> list[CompiledLaunch]:
-    """Run ``step`` on CPU tensors and compile each of its launches for an NVIDIA GPU of ``capability``."""
+def compile_launches(step: Callable[[], Any], capability: int | str) -> list[CompiledLaunch]:
+    """Run ``step`` on CPU tensors and compile each of its launches for the GPU of :func:`offline_target`."""
     launches: list[CompiledLaunch] = []
     with offline_target(capability), launch.record_launches(lambda *launched: launches.append(compile_launch(*launched))):
         step()
@@ -275,7 +304,7 @@ def main() -> None:
                 training_step(dtype, batch)
             single_operations(dtype)
 
-        for launched in compile_launches(everything, int(arch.removeprefix("sm_"))):
+        for launched in compile_launches(everything, capability_of(arch)):
             compiled += 1
             wrong = launched.stack_bytes or launched.local_bytes or launched.shared_bytes > SHARED_BYTES[arch]
             bad += bool(wrong)

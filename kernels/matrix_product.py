@@ -44,7 +44,7 @@ from .runtime.arguments import (
     flag,
     matmul_input_precision,
 )
-from .runtime.backend import HALF, has_copy_engine, runs_triton
+from .runtime.backend import HALF, dot_precision, has_copy_engine, runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like
 from .runtime.torch_interop import Operator, OperatorFunction, apply_function, autocast_inputs, call_planned, over, overridable
@@ -353,7 +353,7 @@ def _matmul(
     With dropout ``out`` is contiguous.
     """
     (m, k), n = a.shape, b.shape[1]
-    precision = matmul_input_precision(a.dtype)
+    precision = dot_precision(a.device, matmul_input_precision(a.dtype))
     rows = _descriptors(pass_, a, b, precision)
     along_k = b.stride(0) == 1 and b.stride(1) != 1
     config = linear_config(a.device, pass_, m, n, k, a.dtype, precision, descriptors=rows is not None, along_k=along_k)

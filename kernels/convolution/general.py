@@ -290,13 +290,13 @@ def _conv2d_wgrad_kernel(
         o_p = (o_m // Q) % P
         o_n = o_m // Q // P
         o_z = o_n * stride_zn + o_p * stride_zp + o_q * stride_zq
-        b_z = tl.load(dz_ptr + o_z[:, None] + o_zk[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_z = tl.load(dz_ptr + o_zk[:, None] + o_z[None, :], mask=m_k[:, None] & m_m[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         h = (o_p * stride_h)[:, None] + o_hj[None, :]  # [BLOCK_K, BLOCK_N]
         w = (o_q * stride_w)[:, None] + o_wj[None, :]
         m_x = m_m[:, None] & m_j[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         p_x = x_ptr + (o_n * stride_xn)[:, None] + (o_c * stride_xc)[None, :] + h * stride_xh + w * stride_xw
         b_x = tl.load(p_x, mask=m_x, other=0.0)
-        acc = dot(tl.trans(b_z), b_x, acc, INPUT_PRECISION)
+        acc = dot(b_z, b_x, acc, INPUT_PRECISION)
 
     o_row = pid_split * (G * KG) + group * KG + o_k
     p_out = partial_ptr + o_row[:, None] * (CG * R * S) + o_j[None, :]
@@ -311,8 +311,11 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device, precision = problem
     cg = c // groups
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
-    irregular = problem.is_irregular or (not channels_last and dtype in HALF)
-    config = matmul_config(n * p * q, k // groups, cg * r * s, input.dtype, precision, irregular_gather=irregular)
+    # Channels that are no neighbours in memory have a pointer each.
+    irregular = problem.is_irregular or input.stride(1) != 1 or (not channels_last and dtype in HALF)
+    wide = needs_int64(input, weight, y)
+    sizes = n * p * q, k // groups, cg * r * s
+    config = matmul_config(*sizes, input.dtype, precision, irregular_gather=irregular, whole=None if wide else True)
     grid = groups * cdiv(n * p * q, config["BLOCK_M"]) * cdiv(k // groups, config["BLOCK_N"])
     launch(
         _conv2d_fprop_kernel,
@@ -342,7 +345,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
         HAS_BIAS=bias is not None,
         RELU=relu,
         CHANNELS_LAST=channels_last,
-        WIDE=needs_int64(input, weight, y),
+        WIDE=wide,
         ACC=triton_accumulator(input.dtype),
         INPUT_PRECISION=precision,
         **config,
@@ -356,7 +359,10 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     cg = c // groups
     dx = new_output((n, c, h, w), dtype, device, channels_last=True)
     phase_pixels = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
-    config = matmul_config(phase_pixels, cg, k // groups * r * s, dz.dtype, precision, irregular_gather=problem.is_irregular)
+    sizes = phase_pixels, cg, k // groups * r * s
+    wide = needs_int64(dz, weight, dx)
+    whole = None if wide else True
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
     phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
@@ -390,7 +396,7 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
         STEP_S=step_s,
         INVERSE_R=inverse_r,
         INVERSE_S=inverse_s,
-        WIDE=needs_int64(dz, weight, dx),
+        WIDE=wide,
         ACC=triton_accumulator(dz.dtype),
         INPUT_PRECISION=precision,
         **config,
@@ -403,7 +409,10 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), *_, precision = problem
     cg = c // groups
     pixels = n * p * q
-    config = matmul_config(k // groups, cg * r * s, pixels, dz.dtype, precision, irregular_gather=problem.is_irregular)
+    wide = needs_int64(dz, input, dw)
+    sizes = k // groups, cg * r * s, pixels
+    whole = None if wide else False
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
     blocks = cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
@@ -433,7 +442,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         blocks_per_split=cdiv(blocks, split),
         R=r,
         S=s,
-        WIDE=needs_int64(dz, input, partial),
+        WIDE=wide or needs_int64(partial),
         ACC=triton_accumulator(dz.dtype),
         INPUT_PRECISION=precision,
         **config,

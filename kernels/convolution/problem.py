@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..pooling.problem import Window
 from ..runtime.arguments import conv_input_precision
+from ..runtime.backend import dot_precision
 
 
 class Geometry(NamedTuple):
@@ -57,7 +58,7 @@ class Problem(NamedTuple):
         n, _, h, w = input_size
         k, cg, r, s = weight.shape
         p, q = output_size
-        precision = conv_input_precision(weight.dtype)
+        precision = dot_precision(weight.device, conv_input_precision(weight.dtype))
         return cls(n, cg * geometry.groups, h, w, k, r, s, p, q, geometry, weight.dtype, weight.device, precision)
 
     @property

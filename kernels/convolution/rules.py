@@ -29,6 +29,53 @@ def _row(dtype: torch.dtype) -> int:
     return 128 // dtype.itemsize
 
 
+#: Tiles of the pointer kernels: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. Accumulators and pointers fit the registers
+#: (``benchmarks.offline --check`` compiles them), the stages fit 99 KiB, a consumer GPU's shared memory, and an MI300's 64.
+_HALF_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 128, 32, 4, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
+_TF32_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
+_FMA_TILES = ((128, 128, 16, 8, 2), (64, 64, 16, 4, 3), (64, 32, 16, 8, 2))
+_FMA_SPLIT_TILES = ((128, 128, 16, 8, 2), (64, 32, 16, 8, 2))
+#: A linear layer's, and a convolution's with offsets in int64, which take twice the registers.
+_FMA_SMALL_TILES = ((64, 64, 16, 8, 3),)
+#: Where every element has a pointer of its own.
+_SCATTERED_HALF_TILES = ((64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
+_SCATTERED_TF32_TILES = ((64, 32, 16, 8, 2),)
+_SCATTERED_FMA_TILES = ((64, 32, 16, 4, 3),)
+
+#: Of one multiprocessor, a clock cycle: multiply-adds of half precision, of TF32 (both an A100's) and of exact float32 on
+#: registers; 32-bit words from shared memory to a warp's lanes; bytes from the L2 cache (assumed).
+_HALF_PRODUCTS, _TF32_PRODUCTS, _FMA_PRODUCTS, _SHARED_WORDS, _L2_BYTES = 1024, 512, 128, 64, 32
+
+
+def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products: int, whole: bool | None) -> float:
+    """Estimated cycles of M x N outputs in such tiles, per product of an output. It ranks tiles and says no more."""
+    block_m, block_n, _, warps, _ = tile
+    block_n = tile_size(n, 16, block_n)
+    accumulators = block_m * block_n // (32 * warps)
+    math = block_m * block_n / products
+    # A thread reads four rows and a quarter as many columns as it has accumulators: what Triton's layout gives it.
+    shared = 32 * warps * (4 + accumulators / 4) / _SHARED_WORDS if products == _FMA_PRODUCTS else 0.0
+    l2 = (block_m + block_n) * itemsize / _L2_BYTES
+    programs = cdiv(m, block_m) * cdiv(n, block_n)
+    rounds = cdiv(programs, MULTIPROCESSORS) if whole else programs / MULTIPROCESSORS
+    slowest = max(math, shared, l2)
+    # They go on at once, not quite.
+    return rounds * (slowest + (math + shared + l2 - slowest) / 4)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointer_tile(m: int, n: int, dtype: torch.dtype, exact: bool, irregular: bool, whole: bool | None) -> tuple[int, ...]:
+    tiles: tuple[tuple[int, ...], ...]
+    if dtype != torch.float32:
+        tiles, products = (_SCATTERED_HALF_TILES if irregular else _HALF_TILES), _HALF_PRODUCTS
+    elif exact:
+        regular = _FMA_SMALL_TILES if whole is None else _FMA_TILES if whole else _FMA_SPLIT_TILES
+        tiles, products = (_SCATTERED_FMA_TILES if irregular else regular), _FMA_PRODUCTS
+    else:
+        tiles, products = (_SCATTERED_TF32_TILES if irregular else _TF32_TILES), _TF32_PRODUCTS
+    return min(tiles, key=lambda tile: (_tile_cycles(m, n, tile, dtype.itemsize, products, whole), tile[3]))
+
+
 def matmul_config(
     m: int,
     n: int,
@@ -37,11 +84,14 @@ def matmul_config(
     input_precision: str,
     *,
     irregular_gather: bool = False,
+    whole: bool | None = None,
 ) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a matrix kernel of M x N outputs and K products each.
+    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a pointer kernel of M x N outputs and K products each.
 
     ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
-    pointers are recomputed element by element; one of half precision to NCHW) tiles are small, so that all fits the registers.
+    pointers are recomputed element by element; one from or to NCHW) tiles are small, so that all fits the registers.
+    ``whole``: of a convolution whose programs sum all K products, so that only smaller tiles keep more multiprocessors busy;
+    False: parts of the sum keep them busy. None: another product, or one with offsets in int64.
     """
     if INTERPRETED:
         config = {
@@ -51,20 +101,11 @@ def matmul_config(
             "num_warps": 4,
             "num_stages": 1,
         }
-    elif dtype == torch.float32 and irregular_gather:
-        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 32), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    elif irregular_gather:
-        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    elif dtype == torch.float32 and input_precision == "ieee":
-        # No tensor core multiplies float32 exactly: FMA on registers, so the tile is what registers hold.
-        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
-    elif dtype == torch.float32:
-        config = {"BLOCK_M": 64, "BLOCK_N": tile_size(n, 16, 64), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     else:
-        block_m = 128 if m > 64 else 64
-        block_n = tile_size(n, 16, 128)
-        warps = 8 if block_m * block_n >= 128 * 128 else 4
-        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": warps, "num_stages": 3}
+        exact = dtype == torch.float32 and input_precision == "ieee"
+        block_m, block_n, block_k, warps, stages = _pointer_tile(m, n, dtype, exact, irregular_gather, whole)
+        config = {"BLOCK_M": block_m, "BLOCK_N": tile_size(n, 16, block_n), "BLOCK_K": block_k}
+        config |= {"num_warps": warps, "num_stages": stages}
     return apply_overrides(config)
 
 

@@ -73,12 +73,6 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return can_run
 
 
-@functools.cache
-def _cuda_capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 #: What TMA brings to the tensor cores in either order of rows and columns.
 HALF = (torch.float16, torch.bfloat16)
 
@@ -86,20 +80,45 @@ HALF = (torch.float16, torch.bfloat16)
 def has_copy_engine(device: torch.device) -> bool:
     """Whether kernels on ``device`` may load through tensor descriptors: Hopper and data-centre Blackwell.
 
-    Not the consumer GPUs of capability 12.0, which have the engine but less than half of the shared memory.
+    Not the consumer GPUs of capability 12.0, which have the engine but less than half of the shared memory; nor any of AMD's.
     """
     return 90 <= capability(device) < 120
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability that kernels on ``device`` are made for, 90 for an H100.
+    """NVIDIA compute capability that kernels on ``device`` are made for, 90 for an H100; 0 for a GPU of another maker.
 
     Of the GPU; while launches are recorded, of the target they are compiled for; in the interpreter Hopper's, whose descriptors
     it runs.
     """
     if INTERPRETED:
         return 90
+    arch = _architecture(device)
+    return arch if isinstance(arch, int) else 0
+
+
+def dot_precision(device: torch.device, precision: str) -> str:
+    """``input_precision`` of ``tl.dot`` on ``device`` where PyTorch's switch allows ``precision``, "tf32" or "ieee".
+
+    Of AMD's GPUs only gfx942 multiplies TF32. The others' matrix cores multiply float32 exactly.
+    """
+    if precision == "tf32" and capability(device) == 0 and _architecture(device) != "gfx942":
+        return "ieee"
+    return precision
+
+
+def _architecture(device: torch.device) -> int | str:
+    """Compute capability of an NVIDIA GPU, 90; name of an AMD GPU's instruction set, ``"gfx942"``."""
     if device.type == "cuda":
-        return _cuda_capability(torch.cuda.current_device() if device.index is None else device.index)
-    target = triton.runtime.driver.active.get_current_target()
-    return int(target.arch)
+        return _gpu_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    arch: int | str = triton.runtime.driver.active.get_current_target().arch
+    return arch
+
+
+@functools.cache
+def _gpu_architecture(index: int) -> int | str:
+    if torch.version.hip is not None:  # its capability is (9, 4) on an MI300, which says nothing of NVIDIA's
+        name: str = torch.cuda.get_device_properties(index).gcnArchName
+        return name.split(":")[0]  # "gfx942:sramecc+:xnack-"
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor

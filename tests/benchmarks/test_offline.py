@@ -90,6 +90,26 @@ def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
     assert [r for r in records if not r["tma_loads"] or r["register_operands"]] == []
 
 
+def test_copies_past_the_registers_feed_an_a100s_tensor_cores(launches: list[dict]) -> None:
+    """Of both operands, 16 bytes at a time, in the large tiles of each pass: three stages of 128 x 32 elements twice."""
+    if launches[0]["arch"] != "sm_80":
+        pytest.skip("later GPUs have TMA, or read shared memory in other layouts")
+    convolutions = [r for r in launches if r["kernel"].startswith("_conv2d") and r["has_dot"]]
+    assert [r for r in convolutions if r["dtype"] == "float32" and not r["async_copies"]] == []
+    for dtype in DTYPES:
+        itemsize = 4 if dtype == "float32" else 2
+        stage = 2 * 128 * 32 * itemsize
+        large = [r for r in convolutions if r["dtype"] == dtype and r["shared_bytes"] >= 2 * stage]
+        assert {r["kernel"] for r in large} == {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+        assert [r for r in large if r["async_copies"] * 16 * 32 * r["num_warps"] != 3 * stage] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_exact_float32_spills_nothing(arch: str) -> None:
+    """Products on registers leave few of them for pointers; test_the_tf32_switch_reaches_the_code sees to sm_90."""
+    assert _compile("--check", "--arch", arch, "--dtype", "float32", "--no-tf32", "--batch", "7", "128") == []
+
+
 def test_shared_memory_fits(launches: list[dict]) -> None:
     assert [r for r in launches if r["shared_bytes"] > SHARED_BYTES[r["arch"]]] == []
 
@@ -98,6 +118,25 @@ def test_shared_memory_fits(launches: list[dict]) -> None:
 def test_a_small_batchs_configurations_compile(arch: str) -> None:
     """``--check``, whose long form is in the docstring of benchmarks/offline.py: every architecture, dtype and batch."""
     assert _compile("--check", "--arch", arch, "--batch", "7") == []
+
+
+@pytest.mark.parametrize("precision", ["--tf32", "--no-tf32"])
+def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
+    """They fit its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in both precisions."""
+    records = _compile("--arch", "gfx942", "--dtype", *DTYPES, "--batch", "2", "128", precision)
+    assert {r["kernel"] for r in records} == kernel_names() - DESCRIPTOR_KERNELS
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []
+    assert [r for r in records if r["shared_bytes"] > SHARED_BYTES["gfx942"]] == []
+    assert [r for r in records if r["has_dot"] and not r["tensor_core_ops"].get("v_mfma")] == []
+    assert [r for r in records if r["float_atomics"]] == []
+
+
+def test_convolutions_on_an_amd_gpu_without_tf32_compile() -> None:
+    """PyTorch's switch allows TF32 by default. An MI200 has none, and multiplies float32 exactly."""
+    records = _compile("--arch", "gfx90a", "--dtype", "float32")
+    products = [r for r in records if r["has_dot"]]
+    assert {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"} <= {r["kernel"] for r in products}
+    assert [r for r in products if not r["tensor_core_ops"].get("v_mfma")] == []
 
 
 def test_no_float_atomics(launches: list[dict]) -> None:

@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.configs import tables
+from kernels.convolution import rules
 from kernels.convolution.autograd import conv2d_reference
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.images import gather_resize_reference
@@ -325,6 +327,25 @@ def test_the_parts_are_those_of_the_table() -> None:
             continue
         wanted = {n: v for n, v in values.items() if n not in ("IMAGES", "FUSED")}  # answers of their own
         assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: nobody asked for {key}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_pointer_tiles_are_large_where_there_is_enough_to_do(dtype: torch.dtype, precision: str) -> None:
+    """Large tiles read less; a small problem gets small ones, unless parts of its sums keep the multiprocessors busy."""
+    with mock.patch.object(rules, "INTERPRETED", False):
+
+        def tile(m: int, n: int, **how: bool) -> tuple[int, int]:
+            config = rules.matmul_config(m, n, 2304, dtype, precision, **how)
+            return config["BLOCK_M"], config["BLOCK_N"]
+
+        assert tile(1024 * 144, 256, whole=True) == (128, 128)
+        assert tile(144, 256, whole=True) == (64, 32)
+        if dtype == torch.float32 and precision == "ieee":  # 2.2 rounds of large tiles take three, 8.7 of a quarter's size nine
+            assert tile(128 * 144, 256, whole=True) == (64, 64)
+        assert tile(256, 2304, whole=False) == (128, 128)
+        assert tile(128 * 144, 16, whole=True)[1] == 16  # no wider than the output
+        assert tile(128 * 144, 256, whole=True, irregular_gather=True)[0] == 64
 
 
 def test_a_replay_refuses_other_questions() -> None:

@@ -9,14 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import kernels
 from kernels.configs import tables
-from kernels.runtime import launch
+from kernels.convolution import select
+from kernels.convolution.problem import Geometry, Problem
+from kernels.runtime import backend, direct, launch
 from kernels.runtime.backend import current_backend
 
 from ...conftest import DEVICE, own_devices
@@ -209,3 +214,65 @@ def test_what_builds_pipelines_is_the_packages_own() -> None:
     from kernels import advanced
 
     assert all(getattr(advanced, name) is getattr(kernels, name) for name in advanced.__all__)
+
+
+#: Compute capability that ROCm says of a GPU, and the name of its instruction set.
+AMD = {
+    "MI200": ((9, 0), "gfx90a:sramecc+:xnack-"),
+    "MI300": ((9, 4), "gfx942:sramecc+:xnack-"),
+    "RX 7900": ((11, 0), "gfx1100"),
+}
+
+
+@pytest.fixture(params=AMD)
+def amd_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """PyTorch built for ROCm on a GPU of AMD's, as far as it is asked what the GPU is; the name of the instruction set."""
+    numbers, name = AMD[request.param]
+    properties = types.SimpleNamespace(gcnArchName=name)
+    with (
+        mock.patch.object(torch.version, "hip", "7.0"),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=numbers),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(backend, "INTERPRETED", False),
+    ):
+        backend._gpu_architecture.cache_clear()
+        yield name.split(":")[0]
+    backend._gpu_architecture.cache_clear()
+
+
+def test_an_amd_gpu_is_no_hopper(amd_gpu: str) -> None:
+    """Its capability reads like NVIDIA's, 9.0 to 11.0, and it has neither TMA nor an H100's measured tables."""
+    device = torch.device("cuda", 0)
+    assert backend.capability(device) == 0
+    assert not backend.has_copy_engine(device)
+    assert backend.dot_precision(device, "ieee") == "ieee"
+    assert backend.dot_precision(device, "tf32") == ("tf32" if amd_gpu == "gfx942" else "ieee")
+    for c, stride in ((64, 1), (1, 4)):  # conv2's kind and conv1's
+        geometry = Geometry((stride, stride), (1, 1), (1, 1), 1)
+        problem = Problem(128, c, 64, 64, 96, 11, 11, 14, 14, geometry, torch.bfloat16, device)
+        passes = (select.fprop_kernels, select.dgrad_kernels, select.wgrad_kernels)
+        assert {choose(problem) for choose in passes} == {select.Kernels.GENERAL}
+        assert not select.reads_cells(problem)
+
+
+def test_an_nvidia_gpu_says_its_capability() -> None:
+    device = torch.device("cuda", 0)
+    with (
+        mock.patch.object(torch.version, "hip", None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(backend, "INTERPRETED", False),
+    ):
+        backend._gpu_architecture.cache_clear()
+        assert backend.capability(device) == 90
+        assert backend.has_copy_engine(device)
+        assert backend.dot_precision(device, "tf32") == "tf32"
+    backend._gpu_architecture.cache_clear()
+
+
+def test_an_amd_launcher_is_not_launched_directly() -> None:
+    """Direct launches know the interface of NVIDIA's launcher in C alone; another goes through ``kernel[grid](...)``."""
+    from triton.backends.amd.driver import HIPLauncher
+
+    compiled: Any = types.SimpleNamespace(run=HIPLauncher.__new__(HIPLauncher))
+    with mock.patch.object(direct, "JITFunction", object):  # in the interpreter a kernel is none
+        assert direct.bind(object(), compiled, (1,)) is None
