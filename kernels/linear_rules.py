@@ -12,7 +12,7 @@ import torch
 
 from .configs.tables import MULTIPROCESSORS, SHARED_BYTES, apply_overrides, known, tile_size, tuned
 from .convolution.rules import matmul_config
-from .runtime.backend import INTERPRETED
+from .runtime.backend import INTERPRETED, capability
 from .runtime.launch import cdiv
 
 #: Of one H100 multiprocessor, a microsecond: FLOPs on the tensor cores (what published matrix kernels reach), bytes from the L2
@@ -252,6 +252,9 @@ def linear_config(
         swap = (2 if m > 16 else 1) if along_k and n > 16 else 0
         rows, columns, products = (max(size, 1) for size in ((n, m, k) if swap else (m, n, k)))  # a batch may be empty
         config = dict(_fma_rule(rows, columns, products, pass_ != "wgrad"))
+        if capability(device) == 0:  # AMD's 64 KiB of shared memory hold all stages but the one in registers
+            step = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * 4
+            config["num_stages"] = min(config["num_stages"], 1 + max(1, 2**16 // step))
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)

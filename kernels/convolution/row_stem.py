@@ -400,7 +400,8 @@ def pooled_fprop(
     filters = filter_rows(weight, problem)
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
-    config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r)
+    wide = needs_int64(y, x, None if kept is None else kept.out)
+    config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r, wide)
     columns = config.pop("COLUMNS")
     m, n1, n2, step = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     launch(
@@ -427,7 +428,7 @@ def pooled_fprop(
         HAS_BIAS=bias is not None,
         WRITE_POSITION=write_position,
         NO_GRADIENT=no_gradient(torch.uint8),
-        WIDE=needs_int64(y, x, None if kept is None else kept.out),
+        WIDE=wide,
         INPUT_PRECISION=precision,
         KEEP_CELLS=kept is not None,
         **(kept or CellsCopy(x, (0, 0), x, (c, w), stride[0], (padding[0], 0))).arguments(),

@@ -454,16 +454,20 @@ def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
     return (2 * 64 + sum(_two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
 
 
-def conv2d_rows_pool_config(device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int) -> dict[str, int]:
+def conv2d_rows_pool_config(
+    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, wide: bool
+) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
-    p x q windows.
+    p x q windows. ``wide``: with int64 offsets, which take registers.
     """
     block_n, block_n2 = _two_blocks(k, 64)
+    if wide and not INTERPRETED:
+        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
+    measured = {} if wide else tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
     config |= {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
     programs = p * cdiv(n, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
