@@ -3,15 +3,21 @@
 A result is right when its error against the same computation in float64 is at most twice the error that PyTorch makes in the
 result's own dtype on the same device, plus half a unit in the last place of the largest value: the rounding that storing the
 result costs anyone.
+
+TF32 has a rule of its own (:func:`check` with ``tf32``). The tensor cores read float32 operands by their first 10 mantissa bits and add
+their products in float32. So the peer is the computation of operands that were rounded so, and the half unit is TF32's.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .conftest import DEVICE
 
@@ -51,15 +57,73 @@ def integers(*shape: int, dtype: torch.dtype, high: int = 2, grad: bool = True) 
     return torch.randint(-high, high + 1, shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 
+#: Of a float32's 23 mantissa bits those that TF32 has not.
+_TF32_DROPS = 13
+TF32_EPS = 2.0**-10
+
+
+def truncate(tensor: Tensor, dropped: int = _TF32_DROPS) -> Tensor:
+    """float32 without its last ``dropped`` mantissa bits: for TF32 what a tensor core makes of operands that it is given as they are.
+
+    With 16 dropped what it would make of them as bfloat16.
+    """
+    return _keep_special(tensor, tensor.detach().view(torch.int32) & -(1 << dropped))
+
+
+def round_to_tf32(tensor: Tensor) -> Tensor:
+    """float32 to the nearest TF32, of two the one away from zero: the instruction ``cvt.rna.tf32.f32``."""
+    bits = tensor.detach().view(torch.int32)
+    return _keep_special(tensor, (bits + (1 << (_TF32_DROPS - 1))) & -(1 << _TF32_DROPS))
+
+
+def _keep_special(tensor: Tensor, bits: Tensor) -> Tensor:
+    return torch.where(tensor.isfinite(), bits.view(torch.float32), tensor.detach())
+
+
+def tf32_numbers(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+    """Normal numbers that TF32 holds: their products are exact in float32, whoever forms them."""
+    return round_to_tf32(torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_(grad)
+
+
+class RoundedOperands(TorchDispatchMode):
+    """Rounds both operands of every convolution to float32 and then by ``rounding``, in each of its three passes.
+
+    Everything else, the gradient of a bias too, is computed as it stands; in float64 nothing but the operands is rounded.
+    """
+
+    def __init__(self, rounding: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._rounding = rounding
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        return self._rounding(tensor.float()).to(tensor.dtype)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.convolution.default:
+            return func(self._rounded(args[0]), self._rounded(args[1]), *args[2:], **kwargs)
+        if func is torch.ops.aten.convolution_backward.default:
+            grad, input, weight, *rest, (needs_input, needs_weight, needs_bias) = args
+            d_bias = func(grad, input, weight, *rest, (False, False, True))[2] if needs_bias else None
+            operands = [self._rounded(t) for t in (grad, input, weight)]
+            dx, dw, _ = func(*operands, *rest, (needs_input, needs_weight, False))
+            return dx, dw, d_bias
+        return func(*args, **kwargs)
+
+
 def error(result: Tensor, exact: Tensor) -> float:
     """Largest absolute difference from ``exact``."""
     return (result.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
-def assert_within_tolerance(name: str, ours: Tensor, peer: Tensor, exact: Tensor, inherent: float = 0.0) -> None:
+def assert_within_tolerance(
+    name: str, ours: Tensor, peer: Tensor, exact: Tensor, inherent: float = 0.0, tf32: bool = False
+) -> None:
     """``ours`` obeys the tolerance rule, has the peer's shape and dtype, and is NaN or infinite just where it is.
 
-    ``inherent``: what anybody who computes so may be off by, where the peer's few results can happen to be exact.
+    Args:
+        inherent: what anybody who computes so may be off by, where the peer's few results can happen to be exact.
+        tf32: whether the half unit is TF32's: truncated operands are smaller than the numbers by half of one on average.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == peer.dtype, f"{name}: dtype {ours.dtype}, expected {peer.dtype}"
@@ -69,7 +133,8 @@ def assert_within_tolerance(name: str, ours: Tensor, peer: Tensor, exact: Tensor
     assert torch.equal(ours.isneginf(), expected.isneginf()), f"{name}: -infinity where none is due, or none where it is"
     ours, peer, exact = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (ours, peer, exact))
     largest = exact.abs().max().item() if exact.numel() else 0.0
-    allowed = inherent + 2 * error(peer, exact) + _HALF_UNITS[ours.dtype] * 0.5 * torch.finfo(ours.dtype).eps * largest
+    unit = TF32_EPS if tf32 else _HALF_UNITS[ours.dtype] * torch.finfo(ours.dtype).eps
+    allowed = inherent + 2 * error(peer, exact) + 0.5 * unit * largest
     got = error(ours, exact)
     assert got <= allowed, f"{name}: error {got:.3e} against float64, allowed {allowed:.3e} (largest value {largest:.3e})"
 
@@ -79,7 +144,13 @@ def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check(
-    operation: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: Sequence[Tensor | None], *, names: str
+    operation: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    *,
+    names: str,
+    tf32: bool = False,
+    draw: Callable[..., Tensor] = randn,
 ) -> Tensor:
     """Hold ``operation`` to ``reference``: output and the gradient of each tensor that asks for one.
 
@@ -87,24 +158,34 @@ def check(
         operation, reference: called with ``tensors`` in this order.
         tensors: inputs; leaves in the dtype under test, or None.
         names: of the tensors, for messages, separated by spaces.
+        tf32: hold float32 results to the rule for TF32: of a convolution without a ReLU or a pool, which tell apart numbers that
+            TF32 does not.
+        draw: makes the gradient of the output.
 
     Returns:
         The operation's output.
     """
     output = operation(*tensors)
     runs = []
-    grad_output = torch.randn(output.shape, device=output.device).to(output.dtype)
-    for dtype in (output.dtype, torch.float64):
+    grad_output = draw(*output.shape, dtype=output.dtype, grad=False)
+    ways: list[tuple[torch.dtype, contextlib.AbstractContextManager]] = [
+        (torch.float64, RoundedOperands(round_to_tf32)) if tf32 else (output.dtype, contextlib.nullcontext()),
+        (torch.float64, contextlib.nullcontext()),
+    ]
+    for dtype, rounding in ways:
         copies = [None if t is None else _leaf(t, dtype) for t in tensors]
-        result = reference(*copies)
-        wanted = [c for c in copies if c is not None and c.requires_grad]
-        grads = torch.autograd.grad(result, wanted, grad_output.to(dtype)) if wanted else ()
+        with rounding:
+            result = reference(*copies)
+            wanted = [c for c in copies if c is not None and c.requires_grad]
+            grads = torch.autograd.grad(result, wanted, grad_output.to(dtype)) if wanted else ()
         runs.append((result, grads))
     (peer, peer_grads), (exact, exact_grads) = runs
-    assert_within_tolerance("output", output, peer, exact)
+    if tf32:
+        peer, peer_grads = peer.to(output.dtype), [grad.to(output.dtype) for grad in peer_grads]
+    assert_within_tolerance("output", output, peer, exact, tf32=tf32)
     named = [(name, t) for name, t in zip(names.split(), tensors, strict=True) if t is not None and t.requires_grad]
     if named:
         grads = torch.autograd.grad(output, [t for _, t in named], grad_output)
         for (name, _), ours, own, truth in zip(named, grads, peer_grads, exact_grads, strict=True):
-            assert_within_tolerance(f"gradient of {name}", ours, own, truth)
+            assert_within_tolerance(f"gradient of {name}", ours, own, truth, tf32=tf32 and name != "bias")
     return output
