@@ -11,11 +11,10 @@ from kernels.configs import tables
 from kernels.convolution import rules
 
 from ...conftest import DEVICE
-from ...oracle import check, randn
+from ...oracle import check, tf32_numbers
+from .conftest import hopper
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] not in (9, 10), reason="descriptors are Hopper's and later"
-)
+pytestmark = [hopper, pytest.mark.usefixtures("tf32")]
 
 #: n, c, h, w, k, r, s, padding, tiles
 CASES = {
@@ -45,31 +44,32 @@ def reference(padding):
 @pytest.mark.parametrize("case", CASES)
 def test_values(case: str, input_grad: bool, launches: list[str]) -> None:
     n, c, h, w, k, r, s, padding, tiles = CASES[case]
-    x = randn(n, c, h, w, dtype=torch.float32, grad=False).to(memory_format=torch.channels_last).requires_grad_(input_grad)
-    tensors = [x, randn(k, c, r, s, dtype=torch.float32), randn(k, dtype=torch.float32)]
+    x = tf32_numbers(n, c, h, w, grad=False).to(memory_format=torch.channels_last).requires_grad_(input_grad)
+    tensors = [x, tf32_numbers(k, c, r, s), tf32_numbers(k)]
     with tables.override(IMAGES_WGRAD=1, TURNED=1, **tiles):
-        check(ours(padding), reference(padding), tensors, names="input weight bias")
+        check(ours(padding), reference(padding), tensors, names="input weight bias", draw=tf32_numbers)
     assert "_conv2d_turned_wgrad_kernel" in launches
     assert not {"_conv2d_images_wgrad_kernel", "_conv2d_wgrad_kernel"} & set(launches)
 
 
 def test_infinity_and_nan_reach_what_they_should() -> None:
     """An infinity beside the image's edge is multiplied with no gradient that does not see it."""
-    x = randn(3, 16, 4, 4, dtype=torch.float32, grad=False).to(memory_format=torch.channels_last)
+    x = tf32_numbers(3, 16, 4, 4, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
-    tensors = [x.requires_grad_(), randn(16, 16, 3, 3, dtype=torch.float32), randn(16, dtype=torch.float32)]
+    tensors = [x.requires_grad_(), tf32_numbers(16, 16, 3, 3), tf32_numbers(16)]
     with tables.override(IMAGES_WGRAD=1, TURNED=1):
         check(
             lambda x, w, b: kernels.conv2d(x, w, b, padding=1),
             lambda x, w, b: F.conv2d(x, w, b, padding=1),
             tensors,
             names="input weight bias",
+            draw=tf32_numbers,
         )
 
 
 def test_same_bits_twice() -> None:
-    x = randn(5, 16, 6, 5, dtype=torch.float32, grad=False)
-    w = randn(32, 16, 3, 3, dtype=torch.float32)
+    x = tf32_numbers(5, 16, 6, 5, grad=False)
+    w = tf32_numbers(32, 16, 3, 3)
     with tables.override(IMAGES_WGRAD=1, TURNED=1, SPLIT=3):
         first, second = (torch.autograd.grad(kernels.conv2d(x, w, padding=1).square().sum(), w)[0] for _ in range(2))
     assert torch.equal(first, second)
