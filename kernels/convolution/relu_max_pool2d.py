@@ -380,7 +380,8 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     needs_grad = wants_grad(input, weight, bias)
-    keeps_rows = needs_grad and link is None and not cells and _keeps_rows(batched, weight, geometry, conv_size, window)
+    keeps_rows = needs_grad and link is None and not cells and weight.dtype is torch.float32
+    keeps_rows = keeps_rows and _keeps_rows(batched, weight, geometry, conv_size, window)
     problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_rows)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
