@@ -42,7 +42,7 @@ def _(grad_output, input, weight, output, stride, padding, dilation, groups, wan
 
 @register_flop_formula(_operators.conv2d_relu_max_pool2d_backward)
 def _(grad_output, input, cells, weight, position, input_size, stride, padding, dilation, groups, conv_size, *rest, **_) -> int:
-    wanted = rest[-2]
+    wanted = rest[3]
     return _conv2d_flops(weight, (grad_output[0], weight[0], *conv_size)) * sum(wanted[:2])
 
 

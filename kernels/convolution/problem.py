@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     geometry: Geometry
     dtype: torch.dtype
     device: torch.device
-    precision: str
+    precision: str = "ieee"
 
     @classmethod
     def of(cls, input_size: Sequence[int], weight: Tensor, geometry: Geometry, output_size: Sequence[int]) -> Problem:
