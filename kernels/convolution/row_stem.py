@@ -29,6 +29,7 @@ from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Problem
 from .rules import conv2d_rows_config, conv2d_rows_pool_config
 from .stem import fold_filter
+from .stem_pool import larger
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -112,15 +113,6 @@ def _key(value, position, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _larger(a, b, KEYS: tl.constexpr):
-    """The maximum of keys, or of numbers, where NaN is above all."""
-    if KEYS:
-        return tl.maximum(a, b)
-    else:
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _pooled_pixel(
     window, column, acc, b_bias, i, s, complete, y_ptr, position_ptr, o_y, m_y,
     HAS_BIAS: tl.constexpr, KEYS: tl.constexpr, NO_GRADIENT: tl.constexpr,
@@ -131,8 +123,8 @@ def _pooled_pixel(
     if KEYS:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     key = _key(acc, 3 * i + s, KEYS)
-    column = tl.where(i == 0, key, _larger(column, key, KEYS))
-    best = _larger(window, column, KEYS)
+    column = tl.where(i == 0, key, larger(column, key, KEYS))
+    best = larger(window, column, KEYS)
     if complete & (i == 2):
         if KEYS:
             low = (best & 31).to(tl.int32)

@@ -1,7 +1,8 @@
 """Which kernels run a convolution's passes: the one place where that is decided.
 
 Where is the gradient of conv1's weight computed on an H100? :func:`wgrad_kernels` says: in half precision, of stride 4 and one
-channel, by ``Kernels.STEM``, which is :func:`.stem.wgrad`. The launch functions of each file run what is chosen here.
+channel, by ``Kernels.STEM``, which is :func:`.stem.wgrad`; in TF32 by ``Kernels.ROW_STEM``, :func:`.row_stem_wgrad.wgrad`. The
+launch functions of each file run what is chosen here.
 """
 
 from __future__ import annotations

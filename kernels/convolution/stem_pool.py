@@ -65,7 +65,7 @@ def _pixel(
 
 
 @triton.jit
-def _larger(a, b, KEYS: tl.constexpr):
+def larger(a, b, KEYS: tl.constexpr):
     """The maximum of keys, or of numbers, where NaN is above all."""
     if KEYS:
         return tl.maximum(a, b)
@@ -128,10 +128,10 @@ def _add_pixel(
     if ROW == 0:
         column = _key(b_pixel, s, KEYS)
     elif ROW % 2 == 1:
-        column = _larger(column, _key(b_pixel, 3 + s, KEYS), KEYS)
+        column = larger(column, _key(b_pixel, 3 + s, KEYS), KEYS)
     else:
-        column = _larger(column, _key(b_pixel, 6 + s, KEYS), KEYS)
-        best = _larger(windows[0], column, KEYS)
+        column = larger(column, _key(b_pixel, 6 + s, KEYS), KEYS)
+        best = larger(windows[0], column, KEYS)
         if complete:
             o_n = n0 + tl.arange(0, column.shape[0])
             o_k = k0 + tl.arange(0, column.shape[1])
