@@ -207,7 +207,10 @@ class Recorder:
 
 
 #: Tiles that follow from a size and are no answer of the chooser.
-FOLLOWING = {("_space_to_depth_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK_PARTS")}
+FOLLOWING = {
+    *(("_space_to_depth_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK_PARTS")),
+    *(("_conv2d_rows_kernel", "POSITIONS"), ("_conv2d_rows_pool_kernel", "POSITIONS")),
+}
 
 
 def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -> frozenset[tuple[Any, ...]]:

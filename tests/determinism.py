@@ -1,6 +1,6 @@
 """What a computation came to, bit for bit, for one process to compare with another: ``python -m tests.determinism``.
 
-Ten training steps of a network with every kind of layer of AlexNet, in each dtype, and under
+Ten training steps of a network with every kind of layer of AlexNet, in each dtype, in float32 exactly and in TF32, and under
 ``torch.use_deterministic_algorithms``, which makes PyTorch raise where an operation of its own could give other bits.
 """
 
@@ -27,6 +27,8 @@ from .conftest import DEVICE
 from .interpreter import speed_up
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: (dtype, precision of float32 products).
+PRECISIONS = (*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32"))
 STEPS = 10
 
 
@@ -71,10 +73,10 @@ def network(dtype: torch.dtype) -> nn.Module:
     )
 
 
-def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
+def trained(dtype: torch.dtype, steps: int = STEPS, precision: str = "ieee") -> str:
     """The digest of every output, gradient, parameter and momentum of ``steps`` steps, and how products were formed."""
     seen: list[Tensor] = []
-    with deterministic(), tables.override(SPLIT=2):
+    with deterministic(), tables.override(SPLIT=2), precision_of_float32(precision):
         net = network(dtype)
         optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
@@ -88,12 +90,11 @@ def trained(dtype: torch.dtype, steps: int = STEPS) -> str:
             seen += [output, *(p.grad.clone() for p in net.parameters()), *(p.detach().clone() for p in net.parameters())]
         for state in optimizer.state.values():
             seen += [value for value in state.values() if isinstance(value, Tensor)]
-    return f"{digest(seen)} conv {conv_input_precision(dtype)} matmul {matmul_input_precision(dtype)}"
+        return f"{digest(seen)} conv {conv_input_precision(dtype)} matmul {matmul_input_precision(dtype)}"
 
 
 if __name__ == "__main__":
-    # As the suite has them (tests/conftest.py); PyTorch's own default is TF32 in convolutions.
-    with pytest.MonkeyPatch.context() as patch, precision_of_float32("ieee"):
+    with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             speed_up(patch)
-        print(json.dumps({str(dtype): trained(dtype) for dtype in DTYPES}))
+        print(json.dumps({f"{dtype} {precision}": trained(dtype, precision=precision) for dtype, precision in PRECISIONS}))

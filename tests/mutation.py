@@ -114,8 +114,8 @@ FAULTS = (
     Fault(
         "a filter that is not flipped in the input gradient",
         "kernels/convolution/descriptor.py",
-        "(R * S - 1 - rs) * K + k0",
-        "rs * K + k0",
+        "_load_filters(w_desc, R * S - 1 - rs if DGRAD else rs, c0, k0",
+        "_load_filters(w_desc, rs, c0, k0",
         (f"{_DESCRIPTOR}::test_forward_and_gradients",),
     ),
     Fault(

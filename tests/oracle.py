@@ -86,26 +86,23 @@ def tf32_numbers(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = T
 
 
 class RoundedOperands(TorchDispatchMode):
-    """Rounds both operands of every convolution to float32 and then by ``rounding``, in each of its three passes.
+    """Rounds both operands of every convolution of float32 by ``rounding``, in each of its three passes.
 
-    Everything else, the gradient of a bias too, is computed as it stands; in float64 nothing but the operands is rounded.
+    Everything else, the gradient of a bias too, is computed as it stands.
     """
 
     def __init__(self, rounding: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._rounding = rounding
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        return self._rounding(tensor.float()).to(tensor.dtype)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.convolution.default:
-            return func(self._rounded(args[0]), self._rounded(args[1]), *args[2:], **kwargs)
+            return func(self._rounding(args[0]), self._rounding(args[1]), *args[2:], **kwargs)
         if func is torch.ops.aten.convolution_backward.default:
             grad, input, weight, *rest, (needs_input, needs_weight, needs_bias) = args
             d_bias = func(grad, input, weight, *rest, (False, False, True))[2] if needs_bias else None
-            operands = [self._rounded(t) for t in (grad, input, weight)]
+            operands = [self._rounding(t) for t in (grad, input, weight)]
             dx, dw, _ = func(*operands, *rest, (needs_input, needs_weight, False))
             return dx, dw, d_bias
         return func(*args, **kwargs)
@@ -169,7 +166,7 @@ def check(
     runs = []
     grad_output = draw(*output.shape, dtype=output.dtype, grad=False)
     ways: list[tuple[torch.dtype, contextlib.AbstractContextManager]] = [
-        (torch.float64, RoundedOperands(round_to_tf32)) if tf32 else (output.dtype, contextlib.nullcontext()),
+        (output.dtype, RoundedOperands(round_to_tf32) if tf32 else contextlib.nullcontext()),
         (torch.float64, contextlib.nullcontext()),
     ]
     for dtype, rounding in ways:
@@ -180,8 +177,6 @@ def check(
             grads = torch.autograd.grad(result, wanted, grad_output.to(dtype)) if wanted else ()
         runs.append((result, grads))
     (peer, peer_grads), (exact, exact_grads) = runs
-    if tf32:
-        peer, peer_grads = peer.to(output.dtype), [grad.to(output.dtype) for grad in peer_grads]
     assert_within_tolerance("output", output, peer, exact, tf32=tf32)
     named = [(name, t) for name, t in zip(names.split(), tensors, strict=True) if t is not None and t.requires_grad]
     if named:

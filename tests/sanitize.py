@@ -25,7 +25,7 @@ from kernels.runtime import launch
 from kernels.runtime.backend import capability, has_copy_engine
 from kernels.sgd import sgd_step
 
-from .configurations import kernel_names
+from .configurations import DTYPES, kernel_names, precision_of_float32
 
 ROOT = Path(__file__).parents[1]
 TOOLS = {
@@ -34,7 +34,10 @@ TOOLS = {
     "initcheck": (),
 }
 #: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
-DESCRIPTORS = ("_descriptor_", "_images_", "_box_", "_stem_", "_space_to_depth_", "_fold_", "_unfold_")
+DESCRIPTORS = (
+    *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
+    "_row_major_",
+)
 
 
 def launch_all(device: torch.device) -> set[str]:
@@ -45,8 +48,9 @@ def launch_all(device: torch.device) -> set[str]:
     launched: set[str] = set()
     for watched in (True, False, False):
         with launch.observe_launches(lambda kernel, *_: launched.add(kernel.fn.__name__)) if watched else nullcontext():
-            for dtype in (torch.bfloat16, torch.float32):
-                _operations(device, dtype)
+            for dtype, precision in DTYPES:
+                with precision_of_float32(precision):
+                    _operations(device, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return launched
@@ -72,6 +76,9 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
     for window in (3, 5):
         backward(kernels.max_pool2d(randn(2, 17, 9, 11), window, 2, 1))
+    # Images of three channels, and images that want no gradient: in TF32 no other launch makes their copies.
+    backward(kernels.conv2d(randn(3, 3, 23, 27, grad=False), randn(16, 3, 11, 11), None, 4, 2))
+    backward(kernels.conv2d(randn(5, 64, 5, 6, grad=False), randn(80, 64, 3, 3), None, padding=1))
     with tables.override(SPLIT=3):
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
     backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
@@ -99,7 +106,7 @@ def missing_kernels(launched: set[str], device: torch.device) -> set[str]:
     """Kernels of the package that ``launched`` lacks, but for those that ``device`` cannot run."""
     missing = kernel_names() - launched
     if capability(device) >= 100:  # conv1 and its pool are two kernels there
-        missing = {k for k in missing if "_stem_pool_" not in k}
+        missing = {k for k in missing if "_stem_pool_" not in k and "_rows_pool_" not in k}
     return missing if has_copy_engine(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
 
 

@@ -24,8 +24,9 @@ from kernels.configs import tables
 from kernels.runtime.backend import INTERPRETED
 
 from . import determinism
+from .configurations import precision_of_float32
 from .conftest import DEVICE, SMALL_TILES, own_devices
-from .determinism import DTYPES, deterministic, digest, network, trained
+from .determinism import DTYPES, PRECISIONS, deterministic, digest, network, trained
 from .oracle import dtype_id, randn
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,11 @@ KERNELS_OF_BOTH = {
     *("_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel", "_sgd_kernel"),
 }
 KERNELS_OF_FLOAT32 = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+KERNELS_OF_TF32 = {
+    *("_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
+    *("_by_batch_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"),
+    *("_matmul_descriptor_kernel", "_row_major_kernel"),
+}
 KERNELS_OF_HALF = {
     *("_space_to_depth_kernel", "_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_stem_pool_kernel"),
     *("_conv2d_stem_wgrad_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel", "_matmul_descriptor_kernel"),
@@ -53,19 +59,21 @@ KERNELS_OF_HALF = {
 
 
 @own_devices
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=lambda value: value if isinstance(value, str) else dtype_id(value))
 def test_ten_steps_twice_here_and_in_another_process(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+    dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for on CUDA
-    first = trained(dtype)
+    first = trained(dtype, precision=precision)
+    assert first.endswith(f"conv {precision} matmul {precision}")
     if INTERPRETED:
-        assert set(launches) == KERNELS_OF_BOTH | (KERNELS_OF_FLOAT32 if dtype == torch.float32 else KERNELS_OF_HALF)
+        of_float32 = KERNELS_OF_TF32 if precision == "tf32" else KERNELS_OF_FLOAT32
+        assert set(launches) == KERNELS_OF_BOTH | (of_float32 if dtype == torch.float32 else KERNELS_OF_HALF)
     else:  # another GPU, others of the convolutions and products
         assert set(launches) >= KERNELS_OF_BOTH
     if dtype == torch.float32:  # what one call leaves behind for the next has no dtype
-        assert trained(dtype) == first
-    assert _of_another_process()[str(dtype)] == first
+        assert trained(dtype, precision=precision) == first
+    assert _of_another_process()[f"{dtype} {precision}"] == first
 
 
 def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,17 +189,17 @@ def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operatio
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=lambda value: value if isinstance(value, str) else dtype_id(value))
 @pytest.mark.parametrize("name", _operations(torch.float32))
 @pytest.mark.parametrize("images", [0, 1], ids=["for_few", "for_many"])
-def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch.dtype, images: int) -> None:
+def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch.dtype, precision: str, images: int) -> None:
     if images and not name.startswith("conv2d"):
         pytest.skip("only a convolution has a kernel for many images")
     shape, operation = _operations(dtype)[name]
     n = 7
     x = randn(n, *shape, dtype=dtype, grad=False)
     order = torch.tensor([3, 6, 0, 5, 1, 4, 2], device=DEVICE)
-    with tables.override(**SMALL_TILES, IMAGES=images):
+    with tables.override(**SMALL_TILES, IMAGES=images), precision_of_float32(precision):
         there, here = operation(x[order]), operation(x)[order]
         filled = operation(torch.cat([x[:1].expand(n - 1, *shape), x[3:4]]))  # its neighbours do not matter either
     assert torch.equal(there, here)

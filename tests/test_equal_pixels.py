@@ -10,6 +10,7 @@ order it adds in; in float32 they are not.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from alexnet_triton.data import load_fashion_mnist
 from kernels.configs import tables
 
 from .conftest import DEVICE
-from .oracle import DTYPES, assert_within_tolerance, check, dtype_id, randn
+from .oracle import DTYPES, assert_within_tolerance, check, dtype_id, integers, randn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -38,7 +39,7 @@ class Family:
     """A family of kernels: a convolution that it runs, configuration values that choose it, and its forward kernel."""
 
     id: str
-    runs: str
+    runs: str  # in float32 in TF32, where it is no general kernel
     n: int
     c: int
     side: int
@@ -75,13 +76,36 @@ FAMILIES = (
     Family("stem", "_conv2d_stem_kernel", 3, 1, 47, 32, 11, stride=4, tiles={"FUSED": 0}),
     Family("stem_three_channels", "_conv2d_stem_kernel", 2, 3, 47, 32, 11, stride=4, tiles={"FUSED": 0}),
     Family("stem_pool", "_conv2d_stem_pool_kernel", 3, 1, 47, 96, 11, stride=4, tiles={"FUSED": 1}),
+    Family("rows", "_conv2d_rows_kernel", 2, 3, 47, 32, 11, stride=4),
+    Family("rows_pool", "_conv2d_rows_pool_kernel", 3, 1, 47, 96, 11, stride=4),
 )
+POOLED = ("_conv2d_stem_pool_kernel", "_conv2d_rows_pool_kernel")
+
+
+def _dtypes(family: Family) -> tuple[torch.dtype, ...]:
+    if family.runs == "_conv2d_fprop_kernel":
+        return DTYPES
+    if DEVICE != "cpu" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        return ()
+    of_half = () if "_rows_" in family.runs else HALF
+    return of_half if "_stem_" in family.runs else (*of_half, torch.float32)
+
+
 EACH = [
-    pytest.param(family, dtype, id=f"{family.id}-{dtype_id(dtype)}")
-    for family in FAMILIES
-    for dtype in (DTYPES if family.runs == "_conv2d_fprop_kernel" else HALF)
-    if DEVICE == "cpu" or family.runs == "_conv2d_fprop_kernel" or torch.cuda.get_device_capability()[0] in (9, 10)
+    pytest.param(family, dtype, id=f"{family.id}-{dtype_id(dtype)}") for family in FAMILIES for dtype in _dtypes(family)
 ]
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> None:
+    """TF32 where a family has it: with numbers of float16 and gradients that it holds, it rounds nothing."""
+    family: Family = request.getfixturevalue("family")
+    torch.backends.cudnn.allow_tf32 = family.runs != "_conv2d_fprop_kernel"
+
+
+def _gradients(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Of an output: numbers whose sums, where windows overlap, TF32 holds too."""
+    return integers if dtype == torch.float32 else randn
 
 
 def assert_equal_pixels(name: str, pixels: Tensor) -> None:
@@ -90,20 +114,21 @@ def assert_equal_pixels(name: str, pixels: Tensor) -> None:
     assert torch.equal(pixels, pixels[:, :, :1, :1].expand_as(pixels)), name
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dtype: torch.dtype, launches: list[str]) -> None:
     """Without padding all output pixels see the same, and so do all filter positions, and input pixels away from the edge."""
     x, w, b = family.tensors(dtype)
     with tables.override(**family.tiles):
-        if family.runs == "_conv2d_stem_pool_kernel":
+        if family.runs in POOLED:
             y = kernels.conv2d_relu_max_pool2d(x, w, b, **family.geometry, pool_kernel_size=3, pool_stride=2)
         else:
             y = kernels.conv2d(x, w, b, **family.geometry, activation="relu")
         assert family.runs in launches
         assert_equal_pixels("output", y)
         assert torch.equal(y, y[:1].expand_as(y)), "images"
-        if family.runs != "_conv2d_stem_pool_kernel":
-            flat = randn(1, family.k, 1, 1, dtype=dtype, grad=False).expand_as(y)
+        if family.runs not in POOLED:
+            flat = short(randn(1, family.k, 1, 1, dtype=dtype, grad=False)).expand_as(y)
             dx, dw = torch.autograd.grad(y, (x, w), flat)
             assert_equal_pixels("gradient of weight", dw)
             edge = family.r - 1
@@ -112,6 +137,7 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
                 assert_equal_pixels("gradient of input", inner)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.dtype) -> None:
     """Of equal maxima the first counts; the gradient arrives where float64's does."""
@@ -134,7 +160,7 @@ def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.
         def reference(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return F.max_pool2d(F.conv2d(x, w, b, **family.geometry).relu(), 3, 2)
 
-        check(ours, reference, [x, w, b], names="input weight bias")
+        check(ours, reference, [x, w, b], names="input weight bias", draw=_gradients(dtype))
 
 
 def fashion(count: int, side: int) -> Tensor:
@@ -146,6 +172,7 @@ def fashion(count: int, side: int) -> Tensor:
     return short(F.interpolate(flattest, size=(side, side), mode="bilinear")).to(DEVICE)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), [p for p in EACH if p.values[0].c == 1 and p.values[1] != torch.float64])
 def test_gradients_on_images_that_are_flat_in_places(family: Family, dtype: torch.dtype) -> None:
     images = fashion(2, 64).to(dtype).requires_grad_()
@@ -156,6 +183,7 @@ def test_gradients_on_images_that_are_flat_in_places(family: Family, dtype: torc
             lambda x, w, b: F.max_pool2d(F.conv2d(x, w, b, family.stride, 1).relu(), 3, 2),
             [images, w, b],
             names="input weight bias",
+            draw=_gradients(dtype),
         )
 
 

@@ -305,6 +305,8 @@ def conv2d_by_batch_wgrad_config(
         config = apply_overrides(config)
     if config["FOLDED"]:
         config["POSITIONS"] = 1
+    elif c % (config["BLOCK_N"] + config["BLOCK_N2"]):
+        config |= {"BLOCK_N": largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}
     return config
 
 

@@ -194,6 +194,39 @@ def test_float32(tmp_path: Path) -> None:
     assert result["totals"]["floor_us"] is None  # no ceiling of float32 products has been measured
 
 
+@pytest.fixture(scope="module")
+def float32_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A training step at batch 128 in float32 for sm_90, with PyTorch's switches as they are: TF32 in convolutions."""
+    return run_audit(tmp_path_factory.mktemp("audit") / "a.json", "--dtype", "float32")[0]
+
+
+def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_step: dict) -> None:
+    """conv2 to conv5 in all passes, and conv1, whose filters are small."""
+    products = [r for r in float32_step["records"] if r["has_dot"] and r["layer"].startswith("conv")]
+    passes = {(f"conv{i}", which) for i in range(1, 6) for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
+    assert {(r["layer"], r["pass"]) for r in products} == passes
+    assert [r for r in products if not r["tma_loads"] or not r["tensor_core_ops"]] == []
+    wasteful = [r for r in products if r["layer"] != "conv1" and r["useful_flops"] < 0.95 * r["issued_flops"]]
+    assert wasteful == []
+    assert float32_step["totals"]["spill_bytes"] == 0
+
+
+def test_bytes_of_a_float32_step(float32_step: dict) -> None:
+    """Of conv1's unpooled output nothing is written and nothing saved, nor of the images in the place of their cells."""
+    totals = float32_step["totals"]
+    assert totals["bytes"] <= 0.62 * totals["nn_sequential"]["bytes"]
+    assert totals["saved_bytes_per_image"] <= 1.25e6
+    records = float32_step["records"]
+    (fprop,) = [r for r in records if r["kernel"] == "_conv2d_rows_pool_kernel"]
+    images, cells, pooled = (128 * size for size in (224 * 224, 56 * 56 * 16, 26 * 26 * 96))
+    # Images are read once for the product and the copy; the cells are a copy, of 4 bytes a number.
+    assert fprop["min_bytes"] == 4 * (images + cells + 96 * 11 * 16 + 96) + 5 * pooled
+    (wgrad,) = [r for r in records if r["kernel"] == "_conv2d_rows_wgrad_kernel"]
+    unpooled = 4 * 128 * 54 * 54 * 96
+    assert wgrad["min_bytes"] < unpooled
+    assert not [r for r in records if r["kernel"] == "_cells_by_batch_kernel"]
+
+
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
     """Written out: every program of each phase adds its steps along the reduction."""
     a = {"N": 2, "P": 5, "Q": 4, "G": 2, "KG": 6, "CG": 3, "R": 5, "S": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}

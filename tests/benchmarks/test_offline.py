@@ -20,20 +20,20 @@ ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-#: Kernels that load through tensor descriptors and multiply: half precision on sm_90 and later.
-DESCRIPTOR_PRODUCTS = {
-    "_conv2d_images_kernel",
-    "_conv2d_box_kernel",
-    "_conv2d_images_wgrad_kernel",
-    "_conv2d_stem_kernel",
-    "_conv2d_stem_wgrad_kernel",
-    "_conv2d_stem_pool_kernel",
-    "_matmul_descriptor_kernel",
-}
-#: Copies of float32 linear layers' operands, which half precision reads as they are.
-FLOAT32_KERNELS = {"_row_major_kernel"}
+#: Kernels that load through tensor descriptors and multiply, on sm_90 and later: in half precision and in TF32, in half
+#: precision, in TF32, PyTorch's default for convolutions.
+BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
+HALFS_PRODUCTS = {"_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_matmul_descriptor_kernel"}
+TF32_PRODUCTS = {"_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"}
+DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
 #: And what prepares their operands or adds up their parts.
-DESCRIPTOR_KERNELS = DESCRIPTOR_PRODUCTS | {"_space_to_depth_kernel", "_fold_filter_kernel", "_unfold_filter_kernel"}
+HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel"}
+TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel"}
+DESCRIPTOR_KERNELS = HALFS_KERNELS | TF32_KERNELS | BOTHS_PRODUCTS | {"_fold_filter_kernel", "_unfold_filter_kernel"}
+#: Of exact linear layers' operands, too.
+FLOAT32_KERNELS = {"_row_major_kernel"}
+#: What copies with the batch innermost: a tile's number is divided, not multiplied, before an offset is made of it.
+COPIES = {"_by_batch_kernel", "_cells_by_batch_kernel"}
 
 
 def _compile(*arguments: str) -> list[dict]:
@@ -61,9 +61,10 @@ def kernel_names() -> set[str]:
 
 def test_every_kernel_is_compiled_in_every_dtype(launches: list[dict]) -> None:
     for dtype in DTYPES:
-        general = launches[0]["arch"] == "sm_80" or dtype == "float32"
-        expected = kernel_names() - (DESCRIPTOR_KERNELS if general else set())
-        expected -= set() if dtype == "float32" else FLOAT32_KERNELS
+        expected = kernel_names()
+        if launches[0]["arch"] == "sm_80":
+            expected -= DESCRIPTOR_KERNELS
+        expected -= HALFS_KERNELS if dtype == "float32" else TF32_KERNELS | FLOAT32_KERNELS
         assert {r["kernel"] for r in launches if r["dtype"] == dtype} == expected
 
 
@@ -71,22 +72,28 @@ def test_no_spills(launches: list[dict]) -> None:
     assert [r for r in launches if r["stack_bytes"] or r["local_bytes"]] == []
 
 
-def test_half_precision_products_run_on_tensor_cores(launches: list[dict]) -> None:
-    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
-    products = [r for r in launches if r["has_dot"] and r["dtype"] != "float32"]
-    assert {r["kernel"] for r in products} == {
-        "_conv2d_fprop_kernel",
-        "_conv2d_dgrad_kernel",
-        "_conv2d_wgrad_kernel",
-        "_matmul_kernel",
-    } | (DESCRIPTOR_PRODUCTS if launches[0]["arch"] != "sm_80" else set())
-    assert [r for r in products if not r["tensor_core_ops"].get(wanted[r["arch"]])] == []
+GENERAL = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+TENSOR_CORE_OPS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half", "tf32"])
+def test_products_run_on_tensor_cores(half: bool, launches: list[dict]) -> None:
+    """In half precision all, in float32 convolutions: PyTorch's defaults are TF32 there, exact products in linear layers."""
+    arch = launches[0]["arch"]
+    products = [r for r in launches if r["has_dot"] and (r["dtype"] != "float32") == half]
+    described = BOTHS_PRODUCTS | (HALFS_PRODUCTS if half else TF32_PRODUCTS)
+    assert {r["kernel"] for r in products} == GENERAL | {"_matmul_kernel"} | (described if arch != "sm_80" else set())
+    convolutions = [r for r in products if half or r["kernel"] != "_matmul_kernel"]
+    assert [r for r in convolutions if not r["tensor_core_ops"]] == []
+    # Of operands in shared memory; what the general kernels gather in float32 goes through registers.
+    warp_group = [r for r in products if half or r["kernel"] in described]
+    assert [r for r in warp_group if not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
 def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
     """Bulk copies, and no operand on a way through registers, where Triton 3.6 lets it be overwritten too early."""
     records = [r for r in launches if r["kernel"] in DESCRIPTOR_PRODUCTS]
-    assert bool(records) == (launches[0]["arch"] != "sm_80")
+    assert {r["kernel"] for r in records} == (DESCRIPTOR_PRODUCTS if launches[0]["arch"] != "sm_80" else set())
     assert [r for r in records if not r["tma_loads"] or r["register_operands"]] == []
 
 
@@ -161,16 +168,24 @@ def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
 
 def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:
     """The kernels for small tensors multiply program ids in int32, and the check says so of each."""
-    assert all(r["int32_program_products"] for r in launches)
+    assert {r["kernel"] for r in launches if not r["int32_program_products"]} <= COPIES
 
 
-@pytest.mark.parametrize("tf32", [True, False])
-def test_the_tf32_switch_reaches_the_code(tf32: bool) -> None:
-    records = _compile("--arch", "sm_90", "--dtype", "float32", "--tf32" if tf32 else "--no-tf32")
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "exact"])
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
+    """And nothing spills, or is too large for shared memory, either way: for few images and for many."""
+    records = _compile("--arch", arch, "--dtype", "float32", "--tf32" if tf32 else "--no-tf32", "--batch", "2", "128")
     products = [r for r in records if r["has_dot"]]
     assert products
-    assert all(bool(r["tensor_core_ops"]) == tf32 for r in products)
-    assert not any(r["stack_bytes"] or r["local_bytes"] for r in records)
+    assert [r for r in products if bool(r["tensor_core_ops"]) != tf32] == []
+    assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
+    assert [r for r in records if r["float_atomics"]] == []
+    described = [r for r in products if r["tma_loads"]]
+    on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # whose pool is a kernel of its own
+    expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel"}) - on_blackwell
+    assert {r["kernel"] for r in described} == (expected if tf32 and arch != "sm_80" else set())
+    assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
 def test_each_target_of_one_process_gets_code_of_its_own() -> None:

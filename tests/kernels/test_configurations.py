@@ -86,27 +86,43 @@ DIVIDING = {
     "conv2d_images_config": ("BLOCK_K",),
     "conv2d_box_config": ("BLOCK_K",),
     "conv2d_images_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
+    "conv2d_by_batch_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
 }
 #: And those of which a tile's images are images, by the value that says how many.
 IMAGES = {
     "conv2d_images_config": "BLOCK_M",
     "conv2d_images_wgrad_config": "BLOCK_K",
+    "conv2d_by_batch_wgrad_config": "BLOCK_K",
     "conv2d_stem": "BLOCK_M",
     "conv2d_stem_wgrad": "BLOCK_K",
+    "conv2d_rows_config": "BLOCK_M",
+    "conv2d_rows_pool_config": "BLOCK_M",
+    "conv2d_rows_wgrad_config": "BLOCK_K",
     "conv2d_box_config": "NB",
 }
+
+
+def _tile_of(part: Part, function: str) -> int:
+    """The channels that a tile of this function of the chooser takes at once, exactly; 1 where any number will do."""
+    if _largest(part, "FOLDED", of=function):
+        return 1
+    return _largest(part, *DIVIDING[function], of=function) or 1
 
 
 def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of input and weight, padding 1: a little more of everything than fits one tile."""
     first, gathered = conv.in_channels == 1, _largest(part, "BLOCK_M", of="matmul_config")
     written = _largest(part, "BLOCK_N", "BLOCK_N2")
-    tile = math.lcm(16, *(_largest(part, *names, of=function) or 1 for function, names in DIVIDING.items()))
+    tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
     exact = {16: 24, 256: 256}.get(tile, 2 * tile)
+    filters = max(_largest(part, "BLOCK_M", of=function) for function in ("images_wgrad", "by_batch_wgrad"))  # of a weight's gradient
     if part.phase == "input":
         c, k = _above(written, 16), exact
     elif part.phase == "weight":
-        c, k = exact, _above(max(_largest(part, "BLOCK_M", of="images_wgrad"), gathered, 16 if not first else written), 16)
+        c, k = exact, _above(max(filters, gathered, 16 if not first else written), 16)
+    elif part.phase == "both" and not gathered:
+        reduced = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING if "wgrad" not in function))
+        c, k = _above(written, tile), _above(max(filters, 16 if not first else written), reduced)
     else:
         c, k = exact, _above(written, 16)
     n = max(2, *(_largest(part, value, of=function) + 1 for function, value in IMAGES.items()))

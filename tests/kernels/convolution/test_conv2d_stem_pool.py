@@ -1,8 +1,13 @@
-"""The first layer's convolution with its ReLU and pool in one kernel, against the two kernels and against PyTorch."""
+"""The first layer's convolution with its ReLU and pool in one kernel, against the two kernels and against PyTorch.
+
+In half precision from cells, in TF32 row by row from the images.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,17 +15,26 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution import rules
+from kernels.convolution import rules, select
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.pooling.autograd import no_gradient
 from kernels.runtime import launch
+from kernels.runtime.backend import INTERPRETED
 
 from ...conftest import DEVICE
-from ...oracle import check, dtype_id, integers, randn
+from ...oracle import check, dtype_id, integers, randn, tf32_numbers
+from .conftest import hopper
 
-HALF = (torch.float16, torch.bfloat16)
+pytestmark = [hopper, pytest.mark.usefixtures("tf32")]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POOL = {"pool_kernel_size": 3, "pool_stride": 2}
-FPROP = ["_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_pool_kernel"]
+#: What runs: the fused forward pass, the convolution alone, the gradient of the weight.
+OF_HALF = ["_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_pool_kernel"]
+OF_TF32 = ["_fold_filter_kernel", "_conv2d_rows_pool_kernel"]
+FPROP = {torch.float16: OF_HALF, torch.bfloat16: OF_HALF, torch.float32: OF_TF32}
+CONVOLUTION = {d: "_conv2d_rows_kernel" if d == torch.float32 else "_conv2d_stem_kernel" for d in DTYPES}
+WGRAD = {d: "_conv2d_rows_wgrad_kernel" if d == torch.float32 else "_conv2d_stem_wgrad_kernel" for d in DTYPES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +81,43 @@ CASES = (
     Case("no_padding", 2, 1, 33, 30, 16, padding=0, bias=False),
     Case("no_bias", 3, 1, 31, 31, 48, bias=False, tiles={"SPLIT": 3}),
     Case("three_channels", 2, 3, 31, 27, 16, tiles={"FUSED": 1}),
+    Case("rows_of_whole_16_bytes", 5, 1, 31, 32, 16, padding=0),
+    Case("padding_2", 2, 1, 29, 30, 24, padding=2),
+    Case("padding_3", 3, 1, 27, 33, 40, padding=3, tiles={"BLOCK_N": 32, "BLOCK_N2": 16}),
+    Case("batch_33", 33, 1, 17, 19, 8, tiles={"SPLIT": 4}),
+    Case("last_pixels_unseen", 2, 1, 36, 34, 72),
 )
+#: Of three channels the filters in TF32 leave no room in shared memory.
+EACH = [
+    pytest.param(case, dtype, id=f"{case.id}-{dtype_id(dtype)}")
+    for case in CASES
+    for dtype in DTYPES
+    if case.c == 1 or dtype != torch.float32
+]
 
 
 #: What a block runs as; by images whatever their number.
 FUSED, SEPARATE = {"IMAGES_WGRAD": 1}, {"IMAGES_WGRAD": 1, "FUSED": 0}
 
 
+@contextlib.contextmanager
+def configured(case: Case, way: dict[str, int]) -> Iterator[None]:
+    """With the case's configuration, one of the two ways."""
+    with tables.override(**case.tiles | way), pytest.MonkeyPatch.context() as patch:
+        if way is SEPARATE:
+            patch.setattr(select, "conv2d_rows_pool_fused", lambda *_: False)
+        yield
+
+
 def run(case: Case, tensors: list[Tensor | None], way: dict[str, int], **arguments) -> Tensor:
     """The block, fused or by two kernels."""
-    with tables.override(**case.tiles | way):
+    with configured(case, way):
         return kernels.conv2d_relu_max_pool2d(*tensors, **case.arguments, **arguments)
 
 
 def gradients(case: Case, output: Tensor, leaves: list[Tensor], grad: Tensor, way: dict[str, int]) -> tuple[Tensor, ...]:
     """Of the ``leaves``, fused or by two kernels."""
-    with tables.override(**case.tiles | way):
+    with configured(case, way):
         return torch.autograd.grad(output, leaves, grad)
 
 
@@ -97,8 +132,7 @@ def positions(output: Tensor) -> Tensor:
     return output.grad_fn.saved_tensors[-1]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), EACH)
 @pytest.mark.parametrize("make", [randn, integers])
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """Bit for bit, in both memory formats; integers make ties, and every third filter is dead then."""
@@ -108,10 +142,10 @@ def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: 
             tensors[2][::3] = -1000
     for output_format in (torch.channels_last, torch.contiguous_format):
         theirs = run(case, tensors, SEPARATE, output_format=output_format)
-        assert "_conv2d_stem_kernel" in launches
+        assert CONVOLUTION[dtype] in launches
         launches.clear()
         ours = run(case, tensors, FUSED, output_format=output_format)
-        assert launches == FPROP
+        assert launches == FPROP[dtype]
         assert same_bits(ours, theirs)
         assert torch.equal(positions(ours), positions(theirs))
         assert positions(ours).stride() == ours.stride()
@@ -119,8 +153,7 @@ def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: 
             assert (positions(ours)[:, ::3] == no_gradient(torch.uint8)).all()
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """Sums of small integers are exact in any order: the gradients must be those of the reference, bit for bit."""
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
@@ -131,7 +164,8 @@ def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launche
         grad = (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(dtype)
         launches.clear()
         results.append([y, *gradients(case, y, leaves, grad, way)])
-        assert "_conv2d_stem_wgrad_kernel" in launches
+        assert WGRAD[dtype] in launches
+        assert ("_max_pool2d_dgrad_kernel" in launches) == (dtype != torch.float32 or way is SEPARATE)
     y = conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
     results.append([y, *torch.autograd.grad(y, leaves, grad)])
     for name, ours, *others in zip(("output", "weight", "bias"), *results, strict=False):
@@ -139,11 +173,11 @@ def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launche
             assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
     """Each window of the reference takes the pixel that ours took: where rounding makes a tie, float64 has none."""
-    x, w, b = case.tensors(randn, dtype)
+    draw = tf32_numbers if dtype == torch.float32 else randn
+    x, w, b = case.tensors(draw, dtype)
     y = run(case, [x, w, b], FUSED)
     where = positions(y).long()
     _, _, p, q = y.shape
@@ -157,20 +191,29 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
         values = z.flatten(2).gather(2, taken.flatten(2)).view(y.shape)
         return torch.where(where == no_gradient(torch.uint8), torch.zeros_like(values), values)
 
-    with tables.override(**case.tiles | FUSED):
-        check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias")
+    # Where windows overlap a pixel's gradient is a sum, which TF32 may not hold.
+    rounded = dtype == torch.float32 and not INTERPRETED
+    with configured(case, FUSED):
+        check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias", tf32=rounded, draw=draw)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
-    """NaN reaches every window that sees it and the last NaN of a window is what it points at, as in PyTorch."""
+    """NaN reaches every window that sees it and the last NaN of a window is what it points at, as in PyTorch.
+
+    In TF32 whole rows of an image are NaN: see test_conv2d_rows.py for one pixel.
+    """
     case = Case("", 3, 1, 39, 31, 16)
     x, w, b = case.tensors(randn, dtype)
-    x[0, 0, 20, 13], x[1, 0, 9, 9], x[2, 0, 0, 30], x[2, 0, 25, 3] = torch.nan, torch.inf, torch.nan, -torch.inf
+    if dtype == torch.float32:
+        x[0, 0, 20], x[1, 0, 9], x[2, 0, 0] = torch.nan, torch.inf, torch.nan
+    else:
+        x[0, 0, 20, 13], x[1, 0, 9, 9], x[2, 0, 0, 30], x[2, 0, 25, 3] = torch.nan, torch.inf, torch.nan, -torch.inf
     with torch.no_grad():
         b[3], b[5] = torch.nan, torch.inf
     ours, theirs = run(case, [x, w, b], FUSED), run(case, [x, w, b], SEPARATE)
-    assert "_conv2d_stem_pool_kernel" in launches
+    assert FPROP[dtype][-1] in launches
+    assert CONVOLUTION[dtype] in launches
     assert ours.isnan().any()
     assert ours.isinf().any()
     assert same_bits(ours, theirs)
@@ -188,7 +231,7 @@ def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
         assert torch.equal(mine.isnan(), other.isnan())
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES[2:5], ids=lambda case: case.id)
 def test_without_gradients_no_position_is_written(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     written = []
@@ -202,7 +245,7 @@ def test_without_gradients_no_position_is_written(case: Case, dtype: torch.dtype
     launches.clear()
     with torch.no_grad(), launch.observe_launches(note):
         ours = run(case, tensors, FUSED)
-    assert launches == FPROP
+    assert launches == FPROP[dtype]
     assert written == [False]
     assert same_bits(ours, theirs)
 
@@ -215,41 +258,50 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_of_the_gradient(layout: str) -> None:
+def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype) -> None:
     """Of the forward kernel's output, from the positions and cells that it saved: exact on integers."""
     case = Case("", 3, 1, 31, 35, 16)
-    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.bfloat16)
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
-    grad = LAYOUTS[layout](integers(*ours.shape, dtype=torch.bfloat16, high=1, grad=False))
+    grad = LAYOUTS[layout](integers(*ours.shape, dtype=dtype, high=1, grad=False))
     for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("wanted", ["input", "weight", "bias", "weight and bias", "input and weight"])
-def test_only_the_gradients_that_are_wanted(wanted: str, launches: list[str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
+@pytest.mark.parametrize(
+    "wanted", ["input", "weight", "bias", "weight and bias", "input and weight", "input and bias", "input and weight and bias"]
+)
+def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, launches: list[str]) -> None:
     case = CASES[0]
-    x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float16))
+    x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype))
     named = {"input": x, "weight": w, "bias": b}
     leaves = [t.requires_grad_() for name, t in named.items() if name in wanted]
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
-    assert "_conv2d_stem_pool_kernel" in launches
+    assert FPROP[dtype][-1] in launches
     launches.clear()
-    grad = integers(*ours.shape, dtype=torch.float16, high=1, grad=False)
+    grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
     for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    assert ("_conv2d_stem_wgrad_kernel" in launches) == ("weight" in wanted)
+    assert (WGRAD[dtype] in launches) == ("weight" in wanted)
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
 
 
-def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
+def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
     case = CASES[4]
-    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float16)
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     for output_format in (torch.channels_last, torch.contiguous_format):
         ours, theirs = (run(case, [x, w, b], way, output_format=output_format) for way in (FUSED, SEPARATE))
         assert same_bits(ours, theirs)
-        assert launches.count("_conv2d_stem_pool_kernel") == launches.count("_conv2d_stem_kernel")
+        assert launches.count(FPROP[dtype][-1]) == launches.count(CONVOLUTION[dtype]) > 0
+        theirs = conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
+        grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
+        for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
+            assert torch.equal(mine, other)
 
 
 NOT_TAKEN = {
@@ -261,16 +313,30 @@ NOT_TAKEN = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("changed", NOT_TAKEN)
-def test_other_blocks_run_as_before(changed: str, launches: list[str]) -> None:
-    x, w = randn(2, 1, 31, 31, dtype=torch.float16), randn(16, 1, 11, 11, dtype=torch.float16)
+def test_other_blocks_run_as_before(changed: str, dtype: torch.dtype, launches: list[str]) -> None:
+    x, w = randn(2, 1, 31, 31, dtype=dtype), randn(16, 1, 11, 11, dtype=dtype)
     arguments = {"stride": 4, "padding": 1, **POOL} | NOT_TAKEN[changed]
     kernels.conv2d_relu_max_pool2d(x, w, **arguments).sum().backward()
     assert "_max_pool2d_fprop_kernel" in launches
-    assert FPROP[-1] not in launches
+    assert FPROP[dtype][-1] not in launches
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+def test_three_channels_in_tf32_run_as_two_kernels(launches: list[str]) -> None:
+    """A pixel's rows and the filters do not fit shared memory."""
+    case = next(case for case in CASES if case.c == 3)
+    x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float32)
+    ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
+    grad = integers(*ours.shape, dtype=torch.float32, high=1, grad=False)
+    assert torch.equal(ours, theirs)
+    for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
+        assert torch.equal(mine, other)
+    assert {"_conv2d_rows_kernel", "_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel", "_conv2d_rows_wgrad_kernel"} <= {*launches}
+    assert "_conv2d_rows_pool_kernel" not in launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     case = CASES[2]
     tensors = case.tensors(randn, dtype)
@@ -300,3 +366,27 @@ def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.M
         held = 2 if fold == 48 else 1
         assert held * 2 * fold * (3 * filters + cells) < tables.SHARED_BYTES
         assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64, 128, 1024])
+@pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 192])
+@pytest.mark.parametrize("positions", [16, 48])
+def test_configurations_in_tf32_fit(positions: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All filters of a block and the rows of two pixels in shared memory, a window's keys of 8 bytes in registers."""
+    monkeypatch.setattr(rules, "INTERPRETED", False)
+    monkeypatch.setattr(rules, "tuned", lambda device, key: {})
+    device, r = torch.device(DEVICE), 11
+    tiles = rules.conv2d_rows_pool_config(device, batch, 26, 26, positions, k, r)
+    filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+    fits = (tiles["num_stages"] * tiles["BLOCK_M"] + filters) * r * positions * 4 < tables.SHARED_BYTES
+    assert fits or not rules.conv2d_rows_pool_fused(positions, k, r)
+    assert rules.conv2d_rows_pool_fused(positions, k, r) == (positions == 16)
+    assert positions % tiles["BLOCK_K"] == 0
+    assert 1 <= tiles["COLUMNS"] <= 26
+    # The sum, and two keys of an int64 each.
+    assert tiles["BLOCK_M"] * filters * 5 / (32 * tiles["num_warps"]) <= 128
+    for pooled in (False, True):
+        tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k, pooled)
+        filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+        assert tiles["num_stages"] * (3 * tiles["BLOCK_M"] + filters) * tiles["BLOCK_K"] * 4 < tables.SHARED_BYTES
+        assert 3 * tiles["BLOCK_M"] * filters / (32 * tiles["num_warps"]) <= 96
