@@ -482,7 +482,7 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
                 "layer": result.job.layer,
                 "pass": result.job.pass_,
                 "batch": result.job.batch,
-                "dtype": str(dtype).removeprefix("torch."),
+                "precision": "tf32" if key.endswith(" tf32") else str(dtype).removeprefix("torch."),
                 "ms": round(result.best_ms, 5),
                 "rule_ms": round(result.rule_ms, 5),
                 "pytorch_ms": round(result.peer_ms, 5),

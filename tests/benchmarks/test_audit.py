@@ -182,7 +182,9 @@ def test_what_counts_as_worse() -> None:
 def test_the_committed_file_covers_the_targets_and_batches() -> None:
     committed = json.loads(COMMITTED.read_text())
     wanted = {case_name(arch, "bfloat16", 128, "train") for arch in TARGETS}
-    wanted |= {case_name("sm_90", "bfloat16", batch, "train") for batch in (1, 1024)}
+    wanted |= {case_name("sm_90", "bfloat16", batch, "train") for batch in (1, 1024)} | {
+        case_name("sm_90", "float32", 128, "train")
+    }
     assert wanted | {case_name("sm_90", "bfloat16", 128, mode) for mode in ("infer", "trainer")} == set(committed)
 
 
