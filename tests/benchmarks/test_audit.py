@@ -174,7 +174,7 @@ def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) 
 
 
 def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
-    """Forward pass and both gradients of conv2 to conv5, and conv1, in TF32: bulk copies, tensor cores, few rows for nothing."""
+    """conv1 to conv5, forward pass and gradients, in TF32: bulk copies, tensor cores, few products for nothing."""
     result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")
     products = [r for r in result["records"] if r["has_dot"] and r["layer"].startswith("conv")]
     assert {(r["layer"], r["pass"]) for r in products} == {
