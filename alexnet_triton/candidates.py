@@ -94,6 +94,19 @@ def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
 
 
+def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
+    """Of the weight's gradient in TF32 that turns the output's gradient in registers, BLOCK_N filters of 32 images."""
+    for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
+        columns = cdiv(s * c, block_m)
+        stage = (block_m + block_n) * 128
+        fits = _fits(stage, stages, block_m * block_n, warps, 128) and block_n / warps <= 16
+        if not fits or 6 * s * c < 5 * columns * block_m or block_n >= 2 * k:
+            continue
+        values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32}
+        for split in _splits(columns * r * cdiv(k, block_n), stage, stages):
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
 def stem_fprop(columns: int) -> Iterator[Candidate]:
     """Of a strided first layer in half precision."""
     for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
@@ -138,8 +151,8 @@ def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
 def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Candidate]:
     """Of a strided first layer with its pool in TF32; ``columns`` of windows, ``positions`` of each of r filter rows.
 
-    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. With 24 of these four warps spill, eight
-    do not (Triton 3.8, compiled for sm_90).
+    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. 24 of these fit eight warps of one block of
+    64 images in up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
     """
     block_k = min(positions & -positions, 32)
     for block_m, (n1, n2), warps, strips, stages in itertools.product(
@@ -147,7 +160,8 @@ def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Ca
     ):
         elements = block_m * (n1 + n2) / (32 * warps)
         shared = (stages * block_m + n1 + n2) * r * positions * 4
-        if 12 <= elements <= (24 if warps == 8 else 16) and shared <= SHARED_BYTES - 2**14 and block_m <= max(64, n):
+        most = 24 if warps == 8 and block_m == 64 and stages < 3 else 16
+        if 12 <= elements <= most and shared <= SHARED_BYTES - 2**14 and block_m <= max(64, n):
             values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
             yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 

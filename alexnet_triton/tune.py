@@ -119,7 +119,8 @@ class Job:
         if self.pass_ == "dgrad":
             return rules.conv2d_key("conv2d_dgrad", n, size, size, k, c, r, r, dtype)
         if stride == 1:
-            return rules.conv2d_key(f"conv2d_{self.pass_}", n, p, p, c, k, r, r, dtype)
+            turned = "turned_" if tf32 and self.turns else ""
+            return rules.conv2d_key(f"conv2d_{turned}{self.pass_}", n, p, p, c, k, r, r, dtype)
         operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + ("pool_" if self.layer == POOLED else "") + self.pass_
         if tf32 and self.pass_ == "fprop":
             height, reduced = r, self.positions
@@ -128,6 +129,14 @@ class Job:
         if self.layer == POOLED and self.pass_ == "fprop":
             p = (p - 1) // 2
         return rules.conv2d_key(operation, n, p, p, reduced, k, height, 1, dtype)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the gradient of the weight in TF32 turns the output's in registers: as the rule says, for memory's sake."""
+        c, _, k, r, *_ = LAYERS[self.layer]
+        with tables.untuned():
+            sizes = (self.batch, self.size, self.size, c, k, r, r)
+            return self.pass_ == "wgrad" and rules.conv2d_wgrad_turns(torch.device("meta"), *sizes)
 
     @property
     def needs_maxima(self) -> bool:
@@ -144,8 +153,8 @@ class Job:
     def positions(self) -> int:
         """Under one filter row of a strided first layer in TF32."""
         c, size, k, r, *_ = LAYERS[self.layer]
-        filters = torch.empty(k, c, r, r, device="meta")
-        return row_stem.Rows.of(Problem.of((self.batch, c, size, size), filters, self.geometry, (self.size,) * 2)).positions
+        sizes = (self.batch, c, size, size, k, r, r, self.size, self.size)
+        return row_stem.Rows.of(Problem(*sizes, self.geometry, torch.float32, torch.device("meta"), "tf32")).positions
 
     def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
         """All that are worth a measurement."""
@@ -167,8 +176,10 @@ class Job:
             found = itertools.chain(of.images(n, c, k, itemsize), of.boxes(n, self.size, c, k, itemsize))
         elif self.pass_ == "dgrad":
             found = itertools.chain(of.images(n, k, c, itemsize, self.layer in LINKED), of.boxes(n, size, k, c, itemsize))
+        elif tf32:
+            found = of.turned_wgrad(c, k, r, r) if self.turns else of.by_batch_wgrad(c, k, r, r)
         else:
-            found = of.by_batch_wgrad(c, k, r, r) if tf32 else of.images_wgrad(c, k, r * r)
+            found = of.images_wgrad(c, k, r * r)
         # Not with WARP_SPECIALIZE: of many of these Triton 3.6's compiler ends the process, and 3.8 refuses all.
         return list(found)
 
@@ -267,8 +278,8 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
     by_batch = wgrad_by_batch(problem)
     if job.pass_ == "dgrad":
         linked = x if job.layer in LINKED else None
-        return lambda: dgrad(dz, w, problem, linked, copies_by_batch(dz, x) if by_batch else ())[0]
-    copies = copies_by_batch(dz, x) if by_batch else ()
+        return lambda: dgrad(dz, w, problem, linked, copies_by_batch(dz, x, problem) if by_batch else ())[0]
+    copies = copies_by_batch(dz, x, problem) if by_batch else ()
     copy(copies)
     return lambda: wgrad(dz, x, w, problem, by_batch=copies)
 

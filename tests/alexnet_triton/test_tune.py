@@ -259,14 +259,22 @@ def test_candidates_of_float32_compile_without_spills() -> None:
 SMALL = {
     "conv1": (1, 27, 96, 11, 4, 1),
     tune.POOLED: (1, 27, 96, 11, 4, 1),
-    "conv2": (96, 4, 32, 3, 1, 1),
+    "conv2": (96, 4, 64, 3, 1, 1),
     "conv4": (32, 4, 96, 3, 1, 1),
 }
 
 
-@pytest.mark.parametrize("job", tune.jobs((64,), tuple(SMALL), torch.float32), ids=lambda job: f"{job.layer}-{job.pass_}")
-def test_values_of_float32_candidates(job: tune.Job, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL), torch.float32)]
+SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
+
+
+@pytest.mark.parametrize(
+    ("job", "turns"), SMALL_JOBS, ids=lambda v: f"{v.layer}-{v.pass_}" if isinstance(v, tune.Job) else str(v)
+)
+def test_values_of_float32_candidates(job: tune.Job, turns: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first and the last candidate of each convolution pass give PyTorch's results, of integers to the bit."""
+    if turns:
+        monkeypatch.setattr(rules, "_LARGEST_COPY", 0)
     for layer, sizes in SMALL.items():
         monkeypatch.setitem(tune.LAYERS, layer, sizes)
     candidates = job.candidates(torch.float32)
@@ -282,7 +290,8 @@ def test_values_of_float32_candidates(job: tune.Job, launches: list[str], monkey
             run = tune.operation(job, tensors, maxima)
             with tune._configured(candidate):
                 assert torch.equal(run(), exact), candidate
-            assert any("rows" in name or "images" in name or "box" in name for name in launches)
+            kernels = ("_turned_wgrad_",) if turns else ("_rows_", "_images_", "_box_")
+            assert any(kernel in name for name in launches for kernel in kernels)
 
 
 BATCHES = range(1, 61)
