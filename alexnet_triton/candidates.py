@@ -151,8 +151,8 @@ def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
 def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Candidate]:
     """Of a strided first layer with its pool in TF32; ``columns`` of windows, ``positions`` of each of r filter rows.
 
-    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. 24 of these fit eight warps of one block of
-    64 images in up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
+    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. 24 of these fit eight warps of one block
+    of 64 images in up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
     """
     block_k = min(positions & -positions, 32)
     for block_m, (n1, n2), warps, strips, stages in itertools.product(
