@@ -248,7 +248,13 @@ def main() -> None:
 def tune_command(
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes to tune for; give the option several times.")] = [128],  # noqa: B006
     layer: Annotated[list[str] | None, typer.Option(help="Layers to tune, conv1 to fc3; all if not given.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="bfloat16 (float16 shares its entries), float32 or tf32. float32 follows PyTorch's default switches: "
+            "convolutions in TF32, linear layers exact. tf32: both in TF32."
+        ),
+    ] = "bfloat16",
     every: Annotated[bool, typer.Option(help="Show the time of each candidate, not of the best alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="The table. Default: the one that the kernels read.", show_default=False)
@@ -257,8 +263,8 @@ def tune_command(
     """Measure every kernel configuration on this GPU and keep the fastest that is right."""
     from . import tune
 
-    if dtype not in ("bfloat16", "float16"):
-        raise typer.BadParameter("must be bfloat16 or float16", param_hint="--dtype")
+    if dtype not in tune.PRECISIONS:
+        raise typer.BadParameter(f"must be one of {', '.join(tune.PRECISIONS)}", param_hint="--dtype")
     known = (*tune.LAYERS, *tune.LINEAR_LAYERS)
     if unknown := [name for name in layer or () if name not in known]:
         raise typer.BadParameter(f"no layer {unknown[0]!r}; there are {', '.join(known)}", param_hint="--layer")
@@ -279,9 +285,9 @@ def tune_command(
             for ms, candidate in result.times:
                 console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
-    work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
+    work = tune.jobs(tuple(batch), tuple(layer) if layer else known, tune.PRECISIONS[dtype][0])
     try:
-        results = tune.tune(work, getattr(torch, dtype), path, show)
+        results = tune.tune(work, dtype, path, show)
     except (ValueError, OSError) as error:
         raise fail(error) from error
     console.print(f"{path}: {len(results)} entries, {tune.speedup(results):.2f} times as fast as PyTorch (geometric mean)")

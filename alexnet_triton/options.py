@@ -91,7 +91,10 @@ SeedOption = Annotated[
 ]
 PrecisionOption = Annotated[
     PrecisionChoice,
-    typer.Option(help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. tf32: float32 on tensor cores."),
+    typer.Option(
+        help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. float32: products are exact. tf32: "
+        "float32 on tensor cores, convolutions and linear layers alike (by PyTorch's default convolutions alone)."
+    ),
 ]
 GraphOption = Annotated[
     bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")

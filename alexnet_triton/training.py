@@ -119,7 +119,10 @@ def default_precision(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """PyTorch's switches for float32 products inside the block: exact, or on TF32 tensor cores for ``"tf32"``."""
+    """PyTorch's switches for float32 products inside the block: in TF32 for ``"tf32"``, else exact.
+
+    Of convolutions and of linear layers alike, where PyTorch's default is TF32 for convolutions alone.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"

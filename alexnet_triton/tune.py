@@ -1,8 +1,8 @@
 """Find the fastest configuration of each kernel on the GPU at hand: ``alexnet-triton tune``.
 
-Each candidate runs its operation on random tensors, is held to the same operation in float32, and only then is timed. The
-winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.configs.tables` reads; what was not measured follows
-its rules.
+Each candidate runs its operation on random tensors, is held to the same operation in float32 (that of float32 to float64), and
+only then is timed. The winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.configs.tables` reads; what
+was not measured follows its rules.
 """
 
 from __future__ import annotations
@@ -26,20 +26,43 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+import kernels.pooling.autograd as pooling
 from kernels import linear_rules
 from kernels.configs import tables
-from kernels.convolution import rules, stem
+from kernels.convolution import row_stem, row_stem_wgrad, rules, stem
+from kernels.convolution.by_batch import copy
 from kernels.convolution.problem import Geometry, Problem
-from kernels.convolution.select import dgrad, fprop, wgrad
+from kernels.convolution.select import copies_by_batch, dgrad, fprop, wgrad, wgrad_by_batch
 from kernels.runtime import launch
-from kernels.runtime.arguments import matmul_input_precision
-from kernels.runtime.launch import cdiv
+from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
+from kernels.runtime.launch import new_output, new_output_like
 
+from . import candidates as of
+from .candidates import Candidate
 from .files import check_writable, write_atomically
 from .folders import held
-from .training import float32_products
 
-Candidate = dict[str, int]
+#: --dtype: what tensors are in, and whether linear layers multiply in TF32. Convolutions of float32 always do, which is
+#: PyTorch's default; exact ones run on general kernels, which no table is for.
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+
+
+@contextlib.contextmanager
+def float32_switches(linear_tf32: bool) -> Iterator[None]:
+    """PyTorch's switches inside the block: TF32 for convolutions, and for linear layers as is said."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = True, linear_tf32
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
 
 #: Convolutions. name: channels, image size, filters, filter size, stride, padding
 LAYERS = {
@@ -92,15 +115,46 @@ class Job:
         if self.layer in LINEAR_LAYERS:
             return linear_rules.linear_key(self.pass_, *self.product, dtype, matmul_input_precision(dtype))
         c, size, k, r, stride, _ = LAYERS[self.layer]
-        if self.layer == POOLED:
-            fold, pooled = stem.fold(c, r, stride), (self.size - 1) // 2
-            return rules.conv2d_key("conv2d_stem_pool_fprop", self.batch, pooled, pooled, fold, k, 3, 1)
-        if stride > 1:
-            fold = stem.fold(c, r, stride)
-            return rules.conv2d_key(f"conv2d_stem_{self.pass_}", self.batch, self.size, self.size, fold, k, 3, 1)
+        n, p, tf32 = self.batch, self.size, dtype == torch.float32
         if self.pass_ == "dgrad":
-            return rules.conv2d_key("conv2d_dgrad", self.batch, size, size, k, c, r, r)
-        return rules.conv2d_key(f"conv2d_{self.pass_}", self.batch, self.size, self.size, c, k, r, r)
+            return rules.conv2d_key("conv2d_dgrad", n, size, size, k, c, r, r, dtype)
+        if stride == 1:
+            turned = "turned_" if tf32 and self.turns else ""
+            return rules.conv2d_key(f"conv2d_{turned}{self.pass_}", n, p, p, c, k, r, r, dtype)
+        operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + ("pool_" if self.layer == POOLED else "") + self.pass_
+        if tf32 and self.pass_ == "fprop":
+            height, reduced = r, self.positions
+        else:
+            height, reduced = 3, stem.fold(c, r, stride)
+        if self.layer == POOLED and self.pass_ == "fprop":
+            p = (p - 1) // 2
+        return rules.conv2d_key(operation, n, p, p, reduced, k, height, 1, dtype)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the gradient of the weight in TF32 turns the output's in registers: as the rule says, for memory's sake."""
+        c, _, k, r, *_ = LAYERS[self.layer]
+        with tables.untuned():
+            sizes = (self.batch, self.size, self.size, c, k, r, r)
+            return self.pass_ == "wgrad" and rules.conv2d_wgrad_turns(torch.device("meta"), *sizes)
+
+    @property
+    def needs_maxima(self) -> bool:
+        """Whether it is the gradient of a pooled layer's weight."""
+        return self.layer == POOLED and self.pass_ == "wgrad"
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the convolution."""
+        *_, stride, padding = LAYERS[self.layer]
+        return Geometry((stride, stride), (padding, padding), (1, 1), 1)
+
+    @property
+    def positions(self) -> int:
+        """Under one filter row of a strided first layer in TF32."""
+        c, size, k, r, *_ = LAYERS[self.layer]
+        sizes = (self.batch, c, size, size, k, r, r, self.size, self.size)
+        return row_stem.Rows.of(Problem(*sizes, self.geometry, torch.float32, torch.device("meta"), "tf32")).positions
 
     def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
         """All that are worth a measurement."""
@@ -111,163 +165,148 @@ class Job:
             # A forward pass with more than 16 outputs computes the transposed product.
             return linear_rules.fma_candidates(*((n, m, k) if self.pass_ == "fprop" and n > 16 else (m, n, k)))
         c, size, k, r, stride, _ = LAYERS[self.layer]
-        if self.layer == POOLED:
-            found = _stem_pool_fprop((self.size - 1) // 2)
+        n, windows, itemsize, tf32 = self.batch, (self.size - 1) // 2, dtype.itemsize, dtype == torch.float32
+        if stride > 1 and self.pass_ == "wgrad":
+            found = of.rows_wgrad(n, self.layer == POOLED) if tf32 else of.stem_wgrad(n)
+        elif self.layer == POOLED:
+            found = of.rows_pool_fprop(n, windows, self.positions, r) if tf32 else of.stem_pool_fprop(windows)
         elif stride > 1:
-            found = _stem_fprop(self.size) if self.pass_ == "fprop" else _stem_wgrad(self.batch)
+            found = of.rows_fprop(n, self.positions) if tf32 else of.stem_fprop(self.size)
         elif self.pass_ == "fprop":
-            found = itertools.chain(_images(self.batch, c, k), _boxes(self.batch, self.size, c, k))
+            found = itertools.chain(of.images(n, c, k, itemsize), of.boxes(n, self.size, c, k, itemsize))
         elif self.pass_ == "dgrad":
-            found = itertools.chain(_images(self.batch, k, c), _boxes(self.batch, size, k, c))
+            found = itertools.chain(of.images(n, k, c, itemsize, self.layer in LINKED), of.boxes(n, size, k, c, itemsize))
+        elif tf32:
+            found = of.turned_wgrad(c, k, r, r) if self.turns else of.by_batch_wgrad(c, k, r, r)
         else:
-            found = _images_wgrad(c, k, r * r)
+            found = of.images_wgrad(c, k, r * r)
         # Not with WARP_SPECIALIZE: of many of these Triton 3.6's compiler ends the process, and 3.8 refuses all.
         return list(found)
 
 
-#: Passes without a configuration of their own: no gradient of the images is wanted, conv1's pool is in one kernel with
-#: it forward alone, and the ten classes' gradient has rows that no descriptor can describe.
+#: Passes without a configuration of their own: no gradient of the images is wanted, in half precision conv1's pool is in one
+#: kernel with it forward alone, and the ten classes' gradient has rows that no descriptor can describe.
 _UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), (POOLED, "wgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
 
 
-def jobs(batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS)) -> list[Job]:
+def jobs(
+    batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS), dtype: torch.dtype = torch.bfloat16
+) -> list[Job]:
     """All passes of ``layers`` that a training step runs, the first batch first."""
+    tuned = {(POOLED, "wgrad")} if dtype == torch.float32 else set()
     return [
         Job(layer, pass_, batch)
         for batch in batches
         for layer in layers
         for pass_ in ("fprop", "dgrad", "wgrad")
-        if (layer, pass_) not in _UNTUNED
+        if (layer, pass_) not in _UNTUNED - tuned
     ]
 
 
-def _fits(elements: int, stages: int, accumulators: int, warps: int) -> bool:
-    """Whether ``stages`` of so many half-precision elements fit shared memory, and the accumulators the registers."""
-    return stages * elements * 2 <= tables.SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= 192
-
-
-def _images(n: int, c: int, k: int) -> Iterator[Candidate]:
-    if n < 64:
-        return
-    filters = [(64, 32), (128, 0)] if k == 96 else [(128, 0), (256, 0)] if k % 256 == 0 else [(128, 0)]
-    block_k = min(c & -c, 64)
-    for block_m, (n1, n2), pixels, warps, stages in itertools.product((64, 128), filters, (1, 2), (4, 8), (3, 4, 5)):
-        accumulators = block_m * (n1 + n2) * pixels
-        if _fits((block_m * pixels + n1 + n2) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
-            values = {"IMAGES": 1, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "PIXELS": pixels, "BLOCK_K": block_k}
-            yield values | {"num_warps": warps, "num_stages": stages}
-
-
-def _boxes(n: int, size: int, c: int, k: int) -> Iterator[Candidate]:
-    block_k = min(c & -c, 64)
-    small = n * size * size * k < 2**22
-    for pixels, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6)):
-        if (k % block_n and block_n > 128) or block_n > 2 * k or (pixels * block_n < 128 * 128 and not small):
-            continue
-        accumulators = pixels * block_n
-        if _fits((pixels + block_n) * block_k, stages, accumulators, warps) and accumulators / (32 * warps) <= 128:
-            nb, th, tw = rules.conv2d_box(pixels, n, size, size)
-            values = {"IMAGES": 0, "NB": nb, "TH": th, "TW": tw, "BLOCK_N": block_n, "BLOCK_K": block_k}
-            yield values | {"num_warps": warps, "num_stages": stages}
-
-
-def _images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
-    channels = [(64, 32)] if c == 96 else [(128, 0), (256, 0)] if c % 256 == 0 else [(128, 0)]
-    rows = (128, 256) if k % 256 == 0 else (128,)
-    for block_m, (n1, n2), together, block_k, warps, stages in itertools.product(
-        rows, channels, (1, 2), (64, 128), (4, 8), (3, 4, 5)
-    ):
-        accumulators = block_m * (n1 + n2) * together
-        elements = (block_m + (n1 + n2) * together) * block_k
-        if not _fits(elements, stages, accumulators, warps) or (stages > 3 and block_k > 64):
-            continue
-        programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
-        values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
-        # How many programs one multiprocessor holds at once, and a little more and less than that.
-        held = min(2, tables.SHARED_BYTES // (stages * elements * 2))
-        for split in sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)}):
-            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
-
-
-def _stem_fprop(columns: int) -> Iterator[Candidate]:
-    for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
-        ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
-    ):
-        values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
-        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < tables.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
-
-
-def _stem_wgrad(n: int) -> Iterator[Candidate]:
-    for block_k, (n1, n2), warps, stages, split in itertools.product(
-        (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
-    ):
-        shared = stages * (3 * 64 + n1 + n2) * block_k * 2
-        if shared * (split // 132) < tables.SHARED_BYTES and block_k <= max(64, n):
-            values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
-            yield values | {"num_warps": warps, "num_stages": stages}
-
-
-def _stem_pool_fprop(columns: int) -> Iterator[Candidate]:
-    yield {"FUSED": 0}
-    for rows, (block_m, warps), (n1, n2), strips, stages in itertools.product(
-        (1, 2), ((64, 4), (128, 8)), ((64, 32), (32, 16), (32, 0)), (3, 5, 9, 13), (1, 2, 3)
-    ):
-        values = {"FUSED": 1, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32, "BLOCK_K2": 16}
-        if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < tables.SHARED_BYTES - 2**15:
-            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
-
-
-@functools.cache
-def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random input, weight, bias and output gradient of a layer, channels-last."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", generator=generator).to(dtype)
-
+def sizes(layer: str, batch: int) -> list[tuple[int, ...]]:
+    """Of the input, weight, bias and output gradient of a layer."""
     if layer in LINEAR_LAYERS:
         features, outputs, _ = LINEAR_LAYERS[layer]
-        return randn(batch, features), randn(outputs, features) / features**0.5, randn(outputs), randn(batch, outputs)
+        return [(batch, features), (outputs, features), (outputs,), (batch, outputs)]
     c, size, k, r, stride, padding = LAYERS[layer]
     out = (size + 2 * padding - r) // stride + 1
     out = (out - 1) // 2 if layer == POOLED else out
-    x, w, dz = randn(batch, c, size, size), randn(k, c, r, r) / (c * r * r) ** 0.5, randn(batch, k, out, out)
-    x, w, dz = (t.to(memory_format=torch.channels_last) for t in (x, w, dz))
-    return x, w, randn(k), dz
+    return [(batch, c, size, size), (k, c, r, r), (k,), (batch, k, out, out)]
 
 
-def _pooled(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
-    """The first layer with its pool, by the Triton kernels, positions written."""
-    x, w, b, _ = tensors
-    *_, stride, padding = LAYERS[job.layer]
-    window = ([3, 3], [2, 2], [0, 0], [(job.size - 1) // 2] * 2)
-    return torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(
-        *(x, w, b, None, [stride] * 2, [padding] * 2, [1, 1], 1, [job.size] * 2), *window, True, True, False
-    )[0]
+@functools.cache
+def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Random input, weight, bias and output gradient of a layer, channels-last."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(shape, device="cuda", generator=generator) for shape in sizes(layer, batch)]
+    tensors[1] /= tensors[1][0].numel() ** 0.5
+    return tuple(channels_last(t.to(dtype)) for t in tensors)
 
 
-def _run(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
-    """The operation itself."""
+def channels_last(tensor: Tensor) -> Tensor:
+    """A map channels-last, anything else as it is."""
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Maxima:
+    """What a pooled layer's forward pass leaves for its gradient.
+
+    Attributes:
+        activation: unpooled, of which the signs matter.
+        index: PyTorch's, of the maxima.
+        position: the same within each window, as our kernels have it.
+    """
+
+    activation: Tensor
+    index: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, job: Job, tensors: tuple[Tensor, ...]) -> Maxima:
+        """By PyTorch: the same maxima for all whose gradients are compared."""
+        x, w, b, _ = tensors
+        *_, stride, padding = LAYERS[job.layer]
+        activation = F.relu(F.conv2d(x, w, b, stride, padding))
+        pooled, index = F.max_pool2d(activation, 3, 2, return_indices=True)
+        first = 2 * torch.arange(pooled.shape[2], device=x.device)
+        place = 3 * (index // job.size - first[:, None]) + index % job.size - first
+        position = torch.where(pooled > 0, place, pooling.no_gradient(torch.uint8)).to(torch.uint8)
+        return cls(activation, index, channels_last(position))
+
+
+def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Callable[[], Tensor]:
+    """What is timed: the pass as a training step runs it, by the Triton kernels.
+
+    In TF32 the launch of an input gradient also writes the copies that the weight's gradient reads, that of the first layer's
+    forward pass its cells: there they are a part of the time, and the weight's gradient finds them made.
+
+    Args:
+        maxima: of a pooled layer, for the gradient of its weight.
+    """
     x, w, b, dz = tensors
     ops = torch.ops.alexnet_triton
-    if job.layer == POOLED:
-        return _pooled(job, tensors)
     if job.layer in LINEAR_LAYERS:
         if job.pass_ == "fprop":
-            return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
-        return ops.linear_dgrad(dz, w) if job.pass_ == "dgrad" else ops.linear_wgrad(dz, x, w)
-    *_, stride, padding = LAYERS[job.layer]
-    geometry = Geometry((stride, stride), (padding, padding), (1, 1), 1)
-    problem = Problem.of(x.shape, w, geometry, (job.size, job.size))
+            return lambda: ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
+        return (lambda: ops.linear_dgrad(dz, w)) if job.pass_ == "dgrad" else (lambda: ops.linear_wgrad(dz, x, w))
+    problem = Problem.of(x.shape, w, job.geometry, (job.size, job.size))
+    if job.layer == POOLED:
+        return _pooled_fprop(job, tensors) if maxima is None else _pooled_wgrad(problem, tensors, maxima)
     if job.pass_ == "fprop":
-        return fprop(x, w, b, problem, True)
+        return lambda: fprop(x, w, b, problem, True)
+    by_batch = wgrad_by_batch(problem)
     if job.pass_ == "dgrad":
-        return dgrad(dz, w, problem, x if job.layer in LINKED else None)[0]
-    return wgrad(dz, x, w, problem)
+        linked = x if job.layer in LINKED else None
+        return lambda: dgrad(dz, w, problem, linked, copies_by_batch(dz, x, problem) if by_batch else ())[0]
+    copies = copies_by_batch(dz, x, problem) if by_batch else ()
+    copy(copies)
+    return lambda: wgrad(dz, x, w, problem, by_batch=copies)
 
 
-def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
+def _pooled_fprop(job: Job, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    x, w, b, _ = tensors
+    (stride, padding, dilation, groups), size = job.geometry, [job.size] * 2
+    window = ([3, 3], [2, 2], [0, 0], [(job.size - 1) // 2] * 2)
+    flags = (True, True, False, x.dtype == torch.float32)  # channels-last, positions, no cells given; in float32 cells are left
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    return lambda: torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(x, w, b, None, *geometry, size, *window, *flags)[0]
+
+
+def _pooled_wgrad(problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
+    x, w, _, dz = tensors
+    cells = row_stem.cells_copy(row_stem.dense_rows(x), problem)
+    cells.make()
+
+    def run() -> Tensor:
+        dw, d_bias = new_output_like(w), new_output((problem.k,), w.dtype, w.device)
+        row_stem_wgrad.wgrad(dz, cells.out, dw, problem, position=maxima.position, d_bias=d_bias)
+        return dw
+
+    return run
+
+
+def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Tensor:
     """The same by PyTorch, in the dtype of ``tensors``."""
     x, w, b, dz = tensors
     if job.layer in LINEAR_LAYERS:
@@ -276,16 +315,29 @@ def _reference(job: Job, tensors: tuple[Tensor, ...]) -> Tensor:
             return F.relu(y) if LINEAR_LAYERS[job.layer][2] else y
         return dz @ w if job.pass_ == "dgrad" else dz.t() @ x
     *_, stride, padding = LAYERS[job.layer]
-    if job.layer == POOLED:
-        return F.max_pool2d(F.relu(F.conv2d(x, w, b, stride, padding)), 3, 2)
     if job.pass_ == "fprop":
-        return F.relu(F.conv2d(x, w, b, stride, padding))
-    wanted = [job.pass_ == "dgrad", job.pass_ == "wgrad", False]
+        y = F.relu(F.conv2d(x, w, b, stride, padding))
+        return F.max_pool2d(y, 3, 2) if job.layer == POOLED else y
+    if maxima is not None:
+        activation = maxima.activation.to(dz.dtype)
+        window = ([3, 3], [2, 2], [0, 0], [1, 1], False)
+        dz = torch.ops.aten.max_pool2d_with_indices_backward(dz, activation, *window, maxima.index)
+        dz = torch.ops.aten.threshold_backward(dz, activation, 0)
+    wanted = [job.pass_ == "dgrad", job.pass_ == "wgrad", maxima is not None]
     step, pad = [stride] * 2, [padding] * 2
-    dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, w, None, step, pad, [1, 1], False, [0, 0], 1, wanted)
+    dx, dw, _ = torch.ops.aten.convolution_backward(dz, x, w, [w.shape[0]], step, pad, [1, 1], False, [0, 0], 1, wanted)
     if job.pass_ == "wgrad":
         return dw
     return dx * (x > 0) if job.layer in LINKED else dx
+
+
+def _error_unit(job: Job, dtype: torch.dtype) -> float:
+    """Distance of 1 and the next number of the type that products are formed in.
+
+    For TF32 twice its own: our tensor cores cut both operands to it, where cuDNN may multiply exactly (of one channel it does).
+    """
+    precision = matmul_input_precision(dtype) if job.layer in LINEAR_LAYERS else conv_input_precision(dtype)
+    return 2.0**-9 if precision == "tf32" else torch.finfo(dtype).eps
 
 
 def _milliseconds(function: Callable[[], object], milliseconds: int) -> float:
@@ -334,11 +386,13 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     plus half a unit.
     """
     tensors = _tensors(job.layer, job.batch, dtype)
+    maxima = Maxima.of(job, tensors) if job.needs_maxima else None
+    run = operation(job, tensors, maxima)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    exact = _reference(job, tuple(t.to(wide) for t in tensors))
-    peer = _reference(job, tensors)
+    exact = _reference(job, tuple(t.to(wide) for t in tensors), maxima)
+    peer = _reference(job, tensors, maxima)
     peer_error = (peer.to(wide) - exact).abs().max().item()
-    allowed = 2 * peer_error + 0.5 * torch.finfo(dtype).eps * exact.abs().max().item()
+    allowed = 2 * peer_error + 0.5 * _error_unit(job, dtype) * exact.abs().max().item()
     wrong: list[str] = []
     times: list[tuple[float, Candidate]] = []
     candidates = [{}, *job.candidates(dtype)]
@@ -346,10 +400,10 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
         with _configured(candidate):
             try:
                 for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
-                    error = (_run(job, tensors).to(wide) - exact).abs().max().item()
+                    error = (run().to(wide) - exact).abs().max().item()
                     if not error <= allowed:
                         raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
-                times.append((_milliseconds(lambda: _run(job, tensors), milliseconds), candidate))
+                times.append((_milliseconds(run, milliseconds), candidate))
             except Exception as error:  # whatever a candidate cannot do, another may
                 _check_alive(candidate, error)
                 wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
@@ -359,9 +413,9 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     again = []
     for _, candidate in finalists:
         with _configured(candidate):
-            again.append((_milliseconds(lambda: _run(job, tensors), 4 * milliseconds), candidate))
+            again.append((_milliseconds(run, 4 * milliseconds), candidate))
     best_ms, best = min(again, key=lambda timed: timed[0])
-    peer_ms = _milliseconds(lambda: _reference(job, tensors), milliseconds)
+    peer_ms = _milliseconds(lambda: _reference(job, tensors, maxima), milliseconds)
     return Tuned(job, rule_ms, best_ms, peer_ms, best, wrong, sorted(times, key=lambda timed: timed[0]))
 
 
@@ -379,27 +433,30 @@ def _check_alive(candidate: Candidate, error: Exception) -> None:
         raise RuntimeError(f"{candidate} left the GPU unusable for this process: {str(error).splitlines()[0]}") from refusal
 
 
-def _compile_share(share: int, shares: int, work: list[Job], dtype: torch.dtype) -> None:
+def _compile_share(share: int, shares: int, work: list[Job], precision: str) -> None:
     """Compile every ``shares``-th candidate into Triton's cache on disk, launching nothing."""
+    dtype, linear_tf32 = PRECISIONS[precision]
 
     def compile_only(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         kernel.warmup(grid=grid, **arguments)
 
-    every = [(job, candidate) for job in work for candidate in job.candidates(dtype)]
-    with launch.record_launches(compile_only):
+    with float32_switches(linear_tf32), launch.record_launches(compile_only):
+        every = [(job, candidate) for job in work for candidate in job.candidates(dtype)]
         for job, candidate in every[share::shares]:
-            with _configured(candidate):
-                try:
-                    _run(job, _tensors(job.layer, job.batch, dtype))
-                except Exception:  # it fails again, and is reported, when it is its turn
-                    continue
+            tensors = _tensors(job.layer, job.batch, dtype)
+            try:
+                run = operation(job, tensors, Maxima.of(job, tensors) if job.needs_maxima else None)
+                with _configured(candidate):
+                    run()
+            except Exception:  # it fails again, and is reported, when it is its turn
+                continue
 
 
-def compile_all(work: list[Job], dtype: torch.dtype, processes: int | None = None) -> None:
+def compile_all(work: list[Job], precision: str, processes: int | None = None) -> None:
     """Compile all candidates, with as many processes as there are processors."""
     shares = processes or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_compile_share, args=(i, shares, work, dtype)) for i in range(shares)]
+    workers = [context.Process(target=_compile_share, args=(i, shares, work, precision)) for i in range(shares)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -429,7 +486,6 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
         content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        content["dtype"] = str(dtype).removeprefix("torch.")
         for result in results:
             key = result.job.table_key(dtype)
             content["configs"][key] = result.best
@@ -437,6 +493,7 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
                 "layer": result.job.layer,
                 "pass": result.job.pass_,
                 "batch": result.job.batch,
+                "precision": "tf32" if key.endswith(" tf32") else str(dtype).removeprefix("torch."),
                 "ms": round(result.best_ms, 5),
                 "rule_ms": round(result.rule_ms, 5),
                 "pytorch_ms": round(result.peer_ms, 5),
@@ -446,8 +503,8 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
-def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
-    """Tune every job and write the table to ``path`` after each.
+def tune(work: list[Job], precision: str, path: Path, report: Callable[[Tuned], None]) -> list[Tuned]:
+    """Tune every job in one of :data:`PRECISIONS` and write the table to ``path`` after each.
 
     Raises:
         ValueError: ``path`` is another file than a table; nothing was tuned, and it stays what it is.
@@ -457,10 +514,11 @@ def tune(work: list[Job], dtype: torch.dtype, path: Path, report: Callable[[Tune
     _table_so_far(path)
     check_writable(path)
     torch.backends.cudnn.benchmark = True
-    compile_all(work, dtype)
+    compile_all(work, precision)
+    dtype, linear_tf32 = PRECISIONS[precision]
     results = []
     for job in work:
-        with float32_products("float32"):
+        with float32_switches(linear_tf32):
             result = tune_job(job, dtype)
             results.append(result)
             write_table(results, dtype, path)

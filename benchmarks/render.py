@@ -58,17 +58,21 @@ def best(rows: Iterable[Row], ours: bool) -> Row | None:
     return min(timed, key=lambda r: float(r["ms"])) if timed else None
 
 
-def floor_ms(content: dict[str, Any], batch: int, mode: str) -> float:
-    """What the measured ceilings allow for a whole step of the network in bfloat16.
+def floor_ms(content: dict[str, Any], dtype: str, batch: int, mode: str) -> float | None:
+    """What the measured ceilings allow for a whole step of the network; None where its products' rate was not measured.
 
-    Training: its FLOPs at the product's rate, then plain SGD's six bytes a half-precision parameter at the copy's (parameter
-    and gradient read, parameter written). Inference: its FLOPs, or reading two bytes a parameter, whichever is longer.
+    Training: its FLOPs at the product's rate (of float32 at TF32's), then plain SGD's three passes over the parameters at the
+    copy's (parameter and gradient read, parameter written). Inference: its FLOPs, or reading the parameters, whichever is
+    longer.
     """
     network, ceilings = content["network"], content["ceilings"]
-    parameters = network["parameters"] / (ceilings["copy_tbps"] * 1e9)
+    tflops = ceilings.get("tf32_tflops" if dtype == "float32" else "bf16_tflops")
+    if tflops is None:
+        return None
+    parameters = (4 if dtype == "float32" else 2) * network["parameters"] / (ceilings["copy_tbps"] * 1e9)
     if mode == "train":
-        return batch * network["step_flops"] / (ceilings["bf16_tflops"] * 1e9) + 6 * parameters
-    return max(batch * network["forward_flops"] / (ceilings["bf16_tflops"] * 1e9), 2 * parameters)
+        return float(batch * network["step_flops"] / (tflops * 1e9) + 3 * parameters)
+    return float(max(batch * network["forward_flops"] / (tflops * 1e9), parameters))
 
 
 def _ratio(peer: Row | None, ours: Row | None) -> str | None:
@@ -78,24 +82,36 @@ def _ratio(peer: Row | None, ours: Row | None) -> str | None:
 def step_table(content: dict[str, Any]) -> str:
     """Every implementation of the training step and of inference."""
     lines = []
-    for (_, _, _, batch, mode), rows in _groups(r for r in content["rows"] if r["section"] == "step").items():
-        peer, floor = best(rows, ours=False), floor_ms(content, batch, mode)
+    for (_, _, dtype, batch, mode), rows in _groups(r for r in content["rows"] if r["section"] == "step").items():
+        peer, floor = best(rows, ours=False), floor_ms(content, dtype, batch, mode)
         for row in sorted(rows, key=lambda r: (r["ms"] is None, r["ms"])):
             timed = row["ms"] is not None
             lines.append(
                 (
                     mode,
+                    dtype,
                     batch,
                     f"**{row['impl']}**" if is_ours(row) else row["impl"],
                     f"{row['ms']:.3f}" if timed else None,
                     f"{row['images_per_s']:,.0f}" if timed else None,
                     _ratio(peer, row) if timed else None,
-                    f"{floor / row['ms']:.0%}" if timed else None,
+                    f"{floor / row['ms']:.0%}" if timed and floor is not None else None,
                     f"{row['peak_mb']:,.0f}" if timed and row["peak_mb"] is not None else None,
                     row.get("note"),
                 )
             )
-    header = ("mode", "batch", "implementation", "ms", "images/s", "speed, best peer = 1", "of the floor", "peak MB", "note")
+    header = (
+        "mode",
+        "dtype",
+        "batch",
+        "implementation",
+        "ms",
+        "images/s",
+        "speed, best peer = 1",
+        "of the floor",
+        "peak MB",
+        "note",
+    )
     return markdown_table(header, lines)
 
 
@@ -129,8 +145,10 @@ def markdown(content: dict[str, Any]) -> str:
     if is_fake(content):
         parts.append("**FAKE: nothing was timed. These numbers only show that the report runs.**")
     parts.append(markdown_table(("environment", ""), environment.items()))
+    tf32 = f"{ceilings['tf32_tflops']:.1f} TFLOP/s (TF32 product), " if "tf32_tflops" in ceilings else ""
     parts.append(
-        f"Measured ceilings: {ceilings['bf16_tflops']:.1f} TFLOP/s (bfloat16 product), {ceilings['copy_tbps']:.3f} TB/s (copy)."
+        f"Measured ceilings: {ceilings['bf16_tflops']:.1f} TFLOP/s (bfloat16 product), {tf32}"
+        f"{ceilings['copy_tbps']:.3f} TB/s (copy)."
     )
     parts += ["## Whole network", step_table(content)]
     for section, title in (("fused", "Fused operations against separate ones"), ("plain", "Single operations")):
@@ -150,9 +168,11 @@ def plot_bars(content: dict[str, Any], path: Path) -> None:
         colours = ["tab:green" if is_ours(r) else "tab:gray" for r in timed]
         bars = axis.barh([r["impl"] for r in timed], [r["images_per_s"] for r in timed], color=colours)
         axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
-        axis.axvline(batch / floor_ms(content, batch, "train") * 1e3, color="tab:red", linestyle="--", label="floor")
+        floor = floor_ms(content, dtype, batch, "train")
         axis.set(xlabel="images/s", title=f"training step, batch {batch}, {dtype}")
-        axis.legend(loc="lower right")
+        if floor is not None:
+            axis.axvline(batch / floor * 1e3, color="tab:red", linestyle="--", label="floor")
+            axis.legend(loc="lower right")
         axis.margins(x=0.12)
     figure.suptitle(_title(content))
     figure.savefig(path, dpi=140)
@@ -246,25 +266,32 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 def tuned_markdown(table: dict[str, Any]) -> str:
     """What ``alexnet-triton tune`` measured on one GPU: each pass of each layer beside PyTorch's, in microseconds."""
-    rows: dict[tuple[str, int], dict[str, str]] = {}
+    rows: dict[tuple[str, str, int], dict[str, str]] = {}
     for measured in table["measured"].values():
         ours, theirs = 1e3 * measured["ms"], 1e3 * measured["pytorch_ms"]
-        rows.setdefault((measured["layer"], measured["batch"]), {})[measured["pass"]] = (
+        precision = measured["precision"] if "precision" in measured else table["dtype"]  # of all, in older tables
+        rows.setdefault((precision, measured["layer"], measured["batch"]), {})[measured["pass"]] = (
             f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
         )
     lines = [
-        (f"{layer}, batch {batch}", *map(row.get, ("fprop", "dgrad", "wgrad"))) for (layer, batch), row in sorted(rows.items())
+        (f"{layer}, {precision}, batch {batch}", *map(row.get, ("fprop", "dgrad", "wgrad")))
+        for (precision, layer, batch), row in sorted(rows.items())
     ]
     versions = table["versions"]
     title = (
-        f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['dtype']}, {table['date'][:10]}: "
+        f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['date'][:10]}: "
         "ours / PyTorch (how many times as fast), microseconds"
     )
     return f"{title}\n\n{markdown_table(('layer', 'forward', 'input gradient', 'weight gradient'), lines)}"
 
 
 #: The audit's cases that the README shows.
-README_AUDIT = ("sm_90-bfloat16-N128-train", "sm_90-bfloat16-N128-trainer", "sm_90-bfloat16-N128-infer")
+README_AUDIT = (
+    "sm_90-bfloat16-N128-train",
+    "sm_90-float32-N128-train",
+    "sm_90-bfloat16-N128-trainer",
+    "sm_90-bfloat16-N128-infer",
+)
 
 
 #: A GPU's report is named for the GPU. Those of other days have the date behind the name; the README's text links to them.

@@ -1,9 +1,10 @@
 """One command that tells the whole truth on a CUDA machine.
 
-``python -m benchmarks.report [--quick] [--out DIR]`` measures, in this order: the machine and its ceilings; each operation at
-AlexNet's shapes; fused operations against the run of separate ones; the whole training step and inference; each against every
-peer. Nothing is timed before it is verified against float64: a wrong result is reported as wrong and gets no time. Results
-are written after each section, so a run that is cut off is still useful, and what the time limit left out is named.
+``python -m benchmarks.report [--quick] [--out DIR]`` measures the machine and its ceilings; the whole training step and
+inference; each operation at AlexNet's shapes; fused operations against the run of separate ones; each against every peer.
+bfloat16 at batch 128 comes first, then float32 at batch 128, TF32 allowed for all; then other batches and float16. Nothing is
+timed before it is verified against float64: a wrong result is reported as wrong and gets no time. Results are written after
+each section, so a run that is cut off is still useful, and what the time limit left out is named.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Settings:
 
     Attributes:
         minutes: after how long no new measurement is begun.
+        dtypes: the most telling first; the network is measured in the first two.
         tuned: whether to let Inductor tune the whole step.
         compiled_operations: whether to compile single and fused operations with Inductor, in the first dtype and batch size.
         compile_backend: in place of Inductor, for tests.
@@ -65,7 +67,7 @@ class Settings:
     timer: Timer
     minutes: float
     batches: tuple[int, ...] = (128, 1024)
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
+    dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
     step_batches: tuple[int, ...] = (128, 1024, 1)
     plain_cases: tuple[Case, ...] = PLAIN_CASES
     fused_cases: tuple[Case, ...] = FUSED_CASES
@@ -168,7 +170,10 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
-    """What this GPU does at best: a large bfloat16 product in TFLOP/s, a large copy in TB/s (bytes read and written)."""
+    """What this GPU does at best: a large product in TFLOP/s, a large copy in TB/s (bytes read and written).
+
+    The product in bfloat16, and in float32 as PyTorch's switches have it, which here is in TF32.
+    """
     # A GPU that has just been idle runs at a low clock: work for a second first.
     if settings.device.type == "cuda":
         warm = torch.randn(4096, 4096, device=settings.device)
@@ -176,12 +181,16 @@ def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**
         while time.monotonic() < until:
             warm = (warm @ warm).clamp_(-1, 1)
             torch.cuda.synchronize(settings.device)
-    a, b = (torch.randn(size, size, device=settings.device).to(torch.bfloat16) for _ in range(2))
-    product = settings.timer(lambda: a @ b)
+
+    def tflops(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(size, size, device=settings.device).to(dtype) for _ in range(2))
+        return 2 * size**3 / settings.timer(lambda: a @ b).ms / 1e9
+
+    products = {"bf16_tflops": tflops(torch.bfloat16), "tf32_tflops": tflops(torch.float32)}
     source = torch.randint(0, 255, (copy_bytes,), dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
     copy = settings.timer(lambda: target.copy_(source))
-    return {"bf16_tflops": 2 * size**3 / product.ms / 1e9, "copy_tbps": 2 * copy_bytes / copy.ms / 1e9}
+    return {**products, "copy_tbps": 2 * copy_bytes / copy.ms / 1e9}
 
 
 @contextmanager
@@ -315,15 +324,15 @@ def _measure_operation(
 _TUNING_SECONDS = 100.0
 
 
-def measure_steps(report: Report, implementations: Sequence[str], batches: Sequence[int]) -> None:
-    """The training step and inference in the first dtype: each implementation, eager and as a CUDA graph."""
+def measure_steps(report: Report, implementations: Sequence[str], dtype: str, batches: Sequence[int]) -> None:
+    """The training step and inference: each implementation, eager and as a CUDA graph."""
     settings = report.settings
     for implementation in implementations:
         seconds = _TUNING_SECONDS if implementation == TUNED and settings.compile_backend == "inductor" else 0.0
         for batch in batches:
             for mode in ("train", "infer"):
-                if report.in_time(f"step {implementation} {mode} {batch}", seconds):
-                    label = {"section": "step", "case": "network", "dtype": settings.dtypes[0], "batch": batch, "pass": mode}
+                if report.in_time(f"step {implementation} {mode} {dtype} {batch}", seconds):
+                    label = {"section": "step", "case": "network", "dtype": dtype, "batch": batch, "pass": mode}
                     _measure_step(report, implementation, label)
                     report.write()
 
@@ -355,12 +364,18 @@ def _measure_step(report: Report, implementation: str, label: dict[str, Any]) ->
 
 
 def sections(report: Report) -> list[Callable[[], None]]:
-    """What is measured, in order: the step against every peer first, then what each operation does in it."""
+    """What is measured, in order: the step against every peer, then what each operation does in it.
+
+    float32 comes right after bfloat16; other batches, float16 and what Inductor takes minutes for come last.
+    """
     settings = report.settings
     eager = [name for name in (OURS, *PEERS) if not name.startswith("compile")]
     compiled = [name for name in PEERS if name.startswith("compile") and name != TUNED]
     groups = (("plain", settings.plain_cases), ("fused", settings.fused_cases))
-    combinations = [(dtype, batch) for dtype in settings.dtypes for batch in settings.batches]
+    first_batch, other_batches = settings.batches[:1], settings.batches[1:]
+    dtypes = settings.dtypes[:2]  # of the network
+    combinations = [(dtype, batch) for dtype in settings.dtypes for batch in first_batch]
+    combinations += [(dtype, batch) for dtype in settings.dtypes for batch in other_batches]
 
     def operations(dtype: str, batch: int, compiled: bool = False) -> Callable[[], None]:
         def measure() -> None:
@@ -369,18 +384,23 @@ def sections(report: Report) -> list[Callable[[], None]]:
 
         return measure
 
+    def steps(implementations: Sequence[str], dtype: str, batches: Sequence[int]) -> Callable[[], None]:
+        return lambda: measure_steps(report, implementations, dtype, batches)
+
     first, others = settings.step_batches[:1], settings.step_batches[1:]
     tuned = [TUNED] if settings.tuned else []
-    result: list[Callable[[], None]] = [lambda: measure_steps(report, eager, first)]
-    result += [lambda: measure_steps(report, compiled, first)]
-    result += [operations(*combination) for combination in combinations[:1]]
+    result: list[Callable[[], None]] = []
+    for i, dtype in enumerate(dtypes):
+        result += [steps(eager, dtype, first), steps(compiled, dtype, first)]
+        result += [operations(*combination) for combination in combinations[i : i + 1]]
+    result += [steps(eager, dtype, others) for dtype in dtypes]
     # Inductor tunes for minutes.
-    result += [lambda: measure_steps(report, eager, others), lambda: measure_steps(report, tuned, first)]
-    result += [operations(*combination) for combination in combinations[1:]]
-    result += [lambda: measure_steps(report, compiled, others)]
+    result += [steps(tuned, dtype, first) for dtype in dtypes]
+    result += [operations(*combination) for combination in combinations[len(dtypes) :]]
+    result += [steps(compiled, dtype, others) for dtype in dtypes]
     if settings.compiled_operations:
         result += [operations(*combination, compiled=True) for combination in combinations[:1]]
-    return [*result, lambda: measure_steps(report, tuned, others)]
+    return [*result, *[steps(tuned, dtype, others) for dtype in dtypes]]
 
 
 def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 8192, copy_bytes: int = 2**30) -> Path:
@@ -415,7 +435,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="batch 128 in bfloat16 only, under three minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <gpu>.json, tables and plots")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no new measurement after this long")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="these alone; the step is measured in the first")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), help="these alone; the network is measured in the first two"
+    )
     parser.add_argument("--batch", nargs="+", type=int, help="these alone")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -32,7 +32,7 @@ from alexnet_triton.data import (
     network_input,
 )
 from alexnet_triton.evaluation import evaluate, measure_speed, predict_split
-from alexnet_triton.training import Trainer
+from alexnet_triton.training import Trainer, float32_products
 from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
@@ -349,6 +349,27 @@ def test_float32_lenet_and_pytorchs_operations_are_given_images(launches: list[s
     trainer.step(torch.arange(4, device=DEVICE))
     assert "_conv2d_fprop_kernel" in launches
     assert not any("_stem_" in name or name == "_space_to_depth_kernel" for name in launches)
+
+
+#: Of convolutions in TF32: the first layer from the images, the others through descriptors.
+TF32_KERNELS = {"_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel", "_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
+GENERAL_KERNELS = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32"])
+def test_float32_trains_under_the_precision_that_is_asked_for(precision: str, launches: list[str]) -> None:
+    """``train --dtype tf32`` runs the TF32 kernels, from images, and ``--dtype float32`` the exact ones."""
+    # On a GPU the constructor captures the step, after it has run it.
+    graph = DEVICE == "cuda" and not UNDER_TTSEM
+    with float32_products(precision):
+        net = network(torch.float32)
+        assert isinstance(input_for(net, split(4).images, None, SIZE), Tensor)
+        trainer = Trainer(net, split(4), batch_size=4, image_size=SIZE, lr=0.1, device=DEVICE_, graph=graph)
+        if not graph:
+            trainer.step(torch.arange(4, device=DEVICE))
+    expected, other = (TF32_KERNELS, GENERAL_KERNELS) if precision == "tf32" else (GENERAL_KERNELS, TF32_KERNELS)
+    assert expected <= set(launches)
+    assert not other & set(launches)
 
 
 def test_images_of_three_channels_stay_images() -> None:

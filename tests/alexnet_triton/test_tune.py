@@ -5,23 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import triton
+from torch import Tensor
 from typer.testing import CliRunner
 
 from alexnet_triton import tune
 from alexnet_triton.cli import app
 from kernels import configs
 from kernels.convolution import rules
+from kernels.runtime import launch
 
+from ..configurations import pretend_gpu
 from ..conftest import DEVICE
 from ..permissions import permissions_hold
 
 H100 = "h100-80gb-hbm3"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -90,7 +98,7 @@ def test_a_broken_or_hostile_table_is_named_and_nothing_of_it_is_used(fault: str
     content, message = BROKEN[fault]
     path = tables / f"{H100}.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for use in (lambda: configs.tables.tuned(torch.device("cpu"), "a"), lambda: tune.tune([], torch.bfloat16, path, print)):
+    for use in (lambda: configs.tables.tuned(torch.device("cpu"), "a"), lambda: tune.tune([], "bfloat16", path, print)):
         with pytest.raises(ValueError, match=rf"{H100}\.json: not a table of tuned configurations: .*{message}") as error:
             use()
         assert len(str(error.value)) < 400
@@ -145,12 +153,145 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
         assert table["measured"][key]["wrong"] == 0
 
 
+@pytest.mark.parametrize("precision", tune.PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 7, 128, 1024])
-def test_every_pass_has_candidates(batch: int) -> None:
-    for job in tune.jobs((batch,)):
-        few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
-        assert few_images or len(job.candidates()) > 3, job
-        configs.tables.check_table({"configs": {str(i): candidate for i, candidate in enumerate(job.candidates())}})
+def test_every_pass_has_candidates(batch: int, precision: str) -> None:
+    dtype, linear_tf32 = tune.PRECISIONS[precision]
+    with tune.float32_switches(linear_tf32):
+        for job in tune.jobs((batch,), dtype=dtype):
+            few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
+            candidates = job.candidates(dtype)
+            assert few_images or len(candidates) > 3, job
+            configs.tables.check_table({"configs": {str(i): candidate for i, candidate in enumerate(candidates)}})
+
+
+def test_float32_follows_pytorchs_default_switches_and_tf32_is_for_both() -> None:
+    def switches() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = switches()
+    for precision, expected in (("float32", (True, False)), ("tf32", (True, True))):
+        with contextlib.suppress(KeyError), tune.float32_switches(tune.PRECISIONS[precision][1]):
+            assert switches() == expected
+            raise KeyError
+        assert switches() == before
+
+
+@contextlib.contextmanager
+def _on_a_gpu(precision: str) -> Iterator[torch.dtype]:
+    """As on an H100 under the tuner's switches; no launch is run."""
+    dtype, linear_tf32 = tune.PRECISIONS[precision]
+    with pretend_gpu(90, interpreted=False), tune.float32_switches(linear_tf32):
+        yield dtype
+
+
+def _empty(job: tune.Job, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tune.Maxima | None]:
+    """Uninitialised tensors of the job, and maxima where it needs them."""
+    tensors = tuple(tune.channels_last(torch.empty(size, dtype=dtype)) for size in tune.sizes(job.layer, job.batch))
+    unread = torch.empty(0)
+    maxima = tune.Maxima(unread, unread, torch.empty_like(tensors[3], dtype=torch.uint8))
+    return tensors, maxima if job.needs_maxima else None
+
+
+def _recorded(prepare: Callable[..., Callable[[], Tensor]], *arguments: object) -> list[dict]:
+    """Grid and arguments of each launch of what ``prepare`` returns."""
+    found: list[dict] = []
+    with launch.record_launches(lambda kernel, grid, launched: found.append({"grid": grid, **launched})):
+        prepare(*arguments)()
+    return found
+
+
+PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,), dtype=torch.float32)]
+
+
+@pytest.mark.parametrize(("precision", "job"), PRECISE_JOBS, ids=lambda v: v if isinstance(v, str) else f"{v.layer}-{v.pass_}")
+def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, job: tune.Job, tables: Path) -> None:
+    """The first, a middle and the last candidate of each job, written as its entry: a launch has each of its values."""
+    with _on_a_gpu(precision) as dtype:
+        candidates = job.candidates(dtype)
+        for candidate in (candidates[0], candidates[len(candidates) // 2], candidates[-1]):
+            _write(tables, {job.table_key(dtype): candidate})
+            configs.tables.forget_tables()
+            found = _recorded(tune.operation, job, *_empty(job, dtype))
+            wanted = {"columns" if name == "COLUMNS" else name: value for name, value in candidate.items()}
+            boxes = wanted.pop("IMAGES", None) == 0
+            # A linear layer's kernel reads its parts off the grid.
+            found = [{"SPLIT": arguments["grid"][-1], **arguments} for arguments in found]
+            assert any(wanted.items() <= arguments.items() for arguments in found), candidate
+            assert boxes == any("NB" in arguments for arguments in found)
+    configs.tables.forget_tables()
+
+
+_COMPILE = """
+import sys, torch
+from alexnet_triton import tune
+from benchmarks.offline import SHARED_BYTES, compile_launches
+from tests.alexnet_triton.test_tune import _empty
+
+for job in tune.jobs((128,), tuple(tune.LAYERS), torch.float32):
+    candidates = job.candidates(torch.float32)
+    for candidate in candidates[:: len(candidates) // 2]:
+        def step():
+            run = tune.operation(job, *_empty(job, torch.float32))
+            with tune._configured(candidate):
+                run()
+        for compiled in compile_launches(step, 90):
+            fits = not (compiled.stack_bytes or compiled.local_bytes) and compiled.shared_bytes <= SHARED_BYTES["sm_90"]
+            assert fits and not compiled.register_operands, (job, candidate, compiled)
+    print(job.layer, job.pass_, len(candidates))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8), reason="conv1 with its pool spills")
+def test_candidates_of_float32_compile_without_spills() -> None:
+    """Some of each convolution's; all of them were compiled once."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == len(tune.jobs((128,), tuple(tune.LAYERS), torch.float32))
+
+
+#: In place of AlexNet's: channels, image size, filters, filter size, stride, padding.
+SMALL = {
+    "conv1": (1, 27, 96, 11, 4, 1),
+    tune.POOLED: (1, 27, 96, 11, 4, 1),
+    "conv2": (96, 4, 64, 3, 1, 1),
+    "conv4": (32, 4, 96, 3, 1, 1),
+}
+
+
+SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL), torch.float32)]
+SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
+
+
+@pytest.mark.parametrize(
+    ("job", "turns"), SMALL_JOBS, ids=lambda v: f"{v.layer}-{v.pass_}" if isinstance(v, tune.Job) else str(v)
+)
+def test_values_of_float32_candidates(job: tune.Job, turns: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last candidate of each convolution pass give PyTorch's results, of integers to the bit."""
+    if turns:
+        monkeypatch.setattr(rules, "_LARGEST_COPY", 0)
+    for layer, sizes in SMALL.items():
+        monkeypatch.setitem(tune.LAYERS, layer, sizes)
+    candidates = job.candidates(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = tune.sizes(job.layer, job.batch)
+    tensors = tuple(tune.channels_last(torch.randint(-2, 3, s, generator=generator).float().to(DEVICE)) for s in shapes)
+    maxima = tune.Maxima.of(job, tensors) if job.needs_maxima else None
+    exact = tune._reference(job, tensors, maxima)
+    assert exact.count_nonzero() > 0.1 * exact.numel()
+    with tune.float32_switches(linear_tf32=False):
+        for candidate in (candidates[0], candidates[-1]):
+            launches.clear()
+            run = tune.operation(job, tensors, maxima)
+            with tune._configured(candidate):
+                assert torch.equal(run(), exact), candidate
+            kernels = ("_turned_wgrad_",) if turns else ("_rows_", "_images_", "_box_")
+            assert any(kernel in name for name in launches for kernel in kernels)
 
 
 BATCHES = range(1, 61)
@@ -234,7 +375,7 @@ def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(launches: list[s
     for fused in (0, 1):
         launches.clear()
         with configs.tables.override(IMAGES_WGRAD=1, FUSED=fused):
-            ours = tune._run(job, tensors)
+            ours = tune.operation(job, tensors)()
         assert ("_conv2d_stem_pool_kernel" in launches) == bool(fused)
         assert torch.equal(ours.float(), exact)
 

@@ -64,7 +64,7 @@ def test_environment_and_ceilings(content: dict) -> None:
     assert environment["torch"] == torch.__version__
     assert environment["commit"] is None or len(environment["commit"]) == 40
     assert environment["timer"].startswith("FAKE")
-    assert content["ceilings"] == {"bf16_tflops": 2 * 64**3 / 1e9, "copy_tbps": 2048 / 1e9}
+    assert content["ceilings"] == {"bf16_tflops": 2 * 64**3 / 1e9, "tf32_tflops": 2 * 64**3 / 1e9, "copy_tbps": 2048 / 1e9}
 
 
 def test_every_operation_pass_and_peer_has_a_row(content: dict) -> None:
@@ -149,7 +149,7 @@ def test_a_network_with_a_wrong_gradient_gets_no_time(tmp_path: Path) -> None:
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     content = run_tiny(tmp_path, minutes=0)
     assert content["rows"] == []
-    assert content["left_out"][:2] == ["step ours train 2", "step ours infer 2"]
+    assert content["left_out"][:2] == ["step ours train float32 2", "step ours infer float32 2"]
     assert "fused conv1_relu_pool float32 2" in content["left_out"]
     assert f"Left out for lack of time: {len(content['left_out'])} measurements" in render.markdown(content)
 
@@ -179,6 +179,23 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
     assert position["step", "compile_default"] < position["plain", "ours"] < position["fused", "ours"]
     # Inductor tunes for minutes: after what is most telling.
     assert position["fused", "ours"] < position["step", "compile_max_autotune"] < position["plain", "torch_compile"]
+
+
+def test_float32_at_the_first_batch_comes_right_after_bfloat16(tmp_path: Path) -> None:
+    """By what a report without any time names: step and operations, each with its peers, before anything else."""
+    dtypes, batches = Settings.dtypes, (128, 1024)
+    content = run_tiny(tmp_path, minutes=0, dtypes=dtypes, batches=batches, step_batches=(*batches, 1))
+    kinds = {"step": 4, "plain": 3, "fused": 3}  # how many words say what it is, before dtype and batch
+    named = [tuple(entry.split()) for entry in content["left_out"]]
+    order = list(
+        dict.fromkeys((words[0], *words[kinds[words[0]] - 1 :][:2]) for words in named if words[-1] != "torch_compile")
+    )
+    sections = ("step", "plain", "fused")
+    assert order[:6] == [(section, dtype, "128") for dtype in ("bfloat16", "float32") for section in sections]
+    of_float32 = {
+        words[1] for words in named[: named.index(("step", "ours", "train", "bfloat16", "1024"))] if "float32" in words
+    }
+    assert {"ours", *PEERS} - {"compile_max_autotune"} <= of_float32
 
 
 @pytest.mark.parametrize(("precision", "older"), [("tf32", "high"), ("ieee", "highest")])
@@ -231,18 +248,27 @@ def real(content: dict, **times: float) -> dict:
             ms = times[row["impl"]]
             steps.append(row | {"ms": ms, "images_per_s": 2 / ms * 1e3})
     environment = content["environment"] | {"timer": "a clock", "gpu": "Some GPU"}
-    return content | {"rows": steps, "environment": environment, "ceilings": {"bf16_tflops": 100.0, "copy_tbps": 1.0}}
+    return content | {
+        "rows": steps,
+        "environment": environment,
+        "ceilings": {"bf16_tflops": 100.0, "tf32_tflops": 50.0, "copy_tbps": 1.0},
+    }
 
 
-def test_ratio_to_the_best_peer_and_fraction_of_the_floor(content: dict) -> None:
+def test_ratio_to_the_best_peer_and_fraction_of_the_floor(content: dict, tmp_path: Path) -> None:
     changed = real(content, ours=2.0, eager_nchw=4.0, compile_default=3.0)
-    floor = render.floor_ms(changed, 2, "train")
     network = changed["network"]
-    assert floor == pytest.approx(2 * network["step_flops"] / 1e11 + 6 * network["parameters"] / 1e9)
+    flops, parameters = 2 * network["step_flops"], network["parameters"] / 1e9
+    floor = render.floor_ms(changed, "float32", 2, "train")
+    assert floor == pytest.approx(flops / 5e10 + 12 * parameters)
+    assert render.floor_ms(changed, "bfloat16", 2, "train") == pytest.approx(flops / 1e11 + 6 * parameters)
     lines = render.step_table(changed).splitlines()[2:]
-    assert [line.split("|")[3].strip() for line in lines] == ["**ours**", "compile_default", "eager_nchw"]
-    assert [line.split("|")[6].strip() for line in lines] == ["1.50", "1.00", "0.75"]
+    assert [line.split("|")[4].strip() for line in lines] == ["**ours**", "compile_default", "eager_nchw"]
+    assert [line.split("|")[7].strip() for line in lines] == ["1.50", "1.00", "0.75"]
     assert f"{floor / 2.0:.0%}" in lines[0]
+    del changed["ceilings"]["tf32_tflops"]  # as in reports from before it was measured
+    assert "%" not in render.step_table(changed)
+    render.plot_bars(changed, tmp_path / "bars.png")
 
 
 def test_roofline_points(content: dict) -> None:
@@ -273,7 +299,7 @@ def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path:
     assert "2.00" in result
     assert "old" not in result
     assert "saved for backward" in result
-    assert "| conv2, batch 128 |" in result
+    assert "| conv2, bfloat16, batch 128 |" in result
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="fake"):
         render.readme(text, [path])

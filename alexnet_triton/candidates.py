@@ -1,0 +1,184 @@
+"""Configurations of the convolutions' kernels that are worth a measurement (:mod:`alexnet_triton.tune`).
+
+Names and sizes are the kernels' own: n images of c channels, k filters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from kernels.configs.tables import SHARED_BYTES
+from kernels.convolution import rules
+from kernels.runtime.launch import cdiv
+
+Candidate = dict[str, int]
+
+
+def _fits(bytes_a_stage: int, stages: int, accumulators: int, warps: int, most: int = 192) -> bool:
+    """Whether so many stages fit shared memory, and the accumulators the registers: ``most`` a thread."""
+    return stages * bytes_a_stage <= SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= most
+
+
+def images(n: int, c: int, k: int, itemsize: int, linked: bool = False) -> Iterator[Candidate]:
+    """Of the images kernel, forward or input gradient; c is reduced.
+
+    ``linked``: with a ReLU's gradient in the epilogue. Beside 128 sums a thread and the copies that a launch in float32 makes,
+    four warps have no registers for it (compiled for sm_90).
+    """
+    if n < 64:
+        return
+    filters = [(64, 32), (128, 0)] if k == 96 else [(128, 0), (256, 0)] if k % 256 == 0 else [(128, 0)]
+    block_k = min(c & -c, 128 // itemsize)
+    for block_m, (n1, n2), pixels, warps, stages in itertools.product((64, 128), filters, (1, 2), (4, 8), (3, 4, 5)):
+        stage = (block_m * pixels + n1 + n2) * block_k * itemsize
+        most = 64 if linked and itemsize == 4 and warps == 4 else 128
+        if _fits(stage, stages, block_m * (n1 + n2) * pixels, warps, most):
+            values = {"IMAGES": 1, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "PIXELS": pixels, "BLOCK_K": block_k}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def boxes(n: int, size: int, c: int, k: int, itemsize: int) -> Iterator[Candidate]:
+    """Of the box kernel, forward or input gradient; c is reduced, ``size`` the rows and columns written."""
+    block_k = min(c & -c, 128 // itemsize)
+    small = n * size * size * k < 2**22
+    for pixels, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6)):
+        if (k % block_n and block_n > 128) or block_n > 2 * k or (pixels * block_n < 128 * 128 and not small):
+            continue
+        if _fits((pixels + block_n) * block_k * itemsize, stages, pixels * block_n, warps, 128):
+            nb, th, tw = rules.conv2d_box(pixels, n, size, size)
+            values = {"IMAGES": 0, "NB": nb, "TH": th, "TW": tw, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def _splits(programs: int, stage: int, stages: int) -> list[int]:
+    """Parts of a sum: as many as one multiprocessor holds programs at once, a little less and twice that."""
+    held = min(2, SHARED_BYTES // (stages * stage))
+    return sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)})
+
+
+def images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
+    """Of the weight's gradient in half precision; ``positions``: of a filter."""
+    channels = [(64, 32)] if c == 96 else [(128, 0), (256, 0)] if c % 256 == 0 else [(128, 0)]
+    rows = (128, 256) if k % 256 == 0 else (128,)
+    for block_m, (n1, n2), together, block_k, warps, stages in itertools.product(
+        rows, channels, (1, 2), (64, 128), (4, 8), (3, 4, 5)
+    ):
+        stage = (block_m + (n1 + n2) * together) * block_k * 2
+        if not _fits(stage, stages, block_m * (n1 + n2) * together, warps) or (stages > 3 and block_k > 64):
+            continue
+        programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
+        values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+        for split in _splits(programs, stage, stages):
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
+def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
+    """Of the weight's gradient in TF32, from copies with the batch innermost.
+
+    FOLDED a block's columns are of all filter columns of a row: at most a sixth of them may be beyond the last.
+    """
+    rows = (128, 256) if k % 256 == 0 else (128,)
+    blocks = ((256, 0), (128, 64), (128, 0), (64, 32))
+    for block_m, (n1, n2), folded, warps, stages in itertools.product(rows, blocks, (0, 1), (4, 8), (3, 4, 5)):
+        columns = n1 + n2
+        covered = cdiv(s * c, columns) * columns
+        if (not folded and c % columns) or (folded and (s == 1 or 6 * s * c < 5 * covered)):
+            continue
+        stage = (block_m + columns) * 128
+        if not _fits(stage, stages, block_m * columns, warps, 128):
+            continue
+        programs = cdiv(k, block_m) * r * (covered // columns if folded else s * (c // columns))
+        values = {"POSITIONS": 1, "FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32}
+        for split in _splits(programs, stage, stages):
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
+def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
+    """Of the weight's gradient in TF32 that turns the output's gradient in registers, BLOCK_N filters of 32 images."""
+    for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
+        columns = cdiv(s * c, block_m)
+        stage = (block_m + block_n) * 128
+        fits = _fits(stage, stages, block_m * block_n, warps, 128) and block_n / warps <= 16
+        if not fits or 6 * s * c < 5 * columns * block_m or block_n >= 2 * k:
+            continue
+        values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32}
+        for split in _splits(columns * r * cdiv(k, block_n), stage, stages):
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
+def stem_fprop(columns: int) -> Iterator[Candidate]:
+    """Of a strided first layer in half precision."""
+    for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
+        ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
+    ):
+        values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": k1, "BLOCK_K2": k2}
+        if 3 * ((n1 + n2) + stages * block_m) * (k1 + k2) * 2 < SHARED_BYTES - 2**15:
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+
+
+def stem_wgrad(n: int) -> Iterator[Candidate]:
+    """Of its weight's gradient in half precision."""
+    for block_k, (n1, n2), warps, stages, split in itertools.product(
+        (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
+    ):
+        shared = stages * (3 * 64 + n1 + n2) * block_k * 2
+        if shared * (split // 132) < SHARED_BYTES and block_k <= max(64, n):
+            values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def stem_pool_fprop(columns: int) -> Iterator[Candidate]:
+    """Of a strided first layer with its pool in half precision, in one kernel or in two; ``columns`` of windows."""
+    yield {"FUSED": 0}
+    for rows, (block_m, warps), (n1, n2), strips, stages in itertools.product(
+        (1, 2), ((64, 4), (128, 8)), ((64, 32), (32, 16), (32, 0)), (3, 5, 9, 13), (1, 2, 3)
+    ):
+        values = {"FUSED": 1, "ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": 32, "BLOCK_K2": 16}
+        if (stages * (2 * rows + 3) * block_m + 3 * (n1 + n2)) * 48 * 2 < SHARED_BYTES - 2**15:
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+
+
+def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
+    """Of a strided first layer in TF32; ``positions`` of a filter row."""
+    block_k = min(positions & -positions, 32)
+    for block_m, (n1, n2), warps, stages in itertools.product((64, 128), ((64, 32), (128, 0)), (4, 8), (3, 4, 6)):
+        if _fits((block_m + n1 + n2) * block_k * 4, stages, block_m * (n1 + n2), warps, 128) and block_m <= max(64, n):
+            values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+            yield values | {"num_warps": warps, "num_stages": stages}
+
+
+def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Candidate]:
+    """Of a strided first layer with its pool in TF32; ``columns`` of windows, ``positions`` of each of r filter rows.
+
+    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. 24 of these fit eight warps of one block
+    of 64 images in up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
+    """
+    block_k = min(positions & -positions, 32)
+    for block_m, (n1, n2), warps, strips, stages in itertools.product(
+        (64, 128), ((64, 32), (64, 0), (32, 16), (32, 0)), (4, 8), (1, 2, 3, 5, 9), (1, 2, 3)
+    ):
+        elements = block_m * (n1 + n2) / (32 * warps)
+        shared = (stages * block_m + n1 + n2) * r * positions * 4
+        most = 24 if warps == 8 and block_m == 64 and stages < 3 else 16
+        if 12 <= elements <= most and shared <= SHARED_BYTES - 2**14 and block_m <= max(64, n):
+            values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
+
+
+def rows_wgrad(n: int, pooled: bool) -> Iterator[Candidate]:
+    """Of its weight's gradient in TF32, with the pool's gradient or without.
+
+    Three filter rows of 64 positions. Of the pool's gradient come four windows' values and positions, one stage fewer.
+    """
+    for (n1, n2), block_k, warps, stages, held in itertools.product(
+        ((64, 32), (64, 0), (32, 16)), (32, 64), (4, 8), (2, 3, 4), (1, 2)
+    ):
+        threads = 32 * warps
+        shared = (3 * 64 * stages + (n1 + n2) * (5 * stages - 4 if pooled else stages)) * block_k * 4
+        # As compiled for sm_90: more sums, or more of the gradient, spill.
+        fits = 192 * (n1 + n2) / threads <= (72 if pooled else 96) and (not pooled or block_k * (n1 + n2) / threads <= 16)
+        if fits and shared * held <= SHARED_BYTES - 1024 and block_k <= max(32, n):
+            values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+            split = max(1, 132 * held // cdiv(96, n1 + n2))
+            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
