@@ -201,16 +201,21 @@ class Truth:
     tf32: list[Tensor] | None = None
 
 
-def _cut_to_tf32(tensors: list[Tensor]) -> list[Tensor] | None:
-    """The operands of a product, and a bias as it is, as the tensor cores read them; None where TF32 is not allowed.
+#: Bits of a float32 that TF32 leaves out.
+TF32_BITS = 13
 
-    They leave out the last 13 bits of a float32 (:func:`unit`).
-    """
+
+def cut(tensor: Tensor, bits: int = TF32_BITS) -> Tensor:
+    """In float32 without its last ``bits``: as the tensor cores read it (:func:`unit`)."""
+    return (tensor.detach().float().view(torch.int32) & -(2**bits)).view(torch.float32)
+
+
+def _cut_to_tf32(tensors: list[Tensor]) -> list[Tensor] | None:
+    """The operands of a product, and a bias as it is, as the tensor cores read them; None where TF32 is not allowed."""
     precision = conv_input_precision if tensors[0].dim() == 4 else matmul_input_precision
     if precision(tensors[0].dtype) != "tf32":
         return None
-    cut = [(t.detach().view(torch.int32) & -(2**13)).view(torch.float32) for t in tensors]
-    return [c if t.dim() > 1 else t.detach() for c, t in zip(cut, tensors, strict=True)]
+    return [cut(t) if t.dim() > 1 else t.detach() for t in tensors]
 
 
 def truth(case: Case, tensors: list[Tensor], grad: Tensor | None = None) -> Truth:

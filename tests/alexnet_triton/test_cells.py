@@ -360,7 +360,7 @@ GENERAL_KERNELS = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgra
 def test_float32_trains_under_the_precision_that_is_asked_for(precision: str, launches: list[str]) -> None:
     """``train --dtype tf32`` runs the TF32 kernels, from images, and ``--dtype float32`` the exact ones."""
     # On a GPU the constructor captures the step, after it has run it.
-    graph = DEVICE == "cuda" and not UNDER_TTSEM
+    graph = DEVICE == "cuda"
     with float32_products(precision):
         net = network(torch.float32)
         assert isinstance(input_for(net, split(4).images, None, SIZE), Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 from alexnet_triton import fuse
 from benchmarks import render, report
 from benchmarks.cases import FUSED_CASES, PLAIN_CASES, pass_bytes, pass_flops
-from benchmarks.networks import ALEXNET, PEERS, TINY, network_flops
+from benchmarks.networks import ALEXNET, PEERS, TINY, Built, batch_of, cut_products, network_flops, verify_network
 from benchmarks.report import RESULTS, Settings, quick, run
 from benchmarks.timing import CudaTimer, FakeTimer, NoGraph, Timing, captured, own_stream
 from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
@@ -144,6 +145,27 @@ def test_a_network_with_a_wrong_gradient_gets_no_time(tmp_path: Path) -> None:
     train, infer = rows(content, impl="ours")
     assert train["verified"] is False
     assert infer["verified"] is True
+
+
+@pytest.mark.parametrize(("bits", "right"), [(13, True), (16, False)], ids=["tf32", "bfloat16"])
+def test_a_network_may_round_its_products_to_tf32_and_no_further(bits: int, right: bool, tmp_path: Path) -> None:
+    """Held to products whose operands are cut to TF32, where PyTorch multiplies exactly, as on a CPU and at times on a GPU."""
+    network = dataclasses.replace(TINY, fused=lambda: cut_products(TINY.reference(), bits))
+    content = run_tiny(tmp_path, network=network, plain_cases=(), fused_cases=())
+    train, _ = rows(content, impl="ours")
+    assert train["pass"] == "train"
+    assert train["verified"] is right
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="PyTorch's exact products are a CPU's")
+@pytest.mark.parametrize(("bits", "right"), [(13, True), (16, False)], ids=["tf32", "bfloat16"])
+def test_so_may_alexnet(bits: int, right: bool) -> None:
+    torch.manual_seed(0)
+    net = cut_products(ALEXNET.reference(), bits)
+    built = Built(net, net, autocast=False, images=torch.contiguous_format)
+    tensors = batch_of(ALEXNET, 2, torch.float32, torch.device("cpu"))
+    with report.float32_products("tf32"), contextlib.nullcontext() if right else pytest.raises(AssertionError, match="allowed"):
+        verify_network(ALEXNET, built, torch.float32, "train", *tensors)
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
