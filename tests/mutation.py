@@ -60,6 +60,9 @@ _CONV = "tests/kernels/convolution/test_conv2d.py"
 _POOL = "tests/kernels/pooling/test_max_pool2d.py"
 _LINEAR = "tests/kernels/test_linear.py"
 _DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
+_TF32 = "tests/kernels/convolution/test_conv2d_tf32.py"
+_ROWS = "tests/kernels/convolution/test_conv2d_rows.py"
+_STEM_POOL = "tests/kernels/convolution/test_conv2d_stem_pool.py"
 
 FAULTS = (
     Fault(
@@ -208,6 +211,90 @@ FAULTS = (
         "o_f // BLOCK_M * 3 + o_r // STRIDE)",
         "o_f // BLOCK_M * 3 + (o_r + 1) // STRIDE)",
         ("tests/kernels/convolution/test_conv2d_stem_pool.py::test_gradients_are_exact_on_integers",),
+    ),
+    Fault(
+        "unmasked store: folded columns past a filter row's last",
+        "kernels/convolution/descriptor.py",
+        "    tl.store(p_out + o_c, acc, mask=m_k & (c0 + o_c < C) if FOLDED else m_k)",
+        "    tl.store(p_out + o_c, acc, mask=m_k)",
+        (f"{_TF32}::test_folded_columns",),
+    ),
+    Fault(
+        "the second filter column's block of a folded one begins where the first does",
+        "kernels/convolution/descriptor.py",
+        "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
+        "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
+        (f"{_TF32}::test_folded_columns",),
+    ),
+    Fault(
+        "an image past the last in a copy with the batch innermost",
+        "kernels/convolution/by_batch.py",
+        "mask = (o_n < N)[:, None] & (o_c < channels)[None, :]",
+        "mask = (o_n <= N)[:, None] & (o_c < channels)[None, :]",
+        (f"{_TF32}::test_copies_of_ragged_batches",),
+    ),
+    Fault(
+        "a tile that no program copies",
+        "kernels/convolution/by_batch.py",
+        "        for i in range(pid, copy_pixels[j] * blocks_n * blocks_c, programs):",
+        "        for i in range(pid, copy_pixels[j] * blocks_n * blocks_c, programs + 1):",
+        (f"{_TF32}::test_copies_of_ragged_batches",),
+    ),
+    Fault(
+        "missing mask: columns right of the image are cells of the next row",
+        "kernels/convolution/by_batch.py",
+        "(h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]",
+        "(h >= 0) & (h < H) & (w >= 0))[None, :]",
+        (f"{_ROWS}::test_the_convolution_alone",),
+    ),
+    Fault(
+        "a row's positions shifted the wrong way",
+        "kernels/convolution/row_stem.py",
+        "cdiv(before, 4) * 4, -before % 4, problem.s * problem.c)",
+        "cdiv(before, 4) * 4, before % 4, problem.s * problem.c)",
+        (f"{_ROWS}::test_the_convolution_alone",),
+    ),
+    Fault(
+        "off by one in the filter rows above the image",
+        "kernels/convolution/row_stem.py",
+        "    r_low = tl.maximum(0, pad_h - p * STRIDE_H)\n",
+        "    r_low = tl.maximum(0, pad_h - p * STRIDE_H + 1)\n",
+        (f"{_ROWS}::test_the_convolution_alone",),
+    ),
+    Fault(
+        "a window's last column at the wrong place of the next window",
+        "kernels/convolution/row_stem.py",
+        "following += tl.where(column < _NAN_KEY, 2, -2)",
+        "following += tl.where(column < _NAN_KEY, 1, -2)",
+        (f"{_STEM_POOL}::test_values_and_positions_are_those_of_two_kernels",),
+    ),
+    Fault(
+        "the same of a NaN",
+        "kernels/convolution/row_stem.py",
+        "following += tl.where(column < _NAN_KEY, 2, -2)",
+        "following += tl.where(column < _NAN_KEY, 2, 2)",
+        (f"{_STEM_POOL}::test_nan_and_infinity",),
+    ),
+    Fault(
+        "the first of a window's NaN, not the last",
+        "kernels/convolution/row_stem.py",
+        "tl.minimum((bits.to(tl.int64) << 5) | (31 - place), place | _NAN_KEY)",
+        "tl.minimum((bits.to(tl.int64) << 5) | (31 - place), (8 - place) | _NAN_KEY)",
+        (f"{_STEM_POOL}::test_nan_and_infinity",),
+    ),
+    Fault(
+        "the wrong place of a pixel in the window on its left",
+        "kernels/convolution/row_stem_wgrad.py",
+        "place = (p % 2 if u == 1 else 2) * 3 + (q % 2 if v == 1 else 2)",
+        "place = (p % 2 if u == 1 else 2) * 3 + (q % 2 if v == 1 else 1)",
+        (f"{_STEM_POOL}::test_gradients_are_exact_on_integers",),
+    ),
+    Fault(
+        "windows counted twice in the bias's gradient",
+        "kernels/convolution/row_stem_wgrad.py",
+        "first = (p % 2 == 0) & (q % 2 == 0)",
+        "first = p % 2 == 0",
+        (f"{_STEM_POOL}::test_gradients_are_exact_on_integers",),
     ),
     Fault(
         "an image that is not there: the index one past the last",

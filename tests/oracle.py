@@ -4,8 +4,8 @@ A result is right when its error against the same computation in float64 is at m
 result's own dtype on the same device, plus half a unit in the last place of the largest value: the rounding that storing the
 result costs anyone.
 
-TF32 has a rule of its own (:func:`check` with ``tf32``). The tensor cores read float32 operands by their first 10 mantissa bits and add
-their products in float32. So the peer is the computation of operands that were rounded so, and the half unit is TF32's.
+TF32 has a rule of its own (:func:`check` with ``tf32``). The tensor cores read float32 operands by their first 10 mantissa bits
+and add their products in float32. So the peer is the computation of operands that were rounded so, and the half unit is TF32's.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ TF32_EPS = 2.0**-10
 
 
 def truncate(tensor: Tensor, dropped: int = _TF32_DROPS) -> Tensor:
-    """float32 without its last ``dropped`` mantissa bits: for TF32 what a tensor core makes of operands that it is given as they are.
+    """float32 without its last ``dropped`` mantissa bits: TF32 as the tensor core reads it from numbers that nobody rounded.
 
-    With 16 dropped what it would make of them as bfloat16.
+    With 16 dropped it is bfloat16.
     """
     return _keep_special(tensor, tensor.detach().view(torch.int32) & -(1 << dropped))
 
@@ -155,8 +155,8 @@ def check(
         operation, reference: called with ``tensors`` in this order.
         tensors: inputs; leaves in the dtype under test, or None.
         names: of the tensors, for messages, separated by spaces.
-        tf32: hold float32 results to the rule for TF32: of a convolution without a ReLU or a pool, which tell apart numbers that
-            TF32 does not.
+        tf32: hold float32 results to the rule for TF32: of a convolution without a ReLU or a pool, which tell apart numbers
+            that TF32 does not.
         draw: makes the gradient of the output.
 
     Returns:

@@ -32,6 +32,11 @@ from .oracle import dtype_id, randn
 ROOT = Path(__file__).parents[1]
 
 
+each_precision = pytest.mark.parametrize(
+    ("dtype", "precision"), PRECISIONS, ids=lambda value: value if isinstance(value, str) else dtype_id(value)
+)
+
+
 @functools.cache
 def _of_another_process() -> dict[str, str]:
     # Another order of sets and dictionaries, other addresses.
@@ -59,7 +64,7 @@ KERNELS_OF_HALF = {
 
 
 @own_devices
-@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=lambda value: value if isinstance(value, str) else dtype_id(value))
+@each_precision
 def test_ten_steps_twice_here_and_in_another_process(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
@@ -189,7 +194,7 @@ def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operatio
     }
 
 
-@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS, ids=lambda value: value if isinstance(value, str) else dtype_id(value))
+@each_precision
 @pytest.mark.parametrize("name", _operations(torch.float32))
 @pytest.mark.parametrize("images", [0, 1], ids=["for_few", "for_many"])
 def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch.dtype, precision: str, images: int) -> None:

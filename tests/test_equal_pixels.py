@@ -91,9 +91,7 @@ def _dtypes(family: Family) -> tuple[torch.dtype, ...]:
     return of_half if "_stem_" in family.runs else (*of_half, torch.float32)
 
 
-EACH = [
-    pytest.param(family, dtype, id=f"{family.id}-{dtype_id(dtype)}") for family in FAMILIES for dtype in _dtypes(family)
-]
+EACH = [pytest.param(family, dtype, id=f"{family.id}-{dtype_id(dtype)}") for family in FAMILIES for dtype in _dtypes(family)]
 
 
 @pytest.fixture

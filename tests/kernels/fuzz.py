@@ -27,10 +27,10 @@ Shape = tuple[int, ...]
 #: Cases of each operation in CI, the same ones every time: as many as fit its time.
 CASES = {
     "conv2d": 36,
-    "conv2d_by_descriptors": 18,
-    "linked_conv2d": 14,
+    "conv2d_by_descriptors": 28,
+    "linked_conv2d": 18,
     "conv2d_relu_max_pool2d": 32,
-    "conv2d_relu_max_pool2d_by_descriptors": 10,
+    "conv2d_relu_max_pool2d_by_descriptors": 18,
     "max_pool2d": 42,
     "linear": 52,
     "linear_relu_dropout": 20,

@@ -115,7 +115,7 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     written = _largest(part, "BLOCK_N", "BLOCK_N2")
     tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
     exact = {16: 24, 256: 256}.get(tile, 2 * tile)
-    filters = max(_largest(part, "BLOCK_M", of=function) for function in ("images_wgrad", "by_batch_wgrad"))  # of a weight's gradient
+    filters = max(_largest(part, "BLOCK_M", of=of) for of in ("images_wgrad", "by_batch_wgrad"))  # that a wgrad writes
     if part.phase == "input":
         c, k = _above(written, 16), exact
     elif part.phase == "weight":

@@ -34,7 +34,6 @@ from .test_against_functional import NAMES_AN_ARGUMENT
 Call = tuple[tuple[Shape, ...], dict[str, Any]]
 
 SINGLE_AND_HALF = (torch.float32, torch.float16, torch.bfloat16)
-HALF = (torch.float16, torch.bfloat16)
 
 #: Kernels of an input's and of a weight's gradient.
 DGRAD = ("_conv2d_dgrad_kernel", "_conv2d_images_kernel", "_conv2d_box_kernel")
@@ -86,8 +85,8 @@ def convolutions(draw: st.DrawFn) -> Call:
 
 @st.composite
 def descriptor_convolutions(draw: st.DrawFn) -> tuple[tuple[Shape, ...], dict[str, Any]]:
-    """Channels in sixteens, for the copy engine."""
-    n, c, k = draw(st.integers(0, 3)), draw(st.sampled_from([16, 32])), draw(st.sampled_from([16, 48]))
+    """Channels in sixteens, for TMA; in TF32 eights are enough."""
+    n, c, k = draw(st.integers(0, 5)), draw(st.sampled_from([16, 32, 8, 24])), draw(st.sampled_from([16, 48, 40]))
     filters = draw(st.tuples(small, small))
     shapes = ((n, c, draw(st.integers(1, 5)), draw(st.integers(1, 5))), (k, c, *filters), (k,))
     return shapes[: draw(st.sampled_from([2, 3]))], {"padding": draw(st.one_of(st.just("same"), st.tuples(small, small)))}
@@ -140,12 +139,15 @@ def test_conv2d(case: Case, activation: str | None, launches: list[str]) -> None
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @any_case(
     "conv2d_by_descriptors",
-    cases(st.one_of(descriptor_convolutions(), strided_first_layers()), HALF),
+    cases(st.one_of(descriptor_convolutions(), strided_first_layers()), (*SINGLE_AND_HALF, torch.float32)),
     activation=activations,
     by_images=st.integers(0, 1),
+    folded=st.integers(0, 1),
 )
-def test_conv2d_by_descriptors(case: Case, activation: str | None, by_images: int, launches: list[str]) -> None:
-    with tables.override(IMAGES=by_images, BLOCK_M=16):
+def test_conv2d_by_descriptors(case: Case, activation: str | None, by_images: int, folded: int, launches: list[str]) -> None:
+    """float32 in TF32, which holds small integers."""
+    torch.backends.cudnn.allow_tf32 = True
+    with tables.override(IMAGES=by_images, BLOCK_M=16, FOLDED=folded):
         _check_conv2d("conv2d_by_descriptors", case, activation, launches)
 
 
@@ -161,8 +163,9 @@ def convolutions_in_a_row(draw: st.DrawFn) -> Call:
     return shapes, {"stride": stride, "dilation": dilation, "second": second}
 
 
-@any_case("linked_conv2d", cases(convolutions_in_a_row()), by_images=st.integers(0, 1))
-def test_linked_conv2d(case: Case, by_images: int, launches: list[str]) -> None:
+@any_case("linked_conv2d", cases(convolutions_in_a_row()), by_images=st.integers(0, 1), tf32=st.booleans())
+def test_linked_conv2d(case: Case, by_images: int, tf32: bool, launches: list[str]) -> None:
+    torch.backends.cudnn.allow_tf32 = tf32
     second = case.arguments["second"]
     geometry = {"stride": case.arguments["stride"], "dilation": case.arguments["dilation"], "padding": 2}
 
@@ -310,13 +313,14 @@ def test_conv2d_relu_max_pool2d(case: Case, output_format: torch.memory_format |
 
 @any_case(
     "conv2d_relu_max_pool2d_by_descriptors",
-    cases(blocks(strided_first_layers()), SINGLE_AND_HALF),
+    cases(blocks(strided_first_layers()), (*SINGLE_AND_HALF, torch.float32)),
     output_format=formats,
     cells=st.booleans(),
 )
 def test_conv2d_relu_max_pool2d_by_descriptors(
     case: Case, output_format: torch.memory_format | None, cells: bool, launches: list[str]
 ) -> None:
+    torch.backends.cudnn.allow_tf32 = True
     with tables.override(IMAGES_WGRAD=1, BLOCK_M=16):
         _check_block("conv2d_relu_max_pool2d_by_descriptors", case, output_format, cells, launches)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from kernels.configs import tables
 
 from ...conftest import DEVICE
 
@@ -14,9 +18,11 @@ hopper = pytest.mark.skipif(
 
 
 @pytest.fixture
-def tf32() -> None:
+def tf32() -> Iterator[None]:
     """PyTorch's default for convolutions, which the suite turns off before each test and puts back after it.
 
-    In the interpreter products stay exact: the switch selects kernels.
+    In the interpreter products stay exact: the switch selects kernels. Weight gradients go by images, however few there are.
     """
     torch.backends.cudnn.allow_tf32 = True
+    with tables.override(IMAGES_WGRAD=1):
+        yield

@@ -201,14 +201,14 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
 def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
     """NaN reaches every window that sees it and the last NaN of a window is what it points at, as in PyTorch.
 
-    In TF32 whole rows of an image are NaN: see test_conv2d_rows.py for one pixel.
+    In TF32 one such pixel reaches a few outputs beside, of either way: see test_conv2d_rows.py. There only an image whose whole
+    rows are NaN is compared with PyTorch.
     """
     case = Case("", 3, 1, 39, 31, 16)
     x, w, b = case.tensors(randn, dtype)
+    x[0, 0, 20, 13], x[1, 0, 9, 9], x[2, 0, 0, 30], x[2, 0, 25, 3] = torch.nan, torch.inf, torch.nan, -torch.inf
     if dtype == torch.float32:
-        x[0, 0, 20], x[1, 0, 9], x[2, 0, 0] = torch.nan, torch.inf, torch.nan
-    else:
-        x[0, 0, 20, 13], x[1, 0, 9, 9], x[2, 0, 0, 30], x[2, 0, 25, 3] = torch.nan, torch.inf, torch.nan, -torch.inf
+        x[0, 0, 20] = torch.nan
     with torch.no_grad():
         b[3], b[5] = torch.nan, torch.inf
     ours, theirs = run(case, [x, w, b], FUSED), run(case, [x, w, b], SEPARATE)
@@ -223,7 +223,9 @@ def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
     row, column = index // z.shape[3], index % z.shape[3]
     expected = (row - 2 * torch.arange(ours.shape[2], device=DEVICE)[:, None]) * 3
     expected = expected + column - 2 * torch.arange(ours.shape[3], device=DEVICE)
-    assert torch.equal(positions(ours)[ours.isnan()].long(), expected[ours.isnan()])
+    compared = slice(1) if dtype == torch.float32 else slice(None)
+    is_nan = ours[compared].isnan()
+    assert torch.equal(positions(ours)[compared][is_nan].long(), expected[compared][is_nan])
     with torch.no_grad():
         assert same_bits(run(case, [x, w, b], FUSED), theirs)
     grads = [gradients(case, y, [w, b], torch.ones_like(y), way) for y, way in ((ours, FUSED), (theirs, SEPARATE))]
@@ -332,7 +334,8 @@ def test_three_channels_in_tf32_run_as_two_kernels(launches: list[str]) -> None:
     assert torch.equal(ours, theirs)
     for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    assert {"_conv2d_rows_kernel", "_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel", "_conv2d_rows_wgrad_kernel"} <= {*launches}
+    assert {CONVOLUTION[torch.float32], WGRAD[torch.float32]} <= set(launches)
+    assert {"_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel"} <= set(launches)
     assert "_conv2d_rows_pool_kernel" not in launches
 
 

@@ -123,7 +123,7 @@ def test_a_bias_has_no_tf32_in_it() -> None:
         )
 
 
-#: Shapes of input and weight, stride, configuration values, a kernel that runs: descriptors, the first layer, the general kernels.
+#: Shapes of input and weight, stride, configuration values, a kernel that runs: descriptors, a first layer, the general ones.
 KERNELS = {
     "images": ((19, 32, 6, 5), (48, 32, 3, 3), 1, {"IMAGES": 1}, "_conv2d_images_kernel"),
     "box": ((3, 32, 6, 5), (48, 32, 3, 3), 1, {"IMAGES": 0}, "_conv2d_box_kernel"),
@@ -159,7 +159,7 @@ def test_the_kernels_obey_the_rule(case: str, launches: list[str]) -> None:
 @hopper
 @pytest.mark.parametrize(("wanted", "copies"), [("weight", 1), ("input", 1), ("input weight", 1), ("bias", 0)])
 def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> None:
-    """The filters for the input's gradient in a launch of their own; gradient and input in that gradient's launch if there is one."""
+    """The filters for the input's gradient in a launch of their own; both operands of the weight's in the input's if any."""
     copied: list[bool] = []
 
     def note(kernel, grid, arguments):
@@ -182,7 +182,7 @@ def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> N
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 17, 65])
 def test_copies_of_ragged_batches(batch: int, images: int, int64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles to copy than programs, and fewer; rows of the copy are whole 16 bytes, of which the last images are not there."""
+    """More tiles to copy than programs, and fewer; rows of the copy are whole 16 bytes, so of more images than there are."""
     monkeypatch.setattr(launch, "force_int64", int64)
     r, h, w = (2, 3, 4) if batch < 65 else (1, 1, 2)
     for c, k in ((16, 144), (144, 16)):
@@ -245,7 +245,7 @@ def test_a_configuration_for_other_channels_writes_nothing_outside(launches: lis
 @hopper
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 def test_two_runs_give_the_same_bits(images: int) -> None:
-    tensors = [randn(5, 16, 5, 4, dtype=torch.float32), randn(48, 16, 3, 3, dtype=torch.float32), randn(48, dtype=torch.float32)]
+    tensors = [randn(*shape, dtype=torch.float32) for shape in ((5, 16, 5, 4), (48, 16, 3, 3), (48,))]
 
     def step() -> list[Tensor]:
         with tables.override(IMAGES=images, IMAGES_WGRAD=1, SPLIT=3):

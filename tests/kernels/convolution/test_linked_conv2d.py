@@ -57,9 +57,9 @@ CASES = {
 }
 
 
-def units(*shape: int, dtype: torch.dtype) -> Tensor:
+def units(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
     """-1, 0 and 1: both convolutions' sums are exact in every dtype, so that no rounding moves a ReLU or a pool's maximum."""
-    return integers(*shape, dtype=dtype, high=1)
+    return integers(*shape, dtype=dtype, high=1, grad=grad)
 
 
 def tensors(n: int, dtype: torch.dtype, make: Callable[..., Tensor] = randn) -> list[Tensor]:
@@ -68,9 +68,13 @@ def tensors(n: int, dtype: torch.dtype, make: Callable[..., Tensor] = randn) -> 
     return [make(*shape, dtype=dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("tf32", [False, True], ids=["exact", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case: str, dtype: torch.dtype, launches: list[str]) -> None:
+def test_forward_and_gradients(case: str, dtype: torch.dtype, tf32: bool, launches: list[str]) -> None:
+    if tf32 and dtype != torch.float32:
+        pytest.skip("TF32 is of float32")
+    torch.backends.cudnn.allow_tf32 = tf32
     (second, reference), n, tiles = CASES[case]
 
     def ours(x, w1, b1, w2, b2):
@@ -84,8 +88,11 @@ def test_forward_and_gradients(case: str, dtype: torch.dtype, launches: list[str
             lambda x, w1, b1, w2, b2: reference(F.relu(F.conv2d(x, w1, b1, padding=1)), w2, b2, None),
             tensors(n, dtype, units),
             names="input weight bias weight bias",
+            draw=units if tf32 else randn,
         )
-    if dtype != torch.float32 and "general" not in case:
+    described = dtype != torch.float32 or tf32
+    assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == described
+    if described and "general" not in case:
         # Only a ReLU that nothing follows has a pass of its own.
         assert launches.count("_epilogue_backward_kernel") == ("pool" not in case)
 

@@ -55,10 +55,14 @@ def switches(check: Check) -> None:
         assert check.launcher.of(lambda: net(x))[0] == []
     assert len(check.launcher.of(lambda: net(x))[0]) == before
     net.float()
-    for precision in ("tf32", "ieee", "tf32"):
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision = precision
-        check(*step_of(net, images(dtype=torch.float32)))
+    before_matmul = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee", "tf32"):
+            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+            torch.backends.cuda.matmul.fp32_precision = precision
+            check(*step_of(net, images(dtype=torch.float32)))
+    finally:  # TF32 is PyTorch's default for convolutions alone
+        torch.backends.cuda.matmul.fp32_precision = before_matmul
 
 
 @scenario

@@ -101,6 +101,65 @@ def parameters_change(check: Check) -> None:
 
 
 @scenario
+def the_tf32_switch_changes(check: Check) -> None:
+    """Other kernels, other copies; also between a forward pass and its backward pass, and with a frozen first layer."""
+    cudnn, net = torch.backends.cudnn, small_net(torch.float32)
+    x = images(dtype=torch.float32)
+    seen = set()
+    try:
+        for tf32 in (True, False, True):
+            cudnn.allow_tf32 = tf32
+            check(*step_of(net, x))
+            seen.add(tuple(launched[4] for launched in check.launcher.of(step_of(net, x)[0])[0]))  # the kernels
+        assert len(seen) == 2
+
+        def other_way_back() -> list[Tensor]:
+            cudnn.allow_tf32 = True
+            y = net(x)
+            cudnn.allow_tf32 = False
+            return [y, *torch.autograd.grad(y, list(net.parameters()), torch.zeros_like(y))]
+
+        other_way_back()
+        other_way_back()
+        # PyTorch pads the images that are taken out of their cells: such a backward pass goes by launch functions every time.
+        assert set(plans.unrepeatable.values()) == {"aten::constant_pad_nd"}
+        plans.unrepeatable.clear()
+        cudnn.allow_tf32 = True
+        for frozen in ([net[0].weight], [net[0].bias], [net[0].weight, net[0].bias]):
+            for p in net[0].parameters():
+                p.requires_grad_(all(p is not other for other in frozen))
+            check(*step_of(net, x))
+    finally:
+        cudnn.allow_tf32 = True
+
+
+@scenario
+def float32_operations(check: Check) -> None:
+    """In TF32, PyTorch's default for convolutions."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, requires_grad=True)
+
+    def of(run: Callable[..., Tensor], **tensors: Tensor) -> None:
+        def call() -> list[Tensor]:
+            y = run(*tensors.values())
+            leaves = [t for t in tensors.values() if t.requires_grad]
+            return [y, *torch.autograd.grad(y, leaves, torch.zeros_like(y))]
+
+        check(call, tensors)
+
+    for n, c, k in ((64, 64, 96), (33, 24, 40), (2, 16, 32), (5, 12, 20)):
+        conv = {"x": leaf(n, c, 9, 9), "w": leaf(k, c, 3, 3), "b": leaf(k)}
+        of(lambda x, w, b: kernels.conv2d(x, w, b, padding=1, activation="relu"), **conv)
+        of(lambda x, w: kernels.conv2d(x, w, padding=1), x=conv["x"].detach(), w=conv["w"])
+        of(lambda x, w: kernels.conv2d(x, w, padding=1), x=conv["x"], w=conv["w"].detach())
+    first = {"x": leaf(64, 1, 63, 64).detach(), "w": leaf(96, 1, 11, 11), "b": leaf(96)}
+    of(lambda x, w, b: kernels.conv2d(x, w, b, 4, 1), **first)
+    for x in (first["x"], leaf(33, 1, 39, 43).detach(), leaf(64, 1, 63, 63)):
+        of(lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, 4, 1, pool_kernel_size=3, pool_stride=2), **first | {"x": x})
+
+
+@scenario
 def batches_in_turn(check: Check) -> None:
     net = small_net()
     for n in (64, 1, 33, 64, 2, 33, 128, 1):
