@@ -67,8 +67,10 @@ def _row_major_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out = source. One program copies a BLOCK_R x BLOCK_C tile, read and written along the rows of either."""
-    o_r = program_id(0, WIDE) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = program_id(1, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = program_id(0, WIDE)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    o_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = pid // blocks_r * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (o_r < R)[:, None] & (o_c < C)[None, :]
     b = tl.load(source_ptr + o_r[:, None] * stride_r + o_c[None, :] * stride_c, mask=mask, other=0.0)
     tl.store(out_ptr + o_r[:, None] * stride_out + o_c[None, :], b, mask=mask)
@@ -303,7 +305,7 @@ def _row_major(matrix: Tensor) -> Tensor:
     config = row_major_config(rows, columns)
     launch(
         _row_major_kernel,
-        (cdiv(rows, config["BLOCK_R"]), cdiv(columns, config["BLOCK_C"])),
+        (cdiv(rows, config["BLOCK_R"]) * cdiv(columns, config["BLOCK_C"]),),
         source_ptr=matrix,
         out_ptr=out,
         R=rows,

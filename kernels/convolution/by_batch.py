@@ -39,7 +39,7 @@ def copy_by_batch(
     pid = program_id(0, WIDE)
     programs = tl.num_programs(0).to(pid.dtype)
     row = tl.cdiv(N, 4) * 4
-    blocks_n = tl.cdiv(N, COPY_IMAGES)
+    blocks_n = tl.cdiv(row, COPY_IMAGES)
     for j in tl.static_range(len(copy_ptrs)):
         channels = copy_channels[j]
         blocks_c = tl.cdiv(channels, COPY_CHANNELS)
@@ -50,7 +50,9 @@ def copy_by_batch(
             mask = (o_n < N)[:, None] & (o_c < channels)[None, :]
             p_in = copy_ptrs[j] + ((o_n * copy_pixels[j] + pixel) * channels)[:, None] + o_c[None, :]
             p_out = copy_out_ptrs[j] + ((pixel * channels + o_c) * row)[None, :] + o_n[:, None]
-            tl.store(p_out, tl.load(p_in, mask=mask, other=0.0), mask=mask)
+            # Beyond the last image zeros.
+            m_out = (o_n < row)[:, None] & (o_c < channels)[None, :]
+            tl.store(p_out, tl.load(p_in, mask=mask, other=0.0), mask=m_out)
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def copy_cells_by_batch(
     DEPTH: tl.constexpr = STRIDE * STRIDE * C
     pid = program_id(0, WIDE)
     row = tl.cdiv(N, 4) * 4
-    blocks_n = tl.cdiv(N, COPY_IMAGES)
+    blocks_n = tl.cdiv(row, COPY_IMAGES)
     blocks_e = tl.cdiv(WS * DEPTH, COPY_CHANNELS)
     for t in range(pid, HS * blocks_n * blocks_e, tl.num_programs(0).to(pid.dtype)):
         i = t // blocks_e // blocks_n
@@ -86,7 +88,7 @@ def copy_cells_by_batch(
         m_x = (o_n < N)[:, None] & ((o_e < WS * DEPTH) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
         b_x = tl.load(x_ptr + (o_n * H * ROW)[:, None] + (h * ROW + w * C + o_e % C)[None, :], mask=m_x, other=0.0)
         p_out = out_ptr + ((i * (WS * DEPTH) + o_e) * row)[None, :] + o_n[:, None]
-        tl.store(p_out, b_x, mask=(o_n < N)[:, None] & (o_e < WS * DEPTH)[None, :])
+        tl.store(p_out, b_x, mask=(o_n < row)[:, None] & (o_e < WS * DEPTH)[None, :])
 
 
 @triton.jit

@@ -6,9 +6,9 @@ take stride 1, dilation 1, one group and channels in multiples of 16, in TF32 of
 :mod:`kernels.convolution.stem`'s.
 
 From shared memory Hopper's tensor cores read half types in either order, TF32 only where neighbours in memory are neighbours in
-the sum. So in TF32 the input gradient takes a copy of the filters, [C, R, S, K], and the weight gradient copies of both its
-operands, [H, W, C, N] (:mod:`.by_batch`), which launches write that read those tensors anyway. The gradient of the weight is
-:mod:`.descriptor_wgrad`'s.
+the sum. So in TF32 the input gradient reads a copy of the filters, [R, S, C, K]. The weight gradient
+(:mod:`.descriptor_wgrad`) reads copies of its operands, [H, W, C, N] (:mod:`.by_batch`): the input gradient's launch writes
+them, and where there is none they have a launch of their own.
 
 What is a tile? A product's rows are output pixels, and for each filter position (r, s) they must be shifted together.
 

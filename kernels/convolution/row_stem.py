@@ -25,7 +25,7 @@ from ..primitives import dot, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from .by_batch import CellsCopy, copy_cells_by_batch, new_cells_by_batch
 from .cells import cells_size
-from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
+from .descriptor import dense_nhwc, pixel_offset, store_pixels
 from .problem import Problem
 from .rules import conv2d_rows_config, conv2d_rows_pool_config
 from .stem import fold_filter
@@ -316,7 +316,6 @@ def cells_of_copy(by_batch: Tensor, n: int, depth: int) -> Tensor:
 def row_blocks(rows: Tensor, images: int, positions: int) -> TensorDescriptor:
     """[H, N, numbers of a row] over :func:`dense_rows`: a block is one piece of a row of ``images`` images."""
     n, h, row = rows.shape
-    rows = aligned(rows)
     return TensorDescriptor(rows, [h, n, row], [row, h * row, 1], [1, images, positions])
 
 

@@ -114,6 +114,8 @@ def _conv2d_rows_wgrad_kernel(
     begin = (pid_split * steps_per_split).to(tl.int32)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     o_k = others_5d(k0, BLOCK_N)
+    if WIDE:
+        o_k = o_k.to(tl.int64)
     acc_0 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_1 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -121,6 +123,8 @@ def _conv2d_rows_wgrad_kernel(
     b_lost = tl.zeros((BLOCK_K // 8, BLOCK_N // 16, 4, 8, 4), dtype=tl.float32)
     if BLOCK_N2 > 0:
         o_k2 = others_5d(k0 + BLOCK_N, BLOCK_N2)
+        if WIDE:
+            o_k2 = o_k2.to(tl.int64)
         acc2_0 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         acc2_1 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         acc2_2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
@@ -132,14 +136,15 @@ def _conv2d_rows_wgrad_kernel(
         p = step // blocks_n // Q
         q = step // blocks_n % Q
         o_n = images_5d(n0, BLOCK_K)
+        o_p, o_q = p, q
         if WIDE:
-            o_n = o_n.to(tl.int64)
+            o_n, o_p, o_q = o_n.to(tl.int64), p.to(tl.int64), q.to(tl.int64)
         x_0 = x_desc.load([p, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
         x_1 = x_desc.load([p + 1, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
         x_2 = x_desc.load([p + 2, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
         first = (p % 2 == 0) & (q % 2 == 0)  # of its window: the sum over windows is that over pixels
         b_z, own = _gradient(
-            *(dy_ptr, position_ptr, o_n, o_k, p, q, N, K, POOL_P, POOL_Q),
+            *(dy_ptr, position_ptr, o_n, o_k, o_p, o_q, N, K, POOL_P, POOL_Q),
             *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, POOLED, NO_GRADIENT),
         )
         if POOLED:
@@ -150,7 +155,7 @@ def _conv2d_rows_wgrad_kernel(
         acc_2 = dot(x_2, b_z, acc_2, INPUT_PRECISION)
         if BLOCK_N2 > 0:
             b_z2, own2 = _gradient(
-                *(dy_ptr, position_ptr, o_n, o_k2, p, q, N, K, POOL_P, POOL_Q),
+                *(dy_ptr, position_ptr, o_n, o_k2, o_p, o_q, N, K, POOL_P, POOL_Q),
                 *(
                     stride_dyn,
                     stride_dyk,

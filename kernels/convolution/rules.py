@@ -184,7 +184,9 @@ def conv2d_images_config(
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
     """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
-    block_n, block_n2 = _two_blocks(k, 256 if dtype == torch.float32 and k % 256 == 0 and not INTERPRETED else 128)
+    # Blackwell's compiler spills with 256 columns of float32.
+    wide = dtype == torch.float32 and k % 256 == 0 and not INTERPRETED and capability(device) < 100
+    block_n, block_n2 = _two_blocks(k, 256 if wide else 128)
     if INTERPRETED:
         config = {"PIXELS": 1, "BLOCK_M": tile_size(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
         config |= {"num_warps": 4, "num_stages": 1}
@@ -310,8 +312,8 @@ def conv2d_by_batch_wgrad_config(
     return config
 
 
-#: Bytes of the largest output's gradient of which a copy is made for a weight gradient in TF32: what a network's other tensors
-#: leave room for, and about what an H100's L2 cache holds.
+#: Bytes of the largest output's gradient of which a copy is made for a weight gradient in TF32. A larger one is turned in
+#: registers: the tensor cores wait longer, but the copy's memory, and its reading and writing, are spared.
 _LARGEST_COPY = 64 * 2**20
 
 

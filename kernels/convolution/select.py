@@ -112,7 +112,7 @@ def _by_tensor_cores(problem: Problem) -> bool:
 
 
 def _is_row_stem(problem: Problem) -> bool:
-    """Whether this is such a convolution in TF32, whose pixels' rows begin at multiples of 16 bytes."""
+    """Whether :mod:`.row_stem` runs it: TF32, :func:`_has_cells`, and pixels a multiple of 16 bytes apart."""
     return problem.precision == "tf32" and _has_cells(problem) and row_stem.Rows.of(problem).step % 4 == 0
 
 
@@ -190,12 +190,12 @@ def dgrad(
 
 
 def wgrad_by_batch(problem: Problem) -> bool:
-    """Whether the gradient of the weight reads copies of its operands whose innermost dimension is the batch."""
+    """Whether the gradient of the weight reads :func:`copies_by_batch`."""
     return problem.dtype == torch.float32 and wgrad_kernels(problem) == Kernels.DESCRIPTOR
 
 
 def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
-    """Those copies, to be made: of the input (N, C, H, W), and of the gradient before the activation if it is not turned."""
+    """Copies with the batch innermost, to be made: of the input (N, C, H, W), and of ``dz`` if it is not turned."""
     turns = conv2d_wgrad_turns(problem.device, *_wgrad_sizes(problem))
     sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
     return [Copy(source, new_by_batch(source.shape, source)) for source in sources]

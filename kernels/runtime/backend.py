@@ -86,7 +86,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> int:
-    """NVIDIA compute capability that kernels on ``device`` are made for, 90 for an H100; 0 for a GPU of another maker.
+    """NVIDIA compute capability that kernels on ``device`` are made for, 90 for an H100; 0 for a GPU of another maker, or none.
 
     Of the GPU; while launches are recorded, of the target they are compiled for; in the interpreter Hopper's, whose descriptors
     it runs.
@@ -102,15 +102,20 @@ def dot_precision(device: torch.device, precision: str) -> str:
 
     Of AMD's GPUs only gfx942 multiplies TF32. The others' matrix cores multiply float32 exactly.
     """
-    if precision == "tf32" and capability(device) == 0 and _architecture(device) != "gfx942":
+    if precision == "tf32" and capability(device) == 0 and _architecture(device) not in (0, "gfx942"):
         return "ieee"
     return precision
 
 
 def _architecture(device: torch.device) -> int | str:
-    """Compute capability of an NVIDIA GPU, 90; name of an AMD GPU's instruction set, ``"gfx942"``."""
+    """Compute capability of an NVIDIA GPU, 90; name of an AMD GPU's instruction set, ``"gfx942"``; 0 where there is no GPU."""
     if device.type == "cuda":
-        return _gpu_architecture(torch.cuda.current_device() if device.index is None else device.index)
+        try:
+            return _gpu_architecture(torch.cuda.current_device() if device.index is None else device.index)
+        except (RuntimeError, AssertionError):
+            if torch.cuda.device_count() > 0:
+                raise
+            return 0  # of fake tensors
     arch: int | str = triton.runtime.driver.active.get_current_target().arch
     return arch
 

@@ -174,6 +174,15 @@ def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
     return launch_direct
 
 
+def _count(kind: Any) -> int:
+    """How many of :func:`leaves` an argument of type ``kind`` is: a descriptor is its address, sizes and strides."""
+    if isinstance(kind, tuple):
+        return sum(map(_count, kind))
+    if not kind.startswith("tensordesc"):
+        return 1
+    return 1 + 2 * (kind[kind.index("[") + 1 : kind.index("]")].count(",") + 1)
+
+
 def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> Launcher:
     launch = compiled.run.launch
     if getattr(launch, "__closure__", None):  # what describes tensors to TMA stands before the C function
@@ -186,12 +195,12 @@ def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...])
 
         return launch_direct
 
-    # A kernel that takes tuples takes no tensor descriptor, which would be several values.
+    # The values of a tuple are one of the C function's, those of a tensor descriptor as many as there are.
     places: list[int | slice] = []
     end = 0
     for kind in kinds:
-        begin, end = end, end + (len(kind) if isinstance(kind, tuple) else 1)
-        places.append(slice(begin, end) if isinstance(kind, tuple) else begin)
+        begin, end = end, end + _count(kind)
+        places += [slice(begin, end)] if isinstance(kind, tuple) else range(begin, end)
     nested = operator.itemgetter(*places)
 
     def launch_nested(stream: int, values: tuple[Any, ...], _keep: Any = compiled) -> None:

@@ -58,6 +58,7 @@ class Comparison:
         second, second_described = self.launched.pop(), self._take_described()
         assert not self.launched
         assert first_described == second_described, kernel.fn.__name__
+        assert len(first) == len(second), kernel.fn.__name__  # a tuple is one value
         assert _comparable(first, leaves) == _comparable(second, leaves), kernel.fn.__name__
         self.kernels[kernel.fn.__name__] += 1
 
