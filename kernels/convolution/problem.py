@@ -102,7 +102,7 @@ class ConvolutionGradients(NamedTuple):
 class PooledConvolution(NamedTuple):
     """What :func:`kernels.conv2d_relu_max_pool2d`'s operator is told beside its tensors.
 
-    ``keeps_rows``: whether the backward pass is to read cells with the batch innermost in place of the images.
+    ``keeps_cells_by_batch``: whether the backward pass is to read cells with the batch innermost in place of the images.
     """
 
     geometry: Geometry
@@ -111,7 +111,7 @@ class PooledConvolution(NamedTuple):
     channels_last: bool
     write_position: bool
     input_is_cells: bool
-    keeps_rows: bool = False
+    keeps_cells_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator's schema lists it."""
@@ -128,7 +128,7 @@ class PooledConvolution(NamedTuple):
 class PooledConvolutionGradients(NamedTuple):
     """What the operator of its gradients is told: as :class:`ConvolutionGradients`, and the size of the images.
 
-    ``kept_rows``: whether the cells that are there in place of the images have the batch innermost.
+    ``kept_by_batch``: whether the cells that are there in place of the images have the batch innermost.
     """
 
     input_size: Sequence[int]
@@ -137,7 +137,7 @@ class PooledConvolutionGradients(NamedTuple):
     window: Window
     wanted: Sequence[bool]
     linked: bool
-    kept_rows: bool = False
+    kept_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """As the operator's schema lists it."""

@@ -51,10 +51,10 @@ from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Pr
 def _run_fprop(
     input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_rows = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_cells_by_batch = problem
     convolution = Problem.of(input.shape, weight, geometry, conv_size)
-    if keeps_rows:
-        return _run_rows(input, weight, bias, convolution, problem)
+    if keeps_cells_by_batch:
+        return _run_keeping_cells(input, weight, bias, convolution, problem)
     keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
@@ -70,17 +70,17 @@ def _run_fprop(
     return pooled, position, nothing(input) if made is None else made
 
 
-def _run_rows(
+def _run_keeping_cells(
     input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Problem, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and in the third place the cells with the batch innermost."""
+    """As :func:`_run_fprop`; the third result are the cells with the batch innermost."""
     x = row_stem.dense_rows(input)
     kept = row_stem.cells_copy(x, convolution)
     if select.fuses_pool(convolution, problem.window):
         options = (convolution, problem.window, problem.channels_last, problem.write_position, kept)
         pooled, position = row_stem.pooled_fprop(x, weight, bias, *options)
     else:  # PyTorch's switch was another when the call was prepared
-        pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_rows=False))
+        pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_cells_by_batch=False))
         kept.make()
     return pooled, position, kept.out
 
@@ -103,17 +103,22 @@ def conv2d_relu_max_pool2d_fprop(
     channels_last: bool,
     write_position: bool,
     input_is_cells: bool,
-    keeps_rows: bool = False,
+    keeps_cells_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
 
     The third result, empty where there is no such thing, is what the backward pass of a strided first layer reads in place of
-    ``input``: its cells, with ``keeps_rows`` such with the batch innermost. ``link``: of ``input``, see
+    ``input``: its cells, with ``keeps_cells_by_batch`` such with the batch innermost. ``link``: of ``input``, see
     :class:`kernels.conv2d.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
     problem = PooledConvolution.of(
-        *(stride, padding, dilation, groups, conv_size), *window, channels_last, write_position, input_is_cells, keeps_rows
+        *(stride, padding, dilation, groups, conv_size),
+        *window,
+        channels_last,
+        write_position,
+        input_is_cells,
+        keeps_cells_by_batch,
     )
     return _run_fprop(input, weight, bias, link, problem)
 
@@ -121,7 +126,7 @@ def conv2d_relu_max_pool2d_fprop(
 @conv2d_relu_max_pool2d_fprop.register_fake
 def _(input, weight, bias, link, *flat):
     problem = PooledConvolution.of(*flat)
-    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_rows = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_cells_by_batch = problem
     size = (input.shape[0], weight.shape[0], *window.output_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(pooled, window.kernel_size, channels_last, write_position, False)
@@ -130,7 +135,7 @@ def _(input, weight, bias, link, *flat):
     if keeps_cells and select.reads_cells(Problem.of(input.shape, weight, geometry, conv_size)):
         step = geometry.stride[0]
         cells = new_cells(input, step, cells_size(step, conv_size, weight.shape[2:]))
-    if keeps_rows:
+    if keeps_cells_by_batch:
         step = geometry.stride[0]
         cells_at = cells_size(step, conv_size, weight.shape[2:])
         cells = new_cells_by_batch(cells_at, step * step * input.shape[1], input.shape[0], input)
@@ -145,23 +150,16 @@ def _run_backward(
     position: Tensor,
     problem: PooledConvolutionGradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked, kept_rows = problem
+    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked, kept_by_batch = problem
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight = nothing(weight)
-    if needs_weight and (kept_rows or cells is None) and select.fuses_pool_wgrad(convolution, window):
-        if cells is None:
-            assert input is not None
-            kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
-            kept.make()
-            cells = kept.out
-        d_weight = new_output_like(weight)
-        d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-        row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+    if needs_weight and (kept_by_batch or cells is None) and select.fuses_pool_wgrad(convolution, window):
+        d_weight, d_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
         if not needs_input:
-            return nothing(weight), d_weight, nothing(weight) if d_bias is None else d_bias, nothing(weight)
+            return nothing(weight), d_weight, d_bias, nothing(weight)
         needs_weight, cells = False, None
-    elif kept_rows:
+    elif kept_by_batch:
         assert cells is not None
         of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
         input, cells = _images_of(of_cells, input_size, geometry), None
@@ -170,6 +168,31 @@ def _run_backward(
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
     return dx, dw if needs_weight else d_weight, d_bias, d_link
+
+
+def _pooled_wgrad(
+    grad_output: Tensor,
+    input: Tensor | None,
+    cells: Tensor | None,
+    weight: Tensor,
+    position: Tensor,
+    convolution: Problem,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias (empty if not wanted) from that of the pooled output, the unpooled one never written.
+
+    Args:
+        input, cells: the images, or their cells with the batch innermost.
+    """
+    if cells is None:
+        assert input is not None
+        kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
+        kept.make()
+        cells = kept.out
+    d_weight = new_output_like(weight)
+    d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
+    row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+    return d_weight, nothing(weight) if d_bias is None else d_bias
 
 
 def _images_of(cells: Tensor, input_size: Sequence[int], geometry: Geometry) -> Tensor:
@@ -198,15 +221,15 @@ def conv2d_relu_max_pool2d_backward(
     pool_padding: list[int],
     wanted: list[bool],
     linked: bool,
-    kept_rows: bool = False,
+    kept_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
 
-    Either ``input`` is there or its ``cells``, with ``kept_rows`` its copy with the batch innermost.
+    Either ``input`` is there or its ``cells``, with ``kept_by_batch`` its copy with the batch innermost.
     """
     window = Window(kernel_size, pool_stride, pool_padding, (1, 1), grad_output.shape[2:])
     geometry = Geometry(stride, padding, dilation, groups)
-    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked, kept_rows)
+    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked, kept_by_batch)
     return _run_backward(grad_output, input, cells, weight, position, problem)
 
 
@@ -229,7 +252,7 @@ def _formula(
     geometry, conv_size, window = ctx.problem[:3]
     if input is None:
         assert cells is not None
-        if ctx.problem.keeps_rows:
+        if ctx.problem.keeps_cells_by_batch:
             cells = row_stem.cells_of_copy(cells, ctx.input_size[0], geometry.stride[0] ** 2 * weight.shape[1])
         input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
         geometry = geometry._replace(padding=(0, 0))  # which is in the cells
@@ -255,7 +278,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         _, position, made = output
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
-        has_cells = cells is not None and (problem.keeps_rows or cells.dim() == 4)
+        has_cells = cells is not None and (problem.keeps_cells_by_batch or cells.dim() == 4)
         # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
         leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
         saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
@@ -270,10 +293,12 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     @differentiable_by(_formula, of=(1, 3), takes_link=True)
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any):
         input, cells, weight, position = saved[1:]
-        geometry, conv_size, window, _, write_position, _, keeps_rows = ctx.problem
+        geometry, conv_size, window, _, write_position, _, keeps_cells_by_batch = ctx.problem
         check_positions_written(write_position)
         wanted = ctx.needs_input_grad[:3]
-        problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked, keeps_rows)
+        problem = PooledConvolutionGradients(
+            ctx.input_size, geometry, conv_size, window, wanted, ctx.linked, keeps_cells_by_batch
+        )
         tensors = (grad_output, input if cells is None else None, cells, weight, position)
         dx, dw, d_bias, d_link = _backward_operator(tensors, problem)
         return (
@@ -380,9 +405,9 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     needs_grad = wants_grad(input, weight, bias)
-    keeps_rows = needs_grad and link is None and not cells and weight.dtype is torch.float32
-    keeps_rows = keeps_rows and _keeps_rows(batched, weight, geometry, conv_size, window)
-    problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_rows)
+    keeps_cells_by_batch = needs_grad and link is None and not cells and weight.dtype is torch.float32
+    keeps_cells_by_batch = keeps_cells_by_batch and _keeps_cells(batched, weight, geometry, conv_size, window)
+    problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_cells_by_batch)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
 
@@ -407,11 +432,13 @@ def prepare_conv2d_relu_max_pool2d(
     bias_size = None if bias is None else bias.shape
     convolution, conv_size = checked(conv2d_arguments, tuple(size), weight.shape, bias_size, *geometry)
     window = checked(pool_arguments, conv_size, kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
-    keeps_rows = needs_grad and link is None and not cells and _keeps_rows(input, weight, convolution, conv_size, window)
-    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells, keeps_rows)
+    keeps_cells_by_batch = (
+        needs_grad and link is None and not cells and _keeps_cells(input, weight, convolution, conv_size, window)
+    )
+    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells, keeps_cells_by_batch)
 
 
-def _keeps_rows(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
+def _keeps_cells(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
     # Dynamo cannot ask PyTorch's switches. Images whose gradient is wanted are kept in any case.
     if torch.compiler.is_compiling() or input.requires_grad or not weight.requires_grad:
         return False
