@@ -36,7 +36,7 @@ TOOLS = {
 #: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
 DESCRIPTORS = (
     *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
-    "_row_major_",
+    *("_turned_", "_row_major_"),
 )
 
 
@@ -70,7 +70,7 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     with tables.override(IMAGES_WGRAD=1):
         backward(kernels.conv2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, activation="relu"))
     for images in (1, 0):
-        with tables.override(IMAGES=images, IMAGES_WGRAD=1):
+        with tables.override(IMAGES=images, IMAGES_WGRAD=1, TURNED=images):
             y, link = kernels.linked_conv2d(randn(5, 64, 5, 6), randn(80, 64, 3, 3), randn(80), padding=1)
             backward(kernels.conv2d(y, randn(48, 80, 3, 3), randn(48), padding=1, activation="relu", link=link))
     backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
