@@ -123,7 +123,7 @@ FAULTS = (
     ),
     Fault(
         "off by one in the rows that a filter row's gradient leaves out",
-        "kernels/convolution/descriptor.py",
+        "kernels/convolution/descriptor_wgrad.py",
         "    p_low = tl.maximum(0, pad_h - r)\n",
         "    p_low = tl.maximum(0, pad_h - r + 1)\n",
         (f"{_DESCRIPTOR}::test_forward_and_gradients",),
@@ -214,14 +214,14 @@ FAULTS = (
     ),
     Fault(
         "unmasked store: folded columns past a filter row's last",
-        "kernels/convolution/descriptor.py",
+        "kernels/convolution/descriptor_wgrad.py",
         "    tl.store(p_out + o_c, acc, mask=m_k & (c0 + o_c < C) if FOLDED else m_k)",
         "    tl.store(p_out + o_c, acc, mask=m_k)",
         (f"{_TF32}::test_folded_columns",),
     ),
     Fault(
         "the second filter column's block of a folded one begins where the first does",
-        "kernels/convolution/descriptor.py",
+        "kernels/convolution/descriptor_wgrad.py",
         "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
         "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
         (f"{_TF32}::test_folded_columns",),

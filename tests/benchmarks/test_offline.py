@@ -24,7 +24,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: precision, in TF32, PyTorch's default for convolutions.
 BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
 HALFS_PRODUCTS = {"_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_matmul_descriptor_kernel"}
-TF32_PRODUCTS = {"_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"}
+TF32_PRODUCTS = {
+    *("_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
+    "_conv2d_turned_wgrad_kernel",
+}
 DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
 #: And what prepares their operands or adds up their parts.
 HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel"}
