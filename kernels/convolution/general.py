@@ -362,7 +362,8 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     sizes = phase_pixels, cg, k // groups * r * s
     wide = needs_int64(dz, weight, dx)
     whole = None if wide else True
-    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
+    irregular = problem.is_irregular or dz.stride(1) != 1
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=irregular, whole=whole)
     phases = min(stride[0], h) * min(stride[1], w)
     grid = phases * groups * cdiv(phase_pixels, config["BLOCK_M"]) * cdiv(cg, config["BLOCK_N"])
     step_r, inverse_r = _filter_step(stride[0], dilation[0])
@@ -412,7 +413,8 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     wide = needs_int64(dz, input, dw)
     sizes = k // groups, cg * r * s, pixels
     whole = None if wide else False
-    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=problem.is_irregular, whole=whole)
+    irregular = problem.is_irregular or dz.stride(1) != 1 or input.stride(1) != 1
+    config = matmul_config(*sizes, dz.dtype, precision, irregular_gather=irregular, whole=whole)
     programs = groups * cdiv(k // groups, config["BLOCK_M"]) * cdiv(cg * r * s, config["BLOCK_N"])
     blocks = cdiv(pixels, config["BLOCK_K"])
     split = split_count(programs, max(blocks, 1))
