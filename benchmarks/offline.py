@@ -259,7 +259,7 @@ def single_operations(dtype: torch.dtype) -> None:
     # AlexNet's conv2 at batch 128, whose output's gradient TF32 turns and does not copy.
     maps = torch.empty(128, 96, 26, 26, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     filters = torch.empty(256, 96, 5, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    output = kernels.conv2d(maps, filters, bias, padding=2)
+    output = kernels.conv2d(maps, filters, padding=2)
     output.backward(torch.empty_like(output))
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
