@@ -68,8 +68,7 @@ _COUNT = range(1, 2**16)  # as many programs as CUDA takes along a grid's second
 
 #: What a table may say: the values that a kernel can be compiled for, if not for every shape.
 _ALLOWED: dict[str, Container[int]] = {
-    **dict.fromkeys(("BLOCK_M", "BLOCK_K"), _BLOCKS),
-    "BLOCK_N": _BLOCKS | {8},  # of 8 channels in TF32
+    **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _BLOCKS),
     **dict.fromkeys(("BLOCK_N2", "BLOCK_K2"), _BLOCKS | {0}),
     **dict.fromkeys(("NB", "TH", "TW"), _POWERS_OF_2),
     **dict.fromkeys(("IMAGES", "FUSED", "FOLDED", "TURNED", "WARP_SPECIALIZE"), _FLAG),

@@ -459,7 +459,7 @@ def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
 
 
 def conv2d_rows_pool_config(
-    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, wide: bool
+    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, wide: bool = False
 ) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
