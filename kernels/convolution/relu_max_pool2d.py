@@ -439,8 +439,7 @@ def prepare_conv2d_relu_max_pool2d(
 
 
 def _keeps_cells(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
-    # Dynamo cannot ask PyTorch's switches. Images whose gradient is wanted are kept in any case.
-    if torch.compiler.is_compiling() or input.requires_grad or not weight.requires_grad:
+    if torch.compiler.is_compiling() or not weight.requires_grad:  # Dynamo cannot ask PyTorch's switches
         return False
     return select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
 
