@@ -30,7 +30,7 @@ MOST_RATIO = {
     ("train_default_format", "step", "bfloat16"): 1.1,
     ("infer_default_format", "step", "bfloat16"): 1.1,
     ("train_default_format", "step", "float32"): 0.9,
-    ("infer_default_format", "step", "float32"): 0.7,
+    ("infer_default_format", "step", "float32"): 1.0,
     ("module", "train", "bfloat16"): 1.3,
     ("module", "infer", "bfloat16"): 1.5,
     ("module", "train", "float32"): 0.9,
