@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from kernels.configs.tables import SHARED_BYTES
+from kernels.configs.tables import MULTIPROCESSORS, SHARED_BYTES
 from kernels.convolution import rules
 from kernels.runtime.launch import cdiv
 
@@ -71,6 +71,24 @@ def images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         for split in _splits(programs, stage, stages):
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
+
+
+def stream_k_wgrad(c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
+    """Of the weight's gradient in equal shares."""
+    rows = (128, 256) if k % 256 == 0 else (128,)
+    blocks = ((256, 128), (256, 0), (128, 64), (128, 0))
+    for block_m, (n1, n2), folded, block_k, warps, stages in itertools.product(
+        rows, blocks, (0, 1), (128 // itemsize, 256 // itemsize), (4, 8), (3, 4, 5)
+    ):
+        columns = n1 + n2
+        covered = cdiv(s * c, columns) * columns
+        if (not folded and c % columns) or (folded and (s == 1 or 6 * s * c < 5 * covered)):
+            continue
+        stage = (block_m + columns) * block_k * itemsize
+        if _fits(stage, stages, block_m * columns, warps, 192 if warps == 8 else 128):
+            values = {"STREAM_K": 1, "FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+            programs = MULTIPROCESSORS * min(8 // warps, SHARED_BYTES // (stages * stage))
+            yield values | {"PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
 
 
 def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:

@@ -177,9 +177,10 @@ class Job:
         elif self.pass_ == "dgrad":
             found = itertools.chain(of.images(n, k, c, itemsize, self.layer in LINKED), of.boxes(n, size, k, c, itemsize))
         elif tf32:
-            found = of.turned_wgrad(c, k, r, r) if self.turns else of.by_batch_wgrad(c, k, r, r)
+            shares = of.stream_k_wgrad(c, k, r, itemsize)
+            found = of.turned_wgrad(c, k, r, r) if self.turns else itertools.chain(of.by_batch_wgrad(c, k, r, r), shares)
         else:
-            found = of.images_wgrad(c, k, r * r)
+            found = itertools.chain(of.images_wgrad(c, k, r * r), of.stream_k_wgrad(c, k, r, itemsize))
         # Not with WARP_SPECIALIZE: of many of these Triton 3.6's compiler ends the process, and 3.8 refuses all.
         return list(found)
 

@@ -93,7 +93,7 @@ def _conv2d_box(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 def _conv2d_images_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["C"] * a["R"] * a["S"]
-    together = a["POSITIONS"]
+    together = a.get("POSITIONS", 1)
     tiles = triton.cdiv(a["K"], a["BLOCK_M"]) * triton.cdiv(a["C"], a["BLOCK_N"] + a["BLOCK_N2"])
     step = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * together * a["BLOCK_K"] * triton.cdiv(a["N"], a["BLOCK_K"])
     issued = 0
@@ -167,6 +167,7 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_images_kernel": _conv2d_images,
     "_conv2d_box_kernel": _conv2d_box,
     "_conv2d_images_wgrad_kernel": _conv2d_images_wgrad,
+    "_conv2d_stream_k_wgrad_kernel": _conv2d_images_wgrad,
     "_conv2d_turned_wgrad_kernel": _conv2d_turned_wgrad,
     "_conv2d_stem_kernel": _conv2d_stem,
     "_conv2d_stem_wgrad_kernel": _conv2d_stem,

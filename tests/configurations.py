@@ -224,7 +224,7 @@ def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -
         keys.add((kernel, dtype, *sorted(told_apart.items())))
     for choice in choices:
         # A split is a number of programs; where it is in a kernel's code the launch has it.
-        values = tuple((n, v) for n, v in choice.answer if n not in (*_OPTIONS, "SPLIT")) if choice.tiles else ()
+        values = tuple((n, v) for n, v in choice.answer if n not in (*_OPTIONS, "SPLIT", "PROGRAMS")) if choice.tiles else ()
         keys |= {(choice.function, dtype, *values)} if values else set()
     return frozenset(keys)
 
@@ -372,8 +372,8 @@ def replay(part: Part) -> Iterator[None]:
             if not choice.tiles:
                 return choice.answer
             tiles = choice.tiles
-            if "SPLIT" in tiles and name.endswith("wgrad_config"):
-                tiles["SPLIT"] = min(tiles["SPLIT"], PARTS)
+            for parts in {"SPLIT", "PROGRAMS"} & set(tiles) if name.endswith("wgrad_config") else ():
+                tiles[parts] = min(tiles[parts], PARTS)
             return tiles
 
         return answer

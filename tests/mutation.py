@@ -61,6 +61,7 @@ _POOL = "tests/kernels/pooling/test_max_pool2d.py"
 _LINEAR = "tests/kernels/test_linear.py"
 _DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
 _TF32 = "tests/kernels/convolution/test_conv2d_tf32.py"
+_STREAM_K = "tests/kernels/convolution/test_stream_k_wgrad.py"
 _ROWS = "tests/kernels/convolution/test_conv2d_rows.py"
 _STEM_POOL = "tests/kernels/convolution/test_conv2d_stem_pool.py"
 
@@ -222,9 +223,37 @@ FAULTS = (
     Fault(
         "the second filter column's block of a folded one begins where the first does",
         "kernels/convolution/descriptor_wgrad.py",
-        "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
-        "acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
+        "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
+        "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
         (f"{_TF32}::test_folded_columns",),
+    ),
+    Fault(
+        "a share's last step is another program's too",
+        "kernels/convolution/stream_k_wgrad.py",
+        "high = tl.minimum(last - start, steps).to(tl.int32)",
+        "high = tl.minimum(last + 1 - start, steps).to(tl.int32)",
+        (f"{_STREAM_K}::test_values[a_tile_of_several_shares-float16]",),
+    ),
+    Fault(
+        "the last part of a tile is not added",
+        "kernels/convolution/stream_k_wgrad.py",
+        "(start + steps - 1) // SHARE - start // SHARE + 1, 0)",
+        "(start + steps - 1) // SHARE - start // SHARE, 0)",
+        (f"{_STREAM_K}::test_values[one_program-float16]",),
+    ),
+    Fault(
+        "a filter position that meets nothing has a part all the same",
+        "kernels/convolution/stream_k_wgrad.py",
+        "parts = tl.where(steps > 0, (start",
+        "parts = tl.where(steps >= 0, (start",
+        (f"{_STREAM_K}::test_values[taps_in_the_padding-float16]",),
+    ),
+    Fault(
+        "the second block of columns begins where the first does",
+        "kernels/convolution/stream_k_wgrad.py",
+        "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
+        "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
+        (f"{_STREAM_K}::test_values[two_blocks-float16]",),
     ),
     Fault(
         "an image past the last in a copy with the batch innermost",

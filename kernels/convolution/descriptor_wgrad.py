@@ -22,7 +22,7 @@ from .rules import conv2d_by_batch_wgrad_config, conv2d_images_wgrad_config
 
 
 @triton.jit
-def _load_images(x_desc, h, n0, o_x, BY_BATCH: tl.constexpr):
+def load_images(x_desc, h, n0, o_x, BY_BATCH: tl.constexpr):
     """[images, columns] of row ``h``, from image ``n0`` and column ``o_x`` on."""
     if BY_BATCH:
         block = x_desc.load([h, o_x, n0])
@@ -112,15 +112,15 @@ def _conv2d_images_wgrad_kernel(
         b_z = z_desc.load([o_z, n0]) if BY_BATCH else z_desc.load([n0, o_z]).T  # [BLOCK_M, BLOCK_K]
         h = p + r - pad_h
         o_x = (q + s - pad_w) * X_CHANNELS + c0
-        acc = dot(b_z, _load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
+        acc = dot(b_z, load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
         if BLOCK_N2 > 0:
-            acc2 = dot(b_z, _load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
+            acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
         if POSITIONS == 2:
             h2 = p + r2 - pad_h
             o_x2 = (q + s2 - pad_w) * X_CHANNELS + c0
-            next_acc = dot(b_z, _load_images(x_desc, h2, n0, o_x2, BY_BATCH), next_acc, INPUT_PRECISION)
+            next_acc = dot(b_z, load_images(x_desc, h2, n0, o_x2, BY_BATCH), next_acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
-                b_x2 = _load_images(x2_desc, h2, n0, o_x2 + BLOCK_N, BY_BATCH)
+                b_x2 = load_images(x2_desc, h2, n0, o_x2 + BLOCK_N, BY_BATCH)
                 next_acc2 = dot(b_z, b_x2, next_acc2, INPUT_PRECISION)
 
     o_k = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,6 +139,18 @@ def _conv2d_images_wgrad_kernel(
 
 
 # ------------------------------------------------------------------------------------------------- launch function
+
+
+def operands(
+    dz: Tensor, input: Tensor, problem: Problem, by_batch: bool, images: int, filters: int, columns: Sequence[int]
+) -> tuple[TensorDescriptor, list[TensorDescriptor]]:
+    """Descriptors of the gradient, in blocks of ``images`` x ``filters``, and of the input for each width of ``columns``."""
+    n, p, q, k = problem.n, problem.p, problem.q, problem.k
+    if by_batch:
+        z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [filters, images])
+        return z_desc, [rows_by_batch(input, n, [1, width, images]) for width in columns]
+    x = dense_nhwc(input)
+    return matrix(dense_nhwc(dz), n, [images, filters]), [input_rows(x, images, width) for width in columns]
 
 
 def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool) -> None:
@@ -162,20 +174,13 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
     folded = s if config["FOLDED"] else 1  # filter columns that are taken for channels
     positions = cdiv(r * s // folded, config["POSITIONS"]) * cdiv(c * folded, config["BLOCK_N"] + n2)
-    if by_batch:
-        z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [m, images])
-    else:
-        z_desc, input = matrix(dense_nhwc(dz), n, [images, m]), dense_nhwc(input)
-
-    def rows(columns: int) -> TensorDescriptor:
-        return rows_by_batch(input, n, [1, columns, images]) if by_batch else input_rows(input, images, columns)
-
+    z_desc, (x_desc, x2_desc) = operands(dz, input, problem, by_batch, images, m, [config["BLOCK_N"], n2 or config["BLOCK_N"]])
     launch(
         _conv2d_images_wgrad_kernel,
         (cdiv(k, m) * positions, split),
         z_desc=z_desc,
-        x_desc=rows(config["BLOCK_N"]),
-        x2_desc=rows(n2 or config["BLOCK_N"]),
+        x_desc=x_desc,
+        x2_desc=x2_desc,
         partial_ptr=partial,
         N=n,
         H=h,

@@ -6,6 +6,7 @@ What was measured for a GPU (:mod:`kernels.configs.tables`) comes before them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -247,11 +248,11 @@ def conv2d_box_config(
 _CYCLES_US, _MEMORY_BYTES_US, _PROGRAM_US = 1700, 3.0e6, 2.0
 
 
-def _tf32_cycles(block_m: int, block_n: int) -> float:
-    """Cycles that one multiprocessor takes for block_m x block_n sums of 32 products of TF32, at least.
+def _row_cycles(block_m: int, block_n: int) -> float:
+    """Cycles that one multiprocessor takes for block_m x block_n sums of 128 bytes of products, at least.
 
-    The tensor cores take n / 2 cycles for 64 x n x 8 products. Shared memory moves 128 bytes a cycle: both operands of each
-    such product on their way out, and the blocks on their way in.
+    32 products of TF32, 64 of half precision. The tensor cores take n / 2 cycles for 64 x n sums of 32 bytes. Shared memory
+    moves 128 bytes a cycle: both operands of each such product on their way out, and the blocks on their way in.
     """
     products = block_m * block_n / 32
     moved = block_m / 64 * (64 + block_n) + block_m + block_n
@@ -267,7 +268,7 @@ def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int)
         columns = config["BLOCK_N"] + config["BLOCK_N2"]
         blocks = r * cdiv(s * c, columns) if config["FOLDED"] else r * s * (c // columns)
         rounds = cdiv(cdiv(k, config["BLOCK_M"]) * blocks * config["SPLIT"], MULTIPROCESSORS)
-        step = _tf32_cycles(config["BLOCK_M"], columns) / _CYCLES_US
+        step = _row_cycles(config["BLOCK_M"], columns) / _CYCLES_US
         parts = (2 * config["SPLIT"] + 1) * 4 * k * c * r * s  # written, read, and added up
         return rounds * (cdiv(steps, config["SPLIT"]) * step + _PROGRAM_US) + parts / _MEMORY_BYTES_US
 
@@ -339,6 +340,82 @@ def conv2d_turned_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
     steps = p * q * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
+
+
+def _half_step(config: dict[str, int], blocks: Sequence[int]) -> float:
+    """Estimated microseconds of one step of a weight gradient in half precision, of columns in ``blocks``.
+
+    As :func:`_row_cycles`, but each block of columns reads the first operand anew: under 64 columns that takes longest.
+    """
+    block_m, rows = config["BLOCK_M"], config["BLOCK_M"] / 16
+    products = rows * sum(max(n / 2, 16 + n / 4) for n in blocks)
+    moved = rows * sum(16 + n / 4 for n in blocks) + block_m + sum(blocks)
+    return config["BLOCK_K"] / 64 * max(products, moved) / _CYCLES_US
+
+
+@functools.lru_cache(maxsize=1024)
+def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> tuple[float, dict[str, int]]:
+    """Estimated microseconds of a weight gradient in equal shares in half precision, and its tiles."""
+
+    def microseconds(config: dict[str, int]) -> float:
+        block_m, programs, blocks = config["BLOCK_M"], config["PROGRAMS"], _blocks(config)
+        columns = sum(blocks)
+        tiles = cdiv(k, block_m) * (r * cdiv(s * c, columns) if config["FOLDED"] else r * s * cdiv(c, columns))
+        # Rows that meet no input are left out, and columns if not FOLDED: r / 4 a row on average where a layer keeps its size.
+        inside = (1 - r / 4 / p) * (1 if config["FOLDED"] else 1 - s / 4 / q)
+        busy = tiles * inside * p * q * cdiv(n, config["BLOCK_K"]) * _half_step(config, blocks) / MULTIPROCESSORS
+        parts = 8 * (programs + tiles) * block_m * columns + 4 * k * c * r * s
+        return busy + programs / MULTIPROCESSORS * _PROGRAM_US + parts / _MEMORY_BYTES_US
+
+    candidates = []
+    tiles = ((128, 256, 128), (128, 256, 0), (128, 128, 0), (128, 64, 0), (128, 32, 0), (128, 16, 0))
+    for block_m, block_n, block_n2 in tiles:
+        for folded in (0, 1) if s > 1 else (0,):
+            warps = 8 if block_m * block_n > 128 * 128 else 4
+            config = {"FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
+            config |= {"BLOCK_K": tile_size(n, 16, 64), "PROGRAMS": MULTIPROCESSORS * (8 // warps)}
+            candidates.append(config | {"num_warps": warps, "num_stages": 3 if warps == 8 else 4})
+    best = min(candidates, key=microseconds)
+    return microseconds(best), best
+
+
+def _blocks(config: dict[str, int]) -> list[int]:
+    """The widths of a program's blocks of columns."""
+    return [config[name] for name in ("BLOCK_N", "BLOCK_N2") if config[name]]
+
+
+def conv2d_wgrad_streams(
+    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, *, dtype: torch.dtype
+) -> bool:
+    """Whether a weight gradient runs in equal shares (:mod:`.stream_k_wgrad`), not in parts of equal size.
+
+    Where nothing was measured, in half precision: if that is estimated to take 5% less time.
+    """
+    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
+    config = {"STREAM_K": measured.get("STREAM_K", 0)}
+    if not measured and not INTERPRETED and dtype != torch.float32:
+        split = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, dtype)
+        blocks = _blocks(split)
+        tiles = cdiv(k, split["BLOCK_M"]) * cdiv(r * s, split["POSITIONS"]) * (c // sum(blocks))
+        at_once = 2 if split["num_warps"] == 4 else 1
+        rounds = cdiv(tiles * split["SPLIT"], at_once * MULTIPROCESSORS) * at_once
+        steps = cdiv(p * q * cdiv(n, split["BLOCK_K"]), split["SPLIT"])
+        parts = (2 * split["SPLIT"] + 1) * 4 * k * c * r * s
+        estimate = rounds * (steps * _half_step(split, blocks * split["POSITIONS"]) + _PROGRAM_US) + parts / _MEMORY_BYTES_US
+        config["STREAM_K"] = int(_stream_k_rule(n, p, q, c, k, r, s)[0] < 0.95 * estimate)
+    return bool(apply_overrides(config)["STREAM_K"])
+
+
+def conv2d_stream_k_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """PROGRAMS, FOLDED and tiles: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, FOLDED columns of a row, BLOCK_K images."""
+    config = dict(_stream_k_rule(n, p, q, c, k, r, s)[1])
+    if dtype == torch.float32:
+        config["BLOCK_K"] = tile_size(n, 16, 32)
+    if INTERPRETED:
+        config |= {"BLOCK_M": tile_size(k, 16, 128), "BLOCK_K": tile_size(n, 16, 64), "PROGRAMS": 3, "num_stages": 1}
+    return apply_overrides(config | known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))))
 
 
 def conv2d_images_wgrad_config(

@@ -18,11 +18,17 @@ from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_copy_engine
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, turned_wgrad
+from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, turned_wgrad
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
-from .rules import conv2d_rows_pool_fused, conv2d_stem_pool_fused, conv2d_wgrad_by_images, conv2d_wgrad_turns
+from .rules import (
+    conv2d_rows_pool_fused,
+    conv2d_stem_pool_fused,
+    conv2d_wgrad_by_images,
+    conv2d_wgrad_streams,
+    conv2d_wgrad_turns,
+)
 
 #: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
 _SUMS_OF_8 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
@@ -244,9 +250,16 @@ def wgrad(
             copy(by_batch)
         x, *z = [each.out for each in by_batch]
         if z:
-            descriptor_wgrad.wgrad(z[0], x, dw, problem, vectors, by_batch=True)
+            _by_descriptors(z[0], x, dw, problem, vectors, by_batch=True)
         else:
             turned_wgrad.wgrad(dz, x, dw, problem, vectors)
     else:
-        descriptor_wgrad.wgrad(dz, input, dw, problem, vectors, by_batch=False)
+        _by_descriptors(dz, input, dw, problem, vectors, by_batch=False)
     return dw
+
+
+def _by_descriptors(
+    dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool
+) -> None:
+    streams = conv2d_wgrad_streams(problem.device, *_wgrad_sizes(problem), dtype=problem.dtype)
+    (stream_k_wgrad if streams else descriptor_wgrad).wgrad(dz, input, dw, problem, vectors, by_batch)

@@ -87,12 +87,14 @@ DIVIDING = {
     "conv2d_box_config": ("BLOCK_K",),
     "conv2d_images_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
     "conv2d_by_batch_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
+    "conv2d_stream_k_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
 }
 #: And those of which a tile's images are images, by the value that says how many.
 IMAGES = {
     "conv2d_images_config": "BLOCK_M",
     "conv2d_images_wgrad_config": "BLOCK_K",
     "conv2d_by_batch_wgrad_config": "BLOCK_K",
+    "conv2d_stream_k_wgrad_config": "BLOCK_K",
     "conv2d_stem": "BLOCK_M",
     "conv2d_stem_wgrad": "BLOCK_K",
     "conv2d_rows_config": "BLOCK_M",
@@ -115,7 +117,8 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     written = _largest(part, "BLOCK_N", "BLOCK_N2")
     tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
     exact = {16: 24, 256: 256}.get(tile, 2 * tile)
-    filters = max(_largest(part, "BLOCK_M", of=of) for of in ("images_wgrad", "by_batch_wgrad"))  # that a wgrad writes
+    wgrads = ("images_wgrad", "by_batch_wgrad", "stream_k_wgrad")
+    filters = max(_largest(part, "BLOCK_M", of=of) for of in wgrads)  # that a wgrad writes
     if part.phase == "input":
         c, k = _above(written, 16), exact
     elif part.phase == "weight":
