@@ -102,6 +102,7 @@ class CompiledLaunch:
     float_atomics: int
     fused_products: int  # float32 products fused with a sum, or that ptxas may still fuse with one
     has_dot: bool
+    waits_first: bool  # for the kernel before, ahead of every access to memory; False without programmatic dependent launch
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
 
 
@@ -111,6 +112,8 @@ _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.")
 _REGISTER_OPERAND = re.compile(r"ttng\.warp_group_dot [^\n]* : tensor<")
 #: A product that names its rounding (``mul.rn``) is never fused. AMD's divisions are made of fused products too.
 _FUSED_PRODUCT = re.compile(r"\b(?:fma\.rn(?:\.ftz)?|mul(?:\.ftz)?)\.f32(?:x2)?\b|\bv_(?:pk_)?fmac?_f32")
+#: An access to memory that another kernel may have written, or still read.
+_MEMORY_ACCESS = re.compile(r"\b(?:ld\.global|st\.global|atom|red|cp\.async|cp\.reduce)\b")
 _FLOAT_ATOMIC = re.compile(
     r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b|\b(?:(?:global|flat|buffer)_atomic|ds)_(?:pk_)?add_(?:rtn_)?b?f\d+"
 )
@@ -179,6 +182,11 @@ def offline_target(capability: int | str) -> Iterator[None]:
             triton.runtime.driver.reset_active()
 
 
+def _waits_first(ptx: str) -> bool:
+    access = _MEMORY_ACCESS.search(ptx)
+    return 0 <= ptx.find("griddepcontrol.wait") < (len(ptx) if access is None else access.start())
+
+
 def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
     """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
     compiled = kernel.warmup(grid=grid, **arguments)
@@ -203,6 +211,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         tma_loads=assembly.count("cp.async.bulk.tensor"),
         async_copies=len(_ASYNC_COPY.findall(assembly)),
         register_operands=len(_REGISTER_OPERAND.findall(compiled.asm["ttgir"])),
+        waits_first=_waits_first(assembly),
         float_atomics=len(_FLOAT_ATOMIC.findall(assembly)),
         fused_products=len(_FUSED_PRODUCT.findall(assembly)),
         has_dot="tt.dot" in compiled.asm["ttir"],
@@ -256,11 +265,13 @@ def single_operations(dtype: torch.dtype) -> None:
         block(pixels, first, first_bias).sum().backward()
         with torch.no_grad():
             block(pixels, first, first_bias)
-    # AlexNet's conv2 at batch 128, whose output's gradient TF32 turns and does not copy.
-    maps = torch.empty(128, 96, 26, 26, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    filters = torch.empty(256, 96, 5, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    output = kernels.conv2d(maps, filters, padding=2)
-    output.backward(torch.empty_like(output))
+    # AlexNet's conv2 at batch 128, whose output's gradient TF32 turns and does not copy; at batch 256, where nothing was
+    # measured, its weight's gradient and conv4's are in equal shares.
+    for batch, channels, count, size, r in ((128, 96, 256, 26, 5), (256, 96, 256, 26, 5), (256, 384, 384, 12, 3)):
+        maps = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        filters = torch.empty(count, channels, r, r, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        output = kernels.conv2d(maps, filters, padding=r // 2)
+        output.backward(torch.empty_like(output))
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()

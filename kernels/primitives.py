@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language import target_info
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .runtime.backend import INTERPRETED as _INTERPRETED
+from .runtime.gpu import INTERPRETED as _INTERPRETED
+from .runtime.gpu import PROGRAMMATIC_DEPENDENT_LAUNCH
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
+_PDL = tl.constexpr(PROGRAMMATIC_DEPENDENT_LAUNCH)
 
 
 @triton.jit
 def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """``tl.program_id``, in int64 where offsets can pass 2^31: what is computed from it then is in int64 too."""
+    """``tl.program_id``, in int64 where offsets can pass 2^31: what is computed from it then is in int64 too.
+
+    Every kernel asks it for its first axis before it reads or writes memory. There, from Hopper on, a kernel lets the next one
+    begin and waits for the one before ("programmatic dependent launch"): the start of the one runs beside the end of the other.
+    All that the kernels before it wrote is visible then, and they no longer read what this one writes: each of them waited too
+    before it ended. Without the launch's ``launch_pdl`` neither instruction does anything.
+    """
+    if AXIS == 0 and _PDL:
+        if target_info.cuda_capability_geq(9, 0):
+            gdc_launch_dependents()
+            gdc_wait()
     pid = tl.program_id(AXIS)
     if WIDE:
         pid = pid.to(tl.int64)

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .gpu import launches_dependents
 from .switch import Switch
 
 #: ``(kernel, grid, arguments) -> None``; what :func:`record_launches` hands each launch to.
@@ -54,6 +55,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Launch ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
     if 0 in grid:
         return
+    if launches_dependents(_device_of(arguments)):
+        arguments["launch_pdl"] = True
     recorder = _recorder.value
     if recorder is not None:
         recorder(kernel, grid, arguments)

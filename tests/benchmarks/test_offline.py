@@ -23,14 +23,17 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: Kernels that load through tensor descriptors and multiply, on sm_90 and later: in half precision and in TF32, in half
 #: precision, in TF32, PyTorch's default for convolutions.
 BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
-HALFS_PRODUCTS = {"_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_matmul_descriptor_kernel"}
+HALFS_PRODUCTS = {
+    *("_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_matmul_descriptor_kernel"),
+    "_conv2d_stream_k_wgrad_kernel",
+}
 TF32_PRODUCTS = {
     *("_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
     "_conv2d_turned_wgrad_kernel",
 }
 DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
 #: And what prepares their operands or adds up their parts.
-HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel"}
+HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel", "_sum_stream_k_kernel"}
 TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel"}
 DESCRIPTOR_KERNELS = HALFS_KERNELS | TF32_KERNELS | BOTHS_PRODUCTS | {"_fold_filter_kernel", "_unfold_filter_kernel"}
 #: Of exact linear layers' operands, too.
@@ -73,6 +76,11 @@ def test_every_kernel_is_compiled_in_every_dtype(launches: list[dict]) -> None:
 
 def test_no_spills(launches: list[dict]) -> None:
     assert [r for r in launches if r["stack_bytes"] or r["local_bytes"]] == []
+
+
+def test_a_kernel_waits_for_the_one_before_it(launches: list[dict]) -> None:
+    """Programmatic dependent launch, from Hopper on: nothing is read or written before the wait."""
+    assert {r["waits_first"] for r in launches} == {launches[0]["arch"] != "sm_80"}
 
 
 GENERAL = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}

@@ -234,6 +234,22 @@ def threads_at_once(check: Check) -> None:
 
 
 @scenario
+def each_kernel_may_begin_while_the_one_before_ends(check: Check) -> None:
+    """Programmatic dependent launch, by launch functions and by plans."""
+    net, seen = small_net(), []
+    step, _ = step_of(net, images())
+    idle_utils[0].on_launch = lambda *arguments: seen.append(arguments[6])
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        idle_utils[0].on_launch = None
+    assert len(seen) % 3 == 0
+    assert seen
+    assert all(seen), seen
+
+
+@scenario
 def after_a_fork(check: Check) -> None:
     net = small_net()
     check(*step_of(net, images()))

@@ -21,7 +21,7 @@ import kernels
 from kernels.configs import tables
 from kernels.convolution import select
 from kernels.convolution.problem import Geometry, Problem
-from kernels.runtime import backend, direct, launch
+from kernels.runtime import backend, direct, gpu, launch
 from kernels.runtime.backend import current_backend
 
 from ...conftest import DEVICE, own_devices
@@ -233,11 +233,11 @@ def amd_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
         mock.patch.object(torch.version, "hip", "7.0"),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=numbers),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
-        mock.patch.object(backend, "INTERPRETED", False),
+        mock.patch.object(gpu, "INTERPRETED", False),
     ):
-        backend._gpu_architecture.cache_clear()
+        gpu._gpu_architecture.cache_clear()
         yield name.split(":")[0]
-    backend._gpu_architecture.cache_clear()
+    gpu._gpu_architecture.cache_clear()
 
 
 def test_an_amd_gpu_is_no_hopper(amd_gpu: str) -> None:
@@ -260,13 +260,13 @@ def test_an_nvidia_gpu_says_its_capability() -> None:
     with (
         mock.patch.object(torch.version, "hip", None),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-        mock.patch.object(backend, "INTERPRETED", False),
+        mock.patch.object(gpu, "INTERPRETED", False),
     ):
-        backend._gpu_architecture.cache_clear()
+        gpu._gpu_architecture.cache_clear()
         assert backend.capability(device) == 90
         assert backend.has_copy_engine(device)
         assert backend.dot_precision(device, "tf32") == "tf32"
-    backend._gpu_architecture.cache_clear()
+    gpu._gpu_architecture.cache_clear()
 
 
 def test_an_amd_launcher_is_not_launched_directly() -> None:
