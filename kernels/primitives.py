@@ -20,6 +20,15 @@ def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """``mask`` if the scalar ``condition`` holds, else all False: ``mask & condition``.
+
+    That is of int32 in Triton 3.9's interpreter, which loads and stores under masks of bool alone.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """``acc + a @ b``, accumulated in the type of ``acc``. Rows with equal operands give equal results, as on a GPU."""
     if INTERPRETED:

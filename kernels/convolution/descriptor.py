@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..primitives import cast, dot, program_id, relu, relu_grad
+from ..primitives import cast, dot, only_if, program_id, relu, relu_grad
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums
 from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch
@@ -235,7 +235,7 @@ def _conv2d_images_kernel(
             acc2 = mask_and_sum_pixels(acc2, relu_ptr, p_sums, o_row, m_n, o_k2, K)
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
     if PIXELS == 2:
-        m_n = m_n & (q + 1 < Q)
+        m_n = only_if(q + 1 < Q, m_n)
         o_row += K if CHANNELS_LAST else 1
         if RELU_GRAD:
             next_acc = mask_and_sum_pixels(next_acc, relu_ptr, p_sums + K, o_row, m_n, o_k, K)
