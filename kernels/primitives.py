@@ -42,6 +42,15 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
+def in_registers(x):
+    """``x``, which the compiler must have in registers here: empty assembly takes it from there and gives it back."""
+    if INTERPRETED:
+        return x
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=True, pack=PACK)
+
+
+@triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """``x`` (an accumulator) rounded to the nearest ``DTYPE``, ties to even."""
     if INTERPRETED and DTYPE == tl.bfloat16:
