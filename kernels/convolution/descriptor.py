@@ -387,8 +387,8 @@ def _check_register_operands(device: torch.device) -> None:
     version = ptxas_version(arch)
     if arch != 90 or version < (13, 3):
         raise RuntimeError(
-            "REGISTERS, a first operand from registers, needs a Hopper GPU (sm_90) and ptxas 13.3 or newer: older ones let it be "
-            f"overwritten while the tensor cores read it. Triton {triton.__version__} has ptxas "
+            "REGISTERS, a first operand from registers, needs a Hopper GPU (sm_90) and ptxas 13.3 or newer: older ones let it "
+            f"be overwritten while the tensor cores read it. Triton {triton.__version__} has ptxas "
             f"{'.'.join(map(str, version))} for sm_{arch}"
         )
 
