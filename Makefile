@@ -10,14 +10,16 @@ IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c
 	'import sys; (3, 12) <= sys.version_info < (3, 14) and print(sys.executable)' 2>/dev/null)))
 IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
+NEWEST_VENV ?= .venv-newest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host kernelbench render bench clean
+.PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host kernelbench render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
 	@echo "make test-lowest  the suite on the lowest versions of torch, Triton and the others that are supported"
+	@echo "make test-newest  the suite on the newest Triton that is supported, beside a torch that asks for an older one"
 	@echo "make fuzz    5,000 random cases over all operations against float64 (FUZZ_EXAMPLES=n for n, FUZZ_SEED=n repeats a run)"
 	@echo "make mutation  plants faults in the kernels one by one and shows that the suite catches each"
 	@echo "make sanitize  the kernels under a sanitizer: compute-sanitizer on a CUDA GPU, else their IR executed (Python 3.12)"
@@ -52,6 +54,16 @@ test-lowest: $(LOWEST_VENV)/installed
 $(LOWEST_VENV)/installed: pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST_VENV)
 	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint tests/lowest.txt
+	@touch $@
+
+test-newest: $(NEWEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+
+# Triton after the rest and by itself: torch names the one version that it is built with.
+$(NEWEST_VENV)/installed: pyproject.toml tests/newest.txt
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $$(grep ^torch tests/newest.txt)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/newest.txt
 	@touch $@
 
 # One process, which counts its cases; the seed it prints first and last makes the same ones again.
@@ -117,4 +129,4 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) $(NEWEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .configs.tables import elementwise_config
 from .convolution.cells import Cells, space_to_depth_reference
-from .primitives import cast, program_id
+from .primitives import cast, only_if, program_id
 from .runtime.arguments import integer, number
 from .runtime.backend import INTERPRETED, capability, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64, new_output, strides
@@ -166,7 +166,7 @@ def _gather_resize_kernel(
             pixels, flip_s = height.to(tl.float32) * width.to(tl.float32), False  # the sum is the same
         for start in range(0, H * W, BLOCK):
             o_s = start + tl.arange(0, BLOCK)
-            m_s = inside & (o_s < H * W)
+            m_s = only_if(inside, o_s < H * W)
             y_s, x_s = o_s // W, o_s % W
             if size_ptr is not None:
                 # Over the image, not over the window: however large that is, the rest of it is black.
@@ -184,7 +184,7 @@ def _gather_resize_kernel(
     y0, x0 = b_y.to(tl.int32), b_x.to(tl.int32)
     y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
     b_down, b_right = b_y - y0.to(tl.float32), b_x - x0.to(tl.float32)
-    m_load = m_image & inside
+    m_load = only_if(inside, m_image)
     b_00 = _window_pixel(p_image, y0, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_01 = _window_pixel(p_image, y0, x1, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)
     b_10 = _window_pixel(p_image, y1, x0, m_load, top, left, width, flip, brightness, stride_ih, stride_iw, H, W, AUGMENT, WIDE)

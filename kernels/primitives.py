@@ -34,6 +34,15 @@ def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def only_if(condition, mask):
+    """``mask`` if the scalar ``condition`` holds, else all False: ``mask & condition``.
+
+    That is of int32 in Triton 3.9's interpreter, which loads and stores under masks of bool alone.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """``acc + a @ b``, accumulated in the type of ``acc``. Rows with equal operands give equal results, as on a GPU."""
     if INTERPRETED:
@@ -44,6 +53,15 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
         # What the order changes in float64 is gone when the product is rounded.
         return acc + tl.dot(a, b, out_dtype=tl.float64).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def in_registers(x):
+    """``x``, which the compiler must have in registers here: empty assembly takes it from there and gives it back."""
+    if INTERPRETED:
+        return x
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=True, pack=PACK)
 
 
 @triton.jit

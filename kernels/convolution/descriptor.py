@@ -21,11 +21,14 @@ With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles.
 
 On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
 flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor
-cores still read it (wrong values on an H100). So the box kernel's first operand is the filters.
+cores still read it (wrong values on an H100). So the box kernel's first operand is the filters. With REGISTERS the images
+kernel's first operand goes through registers on purpose: two blocks of filters then read it from shared memory once, not twice.
+No rule chooses it, and before ptxas 13.3 it is refused.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +37,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..primitives import cast, dot, program_id, relu, relu_grad
+from ..primitives import cast, dot, in_registers, only_if, program_id, relu, relu_grad
+from ..runtime.backend import INTERPRETED, capability
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from ..sums import ColumnSums
 from .by_batch import Copy, copy, copy_arguments, copy_by_batch, new_by_batch
@@ -119,6 +123,19 @@ def _load_filters(w_desc, rs, c0, k0, C: tl.constexpr, K, DGRAD: tl.constexpr, F
 
 
 @triton.jit
+def _add_products(a, b, acc, INPUT_PRECISION: tl.constexpr, REGISTERS: tl.constexpr):
+    """``acc + a @ b``; with REGISTERS ``a`` goes through registers, once for all products that take it.
+
+    The sum has to be in registers too, so that the step waits for its products. Without that wait ptxas 13.4 waits for each
+    wgmma instruction by itself.
+    """
+    if REGISTERS:
+        return in_registers(dot(in_registers(a), b, acc, INPUT_PRECISION))
+    else:
+        return dot(a, b, acc, INPUT_PRECISION)
+
+
+@triton.jit
 def _conv2d_images_kernel(
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_M, BLOCK_K]
     w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
@@ -154,6 +171,7 @@ def _conv2d_images_kernel(
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
+    REGISTERS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -211,15 +229,15 @@ def _conv2d_images_kernel(
             o_x = (q - pad_w + s) * C + c0
         b_w = _load_filters(w_desc, r * S + s, c0, k0, C, K, DGRAD, FILTERS_BY_SUM)  # [BLOCK_K, BLOCK_N]
         b_x = x_desc.load([h, n0, o_x]).reshape(BLOCK_M, BLOCK_K)
-        acc = dot(b_x, b_w, acc, INPUT_PRECISION)
+        acc = _add_products(b_x, b_w, acc, INPUT_PRECISION, REGISTERS)
         if BLOCK_N2 > 0:
             b_w2 = _load_filters(w2_desc, r * S + s, c0, k0 + BLOCK_N, C, K, DGRAD, FILTERS_BY_SUM)
-            acc2 = dot(b_x, b_w2, acc2, INPUT_PRECISION)
+            acc2 = _add_products(b_x, b_w2, acc2, INPUT_PRECISION, REGISTERS)
         if PIXELS == 2:
             b_next = x_desc.load([h, n0, o_x + C]).reshape(BLOCK_M, BLOCK_K)
-            next_acc = dot(b_next, b_w, next_acc, INPUT_PRECISION)
+            next_acc = _add_products(b_next, b_w, next_acc, INPUT_PRECISION, REGISTERS)
             if BLOCK_N2 > 0:
-                next_acc2 = dot(b_next, b_w2, next_acc2, INPUT_PRECISION)
+                next_acc2 = _add_products(b_next, b_w2, next_acc2, INPUT_PRECISION, REGISTERS)
 
     o_n = pid_pixels % blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
     o_row = pixel_offset(o_n, p, q, K, P, Q, CHANNELS_LAST)
@@ -235,7 +253,7 @@ def _conv2d_images_kernel(
             acc2 = mask_and_sum_pixels(acc2, relu_ptr, p_sums, o_row, m_n, o_k2, K)
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
     if PIXELS == 2:
-        m_n = m_n & (q + 1 < Q)
+        m_n = only_if(q + 1 < Q, m_n)
         o_row += K if CHANNELS_LAST else 1
         if RELU_GRAD:
             next_acc = mask_and_sum_pixels(next_acc, relu_ptr, p_sums + K, o_row, m_n, o_k, K)
@@ -351,6 +369,30 @@ def matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], list(block))
 
 
+@functools.cache
+def ptxas_version(arch: int) -> tuple[int, ...]:
+    """Of the assembler that Triton runs for ``sm_<arch>``: (13, 4)."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return tuple(int(part) for part in get_ptxas(arch).version.split("."))
+
+
+def _check_register_operands(device: torch.device) -> None:
+    """That products on ``device`` may take their first operand from registers.
+
+    Raises:
+        RuntimeError: the GPU is no Hopper, or Triton's assembler for it is older than ptxas 13.3.
+    """
+    arch = capability(device)
+    version = ptxas_version(arch)
+    if arch != 90 or version < (13, 3):
+        raise RuntimeError(
+            "REGISTERS, a first operand from registers, needs a Hopper GPU (sm_90) and ptxas 13.3 or newer: older ones let it "
+            f"be overwritten while the tensor cores read it. Triton {triton.__version__} has ptxas "
+            f"{'.'.join(map(str, version))} for sm_{arch}"
+        )
+
+
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
     x, filters = dense_nhwc(input), dense_nhwc(weight)
@@ -432,6 +474,8 @@ def _convolve(
     sizes = (n, p, q, c, k, r, s)
     if conv2d_tile(device, operation, *sizes, channels_last, dtype) == "images":
         config = conv2d_images_config(device, operation, *sizes, dtype)
+        if config["REGISTERS"] and not INTERPRETED:
+            _check_register_operands(device)
         n2 = config["BLOCK_N2"]
         tiles = cdiv(n, config["BLOCK_M"]) * p * cdiv(q, config["PIXELS"])
         sums = new_sums(tiles * config["PIXELS"])

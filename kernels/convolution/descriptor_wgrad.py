@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..primitives import dot, program_id
+from ..primitives import dot, only_if, program_id
 from ..runtime.launch import cdiv, launch, needs_int64, new_output
 from ..sums import ColumnSums, sum_parts
 from .by_batch import rows_by_batch
@@ -132,7 +132,7 @@ def _conv2d_images_wgrad_kernel(
         o_c2 = BLOCK_N + tl.arange(0, BLOCK_N2)[None, :]
         tl.store(p_out + o_c2, acc2, mask=m_k & (c0 + o_c2 < C) if FOLDED else m_k)
     if POSITIONS == 2:
-        m_k = m_k & (rs + 1 < R * S)
+        m_k = only_if(rs + 1 < R * S, m_k)
         tl.store(p_out + C + o_c, next_acc, mask=m_k)
         if BLOCK_N2 > 0:
             tl.store(p_out + C + o_c2, next_acc2, mask=m_k)

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling.autograd import no_gradient
-from ..primitives import cast, compensated_add, dot, program_id
+from ..primitives import cast, compensated_add, dot, only_if, program_id
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums
 from .by_batch import images_5d, others_5d, turned
@@ -54,8 +54,8 @@ def _gradient(
                 place = (p % 2 if u == 1 else 2) * 3 + (q % 2 if v == 1 else 2)
                 p_dy = dy_ptr + (i * stride_dyp + j * stride_dyq) + o_n * stride_dyn + o_k * stride_dyk
                 p_position = position_ptr + (i * stride_pp + j * stride_pq) + o_n * stride_pn + o_k * stride_pk
-                b_dy = tl.load(p_dy, mask=inside & reached, other=0.0).to(tl.float32)
-                b_position = tl.load(p_position, mask=inside & reached, other=NO_GRADIENT).to(tl.int32)
+                b_dy = tl.load(p_dy, mask=only_if(reached, inside), other=0.0).to(tl.float32)
+                b_position = tl.load(p_position, mask=only_if(reached, inside), other=NO_GRADIENT).to(tl.int32)
                 total += tl.where(b_position == place, b_dy, 0.0)
                 if u == 1 and v == 1:
                     own = tl.where(b_position == NO_GRADIENT, 0.0, b_dy)

@@ -201,7 +201,7 @@ def conv2d_images_config(
         stages = 3 if dtype == torch.float32 and area <= 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": _row(dtype)}
         config |= {"num_warps": warps, "num_stages": stages}
-    config["WARP_SPECIALIZE"] = 0
+    config |= {"WARP_SPECIALIZE": 0, "REGISTERS": 0}
     config |= known(config, tuned(device, conv2d_key(operation, n, p, q, c, k, r, s, dtype)))
     config = apply_overrides(config)
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}

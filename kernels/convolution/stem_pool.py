@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..pooling.autograd import new_position_and_index, no_gradient
 from ..pooling.problem import Window
-from ..primitives import cast, dot, program_id, relu
+from ..primitives import cast, dot, only_if, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from . import stem
 from .problem import Problem
@@ -136,7 +136,7 @@ def _add_pixel(
             o_n = n0 + tl.arange(0, column.shape[0])
             o_k = k0 + tl.arange(0, column.shape[1])
             o_y = (o_n * stride_yn + (p0 + i) * stride_yp + q * stride_yq)[:, None] + o_k[None, :] * stride_yk
-            m_y = ((o_n < N) & (p0 + i < P))[:, None] & (o_k < K)[None, :]
+            m_y = only_if(p0 + i < P, o_n < N)[:, None] & (o_k < K)[None, :]
             if KEYS:
                 low = best & 31
                 position = tl.where(best < _NAN_KEY, 31 - low, low)

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 import kernels
 from benchmarks.offline import SHARED_BYTES
+from kernels.convolution.descriptor import ptxas_version
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -217,6 +219,70 @@ for capability in (90, 100):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.stdout.split() == ["wgmma.mma_async", "tcgen05.mma"], result.stderr
+
+
+_FROM_REGISTERS = """
+import subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton, kernels
+from benchmarks.offline import compile_launch, offline_target
+from kernels.configs import tables
+from kernels.runtime import launch
+
+dtype = getattr(torch, sys.argv[1])
+x = torch.empty(128, 96, 26, 26, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+w = torch.empty(256, 96, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)
+disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+
+def show(kernel, grid, arguments):
+    if not arguments.get("DGRAD"):
+        return
+    launched = compile_launch(kernel, grid, arguments)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.warmup(grid=grid, **arguments).asm["cubin"])
+        code = subprocess.run([disassembler, file.name], capture_output=True, text=True, check=True).stdout
+    # Between the first product and the last: the loop, without the epilogue.
+    loop = code[code.index("HGMMA") : code.rindex("HGMMA")]
+    counts = [code.count("HGMMA"), loop.count("LDSM"), code.count("WARPGROUP.DEPBAR")]
+    print(launched.register_operands, launched.stack_bytes, launched.local_bytes, *counts)
+
+with offline_target(90), launch.record_launches(show):
+    y = kernels.conv2d(x, w, padding=2)
+    with tables.override(REGISTERS=int(sys.argv[2])):
+        y.backward(torch.empty_like(y))
+"""
+
+
+def _from_registers(dtype: str, registers: int) -> subprocess.CompletedProcess[str]:
+    """conv2's input gradient at batch 128, by the recorded configuration of an H100 and REGISTERS."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _FROM_REGISTERS, dtype, str(registers)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_first_operand_from_registers_is_read_once_for_both_blocks(dtype: str) -> None:
+    """64 + 32 columns of two pixels, 64 reduced channels a step, in a warp: 16 wgmma, 8 loads of 16 x 16, 4 waits.
+
+    ptxas may wait for each wgmma by itself, which is right and slow: then there are 16 waits.
+    """
+    if ptxas_version(90) < (13, 3):
+        pytest.skip("this Triton's ptxas is refused")
+    result = _from_registers(dtype, 1)
+    assert result.returncode == 0, result.stderr
+    operands, stack, local, products, loads, waits = map(int, result.stdout.split())
+    assert (operands, stack, local, products) == (4, 0, 0, 16)
+    assert loads <= 8
+    assert waits <= 5
+
+
+def test_a_first_operand_from_registers_is_refused_before_ptxas_13_3() -> None:
+    if ptxas_version(90) >= (13, 3):
+        pytest.skip("this Triton's ptxas is new enough")
+    result = _from_registers("bfloat16", 1)
+    version = ".".join(map(str, ptxas_version(90)))
+    assert f"Triton {triton.__version__} has ptxas {version} for sm_90" in result.stderr
+    assert _from_registers("bfloat16", 0).stdout.startswith("0 0 0 16 ")
 
 
 _LINEAR = """

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution import rules
+from kernels.convolution import descriptor, rules
 from kernels.convolution.select import _SUMS_OF_8
+from kernels.runtime.backend import INTERPRETED, capability
 
 from ...conftest import DEVICE
 from ...oracle import check, dtype_id, randn, tf32_numbers
@@ -146,6 +147,20 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
     assert ("_conv2d_dgrad_kernel" in launches) == (case.k % 16 != 0)
     assert not {"_conv2d_fprop_kernel", "_conv2d_wgrad_kernel"} & set(launches)
     assert case.k % 16 != 0 or {"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)
+
+
+@pytest.mark.parametrize("dtype", DRAW, ids=dtype_id)
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_first_operand_from_registers(pixels: int, dtype: torch.dtype, launches: list[str]) -> None:
+    """Two blocks of 64 and 32 columns, in the gradient of 96 channels; refused where an assembler is too old for it."""
+    tiles = {"REGISTERS": 1, "PIXELS": pixels, "BLOCK_N": 64, "BLOCK_N2": 32}
+    case = images("registers", 3, 96, 2, 3, 16, 3, 1, tiles=tiles)
+    if not INTERPRETED and descriptor.ptxas_version(capability(torch.device(DEVICE))) < (13, 3):
+        with pytest.raises(RuntimeError, match="ptxas"):
+            case.check(dtype)
+        return
+    case.check(dtype)
+    assert case.kernels(dtype) <= set(launches)
 
 
 #: Channels and filters in multiples of 8, which are 32 bytes in float32, and batches that no block and no 16 bytes divide.
