@@ -31,18 +31,7 @@ QUIET = Console(quiet=True)
 
 def tiny_settings(**changes: object) -> Settings:
     """Everything there is, on shapes for the interpreter."""
-    settings = Settings(
-        device=torch.device(DEVICE),
-        timer=FakeTimer(),
-        minutes=10,
-        batches=(2,),
-        dtypes=("float32",),
-        step_batches=(2,),
-        plain_cases=(PLAIN_CASES[2].shrunk(), PLAIN_CASES[5].shrunk()),
-        fused_cases=(FUSED_CASES[0].shrunk(), FUSED_CASES[-1].shrunk()),
-        network=TINY,
-        compile_backend="eager",
-    )
+    settings = report.tiny(Settings(torch.device(DEVICE), FakeTimer(), minutes=10))
     return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
 
 
@@ -240,7 +229,7 @@ def test_quick_is_a_part_of_the_whole() -> None:
     full = tiny_settings(batches=(128, 1024), dtypes=("bfloat16", "float32"), minutes=8)
     few = quick(full)
     assert few.minutes < 3
-    assert (few.batches, few.dtypes, few.tuned, few.compiled_operations) == ((128,), ("bfloat16",), False, False)
+    assert (few.batches, few.dtypes, few.parts) == ((128,), ("bfloat16",), ("steps", "operations"))
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
