@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -464,18 +463,6 @@ def compile_all(work: list[Job], precision: str, processes: int | None = None) -
         worker.join()
 
 
-def _commit() -> str | None:
-    """The commit that is checked out; None where this file is not a repository's."""
-    found = None
-    for command in (("ls-files", "--error-unmatch", __file__), ("rev-parse", "HEAD")):
-        try:
-            git = subprocess.run(("git", *command), capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        found = git.stdout.strip()
-    return found
-
-
 def _table_so_far(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"configs": {}, "measured": {}}
@@ -499,7 +486,6 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
         content["gpu"] = torch.cuda.get_device_name()
         content["versions"] = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
         content["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        commit = _commit()
         for result in results:
             key = result.job.table_key(dtype)
             content["configs"][key] = result.best
@@ -513,7 +499,6 @@ def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
                 "pytorch_ms": round(result.peer_ms, 5),
                 "candidates": len(result.times),
                 "wrong": len(result.wrong),
-                "commit": commit,
             }
         write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 

@@ -203,15 +203,31 @@ class Session:
             if self.expected(stage) > self.remaining:
                 continue
             self.say(f"{stage.name}: about {self.expected(stage):.0f} s, {self.remaining:.0f} s left")
+            before = self._measured()
             record = self.run(stage)
+            if stage.tunes and record["outcome"] != "parsed":
+                self._keep_table(before)
             self.say(f"{stage.name}: {record['outcome']} after {record['seconds']} s")
-            table = TABLES / f"{gpu_slug(self.setting.gpu)}.json"
-            if stage.tunes and table.is_file():
-                shutil.copy(table, self.out)
+
+    def _measured(self) -> dict[str, Any]:
+        """The entries of the table that the kernels read on this GPU."""
+        table = TABLES / self.filled("{gpu}.json")
+        return json.loads(table.read_text())["measured"] if table.is_file() else {}
+
+    def _keep_table(self, before: dict[str, Any]) -> None:
+        """Say in the entries that a stage made of which commit they are, and keep a copy of the table."""
+        table = TABLES / self.filled("{gpu}.json")
+        if table.is_file():
+            content = json.loads(table.read_text())
+            for key, entry in content["measured"].items():
+                if entry != before.get(key):
+                    entry["commit"] = self.setting.commit
+            write_atomically(table, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+            shutil.copy(table, self.out)
 
     def restore_table(self, everything: Sequence[Stage]) -> None:
         """Bring back the table that an earlier call tuned for this commit, if one did: machines start anew."""
-        table = self.out / f"{gpu_slug(self.setting.gpu)}.json"
+        table = self.out / self.filled("{gpu}.json")
         if any(stage.tunes and self.last(stage) for stage in everything) and table.is_file():
             shutil.copy(table, TABLES)
 
@@ -243,7 +259,10 @@ class Session:
         return "\n".join([*lines, f"Open: {len(open_stages)}", *open_stages])
 
     def render(self, todo: Sequence[Stage]) -> list[Path]:
-        """The report's pieces of this commit as one, its tables, and (of real times) the README with its tables rebuilt."""
+        """The report's pieces of this commit as one, its tables, and (of real times) the README with its tables rebuilt.
+
+        What has no time because it is wrong is said.
+        """
         slug = gpu_slug(self.setting.gpu)
         written = []
         for kind in ("report", "kernelbench"):
@@ -252,9 +271,13 @@ class Session:
             contents = [c for c in contents if c["environment"]["commit"] == self.setting.commit and c["rows"]]
             if not contents:
                 continue
-            path = self.out / f"{kind}-{slug}.json"
-            write_atomically(path, (json.dumps(render.combined(contents), indent=1) + "\n").encode())
+            path, content = self.out / f"{kind}-{slug}.json", render.combined(contents)
+            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
             written.append(path)
+            for row in content["rows"]:
+                if row["verified"] is False:
+                    labels = (str(row[name]) for name in ("section", "case", "pass", "dtype", "batch", "impl"))
+                    self.say(f"{' '.join(labels)}: {row['note']}")
             if kind == "report":
                 written += render.render_results(path, self.out)
                 if not self.setting.fake:
@@ -314,12 +337,15 @@ def main() -> None:
             s.name: f"no {FILES['train'][0]} in {arguments.data or 'a usual place'}: --data" for s in todo if s.needs_data
         }
         todo = [s for s in todo if s.name not in left_out]
-    with held(session.out, print), _ended_by_sigterm():
-        session.restore_table(everything)
-        session.work(todo, arguments.again)
-        print(session.summary(todo, left_out))
-        for path in session.render(todo):
-            print(path)
+    try:
+        with held(session.out, print), _ended_by_sigterm():
+            session.restore_table(everything)
+            session.work(todo, arguments.again)
+            print(session.summary(todo, left_out))
+            for path in session.render(todo):
+                print(path)
+    except BlockingIOError as error:
+        sys.exit(f"gpu: {error}")
 
 
 if __name__ == "__main__":

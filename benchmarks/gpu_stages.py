@@ -27,7 +27,7 @@ class Stage:
         dry: its command without a GPU on something tiny; None where the command itself refuses without one, its options parsed.
         needs_data: whether it reads Fashion-MNIST.
         cold: whether it starts with an empty compilation cache.
-        prediction: of an experiment.
+        prediction: what is expected of the result, in a sentence.
     """
 
     name: str
@@ -101,10 +101,20 @@ def _training(data: str | None) -> Iterator[Stage]:
 
     tiny = ("--data", "sample", "--limit", "4", "--batch-size", "4", "--epochs", "1", "--model", "lenet", "--out")
     dry = ("alexnet_triton", "train", "--backend", "torch", *tiny)
-    runs = [(f"train seed {seed}", f"seed{seed}", ("--seed", str(seed)), 60.0) for seed in range(3)]
-    for name, out, options, seconds in [*runs, ("cold start", "cold", ("--epochs", "1"), 75.0)]:
-        files = (f"train/{out}/metrics.jsonl",)
-        yield Stage(name, train(out, *options), seconds, files, (*dry, f"{{out}}/train/{out}"), True, cold=name == "cold start")
+    fast = "Training takes at most 7.5 s, 85,000 images/s."
+    cold = "From an empty cache the setup takes less than 15 s on 16 cores."
+    runs = [(f"train seed {seed}", f"seed{seed}", ("--seed", str(seed)), fast) for seed in range(3)]
+    for name, out, options, prediction in [*runs, ("cold start", "cold", ("--epochs", "1"), cold)]:
+        yield Stage(
+            name,
+            train(out, *options),
+            75,
+            (f"train/{out}/metrics.jsonl",),
+            (*dry, f"{{out}}/train/{out}"),
+            needs_data=True,
+            cold=prediction == cold,
+            prediction=prediction,
+        )
 
 
 def stages(data: str | None = None, since: str | None = None) -> list[Stage]:

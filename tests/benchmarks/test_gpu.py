@@ -19,6 +19,7 @@ import torch
 import typer
 
 from alexnet_triton.cli import app
+from alexnet_triton.folders import held
 from benchmarks import gpu, host, kernelbench, render, stale, variant
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.gpu import Session, Setting
@@ -28,9 +29,9 @@ SETTING = Setting("c" * 40, None, "NVIDIA Test", torch.__version__, "3.6.0", fak
 
 #: A module that works for so many seconds, in a child too, and ends with a status.
 WORK = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("child", child.pid, flush=True)
+print("child", child.pid, "of", os.getpid(), flush=True)
 time.sleep(float(sys.argv[1]))
 child.kill()
 print("worked", flush=True)
@@ -42,6 +43,7 @@ sys.exit(int(sys.argv[2]))
 def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/work.py").write_text(WORK)
+    (tmp_path / "modules/write.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).write_text(sys.argv[2])\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
 
 
@@ -70,8 +72,9 @@ def ended(pid: int) -> bool:
     return False
 
 
-def child_of(log: Path) -> int:
-    return int(log.read_text().splitlines()[0].split()[1])
+def child_and_worker(log: Path) -> tuple[int, int]:
+    words = log.read_text().splitlines()[0].split()
+    return int(words[1]), int(words[3])
 
 
 def test_a_result_is_recorded_at_once_and_not_made_again(tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path: Path) -> None
     assert outcomes(one) == [("hangs", "out of time"), ("a", "done")]
     assert one.records[0]["exit"] is None
     assert one.records[0]["seconds"] < 100
-    assert ended(child_of(tmp_path / "out/logs/hangs.log"))
+    assert all(map(ended, child_and_worker(tmp_path / "out/logs/hangs.log")))
     assert one.expected(hangs) == 2 * one.records[0]["seconds"]
 
 
@@ -167,37 +170,45 @@ with _ended_by_sigterm():
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=stale.ROOT)
     log = tmp_path / "out/logs/slow.log"
     until = time.monotonic() + 120
-    while not (log.is_file() and "child" in log.read_text()):
+    while not (log.is_file() and "\n" in log.read_text()):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.05)
-    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    child, worker = child_and_worker(log)
     process.send_signal(number)
     assert process.wait(60) == (-9 if number == signal.SIGKILL else 128 + number)
-    assert ended(int(worker))  # or it would work on the GPU while the next call measures there
+    assert ended(worker)  # or it would work on the GPU while the next call measures there
     if number == signal.SIGTERM:
-        assert ended(child_of(log))
+        assert ended(child)
     else:
-        os.kill(child_of(log), signal.SIGKILL)  # its own parent cannot any more
+        os.kill(child, signal.SIGKILL)  # its own parent cannot any more
     after = session(tmp_path)
     assert outcomes(after) == [("a", "done")]
     after.work([stage("a"), dataclasses.replace(stage("slow", **slow), argv=("work", "0", "0", "slow"))])
     assert outcomes(after) == [("a", "done"), ("slow", "done")]
 
 
-def test_the_table_comes_back_to_the_next_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_says_its_commit_and_comes_back_to_the_next_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = tmp_path / "tables"
     tables.mkdir()
     monkeypatch.setattr(gpu, "TABLES", tables)
     monkeypatch.setattr(Stage, "tunes", property(lambda self: self.name == "tune"))
-    first, table = session(tmp_path), tables / "test.json"
-    table.write_text("tuned")
-    first.work([stage("tune")])
-    table.write_text("committed")
-    session(tmp_path, dataclasses.replace(SETTING, commit="d" * 40)).restore_table([stage("tune")])
-    assert table.read_text() == "committed"  # another commit's
-    session(tmp_path).restore_table([stage("tune")])
-    assert table.read_text() == "tuned"
+    table, committed = tables / "test.json", {"measured": {"old": {"ms": 1.0}, "again": {"ms": 1.0}}}
+    table.write_text(json.dumps(committed))
+    tuned = json.dumps({"measured": {"old": {"ms": 1.0}, "again": {"ms": 2.0}, "new": {"ms": 3.0}}})
+    todo = [Stage("tune", ("write", str(table), tuned), 5)]
+    session(tmp_path).work(todo)
+    kept = json.loads(table.read_text())["measured"]
+    assert {key: entry.get("commit") for key, entry in kept.items()} == {
+        "old": None,
+        "again": SETTING.commit,
+        "new": SETTING.commit,
+    }
+    table.write_text(json.dumps(committed))
+    session(tmp_path, dataclasses.replace(SETTING, commit="d" * 40)).restore_table(todo)
+    assert json.loads(table.read_text()) == committed  # that was another commit
+    session(tmp_path).restore_table(todo)
+    assert json.loads(table.read_text())["measured"] == kept
 
 
 def test_changes_are_tested_since_the_last_commit_that_passed_here(tmp_path: Path) -> None:
@@ -217,6 +228,9 @@ def content(commit: str, impl: str, timer: str = "a clock") -> dict[str, Any]:
     ceilings = {"bf16_tflops": 700.0, "tf32_tflops": 300.0, "copy_tbps": 3.0}
     network = {"forward_flops": 1, "step_flops": 3, "parameters": 10}
     return {"environment": environment, "ceilings": ceilings, "network": network, "rows": [row], "left_out": []}
+
+
+WRONG = content("", "ours")["rows"][0] | {"verified": False, "ms": None, "note": "WRONG: it is"}
 
 
 def test_the_reports_pieces_of_this_commit_become_one_and_the_readmes_tables(tmp_path: Path) -> None:
@@ -241,8 +255,11 @@ def test_fake_times_reach_no_readme(tmp_path: Path) -> None:
     fake = session(tmp_path, dataclasses.replace(SETTING, fake=True))
     path = tmp_path / "out/report/a/test.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(content("c" * 40, "ours", "FAKE: nothing was timed")))
+    said: list[str] = []
+    fake.say = said.append
+    path.write_text(json.dumps(content("c" * 40, "ours", "FAKE: nothing was timed") | {"rows": [WRONG]}))
     fake.render([Stage("report a", (), 1, ("report/a/{gpu}.json",))])
+    assert said == ["step network train bfloat16 128 ours: WRONG: it is"]
     assert "FAKE" in (tmp_path / "out/report-test.md").read_text()
     assert not (tmp_path / "out/README.md").exists()
     assert "FAKE" in fake.summary([], {})
@@ -353,6 +370,44 @@ def test_fake_and_real_records_share_no_folder(
     with pytest.raises(SystemExit):
         _main(monkeypatch)("--dry", "--out", str(tmp_path / "out"))
     assert "holds real records" in capsys.readouterr().err
+
+
+def test_two_calls_share_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with held(tmp_path, print), pytest.raises(SystemExit, match="another run goes on in it"):
+        _main(monkeypatch)("--dry", "--out", str(tmp_path))
+
+
+def test_results_and_tables_make_no_new_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tuning and rendering change files that are no code: what was recorded before them stays done."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    for name in ("kernels/configs/x.json", "kernels/a.py", "README.md", "docs/b.md", "benchmarks/results/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(gpu, "printed_by", lambda command, *arguments: git(*arguments).strip())
+    monkeypatch.setattr(stale, "ROOT", tmp_path)
+    for name in (
+        "kernels/configs/x.json",
+        "README.md",
+        "docs/b.md",
+        "benchmarks/results/x.json",
+        "benchmarks/results/new.json",
+    ):
+        (tmp_path / name).write_text("after")
+    assert Setting.here(fake=True).changes is None
+    (tmp_path / "kernels/new.py").write_text("new")
+    new = Setting.here(fake=True).changes
+    (tmp_path / "kernels/new.py").write_text("newer")
+    newer = Setting.here(fake=True).changes
+    (tmp_path / "kernels/a.py").write_text("after")
+    assert None not in (new, newer)
+    assert len({new, newer, Setting.here(fake=True).changes}) == 3
 
 
 @pytest.mark.slow

@@ -165,6 +165,13 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     assert f"Left out for lack of time: {len(content['left_out'])} measurements" in render.markdown(content)
 
 
+def test_parts_make_up_the_whole(tmp_path: Path) -> None:
+    """By what a report without any time names."""
+    of_parts = [entry for part in report.PARTS for entry in run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"]]
+    assert all(run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"] for part in report.PARTS)
+    assert sorted(of_parts) == sorted(run_tiny(tmp_path, minutes=0)["left_out"])
+
+
 def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
     class CutOff(FakeTimer):
         calls = 0
