@@ -197,11 +197,12 @@ class Session:
     def work(self, todo: Sequence[Stage], again: Sequence[str] = ()) -> None:
         """Run what is open and fits, each stage once: those that have not failed yet first."""
         wanted = [s for s in todo if s.name in again or not self.is_done(s)]
+        ran = set()
         for stage in sorted(wanted, key=lambda s: self.last(s) is not None and s.name not in again):
-            if self.is_done(stage) and stage.name not in again:  # by another stage with the same command
+            command = (self.command(stage), stage.cold)  # an experiment's may be another stage's
+            if command in ran or self.expected(stage) > self.remaining:
                 continue
-            if self.expected(stage) > self.remaining:
-                continue
+            ran.add(command)
             self.say(f"{stage.name}: about {self.expected(stage):.0f} s, {self.remaining:.0f} s left")
             before = self._measured()
             record = self.run(stage)

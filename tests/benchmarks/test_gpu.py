@@ -328,7 +328,9 @@ def test_an_experiment_with_a_stages_command_is_settled_by_it(tmp_path: Path) ->
     measured, waiting = stage("report x"), dataclasses.replace(stage("report x"), name="experiment y", prediction="It is fast.")
     one = session(tmp_path)
     one.work([measured, waiting])
-    assert outcomes(one) == [("report x", "done")]
+    failing = [dataclasses.replace(s, argv=("work", "0", "1")) for s in (measured, waiting)]
+    one.work(failing)
+    assert outcomes(one) == [("report x", "done"), ("report x", "failed")]
     assert "  experiment y: done" in one.summary([measured, waiting], {})
     assert "predicted: It is fast." in one.summary([measured, waiting], {})
 
