@@ -13,7 +13,8 @@ LOWEST_VENV ?= .venv-lowest
 NEWEST_VENV ?= .venv-newest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report profile host kernelbench render bench clean
+.PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report \
+	profile host kernelbench gpu stale render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
@@ -30,6 +31,8 @@ help:
 	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
 	@echo "make host    how long Python works on a training step and on each operation, beside PyTorch (a GPU need not be there)"
 	@echo "make kernelbench  KernelBench's AlexNet and LeNet-5, fused: verified, on a CUDA GPU also timed beside PyTorch"
+	@echo "make gpu     everything that a CUDA GPU has to settle, in order of worth, resumable (ARGS='--minutes N', without a GPU ARGS=--dry)"
+	@echo "make stale   which kernels and configurations have changed since what is recorded was measured"
 	@echo "make bench   time every operation against PyTorch by pytest-benchmark (without a CUDA GPU: host time alone)"
 
 $(INSTALLED): pyproject.toml
@@ -121,6 +124,12 @@ host: $(INSTALLED)
 
 kernelbench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernelbench $(ARGS)
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+stale: $(INSTALLED)
+	$(BIN)/python -m benchmarks.stale
 
 render: $(INSTALLED)
 	$(BIN)/python -m benchmarks.render --readme $(ARGS)

@@ -51,6 +51,7 @@ from kernels.runtime import backend, direct, launch, plans
 from .host_cases import DTYPES, HostCase, Pair, TrainingStep, host_cases
 from .idle import NEEDS_COMPILER, idle_gpu
 from .networks import ALEXNET, OURS, Network, prepare, step_function
+from .report import commit
 from .timing import NoGraph, captured, own_stream
 
 #: The peer of a whole step on a GPU: channels-last PyTorch with parameters in the dtype itself.
@@ -79,6 +80,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cpu": model,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "commit": commit(),
     }
 
 

@@ -28,7 +28,7 @@ from kernels.runtime import launch
 
 from .audit import TARGETS, LayerMarker, OperatorCount, floor_us, pass_of
 from .networks import ALEXNET, OURS, PEERS, prepare, step_function
-from .report import DTYPES, RESULTS, float32_products
+from .report import DTYPES, RESULTS, commit, float32_products
 from .timing import CudaTimer, captured, own_stream
 from .work import fewest_bytes, flops
 
@@ -168,6 +168,7 @@ def main() -> None:
     name = "-".join((arguments.impl, arguments.dtype, f"N{arguments.batch}", arguments.mode))
     content[name] = {
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "commit": commit(),
         "replay_us": round(whole, 1),
         "kernels": [
             {"layer": r.layer, "pass": r.pass_, "kernel": r.kernel, "us": round(r.us, 2)}

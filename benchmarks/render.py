@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,12 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
 def is_fake(content: dict[str, Any]) -> bool:
     """Whether the results come from a timer that timed nothing."""
     return str(content["environment"]["timer"]).startswith("FAKE")
+
+
+def combined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several of the same commit and GPU: the first one's ceilings and environment, the rows of all."""
+    rows, left_out = ([entry for content in contents for entry in content[name]] for name in ("rows", "left_out"))
+    return {**contents[0], "rows": rows, "left_out": left_out}
 
 
 def is_ours(row: Row) -> bool:
@@ -205,6 +211,14 @@ def plot_roofline(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def commit_text(environment: dict[str, Any]) -> str:
+    """Which code was measured, in words."""
+    commit, changed = environment.get("commit"), environment.get("changed_files")
+    if not commit:
+        return "commit unknown"
+    return f"commit {commit[:10]}" + (f" with {changed} file{'s' * (changed > 1)} changed" if changed else "")
+
+
 def _title(content: dict[str, Any]) -> str:
     environment = content["environment"]
     title = f"{environment['gpu']}, torch {environment['torch']}, Triton {environment['triton']}"
@@ -278,8 +292,9 @@ def tuned_markdown(table: dict[str, Any]) -> str:
         for (precision, layer, batch), row in sorted(rows.items())
     ]
     versions = table["versions"]
+    commits = ", ".join(sorted({commit_text(measured) for measured in table["measured"].values()}))
     title = (
-        f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['date'][:10]}: "
+        f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['date'][:10]}, {commits}: "
         "ours / PyTorch (how many times as fast), microseconds"
     )
     return f"{title}\n\n{markdown_table(('layer', 'forward', 'input gradient', 'weight gradient'), lines)}"
@@ -309,7 +324,7 @@ def readme(text: str, results: Iterable[Path]) -> str:
             raise ValueError(f"{path}: its times are fake and belong into no README")
         if _DATED.search(path.stem):
             continue
-        tables.append(f"{_title(content)} (`{path.name}`):\n\n{step_table(content)}")
+        tables.append(f"{_title(content)}, {commit_text(content['environment'])} (`{path.name}`):\n\n{step_table(content)}")
     nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
     text = replace_between(text, "results", "\n\n".join(tables) or nothing)
     tuned = [tuned_markdown(json.loads(path.read_text())) for path in sorted(TABLES.glob("*.json"))]

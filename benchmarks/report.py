@@ -1,7 +1,8 @@
 """One command that tells the whole truth on a CUDA machine.
 
-``python -m benchmarks.report [--quick] [--out DIR]`` measures the machine and its ceilings; the whole training step and
-inference; each operation at AlexNet's shapes; fused operations against the run of separate ones; each against every peer.
+``python -m benchmarks.report [--quick] [--part NAME ...] [--out DIR]`` measures the machine and its ceilings; the whole
+training step and inference; each operation at AlexNet's shapes; fused operations against the run of separate ones; each
+against every peer.
 bfloat16 at batch 128 comes first, then float32 at batch 128, TF32 allowed for all; then other batches and float16. Nothing is
 timed before it is verified against float64: a wrong result is reported as wrong and gets no time. Results are written after
 each section, so a run that is cut off is still useful, and what the time limit left out is named.
@@ -43,12 +44,16 @@ from .cases import (
     truth,
     verify,
 )
-from .networks import ALEXNET, OURS, PEERS, TUNED, Network, network_flops, prepare, step_function, verify_network
+from .networks import ALEXNET, OURS, PEERS, TINY, TUNED, Network, network_flops, prepare, step_function, verify_network
 from .timing import CudaTimer, FakeTimer, NoGraph, Timer, captured, own_stream
 
 RESULTS = Path(__file__).parent / "results"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+#: What a report consists of: whole steps against every peer but the tuned one, single and fused operations against eager peers,
+#: whole steps that Inductor tunes for minutes, and operations that it compiles.
+PARTS = ("steps", "operations", "tuned", "compiled_operations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +63,7 @@ class Settings:
     Attributes:
         minutes: after how long no new measurement is begun.
         dtypes: the most telling first; the network is measured in the first two.
-        tuned: whether to let Inductor tune the whole step.
-        compiled_operations: whether to compile single and fused operations with Inductor, in the first dtype and batch size.
+        parts: those of :data:`PARTS`; compiled operations are of the first dtype and batch size alone.
         compile_backend: in place of Inductor, for tests.
     """
 
@@ -73,8 +77,7 @@ class Settings:
     fused_cases: tuple[Case, ...] = FUSED_CASES
     network: Network = ALEXNET
     compile_backend: str = "inductor"
-    tuned: bool = True
-    compiled_operations: bool = True
+    parts: tuple[str, ...] = PARTS
 
 
 def quick(settings: Settings) -> Settings:
@@ -82,11 +85,25 @@ def quick(settings: Settings) -> Settings:
     return dataclasses.replace(
         settings,
         minutes=2.5,
-        tuned=False,
-        compiled_operations=False,
+        parts=("steps", "operations"),
         batches=settings.batches[:1],
         dtypes=settings.dtypes[:1],
         step_batches=settings.step_batches[:1],
+    )
+
+
+def tiny(settings: Settings) -> Settings:
+    """The same code path in float32 on shapes for the interpreter, with a timer that times nothing."""
+    return dataclasses.replace(
+        settings,
+        timer=FakeTimer(),
+        batches=(2,),
+        dtypes=("float32",),
+        step_batches=(2,),
+        plain_cases=(PLAIN_CASES[2].shrunk(), PLAIN_CASES[5].shrunk()),
+        fused_cases=(FUSED_CASES[0].shrunk(), FUSED_CASES[-1].shrunk()),
+        network=TINY,
+        compile_backend="eager",
     )
 
 
@@ -135,13 +152,18 @@ class Report:
         self.add(**row, **numbers, note=note)
 
 
-def _command(*arguments: str) -> str | None:
+def printed_by(*arguments: str) -> str | None:
     """What a command prints, run in the repository; None if it cannot."""
     try:
         result = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit that is checked out; None outside of a repository."""
+    return printed_by("git", "rev-parse", "HEAD")
 
 
 def gpu_name(device: torch.device) -> str:
@@ -152,17 +174,17 @@ def gpu_name(device: torch.device) -> str:
 def environment(settings: Settings) -> dict[str, Any]:
     """The machine, the versions, the commit, the timer."""
     cuda = settings.device.type == "cuda"
-    changes = _command("git", "status", "--porcelain")
+    changes = printed_by("git", "status", "--porcelain")
     return {
         "gpu": gpu_name(settings.device),
         "multiprocessors": torch.cuda.get_device_properties(settings.device).multi_processor_count if cuda else None,
-        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "driver": printed_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
-        "commit": _command("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "changed_files": None if changes is None else len(changes.splitlines()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "timer": settings.timer.name,
@@ -388,19 +410,18 @@ def sections(report: Report) -> list[Callable[[], None]]:
         return lambda: measure_steps(report, implementations, dtype, batches)
 
     first, others = settings.step_batches[:1], settings.step_batches[1:]
-    tuned = [TUNED] if settings.tuned else []
-    result: list[Callable[[], None]] = []
+    result: list[tuple[str, Callable[[], None]]] = []
     for i, dtype in enumerate(dtypes):
-        result += [steps(eager, dtype, first), steps(compiled, dtype, first)]
-        result += [operations(*combination) for combination in combinations[i : i + 1]]
-    result += [steps(eager, dtype, others) for dtype in dtypes]
+        result += [("steps", steps(eager, dtype, first)), ("steps", steps(compiled, dtype, first))]
+        result += [("operations", operations(*combination)) for combination in combinations[i : i + 1]]
+    result += [("steps", steps(eager, dtype, others)) for dtype in dtypes]
     # Inductor tunes for minutes.
-    result += [steps(tuned, dtype, first) for dtype in dtypes]
-    result += [operations(*combination) for combination in combinations[len(dtypes) :]]
-    result += [steps(compiled, dtype, others) for dtype in dtypes]
-    if settings.compiled_operations:
-        result += [operations(*combination, compiled=True) for combination in combinations[:1]]
-    return [*result, *[steps(tuned, dtype, others) for dtype in dtypes]]
+    result += [("tuned", steps([TUNED], dtype, first)) for dtype in dtypes]
+    result += [("operations", operations(*combination)) for combination in combinations[len(dtypes) :]]
+    result += [("steps", steps(compiled, dtype, others)) for dtype in dtypes]
+    result += [("compiled_operations", operations(*combination, compiled=True)) for combination in combinations[:1]]
+    result += [("tuned", steps([TUNED], dtype, others)) for dtype in dtypes]
+    return [section for part, section in result if part in settings.parts]
 
 
 def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 8192, copy_bytes: int = 2**30) -> Path:
@@ -439,10 +460,12 @@ def main() -> None:
         "--dtype", nargs="+", choices=list(DTYPES), help="these alone; the network is measured in the first two"
     )
     parser.add_argument("--batch", nargs="+", type=int, help="these alone")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="these alone")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes without a GPU, with a timer that says it is fake")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not arguments.dry:
         sys.exit("report: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
-    settings = Settings(torch.device("cuda"), CudaTimer(), arguments.minutes)
+    settings = Settings(torch.device("cuda"), CudaTimer(), arguments.minutes, parts=tuple(arguments.part))
     if arguments.dtype:
         settings = dataclasses.replace(settings, dtypes=tuple(arguments.dtype))
     if arguments.batch:
@@ -450,7 +473,11 @@ def main() -> None:
     if arguments.quick:
         settings = dataclasses.replace(quick(settings), minutes=min(arguments.minutes, quick(settings).minutes))
     console = Console(soft_wrap=True, highlight=False)
-    path = run(settings, arguments.out, console)
+    if arguments.dry:
+        cpu = dataclasses.replace(tiny(settings), device=torch.device("cpu"))
+        path = run(cpu, arguments.out, console, ceiling_size=64, copy_bytes=1024)
+    else:
+        path = run(settings, arguments.out, console)
     from .render import render_results
 
     for written in render_results(path, arguments.out):

@@ -129,7 +129,7 @@ def test_a_row_says_what_it_is(measured: dict) -> None:
         assert row["peer_us"] > 0
         assert row["calls"] == sum(row["calls_by"].values())
         assert row["calls_by"]["this package"] > 0
-    assert set(measured["environment"]) == {"python", "torch", "triton", "cpu", "gpu"}
+    assert set(measured["environment"]) == {"python", "torch", "triton", "cpu", "gpu", "commit"}
     assert measured["environment"]["gpu"] is None
 
 

@@ -31,18 +31,7 @@ QUIET = Console(quiet=True)
 
 def tiny_settings(**changes: object) -> Settings:
     """Everything there is, on shapes for the interpreter."""
-    settings = Settings(
-        device=torch.device(DEVICE),
-        timer=FakeTimer(),
-        minutes=10,
-        batches=(2,),
-        dtypes=("float32",),
-        step_batches=(2,),
-        plain_cases=(PLAIN_CASES[2].shrunk(), PLAIN_CASES[5].shrunk()),
-        fused_cases=(FUSED_CASES[0].shrunk(), FUSED_CASES[-1].shrunk()),
-        network=TINY,
-        compile_backend="eager",
-    )
+    settings = report.tiny(Settings(torch.device(DEVICE), FakeTimer(), minutes=10))
     return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
 
 
@@ -176,6 +165,13 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     assert f"Left out for lack of time: {len(content['left_out'])} measurements" in render.markdown(content)
 
 
+def test_parts_make_up_the_whole(tmp_path: Path) -> None:
+    """By what a report without any time names."""
+    of_parts = [entry for part in report.PARTS for entry in run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"]]
+    assert all(run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"] for part in report.PARTS)
+    assert sorted(of_parts) == sorted(run_tiny(tmp_path, minutes=0)["left_out"])
+
+
 def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
     class CutOff(FakeTimer):
         calls = 0
@@ -240,7 +236,7 @@ def test_quick_is_a_part_of_the_whole() -> None:
     full = tiny_settings(batches=(128, 1024), dtypes=("bfloat16", "float32"), minutes=8)
     few = quick(full)
     assert few.minutes < 3
-    assert (few.batches, few.dtypes, few.tuned, few.compiled_operations) == ((128,), ("bfloat16",), False, False)
+    assert (few.batches, few.dtypes, few.parts) == ((128,), ("bfloat16",), ("steps", "operations"))
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

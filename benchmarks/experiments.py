@@ -1,0 +1,94 @@
+"""Experiments that wait for a GPU: what is predicted, and the command that settles it.
+
+``python -m benchmarks.gpu`` runs them last and records what each printed. An experiment whose command is that of a stage is
+settled by the stage. Add one when its prediction is written down (``benchmarks/NOTES.md``); take it out when its outcome is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A prediction and the command that settles it.
+
+    Attributes:
+        prediction: a sentence with the numbers that are expected, and where the command's output has them.
+        argv: after ``python -m``; ``{out}`` is a folder for results, ``{gpu}`` the GPU's name in file names.
+        seconds: that the command takes at most, as far as is known.
+    """
+
+    name: str
+    prediction: str
+    argv: tuple[str, ...]
+    seconds: float = 120.0
+
+
+def tune(dtype: str, layer: str, batch: int = 128) -> tuple[str, ...]:
+    """The command that tunes a layer into the table that the kernels read."""
+    return ("alexnet_triton", "tune", "--dtype", dtype, "--batch", str(batch), "--layer", layer)
+
+
+def report(dtype: str, batch: int, part: str) -> tuple[str, ...]:
+    """The command that measures a part of the report."""
+    options = ("--dtype", dtype, "--batch", str(batch), "--part", part, "--minutes", "60")
+    return ("benchmarks.report", *options, "--out", f"{{out}}/report/{dtype}-{batch}-{part}")
+
+
+EXPERIMENTS = (
+    Experiment(
+        "float32 copies by batch",
+        "With the copies that it writes for the weight gradient, conv4's input gradient in TF32 takes at most 15% longer than "
+        "without them, which is the `dgrad` of the report's float32 operations.",
+        tune("float32", "conv4"),
+    ),
+    Experiment(
+        "float32 conv2 turned or copied, batch 128",
+        "conv2's weight gradient in TF32 is about as fast turned in registers (TURNED=1) as from a copy (TURNED=0).",
+        ("benchmarks.variant", "--dtype", "float32", "--layer", "conv2", "--pass", "wgrad", "TURNED=0", "TURNED=1"),
+        60,
+    ),
+    Experiment(
+        "float32 conv2 turned or copied, batch 1024",
+        "At batch 1024 it is slower turned in registers; then a table should say TURNED=0.",
+        (
+            *("benchmarks.variant", "--dtype", "float32", "--layer", "conv2", "--pass", "wgrad"),
+            *("--batch", "1024", "TURNED=0", "TURNED=1"),
+        ),
+        90,
+    ),
+    Experiment(
+        "float32 shared memory decides the tile",
+        "conv3 forward in TF32 reaches at most 80% of the measured ceiling (tf32_tflops), conv2 forward more than conv3.",
+        report("float32", 128, "operations"),
+    ),
+    Experiment(
+        "float32 conv1 with its pool",
+        "conv1 with its pool takes 70 us forward in TF32, its weight gradient with the pool's 80 us.",
+        tune("float32", "conv1_pool"),
+    ),
+    Experiment("exact fc1", "fc1 forward in exact float32 takes 45 us.", tune("float32", "fc1")),
+    Experiment(
+        "float32 step",
+        "A training step at batch 128, TF32 allowed for all, takes at most 3.5 ms as a graph, 1.5 times the best peer's speed.",
+        report("float32", 128, "steps"),
+    ),
+    Experiment(
+        "bfloat16 step",
+        "A training step in bfloat16 at batch 128 takes at most 1.42 ms as a graph and is 2.4 times as fast as the best peer.",
+        report("bfloat16", 128, "steps"),
+    ),
+    Experiment(
+        "package of AOTInductor",
+        "PyTorch's loader of the package ends in a segmentation fault (_load_aoti) as on 2026-11-26, with today's kernels too.",
+        ("pytest", "-q", "tests/alexnet_triton/test_drop_in.py", "-k", "package_of_aot_inductor"),
+        120,
+    ),
+    Experiment(
+        "more than 2^31 elements for real",
+        "The operations on tensors of more than 2^31 elements that are really there pass.",
+        ("pytest", "-q", "tests/kernels/test_big.py", "-k", "8192"),
+        240,
+    ),
+)

@@ -1,0 +1,161 @@
+"""The stages of ``python -m benchmarks.gpu``, in order of worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from alexnet_triton import tune as tuner
+
+from . import stale
+from .experiments import EXPERIMENTS, report, tune
+from .kernelbench import PRECISIONS, PROBLEMS
+
+#: Test files of one stage hold about as much text as this: as many tests as a minute or two runs.
+_PIECE_BYTES = 90_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A command that fits into a call, and writes its result.
+
+    Attributes:
+        name: its first word is its kind.
+        argv: after ``python -m``; ``{out}`` is the folder of the results, ``{gpu}`` the GPU's name in file names.
+        seconds: that it is expected to take at most. A guess until a call has recorded how long it took.
+        writes: its files in the folder of the results.
+        dry: its command without a GPU on something tiny; None where the command itself refuses without one, its options parsed.
+        needs_data: whether it reads Fashion-MNIST.
+        cold: whether it starts with an empty compilation cache.
+        prediction: what is expected of the result, in a sentence.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    seconds: float
+    writes: tuple[str, ...] = ()
+    dry: tuple[str, ...] | None = None
+    needs_data: bool = False
+    cold: bool = False
+    prediction: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it is a piece of."""
+        return self.name.split()[0]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it writes the table that the kernels read."""
+        return self.argv[:2] == ("alexnet_triton", "tune") and "--out" not in self.argv
+
+
+def _pieces(name: str, tests: Iterable[str]) -> list[Stage]:
+    """Stages that run ``tests``, some files each."""
+    pieces: list[list[str]] = []
+    size = _PIECE_BYTES
+    for test in tests:
+        length = (stale.ROOT / test).stat().st_size
+        if size + length > _PIECE_BYTES:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(test)
+        size += length
+    pytest = ("pytest", "-q", "--timeout", "300")
+    return [
+        Stage(
+            f"{name} {number}/{len(pieces)}: {files[0].removeprefix('tests/')} ...",
+            (*pytest, "--numprocesses", "auto", *files),
+            120,
+            dry=(*pytest, "--collect-only", files[0]),
+        )
+        for number, files in enumerate(pieces, 1)
+    ]
+
+
+def _report(dtype: str, batch: int, part: str, seconds: float) -> Stage:
+    argv = report(dtype, batch, part)
+    written = argv[-1].removeprefix("{out}/")
+    dry = ("benchmarks.report", "--dry", "--part", part, "--out", argv[-1])
+    return Stage(f"report {dtype} {batch} {part}", argv, seconds, (f"{written}/{{gpu}}.json",), dry)
+
+
+def _tuning() -> Iterator[Stage]:
+    """Each layer in a stage of its own."""
+    layers = (*tuner.LAYERS, *tuner.LINEAR_LAYERS)
+    for dtype, batch in (("bfloat16", 128), ("bfloat16", 1024), ("bfloat16", 1), ("float32", 128), ("tf32", 128)):
+        # Convolutions of float32 are in TF32 either way.
+        for layer in tuner.LINEAR_LAYERS if dtype == "tf32" else layers:
+            yield Stage(f"tune {dtype} {batch} {layer}", tune(dtype, layer, batch), 100 if batch > 128 else 70)
+    for layer in layers:
+        # float16 shares bfloat16's entries: a table of its own shows whether it would have others.
+        table = "float16/{gpu}.json"
+        yield Stage(f"tune float16 128 {layer}", (*tune("float16", layer), "--out", f"{{out}}/{table}"), 70, (table,))
+
+
+def _training(data: str | None) -> Iterator[Stage]:
+    """Three seeds, then a cold start."""
+
+    def train(out: str, *options: str) -> tuple[str, ...]:
+        return ("alexnet_triton", "train", *(("--data", data) if data else ()), *options, "--out", f"{{out}}/train/{out}")
+
+    tiny = ("--data", "sample", "--limit", "4", "--batch-size", "4", "--epochs", "1", "--model", "lenet", "--out")
+    dry = ("alexnet_triton", "train", "--backend", "torch", *tiny)
+    fast = "Training takes at most 7.5 s, 85,000 images/s."
+    cold = "From an empty cache the setup takes less than 15 s on 16 cores."
+    runs = [(f"train seed {seed}", f"seed{seed}", ("--seed", str(seed)), fast) for seed in range(3)]
+    for name, out, options, prediction in [*runs, ("cold start", "cold", ("--epochs", "1"), cold)]:
+        yield Stage(
+            name,
+            train(out, *options),
+            75,
+            (f"train/{out}/metrics.jsonl",),
+            (*dry, f"{{out}}/train/{out}"),
+            needs_data=True,
+            cold=prediction == cold,
+            prediction=prediction,
+        )
+
+
+def stages(data: str | None = None, since: str | None = None) -> list[Stage]:
+    """All of them.
+
+    Args:
+        data: where Fashion-MNIST's files are, if not in the usual places.
+        since: the commit of the last run on a GPU; None where it is not known: then all tests come first.
+    """
+    first = stale.tests_of(stale.changed_files(since))
+    found = _pieces("tests", first) + _pieces("suite", [t for t in stale.all_tests() if t not in first])
+    found += [Stage(f"sanitize {t}", ("tests.sanitize", "--tool", t), 150) for t in ("memcheck", "racecheck", "initcheck")]
+    found += _tuning()
+    combinations = [
+        ("bfloat16", 128),
+        ("float32", 128),
+        ("bfloat16", 1024),
+        ("float32", 1024),
+        ("float16", 128),
+        ("float16", 1024),
+    ]
+    for dtype, batch in combinations:
+        found += [_report(dtype, batch, "steps", 100), _report(dtype, batch, "operations", 120)]
+        if (dtype, batch) == ("float32", 128):
+            found += [_report(each, 1, "steps", 90) for each in ("bfloat16", "float32")]
+    found += [_report("bfloat16", 128, "compiled_operations", 200)]
+    found += [_report(dtype, batch, "tuned", 240) for dtype, batch in combinations[:4]]
+    host = ("benchmarks.host", "--json", "{out}/host/{gpu}.json")
+    one_case = (*host, "--case", "linear", "--rounds", "1", "--batch", "1")
+    found.append(Stage("host", host, 180, ("host/{gpu}.json",), one_case))
+    for options in (("bfloat16", "train"), ("bfloat16", "infer"), ("float32", "train")):
+        argv = ("benchmarks.profile", "--dtype", options[0], "--mode", options[1], "--out", "{out}")
+        found.append(Stage(f"profile {' '.join(options)}", argv, 45, ("profile/{gpu}.json",)))
+    for precision in ("bfloat16", *(p for p in PRECISIONS if p != "bfloat16")):
+        for problem in PROBLEMS:
+            path = f"kernelbench/{problem.name}-{precision}/{{gpu}}.json"
+            argv = ("benchmarks.kernelbench", "--network", problem.name, "--precision", precision, "--json", f"{{out}}/{path}")
+            small = ("benchmarks.kernelbench", "--network", "level3-4-lenet5", "--precision", "float32", *argv[-2:])
+            found.append(Stage(f"kernelbench {problem.name} {precision}", (*argv, "--minutes", "60"), 90, (path,), small))
+    found += _training(data)
+    for e in EXPERIMENTS:
+        dry = (*e.argv, "--collect-only") if e.argv[0] == "pytest" else None
+        found.append(Stage(f"experiment {e.name}", e.argv, e.seconds, dry=dry, prediction=e.prediction))
+    return found

@@ -1,0 +1,256 @@
+"""What has changed since it was measured: kernels, configurations, and the tests that these touch.
+
+``python -m benchmarks.stale`` compares the working tree with the commit that each result in ``benchmarks/results`` and each
+table in ``kernels/configs`` was measured at. Where a file does not say, the last commit that touched it stands in. A kernel has
+changed where its own code has, or a jitted function or a constant that it reaches; comments and docstrings are no code. A
+table's entry is stale where its kernel has changed or the rule that reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kernels.configs.tables import TABLES
+
+from .report import RESULTS, printed_by
+
+ROOT = Path(__file__).parents[1]
+
+Node = ast.FunctionDef | ast.Assign | ast.AnnAssign
+
+#: A table's operation -> the functions that read its entries, and the kernels that run them.
+OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(
+        ("conv2d_fprop", "conv2d_dgrad"),
+        (
+            ("conv2d_tile", "conv2d_images_config", "conv2d_box_config"),
+            ("_conv2d_images_kernel", "_conv2d_box_kernel", "_cells_by_batch_kernel", "_by_batch_kernel"),
+        ),
+    ),
+    "conv2d_wgrad": (
+        ("conv2d_images_wgrad_config", "conv2d_by_batch_wgrad_config", "conv2d_wgrad_turns"),
+        ("_conv2d_images_wgrad_kernel", "_sum_parts_kernel"),
+    ),
+    "conv2d_turned_wgrad": (("conv2d_turned_wgrad_config",), ("_conv2d_turned_wgrad_kernel", "_sum_parts_kernel")),
+    "conv2d_stem_fprop": (("conv2d_stem_config",), ("_conv2d_stem_kernel", "_space_to_depth_kernel", "_fold_filter_kernel")),
+    "conv2d_stem_pool_fprop": (
+        ("conv2d_stem_pool_config", "conv2d_stem_pool_fused"),
+        ("_conv2d_stem_pool_kernel", "_space_to_depth_kernel", "_fold_filter_kernel"),
+    ),
+    "conv2d_stem_wgrad": (("conv2d_stem_wgrad_config",), ("_conv2d_stem_wgrad_kernel", "_unfold_filter_kernel")),
+    "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel",)),
+    "conv2d_rows_pool_fprop": (("conv2d_rows_pool_config",), ("_conv2d_rows_pool_kernel",)),
+    **dict.fromkeys(
+        ("conv2d_rows_wgrad", "conv2d_rows_pool_wgrad"), (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",))
+    ),
+    **dict.fromkeys(
+        ("linear_fprop", "linear_dgrad", "linear_wgrad"),
+        (("linear_config",), ("_matmul_kernel", "_matmul_descriptor_kernel", "_matmul_finish_kernel")),
+    ),
+}
+
+
+def _names(node: Node) -> list[str]:
+    """What a definition defines."""
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _jitted(node: Node) -> bool:
+    return isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+def _code(node: Node) -> str:
+    """A definition without its docstring."""
+    if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node) is None:
+        return ast.unparse(node)
+    bare = ast.FunctionDef(**{**dict(ast.iter_fields(node)), "body": node.body[1:] or [ast.Pass()]})
+    return ast.unparse(ast.copy_location(bare, node))
+
+
+class Code:
+    """The functions and constants of the package ``kernels``, from its sources by path."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        self.modules: dict[str, dict[str, Node]] = {}
+        self.jitted: dict[str, str] = {}
+        self.constants: dict[str, str] = {}
+        for path, text in sources.items():
+            nodes = [node for node in ast.parse(text).body if isinstance(node, Node)]
+            self.modules[path] = {name: node for node in nodes for name in _names(node)}
+            self.jitted |= {name: path for name, node in self.modules[path].items() if _jitted(node)}
+            self.constants |= {n: path for n, node in self.modules[path].items() if not isinstance(node, ast.FunctionDef)}
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Every kernel and the file that it is in."""
+        return {name: path for name, path in self.jitted.items() if name.endswith("_kernel")}
+
+    def meaning(self, name: str) -> frozenset[str]:
+        """The code that decides what a function does, wherever it stands; empty where there is no such function.
+
+        That of the function and of what it reaches: in its module everything, of other modules jitted functions and constants.
+        """
+        path = self.jitted.get(name) or next((path for path, nodes in self.modules.items() if name in nodes), None)
+        reached: dict[tuple[str, str], str] = {}
+        waiting = [] if path is None else [(path, name)]
+        while waiting:
+            path, name = waiting.pop()
+            node = self.modules[path][name]
+            reached[path, name] = _code(node)
+            for used in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}:
+                where = path if used in self.modules[path] else self.jitted.get(used) or self.constants.get(used)
+                if where is not None and (where, used) not in reached:
+                    waiting.append((where, used))
+        return frozenset(reached.values())
+
+
+@functools.cache
+def code_at(commit: str | None) -> Code:
+    """The package at a commit of this repository; of None as it is in the working tree."""
+    if commit is None:
+        return Code({str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").rglob("*.py"))})
+    paths = (printed_by("git", "ls-tree", "-r", "--full-tree", "--name-only", commit, "kernels") or "").splitlines()
+    return Code({p: printed_by("git", "show", f"{commit}:{p}") or "" for p in paths if p.endswith(".py")})
+
+
+def changed(before: Code, after: Code, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that mean something else now, or were not there."""
+    return [name for name in names if before.meaning(name) != after.meaning(name)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Something measured.
+
+    Attributes:
+        what: the file, and which part of it.
+        commit: of the code; None where neither the file nor its history says.
+        said: whether the file says.
+        keys: a table's entries.
+    """
+
+    what: str
+    commit: str | None
+    said: bool
+    keys: tuple[str, ...] = ()
+
+
+def _measured(path: Path, part: str, commit: str | None, keys: Collection[str] = ()) -> Measured:
+    what = f"{path.relative_to(ROOT)}{part}"
+    of_file = None if commit else printed_by("git", "log", "-1", "--format=%H", "--", str(path))
+    return Measured(what, commit or of_file or None, bool(commit), tuple(keys))
+
+
+def everything_measured() -> list[Measured]:
+    """All results and tables of the repository."""
+    found = []
+    for path in sorted(RESULTS.rglob("*.json")):
+        content: dict[str, Any] = json.loads(path.read_text())
+        if path.parent.name == "profile":
+            found += [_measured(path, f" {name}", entry.get("commit")) for name, entry in content.items()]
+        elif path.parent.name != "before":
+            found.append(_measured(path, "", content["environment"].get("commit")))
+    for path in sorted(TABLES.glob("*.json")):
+        by_commit: dict[str | None, list[str]] = {}
+        for key, entry in json.loads(path.read_text())["measured"].items():
+            by_commit.setdefault(entry.get("commit"), []).append(key)
+        found += [_measured(path, "", commit, keys) for commit, keys in by_commit.items()]
+    return found
+
+
+def is_here(commit: str | None) -> bool:
+    """Whether this repository has a commit."""
+    return commit is not None and printed_by("git", "cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
+def describe(measured: Measured) -> str:
+    """What has changed since, as text."""
+    commit = measured.commit
+    if commit is None or not is_here(commit):
+        return f"{measured.what}: measured at commit {commit or 'unknown'}, which is not here: nothing is known"
+    before, after = code_at(commit), code_at(None)
+    stale = changed(before, after, after.kernels)
+    source = "" if measured.said else ", the file's last: it does not say"
+    lines = [f"{measured.what} (commit {commit[:10]}{source}): {len(stale)} of {len(after.kernels)} kernels have changed"]
+    if not measured.keys:
+        by_file: dict[str, list[str]] = {}
+        for name in stale:
+            by_file.setdefault(after.kernels[name], []).append(name)
+        return "\n".join(lines + [f"  {path}: {', '.join(names)}" for path, names in by_file.items()])
+    for key in measured.keys:
+        rules, kernels = OPERATIONS[key.split()[0]]
+        if reasons := changed(before, after, (*rules, *kernels)):
+            lines.append(f"  {key}: {', '.join(reasons)}")
+    return "\n".join(lines)
+
+
+def last_commit() -> str | None:
+    """That of the newest report in the repository; of one that does not say, the last of its day or of the day in its name."""
+    dated: list[tuple[str, str | None]] = []
+    for path in sorted(RESULTS.rglob("*.json")):
+        environment = json.loads(path.read_text()).get("environment", {})
+        named = re.search(r"\d{4}-\d{2}-\d{2}", path.stem)
+        date = environment.get("date") or (named and named[0])
+        if date:
+            commit = environment.get("commit") or printed_by("git", "rev-list", "-1", f"--before={date}", "HEAD")
+            dated.append((date, commit))
+    return max(dated)[1] if dated else None
+
+
+def changed_files(commit: str | None) -> list[str] | None:
+    """Files of the working tree that differ from a commit's; None where that cannot be known."""
+    if commit is None or not is_here(commit):
+        return None
+    tracked = printed_by("git", "diff", "--name-only", "--diff-filter=d", commit)
+    untracked = printed_by("git", "ls-files", "--others", "--exclude-standard", "--full-name", ":/")
+    return None if tracked is None or untracked is None else [*tracked.splitlines(), *untracked.splitlines()]
+
+
+def all_tests() -> list[str]:
+    """Every test file, those of the kernels first, those of the benchmarks last."""
+    paths = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")]
+    order = ["tests/kernels", "tests", "tests/alexnet_triton", "tests/benchmarks"]
+    return sorted(paths, key=lambda p: (order.index("/".join(p.split("/")[:-1][:2])), p))
+
+
+def tests_of(files: Collection[str] | None) -> list[str]:
+    """The test files that a change of ``files`` may break; of None, all.
+
+    Of a module: those of the folder that mirrors its own, and any that names it. Of a test's helper: any that names it.
+    """
+    tests = all_tests()
+    if files is None:
+        return tests
+    texts = {test: (ROOT / test).read_text() for test in tests}
+    if "tests/conftest.py" in files:
+        return tests
+    chosen = set(files) & texts.keys()
+    for path in map(Path, set(files) - chosen):
+        if path.suffix == ".py" or path.parent == TABLES.relative_to(ROOT):
+            # A folder's __init__.py and its tables go by the folder's name.
+            name = path.stem if path.suffix == ".py" and path.stem != "__init__" else path.parent.name
+            mirror = f"tests/{path.parent}/"
+            chosen |= {test for test, text in texts.items() if test.startswith(mirror) or re.search(rf"\b{name}\b", text)}
+    return [test for test in tests if test in chosen]
+
+
+def main() -> None:
+    """Print what is stale."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
+    for measured in everything_measured():
+        print(describe(measured))
+
+
+if __name__ == "__main__":
+    main()

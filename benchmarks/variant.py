@@ -1,0 +1,69 @@
+"""One pass of one layer under configurations that are given: for experiments that no table has yet.
+
+``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 TURNED=0 TURNED=1,num_stages=3`` verifies
+and times the pass as ``alexnet-triton tune`` does: by the rule alone, then with each configuration laid over it. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+
+import torch
+
+from alexnet_triton import tune
+from alexnet_triton.candidates import Candidate
+from kernels.configs import tables
+
+
+class Overridden(tune.Job):
+    """A job whose one candidate is what :func:`kernels.configs.tables.override` says around it."""
+
+    def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
+        """The one that says nothing."""
+        return [{}]
+
+
+def configuration(text: str) -> Candidate:
+    """``"A=1,B=2"`` as a configuration.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    try:
+        return {name: int(value) for name, value in (pair.split("=") for pair in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER,NAME=NUMBER,...") from error
+
+
+def main() -> None:
+    """Verify and time what the options say."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("configuration", nargs="+", type=configuration, help="NAME=NUMBER,NAME=NUMBER,...")
+    parser.add_argument("--layer", required=True, choices=[*tune.LAYERS, *tune.LINEAR_LAYERS])
+    parser.add_argument("--pass", dest="pass_", required=True, choices=["fprop", "dgrad", "wgrad"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16", choices=list(tune.PRECISIONS))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("variant: there is no CUDA GPU here")
+    dtype, linear_tf32 = tune.PRECISIONS[arguments.dtype]
+    job = Overridden(arguments.layer, arguments.pass_, arguments.batch)
+    refused = []
+    for given in ({}, *arguments.configuration):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(tune.float32_switches(linear_tf32))
+            stack.enter_context(tables.override(**given))
+            try:
+                result = tune.tune_job(job, dtype)
+            except IndexError:  # no run was right: there is nothing to take the best of
+                refused.append(given)
+                print(f"{given}: it is wrong or cannot run")
+                continue
+        print(f"{given or 'the rule'}: {1e3 * result.best_ms:.1f} us, PyTorch {1e3 * result.peer_ms:.1f}")
+    sys.exit(f"variant: {refused} gave no time" if refused else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What has changed since it was measured: by code, not by text; and which tests a change calls for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from alexnet_triton import tune
+from benchmarks import stale
+from benchmarks.stale import Code, Measured, changed
+
+KERNEL = '''
+from .primitives import fma
+
+TILE = tl.constexpr(16)
+
+
+@triton.jit
+def _half(x):
+    """Half of it."""
+    return x * 0.5
+
+
+@triton.jit
+def _a_kernel(x):
+    """A kernel."""
+    y = _half(x)  # first half
+    return fma(y, TILE, x)
+
+
+def a_config(n):
+    return _rule(n)
+
+
+def _rule(n):
+    return {"BLOCK": min(n, 128)}
+'''
+PRIMITIVES = """
+@triton.jit
+def fma(a, b, c):
+    return a * b + c
+
+
+@triton.jit
+def _half(x):
+    return x / 2
+
+
+def min(a, b):
+    return a
+"""
+
+
+def code(edit: Callable[[str], str] = str, edit_primitives: Callable[[str], str] = str) -> Code:
+    return Code({"kernels/a.py": edit(KERNEL), "kernels/primitives.py": edit_primitives(PRIMITIVES)})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stale_names"),
+    [
+        ("A kernel.", "Another text.", []),
+        ("  # first half", "", []),
+        ("x * 0.5", "x * 0.25", ["_a_kernel"]),
+        ("constexpr(16)", "constexpr(32)", ["_a_kernel"]),
+        ("_half(x)  #", "_half(x + 1)  #", ["_a_kernel"]),
+        ("128", "256", ["a_config"]),
+    ],
+)
+def test_a_kernel_changes_with_what_it_reaches(old: str, new: str, stale_names: list[str]) -> None:
+    after = code(lambda text: text.replace(old, new))
+    assert changed(code(), after, ["_a_kernel", "a_config"]) == stale_names
+
+
+def test_of_other_modules_jitted_functions_count() -> None:
+    names = ["_a_kernel", "a_config"]
+    assert changed(code(), code(edit_primitives=lambda t: t.replace("a * b", "b * a")), names) == ["_a_kernel"]
+    assert changed(code(), code(edit_primitives=lambda t: t.replace("x / 2", "x / 3")), names) == []  # not the one of a.py
+    assert changed(code(), code(edit_primitives=lambda t: t.replace("return a\n", "return b\n")), names) == []
+
+
+def test_a_kernel_that_moves_is_the_same_and_a_new_one_has_changed() -> None:
+    moved = Code({"kernels/elsewhere/b.py": KERNEL, "kernels/primitives.py": PRIMITIVES})
+    assert moved.kernels == {"_a_kernel": "kernels/elsewhere/b.py"}
+    assert changed(code(), moved, moved.kernels) == []
+    assert changed(Code({}), moved, moved.kernels) == ["_a_kernel"]
+
+
+@pytest.mark.parametrize("precision", tune.PRECISIONS)
+def test_every_tuned_operation_has_its_rules_and_kernels(precision: str) -> None:
+    dtype, linear_tf32 = tune.PRECISIONS[precision]
+    with tune.float32_switches(linear_tf32):
+        operations = {job.table_key(dtype).split()[0] for job in tune.jobs((1, 128, 1024), dtype=dtype)}
+    assert operations <= stale.OPERATIONS.keys()
+    here = stale.code_at(None)
+    for rules, kernels in map(stale.OPERATIONS.__getitem__, operations):
+        assert all(here.meaning(name) for name in rules)
+        assert set(kernels) <= here.kernels.keys()
+
+
+def test_what_stale_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code(lambda text: text.replace("128", "64").replace("0.5", "0.25"))
+    monkeypatch.setattr(stale, "is_here", lambda commit: commit is not None)
+    monkeypatch.setattr(stale, "code_at", lambda commit: code() if commit is None else before)
+    monkeypatch.setattr(stale, "OPERATIONS", {"op": (("a_config",), ()), "same": ((), ("_other_kernel",))})
+    said = stale.describe(Measured("results/x.json", "c" * 40, True))
+    assert said == f"results/x.json (commit {'c' * 10}): 1 of 1 kernels have changed\n  kernels/a.py: _a_kernel"
+    table = stale.describe(Measured("configs/x.json", "c" * 40, False, ("op n128", "same n1")))
+    assert table.endswith("1 of 1 kernels have changed\n  op n128: a_config")
+    assert "it does not say" in table
+    assert "unknown, which is not here" in stale.describe(Measured("results/y.json", None, False))
+
+
+def test_everything_in_the_repository_is_named(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["stale"])
+    stale.main()
+    printed = capsys.readouterr().out
+    assert "kernels/configs/h100-80gb-hbm3.json" in printed
+    assert "benchmarks/results/h100-80gb-hbm3.json" in printed
+    assert "benchmarks/results/profile/h100-80gb-hbm3.json ours-bfloat16-N128-train" in printed
+    assert "results/before" not in printed
+
+
+def test_the_tests_of_a_change() -> None:
+    everything = stale.all_tests()
+    assert everything[0].startswith("tests/kernels/")
+    assert everything[-1].startswith("tests/benchmarks/")
+    of_pooling = stale.tests_of(["kernels/pooling/kernels.py"])
+    assert {"tests/kernels/pooling/test_max_pool2d.py"} <= set(of_pooling) < set(everything)
+    assert stale.tests_of(["tests/test_guard.py"]) == ["tests/test_guard.py"]
+    assert "tests/kernels/test_linear.py" in stale.tests_of(["tests/oracle.py"])
+    assert stale.tests_of(["README.md", "benchmarks/results/x.json", "pyproject.toml"]) == []
+    assert "tests/alexnet_triton/test_tune.py" in stale.tests_of(["kernels/configs/h200.json"])
+    assert stale.tests_of(["tests/conftest.py"]) == everything
+    assert stale.tests_of(None) == everything
+
+
+def test_of_a_commit_that_is_not_here_nothing_is_known() -> None:
+    assert not stale.is_here("0" * 40)
+    assert stale.changed_files("0" * 40) is None
+    assert stale.changed_files(None) is None
