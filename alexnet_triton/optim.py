@@ -50,15 +50,14 @@ class SGD(Optimizer):
     float16 parameter this optimizer therefore keeps the weight in float32, its master: the step changes the master, and the
     parameter becomes the master rounded. Momentum is kept in float32 too. A float32 parameter is its own master.
 
-    Of a bfloat16 parameter's master only the 16 bits are kept that the parameter lacks (and a byte for ties, which a step hardly
-    touches): a step moves 10 bytes an element instead of 14, and has the results of float32 masters bit for bit.
-    :meth:`master` joins both.
+    Of a bfloat16 parameter's master only the 16 bits are kept that the parameter lacks, and a byte for ties, which a step
+    hardly accesses. A step moves 10 bytes an element, not 14, and its results are those of float32 masters bit for bit.
+    :meth:`master` joins parameter and bits.
 
     A parameter's master is made from it at its first step. Whoever changes a parameter by other means later (loads a
-    checkpoint, clips it, sets ``.data``) is obeyed. A changed float16 element becomes its master. A changed bfloat16 element
-    keeps the bits that it lacks, so that its master rounds to it: it differs by half a unit in the last place at most. (Where
-    no master of these bits rounds to it, as none does to a zero with some, the element becomes its master.) To set a
-    parameter and its master exactly, use :meth:`set_master`.
+    checkpoint, clips it, sets ``.data``) is obeyed. A changed float16 element becomes its master. The master of a changed
+    bfloat16 element is within half a unit in its last place: the element keeps its missing bits, or becomes its master where no
+    master with these bits rounds to it. :meth:`set_master` sets a parameter and its master exactly.
 
     Under the Triton kernels a step is one launch for up to 32 parameters of a group that share device and dtype (and one more
     where some make their first step with momentum). On other devices, and for float64, it is done by PyTorch.
@@ -165,9 +164,9 @@ class SGD(Optimizer):
         """The weight that the next step begins with, where it is kept more exactly than ``param``.
 
         Returns:
-            float32, of the shape and memory order of ``param`` (a DTensor if it is one); None where there is no such weight: of a
-            parameter that has not been stepped, of float32 or float64. A bfloat16 parameter's is a new tensor. Another's is the
-            one in ``state``, and counts only where ``param`` is still its rounded value.
+            float32, of the shape of ``param`` (a DTensor if it is one); None for a parameter that has not been stepped, and for
+            one of float32 or float64. A bfloat16 parameter's is a new tensor. A float16 parameter's is the one in ``state``: it
+            counts only where ``param`` is still its rounded value.
         """
         state = self.state.get(param, {})
         if "master" in state or "master_bits" not in state:
@@ -375,9 +374,9 @@ class SGD(Optimizer):
             if param.grad is None:
                 continue
             weight, grad = _shards(param)
-            master = ties = None
+            master = tie = None
             if param.dtype == torch.bfloat16 and not has_own_dispatch(weight):
-                master, ties = self._missing_bits(param, weight)
+                master, tie = self._missing_bits(param, weight)
             elif param.dtype in _HALF:
                 master = self._state(param, "master")
                 if master is None:
@@ -391,20 +390,20 @@ class SGD(Optimizer):
             # What PyTorch has to step: no kernel takes it.
             by_torch = weight.dtype == torch.float64 or has_own_dispatch(weight) or has_own_dispatch(grad)
             by_torch = by_torch and current_backend() != "triton"
-            key = (weight.device, weight.dtype, grad.dtype, ties is None, first_step, by_torch)
-            together.setdefault(key, []).append((param, weight, grad, master, ties, buffer))
+            key = (weight.device, weight.dtype, grad.dtype, tie is None, first_step, by_torch)
+            together.setdefault(key, []).append((param, weight, grad, master, buffer, tie))
         self._known.pop(id(group), None)
         for (*_, first_step, by_torch), listed in together.items():
             params, weights, grads, *states = zip(*listed, strict=True)
-            masters, ties, buffers = [None if state[0] is None else list(map(_local, state)) for state in states]
+            masters, buffers, ties = [None if state[0] is None else list(map(_local, state)) for state in states]
             if by_torch:
                 nothing = [None] * len(params)
-                for each in zip(weights, grads, masters or nothing, buffers or nothing, strict=True):
+                for each in zip(weights, grads, masters or nothing, buffers or nothing, ties or nothing, strict=True):
                     sgd_step_reference(*each, **values, first_step=first_step)
             else:
                 sgd_step(weights, grads, masters, buffers, **values, first_step=first_step, ties=ties)
             if first_step:  # only now: a step that is refused leaves no buffer that nothing was written to
-                for param, buffer in zip(params, states[-1], strict=True):
+                for param, buffer in zip(params, states[1], strict=True):
                     self.state[param]["momentum_buffer"] = buffer
             sharded = [param for param, weight in zip(params, weights, strict=True) if weight is not param]
             torch.autograd.graph.increment_version(sharded)  # which a DTensor counts apart from its shard

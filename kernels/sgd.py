@@ -5,10 +5,10 @@ The formulas are those of :class:`torch.optim.SGD`, operation by operation and r
 (``buffer.mul_(momentum)``) the kernel rounds twice. Nothing is left for a compiler to contract, so float32 results are
 PyTorch's bits on a GPU and on a CPU.
 
-A bfloat16 weight is the upper half of its float32 master, rounded. The lower half, 16 bits, says what the rounding did, and both
-together are the master again. One case is open: a lower half of 0x8000 lies in the middle between two bfloat16 numbers and goes to
-the even one, from above and from below. A byte, which is touched in that case only, says from which side. So a step reads and
-writes 10 bytes a parameter (parameter and missing bits twice, gradient once) where a float32 master takes 14.
+A bfloat16 parameter is its float32 master, rounded to the upper half. The lower half, 16 bits, tells whether the rounding went
+up, so parameter and lower half together are the master again. One case is open: a lower half of 0x8000 is a tie, and goes to
+the even neighbor from above and from below. One byte more, accessed only where there is a tie, says from which side. So a step
+moves 10 bytes a parameter (parameter and missing bits twice, gradient once); with a float32 master it moves 14.
 """
 
 from __future__ import annotations
@@ -48,16 +48,6 @@ def sgd_config(elements: int) -> dict[str, int]:
 
 
 @triton.jit
-def _tie_offsets(o, is_tie):
-    """``o`` where there is a tie: as offsets of bytes, which are accessed one by one.
-
-    Of ``o`` itself the compiler knows that 16 bytes lie together, and would give every thread 16 elements of the wider tensors
-    too. Told of 8 together, a thread gets those that it has of the bfloat16 tensors.
-    """
-    return tl.max_contiguous(tl.multiple_of(tl.where(is_tie, o, 0), 8), 8)
-
-
-@triton.jit
 def _sgd_update(
     p_param,
     p_grad,
@@ -85,7 +75,7 @@ def _sgd_update(
         b_master = tl.load(p_master + o, mask=mask)
         if HAS_TIES:
             is_tie = b_master == -0x8000
-            b_up = tl.load(p_tie + _tie_offsets(o, is_tie), mask=is_tie if mask is None else is_tie & mask, other=0)
+            b_up = tl.load(p_tie + o, mask=is_tie if mask is None else is_tie & mask, other=0)
             went_up = tl.where(is_tie, b_up, (b_master < 0).to(tl.int8)).to(tl.int32)
             b_upper = (b_weight.to(tl.int32, bitcast=True) >> 16) - went_up
             b_master = (b_upper << 16 | (b_master.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
@@ -114,7 +104,7 @@ def _sgd_update(
         is_tie = (b_bits & 0xFFFF) == 0x8000
         tl.store(p_master + o, b_bits.to(tl.int16), mask=mask)
         b_up = ((b_bits >> 16) & 1).to(tl.int8)
-        tl.store(p_tie + _tie_offsets(o, is_tie), b_up, mask=is_tie if mask is None else is_tie & mask)
+        tl.store(p_tie + o, b_up, mask=is_tie if mask is None else is_tie & mask)
     elif HAS_MASTER:
         tl.store(p_master + o, b_weight, mask=mask)
     tl.store(p_param + o, cast(b_weight, p_param.dtype.element_ty), mask=mask)
@@ -174,7 +164,9 @@ def _sgd_kernel(
     p_master += start
     p_tie += start
     p_buffer += start
-    o = tl.arange(0, BLOCK)
+    # Eight offsets in a row are 16 bytes of bfloat16. If the compiler knew of 16, it would give every thread 16 elements in a
+    # row for the sake of the ties, which are bytes, and spread the accesses to wider tensors.
+    o = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 8), 8)
     # A mask of a size that is no multiple of 4 would split every access into single elements: only the last block has one.
     if start + BLOCK <= size:
         _sgd_update(
@@ -325,9 +317,12 @@ def join_master(param: Tensor, bits: Tensor, ties: Tensor) -> Tensor:
 
 
 def split_master(master: Tensor, bits: Tensor, ties: Tensor) -> None:
-    """Write the float32 ``master``'s lower half and lowest upper bit: what :func:`join_master` needs beside ``master.bfloat16()``.
+    """Write what :func:`join_master` needs beside ``master.bfloat16()``. Of a NaN the payload is lost.
 
-    A NaN's payload is not kept.
+    Args:
+        master: float32.
+        bits: int16, of its shape; becomes the lower halves.
+        ties: int8, of its shape; becomes the lowest bits of the upper halves.
     """
     wide = master.view(torch.int32)
     bits.copy_(wide)
@@ -339,6 +334,7 @@ def sgd_step_reference(
     grad: Tensor,
     master: Tensor | None,
     buffer: Tensor | None,
+    ties: Tensor | None = None,
     *,
     lr: float | Tensor,
     momentum: float,
@@ -347,7 +343,6 @@ def sgd_step_reference(
     nesterov: bool,
     maximize: bool,
     first_step: bool,
-    ties: Tensor | None = None,
 ) -> None:
     """What :func:`sgd_step` does to each tensor, in PyTorch's own operations; of any floating-point dtype and strides.
 
@@ -480,8 +475,8 @@ def sgd_step(
         momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`. NumPy's numbers are as good.
         first_step: the buffers are not read but become the gradient.
         ties: int8, of the same shapes and strides, changed in place: ``masters`` are then the lower halves of float32 masters,
-            as :func:`split_master` writes both. The results are those of float32 ``masters``. A parameter that was changed since
-            keeps its missing bits: it then counts to within half a unit in its last place.
+            as :func:`split_master` writes both. The results are those of float32 ``masters``, but that a parameter changed in
+            between keeps its missing bits: its master is within half a unit in its last place.
 
     Raises:
         TypeError: a dtype other than these; tensors of a class with ``__torch_dispatch__`` of its own; what should be a number
@@ -502,10 +497,10 @@ def sgd_step(
     lr = _checked_lr(lr, params[0].device)
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
-        for *each, tie in zip(params, grads, masters or nothing, momentum_buffers or nothing, ties or nothing, strict=True):
+        states = (masters or nothing, momentum_buffers or nothing, ties or nothing)
+        for each in zip(params, grads, *states, strict=True):
             sgd_step_reference(
                 *each,
-                ties=tie,
                 lr=lr,
                 momentum=momentum,
                 dampening=dampening,
@@ -520,8 +515,8 @@ def sgd_step(
         *(len(params), masters is not None, ties is not None, momentum_buffers is not None, in_memory),
         *(first_step, weight_decay != 0, nesterov, maximize),
     )
-    states = (*(masters or ()), *(ties or ()), *(momentum_buffers or ()))
-    tensors = (*params, *grads, *states, *((lr,) if isinstance(lr, Tensor) else ()))
+    listed = (*params, *grads, *(masters or ()), *(ties or ()), *(momentum_buffers or ()))
+    tensors = (*listed, lr) if isinstance(lr, Tensor) else listed
     numbers = step_numbers(0.0 if isinstance(lr, Tensor) else lr, momentum, dampening, weight_decay)
     if is_plain(tensors):
         plans.call(_run_step, tensors, problem, numbers)

@@ -277,8 +277,8 @@ def test_a_hook_that_comes_between_is_no_silent_mistake() -> None:
 
 
 def _state(trainer: Trainer) -> list[Tensor]:
-    masters = [trainer.optimizer.master(p) for p in trainer.net.parameters()]
-    return [t.detach().clone() for t in (*trainer.net.parameters(), *(m for m in masters if m is not None), trainer.loss_sum, trainer.correct)]
+    masters = filter(torch.is_tensor, map(trainer.optimizer.master, trainer.net.parameters()))
+    return [t.detach().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 
 def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:

@@ -304,8 +304,8 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_the_seed(monkeypatch: pyt
 
 
 def _state(trainer: Trainer) -> list[torch.Tensor]:
-    masters = [trainer.optimizer.master(p) for p in trainer.net.parameters()]
-    return [t.detach().float().clone() for t in (*trainer.net.parameters(), *(m for m in masters if m is not None), trainer.loss_sum, trainer.correct)]
+    masters = filter(torch.is_tensor, map(trainer.optimizer.master, trainer.net.parameters()))
+    return [t.detach().float().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 
 @pytest.mark.parametrize(
