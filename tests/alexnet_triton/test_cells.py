@@ -277,7 +277,7 @@ def test_a_hook_that_comes_between_is_no_silent_mistake() -> None:
 
 
 def _state(trainer: Trainer) -> list[Tensor]:
-    masters = filter(torch.is_tensor, map(trainer.optimizer.master, trainer.net.parameters()))
+    masters = [p if (m := trainer.optimizer.master(p)) is None else m for p in trainer.net.parameters()]
     return [t.detach().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 
