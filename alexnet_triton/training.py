@@ -241,10 +241,8 @@ class Trainer:
                 self.step(self.index[:size])
         with torch.no_grad():
             for param, value in zip(self.net.parameters(), before, strict=True):
-                param.copy_(value)
+                self.optimizer.set_master(param, value)
                 state = self.optimizer.state[param]
-                if "master" in state:
-                    state["master"].copy_(value)
                 if "momentum_buffer" in state:
                     state["momentum_buffer"].zero_()  # from which the next step makes the gradient, as a first step does
         self.optimizer.zero_grad(set_to_none=True)
@@ -385,10 +383,9 @@ class Trainer:
             raise ValueError(f"order is no permutation of {total} images")
         self.net.load_state_dict(weights)
         for name, param in self.net.named_parameters():
-            if param.dtype != torch.float32:
-                self._optimizer_state(param, "master").copy_(weights[name])
+            self.optimizer.set_master(param, weights[name])
             if name in momentum:
-                _copy(self._optimizer_state(param, "momentum_buffer"), momentum[name], f"momentum of {name}")
+                _copy(self._momentum_buffer(param), momentum[name], f"momentum of {name}")
         self.order = None if order is None else order.to(self.device)
         self.steps, self.seconds = steps, seconds
         own = all_own[self.processes.rank]
@@ -399,19 +396,19 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
-    def _optimizer_state(self, param: torch.Tensor, key: str) -> torch.Tensor:
-        """The optimizer's tensor ``key`` for ``param``, made where it takes its first step later."""
+    def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
+        """The optimizer's for ``param``, made where it takes its first step later."""
         state = self.optimizer.state[param]
-        if key not in state:
-            state[key] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-        return state[key]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        return state["momentum_buffer"]
 
     def float32_weights(self) -> dict[str, torch.Tensor]:
         """The network's state in float32 on the CPU, from the masters where there are any; plain contiguous tensors."""
-        masters = {id(p): state["master"] for p, state in self.optimizer.state.items() if "master" in state}
         weights = {}
         for key, value in self.net.state_dict(keep_vars=True).items():
-            value = masters.get(id(value), value).detach()
+            master = self.optimizer.master(value)
+            value = value.detach() if master is None else master
             weights[key] = (value.float() if value.is_floating_point() else value).cpu().contiguous()
         return weights
 

@@ -4,6 +4,11 @@ The formulas are those of :class:`torch.optim.SGD`, operation by operation and r
 ``a.add(b, alpha=c)`` both its CPU and its CUDA code round once, so the kernel says ``fma``; where it multiplies first
 (``buffer.mul_(momentum)``) the kernel rounds twice. Nothing is left for a compiler to contract, so float32 results are
 PyTorch's bits on a GPU and on a CPU.
+
+A bfloat16 parameter is its float32 master, rounded to the upper half. The lower half, 16 bits, tells whether the rounding went
+up, so parameter and lower half together are the master again. One case is open: a lower half of 0x8000 is a tie, and goes to
+the even neighbor from above and from below. One byte more, accessed only where there is a tie, says from which side. So a step
+moves 10 bytes a parameter (parameter and missing bits twice, gradient once); with a float32 master it moves 14.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ def _sgd_update(
     p_param,
     p_grad,
     p_master,
+    p_tie,
     p_buffer,
     o,  # [BLOCK] offsets
     mask,  # [BLOCK] or None
@@ -55,6 +61,7 @@ def _sgd_update(
     grad_factor,
     weight_decay,
     HAS_MASTER: tl.constexpr,
+    HAS_TIES: tl.constexpr,
     MOMENTUM: tl.constexpr,
     FIRST_STEP: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
@@ -65,8 +72,15 @@ def _sgd_update(
     b_param = tl.load(p_param + o, mask=mask)
     b_weight = b_param.to(tl.float32)
     if HAS_MASTER:
-        # A weight that is no longer its rounded master was set by somebody else (loaded, clipped, pruned): it counts.
         b_master = tl.load(p_master + o, mask=mask)
+        if HAS_TIES:
+            is_tie = b_master == -0x8000
+            b_up = tl.load(p_tie + o, mask=is_tie if mask is None else is_tie & mask, other=0)
+            went_up = tl.where(is_tie, b_up, (b_master < 0).to(tl.int8)).to(tl.int32)
+            b_upper = (b_weight.to(tl.int32, bitcast=True) >> 16) - went_up
+            b_master = (b_upper << 16 | (b_master.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
+            b_master = tl.where(b_master == b_master, b_master, b_weight)
+        # A weight that is no longer its rounded master was set by somebody else (loaded, clipped, pruned): it counts.
         rounded = cast(b_master, p_param.dtype.element_ty).to(tl.float32)
         b_weight = tl.where(rounded == b_weight, b_master, b_weight)
     b_grad = tl.load(p_grad + o, mask=mask).to(tl.float32)
@@ -85,7 +99,13 @@ def _sgd_update(
         else:
             b_grad = b_buffer
     b_weight = fma(lr * -1.0, b_grad, b_weight)
-    if HAS_MASTER:
+    if HAS_TIES:
+        b_bits = b_weight.to(tl.int32, bitcast=True)
+        is_tie = (b_bits & 0xFFFF) == 0x8000
+        tl.store(p_master + o, b_bits.to(tl.int16), mask=mask)
+        b_up = ((b_bits >> 16) & 1).to(tl.int8)
+        tl.store(p_tie + o, b_up, mask=is_tie if mask is None else is_tie & mask)
+    elif HAS_MASTER:
         tl.store(p_master + o, b_weight, mask=mask)
     tl.store(p_param + o, cast(b_weight, p_param.dtype.element_ty), mask=mask)
 
@@ -94,7 +114,8 @@ def _sgd_update(
 def _sgd_kernel(
     param_ptrs,  # in and out: a tuple of pointers, one for each tensor
     grad_ptrs,  # as many
-    master_ptrs,  # in and out: as many, float32; or None
+    master_ptrs,  # in and out: as many, float32; or int16, the bits that params lack; or None
+    tie_ptrs,  # in and out: as many, int8, whether a tie was rounded up; only with int16 masters, else None
     buffer_ptrs,  # in and out (out at FIRST_STEP): as many, float32; or None
     elements,  # as many ints: elements of each tensor
     first_blocks,  # as many ints: the first program of each tensor, ascending
@@ -104,6 +125,7 @@ def _sgd_kernel(
     weight_decay,
     LR_IN_MEMORY: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_TIES: tl.constexpr,
     MOMENTUM: tl.constexpr,
     FIRST_STEP: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
@@ -117,6 +139,7 @@ def _sgd_kernel(
     p_param, p_grad = param_ptrs[0], grad_ptrs[0]
     # A pointer that is not used stands for one that is not there.
     p_master = master_ptrs[0] if HAS_MASTER else p_param
+    p_tie = tie_ptrs[0] if HAS_TIES else p_param
     p_buffer = buffer_ptrs[0] if MOMENTUM else p_param
     size, first_block = elements[0], first_blocks[0]
     # Selected rather than branched to: one piece of code for all tensors, and the compiler still knows that each is aligned.
@@ -126,6 +149,8 @@ def _sgd_kernel(
         p_grad = tl.where(reached, grad_ptrs[i], p_grad)
         if HAS_MASTER:
             p_master = tl.where(reached, master_ptrs[i], p_master)
+        if HAS_TIES:
+            p_tie = tl.where(reached, tie_ptrs[i], p_tie)
         if MOMENTUM:
             p_buffer = tl.where(reached, buffer_ptrs[i], p_buffer)
         size = tl.where(reached, elements[i], size)
@@ -137,18 +162,21 @@ def _sgd_kernel(
     p_param += start
     p_grad += start
     p_master += start
+    p_tie += start
     p_buffer += start
-    o = tl.arange(0, BLOCK)
+    # Eight offsets in a row are 16 bytes of bfloat16. If the compiler knew of 16, it would give every thread 16 elements in a
+    # row for the sake of the ties, which are bytes, and spread the accesses to wider tensors.
+    o = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 8), 8)
     # A mask of a size that is no multiple of 4 would split every access into single elements: only the last block has one.
     if start + BLOCK <= size:
         _sgd_update(
-            p_param, p_grad, p_master, p_buffer, o, None, lr, momentum, grad_factor, weight_decay,
-            HAS_MASTER, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
+            p_param, p_grad, p_master, p_tie, p_buffer, o, None, lr, momentum, grad_factor, weight_decay,
+            HAS_MASTER, HAS_TIES, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
         )  # fmt: skip
     else:
         _sgd_update(
-            p_param, p_grad, p_master, p_buffer, o, o < size - start, lr, momentum, grad_factor, weight_decay,
-            HAS_MASTER, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
+            p_param, p_grad, p_master, p_tie, p_buffer, o, o < size - start, lr, momentum, grad_factor, weight_decay,
+            HAS_MASTER, HAS_TIES, MOMENTUM, FIRST_STEP, WEIGHT_DECAY, NESTEROV, MAXIMIZE,
         )  # fmt: skip
 
 
@@ -161,11 +189,13 @@ def _as_float32(value: float) -> float:
 
 
 class SGDProblem(NamedTuple):
-    """What a step is told beside its tensors and numbers. The tensors are params, gradients, masters, buffers, learning rate.
+    """What a step is told beside its tensors and numbers. The tensors are params, gradients, masters, ties, buffers,
+    learning rate.
 
     Attributes:
         params: how many, and so how many gradients.
-        masters: whether there are float32 masters.
+        masters: whether there are masters.
+        ties: whether the masters are the bits that the params lack.
         buffers: whether there are momentum buffers.
         lr_in_memory: whether the learning rate is a tensor.
         first_step: whether the buffers are only written.
@@ -174,6 +204,7 @@ class SGDProblem(NamedTuple):
 
     params: int
     masters: bool
+    ties: bool
     buffers: bool
     lr_in_memory: bool
     first_step: bool
@@ -190,6 +221,7 @@ def _run_step(*arguments: Any) -> None:
     lists = [tensors[i : i + problem.params] for i in range(0, len(tensors), problem.params)]
     params, grads = lists[:2]
     masters = lists[2] if problem.masters else None
+    ties = lists[3] if problem.ties else None
     buffers = lists[-1] if problem.buffers else None
     for start in range(0, len(params), MAX_TENSORS):
         part = slice(start, start + MAX_TENSORS)
@@ -202,6 +234,7 @@ def _run_step(*arguments: Any) -> None:
             param_ptrs=tuple(params[part]),
             grad_ptrs=tuple(grads[part]),
             master_ptrs=tuple(masters[part]) if masters is not None else None,
+            tie_ptrs=tuple(ties[part]) if ties is not None else None,
             buffer_ptrs=tuple(buffers[part]) if buffers is not None else None,
             elements=elements,
             first_blocks=tuple(sum(blocks[:i]) for i in range(len(blocks))),
@@ -211,6 +244,7 @@ def _run_step(*arguments: Any) -> None:
             weight_decay=weight_decay,
             LR_IN_MEMORY=problem.lr_in_memory,
             HAS_MASTER=masters is not None,
+            HAS_TIES=ties is not None,
             MOMENTUM=buffers is not None,
             FIRST_STEP=problem.first_step,
             WEIGHT_DECAY=problem.weight_decay,
@@ -267,11 +301,40 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def join_master(param: Tensor, bits: Tensor, ties: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 ``param``, or ``param`` itself where no master of these bits rounds to it.
+
+    Args:
+        param: bfloat16.
+        bits: int16, of its shape: the lower halves of the masters.
+        ties: int8, of its shape: the lowest bits of the masters' upper halves. Read only where the lower half is 0x8000.
+    """
+    wide = param.float()
+    went_up = torch.where(bits == -0x8000, ties, bits < 0)
+    upper = (wide.view(torch.int32) >> 16) - went_up
+    master = (upper << 16 | bits.int() & 0xFFFF).view(torch.float32)
+    return torch.where(master.to(param.dtype) == param, master, wide)
+
+
+def split_master(master: Tensor, bits: Tensor, ties: Tensor) -> None:
+    """Write what :func:`join_master` needs beside ``master.bfloat16()``. Of a NaN the payload is lost.
+
+    Args:
+        master: float32.
+        bits: int16, of its shape; becomes the lower halves.
+        ties: int8, of its shape; becomes the lowest bits of the upper halves.
+    """
+    wide = master.view(torch.int32)
+    bits.copy_(wide)
+    ties.copy_((wide >> 16) & 1)
+
+
 def sgd_step_reference(
     param: Tensor,
     grad: Tensor,
     master: Tensor | None,
     buffer: Tensor | None,
+    ties: Tensor | None = None,
     *,
     lr: float | Tensor,
     momentum: float,
@@ -285,8 +348,10 @@ def sgd_step_reference(
 
     Numbers and flags are Python's.
     """
-    weight = param
+    weight, bits = param, master
     if master is not None:
+        if ties is not None:
+            master = join_master(param, master, ties)
         master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
         weight = master
     grad = grad.to(weight.dtype)
@@ -308,6 +373,8 @@ def sgd_step_reference(
         weight.add_(grad, alpha=-float(lr))
     if master is not None:
         param.copy_(master)
+        if bits is not None and ties is not None:
+            split_master(master, bits, ties)
 
 
 def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -334,6 +401,7 @@ def _check_all(
     grads: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
     momentum_buffers: Sequence[Tensor] | None,
+    ties: Sequence[Tensor] | None,
 ) -> None:
     """Refuse tensors that :func:`sgd_step` does not take."""
     dtype = params[0].dtype
@@ -345,8 +413,12 @@ def _check_all(
         raise TypeError("masters must be given exactly for half-precision params")
     _check("params", params, params, dtype)
     _check("grads", grads, params, grads[0].dtype if grads else dtype)
+    if ties is not None:
+        if dtype != torch.bfloat16:
+            raise TypeError(f"ties must be given for bfloat16 params only, got {dtype}")
+        _check("ties", ties, params, torch.int8)
     if masters is not None:
-        _check("masters", masters, params, torch.float32)
+        _check("masters", masters, params, torch.float32 if ties is None else torch.int16)
     if momentum_buffers is not None:
         _check("momentum_buffers", momentum_buffers, params, torch.float32)
     for i, param in enumerate(params):
@@ -386,6 +458,7 @@ def sgd_step(
     nesterov: bool = False,
     maximize: bool = False,
     first_step: bool = False,
+    ties: Sequence[Tensor] | None = None,
 ) -> None:
     """Change ``params`` in place by one step of SGD, up to :data:`MAX_TENSORS` of them in each launch.
 
@@ -394,12 +467,16 @@ def sgd_step(
             dimensions.
         grads: one for each, of its shape and strides, all of one of these dtypes.
         masters: float32 weights for half-precision ``params``, of the same shapes and strides, changed in place; ``params``
-            become them, rounded. Where a parameter is not its rounded master when the step begins, the parameter counts.
+            become them, rounded. Where a parameter is not its rounded master when the step begins, the parameter counts. With
+            ``ties``: int16, the bits that bfloat16 ``params`` lack.
         momentum_buffers: float32, of the same shapes and strides, changed in place; None for no momentum.
         lr: a number, or a tensor of one element on the device of ``params``, which the kernel reads: in a CUDA graph a later
             change of it counts. A tensor on the CPU counts as a number.
         momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`. NumPy's numbers are as good.
         first_step: the buffers are not read but become the gradient.
+        ties: int8, of the same shapes and strides, changed in place: ``masters`` are then the lower halves of float32 masters,
+            as :func:`split_master` writes both. The results are those of float32 ``masters``, but that a parameter changed in
+            between keeps its missing bits: its master is within half a unit in its last place.
 
     Raises:
         TypeError: a dtype other than these; tensors of a class with ``__torch_dispatch__`` of its own; what should be a number
@@ -414,13 +491,14 @@ def sgd_step(
     nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     if (momentum_buffers is None) != (momentum == 0):
         raise ValueError("momentum_buffers must be given exactly for a momentum other than 0")
-    _check_all(params, grads, masters, momentum_buffers)
+    _check_all(params, grads, masters, momentum_buffers, ties)
     # A kernel sees memory, not the minus that PyTorch still owes it.
     grads = [grad.resolve_neg() for grad in grads]
     lr = _checked_lr(lr, params[0].device)
     if not runs_triton(params[0]):
         nothing = [None] * len(params)
-        for each in zip(params, grads, masters or nothing, momentum_buffers or nothing, strict=True):
+        states = (masters or nothing, momentum_buffers or nothing, ties or nothing)
+        for each in zip(params, grads, *states, strict=True):
             sgd_step_reference(
                 *each,
                 lr=lr,
@@ -434,10 +512,11 @@ def sgd_step(
         return
     in_memory = isinstance(lr, Tensor)
     problem = SGDProblem(
-        *(len(params), masters is not None, momentum_buffers is not None, in_memory),
+        *(len(params), masters is not None, ties is not None, momentum_buffers is not None, in_memory),
         *(first_step, weight_decay != 0, nesterov, maximize),
     )
-    tensors = (*params, *grads, *(masters or ()), *(momentum_buffers or ()), *((lr,) if isinstance(lr, Tensor) else ()))
+    listed = (*params, *grads, *(masters or ()), *(ties or ()), *(momentum_buffers or ()))
+    tensors = (*listed, lr) if isinstance(lr, Tensor) else listed
     numbers = step_numbers(0.0 if isinstance(lr, Tensor) else lr, momentum, dampening, weight_decay)
     if is_plain(tensors):
         plans.call(_run_step, tensors, problem, numbers)

@@ -287,10 +287,12 @@ def _evaluating(module: nn.Module) -> nn.Module:
 def _walk_the_rest(net: nn.Sequential, capability: int, dtype: torch.dtype, batch: int) -> Iterator[Part]:
     params = [p.detach() for p in net.parameters()]
     floats = [torch.empty_like(p, dtype=torch.float32) for p in params]
-    masters = None if dtype == torch.float32 else floats
+    masters, ties = None if dtype == torch.float32 else floats, None
+    if dtype == torch.bfloat16:
+        masters, ties = ([torch.empty_like(p, dtype=kind) for p in params] for kind in (torch.int16, torch.int8))
     images, index = torch.empty(60000, 28, 28, dtype=torch.uint8, device="cpu"), torch.zeros(batch, dtype=torch.int64)
     steps = {
-        "optimizer": lambda: sgd_step(params, params, masters, floats, lr=0.01, momentum=0.9, weight_decay=5e-4),
+        "optimizer": lambda: sgd_step(params, params, masters, floats, lr=0.01, momentum=0.9, weight_decay=5e-4, ties=ties),
         "input": lambda: kernels.gather_resize(images, index, 224, dtype=dtype),
     }
     with Recorder() as recorder:

@@ -97,9 +97,13 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     sizes = (5000, 10, 4097)
     params, grads = ([randn(size, grad=False) for size in sizes] for _ in range(2))
     masters = None if dtype == torch.float32 else [p.float() for p in params]
+    ties = None
+    if dtype == torch.bfloat16:
+        masters, ties = ([torch.zeros_like(p, dtype=kind) for p in params] for kind in (torch.int16, torch.int8))
+        masters[0][::2] = -0x8000  # as if between two bfloat16 numbers
     buffers = [torch.zeros(size).to(device) for size in sizes]
     for first_step in (True, False):
-        sgd_step(params, grads, masters, buffers, lr=0.01, momentum=0.9, weight_decay=1e-4, first_step=first_step)
+        sgd_step(params, grads, masters, buffers, lr=0.01, momentum=0.9, weight_decay=1e-4, first_step=first_step, ties=ties)
 
 
 def missing_kernels(launched: set[str], device: torch.device) -> set[str]:

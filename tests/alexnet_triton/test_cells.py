@@ -277,7 +277,7 @@ def test_a_hook_that_comes_between_is_no_silent_mistake() -> None:
 
 
 def _state(trainer: Trainer) -> list[Tensor]:
-    masters = [trainer.optimizer.state[p].get("master", p) for p in trainer.net.parameters()]
+    masters = [p if (m := trainer.optimizer.master(p)) is None else m for p in trainer.net.parameters()]
     return [t.detach().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 

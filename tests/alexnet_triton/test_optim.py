@@ -129,7 +129,8 @@ def test_the_master_keeps_updates_too_small_for_the_parameter(dtype: torch.dtype
                 optimizer.step()
     assert torch.equal(plain[0].weight, torch.ones_like(plain[0].weight))
     assert torch.equal(net[0].weight, torch.full_like(net[0].weight, 1.0 + torch.finfo(dtype).eps))
-    master = ours.state[net[0].weight]["master"]
+    master = ours.master(net[0].weight)
+    assert master is not None
     assert master.dtype == torch.float32
     assert torch.equal(master, 1 + 2 * x.float().expand(4, 16))
 
@@ -153,7 +154,10 @@ def test_weights_loaded_later_are_not_reverted(dtype: torch.dtype, backend: Any)
             group["momentum"] = 0.0
         optimizer.step()
     assert all(map(torch.equal, net.parameters(), expected))
-    assert torch.equal(optimizer.state[net[0].weight]["master"], expected[0].float())
+    master = optimizer.master(net[0].weight)
+    assert torch.equal(master.to(dtype), expected[0])
+    # A bfloat16 weight keeps the bits that it lacks.
+    assert torch.equal(master, expected[0].float()) == (dtype == torch.float16)
 
 
 @pytest.mark.parametrize("change", ["parameter", "gradient", "size-1"])
@@ -248,7 +252,7 @@ def test_clipping_half_precision() -> None:
     backward(net, batch(torch.bfloat16))
     nn.utils.clip_grad_norm_(net.parameters(), 0.01)
     optimizer.step()
-    moved = [optimizer.state[p]["master"] - b for p, b in zip(net.parameters(), before, strict=True)]
+    moved = [optimizer.master(p) - b for p, b in zip(net.parameters(), before, strict=True)]
     assert float(torch.stack([m.square().sum() for m in moved]).sum().sqrt()) == pytest.approx(0.01, rel=0.02)
 
 
@@ -295,12 +299,14 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype, how
         each.step()
     assert same(net, resumed)
     for p, q in zip(net.parameters(), resumed.parameters(), strict=True):
-        assert restored.state[q].keys() == {"master", "momentum_buffer"}
+        masters = {"master"} if dtype == torch.float16 else {"master_bits", "master_ties"}
+        assert restored.state[q].keys() == masters | {"momentum_buffer"}
         for key, value in optimizer.state[p].items():
-            assert restored.state[q][key].dtype == torch.float32
-            assert torch.equal(restored.state[q][key], value)
+            assert restored.state[q][key].dtype == value.dtype
+            assert key == "master_ties" or torch.equal(restored.state[q][key], value)
             assert restored.state[q][key].data_ptr() != value.data_ptr()
-        assert not torch.equal(optimizer.state[p]["master"], p.float())  # there is something that rounding would lose
+        assert torch.equal(restored.master(q), optimizer.master(p))
+        assert not torch.equal(optimizer.master(p), p.float())  # there is something that rounding would lose
 
 
 def test_loading_heeds_the_hooks_of_others() -> None:
@@ -318,12 +324,113 @@ def test_loading_heeds_the_hooks_of_others() -> None:
     seen: list[torch.dtype] = []
     optimizer.register_load_state_dict_pre_hook(doubled)
     optimizer.register_load_state_dict_post_hook(lambda o: seen.extend(s["master"].dtype for s in o.state.values()))
-    masters = [s["master"].clone() for s in optimizer.state.values()]
+    masters = [optimizer.master(p) for p in net.parameters()]
     for times in (2, 4):
         optimizer.load_state_dict(optimizer.state_dict())
         for master, entry in zip(masters, optimizer.state.values(), strict=True):
             assert torch.equal(entry["master"], times * master)
     assert seen == [torch.float32] * 2 * len(masters)
+
+
+def stepped(dtype: torch.dtype, steps: int = 2) -> tuple[nn.Module, SGD]:
+    net = small_net(dtype)
+    optimizer = SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    for _ in range(steps):
+        backward(net, batch(dtype))
+        optimizer.step()
+    return net, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_state_dict_holds_float32(dtype: torch.dtype) -> None:
+    net, optimizer = stepped(dtype)
+    seen: list[Any] = []
+    optimizer.register_state_dict_post_hook(lambda _, made: seen.extend(map(set, made["state"].values())), prepend=True)
+    state = optimizer.state_dict()["state"]
+    half = dtype != torch.float32
+    for index, param in enumerate(net.parameters()):
+        assert list(state[index]) == ["master"] * half + ["momentum_buffer"]
+        assert {value.dtype for value in state[index].values()} == {torch.float32}
+        assert state[index]["momentum_buffer"] is optimizer.state[param]["momentum_buffer"]
+        if half:
+            assert torch.equal(state[index]["master"].to(dtype), param)
+            assert memory_order(state[index]["master"]) == memory_order(param)
+    assert seen == [set(entry) for entry in state.values()]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("net_first", [True, False])
+def test_a_network_is_loaded_before_its_optimizer_or_after(dtype: torch.dtype, net_first: bool) -> None:
+    net, optimizer = stepped(dtype)
+    resumed, restored = stepped(dtype)
+    loads = [lambda: resumed.load_state_dict(net.state_dict()), lambda: restored.load_state_dict(optimizer.state_dict())]
+    for load in loads if net_first else reversed(loads):
+        load()
+    data = batch(dtype)
+    for module, each in ((net, optimizer), (resumed, restored)):
+        backward(module, data)
+        each.step()
+    assert same(net, resumed)
+    for p, q in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(optimizer.master(p), restored.master(q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_master_is_set_in_the_tensors_that_are_there(dtype: torch.dtype, steps: int) -> None:
+    net, optimizer = stepped(dtype, steps)
+    before = [optimizer.state[p].copy() for p in net.parameters()]
+    values = [torch.randn(p.shape) for p in net.parameters()]
+    for param, value, old in zip(net.parameters(), values, before, strict=True):
+        optimizer.set_master(param, value)
+        assert torch.equal(param, value.to(DEVICE, dtype))
+        assert all(optimizer.state[param][key] is tensor for key, tensor in old.items())
+        master = optimizer.master(param)
+        if dtype == torch.float32:
+            assert master is None
+        else:
+            assert torch.equal(master, value.to(DEVICE))
+        param.grad = torch.zeros_like(param)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+    optimizer.step()
+    for param, value in zip(net.parameters(), values, strict=True):
+        assert torch.equal(param if dtype == torch.float32 else optimizer.master(param), value.to(DEVICE))
+
+
+def test_a_parameter_that_becomes_another_dtype_keeps_its_master() -> None:
+    """Where its value is still the master rounded: from bfloat16 to float32 and back."""
+    net, optimizer = stepped(torch.bfloat16)
+    masters = [optimizer.master(p) for p in net.parameters()]
+    net.float()
+    state = optimizer.state_dict()["state"].values()
+    assert all(map(torch.equal, [entry["master"] for entry in state], masters))
+    net.bfloat16()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.0
+    optimizer.step()
+    assert all(map(torch.equal, map(optimizer.master, net.parameters()), masters))
+    net.half()
+    backward(net, batch(torch.float16))
+    optimizer.step()
+    for p, entry in zip(net.parameters(), optimizer.state_dict()["state"].values(), strict=True):
+        assert torch.equal(entry["master"].half(), p)
+        assert entry.keys() == {"master", "momentum_buffer"}
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_master_that_was_put_into_the_state_counts(repeated: bool) -> None:
+    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16, device=DEVICE))
+    param.grad = torch.zeros_like(param)
+    optimizer = SGD([param], lr=0.1)
+    for _ in range(2 if repeated else 0):
+        optimizer.step()
+    value = torch.tensor([1.001, 1.002, 2.0], device=DEVICE)
+    optimizer.state[param]["master"] = value
+    optimizer.step()
+    assert torch.equal(optimizer.master(param), torch.tensor([1.001, 1.002, 1.0], device=DEVICE))
 
 
 def test_a_state_of_another_shape_is_refused() -> None:
@@ -499,10 +606,11 @@ def test_alexnet_compiled_for_a_gpu_is_one_launch_of_16_byte_accesses(dtype: str
     parameters = [p.numel() for p in alexnet_triton.AlexNet().parameters()]
     assert tensors == len(parameters) == 16
     assert grid == sum(-(-n // block) for n in parameters)
-    # Bytes that a thread moves for its elements of a whole block: gradient, weight and buffer, and a half-precision parameter.
+    # Bytes that a thread moves for its elements of a whole block: gradient, weight and buffer. A bfloat16 weight is a parameter
+    # and its missing bits.
     elements = block // (32 * warps)
     half = dtype != "float32"
-    read, written = (2 + 2 + 4 + 4, 4 + 2 + 4) if half else (4 + 4 + 4, 4 + 4)
+    read, written = (2 + 2 + 2 + 4, 2 + 2 + 4) if half else (4 + 4 + 4, 4 + 4)
     assert loads == elements * read // 16
     assert stores == elements * written // 16
     assert spills == 0

@@ -304,7 +304,7 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_the_seed(monkeypatch: pyt
 
 
 def _state(trainer: Trainer) -> list[torch.Tensor]:
-    masters = [trainer.optimizer.state[p].get("master", p) for p in trainer.net.parameters()]
+    masters = [p if (m := trainer.optimizer.master(p)) is None else m for p in trainer.net.parameters()]
     return [t.detach().float().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 

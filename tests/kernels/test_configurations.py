@@ -32,7 +32,7 @@ from kernels.images import gather_resize_reference
 from kernels.matrix_product import linear_reference
 from kernels.runtime import launch
 from kernels.runtime.backend import INTERPRETED
-from kernels.sgd import sgd_step, sgd_step_reference
+from kernels.sgd import join_master, sgd_step, sgd_step_reference, split_master
 
 from ..configurations import (
     ASKED,
@@ -313,7 +313,14 @@ def test_the_optimizer(like: Part) -> None:
             sgd_step_reference(*tensors, **values, dampening=0.0, nesterov=False, maximize=False, first_step=False)
         expected.append((copies[2] if half else copies[0], copies[3]))
     with _as_in(like):
-        sgd_step(params, grads, masters, buffers, **values)
+        if like.dtype == torch.bfloat16 and masters is not None:
+            bits, ties = ([torch.empty_like(p, dtype=kind) for p in params] for kind in (torch.int16, torch.int8))
+            for each in zip(masters, bits, ties, strict=True):
+                split_master(*each)
+            sgd_step(params, grads, bits, buffers, **values, ties=ties)
+            masters = list(map(join_master, params, bits, ties))
+        else:
+            sgd_step(params, grads, masters, buffers, **values)
     for ours, peers, exacts in zip((masters or params, buffers), *expected, strict=True):
         for got, peer, exact in zip(ours, peers, exacts, strict=True):
             assert_within_tolerance("parameter or buffer", got, peer, exact)
