@@ -14,6 +14,7 @@ from . import optim
 from .explain import Explanation, explain
 from .fused import CellImages, FusedSequential, first_layer_cells, fuse, unfuse
 from .models import AlexNet, reference_alexnet, reference_lenet
+from .precompile import precompile
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "first_layer_cells",
     "fuse",
     "optim",
+    "precompile",
     "reference_alexnet",
     "reference_lenet",
     "unfuse",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import signal
@@ -59,6 +60,7 @@ from .options import (
     runs_on,
 )
 from .plot import plot_confusion, plot_curves, plot_most_wrong
+from .precompile import precompile
 from .signals import Stopped, StopSignals
 from .training import (
     LEARNING_RATE,
@@ -486,7 +488,10 @@ def run_training(
             expected = ""
             # A step that is not captured says nothing of one that is, nor one process of several.
             if not run.graph and processes.size == 1 and not finished:
-                speed = measure_speed(net, training, run.batch_size, IMAGE_SIZE[run.model], where)
+                measure = functools.partial(measure_speed, net, training, run.batch_size, IMAGE_SIZE[run.model], where)
+                if where.type == "cuda":
+                    precompile(measure, tell=console.print)
+                speed = measure()
                 expected = (
                     f": about {_duration(len(training) / speed)} an epoch of {len(training)} images ({speed:.1f} images/s)"
                 )
@@ -536,6 +541,7 @@ def run_training(
                     stop=stops,
                     processes=processes,
                     restart=restart,
+                    on_compile=console.print,
                     on_ready=begin_training,
                     on_batch=bar.epoch,
                     on_epoch=end_epoch,

@@ -37,6 +37,7 @@ from .files import WriteError, write_atomically
 from .fused import fuse
 from .models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from .optim import SGD
+from .precompile import precompile
 from .signals import Stop, Stopped
 
 #: d2l's learning rates.
@@ -167,6 +168,8 @@ class Trainer:
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
             for :meth:`float32_weights`.
+        evaluated: images of the run's evaluations, whose kernels are compiled with those of the steps.
+        tell: given lines about compilation, where something is compiled.
 
     Raises:
         ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
@@ -186,6 +189,8 @@ class Trainer:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         processes: Processes = ALONE,
+        evaluated: Split | None = None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device.type}")
@@ -193,7 +198,7 @@ class Trainer:
             raise ValueError(f"a CUDA graph of the step is for one process, not for {processes.size}")
         self.net, self.device, self.image_size, self.batch_size = net, device, image_size, batch_size
         self.split = split.to(device)
-        self.processes = processes
+        self.processes, self.evaluated, self.tell = processes, evaluated, tell
         #: What a step calls: it makes the gradients of all processes one.
         self.parallel = processes.parallel(net, device)
         self.augment = augment
@@ -231,14 +236,41 @@ class Trainer:
         self.loss_sum += loss.detach()
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def warm_up(self) -> None:
-        """A few steps on batches of both sizes of an epoch, and everything that they changed as it was."""
+    def precompile(self) -> int:
+        """Compile the kernels of the steps and evaluations of a run in parallel; returns how many Triton's cache lacked.
+
+        Where kernels run, that is; elsewhere nothing happens. Masters, momentum, gradients and sums hold nonsense afterwards.
+        Of several processes on a machine the first one compiles for all.
+        """
+        return self.processes.first_on_each_machine(lambda: precompile(self._walk, tell=self.tell))
+
+    def _walk(self) -> None:
+        """The steps and evaluations of a run that launch different kernels; what processes exchange launches none."""
+        parallel, self.parallel = self.parallel, self.net
+        try:
+            self._steps()
+        finally:
+            self.parallel = parallel
+        if self.evaluated is not None:
+            whole, rest = min(self.batch_size, len(self.evaluated)), len(self.evaluated) % self.batch_size
+            for size in (len(self.processes.share(self.index[:n])) for n in (whole, rest)):
+                if size > 0:
+                    few = self.evaluated.limited(size)
+                    evaluate(self.net, few, batch_size=size, image_size=self.image_size, device=self.device)
+
+    def _steps(self) -> None:
+        """A few steps on batches of both sizes of an epoch."""
         self.net.train()
+        whole, rest = min(self.batch_size, len(self.split)), len(self.split) % self.batch_size
+        for size in [whole] * _WARM_UP_STEPS + [rest] * (rest > 0):
+            self.step(self.index[:size])
+
+    def warm_up(self) -> None:
+        """Compile everything and take a few steps; everything that they changed is as it was."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             before = [param.detach().clone() for param in self.net.parameters()]
-            whole, rest = min(self.batch_size, len(self.split)), len(self.split) % self.batch_size
-            for size in [whole] * _WARM_UP_STEPS + [rest] * (rest > 0):
-                self.step(self.index[:size])
+            self.precompile()
+            self._steps()
         with torch.no_grad():
             for param, value in zip(self.net.parameters(), before, strict=True):
                 self.optimizer.set_master(param, value)
@@ -515,6 +547,7 @@ def train(
     stop: Stop | None = None,
     processes: Processes = ALONE,
     restart: str = "start again",
+    on_compile: Callable[[str], object] | None = None,
     on_ready: Callable[[], None] | None = None,
     on_batch: Callable[[int], Progress] | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
@@ -539,6 +572,7 @@ def train(
         processes: that train together, each by this call, on equal shares of each batch: ``batch_size`` is that of all. The one
             that leads writes. Each draws its own dropout and augmentation.
         restart: what to do with a smaller learning rate where the loss is not finite and there is no checkpoint yet.
+        on_compile: given lines about compilation, where something is compiled.
         on_ready: called once, when everything is compiled and captured and the first epoch begins.
         on_batch: given the epoch, makes the epoch's progress callback.
         on_epoch: called after each epoch.
@@ -593,6 +627,8 @@ def train(
         momentum=momentum,
         weight_decay=weight_decay,
         processes=processes,
+        evaluated=test_split,
+        tell=on_compile,
     )
     #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
     trained: tuple[float, float, float] | None = None

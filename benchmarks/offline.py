@@ -7,6 +7,11 @@ any. This compiles every configuration that AlexNet gets:
 
     python -m benchmarks.offline --check --arch sm_80 sm_90 sm_100 gfx942 --dtype bfloat16 float32 --batch 1 2 7 128
 
+``--time`` compiles what a run of the trainer on Fashion-MNIST needs before its first epoch ends, from an empty cache on
+``--threads`` threads, and prints the seconds that each kernel takes:
+
+    python -m benchmarks.offline --time --threads 1 --batch 128
+
 Must run without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
 """
 
@@ -18,22 +23,29 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import kernels
-from alexnet_triton import AlexNet
+from alexnet_triton import AlexNet, precompile
+from alexnet_triton.data import Split
+from alexnet_triton.evaluation import evaluate
+from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
+from alexnet_triton.training import Trainer, new_model
 from kernels.runtime import backend, launch
 
 #: Bytes of shared memory that a program may use, by the architecture of the GPU; AMD's are MI200, MI300 and MI350.
@@ -291,6 +303,57 @@ def single_operations(dtype: torch.dtype) -> None:
         kernels.gather_resize(images, index, 224, dtype=dtype, augmentation=change, cells=of_conv1)
 
 
+@contextlib.contextmanager
+def _timed_compilations() -> Iterator[list[float]]:
+    """Prints what each kernel compiled in the block takes; yields the seconds in Python, which no other thread can use."""
+    python: list[float] = []
+
+    def listen(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            python.append(times.ir_initialization * 1e-6)
+            print(json.dumps({"kernel": src.fn.__name__, "seconds": times.total * 1e-6, "python_seconds": python[-1]}))
+
+    with tempfile.TemporaryDirectory() as folder, knobs.compilation.scope(), knobs.cache.scope():
+        knobs.cache.dir = folder
+        knobs.compilation.listener = listen
+        yield python
+
+
+def time_run(capability: int | str, dtype: torch.dtype, batch: int, threads: int | None) -> None:
+    """Compile the kernels of AlexNet's training on 60,000 images and of its evaluation on 10,000, and print how long it takes.
+
+    Args:
+        threads: that compile; None: one for each core.
+    """
+    cpu, size = torch.device("cpu"), IMAGE_SIZE["alexnet"]
+    net = new_model("alexnet", 0, cpu, dtype)
+
+    def images(count: int) -> Split:
+        return Split(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
+
+    trainer = Trainer(net, images(60_000), batch_size=batch, image_size=size, lr=0.01, device=cpu, graph=False)
+
+    def steps(count: int) -> None:
+        net.train()
+        for _ in range(2):  # the second one finds masters
+            trainer.step(trainer.index[:count])
+
+    def evaluation(count: int) -> None:
+        evaluate(net, images(count), batch_size=batch, image_size=size, device=cpu)
+
+    parts = [("steps", steps, batch), ("last step", steps, 60_000 % batch)]
+    parts += [("evaluation", evaluation, batch), ("its last batch", evaluation, 10_000 % batch)]
+    compiled, begin, cpu_begin = 0, time.perf_counter(), sum(os.times()[:4])
+    with _timed_compilations() as python, offline_target(capability), launch.launch_without_gpu():
+        for name, walk, count in parts:
+            if count:
+                new = precompile(functools.partial(walk, count), threads=threads)
+                compiled += new
+                print(json.dumps({"part": name, "batch": count, "kernels": new}))
+    total = {"kernels": compiled, "threads": threads, "seconds": time.perf_counter() - begin, "python_seconds": sum(python)}
+    print(json.dumps(total | {"cpu_seconds": sum(os.times()[:4]) - cpu_begin}))  # of children too: ptxas is a program
+
+
 def main() -> None:
     """Compile for each architecture and dtype; print a JSON line a launch."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -302,6 +365,8 @@ def main() -> None:
         "--tf32", action=argparse.BooleanOptionalAction, help="for float32; PyTorch's own switches if not given"
     )
     parser.add_argument("--wide", action="store_true", help="the kernels for tensors of more than 2^31 elements")
+    parser.add_argument("--time", action="store_true", help="how long the kernels of a run of the trainer take to compile")
+    parser.add_argument("--threads", type=int, help="that compile at the same time, for --time; one for each core if not given")
     arguments = parser.parse_args()
     launch.force_int64 = arguments.wide
     if backend.INTERPRETED:
@@ -311,6 +376,10 @@ def main() -> None:
         torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]  # made at run time
         torch.backends.cuda.matmul.fp32_precision = precision
 
+    if arguments.time:
+        for arch, name, batch in itertools.product(arguments.arch, arguments.dtype, arguments.batch):
+            time_run(capability_of(arch), getattr(torch, name), batch, arguments.threads)
+        return
     compiled, bad = 0, 0
     for arch, name in itertools.product(arguments.arch, arguments.dtype):
         dtype = getattr(torch, name)

@@ -23,6 +23,7 @@ from .switch import Switch
 Recorder = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 
 _recorder: Switch[Recorder | None] = Switch(None)
+_records_cpu = Switch(False)
 _observers: Switch[tuple[Recorder, ...]] = Switch((), combine=lambda blocks: tuple(o for block in blocks for o in block))
 _without_gpu = Switch(False)
 
@@ -83,6 +84,12 @@ def _device_of(arguments: dict[str, Any]) -> torch.device:
     return tensors_of(arguments)[0].device
 
 
+def device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Make the device of a launch's tensors the current one, on which Triton launches; does nothing for CPU tensors."""
+    device = _device_of(arguments)
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def run_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Run a launch: on the current stream of its tensors' device, or in the interpreter."""
     device = _device_of(arguments)
@@ -136,13 +143,13 @@ def current_stream(on_gpu: bool, index: int) -> int:
 
 
 @contextlib.contextmanager
-def record_launches(recorder: Recorder) -> Iterator[None]:
+def record_launches(recorder: Recorder, *, on_cpu: bool = True) -> Iterator[None]:
     """Hand every launch in the block to ``recorder`` instead of running it; outputs stay uninitialised.
 
-    CPU tensors count as able to run Triton kernels meanwhile, so that the real code path can be walked, and its kernels
-    compiled for any target, on a machine without a GPU.
+    With ``on_cpu`` CPU tensors count as able to run Triton kernels meanwhile, so that the real code path can be walked, and its
+    kernels compiled for any target, on a machine without a GPU.
     """
-    with _recorder.set(recorder):
+    with _recorder.set(recorder), _records_cpu.set(on_cpu):
         yield
 
 
@@ -170,7 +177,7 @@ def launch_without_gpu() -> Iterator[None]:
 
 def cpu_counts_as_gpu() -> bool:
     """Whether operations on CPU tensors walk the code path of a GPU: launches are recorded, or a stand-in driver takes them."""
-    return _recorder.value is not None or _without_gpu.value
+    return _records_cpu.value or _without_gpu.value
 
 
 def strides(prefix: str, axes: str, tensor: torch.Tensor) -> dict[str, int]:
