@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .configs.tables import MULTIPROCESSORS, apply_overrides, elementwise_config, tile_size
+from .configs.tables import MULTIPROCESSORS, apply_overrides, tile_size
 from .primitives import cast, program_id
 from .runtime import plans
 from .runtime.arguments import ArgumentTypeError, ArgumentValueError, check_tensors, number
@@ -42,14 +42,14 @@ IGNORED = -100
 REDUCTIONS = ("none", "mean", "sum")
 
 #: Logits that one program reads alone: a second launch would take longer than the programs beside it save.
-_FEW_LOGITS = 2**15
+_FEW_LOGITS = 2**14
 
 
 def cross_entropy_config(rows: int, classes: int) -> tuple[dict[str, int], int]:
-    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps of the forward kernel, 8 logits a thread; and its programs."""
+    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 4 logits a thread; and the programs of the forward kernel."""
     columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
     block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 2048) // columns))
-    config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 8})
+    config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 16})
     # Never more than one program can add up at once afterwards.
     programs = 1 if rows * columns <= _FEW_LOGITS else 8 * MULTIPROCESSORS
     programs = apply_overrides({"SPLIT": programs})["SPLIT"]
@@ -225,8 +225,8 @@ def _cross_entropy_dgrad_kernel(
     labels_ptr,  # [N, D] int64 or uint8, through its strides
     weights_ptr,  # what a mean was divided by, a scalar, or None
     dx_ptr,  # out: [N, C, D] contiguous
-    elements,
-    row_elements,  # C * D
+    rows,  # N * D
+    C,
     D,
     stride_dyn,
     stride_dyd,
@@ -235,20 +235,26 @@ def _cross_entropy_dgrad_kernel(
     IGNORED: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Gradient of the logits. One program owns BLOCK elements."""
-    o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
-    m_e = o_e < elements
-    i_n, i_d = o_e // row_elements, o_e % D
-    b_factor = tl.load(dy_ptr + i_n * stride_dyn + i_d * stride_dyd, mask=m_e, other=0.0).to(ACC)
+    """Gradient of the logits. One program owns BLOCK_ROWS rows and BLOCK_COLUMNS classes."""
+    column_blocks = tl.cdiv(C, BLOCK_COLUMNS)
+    pid = program_id(0, WIDE)
+    o_r = pid // column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_c = pid % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    m_r = o_r < rows
+    mask = m_r[:, None] & (o_c < C)[None, :]
+    i_n, i_d = o_r // D, o_r % D
+    b_factor = tl.load(dy_ptr + i_n * stride_dyn + i_d * stride_dyd, mask=m_r, other=0.0).to(ACC)
     if weights_ptr is not None:
         b_factor = b_factor / tl.load(weights_ptr)
-    b_label = tl.load(labels_ptr + i_n * stride_yn + i_d * stride_yd, mask=m_e, other=0).to(tl.int64)
-    b_dx = tl.load(gradient_ptr + o_e, mask=m_e, other=0.0).to(ACC) * b_factor
+    b_label = tl.load(labels_ptr + i_n * stride_yn + i_d * stride_yd, mask=m_r, other=0).to(tl.int64)
+    o_x = (i_n * C * D + i_d)[:, None] + (o_c * D)[None, :]
+    b_dx = tl.load(gradient_ptr + o_x, mask=mask, other=0.0).to(ACC) * b_factor[:, None]
     # Not 0 times a factor that is not finite, where all rows are ignored.
-    b_dx = tl.where(b_label == IGNORED, 0.0, b_dx)
-    tl.store(dx_ptr + o_e, cast(b_dx, dx_ptr.dtype.element_ty), mask=m_e)
+    b_dx = tl.where((b_label == IGNORED)[:, None], 0.0, b_dx)
+    tl.store(dx_ptr + o_x, cast(b_dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
@@ -412,17 +418,17 @@ def _run_dgrad(
     n, c = gradient.shape[:2]
     d = labels.numel() // n
     dy, y = grad_output.expand(labels.shape).reshape(n, d), labels.reshape(n, d)
-    config = elementwise_config(dx.numel())
+    config, _ = cross_entropy_config(labels.numel(), c)
     launch(
         _cross_entropy_dgrad_kernel,
-        (cdiv(dx.numel(), config["BLOCK"]),),
+        (cdiv(labels.numel(), config["BLOCK_ROWS"]) * cdiv(c, config["BLOCK_COLUMNS"]),),
         dy_ptr=dy,
         gradient_ptr=gradient,
         labels_ptr=y,
         weights_ptr=weights if problem.reduction == "mean" else None,
         dx_ptr=dx,
-        elements=dx.numel(),
-        row_elements=c * d,
+        rows=labels.numel(),
+        C=c,
         D=d,
         stride_dyn=dy.stride(0),
         stride_dyd=dy.stride(1),
