@@ -46,9 +46,12 @@ _FEW_LOGITS = 2**14
 
 
 def cross_entropy_config(rows: int, classes: int) -> tuple[dict[str, int], int]:
-    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 4 logits a thread; and the programs of the forward kernel."""
+    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits a thread; and the programs of the forward kernel.
+
+    What is kept of a row takes as many registers as a logit where classes are few: of 4 a thread some spill.
+    """
     columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
-    block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 2048) // columns))
+    block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 1024) // columns))
     config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 16})
     # Never more than one program can add up at once afterwards.
     programs = 1 if rows * columns <= _FEW_LOGITS else 8 * MULTIPROCESSORS
@@ -172,11 +175,11 @@ def _cross_entropy_kernel(
                 if SMOOTHING != 0.0:
                     b_other += tl.sum(tl.where(mask, b_log * b_class[None, :], 0.0), 1)
                 if gradient_ptr is not None:
-                    b_gradient = tl.exp(b_log) * b_share[:, None]
-                    b_gradient -= tl.where(i_c[None, :] == b_label[:, None], (keep * b_weight)[:, None], 0.0)
+                    b_due = tl.where(i_c[None, :] == b_label[:, None], (keep * b_weight)[:, None], 0.0)
                     if SMOOTHING != 0.0:
-                        b_gradient -= spread * b_class[None, :]
-                    b_gradient = tl.where(b_ignored[:, None], 0.0, b_gradient * grad_scale)
+                        b_due += spread * b_class[None, :]
+                    b_gradient = (tl.exp(b_log) * b_share[:, None] - b_due) * grad_scale
+                    b_gradient = tl.where(b_ignored[:, None], 0.0, b_gradient)
                     o_g = (i_n * C * D + i_d)[:, None] + (i_c * D)[None, :]
                     tl.store(gradient_ptr + o_g, cast(b_gradient, gradient_ptr.dtype.element_ty), mask=mask)
             b_loss -= spread * b_other
@@ -246,12 +249,12 @@ def _cross_entropy_dgrad_kernel(
     m_r = o_r < rows
     mask = m_r[:, None] & (o_c < C)[None, :]
     i_n, i_d = o_r // D, o_r % D
-    b_factor = tl.load(dy_ptr + i_n * stride_dyn + i_d * stride_dyd, mask=m_r, other=0.0).to(ACC)
-    if weights_ptr is not None:
-        b_factor = b_factor / tl.load(weights_ptr)
+    b_dy = tl.load(dy_ptr + i_n * stride_dyn + i_d * stride_dyd, mask=m_r, other=0.0).to(ACC)
     b_label = tl.load(labels_ptr + i_n * stride_yn + i_d * stride_yd, mask=m_r, other=0).to(tl.int64)
     o_x = (i_n * C * D + i_d)[:, None] + (o_c * D)[None, :]
-    b_dx = tl.load(gradient_ptr + o_x, mask=mask, other=0.0).to(ACC) * b_factor[:, None]
+    b_dx = tl.load(gradient_ptr + o_x, mask=mask, other=0.0).to(ACC) * b_dy[:, None]
+    if weights_ptr is not None:
+        b_dx = b_dx / tl.load(weights_ptr)
     # Not 0 times a factor that is not finite, where all rows are ignored.
     b_dx = tl.where((b_label == IGNORED)[:, None], 0.0, b_dx)
     tl.store(dx_ptr + o_x, cast(b_dx, dx_ptr.dtype.element_ty), mask=mask)
@@ -386,9 +389,7 @@ def cross_entropy_fprop(
 
     Empty what is not wanted.
     """
-    return _run_cross_entropy(
-        logits, labels, weight, CrossEntropy(label_smoothing, reduction, float32_loss, write_gradient)
-    )
+    return _run_cross_entropy(logits, labels, weight, CrossEntropy(label_smoothing, reduction, float32_loss, write_gradient))
 
 
 @cross_entropy_fprop.register_fake
