@@ -450,9 +450,8 @@ _fprop_operator = Operator(cross_entropy_fprop, _run_cross_entropy)
 _dgrad_operator = Operator(cross_entropy_dgrad, _run_dgrad)
 
 
-def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any) -> tuple[Tensor]:
-    _, _, logits, labels, weight = saved
-    assert logits is not None and labels is not None
+def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_output: Tensor, *_: Any) -> tuple[Tensor]:
+    logits, labels, weight = saved[2:]
     classes, smoothing = logits.shape[1], ctx.problem.label_smoothing
     probabilities = logits.to(accumulator_dtype(logits.dtype)).softmax(1)
     of_class = probabilities.new_ones(classes) if weight is None else weight.to(probabilities.dtype)
@@ -487,13 +486,13 @@ class CrossEntropyFunction(OperatorFunction):
 
     @staticmethod
     @differentiable_by(_formula, of=(2,))
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor, *_: Any):
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor, *_: Any):
         if not ctx.problem.write_gradient:
             raise RuntimeError(
                 "this cross_entropy was recorded without its gradient: its graph was made under torch.no_grad() or from "
                 "tensors that require no gradient"
             )
-        gradient, weights, _, labels, _ = saved
+        gradient, weights, labels = saved[0], saved[1], saved[3]
         problem = CrossEntropyGradient(ctx.problem.reduction)
         return _dgrad_operator((grad_output, gradient, labels, weights), problem), None, None, None
 
@@ -555,9 +554,9 @@ def cross_entropy(
 ) -> Tensor:
     """The meaning of :func:`torch.nn.functional.cross_entropy` for class labels. Computed in float32.
 
-    A row with the label -100 (PyTorch's ``ignore_index`` as it is by default) is ignored: its loss and its gradient are 0, and a
-    mean does not count it. Kernels cannot raise: any other label that is no class makes its row's loss and gradient NaN, and no
-    memory outside of ``logits`` is read. In PyTorch's operations it is an error.
+    A row with the label -100 (PyTorch's default ``ignore_index``) is ignored: its loss and its gradient are 0, and a mean does
+    not count it. Kernels cannot raise: any other label that is no class makes its row's loss and gradient NaN, and no memory
+    outside of ``logits`` is read. In PyTorch's operations it is an error.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,); any strides; float32, float16 or bfloat16 (float64 on the CPU).
@@ -567,8 +566,8 @@ def cross_entropy(
         reduction: ``"mean"`` (over the rows' weights), ``"sum"`` or ``"none"``.
 
     Returns:
-        The loss, a scalar, for ``"none"`` of the shape of ``labels``, in the dtype of ``logits``; under autocast in float32, as in
-        PyTorch.
+        The loss in the dtype of ``logits``, under autocast in float32 as in PyTorch: a scalar, for ``"none"`` of the shape of
+        ``labels``.
 
     Raises:
         TypeError: dtypes other than these; floating-point labels, which stand for probabilities of classes.

@@ -238,6 +238,16 @@ def test_a_graph_that_is_kept_gives_its_gradient_again() -> None:
     assert torch.equal(doubled, 2 * first)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="in float64")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_derivatives_of_the_gradient(reduction: str) -> None:
+    x, labels = randn(4, 3, dtype=torch.float64), labels_for((4, 3))
+    weight = torch.rand(3, dtype=torch.float64)
+    ours, _ = pair(labels, weight, label_smoothing=0.25, reduction=reduction)
+    assert torch.autograd.gradcheck(ours, x)
+    assert torch.autograd.gradgradcheck(ours, x)
+
+
 def test_no_gradient_was_recorded() -> None:
     operator = torch.ops.alexnet_triton.cross_entropy_fprop
     loss, *_ = operator(randn(4, 6, dtype=torch.float32), labels_for((4, 6)), None, 0.0, "mean", False, False)
