@@ -22,7 +22,7 @@ from .configs.tables import MULTIPROCESSORS, apply_overrides, tile_size
 from .primitives import cast, program_id
 from .runtime import plans
 from .runtime.arguments import ArgumentTypeError, ArgumentValueError, check_tensors, number
-from .runtime.backend import INTERPRETED, runs_triton
+from .runtime.backend import INTERPRETED, capability, runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent
 from .runtime.launch import cdiv, launch, needs_int64, new_output, nothing
 from .runtime.torch_interop import (
@@ -45,14 +45,17 @@ REDUCTIONS = ("none", "mean", "sum")
 _FEW_LOGITS = 2**14
 
 
-def cross_entropy_config(rows: int, classes: int) -> tuple[dict[str, int], int]:
+def cross_entropy_config(rows: int, classes: int, device: torch.device) -> tuple[dict[str, int], int]:
     """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits a thread; and the programs of the forward kernel.
 
-    What is kept of a row takes as many registers as a logit where classes are few: of 4 a thread some spill.
+    What is kept of a row takes as many registers as a logit where classes are few. On NVIDIA's GPUs maxnreg says that a thread may
+    have all that there are for 16 warps; ptxas would rather spill a few than keep a program from sharing its multiprocessor.
     """
     columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
     block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 1024) // columns))
     config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 16})
+    if capability(device) > 0:
+        config["maxnreg"] = 128
     # Never more than one program can add up at once afterwards.
     programs = 1 if rows * columns <= _FEW_LOGITS else 8 * MULTIPROCESSORS
     programs = apply_overrides({"SPLIT": programs})["SPLIT"]
@@ -306,7 +309,7 @@ def _launch_cross_entropy(
     n, c = logits.shape[:2]
     rows = labels.numel()
     x, y = logits.reshape(n, c, rows // max(n, 1)), labels.reshape(n, rows // max(n, 1))
-    config, programs = cross_entropy_config(rows, c)
+    config, programs = cross_entropy_config(rows, c, logits.device)
     several = programs > 1 and constants["REDUCTION"] != "none"
     partial = new_output((3, programs), accumulator_dtype(logits.dtype), logits.device) if several else None
     launch(
@@ -419,7 +422,7 @@ def _run_dgrad(
     n, c = gradient.shape[:2]
     d = labels.numel() // n
     dy, y = grad_output.expand(labels.shape).reshape(n, d), labels.reshape(n, d)
-    config, _ = cross_entropy_config(labels.numel(), c)
+    config, _ = cross_entropy_config(labels.numel(), c, labels.device)
     launch(
         _cross_entropy_dgrad_kernel,
         (cdiv(labels.numel(), config["BLOCK_ROWS"]) * cdiv(c, config["BLOCK_COLUMNS"]),),
