@@ -48,8 +48,8 @@ _FEW_LOGITS = 2**14
 def cross_entropy_config(rows: int, classes: int, device: torch.device) -> tuple[dict[str, int], int]:
     """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits a thread; and the programs of the forward kernel.
 
-    What is kept of a row takes as many registers as a logit where classes are few. On NVIDIA's GPUs maxnreg says that a thread may
-    have all that there are for 16 warps; ptxas would rather spill a few than keep a program from sharing its multiprocessor.
+    What is kept of a row takes as many registers as a logit where classes are few. On NVIDIA's GPUs maxnreg lets a thread have
+    all that there are for 16 warps: ptxas would rather spill a few than keep a program from sharing its multiprocessor.
     """
     columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
     block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 1024) // columns))
