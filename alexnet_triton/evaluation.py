@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.advanced import add_cross_entropy
+
 from .data import Split, input_for
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
@@ -38,18 +40,17 @@ def evaluate(
     """
     net.eval()
     dtype = next(net.parameters()).dtype
-    sums = torch.zeros(2, device=device)  # of losses, of images classified right
+    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     split = split.to(device)
     for index in torch.arange(len(split), device=device).split(batch_size):
         if stop is not None and stop():
             raise Stopped("before its evaluation")
         share = processes.share(index)
         labels = split.labels[share]
-        logits = net(input_for(net, split.images, share, image_size, dtype=dtype)).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(1) == labels).sum()
-    loss, correct = processes.add_up(sums).tolist()
-    return loss / len(split), correct / len(split)
+        logits = net(input_for(net, split.images, share, image_size, dtype=dtype))
+        add_cross_entropy(logits, labels, loss_sum, correct)
+    loss, hits = processes.add_up(torch.stack([loss_sum, correct])).tolist()
+    return loss / len(split), hits / len(split)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from kernels.advanced import add_cross_entropy
 from kernels.runtime.backend import runs_triton
 
 from .checkpoint import (
@@ -226,15 +226,13 @@ class Trainer:
         inputs = input_for(self.net, self.split.images, share, self.image_size, dtype=self.dtype, augment=self.augment)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.parallel(inputs).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        logits = self.parallel(inputs)
         # The gradient of the mean over the batch. Processes take the mean of theirs, each of which therefore counts size-fold:
         # right for unequal shares too, and for an empty one.
-        (loss * (self.scale * self.processes.size / len(index))).backward()
-        self.optimizer.step()
+        scale = self.scale * self.processes.size / len(index)
         # Sums stay on the device: reading one would make the host wait for the step.
-        self.loss_sum += loss.detach()
-        self.correct += (logits.detach().argmax(1) == labels).sum()
+        logits.backward(add_cross_entropy(logits.detach(), labels, self.loss_sum, self.correct, scale))
+        self.optimizer.step()
 
     def precompile(self) -> int:
         """Compile the kernels of the steps and evaluations of a run in parallel; returns how many Triton's cache lacked.

@@ -46,6 +46,7 @@ from alexnet_triton.evaluation import evaluate
 from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
 from alexnet_triton.training import Trainer, new_model
+from kernels.advanced import add_cross_entropy
 from kernels.runtime import backend, launch
 
 #: Bytes of shared memory that a program may use, by the architecture of the GPU; AMD's are MI200, MI300 and MI350.
@@ -288,6 +289,13 @@ def single_operations(dtype: torch.dtype) -> None:
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()
     kernels.dropout_mask((1000,), 0.5, 1)
+    for rows, classes in ((128, 10), (2048, 1000)):
+        logits = torch.empty(rows, classes, dtype=dtype, requires_grad=True)
+        labels, weight = torch.zeros(rows, dtype=torch.int64), torch.empty(classes, dtype=dtype)
+        kernels.cross_entropy(logits, labels).backward()
+        kernels.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1).backward()
+        for scale in (None, 1.0):
+            add_cross_entropy(logits, labels, torch.zeros(()), torch.zeros(()), scale)
     images, index = torch.empty(60000, 28, 28, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
     ones = torch.ones(128)
     pairs = torch.ones(128, 2, dtype=torch.int32)

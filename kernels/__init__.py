@@ -12,6 +12,7 @@ from .convolution.cells import Cells, space_to_depth
 from .convolution.relu_max_pool2d import conv2d_relu_max_pool2d, reads_cells
 from .dropouts import dropout, dropout_mask
 from .images import Augmentation, gather_resize
+from .losses import cross_entropy
 from .matrix_product import linear, linear_relu_dropout
 from .pooling.autograd import max_pool2d
 from .runtime.backend import use_backend
@@ -24,6 +25,7 @@ __all__ = [
     "Cells",
     "conv2d",
     "conv2d_relu_max_pool2d",
+    "cross_entropy",
     "dropout",
     "dropout_mask",
     "gather_resize",

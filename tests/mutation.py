@@ -186,6 +186,27 @@ FAULTS = (
         (f"{_LINEAR}::test_forward_and_gradients",),
     ),
     Fault(
+        "a mean over all rows: ignored ones count",
+        "kernels/losses.py",
+        "        b_weight = tl.where(b_ignored, 0.0, b_weight)\n",
+        "",
+        ("tests/kernels/test_cross_entropy.py::test_shapes",),
+    ),
+    Fault(
+        "a label that is no class is read as if it were one",
+        "kernels/losses.py",
+        "m_label = (b_label >= 0) & (b_label < C) & m_r",
+        "m_label = (b_label >= 0) & m_r",
+        ("tests/kernels/test_cross_entropy.py::test_a_label_that_is_no_class_makes_its_row_nan_and_no_other",),
+    ),
+    Fault(
+        "the last of equal logits is the answer",
+        "kernels/losses.py",
+        "b_best = tl.where(b_top > b_max, b_here, b_best)",
+        "b_best = tl.where(b_top >= b_max, b_here, b_best)",
+        ("tests/kernels/test_cross_entropy.py::test_a_hit_is_where_argmax_is_the_label",),
+    ),
+    Fault(
         "a seed used twice: every call draws the same mask",
         "kernels/dropouts.py",
         "return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)",

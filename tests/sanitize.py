@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.advanced import add_cross_entropy
 from kernels.configs import tables
 from kernels.runtime import launch
 from kernels.runtime.backend import capability, has_copy_engine
@@ -82,6 +83,14 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     with tables.override(SPLIT=3):
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
     backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
+    labels = torch.tensor([3, 0, -100, 4, 99, 2, 1]).to(device)
+    for split in (1, 3):
+        with tables.override(BLOCK_ROWS=2, BLOCK_COLUMNS=16, SPLIT=split):
+            weight = randn(37, grad=False)
+            backward(kernels.cross_entropy(randn(7, 37), labels, weight=weight, label_smoothing=0.1))
+            backward(kernels.cross_entropy(randn(7, 37, 2), labels[:, None].expand(7, 2), reduction="none"))
+            totals = torch.zeros(2).to(device)
+            add_cross_entropy(randn(7, 37, grad=False), labels, totals[0], totals[1], 0.5)
     backward(kernels.dropout(randn(5, 300), 0.5))
     kernels.dropout_mask((70, 30), 0.5, 1, device=device)
 

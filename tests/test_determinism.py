@@ -129,6 +129,9 @@ def _each_operation() -> dict[str, Callable[[], list[Tensor]]]:
         "linear": lambda: all_of(lambda x, w, b: kernels.linear(x, w, b, activation="relu"), (5, 70), (9, 70), (9,)),
         "linear_relu_dropout": lambda: all_of(kernels.linear_relu_dropout, (5, 70), (9, 70), (9,)),
         "dropout": lambda: all_of(kernels.dropout, (5, 70)),
+        "cross_entropy": lambda: all_of(
+            lambda x: kernels.cross_entropy(x, torch.arange(50, device=x.device)).view(1), (50, 70)
+        ),
         "gather_resize": resized,
     }
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kernels
 from alexnet_triton import FusedSequential, checkpoint, training
@@ -80,21 +79,23 @@ def progress_is_shown(folder: Path, processes: Processes) -> None:
 def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
     """The labels of all but the leader's shares give a loss of infinity in the second step."""
     steps = 0
-    real = F.cross_entropy
+    real = training.add_cross_entropy
 
-    def broken(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    def broken(logits: Tensor, labels: Tensor, loss_sum: Tensor, *others: Any) -> Tensor | None:
         nonlocal steps
         steps += 1
-        loss = real(logits, labels, reduction=reduction)
-        return loss * torch.inf if steps == 2 and not processes.leads else loss
+        gradient = real(logits, labels, loss_sum, *others)
+        if steps == 2 and not processes.leads:
+            loss_sum *= torch.inf
+        return gradient
 
-    training.F.cross_entropy = broken  # type: ignore[assignment]
+    training.add_cross_entropy = broken
     try:
         run(folder, processes)
     except FloatingPointError as error:
         return str(error)
     finally:
-        training.F.cross_entropy = real
+        training.add_cross_entropy = real
     raise AssertionError("not noticed")
 
 

@@ -64,7 +64,7 @@ MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
         *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
-        *("dropouts", "images", "matrix_product", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
+        *("dropouts", "images", "matrix_product", "pooling.autograd", "pooling.kernels", "sums", "sgd", "losses"),
     )
 ]
 
@@ -137,6 +137,9 @@ FAR = {
         lambda x, w, b: kernels.linear_relu_dropout(x, w, b, seed=3), {"input": (5, 7), "weight": (9, 7), "bias": (9,)}
     ),
     "dropout": Far(lambda x: kernels.dropout(x, seed=3), {"input": (5, 7)}),
+    "cross_entropy": Far(
+        lambda x: kernels.cross_entropy(x, torch.arange(15).view(5, 3) % 7, reduction="none"), {"input": (5, 7, 3)}
+    ),
 }  # fmt: skip
 
 

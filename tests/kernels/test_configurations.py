@@ -55,6 +55,9 @@ from ..oracle import assert_within_tolerance, integers, randn
 
 #: Kernels that no layer of AlexNet launches, and why.
 NOT_ALEXNETS = {
+    "_cross_entropy_kernel": "a loss, not a layer",
+    "_cross_entropy_sum_kernel": "a loss, not a layer",
+    "_cross_entropy_dgrad_kernel": "a loss, not a layer",
     "_dropout_kernel": "AlexNet's dropout is done by the linear layer's last kernel",
     "_max_pool2d_gather_dgrad_kernel": "for windows of more than 16 positions",
 }

@@ -6,6 +6,7 @@ Each is held to the same use of PyTorch's own operations, in the same dtype and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,21 @@ def linked_block_reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Te
     return F.max_pool2d(F.relu(F.conv2d(F.relu(F.conv2d(x, w1, b1)), w2, b2, padding=1)), 2)
 
 
+def cross_entropy(*, weight: bool = False, **options: Any) -> tuple[Operation, Operation]:
+    """Ours and PyTorch's of six classes; one row in four is ignored."""
+
+    def of(function: Callable[..., Tensor]) -> Operation:
+        def loss(x: Tensor) -> Tensor:
+            labels = (torch.arange(x.numel() // 6, device=x.device) * 5 % 6).view(x.shape[:1] + x.shape[2:])
+            labels = torch.where(labels % 4 == 3, -100, labels)
+            weights = torch.linspace(0.5, 1.5, 6, dtype=x.dtype, device=x.device) if weight else None
+            return function(x, labels, weight=weights, **options)
+
+        return loss
+
+    return of(kernels.cross_entropy), of(F.cross_entropy)
+
+
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 7 * 7, device=DEVICE, dtype=torch.float64).sin().view(2, 3, 7, 7)
 X, W, B = (2, 3, 5, 5), (4, 3, 3, 3), (4,)
 ROWS, MATRIX = (5, 6), (4, 6)
@@ -128,6 +144,8 @@ OPERATIONS: dict[str, tuple[tuple[Operation, Operation], tuple[tuple[int, ...], 
         ),
         (ROWS, MATRIX, B),
     ),
+    "cross_entropy": (cross_entropy(weight=True, reduction="none"), (ROWS,)),
+    "cross_entropy_of_pixels": (cross_entropy(reduction="none"), ((2, 6, 3),)),
     "dropout": (
         (
             lambda x: kernels.dropout(x, seed=SEED),

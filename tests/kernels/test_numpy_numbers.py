@@ -104,6 +104,9 @@ CALLS: dict[str, Callable[[dict[str, Tensor], Numbers], Tensor]] = {
     "linear_relu_dropout": lambda t, n: kernels.linear_relu_dropout(
         t["rows"], t["matrix"], t["vector"], n(0.9), n(True), seed=n(7)
     ),
+    "cross_entropy": lambda t, n: kernels.cross_entropy(
+        t["rows"], torch.zeros(len(t["rows"]), dtype=torch.int64, device=DEVICE), label_smoothing=n(0.9)
+    ),
     "space_to_depth": lambda t, n: kernels.space_to_depth(t["images"], n(11), n(4), (n(1), n(2))),
     "conv2d_relu_max_pool2d_cells": _cells,
     "reads_cells": _reads_cells,

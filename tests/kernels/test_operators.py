@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels import dropouts as drop
+from kernels import losses
 from kernels import matrix_product as lin
 from kernels.convolution import autograd as conv
 from kernels.convolution import cells
@@ -36,6 +37,10 @@ STRIDED = (
     *([3, 3], [2, 2], [0, 0], [3, 4]),
 )
 GEOMETRY = ([2, 1], [1, 0], [1, 2], 2)
+
+
+def _labels() -> torch.Tensor:
+    return torch.tensor([0, 2, losses.IGNORED, 1, 2], device=DEVICE)
 
 
 def _pooled() -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,13 +159,25 @@ SAMPLES = {
         lin.linear_epilogue_backward,
         (_randn(5, 3), _randn(5, 3), torch.tensor(5, device=DEVICE), 0.5, True, True),
     ),
+    "cross_entropy_fprop": lambda: (
+        losses.cross_entropy_fprop,
+        (_randn(5, 3, grad=True), _labels(), torch.rand(3, device=DEVICE), 0.1, "mean", False, True),
+    ),
+    "cross_entropy_fprop_without_a_gradient": lambda: (
+        losses.cross_entropy_fprop,
+        (_half(5, 3), _labels(), None, 0.0, "none", True, False),
+    ),
+    "cross_entropy_dgrad": lambda: (
+        losses.cross_entropy_dgrad,
+        (_randn(), _randn(5, 3), _labels(), torch.tensor(3.0, device=DEVICE), "mean"),
+    ),
     "dropout_apply": lambda: (drop.dropout_apply, (_randn(5, 3, grad=True), torch.tensor(5, device=DEVICE), 0.5)),
     "dropout_keep_mask": lambda: (drop.dropout_keep_mask, ([5, 3], torch.tensor(5, device=DEVICE), 0.5)),
 }
 
 
 def test_every_operator_has_a_sample() -> None:
-    modules = (conv, block, cells, drop, lin, pool)
+    modules = (conv, block, cells, drop, lin, losses, pool)
     operators = {n for m in modules for n, v in vars(m).items() if isinstance(v, torch.library.CustomOpDef)}
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 

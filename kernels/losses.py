@@ -1,0 +1,672 @@
+"""Cross-entropy of class labels: the loss and the gradient of its logits in one pass over them.
+
+The forward kernel finds each row's maximum and sum of exponentials block by block of classes (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018), and then writes the row's loss and gradient. That gradient is the one of the row's
+own loss: what the reduction and whoever reads the loss multiply it by, the backward kernel does. Rows are added up in a fixed
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .configs.tables import MULTIPROCESSORS, apply_overrides, tile_size
+from .primitives import cast, program_id
+from .runtime import plans
+from .runtime.arguments import ArgumentTypeError, ArgumentValueError, check_tensors, number
+from .runtime.backend import INTERPRETED, capability, runs_triton
+from .runtime.derivatives import differentiable_by, has_tangent
+from .runtime.launch import cdiv, launch, needs_int64, new_output, nothing
+from .runtime.torch_interop import (
+    Operator,
+    OperatorFunction,
+    apply_function,
+    is_plain,
+    over,
+    overridable,
+    wants_grad,
+)
+from .sums import accumulator_dtype, triton_accumulator
+
+#: The label of a row that counts for nothing: ``F.cross_entropy``'s default.
+IGNORED = -100
+
+REDUCTIONS = ("none", "mean", "sum")
+
+#: Logits that one program reads alone: a second launch would take longer than the programs beside it save.
+_FEW_LOGITS = 2**14
+
+
+def cross_entropy_config(rows: int, classes: int, device: torch.device) -> tuple[dict[str, int], int]:
+    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits a thread; and the programs of the forward kernel.
+
+    What is kept of a row takes as many registers as a logit where classes are few. On NVIDIA's GPUs maxnreg lets a thread have
+    all that there are for 16 warps: ptxas would rather spill a few than keep a program from sharing its multiprocessor.
+    """
+    columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
+    block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 1024) // columns))
+    config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 16})
+    if capability(device) > 0:
+        config["maxnreg"] = 128
+    # Never more than one program can add up at once afterwards.
+    programs = 1 if rows * columns <= _FEW_LOGITS else 8 * MULTIPROCESSORS
+    programs = apply_overrides({"SPLIT": programs})["SPLIT"]
+    return config, max(1, min(programs, cdiv(rows, config["BLOCK_ROWS"])))
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _store_sums(loss, weights, hits, loss_ptr, weights_ptr, hits_ptr, REDUCTION: tl.constexpr):
+    """What the reduction makes of the sums over all rows: a scalar, or an addition to running totals."""
+    if REDUCTION == "accumulate":
+        tl.store(loss_ptr, tl.load(loss_ptr) + loss)
+        tl.store(hits_ptr, tl.load(hits_ptr) + hits)
+    else:
+        if REDUCTION == "mean":
+            tl.store(weights_ptr, weights)
+            loss = loss / weights
+        tl.store(loss_ptr, cast(loss, loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr,  # [N, C, D] through its strides
+    labels_ptr,  # [N, D] int64 or uint8, through its strides
+    weight_ptr,  # [C], contiguous, or None
+    loss_ptr,  # out: [N, D] contiguous for "none"; else a scalar, which "accumulate" adds to
+    weights_ptr,  # out: for "mean" the sum of the rows' weights, a scalar
+    hits_ptr,  # in and out: for "accumulate" how often the largest logit was the label's, a scalar
+    gradient_ptr,  # out: [N, C, D] contiguous, of each row's own loss times grad_scale, or None
+    partial_ptr,  # out: [3, programs] sums of losses, weights and hits, or None where one program sums all
+    rows,  # N * D
+    C,
+    D,
+    grad_scale,
+    stride_xn,
+    stride_xc,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    SMOOTHING: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    IGNORED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Losses, gradients and hits of rows. One program owns BLOCK_ROWS rows, and then those as many programs further on."""
+    pid = program_id(0, WIDE)
+    programs = tl.num_programs(0)
+    o_c = tl.arange(0, BLOCK_COLUMNS)
+    if WIDE:
+        o_c = o_c.to(tl.int64)
+    infinity = float("inf")
+    b_losses = tl.zeros([BLOCK_ROWS], ACC)
+    b_weights = tl.zeros([BLOCK_ROWS], ACC)
+    b_hits = tl.zeros([BLOCK_ROWS], ACC)
+    # Of the label's class, and of every class beside it.
+    keep = tl.full([], 1.0 - SMOOTHING, ACC)
+    spread = tl.full([], SMOOTHING, ACC) / C
+    class_weights = tl.full([], 1.0, ACC) * C
+    if SMOOTHING != 0.0 and weight_ptr is not None:
+        b_of_classes = tl.zeros([BLOCK_COLUMNS], ACC)
+        for start in range(0, C, BLOCK_COLUMNS):
+            b_of_classes += tl.load(weight_ptr + start + o_c, mask=start + o_c < C, other=0.0).to(ACC)
+        class_weights = tl.sum(b_of_classes)
+
+    for first in range(pid * BLOCK_ROWS, rows, programs * BLOCK_ROWS):
+        o_r = first + tl.arange(0, BLOCK_ROWS)
+        m_r = o_r < rows
+        i_n, i_d = o_r // D, o_r % D
+        b_label = tl.load(labels_ptr + i_n * stride_yn + i_d * stride_yd, mask=m_r, other=0).to(tl.int64)
+        b_ignored = (b_label == IGNORED) | (o_r >= rows)
+        m_label = (b_label >= 0) & (b_label < C) & m_r
+        p_row = logits_ptr + i_n * stride_xn + i_d * stride_xd
+
+        b_max = tl.full([BLOCK_ROWS], -infinity, ACC)
+        b_sum = tl.zeros([BLOCK_ROWS], ACC)
+        b_best = tl.zeros([BLOCK_ROWS], o_c.dtype)  # the first class with the largest logit
+        b_nan = tl.zeros([BLOCK_ROWS], o_c.dtype) + C  # the first one whose logit is NaN, which PyTorch's argmax prefers
+        for start in range(0, C, BLOCK_COLUMNS):
+            i_c = start + o_c
+            mask = m_r[:, None] & (i_c < C)[None, :]
+            b_x = tl.load(p_row[:, None] + (i_c * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
+            b_x = tl.where(mask, b_x, -infinity)
+            b_top = tl.max(b_x, 1)
+            if REDUCTION == "accumulate":
+                b_here = tl.min(tl.where(b_x == b_top[:, None], i_c[None, :], C), 1)
+                b_best = tl.where(b_top > b_max, b_here, b_best)
+                b_nan = tl.minimum(b_nan, tl.min(tl.where(b_x != b_x, i_c[None, :], C), 1))
+            b_top = tl.maximum(b_max, b_top)
+            # A row's first classes may all be -inf: from that its exponentials are 0, and not NaN.
+            b_shift = tl.where(b_top == -infinity, 0.0, b_top)
+            b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
+            b_max = b_top
+
+        b_log_sum = tl.log(b_sum)
+        b_target = tl.load(p_row + b_label * stride_xc, mask=m_label, other=0.0).to(ACC)
+        b_weight = tl.where(m_label, 1.0, float("nan")).to(ACC)  # a label that is no class makes its row NaN
+        if weight_ptr is not None:
+            b_weight *= tl.load(weight_ptr + b_label, mask=m_label, other=0.0).to(ACC)
+        b_weight = tl.where(b_ignored, 0.0, b_weight)
+        b_loss = (b_log_sum - (b_target - b_max)) * b_weight
+        if SMOOTHING != 0.0 or gradient_ptr is not None:
+            b_loss *= keep
+            b_share = keep * b_weight
+            if SMOOTHING != 0.0:
+                b_share += spread * class_weights
+            b_other = tl.zeros([BLOCK_ROWS], ACC)
+            for start in range(0, C, BLOCK_COLUMNS):
+                i_c = start + o_c
+                mask = m_r[:, None] & (i_c < C)[None, :]
+                b_x = tl.load(p_row[:, None] + (i_c * stride_xc)[None, :], mask=mask, other=0.0).to(ACC)
+                b_log = b_x - b_max[:, None] - b_log_sum[:, None]
+                b_class = tl.full([BLOCK_COLUMNS], 1.0, ACC)
+                if SMOOTHING != 0.0 and weight_ptr is not None:
+                    b_class = tl.load(weight_ptr + i_c, mask=i_c < C, other=0.0).to(ACC)
+                if SMOOTHING != 0.0:
+                    b_other += tl.sum(tl.where(mask, b_log * b_class[None, :], 0.0), 1)
+                if gradient_ptr is not None:
+                    b_due = tl.where(i_c[None, :] == b_label[:, None], (keep * b_weight)[:, None], 0.0)
+                    if SMOOTHING != 0.0:
+                        b_due += spread * b_class[None, :]
+                    b_gradient = (tl.exp(b_log) * b_share[:, None] - b_due) * grad_scale
+                    b_gradient = tl.where(b_ignored[:, None], 0.0, b_gradient)
+                    o_g = (i_n * C * D + i_d)[:, None] + (i_c * D)[None, :]
+                    tl.store(gradient_ptr + o_g, cast(b_gradient, gradient_ptr.dtype.element_ty), mask=mask)
+            b_loss -= spread * b_other
+        b_loss = tl.where(b_ignored, 0.0, b_loss)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + o_r, cast(b_loss, loss_ptr.dtype.element_ty), mask=m_r)
+        b_losses += b_loss
+        b_weights += b_weight
+        if REDUCTION == "accumulate":
+            b_answer = tl.where(b_nan < C, b_nan, b_best)
+            b_hits += tl.where((b_answer == b_label) & m_r, 1.0, 0.0)
+
+    if REDUCTION != "none":
+        loss, weights, hits = tl.sum(b_losses), tl.sum(b_weights), tl.sum(b_hits)
+        if partial_ptr is None:
+            _store_sums(loss, weights, hits, loss_ptr, weights_ptr, hits_ptr, REDUCTION)
+        else:
+            tl.store(partial_ptr + pid, loss)
+            tl.store(partial_ptr + programs + pid, weights)
+            tl.store(partial_ptr + 2 * programs + pid, hits)
+
+
+@triton.jit
+def _cross_entropy_sum_kernel(
+    partial_ptr,  # [3, parts] sums of losses, weights and hits
+    loss_ptr,  # as in _cross_entropy_kernel, as the next two
+    weights_ptr,
+    hits_ptr,
+    parts,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums over all rows, from those of at most BLOCK programs. One program owns all of it."""
+    o_p = tl.arange(0, BLOCK)
+    m_p = o_p < parts
+    loss = tl.sum(tl.load(partial_ptr + o_p, mask=m_p, other=0.0))
+    weights = tl.sum(tl.load(partial_ptr + parts + o_p, mask=m_p, other=0.0))
+    hits = tl.sum(tl.load(partial_ptr + 2 * parts + o_p, mask=m_p, other=0.0))
+    _store_sums(loss, weights, hits, loss_ptr, weights_ptr, hits_ptr, REDUCTION)
+
+
+@triton.jit
+def _cross_entropy_dgrad_kernel(
+    dy_ptr,  # gradient of the losses, [N, D] through its strides; a scalar has strides of 0
+    gradient_ptr,  # [N, C, D] contiguous: of each row's own loss
+    labels_ptr,  # [N, D] int64 or uint8, through its strides
+    weights_ptr,  # what a mean was divided by, a scalar, or None
+    dx_ptr,  # out: [N, C, D] contiguous
+    rows,  # N * D
+    C,
+    D,
+    stride_dyn,
+    stride_dyd,
+    stride_yn,
+    stride_yd,
+    IGNORED: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Gradient of the logits. One program owns BLOCK_ROWS rows and BLOCK_COLUMNS classes."""
+    column_blocks = tl.cdiv(C, BLOCK_COLUMNS)
+    pid = program_id(0, WIDE)
+    o_r = pid // column_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    o_c = pid % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    m_r = o_r < rows
+    mask = m_r[:, None] & (o_c < C)[None, :]
+    i_n, i_d = o_r // D, o_r % D
+    b_dy = tl.load(dy_ptr + i_n * stride_dyn + i_d * stride_dyd, mask=m_r, other=0.0).to(ACC)
+    b_label = tl.load(labels_ptr + i_n * stride_yn + i_d * stride_yd, mask=m_r, other=0).to(tl.int64)
+    o_x = (i_n * C * D + i_d)[:, None] + (o_c * D)[None, :]
+    b_dx = tl.load(gradient_ptr + o_x, mask=mask, other=0.0).to(ACC) * b_dy[:, None]
+    if weights_ptr is not None:
+        b_dx = b_dx / tl.load(weights_ptr)
+    # Not 0 times a factor that is not finite, where all rows are ignored.
+    b_dx = tl.where((b_label == IGNORED)[:, None], 0.0, b_dx)
+    tl.store(dx_ptr + o_x, cast(b_dx, dx_ptr.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------- launch functions
+
+
+class CrossEntropy(NamedTuple):
+    """What the operator is told beside its tensors.
+
+    Attributes:
+        label_smoothing: in [0, 1].
+        reduction: "none", "mean" or "sum".
+        float32_loss: whether the loss of half-precision logits is float32, as under autocast.
+        write_gradient: whether the backward pass's gradient is wanted.
+    """
+
+    label_smoothing: float
+    reduction: str
+    float32_loss: bool
+    write_gradient: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """As the operator's schema lists it."""
+        return tuple(self)
+
+
+class CrossEntropyGradient(NamedTuple):
+    """What the operator of the gradient is told: the reduction."""
+
+    reduction: str
+
+    def flat(self) -> tuple[str]:
+        """As the operator's schema lists it."""
+        return (self.reduction,)
+
+
+def _launch_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    loss: Tensor,
+    gradient: Tensor | None,
+    sums: dict[str, Tensor | None],
+    **constants: Any,
+) -> None:
+    """Launch the forward kernel, and where there are many rows the sum over its programs; ``sums``: weights_ptr, hits_ptr."""
+    n, c = logits.shape[:2]
+    rows = labels.numel()
+    x, y = logits.reshape(n, c, rows // max(n, 1)), labels.reshape(n, rows // max(n, 1))
+    config, programs = cross_entropy_config(rows, c, logits.device)
+    several = programs > 1 and constants["REDUCTION"] != "none"
+    partial = new_output((3, programs), accumulator_dtype(logits.dtype), logits.device) if several else None
+    launch(
+        _cross_entropy_kernel,
+        (programs,),
+        logits_ptr=x,
+        labels_ptr=y,
+        weight_ptr=None if weight is None else weight.contiguous(),
+        loss_ptr=loss,
+        **sums,
+        gradient_ptr=gradient,
+        partial_ptr=partial,
+        rows=rows,
+        C=c,
+        D=x.shape[2],
+        stride_xn=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_xd=x.stride(2),
+        stride_yn=y.stride(0),
+        stride_yd=y.stride(1),
+        **constants,
+        IGNORED=IGNORED,
+        WIDE=needs_int64(x, y, gradient),
+        ACC=triton_accumulator(logits.dtype),
+        **config,
+    )
+    if partial is not None:
+        launch(
+            _cross_entropy_sum_kernel,
+            (1,),
+            partial_ptr=partial,
+            loss_ptr=loss,
+            **sums,
+            parts=programs,
+            REDUCTION=constants["REDUCTION"],
+            BLOCK=tile_size(programs, 1, 2**20),
+            num_warps=4,
+        )
+
+
+def _new_results(logits: Tensor, labels: Tensor, problem: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised loss, gradient of each row's loss, and sum of the rows' weights; empty what is not wanted."""
+    accumulator = accumulator_dtype(logits.dtype)
+    dtype = accumulator if problem.float32_loss else logits.dtype
+    loss = new_output(labels.shape if problem.reduction == "none" else (), dtype, logits.device)
+    gradient = new_output(logits.shape, logits.dtype, logits.device) if problem.write_gradient else nothing(logits)
+    weights = new_output((), accumulator, logits.device) if problem.reduction == "mean" else nothing(logits, accumulator)
+    return loss, gradient, weights
+
+
+def _run_cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, problem: CrossEntropy
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, gradient, weights = _new_results(logits, labels, problem)
+    _launch_cross_entropy(
+        logits,
+        labels,
+        weight,
+        loss,
+        gradient if problem.write_gradient else None,
+        {"weights_ptr": weights if problem.reduction == "mean" else None, "hits_ptr": None},
+        grad_scale=1.0,
+        SMOOTHING=problem.label_smoothing,
+        REDUCTION=problem.reduction,
+    )
+    return loss, gradient, weights
+
+
+@torch.library.custom_op("alexnet_triton::cross_entropy_fprop", mutates_args=())
+def cross_entropy_fprop(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    float32_loss: bool,
+    write_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of ``logits`` (N, C, ...), gradient of each row's own loss, and the sum of the rows' weights that a mean divides by.
+
+    Empty what is not wanted.
+    """
+    return _run_cross_entropy(logits, labels, weight, CrossEntropy(label_smoothing, reduction, float32_loss, write_gradient))
+
+
+@cross_entropy_fprop.register_fake
+def _(logits, labels, weight, label_smoothing, reduction, float32_loss, write_gradient):
+    return _new_results(logits, labels, CrossEntropy(label_smoothing, reduction, float32_loss, write_gradient))
+
+
+@torch.library.custom_op("alexnet_triton::cross_entropy_dgrad", mutates_args=())
+def cross_entropy_dgrad(
+    grad_output: Tensor, gradient: Tensor, labels: Tensor, weights: Tensor | None, reduction: str
+) -> Tensor:
+    """Gradient of the logits, of the loss's and of what :func:`cross_entropy_fprop` returned; contiguous."""
+    return _run_dgrad(grad_output, gradient, labels, weights, CrossEntropyGradient(reduction))
+
+
+@cross_entropy_dgrad.register_fake
+def _(grad_output, gradient, labels, weights, reduction):
+    return gradient.new_empty(gradient.shape)
+
+
+def _run_dgrad(
+    grad_output: Tensor, gradient: Tensor, labels: Tensor, weights: Tensor | None, problem: CrossEntropyGradient
+) -> Tensor:
+    dx = new_output(gradient.shape, gradient.dtype, gradient.device)
+    if gradient.numel() == 0:
+        return dx
+    n, c = gradient.shape[:2]
+    d = labels.numel() // n
+    dy, y = grad_output.expand(labels.shape).reshape(n, d), labels.reshape(n, d)
+    config, _ = cross_entropy_config(labels.numel(), c, labels.device)
+    launch(
+        _cross_entropy_dgrad_kernel,
+        (cdiv(labels.numel(), config["BLOCK_ROWS"]) * cdiv(c, config["BLOCK_COLUMNS"]),),
+        dy_ptr=dy,
+        gradient_ptr=gradient,
+        labels_ptr=y,
+        weights_ptr=weights if problem.reduction == "mean" else None,
+        dx_ptr=dx,
+        rows=labels.numel(),
+        C=c,
+        D=d,
+        stride_dyn=dy.stride(0),
+        stride_dyd=dy.stride(1),
+        stride_yn=y.stride(0),
+        stride_yd=y.stride(1),
+        IGNORED=IGNORED,
+        WIDE=needs_int64(dx, dy, y),
+        ACC=triton_accumulator(dx.dtype),
+        **config,
+    )
+    return dx
+
+
+# ------------------------------------------------------------------------------------------------- autograd Function
+
+
+_fprop_operator = Operator(cross_entropy_fprop, _run_cross_entropy)
+_dgrad_operator = Operator(cross_entropy_dgrad, _run_dgrad)
+
+
+def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_output: Tensor, *_: Any) -> tuple[Tensor]:
+    logits, labels, weight = saved[2:]
+    classes, smoothing = logits.shape[1], ctx.problem.label_smoothing
+    probabilities = logits.to(accumulator_dtype(logits.dtype)).softmax(1)
+    of_class = probabilities.new_ones(classes) if weight is None else weight.to(probabilities.dtype)
+    ignored, index = labels == IGNORED, labels.long().clamp(0, classes - 1)
+    of_row = torch.where(index == labels, of_class[index], torch.nan).masked_fill(ignored, 0)
+    target = torch.zeros_like(probabilities).scatter(1, index.unsqueeze(1), 1)
+    kept = (1 - smoothing) * of_row.unsqueeze(1)
+    spread = smoothing / classes * of_class.view(-1, *[1] * (logits.dim() - 2))
+    rows = (kept + spread.sum()) * probabilities - kept * target - spread
+    factor = grad_output / of_row.sum() if ctx.problem.reduction == "mean" else grad_output
+    gradient = rows * factor.expand(labels.shape).unsqueeze(1)
+    return (gradient.masked_fill(ignored.unsqueeze(1), 0).to(logits.dtype),)
+
+
+@over(_fprop_operator)
+class CrossEntropyFunction(OperatorFunction):
+    """Cross-entropy. Saves the gradient of each row's own loss, and the logits for a derivative of the gradient."""
+
+    internal = (1, 2)
+
+    @staticmethod
+    def forward(logits, labels, weight, problem):
+        return _fprop_operator((logits, labels, weight), problem)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        logits, labels, weight, ctx.problem = inputs
+        _, gradient, weights = output
+        ctx.mark_non_differentiable(*[made for made in (gradient, weights) if made is not None])
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.save_for_backward(gradient, weights, logits, labels, weight)
+
+    @staticmethod
+    @differentiable_by(_formula, of=(2,))
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor, *_: Any):
+        if not ctx.problem.write_gradient:
+            raise RuntimeError(
+                "this cross_entropy was recorded without its gradient: its graph was made under torch.no_grad() or from "
+                "tensors that require no gradient"
+            )
+        gradient, weights, labels = saved[0], saved[1], saved[3]
+        problem = CrossEntropyGradient(ctx.problem.reduction)
+        return _dgrad_operator((grad_output, gradient, labels, weights), problem), None, None, None
+
+
+_fprop_operator.register_autograd(CrossEntropyFunction, CrossEntropy, tensors=3)
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Labels of classes, one for each row of ``logits`` (C,) or (N, C, ...)."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.is_floating_point():
+        raise TypeError(
+            f"labels must be class labels, int64 or uint8, got {labels.dtype}: for probabilities of classes call "
+            "torch.nn.functional.cross_entropy"
+        )
+    if labels.dtype not in (torch.int64, torch.uint8):
+        raise ArgumentTypeError(f"labels must be int64 or uint8, got {labels.dtype}")
+    if logits.dim() == 0 or logits.shape[min(1, logits.dim() - 1)] == 0:
+        raise ArgumentValueError(
+            f"logits must have shape (C,) or (N, C, ...) with at least one class, got {tuple(logits.shape)}"
+        )
+    expected = (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
+    if labels.shape != expected:
+        raise ArgumentValueError(
+            f"labels must have shape {tuple(expected)} for logits {tuple(logits.shape)}, got {tuple(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ArgumentValueError(
+            f"labels must be on the device of logits: logits is on {logits.device}, labels on {labels.device}"
+        )
+
+
+def _check_weight(logits: Tensor, weight: Tensor, any_dtype: bool) -> None:
+    """A weight for each class, without a gradient; in the dtype of ``logits`` unless autocast makes both float32."""
+    if any_dtype and isinstance(weight, Tensor):
+        check_tensors(weight=weight)
+        check_tensors(logits=logits, weight=weight.to(logits.dtype))
+    else:
+        check_tensors(logits=logits, weight=weight)
+    classes = logits.shape[min(1, logits.dim() - 1)]
+    if weight.shape != (classes,):
+        raise ArgumentValueError(f"weight must have shape ({classes},), one for each class, got {tuple(weight.shape)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ArgumentValueError("weight must not require a gradient: there is none")
+
+
+@overridable
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The meaning of :func:`torch.nn.functional.cross_entropy` for class labels. Computed in float32.
+
+    A row with the label -100 (PyTorch's default ``ignore_index``) is ignored: its loss and its gradient are 0, and a mean does
+    not count it. Kernels cannot raise: any other label that is no class makes its row's loss and gradient NaN, and no memory
+    outside of ``logits`` is read. In PyTorch's operations it is an error.
+
+    Args:
+        logits: (N, C), (N, C, d1, ...) or (C,); any strides; float32, float16 or bfloat16 (float64 on the CPU).
+        labels: (N,), (N, d1, ...) or (): the class of each row, int64 or uint8.
+        weight: (C,), what the loss of each class counts, in the dtype of ``logits``; without a gradient.
+        label_smoothing: in [0, 1], the part of a label that is spread over all classes.
+        reduction: ``"mean"`` (over the rows' weights), ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in the dtype of ``logits``, under autocast in float32 as in PyTorch: a scalar, for ``"none"`` of the shape of
+        ``labels``.
+
+    Raises:
+        TypeError: dtypes other than these; floating-point labels, which stand for probabilities of classes.
+        ValueError: shapes or devices that do not fit, ``label_smoothing`` or ``reduction`` other than these, a weight that
+            requires a gradient.
+    """
+    check_tensors(logits=logits)
+    _check_labels(logits, labels)
+    device = logits.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and logits.dtype != torch.float64
+    if weight is not None:
+        _check_weight(logits, weight, autocast)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    label_smoothing = float(number("label_smoothing", label_smoothing))
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ArgumentValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    use_triton = runs_triton(logits) and not (forward_ad._current_level >= 0 and has_tangent(logits))
+    if not use_triton:
+        return F.cross_entropy(logits, labels, weight, label_smoothing=label_smoothing, reduction=reduction)
+    if logits.dim() == 1:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+        reduction = "sum" if reduction == "none" else reduction
+    problem = CrossEntropy(label_smoothing, reduction, autocast, wants_grad(logits))
+    return apply_function(CrossEntropyFunction, (logits, labels, weight), problem)[0]
+
+
+# -------------------------------------------------------------------------------------------- one step of a training loop
+
+
+def _run_add_cross_entropy(*arguments: Any) -> Tensor:
+    """The tensors of :func:`add_cross_entropy`, whether a gradient is wanted, and what it is multiplied by."""
+    logits, labels, loss_sum, hits, write_gradient, grad_scale = arguments
+    gradient = new_output(logits.shape, logits.dtype, logits.device) if write_gradient else nothing(logits)
+    _launch_cross_entropy(
+        logits,
+        labels,
+        None,
+        loss_sum,
+        gradient if write_gradient else None,
+        {"weights_ptr": None, "hits_ptr": hits},
+        grad_scale=grad_scale,
+        SMOOTHING=0.0,
+        REDUCTION="accumulate",
+    )
+    return gradient
+
+
+def add_cross_entropy_reference(
+    logits: Tensor, labels: Tensor, loss_sum: Tensor, hits: Tensor, grad_scale: float | None = None
+) -> Tensor | None:
+    """What :func:`add_cross_entropy` means, in PyTorch's own operations."""
+    with torch.enable_grad():
+        values = logits.detach().float().requires_grad_(grad_scale is not None)
+        loss = F.cross_entropy(values, labels, reduction="sum")
+        gradient = None if grad_scale is None else torch.autograd.grad(loss * grad_scale, values)[0].to(logits.dtype)
+    loss_sum += loss.detach()
+    hits += (values.detach().argmax(1) == labels).sum()
+    return gradient
+
+
+@torch.no_grad()
+def add_cross_entropy(
+    logits: Tensor, labels: Tensor, loss_sum: Tensor, hits: Tensor, grad_scale: float | None = None
+) -> Tensor | None:
+    """Add the losses and the hits of a batch to running totals, and return the gradient of its logits: one launch.
+
+    For a training loop: ``logits.backward(add_cross_entropy(logits, labels, loss_sum, hits, 1 / len(logits)))``. Of more than a
+    few rows or classes it is two launches. Nothing waits for the device, and a CUDA graph can capture it.
+
+    Args:
+        logits: (N, C), any strides; float32, float16 or bfloat16.
+        labels: (N,) int64 or uint8. What is no class counts as in :func:`kernels.cross_entropy`, and is no hit.
+        loss_sum: float32 scalar on the device of ``logits``; becomes the sum of it and the rows' losses, computed in float32.
+        hits: as ``loss_sum``; becomes the sum of it and the number of rows whose ``argmax`` is the label.
+        grad_scale: what the gradient of the sum of losses is multiplied by; None for no gradient.
+
+    Returns:
+        The gradient (N, C), contiguous, in the dtype of ``logits``; None without ``grad_scale``.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices other than these.
+    """
+    check_tensors(logits=logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape (N, C), got {tuple(logits.shape)}")
+    _check_labels(logits, labels)
+    for name, total in (("loss_sum", loss_sum), ("hits", hits)):
+        if total.dtype != torch.float32 or total.dim() != 0 or total.device != logits.device:
+            raise ValueError(f"{name} must be a float32 scalar on {logits.device}, got {total.dtype} {tuple(total.shape)}")
+    if not runs_triton(logits):
+        return add_cross_entropy_reference(logits, labels, loss_sum, hits, grad_scale)
+    tensors, wanted = (logits, labels, loss_sum, hits), grad_scale is not None
+    numbers = (1.0 if grad_scale is None else float(number("grad_scale", grad_scale)),)
+    if is_plain(tensors):
+        gradient = plans.call(_run_add_cross_entropy, tensors, wanted, numbers)
+    else:
+        gradient = _run_add_cross_entropy(*tensors, wanted, *numbers)
+    return gradient if wanted else None
