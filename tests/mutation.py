@@ -172,14 +172,14 @@ FAULTS = (
     ),
     Fault(
         "dropped accumulate: the parts of a split product",
-        "kernels/matrix_product.py",
+        "kernels/matmul.py",
         "        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         "        acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         (f"{_LINEAR}::test_through_descriptors",),
     ),
     Fault(
         "wrong split bound: the ragged last block of K is left out",
-        "kernels/matrix_product.py",
+        "kernels/matmul.py",
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))",
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, K // BLOCK_K)",
         (f"{_LINEAR}::test_forward_and_gradients",),
