@@ -26,6 +26,10 @@ _CYCLES_US, _STEP_CYCLES = 1755, 150
 _LATENCY_US, _PROGRAM_US = 1.5, 1.7
 
 
+#: A program for each tile and split, not equal shares.
+_TILES = {"PROGRAMS": 0, "CUT": 0}
+
+
 def linear_key(pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str) -> str:
     """Name of a linear layer's pass in the tables; m x n outputs of k products each. Half types share theirs."""
     precision = {"tf32": " tf32", "ieee": " float32"}[input_precision] if dtype == torch.float32 else ""
@@ -228,8 +232,9 @@ def linear_config(
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, num_warps, num_stages of a linear layer's pass: M x N outputs of K products each.
 
-    And of the pointer kernel SWAP: whether it computes the transposed product, whose tiles these are then; 2 with a copy of the
-    first operand, by its columns. In the interpreter, where no value depends on it, it does not.
+    With equal shares (:mod:`kernels.matmul_shares`) PROGRAMS and CUT in place of SPLIT. And of the pointer kernel SWAP: whether
+    it computes the transposed product, whose tiles these are then; 2 with a copy of the first operand, by its columns. In the
+    interpreter, where no value depends on it, it does not.
 
     Args:
         pass_: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``: its name in the tables.
@@ -241,10 +246,11 @@ def linear_config(
     if INTERPRETED:
         largest = 256 if descriptors else 512  # a descriptor's block can have no more
         config = {"BLOCK_M": tile_size(m, 16, largest), "BLOCK_N": tile_size(n, 16, largest), "BLOCK_K": tile_size(k, 16, 256)}
-        config |= {"SPLIT": 1, "num_warps": 4, "num_stages": 1}
+        config |= {"SPLIT": 1, "num_warps": 4, "num_stages": 1} | (_TILES if descriptors else {})
     elif descriptors:
-        config = dict(_linear_rule(m, n, k, dtype.itemsize))
-        config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
+        config = _TILES | _linear_rule(m, n, k, dtype.itemsize)
+        if measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)):
+            config |= _TILES | known(config, measured)
     elif exact:
         # Of an FMA's operands in shared memory, 16 lanes of a warp read 16 columns of the second, 4 apart, and 2 rows of the
         # first. With neighbours along K, as in a forward pass, these 16 lie in one bank; as the first operand, 2 do. A narrow
@@ -258,7 +264,11 @@ def linear_config(
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)
-    return apply_overrides(config if descriptors else config | {"SWAP": swap})
+    if not descriptors:
+        return apply_overrides(config | {"SWAP": swap})
+    config = apply_overrides(config)
+    unused = {"SPLIT"} if config["PROGRAMS"] else set(_TILES)
+    return {key: value for key, value in config.items() if key not in unused}
 
 
 def matmul_finish_config(elements: int) -> dict[str, int]:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dropouts import draw_seed, dropout_reference, seed_of_reference
-from .matmul import Epilogue, matmul
+from .matmul import matmul
+from .matmul_finish import Epilogue
 from .runtime.arguments import ArgumentValueError, check_activation, check_probability, check_tensors, flag
 from .runtime.backend import runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent

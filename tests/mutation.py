@@ -172,7 +172,7 @@ FAULTS = (
     ),
     Fault(
         "dropped accumulate: the parts of a split product",
-        "kernels/matmul.py",
+        "kernels/matmul_finish.py",
         "        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         "        acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         (f"{_LINEAR}::test_through_descriptors",),

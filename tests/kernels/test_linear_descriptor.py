@@ -93,6 +93,57 @@ def test_a_split_is_deterministic(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
+#: Programs of equal shares for the passes of (37, 104, 56), of 12, 21 and 28 tiles and 4, 2 and 2 steps of K each. Five: shares
+#: that end inside of tiles, of several tiles or less than one. 1000: more than there are units.
+SHARES = {"whole_tiles": (5, 0), "cut": (5, 1), "less_than_a_tile": (23, 1), "one_step": (1000, 1), "one_program": (1, 1)}
+
+
+@hopper
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("shares", SHARES)
+def test_equal_shares(shares: str, dtype: torch.dtype, launches: list[str]) -> None:
+    programs, cut = SHARES[shares]
+    with tables.override(**SMALL, PROGRAMS=programs, CUT=cut, BLOCK=128):
+        check(
+            lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
+            lambda x, w, b: linear_reference(x, w, b, activation="relu"),
+            _tensors((37, 104, 56), dtype),
+            names="input weight bias",
+        )
+    assert launches.count("_matmul_shares_kernel") == 3
+    assert launches.count("_matmul_shares_finish_kernel") == 3 * cut
+    assert not {"_matmul_kernel", "_matmul_descriptor_kernel", "_matmul_finish_kernel"} & set(launches)
+
+
+@hopper
+@pytest.mark.parametrize("shares", ["whole_tiles", "cut", "less_than_a_tile"])
+def test_dropout_of_equal_shares(shares: str) -> None:
+    """The mask depends on the element alone, and falls on whole and cut tiles alike."""
+    programs, cut = SHARES[shares]
+    x, w, b = (t.detach() for t in _tensors((37, 104, 56), torch.bfloat16))
+    with tables.override(**SMALL, PROGRAMS=programs, CUT=cut, BLOCK=128):
+        dropped = kernels.linear_relu_dropout(x, w, b, 0.5, seed=3)
+        plain = kernels.linear(x, w, b, activation="relu")
+    mask = kernels.dropout_mask((37, 56), 0.5, 3, device=DEVICE)
+    assert torch.equal(dropped, torch.where(mask, 2 * plain, 0))
+
+
+@hopper
+def test_equal_shares_are_deterministic_and_add_whole_tiles_as_one_program_does() -> None:
+    tensors = _tensors((37, 104, 56), torch.bfloat16)
+
+    def run(**config: int) -> list[torch.Tensor]:
+        with tables.override(**SMALL, **config):
+            y = kernels.linear(*tensors)
+            return [y, *torch.autograd.grad(y, tensors, torch.ones_like(y))]
+
+    cut = {"PROGRAMS": 5, "CUT": 1}
+    for first, second in zip(run(**cut), run(**cut), strict=True):
+        assert torch.equal(first, second)
+    for whole, tiles in zip(run(PROGRAMS=5, CUT=0), run(SPLIT=1), strict=True):
+        assert torch.equal(whole, tiles)
+
+
 #: What changes a matrix [rows, in], and whether a descriptor can still describe it.
 LAYOUTS = {
     "transposed": (lambda t: t.t().contiguous().t(), True),
@@ -160,6 +211,15 @@ def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[s
     assert "_matmul_kernel" not in launches
     # Both operands of the weight gradient.
     assert launches.count("_row_major_kernel") == 2
+
+
+@hopper
+@pytest.mark.parametrize("cut", [0, 1])
+def test_tf32_in_equal_shares(cut: int, launches: list[str]) -> None:
+    """With the input gradient's panels."""
+    with tables.override(**SMALL, PROGRAMS=5, CUT=cut):
+        _check_tf32(kernels.linear, F.linear, (17, 96, 36))
+    assert launches.count("_matmul_shares_kernel") == 3
 
 
 @hopper
@@ -234,11 +294,20 @@ def test_narrow_outputs_are_not_transposed(launches: list[str]) -> None:
 
 
 @hopper
-def test_int64_offsets(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "kernel"),
+    [
+        ({"SPLIT": 3}, "_matmul_descriptor_kernel"),
+        ({"PROGRAMS": 5, "CUT": 0}, "_matmul_shares_kernel"),
+        ({"PROGRAMS": 5, "CUT": 1}, "_matmul_shares_kernel"),
+    ],
+    ids=["split", "whole_tiles", "cut"],
+)
+def test_int64_offsets(config: dict[str, int], kernel: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
-    with tables.override(**SMALL, SPLIT=3):
+    with tables.override(**SMALL, **config):
         check(kernels.linear, F.linear, _tensors((37, 104, 40), torch.float16), names="input weight bias")
-    assert launches.count("_matmul_descriptor_kernel") == 3
+    assert launches.count(kernel) == 3
 
 
 #: (m, n, k) of AlexNet's linear passes that descriptors run, at a batch.
