@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import linear_rules
 from kernels.configs import tables
+from kernels.convolution import rules
 from kernels.matrix_product import linear_reference
 from kernels.runtime import backend, launch
 
@@ -321,9 +323,14 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
         m, n, k = (size or batch for size in sizes)
         candidates = linear_rules.linear_candidates(m, n, k, itemsize)
         assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
+        tables.check_table({"configs": {str(i): c for i, c in enumerate(candidates)}})
+        assert len({frozenset(c) for c in candidates}) == 1  # a candidate leaves nothing of the rule's choice
         for c in candidates:
-            stage = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
-            assert c["num_stages"] * stage <= 227 * 1024
+            shared = c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
+            if c["PROGRAMS"]:
+                shared += 0 if c["CUT"] else c["BLOCK_M"] * c["BLOCK_N"] * itemsize
+                shared *= c["PROGRAMS"] // 132
+            assert shared <= 227 * 1024
             assert c["BLOCK_M"] * c["BLOCK_N"] / (32 * c["num_warps"]) <= 128
             blocks = -(-k // c["BLOCK_K"])
             assert -(-blocks // -(-blocks // c["SPLIT"])) == c["SPLIT"]  # no part is empty
@@ -372,9 +379,39 @@ def test_float32_has_table_entries_of_its_own() -> None:
     assert half == linear_rules.linear_key("fprop", 128, 10, 4096, torch.bfloat16, "ieee") == "linear_fprop m128 n10 k4096"
 
 
+@pytest.mark.parametrize("batch", [128, 256, 1024])
 @pytest.mark.parametrize("sizes", [s for s in PASSES if 10 not in s], ids=str)
-def test_every_multiprocessor_of_an_h100_has_work_at_batch_128(sizes: tuple[int, int, int]) -> None:
-    m, n, k = (size or 128 for size in sizes)
+def test_every_multiprocessor_of_an_h100_has_work(sizes: tuple[int, int, int], batch: int) -> None:
+    m, n, k = (size or batch for size in sizes)
     chosen = linear_rules._linear_rule(m, n, k, 2)
-    programs = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) * chosen["SPLIT"]
-    assert programs >= 0.9 * 132
+    tiles = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"])
+    units = tiles * (-(-k // chosen["BLOCK_K"]) if chosen["CUT"] else chosen["SPLIT"])
+    programs = chosen["PROGRAMS"] or units
+    busiest = -(-programs // 132) * -(-units // programs)
+    assert units / 132 >= 0.85 * busiest
+
+
+def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rule would have equal shares and the table says nothing of them, its blocks are not those of shares."""
+    monkeypatch.setattr(linear_rules, "INTERPRETED", False)
+    measured = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    args = (torch.device("meta"), "wgrad", 4096, 6400, 128, torch.bfloat16, "ieee")
+    assert "PROGRAMS" in linear_rules.linear_config(*args, descriptors=True)
+    monkeypatch.setattr(linear_rules, "tuned", lambda *_: measured)
+    assert linear_rules.linear_config(*args, descriptors=True) == measured
+
+
+def test_float16_has_the_configurations_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules' and the tables', of linear layers and convolutions: a product of halves takes the same time in both."""
+    halves = [
+        linear_rules.linear_key("fprop", 128, 10, 4096, dtype, "ieee")
+        + rules.conv2d_key("conv2d_fprop", 128, 12, 12, 256, 384, 3, 3, dtype)
+        for dtype in HALF
+    ]
+    assert halves[0] == halves[1]
+    monkeypatch.setattr(linear_rules, "INTERPRETED", False)
+    for batch, pass_ in itertools.product((1, 128, 256, 1024), ("fprop", "dgrad", "wgrad")):
+        for sizes in PASSES:
+            args = [torch.device("meta"), pass_, *(size or batch for size in sizes)]
+            chosen = [linear_rules.linear_config(*args, dtype, "ieee", descriptors=True) for dtype in HALF]
+            assert chosen[0] == chosen[1]
