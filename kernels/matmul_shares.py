@@ -154,18 +154,17 @@ def _matmul_shares_finish_kernel(
     is_cut = first < last
     if not EVERY_TILE:
         is_cut = is_cut & (first == program)
+    m_c = m_e & is_cut
     p_part = part_ptr + 2 * first * TILE + o_e
-    acc = tl.load(p_part + TILE, mask=m_e & is_cut, other=0.0)  # the first program's share ends in this tile, the others' begin
+    acc = tl.load(p_part + TILE, mask=m_c, other=0.0)  # the first program's share ends in this tile, the others' begin in it
     for i in tl.static_range(1, PARTS):  # unrolled: all loads are under way before the first addition
-        acc += tl.load(p_part + 2 * i * TILE, mask=m_e & (first + i <= last), other=0.0)
+        acc += tl.load(p_part + 2 * i * TILE, mask=m_c & (first + i <= last), other=0.0)
     acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
-    m_c = m_e & is_cut
     if DROPOUT:
         # Rounded to the output's type first, as the layer before the dropout would store it: so whole tiles are.
-        acc = tl.where(
-            is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), tl.load(p_c, mask=m_e, other=0.0).to(tl.float32)
-        )
+        whole = tl.load(p_c, mask=m_e, other=0.0).to(tl.float32)
+        acc = tl.where(is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), whole)
         acc *= dropout_factor(tl.load(seed_ptr), o_m * N + o_n, p, scale)
         m_c = m_e
     tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_c)
