@@ -82,6 +82,11 @@ def _shares_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, 
             continue
         tile = block_m * block_n * itemsize
         stages = min(6, (SHARED_BYTES // held - 2048 - (0 if cut else tile)) // ((block_m + block_n) * block_k * itemsize))
+        if itemsize == 4:
+            # Left out are those of TF32 of which some spilled as compiled for a B200.
+            stages = min(stages, 5)
+            if cut and block_m * block_n > 128 * 64:
+                continue
         for warps in (4, 8):
             threads = 32 * warps
             if stages < 2 or block_m * block_n > 128 * threads or held * _registers(block_m * block_n, threads) > _REGISTERS:
