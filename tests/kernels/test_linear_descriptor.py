@@ -396,8 +396,9 @@ def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pyte
     monkeypatch.setattr(linear_rules, "INTERPRETED", False)
     measured = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     args = (torch.device("meta"), "wgrad", 4096, 6400, 128, torch.bfloat16, "ieee")
-    assert "PROGRAMS" in linear_rules.linear_config(*args, descriptors=True)
-    monkeypatch.setattr(linear_rules, "tuned", lambda *_: measured)
+    for table in ({}, measured):
+        monkeypatch.setattr(linear_rules, "tuned", lambda *_, table=table: table)
+        assert ("PROGRAMS" in linear_rules.linear_config(*args, descriptors=True)) == (table == {})
     assert linear_rules.linear_config(*args, descriptors=True) == measured
 
 
