@@ -288,6 +288,12 @@ def single_operations(dtype: torch.dtype) -> None:
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()
+    if dtype != torch.float32:
+        # AlexNet's fc1 at a batch without a table: equal shares, of steps and of whole tiles.
+        features = torch.empty(256, 6400, dtype=dtype, requires_grad=True)
+        weight = torch.empty(4096, 6400, dtype=dtype, requires_grad=True)
+        output = kernels.linear(features, weight)
+        output.backward(torch.empty_like(output))
     kernels.dropout_mask((1000,), 0.5, 1)
     for rows, classes in ((128, 10), (2048, 1000)):
         logits = torch.empty(rows, classes, dtype=dtype, requires_grad=True)

@@ -163,6 +163,12 @@ def _matmul(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])  # the parts of a split share the steps of K
 
 
+def _matmul_shares(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    products = a["a_desc"].shape[0 if a["A_TRANSPOSED"] else 1]
+    tiles = triton.cdiv(a["M"], a["BLOCK_M"]) * triton.cdiv(a["N"], a["BLOCK_N"])
+    return 2 * a["M"] * a["N"] * products, tiles * _tile_flops(a, products)
+
+
 #: Kernels with a matrix product; all others count no FLOPs, since what they cost is bytes.
 _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] = {
     "_conv2d_fprop_kernel": _conv2d_fprop,
@@ -181,6 +187,7 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_rows_wgrad_kernel": _conv2d_stem,
     "_matmul_kernel": _matmul,
     "_matmul_descriptor_kernel": _matmul,
+    "_matmul_shares_kernel": _matmul_shares,
 }
 
 

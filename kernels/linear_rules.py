@@ -26,6 +26,10 @@ _CYCLES_US, _STEP_CYCLES = 1755, 150
 _LATENCY_US, _PROGRAM_US = 1.5, 1.7
 
 
+#: A program for each tile and split, not equal shares.
+_TILES = {"PROGRAMS": 0, "CUT": 0}
+
+
 def linear_key(pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str) -> str:
     """Name of a linear layer's pass in the tables; m x n outputs of k products each. Half types share theirs."""
     precision = {"tf32": " tf32", "ieee": " float32"}[input_precision] if dtype == torch.float32 else ""
@@ -56,8 +60,45 @@ def linear_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, i
             if stages * (block_m + block_n) * block_k * itemsize > SHARED_BYTES - 2048:
                 continue
             values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
-            found.append(values | {"num_warps": warps, "num_stages": stages})
+            found.append(values | _TILES | {"num_warps": warps, "num_stages": stages})
+    return found + _shares_candidates(m, n, k, itemsize)
+
+
+def _shares_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
+    """The same in equal shares, of one or two programs a multiprocessor, with as many stages as shared memory holds.
+
+    In the loop over whole tiles, a tile on its way out has shared memory of its own. Two rows of shared memory a step are for a
+    batch that they hold whole. Whole tiles are for programs with several of them, steps of K for shares of four or more.
+    """
+    row = 128 // itemsize
+    found = []
+    for (block_m, block_n), block_k, held, cut in itertools.product(
+        ((128, 64), (128, 128), (128, 256), (256, 128)), (row, 2 * row), (1, 2), (0, 1)
+    ):
+        tiles, steps, programs = cdiv(m, block_m) * cdiv(n, block_n), cdiv(k, block_k), held * MULTIPROCESSORS
+        if block_m >= 2 * m or block_n >= 2 * n or (block_k > row and (cut or k > block_k)):
+            continue
+        if tiles * steps < 4 * programs if cut else tiles < 2 * programs:
+            continue
+        tile = block_m * block_n * itemsize
+        stages = min(6, (SHARED_BYTES // held - 2048 - (0 if cut else tile)) // ((block_m + block_n) * block_k * itemsize))
+        if itemsize == 4:
+            # Left out are those of TF32 of which some spilled as compiled for a B200.
+            stages = min(stages, 5)
+            if cut and block_m * block_n > 128 * 64:
+                continue
+        for warps in (4, 8):
+            threads = 32 * warps
+            if stages < 2 or block_m * block_n > 128 * threads or held * _registers(block_m * block_n, threads) > _REGISTERS:
+                continue
+            values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": 1}
+            found.append(values | {"PROGRAMS": programs, "CUT": cut, "num_warps": warps, "num_stages": stages})
     return found
+
+
+def _registers(accumulators: int, threads: int) -> int:
+    """Of a program of a descriptor kernel, about."""
+    return accumulators + 48 * threads
 
 
 def _splits(tiles: int, steps: int) -> list[int]:
@@ -68,41 +109,64 @@ def _splits(tiles: int, steps: int) -> list[int]:
 
 def _linear_us(m: int, n: int, k: int, itemsize: int, config: dict[str, int]) -> float:
     """Estimated microseconds on an H100. It ranks candidates; only a measurement says what is fastest."""
-    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
-    programs = cdiv(m, block_m) * cdiv(n, block_n) * split
-    steps = cdiv(cdiv(k, block_k), split)
+    block_m, block_n, block_k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    split, shares, cut = config["SPLIT"], config["PROGRAMS"], config["CUT"]
+    tiles, steps = cdiv(m, block_m) * cdiv(n, block_n), cdiv(cdiv(k, block_k), split)
     threads = 32 * config["num_warps"]
     step_bytes = (block_m + block_n) * block_k * itemsize
-    by_registers = _REGISTERS // (threads * (block_m * block_n // threads + 48))
+    by_registers = _REGISTERS // _registers(block_m * block_n, threads)
     held = max(1, min(by_registers, SHARED_BYTES // (config["num_stages"] * step_bytes)))
+    programs = shares or tiles * split
     rounds = cdiv(programs, MULTIPROCESSORS)  # programs of the busiest multiprocessor
+    at_once = min(held, rounds)
     step_us = max(
         block_m * block_n * block_k * itemsize / _FLOPS_US,  # TF32 has half the rate of the half types
         step_bytes / _L2_BYTES_US,
-        _LATENCY_US / (config["num_stages"] - 1) / min(held, rounds),
+        _LATENCY_US / (config["num_stages"] - 1) / at_once,
     )
-    compute_us = rounds * steps * step_us + cdiv(rounds, held) * _PROGRAM_US
+    store_us = block_m * block_n * itemsize / _L2_BYTES_US
+    # Steps of the busiest multiprocessor, and its tiles whose start and end no step hides.
+    if cut:
+        share = cdiv(tiles * steps, shares)
+        busiest, exposed = rounds * share, share / steps + 1
+    elif shares:
+        step_us = max(step_us, store_us / steps)
+        busiest, exposed = rounds * cdiv(tiles, shares) * steps, 1.0
+    else:
+        busiest, exposed = rounds * steps, float(cdiv(rounds, held))
+    compute_us = busiest * step_us + exposed * (_PROGRAM_US + store_us)
     moved = (m * k + k * n + m * n) * itemsize
     memory_us = moved / _MEMORY_BYTES_US / min(1.0, programs / MULTIPROCESSORS)
     # Both go on at once, not quite.
-    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _split_us(m, n, split)
+    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _parts_us(_parts(m, n, config))
 
 
-def _split_us(m: int, n: int, split: int) -> float:
-    """Of a split: one more launch, and the parts, written once and read once, mostly in the L2 cache."""
-    return 0.0 if split == 1 else 2.0 + 2 * split * m * n * 4 / (1.5 * _MEMORY_BYTES_US)
+def _parts(m: int, n: int, config: dict[str, int]) -> int:
+    """Elements of all parts that a second kernel adds."""
+    if config.get("CUT"):
+        block_m, block_n, shares = config["BLOCK_M"], config["BLOCK_N"], config["PROGRAMS"]
+        # Two at the end of each share; where shares are shorter than tiles, one for each share and one for each tile.
+        return (shares + min(cdiv(m, block_m) * cdiv(n, block_n), shares)) * block_m * block_n
+    return config["SPLIT"] * m * n if config["SPLIT"] > 1 else 0
 
 
-def _split_factor(m: int, n: int, k: int, split: int) -> float:
+def _parts_us(parts: int) -> float:
+    """Of so many float32 elements of parts, written once and read once, mostly in the L2 cache, and of one more launch."""
+    return 2.0 + 2 * parts * 4 / (1.5 * _MEMORY_BYTES_US) if parts else 0.0
+
+
+def _parts_factor(m: int, n: int, k: int, parts: int) -> float:
     """Of a float32 product's estimate, which is not so sure: a percent more bytes must be worth a percent of the time."""
-    return 1.0 if split == 1 else 1 + 2 * split * m * n / (m * k + k * n + m * n)
+    return 1 + 2 * parts / (m * k + k * n + m * n)
 
 
 @functools.lru_cache(maxsize=1024)
 def _linear_rule(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
     def cost(config: dict[str, int]) -> tuple[float, int, int]:
         # Among equals more warps, which share the epilogue, and more stages, for memory that answers late.
-        us = _linear_us(m, n, k, itemsize, config) * (_split_factor(m, n, k, config["SPLIT"]) if itemsize == 4 else 1.0)
+        us = _linear_us(m, n, k, itemsize, config)
+        if itemsize == 4:
+            us *= _parts_factor(m, n, k, _parts(m, n, config))
         return round(us, 1), -config["num_warps"], -config["num_stages"]
 
     return min(linear_candidates(m, n, k, itemsize), key=cost)
@@ -180,13 +244,13 @@ def _fma_us(m: int, n: int, k: int, rows_along_k: bool, config: dict[str, int]) 
     step = max(busy, from_l2, (busy + _STEP_CYCLES) / at_once) + 0.25 * min(busy, from_l2)
     compute_us = rounds * steps * step / _CYCLES_US + cdiv(rounds, held) * _PROGRAM_US
     memory_us = (m * k + k * n + m * n) * 4 / _MEMORY_BYTES_US / min(1.0, programs / MULTIPROCESSORS)
-    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _split_us(m, n, split)
+    return max(compute_us, memory_us) + 0.25 * min(compute_us, memory_us) + _parts_us(_parts(m, n, config))
 
 
 @functools.lru_cache(maxsize=1024)
 def _fma_rule(m: int, n: int, k: int, rows_along_k: bool) -> dict[str, int]:
     def cost(config: dict[str, int]) -> tuple[float, int, int, int]:
-        us = _fma_us(m, n, k, rows_along_k, config) * _split_factor(m, n, k, config["SPLIT"])
+        us = _fma_us(m, n, k, rows_along_k, config) * _parts_factor(m, n, k, _parts(m, n, config))
         # Among equals fewer parts, longer steps, which wait less often, and more stages.
         return round(us, 1), config["SPLIT"], -config["BLOCK_K"], -config["num_stages"]
 
@@ -228,8 +292,9 @@ def linear_config(
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, num_warps, num_stages of a linear layer's pass: M x N outputs of K products each.
 
-    And of the pointer kernel SWAP: whether it computes the transposed product, whose tiles these are then; 2 with a copy of the
-    first operand, by its columns. In the interpreter, where no value depends on it, it does not.
+    With equal shares (:mod:`kernels.matmul_shares`) PROGRAMS and CUT in place of SPLIT. And of the pointer kernel SWAP: whether
+    it computes the transposed product, whose tiles these are then; 2 with a copy of the first operand, by its columns. In the
+    interpreter, where no value depends on it, it does not.
 
     Args:
         pass_: ``"fprop"``, ``"dgrad"`` or ``"wgrad"``: its name in the tables.
@@ -241,10 +306,11 @@ def linear_config(
     if INTERPRETED:
         largest = 256 if descriptors else 512  # a descriptor's block can have no more
         config = {"BLOCK_M": tile_size(m, 16, largest), "BLOCK_N": tile_size(n, 16, largest), "BLOCK_K": tile_size(k, 16, 256)}
-        config |= {"SPLIT": 1, "num_warps": 4, "num_stages": 1}
+        config |= {"SPLIT": 1, "num_warps": 4, "num_stages": 1} | (_TILES if descriptors else {})
     elif descriptors:
         config = dict(_linear_rule(m, n, k, dtype.itemsize))
-        config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
+        if measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)):
+            config |= _TILES | known(config, measured)
     elif exact:
         # Of an FMA's operands in shared memory, 16 lanes of a warp read 16 columns of the second, 4 apart, and 2 rows of the
         # first. With neighbours along K, as in a forward pass, these 16 lie in one bank; as the first operand, 2 do. A narrow
@@ -258,7 +324,11 @@ def linear_config(
         config |= known(config, tuned(device, linear_key(pass_, m, n, k, dtype, input_precision)))
     else:
         config = _linear_pointer_rule(m, n, k, dtype, input_precision)
-    return apply_overrides(config if descriptors else config | {"SWAP": swap})
+    if not descriptors:
+        return apply_overrides(config | {"SWAP": swap})
+    config = apply_overrides(config)
+    unused = {"SPLIT"} if config["PROGRAMS"] else set(_TILES)
+    return {key: value for key, value in config.items() if key not in unused}
 
 
 def matmul_finish_config(elements: int) -> dict[str, int]:

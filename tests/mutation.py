@@ -59,6 +59,7 @@ class Fault:
 _CONV = "tests/kernels/convolution/test_conv2d.py"
 _POOL = "tests/kernels/pooling/test_max_pool2d.py"
 _LINEAR = "tests/kernels/test_linear.py"
+_SHARES = "tests/kernels/test_linear_descriptor.py::test_equal_shares"
 _DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
 _TF32 = "tests/kernels/convolution/test_conv2d_tf32.py"
 _STREAM_K = "tests/kernels/convolution/test_stream_k_wgrad.py"
@@ -173,14 +174,14 @@ FAULTS = (
     ),
     Fault(
         "dropped accumulate: the parts of a split product",
-        "kernels/matrix_product.py",
+        "kernels/matmul_finish.py",
         "        acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         "        acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0)",
         (f"{_LINEAR}::test_through_descriptors",),
     ),
     Fault(
         "wrong split bound: the ragged last block of K is left out",
-        "kernels/matrix_product.py",
+        "kernels/matmul.py",
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))",
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, K // BLOCK_K)",
         (f"{_LINEAR}::test_forward_and_gradients",),
@@ -205,6 +206,41 @@ FAULTS = (
         "b_best = tl.where(b_top > b_max, b_here, b_best)",
         "b_best = tl.where(b_top >= b_max, b_here, b_best)",
         ("tests/kernels/test_cross_entropy.py::test_a_hit_is_where_argmax_is_the_label",),
+    ),
+    Fault(
+        "the last part of a tile that shares cut is left out",
+        "kernels/matmul_shares.py",
+        "    for i in tl.static_range(1, PARTS):",
+        "    for i in tl.static_range(1, PARTS - 1):",
+        (_SHARES,),
+    ),
+    Fault(
+        "the longer shares forgotten where a step's program is looked up",
+        "kernels/matmul_shares.py",
+        "step // (share + 1), (step - longer) // share)",
+        "step // (share + 1), step // share)",
+        (_SHARES,),
+    ),
+    Fault(
+        "the part of the tile that a share begins in, where that of the tile it ends in belongs",
+        "kernels/matmul_shares.py",
+        "part = 2 * pid + (low == 0).to(tl.int32)",
+        "part = 2 * pid + (high < steps).to(tl.int32)",
+        (_SHARES,),
+    ),
+    Fault(
+        "missing reset: a tile begins with the sum of the one before",
+        "kernels/matmul_shares.py",
+        "                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)\n\n",
+        "\n\n",
+        (_SHARES,),
+    ),
+    Fault(
+        "dropout takes a tile that no share cuts for a cut one",
+        "kernels/matmul_shares.py",
+        "acc = tl.where(is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), whole)",
+        "acc = cast(acc, c_ptr.dtype.element_ty).to(tl.float32)",
+        ("tests/kernels/test_linear_descriptor.py::test_dropout_of_equal_shares",),
     ),
     Fault(
         "a seed used twice: every call draws the same mask",

@@ -37,7 +37,7 @@ TOOLS = {
 #: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
 DESCRIPTORS = (
     *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
-    *("_turned_", "_row_major_"),
+    *("_turned_", "_row_major_", "_shares_"),
 )
 
 
@@ -81,6 +81,8 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     backward(kernels.conv2d(randn(3, 3, 23, 27, grad=False), randn(16, 3, 11, 11), None, 4, 2))
     backward(kernels.conv2d(randn(5, 64, 5, 6, grad=False), randn(80, 64, 3, 3), None, padding=1))
     with tables.override(SPLIT=3):
+        backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
+    with tables.override(PROGRAMS=3, CUT=1):
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
     backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
     labels = torch.tensor([3, 0, -100, 4, 99, 2, 1]).to(device)

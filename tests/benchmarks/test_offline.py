@@ -26,8 +26,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 #: precision, in TF32, PyTorch's default for convolutions.
 BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
 HALFS_PRODUCTS = {
-    *("_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_matmul_descriptor_kernel"),
-    "_conv2d_stream_k_wgrad_kernel",
+    *("_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_conv2d_stream_k_wgrad_kernel"),
+    *("_matmul_descriptor_kernel", "_matmul_shares_kernel"),
 }
 TF32_PRODUCTS = {
     *("_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
@@ -35,7 +35,7 @@ TF32_PRODUCTS = {
 }
 DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
 #: And what prepares their operands or adds up their parts.
-HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel", "_sum_stream_k_kernel"}
+HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel", "_sum_stream_k_kernel", "_matmul_shares_finish_kernel"}
 TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel"}
 DESCRIPTOR_KERNELS = HALFS_KERNELS | TF32_KERNELS | BOTHS_PRODUCTS | {"_fold_filter_kernel", "_unfold_filter_kernel"}
 #: Of exact linear layers' operands, too.
@@ -197,7 +197,7 @@ def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
     assert [r for r in records if r["float_atomics"]] == []
     described = [r for r in products if r["tma_loads"]]
     on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # whose pool is a kernel of its own
-    expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel"}) - on_blackwell
+    expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel", "_matmul_shares_kernel"}) - on_blackwell
     assert {r["kernel"] for r in described} == (expected if tf32 and arch != "sm_80" else set())
     assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
@@ -319,8 +319,10 @@ def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str
     records = _linear_launches("tf32", arch, 7, 128)
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
     products = [r for r in records if r["has_dot"]]
-    assert [r["kernel"] for r in products] == [*["_matmul_descriptor_kernel"] * 7, *["_matmul_kernel"] * 2] * 2
-    described = [r for r in products if r["kernel"] == "_matmul_descriptor_kernel"]
+    by_tma = ("_matmul_descriptor_kernel", "_matmul_shares_kernel")
+    assert [r["kernel"] in by_tma for r in products] == [*[True] * 7, *[False] * 2] * 2
+    described = [r for r in products if r["kernel"] in by_tma]
+    assert {r["kernel"] for r in described} == set(by_tma)
     wanted = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[arch]
     assert [r for r in described if not r["tma_loads"] or not r["tensor_core_ops"].get(wanted) or r["register_operands"]] == []
 

@@ -147,7 +147,8 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
 def _linear_shapes(part: Part, linear: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of input and weight. Rows start at multiples of 16 bytes where the real layer's do: that decides on the kernel."""
     product = next(choice.tiles for choice in part.choices if choice.function == "linear_config")
-    m, n, k, split = (product[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
+    m, n, k = (product[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    split = product.get("SPLIT", 2)  # in equal shares, of which there are more than steps in these few tiles, each is a part
     columns = _largest(part, "BLOCK_COLUMNS") if part.phase == "input" else 0  # of what is done to the gradient first
     blocks = split * (1 if split > 4 else 2)
     while (blocks - 1) * k < columns or _cdiv(blocks, _cdiv(blocks, split)) != split:  # as many parts as the real layer has

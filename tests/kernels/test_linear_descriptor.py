@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import linear_rules
 from kernels.configs import tables
+from kernels.convolution import rules
 from kernels.matrix_product import linear_reference
 from kernels.runtime import backend, launch
 
@@ -93,6 +95,57 @@ def test_a_split_is_deterministic(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
+#: Programs of equal shares for the passes of (37, 104, 56), of 12, 21 and 28 tiles and 4, 2 and 2 steps of K each. Five: shares
+#: that end inside of tiles, of several tiles or less than one. 1000: more than there are units.
+SHARES = {"whole_tiles": (5, 0), "cut": (5, 1), "less_than_a_tile": (23, 1), "one_step": (1000, 1), "one_program": (1, 1)}
+
+
+@hopper
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+@pytest.mark.parametrize("shares", SHARES)
+def test_equal_shares(shares: str, dtype: torch.dtype, launches: list[str]) -> None:
+    programs, cut = SHARES[shares]
+    with tables.override(**SMALL, PROGRAMS=programs, CUT=cut, BLOCK=128):
+        check(
+            lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
+            lambda x, w, b: linear_reference(x, w, b, activation="relu"),
+            _tensors((37, 104, 56), dtype),
+            names="input weight bias",
+        )
+    assert launches.count("_matmul_shares_kernel") == 3
+    assert launches.count("_matmul_shares_finish_kernel") == 3 * cut
+    assert not {"_matmul_kernel", "_matmul_descriptor_kernel", "_matmul_finish_kernel"} & set(launches)
+
+
+@hopper
+@pytest.mark.parametrize("shares", ["whole_tiles", "cut", "less_than_a_tile"])
+def test_dropout_of_equal_shares(shares: str) -> None:
+    """The mask depends on the element alone, and falls on whole and cut tiles alike."""
+    programs, cut = SHARES[shares]
+    x, w, b = (t.detach() for t in _tensors((37, 104, 56), torch.bfloat16))
+    with tables.override(**SMALL, PROGRAMS=programs, CUT=cut, BLOCK=128):
+        dropped = kernels.linear_relu_dropout(x, w, b, 0.5, seed=3)
+        plain = kernels.linear(x, w, b, activation="relu")
+    mask = kernels.dropout_mask((37, 56), 0.5, 3, device=DEVICE)
+    assert torch.equal(dropped, torch.where(mask, 2 * plain, 0))
+
+
+@hopper
+def test_equal_shares_are_deterministic_and_add_whole_tiles_as_one_program_does() -> None:
+    tensors = _tensors((37, 104, 56), torch.bfloat16)
+
+    def run(**config: int) -> list[torch.Tensor]:
+        with tables.override(**SMALL, **config):
+            y = kernels.linear(*tensors)
+            return [y, *torch.autograd.grad(y, tensors, torch.ones_like(y))]
+
+    cut = {"PROGRAMS": 5, "CUT": 1}
+    for first, second in zip(run(**cut), run(**cut), strict=True):
+        assert torch.equal(first, second)
+    for whole, tiles in zip(run(PROGRAMS=5, CUT=0), run(SPLIT=1), strict=True):
+        assert torch.equal(whole, tiles)
+
+
 #: What changes a matrix [rows, in], and whether a descriptor can still describe it.
 LAYOUTS = {
     "transposed": (lambda t: t.t().contiguous().t(), True),
@@ -160,6 +213,15 @@ def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[s
     assert "_matmul_kernel" not in launches
     # Both operands of the weight gradient.
     assert launches.count("_row_major_kernel") == 2
+
+
+@hopper
+@pytest.mark.parametrize("cut", [0, 1])
+def test_tf32_in_equal_shares(cut: int, launches: list[str]) -> None:
+    """With the input gradient's panels."""
+    with tables.override(**SMALL, PROGRAMS=5, CUT=cut):
+        _check_tf32(kernels.linear, F.linear, (17, 96, 36))
+    assert launches.count("_matmul_shares_kernel") == 3
 
 
 @hopper
@@ -234,11 +296,20 @@ def test_narrow_outputs_are_not_transposed(launches: list[str]) -> None:
 
 
 @hopper
-def test_int64_offsets(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("config", "kernel"),
+    [
+        ({"SPLIT": 3}, "_matmul_descriptor_kernel"),
+        ({"PROGRAMS": 5, "CUT": 0}, "_matmul_shares_kernel"),
+        ({"PROGRAMS": 5, "CUT": 1}, "_matmul_shares_kernel"),
+    ],
+    ids=["split", "whole_tiles", "cut"],
+)
+def test_int64_offsets(config: dict[str, int], kernel: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
-    with tables.override(**SMALL, SPLIT=3):
+    with tables.override(**SMALL, **config):
         check(kernels.linear, F.linear, _tensors((37, 104, 40), torch.float16), names="input weight bias")
-    assert launches.count("_matmul_descriptor_kernel") == 3
+    assert launches.count(kernel) == 3
 
 
 #: (m, n, k) of AlexNet's linear passes that descriptors run, at a batch.
@@ -252,9 +323,14 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
         m, n, k = (size or batch for size in sizes)
         candidates = linear_rules.linear_candidates(m, n, k, itemsize)
         assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
+        tables.check_table({"configs": {str(i): c for i, c in enumerate(candidates)}})
+        assert len({frozenset(c) for c in candidates}) == 1  # a candidate leaves nothing of the rule's choice
         for c in candidates:
-            stage = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
-            assert c["num_stages"] * stage <= 227 * 1024
+            shared = c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
+            if c["PROGRAMS"]:
+                shared += 0 if c["CUT"] else c["BLOCK_M"] * c["BLOCK_N"] * itemsize
+                shared *= c["PROGRAMS"] // 132
+            assert shared <= 227 * 1024
             assert c["BLOCK_M"] * c["BLOCK_N"] / (32 * c["num_warps"]) <= 128
             blocks = -(-k // c["BLOCK_K"])
             assert -(-blocks // -(-blocks // c["SPLIT"])) == c["SPLIT"]  # no part is empty
@@ -303,9 +379,40 @@ def test_float32_has_table_entries_of_its_own() -> None:
     assert half == linear_rules.linear_key("fprop", 128, 10, 4096, torch.bfloat16, "ieee") == "linear_fprop m128 n10 k4096"
 
 
+@pytest.mark.parametrize("batch", [128, 256, 1024])
 @pytest.mark.parametrize("sizes", [s for s in PASSES if 10 not in s], ids=str)
-def test_every_multiprocessor_of_an_h100_has_work_at_batch_128(sizes: tuple[int, int, int]) -> None:
-    m, n, k = (size or 128 for size in sizes)
+def test_every_multiprocessor_of_an_h100_has_work(sizes: tuple[int, int, int], batch: int) -> None:
+    m, n, k = (size or batch for size in sizes)
     chosen = linear_rules._linear_rule(m, n, k, 2)
-    programs = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) * chosen["SPLIT"]
-    assert programs >= 0.9 * 132
+    tiles = -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"])
+    units = tiles * (-(-k // chosen["BLOCK_K"]) if chosen["CUT"] else chosen["SPLIT"])
+    programs = chosen["PROGRAMS"] or units
+    busiest = -(-programs // 132) * -(-units // programs)
+    assert units / 132 >= 0.85 * busiest
+
+
+def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rule would have equal shares and the table says nothing of them, its blocks are not those of shares."""
+    monkeypatch.setattr(linear_rules, "INTERPRETED", False)
+    measured = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+    args = (torch.device("meta"), "wgrad", 4096, 6400, 128, torch.bfloat16, "ieee")
+    for table in ({}, measured):
+        monkeypatch.setattr(linear_rules, "tuned", lambda *_, table=table: table)
+        assert ("PROGRAMS" in linear_rules.linear_config(*args, descriptors=True)) == (table == {})
+    assert linear_rules.linear_config(*args, descriptors=True) == measured
+
+
+def test_float16_has_the_configurations_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules' and the tables', of linear layers and convolutions: a product of halves takes the same time in both."""
+    halves = [
+        linear_rules.linear_key("fprop", 128, 10, 4096, dtype, "ieee")
+        + rules.conv2d_key("conv2d_fprop", 128, 12, 12, 256, 384, 3, 3, dtype)
+        for dtype in HALF
+    ]
+    assert halves[0] == halves[1]
+    monkeypatch.setattr(linear_rules, "INTERPRETED", False)
+    for batch, pass_ in itertools.product((1, 128, 256, 1024), ("fprop", "dgrad", "wgrad")):
+        for sizes in PASSES:
+            args = [torch.device("meta"), pass_, *(size or batch for size in sizes)]
+            chosen = [linear_rules.linear_config(*args, dtype, "ieee", descriptors=True) for dtype in HALF]
+            assert chosen[0] == chosen[1]

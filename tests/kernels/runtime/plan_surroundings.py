@@ -160,7 +160,7 @@ def what_watches_sees_each_launch(check: Check) -> None:
     """Hooks of Triton, pre-run hooks, a profiler: while they are there, launches go through ``kernel[grid](...)``."""
     from triton import knobs
 
-    from kernels.matrix_product import _matmul_descriptor_kernel
+    from kernels.matmul_descriptor import _matmul_descriptor_kernel
 
     net, x = small_net(), images()
     step, tensors = step_of(net, x)

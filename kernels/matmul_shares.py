@@ -1,0 +1,233 @@
+"""Matrix products by programs that take equal shares of the work, whatever the number of tiles: Hopper and later.
+
+With a program a tile, 200 tiles keep 132 multiprocessors busy for two rounds, the second half empty. Here each of PROGRAMS
+programs takes the same number of units, to within one. A unit is a whole tile, or with CUT a step of K of a tile. A share then
+begins and ends inside of tiles. The sums of these tiles go to memory as float32 parts, which a second kernel adds in the order
+of the programs. Shares and order follow from the shape and the configuration alone.
+
+Whole tiles are for products with few steps of K, such as the gradient of a weight at a small batch: the loop goes over the
+steps of all tiles, so that the blocks of the next tiles are on their way while a tile is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_rules import matmul_finish_config
+from .matmul_descriptor import Operand, load_a, load_b, operand_arguments
+from .matmul_finish import Epilogue, bias_relu, finish
+from .primitives import cast, dot, dropout_factor, program_id
+from .runtime.launch import cdiv, launch, needs_int64, new_output
+from .sums import dropout_scale
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
+    """The epilogue of a whole tile, and its store."""
+    o_m = m0 + tl.arange(0, acc.shape[0])
+    o_n = n0 + tl.arange(0, acc.shape[1])
+    m_n = (o_n < N)[None, :]
+    acc = bias_relu(acc, bias_ptr, o_n[None, :], m_n, HAS_BIAS, RELU)
+    p_c = c_ptr + o_m[:, None] * stride_cm + o_n[None, :] * stride_cn
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & m_n)
+
+
+@triton.jit
+def _matmul_shares_kernel(
+    a_desc,  # as those of _matmul_descriptor_kernel
+    b_desc,
+    bias_ptr,  # [N], or unused
+    c_ptr,  # out: [M, N] through its strides
+    part_ptr,  # out: [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32: of the tile that a share begins inside of, of that it ends in
+    M,
+    N,
+    stride_cm,
+    stride_cn,
+    steps,  # of K, in a tile
+    share,  # units of each program
+    longer,  # so many first programs have one more
+    CUT: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
+    B_PANEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """c = relu(a @ b + bias). One program computes its share of the BLOCK_M x BLOCK_N tiles, or of their steps of K."""
+    pid = program_id(0, WIDE)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    first = pid * share + tl.minimum(pid, longer)
+    last = first + share + (pid < longer).to(tl.int32)
+    if CUT:
+        for tile in range(first // steps, tl.cdiv(last, steps)):
+            m0 = tile % blocks_m * BLOCK_M
+            n0 = tile // blocks_m * BLOCK_N
+            low = tl.maximum(first - tile * steps, 0).to(tl.int32)
+            high = tl.minimum(last - tile * steps, steps).to(tl.int32)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for i in range(low, high):
+                b_a = load_a(a_desc, m0.to(tl.int32), i * BLOCK_K, A_TRANSPOSED)
+                b_b = load_b(b_desc, n0.to(tl.int32), i * BLOCK_K, B_TRANSPOSED, B_PANEL)
+                acc = dot(b_a, b_b, acc, INPUT_PRECISION)
+            if high - low == steps:
+                _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BIAS, RELU)
+            else:
+                part = 2 * pid + (low == 0).to(tl.int32)
+                o_e = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+                tl.store(part_ptr + part * (BLOCK_M * BLOCK_N) + o_e, acc)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for i in range(first * steps, last * steps):
+            tile = i // steps
+            k0 = (i % steps * BLOCK_K).to(tl.int32)
+            m0 = tile % blocks_m * BLOCK_M
+            n0 = tile // blocks_m * BLOCK_N
+            b_a = load_a(a_desc, m0.to(tl.int32), k0, A_TRANSPOSED)
+            b_b = load_b(b_desc, n0.to(tl.int32), k0, B_TRANSPOSED, B_PANEL)
+            acc = dot(b_a, b_b, acc, INPUT_PRECISION)
+            if i % steps == steps - 1:
+                _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BIAS, RELU)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+
+
+@triton.jit
+def _owner(step, share, longer):
+    """The program whose share a step is in."""
+    return tl.where(step < longer * (share + 1), step // (share + 1), (step - longer) // share)
+
+
+@triton.jit
+def _matmul_shares_finish_kernel(
+    part_ptr,  # as _matmul_shares_kernel stores them
+    bias_ptr,  # [N], or unused
+    seed_ptr,  # int64 scalar, or unused
+    c_ptr,  # out: [M, N] through its strides, where the whole tiles are
+    M,
+    N,
+    stride_cm,
+    stride_cn,
+    p,  # probability of dropping an output
+    scale,  # 1 / (1 - p)
+    steps,
+    share,
+    longer,
+    PARTS: tl.constexpr,  # at most so many programs have parts of a tile
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,  # only with EVERY_TILE
+    EVERY_TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """c = dropout(relu(the sum of a tile's parts, first to last, + bias)). One program owns BLOCK elements of one tile.
+
+    Of every tile; or of the tile that a share ends in, if it begins in the same share: so each cut tile is owned once.
+    """
+    pid = program_id(0, WIDE)
+    TILE: tl.constexpr = BLOCK_M * BLOCK_N
+    CHUNKS: tl.constexpr = TILE // BLOCK
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    tile = pid // CHUNKS
+    if not EVERY_TILE:
+        program = pid // CHUNKS
+        tile = ((program + 1) * share + tl.minimum(program + 1, longer) - 1) // steps
+    o_e = pid % CHUNKS * BLOCK + tl.arange(0, BLOCK)
+    o_m = tile % blocks_m * BLOCK_M + o_e // BLOCK_N
+    o_n = tile // blocks_m * BLOCK_N + o_e % BLOCK_N
+    m_e = (o_m < M) & (o_n < N)
+    first = _owner(tile * steps, share, longer)
+    last = _owner(tile * steps + steps - 1, share, longer)
+    is_cut = first < last
+    if not EVERY_TILE:
+        is_cut = is_cut & (first == program)
+    m_c = m_e & is_cut
+    p_part = part_ptr + 2 * first * TILE + o_e
+    acc = tl.load(p_part + TILE, mask=m_c, other=0.0)  # the first program's share ends in this tile, the others' begin in it
+    for i in tl.static_range(1, PARTS):  # unrolled: all loads are under way before the first addition
+        acc += tl.load(p_part + 2 * i * TILE, mask=m_c & (first + i <= last), other=0.0)
+    acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
+    p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
+    if DROPOUT:
+        # Rounded to the output's type first, as the layer before the dropout would store it: so whole tiles are.
+        whole = tl.load(p_c, mask=m_e, other=0.0).to(tl.float32)
+        acc = tl.where(is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), whole)
+        acc *= dropout_factor(tl.load(seed_ptr), o_m * N + o_n, p, scale)
+        m_c = m_e
+    tl.store(p_c, cast(acc, c_ptr.dtype.element_ty), mask=m_c)
+
+
+# ------------------------------------------------------------------------------------------------- launch function
+
+
+def shares_matmul(
+    rows: tuple[Operand, Operand], out: Tensor, products: int, precision: str, config: dict[str, int], epilogue: Epilogue
+) -> None:
+    """out = dropout(relu(a @ b + bias)) of ``rows``, a and b, with ``products`` summed for each element.
+
+    Args:
+        config: PROGRAMS, CUT, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
+    """
+    (m, n), block_m, block_n, cut = out.shape, config["BLOCK_M"], config["BLOCK_N"], config["CUT"]
+    tiles, steps = cdiv(m, block_m) * cdiv(n, block_n), cdiv(products, config["BLOCK_K"])
+    units = tiles * steps if cut else tiles
+    programs = min(config.pop("PROGRAMS"), units)
+    share, longer = divmod(units, programs)
+    parts = new_output((programs, 2, block_m, block_n), torch.float32, out.device) if cut else None
+    shared: dict[str, Any] = {
+        "c_ptr": out,
+        "part_ptr": out if parts is None else parts,
+        "M": m,
+        "N": n,
+        "stride_cm": out.stride(0),
+        "stride_cn": out.stride(1),
+        "steps": steps,
+        "share": share,
+        "longer": longer,
+        "WIDE": needs_int64(*(operand.matrix for operand in rows), out, parts),
+    }
+    launch(
+        _matmul_shares_kernel,
+        (programs,),
+        **operand_arguments(rows, config),
+        INPUT_PRECISION=precision,
+        **epilogue.bias_relu(True, out),
+        **shared,
+        **config,
+    )
+    if parts is None:
+        if epilogue.seed is not None:
+            finish(out, None, epilogue)
+        return
+    tile = block_m * block_n
+    every_tile = tiles <= programs or epilogue.seed is not None
+    finish_config = matmul_finish_config(out.numel())
+    finish_config["BLOCK"] = min(finish_config["BLOCK"], tile)
+    launch(
+        _matmul_shares_finish_kernel,
+        ((tiles if every_tile else programs) * (tile // finish_config["BLOCK"]),),
+        seed_ptr=out if epilogue.seed is None else epilogue.seed,
+        p=float(epilogue.p),
+        scale=dropout_scale(epilogue.p),
+        PARTS=min(cdiv(steps - 1, share) + 1, programs),
+        DROPOUT=epilogue.seed is not None,
+        EVERY_TILE=every_tile,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        **epilogue.bias_relu(True, out),
+        **shared,
+        **finish_config,
+    )
