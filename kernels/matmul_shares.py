@@ -45,7 +45,7 @@ def _matmul_shares_kernel(
     b_desc,
     bias_ptr,  # [N], or unused
     c_ptr,  # out: [M, N] through its strides
-    part_ptr,  # out: [PROGRAMS, 2, BLOCK_M, BLOCK_N] float32: of the tile that a share begins inside of, of that it ends in
+    part_ptr,  # out: [parts, BLOCK_M, BLOCK_N] float32: of the tile that each share begins inside of, then the others
     M,
     N,
     stride_cm,
@@ -54,6 +54,7 @@ def _matmul_shares_kernel(
     share,  # units of each program
     longer,  # so many first programs have one more
     CUT: tl.constexpr,
+    FIRST_BY_TILE: tl.constexpr,  # the first part of each cut tile by the tile's number, else by its program's
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     B_PANEL: tl.constexpr,
@@ -84,7 +85,7 @@ def _matmul_shares_kernel(
             if high - low == steps:
                 _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BIAS, RELU)
             else:
-                part = 2 * pid + (low == 0).to(tl.int32)
+                part = tl.where(low > 0, pid, tl.num_programs(0) + (tile if FIRST_BY_TILE else pid))
                 o_e = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
                 tl.store(part_ptr + part * (BLOCK_M * BLOCK_N) + o_e, acc)
     else:
@@ -123,6 +124,8 @@ def _matmul_shares_finish_kernel(
     steps,
     share,
     longer,
+    programs,  # of _matmul_shares_kernel
+    FIRST_BY_TILE: tl.constexpr,
     PARTS: tl.constexpr,  # at most so many programs have parts of a tile
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -155,10 +158,10 @@ def _matmul_shares_finish_kernel(
     if not EVERY_TILE:
         is_cut = is_cut & (first == program)
     m_c = m_e & is_cut
-    p_part = part_ptr + 2 * first * TILE + o_e
-    acc = tl.load(p_part + TILE, mask=m_c, other=0.0)  # the first program's share ends in this tile, the others' begin in it
+    # The first program's share ends in this tile, the others' begin in it.
+    acc = tl.load(part_ptr + (programs + (tile if FIRST_BY_TILE else first)) * TILE + o_e, mask=m_c, other=0.0)
     for i in tl.static_range(1, PARTS):  # unrolled: all loads are under way before the first addition
-        acc += tl.load(p_part + 2 * i * TILE, mask=m_c & (first + i <= last), other=0.0)
+        acc += tl.load(part_ptr + (first + i) * TILE + o_e, mask=m_c & (first + i <= last), other=0.0)
     acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
     if DROPOUT:
@@ -186,7 +189,8 @@ def shares_matmul(
     units = tiles * steps if cut else tiles
     programs = min(config.pop("PROGRAMS"), units)
     share, longer = divmod(units, programs)
-    parts = new_output((programs, 2, block_m, block_n), torch.float32, out.device) if cut else None
+    # One for each share's beginning, and one for each tile's: a share begins at most one tile that it does not end.
+    parts = new_output((programs + min(tiles, programs), block_m, block_n), torch.float32, out.device) if cut else None
     shared: dict[str, Any] = {
         "c_ptr": out,
         "part_ptr": out if parts is None else parts,
@@ -197,6 +201,7 @@ def shares_matmul(
         "steps": steps,
         "share": share,
         "longer": longer,
+        "FIRST_BY_TILE": tiles <= programs,
         "WIDE": needs_int64(*(operand.matrix for operand in rows), out, parts),
     }
     launch(
@@ -222,6 +227,7 @@ def shares_matmul(
         seed_ptr=out if epilogue.seed is None else epilogue.seed,
         p=float(epilogue.p),
         scale=dropout_scale(epilogue.p),
+        programs=programs,
         PARTS=min(cdiv(steps - 1, share) + 1, programs),
         DROPOUT=epilogue.seed is not None,
         EVERY_TILE=every_tile,

@@ -188,21 +188,21 @@ FAULTS = (
     ),
     Fault(
         "a mean over all rows: ignored ones count",
-        "kernels/losses.py",
+        "kernels/loss_kernels.py",
         "        b_weight = tl.where(b_ignored, 0.0, b_weight)\n",
         "",
         ("tests/kernels/test_cross_entropy.py::test_shapes",),
     ),
     Fault(
         "a label that is no class is read as if it were one",
-        "kernels/losses.py",
+        "kernels/loss_kernels.py",
         "m_label = (b_label >= 0) & (b_label < C) & m_r",
         "m_label = (b_label >= 0) & m_r",
         ("tests/kernels/test_cross_entropy.py::test_a_label_that_is_no_class_makes_its_row_nan_and_no_other",),
     ),
     Fault(
         "the last of equal logits is the answer",
-        "kernels/losses.py",
+        "kernels/loss_kernels.py",
         "b_best = tl.where(b_top > b_max, b_here, b_best)",
         "b_best = tl.where(b_top >= b_max, b_here, b_best)",
         ("tests/kernels/test_cross_entropy.py::test_a_hit_is_where_argmax_is_the_label",),
@@ -224,8 +224,8 @@ FAULTS = (
     Fault(
         "the part of the tile that a share begins in, where that of the tile it ends in belongs",
         "kernels/matmul_shares.py",
-        "part = 2 * pid + (low == 0).to(tl.int32)",
-        "part = 2 * pid + (high < steps).to(tl.int32)",
+        "part = tl.where(low > 0, pid,",
+        "part = tl.where(high < steps, pid,",
         (_SHARES,),
     ),
     Fault(

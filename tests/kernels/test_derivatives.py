@@ -321,7 +321,7 @@ def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: 
     exact = results(reference, torch.float64)
     for i, (got, peer, truth) in enumerate(zip(results(ours, dtype), results(reference, dtype), exact, strict=True)):
         # Rounding of the first derivatives is part of all later ones, and the peer's may happen to cancel.
-        inherent = 8 * torch.finfo(dtype).eps * truth.abs().max().item()
+        inherent = 16 * torch.finfo(dtype).eps * truth.abs().max().item()
         assert_within_tolerance(f"{use.__name__}, result {i}", got, peer, truth, inherent=inherent)
 
 
