@@ -15,6 +15,7 @@ Everything printed is static: read from compiled code and counted from tensors. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -37,6 +38,7 @@ from alexnet_triton import AlexNet, CellImages, reference_alexnet, training
 from alexnet_triton.data import Split, input_for
 from alexnet_triton.optim import SGD
 from alexnet_triton.runs import call, plan
+from kernels.configs import tables
 from kernels.runtime import launch
 
 from .offline import compile_launch, offline_target
@@ -557,10 +559,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--mode", default="train", choices=["train", "trainer", "infer"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
+    parser.add_argument("--untuned", action="store_true", help="the rules' configurations, whatever was measured")
     parser.add_argument("--update", action="store_true", help=f"write the totals into {COMMITTED.name}")
     arguments = parser.parse_args()
+    if arguments.update and arguments.untuned:
+        parser.error(f"{COMMITTED.name} holds what runs, which measured tables decide: leave out --untuned")
     try:
-        result = audit(arguments.arch, getattr(torch, arguments.dtype), arguments.batch, arguments.mode)
+        with tables.untuned() if arguments.untuned else contextlib.nullcontext():
+            result = audit(arguments.arch, getattr(torch, arguments.dtype), arguments.batch, arguments.mode)
     except RuntimeError as error:
         sys.exit(f"audit: {error}")
     print_table(result, Console(width=None if sys.stdout.isatty() else 200))

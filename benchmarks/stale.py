@@ -36,8 +36,11 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "conv2d_wgrad": (
-        ("conv2d_images_wgrad_config", "conv2d_by_batch_wgrad_config", "conv2d_wgrad_turns"),
-        ("_conv2d_images_wgrad_kernel", "_sum_parts_kernel"),
+        (
+            *("conv2d_images_wgrad_config", "conv2d_by_batch_wgrad_config", "conv2d_wgrad_turns"),
+            *("conv2d_wgrad_streams", "conv2d_stream_k_wgrad_config"),
+        ),
+        ("_conv2d_images_wgrad_kernel", "_sum_parts_kernel", "_conv2d_stream_k_wgrad_kernel", "_sum_stream_k_kernel"),
     ),
     "conv2d_turned_wgrad": (("conv2d_turned_wgrad_config",), ("_conv2d_turned_wgrad_kernel", "_sum_parts_kernel")),
     "conv2d_stem_fprop": (("conv2d_stem_config",), ("_conv2d_stem_kernel", "_space_to_depth_kernel", "_fold_filter_kernel")),
@@ -53,7 +56,13 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     **dict.fromkeys(
         ("linear_fprop", "linear_dgrad", "linear_wgrad"),
-        (("linear_config",), ("_matmul_kernel", "_matmul_descriptor_kernel", "_matmul_finish_kernel")),
+        (
+            ("linear_config",),
+            (
+                *("_matmul_kernel", "_matmul_descriptor_kernel", "_matmul_finish_kernel"),
+                *("_matmul_shares_kernel", "_matmul_shares_finish_kernel"),
+            ),
+        ),
     ),
 }
 

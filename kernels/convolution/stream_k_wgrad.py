@@ -71,7 +71,9 @@ def _conv2d_stream_k_wgrad_kernel(
     z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]; BY_BATCH: [P*Q*K, N], transposed blocks
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]; BY_BATCH: [H, W*C, N], blocks [1, BLOCK_N, BLOCK_K]
     x2_desc,  # the same with BLOCK_N2 for BLOCK_N
-    partial_ptr,  # out: [tiles, MOST_PARTS, BLOCK_M, BLOCK_N + BLOCK_N2] float32; parts that a tile lacks are not written
+    # out: [programs + tiles - 1, BLOCK_M, BLOCK_N + BLOCK_N2] float32. A program's part of a tile is number program + tile: along
+    # the row of all steps, from one part to the next, one of the two grows by one, or both do.
+    partial_ptr,
     N,
     H,
     W,
@@ -80,7 +82,6 @@ def _conv2d_stream_k_wgrad_kernel(
     K,
     SHARE,  # steps of a program
     STEPS,  # of all tiles
-    MOST_PARTS,
     pad_h,
     pad_w,
     C: tl.constexpr,
@@ -141,7 +142,7 @@ def _conv2d_stream_k_wgrad_kernel(
             acc = dot(b_z, load_images(x_desc, h, n0, o_x, BY_BATCH), acc, INPUT_PRECISION)
             if BLOCK_N2 > 0:
                 acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)
-        p_part = partial_ptr + (tile * MOST_PARTS + pid - start // SHARE) * (BLOCK_M * COLUMNS)
+        p_part = partial_ptr + (pid + tile) * (BLOCK_M * COLUMNS)
         tl.store(p_part + o_tile, acc)
         if BLOCK_N2 > 0:
             tl.store(p_part + o_tile2, acc2)
@@ -149,7 +150,7 @@ def _conv2d_stream_k_wgrad_kernel(
 
 @triton.jit
 def _sum_stream_k_kernel(
-    partial_ptr,  # [tiles, MOST_PARTS, BLOCK_M, COLUMNS], see _conv2d_stream_k_wgrad_kernel
+    partial_ptr,  # as _conv2d_stream_k_wgrad_kernel writes it
     out_ptr,  # out: [K, X_CHANNELS, R, S * (C / X_CHANNELS)] through its strides
     N,
     H,
@@ -158,7 +159,6 @@ def _sum_stream_k_kernel(
     Q,
     K,
     SHARE,
-    MOST_PARTS,
     pad_h,
     pad_w,
     stride_k,
@@ -203,7 +203,7 @@ def _sum_stream_k_kernel(
         o_k = tile % blocks_m * BLOCK_M + o_e // COLUMNS
         o_c = tile // blocks_m % CHUNKS * COLUMNS + o_e % COLUMNS
         m_e = (o_k < K) & (o_c < C)
-        p_partial = partial_ptr + tile * MOST_PARTS * TILE + o_e
+        p_partial = partial_ptr + (start // SHARE + tile) * TILE + o_e
         b_total = sum_over_parts(p_partial, TILE, parts, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
         o_s = rs % S + o_c // X_CHANNELS
         p_out = out_ptr + o_k * stride_k + o_c % X_CHANNELS * stride_c + rs // S * stride_r + o_s * stride_s
@@ -230,9 +230,10 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     columns = [q] if config["FOLDED"] else [_meets(i, q, w, pad_w) for i in range(s)]
     steps = sum(rows) * sum(columns) * cdiv(n, images) * tiles
     share = max(1, cdiv(steps, programs))
-    most_parts = cdiv(max(rows) * max(columns) * cdiv(n, images), share) + 1
+    programs = max(1, cdiv(steps, share))
+    tiles *= r * (s // folded)
     z_desc, (x_desc, x2_desc) = operands(dz, input, problem, by_batch, images, block_m, [block_n, block_n2 or block_n])
-    partial = new_output((tiles * r * (s // folded), most_parts, block_m, block_n + block_n2), torch.float32, device)
+    partial = new_output((programs + tiles - 1, block_m, block_n + block_n2), torch.float32, device)
     shared = {
         "partial_ptr": partial,
         "N": n,
@@ -242,7 +243,6 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         "Q": q,
         "K": k,
         "SHARE": share,
-        "MOST_PARTS": most_parts,
         "pad_h": pad_h,
         "pad_w": pad_w,
         "C": c * folded,
@@ -253,7 +253,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     }
     launch(
         _conv2d_stream_k_wgrad_kernel,
-        (max(1, cdiv(steps, share)),),
+        (programs,),
         z_desc=z_desc,
         x_desc=x_desc,
         x2_desc=x2_desc,
@@ -263,9 +263,10 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
         **shared,
         **config,
     )
-    sums = sum_parts_config(most_parts, partial[:, 0].numel())
+    elements = tiles * block_m * (block_n + block_n2)
+    sums = sum_parts_config(cdiv(programs, tiles) + 1, elements)
     sums["BLOCK"] = min(sums["BLOCK"], block_m * (block_n2 or block_n))  # a power of 2, which divides a tile
-    vector_values, blocks = vector_arguments(vectors, partial[:, 0].numel() // sums["BLOCK"])
+    vector_values, blocks = vector_arguments(vectors, elements // sums["BLOCK"])
     launch(
         _sum_stream_k_kernel,
         (blocks,),
