@@ -71,8 +71,8 @@ def _conv2d_stream_k_wgrad_kernel(
     z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]; BY_BATCH: [P*Q*K, N], transposed blocks
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]; BY_BATCH: [H, W*C, N], blocks [1, BLOCK_N, BLOCK_K]
     x2_desc,  # the same with BLOCK_N2 for BLOCK_N
-    # out: [programs + tiles - 1, BLOCK_M, BLOCK_N + BLOCK_N2] float32. A program's part of a tile is number program + tile: along
-    # the row of all steps, from one part to the next, one of the two grows by one, or both do.
+    # out: [programs + tiles - 1, BLOCK_M, BLOCK_N + BLOCK_N2] float32. A program's part of a tile is number program + tile.
+    # Along the row of all steps one of the two grows by one from one part to the next, or both do.
     partial_ptr,
     N,
     H,
