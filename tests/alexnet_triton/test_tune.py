@@ -148,7 +148,9 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     measured = {key for key, job in known.items() if job.layer != tune.POOLED}  # the pool's kernels are younger than the table
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
-        assert values in known[key].candidates()
+        # Measured before there were equal shares, which an entry says nothing of then.
+        candidates = [c if c.get("PROGRAMS") else c.items() - {("PROGRAMS", 0), ("CUT", 0)} for c in known[key].candidates()]
+        assert dict(values) in [dict(c) for c in candidates]
         assert configs.tables.read_table(H100)[key] == values
         assert table["measured"][key]["wrong"] == 0
 
@@ -216,7 +218,10 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             wanted = {"columns" if name == "COLUMNS" else name: value for name, value in candidate.items()}
             boxes = wanted.pop("IMAGES", None) == 0
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
-            if programs:  # of a linear layer in equal shares
+            if wanted.pop("STREAM_K", 0):  # of a convolution's weight gradient in equal shares, of which the last may be empty
+                found = [arguments for arguments in found if "STEPS" in arguments]
+                assert all(0.95 * programs < arguments["grid"][0] <= programs for arguments in found)
+            elif programs:  # of a linear layer in equal shares
                 wanted |= {"grid": (programs,), "CUT": cut}
                 del wanted["SPLIT"]
             # A linear layer's kernel reads its parts off the grid.
