@@ -408,7 +408,7 @@ def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
 
-    with FakeTensorMode():
+    with FakeTensorMode(), kernels.use_backend("torch"):
         net = reference_alexnet()
 
         def forward(x: Tensor) -> Tensor:

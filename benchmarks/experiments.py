@@ -17,12 +17,14 @@ class Experiment:
         prediction: a sentence with the numbers that are expected, and where the command's output has them.
         argv: after ``python -m``; ``{out}`` is a folder for results, ``{gpu}`` the GPU's name in file names.
         seconds: that the command takes at most, as far as is known.
+        environment: variables that are set for it.
     """
 
     name: str
     prediction: str
     argv: tuple[str, ...]
     seconds: float = 120.0
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def tune(dtype: str, layer: str, batch: int = 128) -> tuple[str, ...]:
@@ -36,7 +38,45 @@ def report(dtype: str, batch: int, part: str) -> tuple[str, ...]:
     return ("benchmarks.report", *options, "--out", f"{{out}}/report/{dtype}-{batch}-{part}")
 
 
+def variant(layer: str, pass_: str, *configurations: str) -> tuple[str, ...]:
+    """The command that times a pass under configurations, in bfloat16 at batch 128."""
+    return ("benchmarks.variant", "--layer", layer, "--pass", pass_, *configurations)
+
+
 EXPERIMENTS = (
+    *(
+        Experiment(
+            f"{layer} weight gradient in equal shares",
+            f"{layer}'s weight gradient takes at most {us} us in equal shares (STREAM_K=1); the table's is STREAM_K=0.",
+            variant(layer, "wgrad", "STREAM_K=0", "STREAM_K=1"),
+            60,
+        )
+        for layer, us in (("conv2", 150), ("conv3", 54), ("conv4", 80), ("conv5", 60))
+    ),
+    Experiment(
+        "no programmatic dependent launch",
+        "Without it the graph of the bfloat16 step at batch 128 takes 30 us longer than in the report's steps.",
+        (*report("bfloat16", 128, "steps")[:-1], "{out}/without-dependent-launch"),
+        environment=(("ALEXNET_TRITON_PDL", "0"),),
+    ),
+    Experiment(
+        "fc1 input gradient in equal shares",
+        "fc1's input gradient takes at most 26 us in equal shares of steps (the second configuration).",
+        variant("fc1", "dgrad", "PROGRAMS=0", "PROGRAMS=132,CUT=1,BLOCK_M=128,BLOCK_N=128,num_warps=8,num_stages=6"),
+        60,
+    ),
+    Experiment(
+        "fc1 weight gradient in equal shares",
+        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles (the second configuration).",
+        variant("fc1", "wgrad", "PROGRAMS=0", "PROGRAMS=132,CUT=0,BLOCK_M=128,BLOCK_N=256,num_warps=8,num_stages=3"),
+        60,
+    ),
+    Experiment(
+        "conv2 input gradient, first operand from registers",
+        "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9 (218 measured without); 3.6 to 3.8 refuse it.",
+        variant("conv2", "dgrad", "REGISTERS=0", "REGISTERS=1"),
+        60,
+    ),
     Experiment(
         "float32 copies by batch",
         "With the copies that it writes for the weight gradient, conv4's input gradient in TF32 takes at most 15% longer than "

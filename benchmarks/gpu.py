@@ -166,6 +166,7 @@ class Session:
             search = os.pathsep.join(filter(None, (str(stale.ROOT), os.environ.get("PYTHONPATH"))))
             environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1"}
             environment |= {"TRITON_CACHE_DIR": cache} if stage.cold else {}
+            environment |= dict(stage.environment)
             if self.setting.fake:
                 environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
                 environment |= {"TRITON_INTERPRET": "0" if stage.kind == "host" else "1"}

@@ -28,6 +28,7 @@ class Stage:
         needs_data: whether it reads Fashion-MNIST.
         cold: whether it starts with an empty compilation cache.
         prediction: what is expected of the result, in a sentence.
+        environment: variables that are set for it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     needs_data: bool = False
     cold: bool = False
     prediction: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def kind(self) -> str:
@@ -157,5 +159,7 @@ def stages(data: str | None = None, since: str | None = None) -> list[Stage]:
     found += _training(data)
     for e in EXPERIMENTS:
         dry = (*e.argv, "--collect-only") if e.argv[0] == "pytest" else None
-        found.append(Stage(f"experiment {e.name}", e.argv, e.seconds, dry=dry, prediction=e.prediction))
+        found.append(
+            Stage(f"experiment {e.name}", e.argv, e.seconds, dry=dry, prediction=e.prediction, environment=e.environment)
+        )
     return found

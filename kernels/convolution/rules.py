@@ -304,7 +304,7 @@ def conv2d_by_batch_wgrad_config(
         config |= apply_overrides({"FOLDED": 0})
     else:
         config = dict(_by_batch_wgrad_rule(n, p, q, c, k, r, s))
-        config |= known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
+        config |= known(config, _measured_wgrad(False, device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
         config = apply_overrides(config)
     if config["FOLDED"]:
         config["POSITIONS"] = 1
@@ -415,7 +415,14 @@ def conv2d_stream_k_wgrad_config(
         config["BLOCK_K"] = tile_size(n, 16, 32)
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(k, 16, 128), "BLOCK_K": tile_size(n, 16, 64), "PROGRAMS": 3, "num_stages": 1}
-    return apply_overrides(config | known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))))
+    measured = _measured_wgrad(True, device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
+    return apply_overrides(config | known(config, measured))
+
+
+def _measured_wgrad(streams: bool, device: torch.device, key: str) -> dict[str, int]:
+    """A weight gradient's entry in the table, if it is one of equal shares or is none, as ``streams`` says."""
+    measured = tuned(device, key)
+    return measured if bool(measured.get("STREAM_K")) == streams else {}
 
 
 def conv2d_images_wgrad_config(
@@ -434,7 +441,7 @@ def conv2d_images_wgrad_config(
     config |= {"BLOCK_K": tile_size(n, 16, _row(dtype)), "num_warps": 8 if area > 128 * 128 else 4, "num_stages": 3}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(k, 16, 128), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
+    measured = _measured_wgrad(False, device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
     config = apply_overrides(config | known(config, measured))
     if c % (config["BLOCK_N"] + config["BLOCK_N2"]):
         config |= {"BLOCK_N": largest_divisor(c, config["BLOCK_N"]), "BLOCK_N2": 0}

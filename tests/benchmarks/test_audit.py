@@ -122,8 +122,19 @@ def test_the_trainers_step_writes_what_conv1_reads(step: tuple[dict, str], train
         224 * 224 + 56 * 56 * 16
     )  # what cells from the data's kernel save, and a launch
     ready.remove(rearranged)
-    assert network == ready
-    assert {r["layer"] for r in trainer_step["records"] if not r["grid"]} == {"data", "fc1", "fc2", "loss"}
+    losses = [[r for r in records if r["layer"] == "loss"] for records in (network, ready)]
+    assert [[r["kernel"] for r in records] for records in losses] == [
+        ["_cross_entropy_kernel"],  # loss, hits and gradient
+        ["_cross_entropy_kernel", "_cross_entropy_dgrad_kernel"],
+    ]
+    assert [r for r in network if r["layer"] != "loss"] == [r for r in ready if r["layer"] != "loss"]
+    assert {r["layer"] for r in trainer_step["records"] if not r["grid"]} == {"data", "fc1", "fc2"}
+
+
+def test_launches_of_the_steps(step: tuple[dict, str], trainer_step: dict) -> None:
+    assert step[0]["totals"]["launches"] <= 48
+    assert trainer_step["totals"]["launches"] <= 47
+    assert trainer_step["totals"]["torch_operators"] <= 3  # the labels' gather, two seeds
 
 
 def test_older_gpus_are_given_images(tmp_path: Path) -> None:
