@@ -73,7 +73,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "conv2 input gradient, first operand from registers",
-        "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9 (218 measured without); 3.6 to 3.8 refuse it.",
+        "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9, 218 without; 3.6 to 3.8 refuse it.",
         variant("conv2", "dgrad", "REGISTERS=0", "REGISTERS=1"),
         60,
     ),
