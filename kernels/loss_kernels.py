@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .configs.tables import MULTIPROCESSORS, apply_overrides, tile_size
-from .primitives import cast, program_id
+from .primitives import cast, program_id, wait_for_the_kernel_before
 from .runtime.backend import INTERPRETED, capability
 from .runtime.launch import cdiv
 
@@ -186,6 +186,7 @@ def _cross_entropy_sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """The sums over all rows, from those of at most BLOCK programs. One program owns all of it."""
+    wait_for_the_kernel_before()
     o_p = tl.arange(0, BLOCK)
     m_p = o_p < parts
     loss = tl.sum(tl.load(partial_ptr + o_p, mask=m_p, other=0.0))

@@ -15,18 +15,28 @@ _PDL = tl.constexpr(PROGRAMMATIC_DEPENDENT_LAUNCH)
 
 
 @triton.jit
-def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """``tl.program_id``, in int64 where offsets can pass 2^31: what is computed from it then is in int64 too.
+def wait_for_the_kernel_before():
+    """From Hopper on, let the next kernel begin and wait for the one before: "programmatic dependent launch".
 
-    Every kernel asks it for its first axis before it reads or writes memory. There, from Hopper on, a kernel lets the next one
-    begin and waits for the one before ("programmatic dependent launch"): the start of the one runs beside the end of the other.
-    All that the kernels before it wrote is visible then, and they no longer read what this one writes: each of them waited too
-    before it ended. Without the launch's ``launch_pdl`` neither instruction does anything.
+    Every kernel calls it, through :func:`program_id` as a rule, before it reads or writes memory. The start of a kernel so runs
+    beside the end of the one before. Afterwards all that the kernels before it wrote is visible, and they no longer read what
+    this one writes: each of them waited too before it ended. Without the launch's ``launch_pdl`` neither instruction does
+    anything.
     """
-    if AXIS == 0 and _PDL:
+    if _PDL:
         if target_info.cuda_capability_geq(9, 0):
             gdc_launch_dependents()
             gdc_wait()
+
+
+@triton.jit
+def program_id(AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """``tl.program_id``, in int64 where offsets can pass 2^31: what is computed from it then is in int64 too.
+
+    Of the first axis with :func:`wait_for_the_kernel_before`.
+    """
+    if AXIS == 0:
+        wait_for_the_kernel_before()
     pid = tl.program_id(AXIS)
     if WIDE:
         pid = pid.to(tl.int64)

@@ -39,7 +39,7 @@ def capability(device: torch.device) -> int:
 
 
 def launches_dependents(device: torch.device) -> bool:
-    """Whether kernels on ``device`` are launched while the kernel before them ends: see :func:`..primitives.program_id`."""
+    """Whether kernels on ``device`` are launched while the kernel before them ends: see :mod:`..primitives`."""
     return PROGRAMMATIC_DEPENDENT_LAUNCH and capability(device) >= 90
 
 
