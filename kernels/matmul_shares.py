@@ -201,7 +201,7 @@ def shares_matmul(
         "steps": steps,
         "share": share,
         "longer": longer,
-        "FIRST_BY_TILE": tiles <= programs,
+        "FIRST_BY_TILE": bool(cut) and tiles <= programs,
         "WIDE": needs_int64(*(operand.matrix for operand in rows), out, parts),
     }
     launch(

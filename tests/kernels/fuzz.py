@@ -35,6 +35,7 @@ CASES = {
     "linear": 52,
     "linear_relu_dropout": 20,
     "dropout": 24,
+    "cross_entropy": 40,
     "space_to_depth": 12,
     "gather_resize": 22,
     "sgd_step": 18,

@@ -119,7 +119,8 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     first, gathered = conv.in_channels == 1, _largest(part, "BLOCK_M", of="matmul_config")
     written = _largest(part, "BLOCK_N", "BLOCK_N2")
     tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
-    exact = {16: 24, 256: 256}.get(tile, 2 * tile)
+    rows_of_taps = _largest(part, "FOLDED", of="stream_k_wgrad") and part.dtype != torch.float32
+    exact = {16: 48 if rows_of_taps else 24, 256: 256}.get(tile, 2 * tile)
     wgrads = ("images_wgrad", "by_batch_wgrad", "stream_k_wgrad")
     filters = max(_largest(part, "BLOCK_M", of=of) for of in wgrads)  # that a wgrad writes
     if part.phase == "input":

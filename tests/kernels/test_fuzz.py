@@ -493,6 +493,50 @@ def test_gather_resize(case: Gather) -> None:
     assert_within_tolerance("images", got, peer, exact, inherent=2 * side * torch.finfo(torch.float32).eps / 0.4)
 
 
+@st.composite
+def class_logits(draw: st.DrawFn) -> Call:
+    classes = draw(st.integers(1, 40))
+    if draw(st.integers(0, 9)) == 0:
+        return ((classes,),), {}
+    return ((draw(st.integers(1, 9)), classes, *draw(st.lists(st.integers(1, 3), max_size=2))),), {}
+
+
+@any_case(
+    "cross_entropy",
+    cases(class_logits(), SINGLE_AND_HALF),
+    reduction=st.sampled_from(["none", "mean", "sum"]),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    weighted=st.booleans(),
+    split=st.sampled_from([1, 3]),
+)
+def test_cross_entropy(case: Case, reduction: str, label_smoothing: float, weighted: bool, split: int) -> None:
+    """Labels that are ignored among them, if not all are."""
+    (logits,) = case.tensors()
+    (shape,) = case.shapes
+    classes = shape[len(shape) > 1]
+    labels = torch.randint(0, classes, (*shape[:1], *shape[2:]) if len(shape) > 1 else (), device=DEVICE)
+    ignored = torch.rand(labels.shape, device=DEVICE) < 0.25
+    labels = labels.masked_fill(ignored, -100) if not ignored.all() else labels
+    weight = torch.linspace(0.5, 1.5, classes, device=DEVICE).to(case.dtype) if weighted else None
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        x = logits.detach().to(dtype).requires_grad_() if dtype != case.dtype else logits
+        of_class = None if weight is None else weight.to(dtype)
+        loss = function(x, labels, weight=of_class, label_smoothing=label_smoothing, reduction=reduction)
+        if not logits.requires_grad:
+            return [loss]
+        grad = torch.linspace(-1, 1, loss.numel(), device=DEVICE).view(loss.shape) if loss.dim() else torch.tensor(0.5)
+        return [loss, *torch.autograd.grad(loss, x, grad.to(loss.dtype).to(DEVICE))]
+
+    with tables.override(SPLIT=split, BLOCK_ROWS=2, BLOCK_COLUMNS=16):
+        found = results(kernels.cross_entropy, case.dtype)
+    expected = results(F.cross_entropy, case.dtype), results(F.cross_entropy, torch.float64)
+    for name, got, peer, exact in zip(("loss", "gradient"), found, *expected, strict=False):
+        # Logarithms and exponentials of numbers up to 4 apart.
+        inherent = 4 * torch.finfo(case.dtype).eps if exact.numel() else 0.0
+        assert_within_tolerance(name, got, peer, exact, inherent=inherent)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A call of sgd_step; of each tensor its shape, the order of its axes in memory, and the elements before it."""

@@ -15,7 +15,7 @@ from kernels import linear_rules
 from kernels.configs import tables
 from kernels.convolution import rules
 from kernels.matrix_product import linear_reference
-from kernels.runtime import backend, launch
+from kernels.runtime import gpu, launch
 
 from ..conftest import DEVICE
 from ..oracle import check, dtype_id, integers, randn
@@ -175,7 +175,7 @@ def test_layouts(layout: str, launches: list[str]) -> None:
 @pytest.mark.parametrize("capability", [80, 89, 120])
 def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     """Before Hopper there is no copy engine; consumer Blackwell has one, but not the shared memory for these tiles."""
-    monkeypatch.setattr(backend, "capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
     with tables.override(**SMALL, SPLIT=2):
         check(kernels.linear, F.linear, _tensors((40, 72, 56), torch.bfloat16), names="input weight bias")
     assert launches.count("_matmul_kernel") == 3

@@ -213,7 +213,8 @@ def test_pickles_do_not_depend_on_where_a_class_is_defined(older: bytes, value: 
 def test_what_builds_pipelines_is_the_packages_own() -> None:
     from kernels import advanced
 
-    assert all(getattr(advanced, name) is getattr(kernels, name) for name in advanced.__all__)
+    older = set(advanced.__all__) - {"add_cross_entropy"}  # names that stood in the package itself stay there
+    assert all(getattr(advanced, name) is getattr(kernels, name) for name in older)
 
 
 #: Compute capability that ROCm says of a GPU, and the name of its instruction set.
