@@ -68,7 +68,7 @@ def images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
         if not _fits(stage, stages, block_m * (n1 + n2) * together, warps) or (stages > 3 and block_k > 64):
             continue
         programs = cdiv(k, block_m) * (c // (n1 + n2)) * cdiv(positions, together)
-        values = {"POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
+        values = {"STREAM_K": 0, "POSITIONS": together, "BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
         for split in _splits(programs, stage, stages):
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
 

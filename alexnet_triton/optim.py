@@ -164,18 +164,20 @@ class SGD(Optimizer):
         """The weight that the next step begins with, where it is kept more exactly than ``param``.
 
         Returns:
-            float32, of the shape of ``param`` (a DTensor if it is one); None for a parameter that has not been stepped, and for
-            one of float32 or float64. A bfloat16 parameter's is a new tensor. A float16 parameter's is the one in ``state``: it
-            counts only where ``param`` is still its rounded value.
+            float32, of the shape of ``param`` (a DTensor if it is one). None before the first step, and after one in float32 or
+            float64. A bfloat16 parameter's is a new tensor. A float16 parameter's is the one in ``state``: it counts only where
+            ``param`` is still its rounded value.
         """
         state = self.state.get(param, {})
-        if "master" in state or "master_bits" not in state:
+        if "master_bits" not in state and ("master" not in state or param.dtype != torch.bfloat16):
             return state.get("master")
-        master = _new_state(param, torch.float32)
         # After net.half() or net.float() the parameter is of another dtype than its bits.
-        weight, bits, ties = _local(param.detach()).bfloat16(), _local(state["master_bits"]), _local(state["master_ties"])
-        _local(master).copy_(join_master(weight, bits, ties))
-        return master
+        made, weight = _new_state(param, torch.float32), _local(param.detach()).bfloat16()
+        if "master" in state:  # loaded
+            _local(made).copy_(_counting(_local(state["master"]), weight))
+        else:
+            _local(made).copy_(join_master(weight, *(_local(state[key]) for key, _ in _MISSING)))
+        return made
 
     @torch.no_grad()
     def set_master(self, param: Tensor, value: Tensor) -> None:
@@ -228,12 +230,12 @@ class SGD(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As :meth:`torch.optim.Optimizer.load_state_dict`, but masters and momentum buffers are copied and stay float32.
 
+        The next step makes missing bits of a bfloat16 parameter's master: take one before a CUDA graph is captured.
+
         Raises:
             ValueError: groups of other sizes; a state of another shape than its parameter, or not a DTensor as it is.
             TypeError: an option that should be a number and is none.
-            RuntimeError: options of a group that :class:`SGD` refuses.
-
-        Where one is raised nothing is loaded.
+            RuntimeError: options of a group that :class:`SGD` refuses. Whatever is raised, nothing is loaded.
         """
         given: list[tuple[Tensor, str, Tensor]] = []
 
@@ -375,6 +377,9 @@ class SGD(Optimizer):
                 continue
             weight, grad = _shards(param)
             master = tie = None
+            if param.dtype != torch.bfloat16:  # whatever it was before
+                for missing, _ in _MISSING:
+                    self.state.get(param, {}).pop(missing, None)
             if param.dtype == torch.bfloat16 and not has_own_dispatch(weight):
                 master, tie = self._missing_bits(param, weight)
             elif param.dtype in _HALF:
@@ -428,10 +433,8 @@ class SGD(Optimizer):
         bits, ties = self._state(param, "master_bits"), self._state(param, "master_ties")
         if bits is None or ties is None or "master" in state:
             bits, ties = (self._make_state(param, key, dtype) for key, dtype in _MISSING)
-            # A weight that is no longer its rounded master was set by somebody else: it counts.
-            wide = weight.detach().float()
-            master = _local(state.get("master", wide))
-            master = torch.where(master.to(weight.dtype) == weight, master, wide)
+            weight = weight.detach()
+            master = _counting(_local(state["master"]), weight) if "master" in state else weight.float()
             split_master(master, _local(bits), _local(ties))
             state.update(master_bits=bits, master_ties=ties)
             state.pop("master", None)
@@ -443,6 +446,11 @@ class SGD(Optimizer):
                 f"a CUDA graph that makes a {key} would make it anew at every replay: take a step before the capture"
             )
         return _new_state(param, dtype or _wide(param))
+
+
+def _counting(master: Tensor, weight: Tensor) -> Tensor:
+    """``master``, but the weight where it is no longer its rounded master: somebody else set it then."""
+    return torch.where(master.to(weight.dtype) == weight, master, weight.float())
 
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")

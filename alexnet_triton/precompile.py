@@ -61,9 +61,10 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
             with launch.record_launches(compile_launch, on_cpu=False):
                 walk()
             told = tell is None
-            for _ in as_completed(mode.raw_futures):
+            futures = list(mode.raw_futures)  # which Triton 3.9 forgets at the end
+            for _ in as_completed(futures):
                 if not told and False in hits and tell is not None:
-                    tell(f"compiling up to {len(mode.raw_futures) - hits.count(True)} kernels {on_cores}")
+                    tell(f"compiling up to {len(futures) - hits.count(True)} kernels {on_cores}")
                     told = True
         finally:
             pool.shutdown(cancel_futures=True)
@@ -72,10 +73,10 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
     compiled = hits.count(False)
     if compiled and tell is not None:
         tell(f"compiled {compiled} kernels {on_cores} in {time.perf_counter() - begin:.1f} s")
-    errors = [error for error in (future.exception() for future in mode.raw_futures) if error is not None]
+    errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         message = f"{type(errors[0]).__name__}: {errors[0]}".splitlines()[0]
-        some = f"{len(errors)} of {len(mode.raw_futures)} kernels"
+        some = f"{len(errors)} of {len(futures)} kernels"
         warnings.warn(f"{some} did not compile before the run: {message}", RuntimeWarning, stacklevel=2)
     return compiled
 

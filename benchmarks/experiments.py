@@ -18,6 +18,7 @@ class Experiment:
         argv: after ``python -m``; ``{out}`` is a folder for results, ``{gpu}`` the GPU's name in file names.
         seconds: that the command takes at most, as far as is known.
         environment: variables that are set for it.
+        may_fail: whether a failure of the command, which its log shows, is an outcome too.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Experiment:
     argv: tuple[str, ...]
     seconds: float = 120.0
     environment: tuple[tuple[str, str], ...] = ()
+    may_fail: bool = False
 
 
 def tune(dtype: str, layer: str, batch: int = 128) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ EXPERIMENTS = (
     *(
         Experiment(
             f"{layer} weight gradient in equal shares",
-            f"{layer}'s weight gradient takes at most {us} us in equal shares (STREAM_K=1); the table's is STREAM_K=0.",
+            f"{layer}'s weight gradient takes at most {us} us in equal shares (STREAM_K=1), less than in equal parts.",
             variant(layer, "wgrad", "STREAM_K=0", "STREAM_K=1"),
             60,
         )
@@ -61,14 +63,14 @@ EXPERIMENTS = (
     ),
     Experiment(
         "fc1 input gradient in equal shares",
-        "fc1's input gradient takes at most 26 us in equal shares of steps (the second configuration).",
-        variant("fc1", "dgrad", "PROGRAMS=0", "PROGRAMS=132,CUT=1,BLOCK_M=128,BLOCK_N=128,num_warps=8,num_stages=6"),
+        "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice; then the table's tiles.",
+        variant("fc1", "dgrad", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),
         60,
     ),
     Experiment(
         "fc1 weight gradient in equal shares",
-        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles (the second configuration).",
-        variant("fc1", "wgrad", "PROGRAMS=0", "PROGRAMS=132,CUT=0,BLOCK_M=128,BLOCK_N=256,num_warps=8,num_stages=3"),
+        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles, the rule's choice; then the table's tiles.",
+        variant("fc1", "wgrad", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
         60,
     ),
     Experiment(
@@ -76,6 +78,7 @@ EXPERIMENTS = (
         "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9, 218 without; 3.6 to 3.8 refuse it.",
         variant("conv2", "dgrad", "REGISTERS=0", "REGISTERS=1"),
         60,
+        may_fail=True,
     ),
     Experiment(
         "float32 copies by batch",
@@ -124,6 +127,7 @@ EXPERIMENTS = (
         "PyTorch's loader of the package ends in a segmentation fault (_load_aoti) as on 2026-11-26, with today's kernels too.",
         ("pytest", "-q", "tests/alexnet_triton/test_drop_in.py", "-k", "package_of_aot_inductor"),
         120,
+        may_fail=True,
     ),
     Experiment(
         "more than 2^31 elements for real",

@@ -29,6 +29,7 @@ class Stage:
         cold: whether it starts with an empty compilation cache.
         prediction: what is expected of the result, in a sentence.
         environment: variables that are set for it.
+        may_fail: whether a failure of the command is an outcome too.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     cold: bool = False
     prediction: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    may_fail: bool = False
 
     @property
     def kind(self) -> str:
@@ -159,7 +161,6 @@ def stages(data: str | None = None, since: str | None = None) -> list[Stage]:
     found += _training(data)
     for e in EXPERIMENTS:
         dry = (*e.argv, "--collect-only") if e.argv[0] == "pytest" else None
-        found.append(
-            Stage(f"experiment {e.name}", e.argv, e.seconds, dry=dry, prediction=e.prediction, environment=e.environment)
-        )
+        stage = Stage(f"experiment {e.name}", e.argv, e.seconds, dry=dry, prediction=e.prediction, may_fail=e.may_fail)
+        found.append(dataclasses.replace(stage, environment=e.environment))
     return found

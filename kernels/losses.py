@@ -371,7 +371,7 @@ def cross_entropy(
         raise ArgumentValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     use_triton = runs_triton(logits) and not (forward_ad._current_level >= 0 and has_tangent(logits))
     if not use_triton:
-        return F.cross_entropy(logits, labels, weight, label_smoothing=label_smoothing, reduction=reduction)
+        return F.cross_entropy(logits, labels.long(), weight, label_smoothing=label_smoothing, reduction=reduction)
     if logits.dim() == 1:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
         reduction = "sum" if reduction == "none" else reduction

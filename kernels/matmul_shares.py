@@ -21,7 +21,7 @@ from torch import Tensor
 from .linear_rules import matmul_finish_config
 from .matmul_descriptor import Operand, load_a, load_b, operand_arguments
 from .matmul_finish import Epilogue, bias_relu, finish
-from .primitives import cast, dot, dropout_factor, program_id
+from .primitives import cast, dot, dropout_factor, only_if, program_id
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 from .sums import dropout_scale
 
@@ -166,7 +166,7 @@ def _matmul_shares_finish_kernel(
     p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
     if DROPOUT:
         # Rounded to the output's type first, as the layer before the dropout would store it: so whole tiles are.
-        whole = tl.load(p_c, mask=m_e, other=0.0).to(tl.float32)
+        whole = tl.load(p_c, mask=only_if(first == last, m_e), other=0.0).to(tl.float32)
         acc = tl.where(is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), whole)
         acc *= dropout_factor(tl.load(seed_ptr), o_m * N + o_n, p, scale)
         m_c = m_e

@@ -362,7 +362,7 @@ def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> tu
         columns = sum(blocks)
         tiles = cdiv(k, block_m) * (r * cdiv(s * c, columns) if config["FOLDED"] else r * s * cdiv(c, columns))
         # Rows that meet no input are left out, and columns if not FOLDED: r / 4 a row on average where a layer keeps its size.
-        inside = (1 - r / 4 / p) * (1 if config["FOLDED"] else 1 - s / 4 / q)
+        inside = max(1 - r / 4 / p, 1 / r) * (1 if config["FOLDED"] else max(1 - s / 4 / q, 1 / s))
         busy = tiles * inside * p * q * cdiv(n, config["BLOCK_K"]) * _half_step(config, blocks) / MULTIPROCESSORS
         parts = 8 * (programs + tiles) * block_m * columns + 4 * k * c * r * s
         return busy + programs / MULTIPROCESSORS * _PROGRAM_US + parts / _MEMORY_BYTES_US

@@ -412,12 +412,26 @@ def test_a_parameter_that_becomes_another_dtype_keeps_its_master() -> None:
         group["momentum"] = 0.0
     optimizer.step()
     assert all(map(torch.equal, map(optimizer.master, net.parameters()), masters))
+    net.float()
+    backward(net, batch(torch.float32))
+    optimizer.step()
+    assert [optimizer.master(p) for p in net.parameters()] == [None] * len(masters)
+    assert all("master" not in entry for entry in optimizer.state_dict()["state"].values())
     net.half()
     backward(net, batch(torch.float16))
     optimizer.step()
     for p, entry in zip(net.parameters(), optimizer.state_dict()["state"].values(), strict=True):
         assert torch.equal(entry["master"].half(), p)
         assert entry.keys() == {"master", "momentum_buffer"}
+
+
+def test_a_loaded_master_counts_only_where_the_weight_is_still_its_rounded_one() -> None:
+    net, optimizer = stepped(torch.bfloat16)
+    optimizer.load_state_dict(optimizer.state_dict())
+    changed = next(net.parameters())
+    with torch.no_grad():
+        changed.zero_()
+    assert not optimizer.master(changed).any()
 
 
 @pytest.mark.parametrize("repeated", [False, True])

@@ -149,10 +149,23 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
         # Measured before there were equal shares, which an entry says nothing of then.
-        candidates = [c if c.get("PROGRAMS") else c.items() - {("PROGRAMS", 0), ("CUT", 0)} for c in known[key].candidates()]
+        older = {("PROGRAMS", 0), ("CUT", 0), ("STREAM_K", 0)}
+        candidates = [c if c.get("PROGRAMS") else c.items() - older for c in known[key].candidates()]
         assert dict(values) in [dict(c) for c in candidates]
         assert configs.tables.read_table(H100)[key] == values
         assert table["measured"][key]["wrong"] == 0
+
+
+def test_a_candidate_of_a_weight_gradient_says_which_form_it_is_of(tables: Path) -> None:
+    """Without a table the rule may choose equal shares, whatever the candidate's tiles are for."""
+    for job in tune.jobs((128,), ("conv2", "conv3", "conv4", "conv5")):
+        if job.pass_ == "wgrad":
+            c, size, k, r, *_ = tune.LAYERS[job.layer]
+            sizes = (128, size, size, c, k, r, r)
+            for candidate in job.candidates():
+                with configs.tables.untuned(), configs.tables.override(**candidate):
+                    streams = rules.conv2d_wgrad_streams(torch.device("cpu"), *sizes, dtype=torch.bfloat16)
+                assert streams == bool(candidate["STREAM_K"])
 
 
 @pytest.mark.parametrize("precision", tune.PRECISIONS)
@@ -218,7 +231,8 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             wanted = {"columns" if name == "COLUMNS" else name: value for name, value in candidate.items()}
             boxes = wanted.pop("IMAGES", None) == 0
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
-            if wanted.pop("STREAM_K", 0):  # of a convolution's weight gradient in equal shares, of which the last may be empty
+            streams = wanted.pop("STREAM_K", 0)
+            if streams:  # of a convolution's weight gradient in equal shares, of which the last may be empty
                 found = [arguments for arguments in found if "STEPS" in arguments]
                 assert all(0.95 * programs < arguments["grid"][0] <= programs for arguments in found)
             elif programs:  # of a linear layer in equal shares
