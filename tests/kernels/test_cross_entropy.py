@@ -429,3 +429,12 @@ def test_bad_totals(name: str, bad: Tensor) -> None:
 def test_a_step_needs_rows_of_classes() -> None:
     with pytest.raises(ValueError, match=r"logits must have shape \(N, C\), got \(4,\)"):
         add_cross_entropy(torch.randn(4, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE), *_totals())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_labels_of_pixels_in_bytes(backend: str) -> None:
+    logits = torch.randn(2, 5, 3, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 5, (2, 3), device=DEVICE)
+    with kernels.use_backend(backend):
+        got, due = (kernels.cross_entropy(logits, given) for given in (labels.to(torch.uint8), labels))
+    assert torch.equal(got, due)
