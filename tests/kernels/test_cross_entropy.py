@@ -255,6 +255,7 @@ def test_no_gradient_was_recorded() -> None:
         loss.backward()
 
 
+@own_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_autocast_computes_the_loss_in_float32(dtype: torch.dtype, weighted: bool) -> None:
