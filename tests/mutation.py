@@ -191,7 +191,7 @@ FAULTS = (
         "kernels/loss_kernels.py",
         "        b_weight = tl.where(b_ignored, 0.0, b_weight)\n",
         "",
-        ("tests/kernels/test_cross_entropy.py::test_shapes",),
+        ("tests/kernels/test_cross_entropy.py::test_options",),
     ),
     Fault(
         "a label that is no class is read as if it were one",

@@ -38,7 +38,7 @@ CASES = {
     "padding_over_filter": (2, 16, 3, 4, 16, 2, 3, 4, {"PROGRAMS": 6}),
     "padding_over_filter_in_rows": (2, 16, 3, 4, 16, 2, 3, 4, {"PROGRAMS": 6, "FOLDED": 1, "BLOCK_N": 16}),
     # The outer rows of the filter meet nothing: tiles without a step, of which nothing is written.
-    "taps_in_the_padding": (2, 16, 1, 2, 16, 5, 3, (2, 1), {"PROGRAMS": 5}),
+    "taps_in_the_padding": (2, 16, 1, 3, 16, 5, 3, (2, 1), {"PROGRAMS": 2}),
     "one_row": (3, 16, 5, 3, 32, 1, 3, (0, 2), {"PROGRAMS": 4}),
 }
 
