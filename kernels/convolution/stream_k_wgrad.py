@@ -1,10 +1,10 @@
 """The gradient of a convolution's weight in equal shares ("stream-K"): no multiprocessor is left without work.
 
 The tiles of a weight are few: 384 filters of 256 x 3 x 3 have 27 of 128 x 256, and an H100 has 132 multiprocessors. Splitting
-each into the same number of parts (:mod:`.descriptor_wgrad`) fills them badly. Here the steps of all tiles stand in one row, and
-each program takes an equal share of the row. Where a share ends inside a tile, the tile has one part more. A second launch adds
-up a tile's parts, first to last, so two runs give the same bits. Published as stream-K by Osama, Merrill, Cecka, Garland and
-Owens, 2023.
+each into the same number of parts (:mod:`.descriptor_wgrad`) fills them badly. Here the steps of all tiles stand in one row,
+and each program takes an equal share of the row. Where a share ends inside a tile, the tile has one part more. A second launch
+adds up a tile's parts, first to last, so two runs give the same bits. Published as stream-K by Osama, Merrill, Cecka, Garland
+and Owens, 2023.
 """
 
 from __future__ import annotations
