@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what to install for it."""
     try:
-        from .cli import main as run
+        from .cli.app import main as run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "matplotlib"):
             raise

@@ -39,8 +39,8 @@ from kernels.runtime.launch import new_output, new_output_like
 
 from . import candidates as of
 from .candidates import Candidate
-from .files import check_writable, write_atomically
-from .folders import held
+from .training.files import check_writable, write_atomically
+from .training.run_folder import held
 
 #: --dtype: what tensors are in, and whether linear layers multiply in TF32. Convolutions of float32 always do, which is
 #: PyTorch's default; exact ones run on general kernels, which no table is for.

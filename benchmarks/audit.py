@@ -34,10 +34,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from alexnet_triton import AlexNet, CellImages, reference_alexnet, training
-from alexnet_triton.data import Split, input_for
+from alexnet_triton import AlexNet, CellImages, reference_alexnet
+from alexnet_triton.data.fashion_mnist import Split, input_for
 from alexnet_triton.optim import SGD
 from alexnet_triton.runs import call, plan
+from alexnet_triton.training import trainer as training
 from kernels.configs import tables
 from kernels.runtime import launch
 

@@ -34,9 +34,9 @@ from typing import Any
 import torch
 import triton
 
-from alexnet_triton.data import FILES, USUAL_PLACES, holds_idx
-from alexnet_triton.files import write_atomically
-from alexnet_triton.folders import held
+from alexnet_triton.data.fashion_mnist import FILES, USUAL_PLACES, holds_idx
+from alexnet_triton.training.files import write_atomically
+from alexnet_triton.training.run_folder import held
 from kernels.configs.tables import TABLES, gpu_slug
 
 from . import render, stale

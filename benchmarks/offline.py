@@ -41,11 +41,11 @@ from triton.backends.driver import DriverBase
 
 import kernels
 from alexnet_triton import AlexNet, precompile
-from alexnet_triton.data import Split
-from alexnet_triton.evaluation import evaluate
+from alexnet_triton.data.fashion_mnist import Split
 from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
-from alexnet_triton.training import Trainer, new_model
+from alexnet_triton.training.evaluation import evaluate
+from alexnet_triton.training.trainer import Trainer, new_model
 from kernels.advanced import add_cross_entropy
 from kernels.runtime import backend, launch
 

@@ -22,7 +22,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_triton.files import check_writable, write_atomically
+from alexnet_triton.training.files import check_writable, write_atomically
 from kernels.configs.tables import gpu_slug
 from kernels.runtime import launch
 

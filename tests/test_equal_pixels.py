@@ -20,7 +20,7 @@ from torch import Tensor
 
 import kernels
 from alexnet_triton import AlexNet
-from alexnet_triton.data import load_fashion_mnist
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from kernels.configs import tables
 
 from .conftest import DEVICE

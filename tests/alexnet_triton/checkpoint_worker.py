@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from alexnet_triton.checkpoint import BEST, LAST, Checkpoint, copy_checkpoint, read_checkpoint, save_checkpoint
+from alexnet_triton.training.checkpoint import BEST, LAST, Checkpoint, copy_checkpoint, read_checkpoint, save_checkpoint
 
 
 def write_for_ever(folder: Path, number: int, told: int) -> None:

@@ -15,9 +15,10 @@ from typing import TextIO
 
 import torch
 
-from alexnet_triton import train_command, training
 from alexnet_triton.__main__ import main
-from alexnet_triton.checkpoint import BEST, LAST, read_checkpoint
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import BEST, LAST, read_checkpoint
 
 EPOCHS = 10
 OPTIONS = (

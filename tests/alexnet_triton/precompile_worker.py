@@ -16,10 +16,10 @@ from torch import nn
 from triton import knobs
 
 from alexnet_triton import FusedSequential, precompile
-from alexnet_triton.data import Split
-from alexnet_triton.distributed import ALONE, Processes
-from alexnet_triton.evaluation import evaluate
-from alexnet_triton.training import Trainer
+from alexnet_triton.data.fashion_mnist import Split
+from alexnet_triton.training.distributed import ALONE, Processes
+from alexnet_triton.training.evaluation import evaluate
+from alexnet_triton.training.trainer import Trainer
 from benchmarks.idle import idle_gpu
 from kernels.runtime import launch
 

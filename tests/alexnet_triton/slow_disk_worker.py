@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from alexnet_triton import files
 from alexnet_triton.__main__ import main
+from alexnet_triton.training import files
 
 if __name__ == "__main__":
     write = files.write

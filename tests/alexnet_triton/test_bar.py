@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alexnet_triton import options, train_command, training
-from alexnet_triton.train_command import _Bar
+from alexnet_triton.cli import options
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.cli.train import _Bar
+from alexnet_triton.training import trainer as training
 
 from .command import run_here
 

@@ -21,7 +21,7 @@ from alexnet_triton import (
     reference_alexnet,
     reference_lenet,
 )
-from alexnet_triton.data import (
+from alexnet_triton.data.fashion_mnist import (
     EVERYTHING,
     NOTHING,
     Augment,
@@ -31,8 +31,8 @@ from alexnet_triton.data import (
     load_fashion_mnist,
     network_input,
 )
-from alexnet_triton.evaluation import evaluate, measure_speed, predict_split
-from alexnet_triton.training import Trainer, float32_products
+from alexnet_triton.training.evaluation import evaluate, measure_speed, predict_split
+from alexnet_triton.training.trainer import Trainer, float32_products
 from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices

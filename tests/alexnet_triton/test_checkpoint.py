@@ -23,17 +23,18 @@ import pytest
 import torch
 
 import kernels
-from alexnet_triton import files, training
-from alexnet_triton.checkpoint import (
+from alexnet_triton.data.fashion_mnist import EVERYTHING, NOTHING, Augment, load_fashion_mnist
+from alexnet_triton.training import files
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     copy_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from alexnet_triton.data import EVERYTHING, NOTHING, Augment, load_fashion_mnist
-from alexnet_triton.files import WriteError, write_atomically
-from alexnet_triton.training import Stopped, train
+from alexnet_triton.training.files import WriteError, write_atomically
+from alexnet_triton.training.trainer import Stopped, train
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
 

@@ -16,14 +16,16 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
 
-from alexnet_triton import models, train_command, training
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.compare_command import compared, comparison_table
+from alexnet_triton import models
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.cli.compare import compared, comparison_table
+from alexnet_triton.cli.options import console
+from alexnet_triton.cli.train import FinishedRun, RunOptions
 from alexnet_triton.fused import fuse
-from alexnet_triton.options import console
-from alexnet_triton.plot import plot_comparison
-from alexnet_triton.train_command import FinishedRun, RunOptions
-from alexnet_triton.training import EpochMetrics
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.plot import plot_comparison
+from alexnet_triton.training.trainer import EpochMetrics
 
 from .command import run_here
 from .test_checkpoint import flat

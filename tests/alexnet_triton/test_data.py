@@ -17,8 +17,8 @@ import torchvision.transforms.v2.functional as tv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from alexnet_triton import data
-from alexnet_triton.data import (
+from alexnet_triton.data import fashion_mnist as data
+from alexnet_triton.data.fashion_mnist import (
     AREA,
     EVERYTHING,
     FACTORS,
@@ -35,7 +35,7 @@ from alexnet_triton.data import (
     read_idx,
     to_input,
 )
-from alexnet_triton.make_sample import balanced, write_idx
+from alexnet_triton.data.make_sample import balanced, write_idx
 
 from ..conftest import DEVICE
 

@@ -15,10 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 import kernels
-from alexnet_triton import cli, training
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.data import load_fashion_mnist
-from alexnet_triton.distributed import ALONE, Processes, joined
+from alexnet_triton.cli import app as cli
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.distributed import ALONE, Processes, joined
 
 from .test_checkpoint import contents, flat
 from .test_image_folder import write_folder

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton import train_command
-from alexnet_triton.checkpoint import read_checkpoint, save_checkpoint
-from alexnet_triton.events import EVENTS, EpochEvents
-from alexnet_triton.training import EpochMetrics
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
+from alexnet_triton.training.events import EVENTS, EpochEvents
+from alexnet_triton.training.trainer import EpochMetrics
 
 from .command import run_here
 from .test_checkpoint import file_size_limit

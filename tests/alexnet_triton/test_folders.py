@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton import folders
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.folders import claimed, held, locked
+from alexnet_triton.training import run_folder as folders
+from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.run_folder import claimed, held, locked
 
 from .command import run_here
 from .test_signals import read_until, start
@@ -48,7 +48,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """As a DataLoader's worker, which lives a little longer than a parent that was killed."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from alexnet_triton.folders import locked\n"
+        "from alexnet_triton.training.run_folder import locked\n"
         "with locked(Path(sys.argv[2])):\n"
         "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
         "    print(child, flush=True); time.sleep(60)"

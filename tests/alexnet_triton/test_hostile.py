@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton import data, image_folder
-from alexnet_triton.checkpoint import CheckpointError, read_checkpoint
-from alexnet_triton.data import DataError, read_folder, read_idx
-from alexnet_triton.image_folder import load_data, load_test
+from alexnet_triton.data import fashion_mnist as data
+from alexnet_triton.data import image_folder
+from alexnet_triton.data.fashion_mnist import DataError, read_folder, read_idx
+from alexnet_triton.data.image_folder import load_data, load_test
+from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint
 
 from ..permissions import permissions_hold
 from . import test_data

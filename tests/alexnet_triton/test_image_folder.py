@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import kernels
-from alexnet_triton import data, train_command
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.data import (
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.data import fashion_mnist as data
+from alexnet_triton.data.fashion_mnist import (
     EVERYTHING,
     LIGHT,
     LIGHT_FACTORS,
@@ -27,9 +27,17 @@ from alexnet_triton.data import (
     draw_light,
     network_input,
 )
-from alexnet_triton.image_files import read_image
-from alexnet_triton.image_folder import default_channels, default_workers, is_image_folder, load_data, load_test, read_split
-from alexnet_triton.training import Trainer, new_model
+from alexnet_triton.data.image_files import read_image
+from alexnet_triton.data.image_folder import (
+    default_channels,
+    default_workers,
+    is_image_folder,
+    load_data,
+    load_test,
+    read_split,
+)
+from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.trainer import Trainer, new_model
 
 from .command import run_here
 

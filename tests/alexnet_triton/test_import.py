@@ -40,7 +40,7 @@ def test_no_module_opens_a_socket_or_starts_a_process_when_it_is_imported() -> N
         "    for module in pkgutil.walk_packages(package.__path__, f'{package.__name__}.'):\n"
         "        importlib.import_module(module.name)\n"
         "sys.argv = ['alexnet-triton', 'summary', '--json']\n"
-        "try: alexnet_triton.cli.main()\n"
+        "try: alexnet_triton.cli.app.main()\n"
         "except SystemExit as stop: assert not stop.code\n"
         "import socket\n"
         "try: socket.socket()\n"

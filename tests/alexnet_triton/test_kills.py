@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton.checkpoint import read_checkpoint
+from alexnet_triton.training.checkpoint import read_checkpoint
 
 from .test_checkpoint import flat
 from .test_signals import start

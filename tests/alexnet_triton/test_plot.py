@@ -12,9 +12,9 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from alexnet_triton.data import Split, to_input
-from alexnet_triton.evaluation import Predictions, predict_split
-from alexnet_triton.plot import (
+from alexnet_triton.data.fashion_mnist import Split, to_input
+from alexnet_triton.training.evaluation import Predictions, predict_split
+from alexnet_triton.training.plot import (
     MOST_NAMED,
     confusion_matrix,
     most_wrong,
@@ -23,7 +23,7 @@ from alexnet_triton.plot import (
     plot_curves,
     plot_most_wrong,
 )
-from alexnet_triton.training import EpochMetrics
+from alexnet_triton.training.trainer import EpochMetrics
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
 PREDICTIONS = Predictions(classes=torch.tensor([0, 1, 1, 0, 2, 1]), true=torch.tensor([0.9, 0.2, 0.8, 0.05, 0.7, 0.3]))

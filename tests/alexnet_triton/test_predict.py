@@ -14,11 +14,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import kernels
-from alexnet_triton.checkpoint import Checkpoint, save_checkpoint
-from alexnet_triton.data import CLASSES, DataError, load_fashion_mnist
-from alexnet_triton.evaluation import classify, evaluate
-from alexnet_triton.image_files import read_image, read_images
-from alexnet_triton.training import load_checkpoint, new_model
+from alexnet_triton.data.fashion_mnist import CLASSES, DataError, load_fashion_mnist
+from alexnet_triton.data.image_files import read_image, read_images
+from alexnet_triton.training.checkpoint import Checkpoint, save_checkpoint
+from alexnet_triton.training.evaluation import classify, evaluate
+from alexnet_triton.training.trainer import load_checkpoint, new_model
 
 from ..permissions import permissions_hold
 from .command import run_here

@@ -13,9 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from alexnet_triton import cli, train_command, training
-from alexnet_triton.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
-from alexnet_triton.data import EVERYTHING, Augment
+from alexnet_triton.cli import app as cli
+from alexnet_triton.cli import train as train_command
+from alexnet_triton.data.fashion_mnist import EVERYTHING, Augment
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 
 from .test_checkpoint import flat
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_triton import signals, training
-from alexnet_triton.checkpoint import read_checkpoint
-from alexnet_triton.signals import Stopped, StopSignals
+from alexnet_triton.training import signals
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.signals import Stopped, StopSignals
 
 from .test_checkpoint import CASES, contents, resume, run
 

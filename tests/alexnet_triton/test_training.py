@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from alexnet_triton import FusedSequential, fuse, reference_lenet, training
-from alexnet_triton.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
-from alexnet_triton.data import CLASSES, EVERYTHING, NOTHING, Augment, load_fashion_mnist, to_input
-from alexnet_triton.evaluation import evaluate, measure_speed
+from alexnet_triton import FusedSequential, fuse, reference_lenet
+from alexnet_triton.data.fashion_mnist import CLASSES, EVERYTHING, NOTHING, Augment, load_fashion_mnist, to_input
 from alexnet_triton.models import init_xavier_uniform
-from alexnet_triton.plot import plot_curves
-from alexnet_triton.training import (
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
+from alexnet_triton.training.evaluation import evaluate, measure_speed
+from alexnet_triton.training.plot import plot_curves
+from alexnet_triton.training.trainer import (
     EpochMetrics,
     Trainer,
     float32_products,

@@ -19,7 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from alexnet_triton import tune
-from alexnet_triton.cli import app
+from alexnet_triton.cli.app import app
 from kernels import configs
 from kernels.convolution import rules
 from kernels.runtime import launch

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from alexnet_triton import FusedSequential, checkpoint, training
-from alexnet_triton.data import Augment, load_fashion_mnist
-from alexnet_triton.distributed import Processes, joined
-from alexnet_triton.training import Stopped, train
+from alexnet_triton import FusedSequential
+from alexnet_triton.data.fashion_mnist import Augment, load_fashion_mnist
+from alexnet_triton.training import checkpoint
+from alexnet_triton.training import trainer as training
+from alexnet_triton.training.distributed import Processes, joined
+from alexnet_triton.training.trainer import Stopped, train
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 import typer
 
-from alexnet_triton.cli import app
-from alexnet_triton.folders import held
+from alexnet_triton.cli.app import app
+from alexnet_triton.training.run_folder import held
 from benchmarks import gpu, host, kernelbench, render, stale, variant
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.gpu import Session, Setting

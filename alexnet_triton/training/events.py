@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .training import EpochMetrics
+from .trainer import EpochMetrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

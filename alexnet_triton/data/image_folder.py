@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data import CLASSES, DataError, Dataset, Split, holds_idx, load_fashion_mnist
+from .fashion_mnist import CLASSES, DataError, Dataset, Split, holds_idx, load_fashion_mnist
 from .image_files import read_image
 
 #: Folders of the training images, and of the test images: the first of these that is there.
@@ -130,7 +130,7 @@ def read_split(
     workers: int | None = None,
     device: torch.device = _CPU,
 ) -> tuple[Split, list[str]]:
-    """The images of a folder of class folders as :func:`alexnet_triton.image_files.read_image` makes them, and the classes.
+    """The images of a folder of class folders as :func:`.image_files.read_image` makes them, and the classes.
 
     Args:
         folder: of a folder for each class; files of other kinds than images are passed over.
@@ -192,7 +192,7 @@ def load_data(
 
     Args:
         data: a folder of ``train`` and ``test`` (or ``val``, where there is no ``test``), each of a folder for every class with
-            its images, and no links out of it; anything else as in :func:`alexnet_triton.data.load_fashion_mnist`.
+            its images, and no links out of it; anything else as in :func:`.fashion_mnist.load_fashion_mnist`.
         size: side of a folder's images. Fashion-MNIST's are 28 x 28.
         channels: 1 or 3; Fashion-MNIST has one.
         limit, workers, device: as in :func:`read_split`; of Fashion-MNIST, the first ``limit`` images.

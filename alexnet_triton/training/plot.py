@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .data import Split
+from ..data.fashion_mnist import Split
 from .evaluation import Predictions
-from .training import EpochMetrics
+from .trainer import EpochMetrics
 
 matplotlib.use("Agg")
 

@@ -22,7 +22,7 @@ class StopSignals:
 
     Args:
         repeats: whether one request comes as several signals, as to the processes of a launcher
-            (:attr:`alexnet_triton.distributed.Processes.launched`). Then all after the first are ignored, until the process has
+            (:attr:`.distributed.Processes.launched`). Then all after the first are ignored, until the process has
             ended: they must not end it while it still saves, or while others wait for it to leave with them. The launcher has
             SIGKILL for one that does not end.
 

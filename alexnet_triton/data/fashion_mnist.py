@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 
-from .fused import CellImages, first_layer_cells
+from ..fused import CellImages, first_layer_cells
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 

@@ -20,14 +20,31 @@ from torch import nn
 
 import kernels
 
-from .checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
-from .data import EVERYTHING, NOTHING, Augment, DataError, Dataset
-from .distributed import Processes
-from .evaluation import measure_speed, predict_split
-from .events import EpochEvents, summary_writer
-from .folders import claimed, held
-from .image_folder import default_channels, is_image_folder, load_data
-from .models import IMAGE_SIZE
+from ..data.fashion_mnist import EVERYTHING, NOTHING, Augment, DataError, Dataset
+from ..data.image_folder import default_channels, is_image_folder, load_data
+from ..models import IMAGE_SIZE
+from ..precompile import precompile
+from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
+from ..training.distributed import Processes
+from ..training.evaluation import measure_speed, predict_split
+from ..training.events import EpochEvents, summary_writer
+from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
+from ..training.run_folder import claimed, held
+from ..training.signals import Stopped, StopSignals
+from ..training.trainer import (
+    LEARNING_RATE,
+    METRICS,
+    EpochMetrics,
+    default_precision,
+    float32_products,
+    history_of,
+    holds_run,
+    learning_rates,
+    metrics_file,
+    new_model,
+    position,
+    train,
+)
 from .options import (
     LEAST_SEED,
     MOST_SEED,
@@ -58,23 +75,6 @@ from .options import (
     joined_command,
     local_device,
     runs_on,
-)
-from .plot import plot_confusion, plot_curves, plot_most_wrong
-from .precompile import precompile
-from .signals import Stopped, StopSignals
-from .training import (
-    LEARNING_RATE,
-    METRICS,
-    EpochMetrics,
-    default_precision,
-    float32_products,
-    history_of,
-    holds_run,
-    learning_rates,
-    metrics_file,
-    new_model,
-    position,
-    train,
 )
 
 #: The pictures that a run writes.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernels.advanced import add_cross_entropy
 
-from .data import Split, input_for
+from ..data.fashion_mnist import Split, input_for
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
 

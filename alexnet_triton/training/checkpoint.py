@@ -1,6 +1,6 @@
 """Checkpoints: a run in one file, which is whole or not there.
 
-:mod:`alexnet_triton.files` writes it: whatever ends the process or the machine, the old file or the new one is there.
+:mod:`alexnet_triton.training.files` writes it: whatever ends the process or the machine, the old file or the new one is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import EVERYTHING, NOTHING
+from ..data.fashion_mnist import EVERYTHING, NOTHING
 from .files import WriteError, replacing, write, write_atomically
 
 FORMAT = "alexnet-triton checkpoint 1"

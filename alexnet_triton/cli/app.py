@@ -19,14 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels.configs import tables
 
-from .checkpoint import CheckpointError
-from .compare_command import compare_command
-from .data import DataError
-from .evaluation import classify, evaluate
-from .explain import explain
-from .image_files import read_images
-from .image_folder import load_test
-from .models import IMAGE_SIZE, reference_alexnet, reference_lenet
+from ..data.fashion_mnist import DataError
+from ..data.image_files import read_images
+from ..data.image_folder import load_test
+from ..explain import explain
+from ..models import IMAGE_SIZE, reference_alexnet, reference_lenet
+from ..training.checkpoint import CheckpointError
+from ..training.evaluation import classify, evaluate
+from ..training.trainer import load_checkpoint
+from .compare import compare_command
 from .options import (
     BackendChoice,
     BackendOption,
@@ -43,8 +44,7 @@ from .options import (
     show_tracebacks,
     usable_device,
 )
-from .train_command import train_command
-from .training import load_checkpoint
+from .train import train_command
 
 app = typer.Typer(
     help="AlexNet on hand-written Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -261,7 +261,7 @@ def tune_command(
     ] = None,
 ) -> None:
     """Measure every kernel configuration on this GPU and keep the fastest that is right."""
-    from . import tune
+    from .. import tune
 
     if dtype not in tune.PRECISIONS:
         raise typer.BadParameter(f"must be one of {', '.join(tune.PRECISIONS)}", param_hint="--dtype")

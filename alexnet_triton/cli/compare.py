@@ -16,12 +16,15 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from .checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
-from .data import NOTHING, Dataset
-from .distributed import Processes
-from .files import write_atomically
-from .folders import claimed, held
-from .models import IMAGE_SIZE
+from ..data.fashion_mnist import NOTHING, Dataset
+from ..models import IMAGE_SIZE
+from ..training.checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
+from ..training.distributed import Processes
+from ..training.files import write_atomically
+from ..training.plot import plot_comparison
+from ..training.run_folder import claimed, held
+from ..training.signals import Stopped, StopSignals
+from ..training.trainer import LEARNING_RATE, EpochMetrics, holds_run
 from .options import (
     AugmentOption,
     BackendChoice,
@@ -50,9 +53,7 @@ from .options import (
     local_device,
     print_table,
 )
-from .plot import plot_comparison
-from .signals import Stopped, StopSignals
-from .train_command import (
+from .train import (
     MAY_CHANGE,
     FinishedRun,
     RunOptions,
@@ -64,7 +65,6 @@ from .train_command import (
     resolve,
     run_training,
 )
-from .training import LEARNING_RATE, EpochMetrics, holds_run
 
 #: In the folder of a comparison, beside a folder for each run.
 COMPARISON, CURVES = "comparison.json", "comparison.png"
@@ -91,7 +91,7 @@ class Compared:
         input: channels, height and width of what it takes.
         parameters: how many numbers it learns.
         epochs: how many it was trained for.
-        loss, train_acc, test_acc: of the last epoch, as in :class:`alexnet_triton.training.EpochMetrics`.
+        loss, train_acc, test_acc: of the last epoch, as in :class:`alexnet_triton.training.trainer.EpochMetrics`.
         images_per_s: training images a second, over all epochs; evaluation, compilation and capture not counted.
     """
 

@@ -1,4 +1,4 @@
-"""Make the sample that this package ships from the full data set: ``python -m alexnet_triton.make_sample SOURCE [OUT]``.
+"""Make the sample that this package ships from the full data set: ``python -m alexnet_triton.data.make_sample SOURCE [OUT]``.
 
 The first images of each class in the data set's own order, classes in turn, so that any prefix is balanced too.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data import CLASSES, FILES, SAMPLE, Split, read_folder
+from .fashion_mnist import CLASSES, FILES, SAMPLE, Split, read_folder
 
 PER_CLASS = {"train": 100, "test": 50}
 

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .data import EVERYTHING
-from .distributed import Processes, first_to_say, joined
-from .training import describe_backend
+from ..data.fashion_mnist import EVERYTHING
+from ..training.distributed import Processes, first_to_say, joined
+from ..training.trainer import describe_backend
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -50,7 +50,7 @@ class BackendChoice(StrEnum):
 
 
 class CropChoice(StrEnum):
-    """See :class:`alexnet_triton.data.Augment`."""
+    """See :class:`alexnet_triton.data.fashion_mnist.Augment`."""
 
     none = "none"
     pad = "pad"
@@ -162,7 +162,7 @@ def fail(message: object) -> typer.Exit:
 
 @contextlib.contextmanager
 def joined_command() -> Iterator[Processes]:
-    """:func:`alexnet_triton.distributed.joined` for a command: one process prints, also what is wrong with an option."""
+    """:func:`.distributed.joined` for a command: one process prints, also what is wrong with an option."""
     with joined() as processes:
         console.quiet = not processes.leads
         try:
