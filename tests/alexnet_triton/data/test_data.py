@@ -37,7 +37,7 @@ from alexnet_triton.data.fashion_mnist import (
 )
 from alexnet_triton.data.make_sample import balanced, write_idx
 
-from ..conftest import DEVICE
+from ...conftest import DEVICE
 
 FULL = Path("/usr/share/datasets/fashion-mnist")
 

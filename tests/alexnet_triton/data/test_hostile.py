@@ -23,11 +23,11 @@ from alexnet_triton.data.fashion_mnist import DataError, read_folder, read_idx
 from alexnet_triton.data.image_folder import load_data, load_test
 from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint
 
-from ..permissions import permissions_hold
+from ...permissions import permissions_hold
+from ..cli.test_predict import _bomb, _png, checkpoint_of
+from ..command import run_here
 from . import test_data
-from .command import run_here
 from .test_image_folder import COLOURS, write_folder, write_images
-from .test_predict import _bomb, _png, checkpoint_of
 
 ON_PYTORCH = ("--device", "cpu", "--backend", "torch")
 TRAIN = ("train", "--model", "lenet", *ON_PYTORCH, "--epochs", "1", "--limit", "8")

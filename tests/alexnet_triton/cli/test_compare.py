@@ -27,9 +27,9 @@ from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.plot import plot_comparison
 from alexnet_triton.training.trainer import EpochMetrics
 
-from .command import run_here
-from .test_checkpoint import flat
-from .test_training import small_net
+from ..command import run_here
+from ..training.test_checkpoint import flat
+from ..training.test_training import small_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from alexnet_triton.cli import train as train_command
 from alexnet_triton.cli.train import _Bar
 from alexnet_triton.training import trainer as training
 
-from .command import run_here
+from ..command import run_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

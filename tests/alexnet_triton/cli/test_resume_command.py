@@ -19,7 +19,7 @@ from alexnet_triton.data.fashion_mnist import EVERYTHING, Augment
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 
-from .test_checkpoint import flat
+from ..training.test_checkpoint import flat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.distributed import ALONE, Processes, joined
 
+from ..data.test_image_folder import write_folder
 from .test_checkpoint import contents, flat
-from .test_image_folder import write_folder
 from .test_signals import read_until, start
 from .train_worker import CPU, RUNS, run
 

@@ -15,7 +15,7 @@ from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
 from alexnet_triton.training.events import EVENTS, EpochEvents
 from alexnet_triton.training.trainer import EpochMetrics
 
-from .command import run_here
+from ..command import run_here
 from .test_checkpoint import file_size_limit
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from alexnet_triton.training import run_folder as folders
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.run_folder import claimed, held, locked
 
-from .command import run_here
+from ..command import run_here
 from .test_signals import read_until, start
 
 pytestmark = [
@@ -53,7 +53,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
         "    print(child, flush=True); time.sleep(60)"
     )
-    process = start("-c", code, str(Path(folders.__file__).parents[1]), str(tmp_path))
+    process = start("-c", code, str(Path(folders.__file__).parents[2]), str(tmp_path))
     assert process.stdout is not None
     child = int(process.stdout.readline())
     try:

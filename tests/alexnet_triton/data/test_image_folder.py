@@ -39,7 +39,7 @@ from alexnet_triton.data.image_folder import (
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.trainer import Trainer, new_model
 
-from .command import run_here
+from ..command import run_here
 
 CPU = torch.device("cpu")
 ON_PYTORCH = ("--device", "cpu", "--backend", "torch")

@@ -102,7 +102,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("checkpoint_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     result = subprocess.run(
         [sys.executable, worker, tmp_path, "20"], env=environment, capture_output=True, text=True, timeout=240, check=False
     )

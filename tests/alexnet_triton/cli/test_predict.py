@@ -20,8 +20,8 @@ from alexnet_triton.training.checkpoint import Checkpoint, save_checkpoint
 from alexnet_triton.training.evaluation import classify, evaluate
 from alexnet_triton.training.trainer import load_checkpoint, new_model
 
-from ..permissions import permissions_hold
-from .command import run_here
+from ...permissions import permissions_hold
+from ..command import run_here
 
 CPU = torch.device("cpu")
 ON_PYTORCH = ("--device", "cpu", "--backend", "torch")

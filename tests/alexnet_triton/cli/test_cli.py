@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..conftest import DEVICE
-from .command import run_here
+from ...conftest import DEVICE
+from ..command import run_here
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m alexnet_triton ARGUMENTS``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment |= {"PYTHONPATH": str(root), "COLUMNS": "120"}
     return subprocess.run(
         [sys.executable, "-m", "alexnet_triton", *arguments],

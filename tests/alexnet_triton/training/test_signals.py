@@ -38,7 +38,7 @@ def _interrupts() -> Iterator[None]:
 
 def start(*command: object, start_new_session: bool = False, cwd: Path | None = None) -> subprocess.Popen[str]:
     """A process that gets Ctrl-C even where this one runs in the background of a script."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.Popen(
