@@ -35,7 +35,8 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from alexnet_triton import AlexNet, CellImages, reference_alexnet
-from alexnet_triton.data.fashion_mnist import Split, input_for
+from alexnet_triton.data.augment import input_for
+from alexnet_triton.data.dataset import Split
 from alexnet_triton.optim import SGD
 from alexnet_triton.runs import call, plan
 from alexnet_triton.training import trainer as training

@@ -41,7 +41,7 @@ from triton.backends.driver import DriverBase
 
 import kernels
 from alexnet_triton import AlexNet, precompile
-from alexnet_triton.data.fashion_mnist import Split
+from alexnet_triton.data.dataset import Split
 from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
 from alexnet_triton.training.evaluation import evaluate

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from alexnet_triton.data.fashion_mnist import EVERYTHING, draw_augmentation, load_fashion_mnist
+from alexnet_triton.data.augment import EVERYTHING, draw_augmentation
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training.trainer import Trainer
 from kernels.configs import tables
 from kernels.runtime.backend import INTERPRETED

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels.configs import tables
 
-from ..data.fashion_mnist import DataError
+from ..data.dataset import DataError
 from ..data.image_files import read_images
 from ..data.image_folder import load_test
 from ..explain import explain

@@ -16,7 +16,8 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from ..data.fashion_mnist import NOTHING, Dataset
+from ..data.augment import NOTHING
+from ..data.dataset import Dataset
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
 from ..training.distributed import Processes

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..data.fashion_mnist import EVERYTHING
+from ..data.augment import EVERYTHING
 from ..training.distributed import Processes, first_to_say, joined
 from ..training.trainer import describe_backend
 
@@ -50,7 +50,7 @@ class BackendChoice(StrEnum):
 
 
 class CropChoice(StrEnum):
-    """See :class:`alexnet_triton.data.fashion_mnist.Augment`."""
+    """See :class:`alexnet_triton.data.augment.Augment`."""
 
     none = "none"
     pad = "pad"

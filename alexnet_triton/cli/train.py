@@ -20,7 +20,8 @@ from torch import nn
 
 import kernels
 
-from ..data.fashion_mnist import EVERYTHING, NOTHING, Augment, DataError, Dataset
+from ..data.augment import EVERYTHING, NOTHING, Augment
+from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_image_folder, load_data
 from ..models import IMAGE_SIZE
 from ..precompile import precompile

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .fashion_mnist import DataError
+from .dataset import DataError
 
 #: Pillow's name of 8-bit pixels, by number of channels.
 _MODES = {1: "L", 3: "RGB"}

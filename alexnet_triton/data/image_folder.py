@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .fashion_mnist import CLASSES, DataError, Dataset, Split, holds_idx, load_fashion_mnist
+from .dataset import DataError, Dataset, Split
+from .fashion_mnist import CLASSES, holds_idx, load_fashion_mnist
 from .image_files import read_image
 
 #: Folders of the training images, and of the test images: the first of these that is there.
@@ -204,7 +205,7 @@ def load_data(
         if channels != 1:
             raise DataError(f"Fashion-MNIST's images have one channel, not {channels}")
         found = load_fashion_mnist(data)
-        return Dataset(found.train.limited(limit), found.test.limited(limit), found.source)
+        return Dataset(found.train.limited(limit), found.test.limited(limit), found.source, found.classes, found.name)
     folder = Path(str(data)).expanduser()
     if not (folder / TRAIN).is_dir():
         raise DataError(f"{folder}: no folder {TRAIN} in it")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .fashion_mnist import CLASSES, FILES, SAMPLE, Split, read_folder
+from .dataset import Split
+from .fashion_mnist import CLASSES, FILES, SAMPLE, read_folder
 
 PER_CLASS = {"train": 100, "test": 50}
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.fashion_mnist import EVERYTHING, NOTHING
+from ..data.augment import EVERYTHING, NOTHING
 from .files import WriteError, replacing, write, write_atomically
 
 FORMAT = "alexnet-triton checkpoint 1"

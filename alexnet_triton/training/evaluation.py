@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kernels.advanced import add_cross_entropy
 
-from ..data.fashion_mnist import Split, input_for
+from ..data.augment import input_for
+from ..data.dataset import Split
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
 

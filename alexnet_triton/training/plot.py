@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..data.fashion_mnist import Split
+from ..data.dataset import Split
 from .evaluation import Predictions
 from .trainer import EpochMetrics
 

@@ -18,7 +18,9 @@ from torch import nn
 from kernels.advanced import add_cross_entropy
 from kernels.runtime.backend import runs_triton
 
-from ..data.fashion_mnist import CLASSES, NOTHING, Augment, Split, input_for
+from ..data.augment import NOTHING, Augment, input_for
+from ..data.dataset import Split
+from ..data.fashion_mnist import CLASSES
 from ..fused import fuse
 from ..models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
 from ..optim import SGD
@@ -164,7 +166,7 @@ class Trainer:
         net: on ``device``, in the dtype it trains in.
         split: training images; copied to ``device``.
         graph: capture the step; on CUDA only.
-        augment: what to change in each image at random (:func:`alexnet_triton.data.fashion_mnist.augmented_input`).
+        augment: what to change in each image at random (:func:`alexnet_triton.data.augment.augmented_input`).
         momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
         processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
             for :meth:`float32_weights`.

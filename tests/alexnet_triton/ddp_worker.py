@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from alexnet_triton import CellImages, FusedSequential
-from alexnet_triton.data.fashion_mnist import input_for, network_input
+from alexnet_triton.data.augment import input_for, network_input
 from alexnet_triton.training.distributed import leave
 from kernels.runtime.backend import has_copy_engine
 

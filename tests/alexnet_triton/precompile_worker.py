@@ -16,7 +16,7 @@ from torch import nn
 from triton import knobs
 
 from alexnet_triton import FusedSequential, precompile
-from alexnet_triton.data.fashion_mnist import Split
+from alexnet_triton.data.dataset import Split
 from alexnet_triton.training.distributed import ALONE, Processes
 from alexnet_triton.training.evaluation import evaluate
 from alexnet_triton.training.trainer import Trainer

@@ -21,16 +21,9 @@ from alexnet_triton import (
     reference_alexnet,
     reference_lenet,
 )
-from alexnet_triton.data.fashion_mnist import (
-    EVERYTHING,
-    NOTHING,
-    Augment,
-    Split,
-    augmented_input,
-    input_for,
-    load_fashion_mnist,
-    network_input,
-)
+from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, augmented_input, input_for, network_input
+from alexnet_triton.data.dataset import Split
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training.evaluation import evaluate, measure_speed, predict_split
 from alexnet_triton.training.trainer import Trainer, float32_products
 from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine

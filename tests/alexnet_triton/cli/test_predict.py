@@ -14,7 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import kernels
-from alexnet_triton.data.fashion_mnist import CLASSES, DataError, load_fashion_mnist
+from alexnet_triton.data.dataset import DataError
+from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.data.image_files import read_image, read_images
 from alexnet_triton.training.checkpoint import Checkpoint, save_checkpoint
 from alexnet_triton.training.evaluation import classify, evaluate

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from alexnet_triton.cli import app as cli
 from alexnet_triton.cli import train as train_command
-from alexnet_triton.data.fashion_mnist import EVERYTHING, Augment
+from alexnet_triton.data.augment import EVERYTHING, Augment
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 

@@ -17,24 +17,23 @@ import torchvision.transforms.v2.functional as tv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from alexnet_triton.data import augment as augment_module
 from alexnet_triton.data import fashion_mnist as data
-from alexnet_triton.data.fashion_mnist import (
+from alexnet_triton.data.augment import (
     AREA,
     EVERYTHING,
     FACTORS,
     NOTHING,
     SHIFT,
     Augment,
-    DataError,
     augmented_input,
     draw_augmentation,
     draw_boxes,
     draw_light,
-    load_fashion_mnist,
-    read_folder,
-    read_idx,
     to_input,
 )
+from alexnet_triton.data.dataset import DataError
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist, read_folder, read_idx
 from alexnet_triton.data.make_sample import balanced, write_idx
 
 from ...conftest import DEVICE
@@ -338,7 +337,7 @@ def their_boxes(size: int, area: tuple[float, float]) -> torch.Tensor:
     ("size", "area"), [(28, AREA), (224, AREA), (28, (0.97, 1.0))], ids=["S28", "S224", "S28-where_few_fit"]
 )
 def test_boxes_are_distributed_as_torchvisions(size: int, area: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "AREA", area)
+    monkeypatch.setattr(augment_module, "AREA", area)
     ours, theirs = our_boxes(size), their_boxes(size, area)
     for name, measure in MEASURES.items():
         assert distance(measure(ours), measure(theirs)) < FAR, name
@@ -361,14 +360,14 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_the_comparison_of_distributions_sees_a_wrong_one(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     area = AREA if wrong in WRONG else (0.97, 1.0)
     for name, value in WRONG.get(wrong, {"AREA": area, "TRIES": 1}).items():
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(augment_module, name, value)
     ours, theirs = our_boxes(28), their_boxes(28, area)
     assert max(distance(measure(ours), measure(theirs)) for measure in MEASURES.values()) > 1.5 * FAR
 
 
 def test_where_no_try_fits_it_is_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "ASPECT", (3.0, 4.0))
-    monkeypatch.setattr(data, "AREA", (0.9, 1.0))
+    monkeypatch.setattr(augment_module, "ASPECT", (3.0, 4.0))
+    monkeypatch.setattr(augment_module, "AREA", (0.9, 1.0))
     corner, box = draw_boxes(50, CPU, 28)
     assert corner.unique().tolist() == [0]
     assert box.unique().tolist() == [28]

@@ -19,7 +19,8 @@ import pytest
 
 from alexnet_triton.data import fashion_mnist as data
 from alexnet_triton.data import image_folder
-from alexnet_triton.data.fashion_mnist import DataError, read_folder, read_idx
+from alexnet_triton.data.dataset import DataError
+from alexnet_triton.data.fashion_mnist import read_folder, read_idx
 from alexnet_triton.data.image_folder import load_data, load_test
 from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint
 

@@ -14,19 +14,18 @@ from PIL import Image
 import kernels
 from alexnet_triton.cli import train as train_command
 from alexnet_triton.data import fashion_mnist as data
-from alexnet_triton.data.fashion_mnist import (
+from alexnet_triton.data.augment import (
     EVERYTHING,
     LIGHT,
     LIGHT_FACTORS,
     NOTHING,
     Augment,
-    DataError,
-    Split,
     augmented_input,
     draw_augmentation,
     draw_light,
     network_input,
 )
+from alexnet_triton.data.dataset import DataError, Dataset, Split
 from alexnet_triton.data.image_files import read_image
 from alexnet_triton.data.image_folder import (
     default_channels,
@@ -71,7 +70,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "colours")
 
 
-def load(folder: Path, channels: int = 3, **options: int) -> data.Dataset:
+def load(folder: Path, channels: int = 3, **options: int) -> Dataset:
     return load_data(folder, size=20, channels=channels, **{"workers": 0} | options)
 
 

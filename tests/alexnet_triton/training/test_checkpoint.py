@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import kernels
-from alexnet_triton.data.fashion_mnist import EVERYTHING, NOTHING, Augment, load_fashion_mnist
+from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training import files
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import (

@@ -12,7 +12,8 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
-from alexnet_triton.data.fashion_mnist import Split, to_input
+from alexnet_triton.data.augment import to_input
+from alexnet_triton.data.dataset import Split
 from alexnet_triton.training.evaluation import Predictions, predict_split
 from alexnet_triton.training.plot import (
     MOST_NAMED,

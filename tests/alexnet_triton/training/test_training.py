@@ -15,7 +15,8 @@ from torch import nn
 
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet
-from alexnet_triton.data.fashion_mnist import CLASSES, EVERYTHING, NOTHING, Augment, load_fashion_mnist, to_input
+from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, to_input
+from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint

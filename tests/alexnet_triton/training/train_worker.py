@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import kernels
 from alexnet_triton import FusedSequential
-from alexnet_triton.data.fashion_mnist import Augment, load_fashion_mnist
+from alexnet_triton.data.augment import Augment
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training import checkpoint
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.distributed import Processes, joined
