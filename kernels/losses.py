@@ -327,6 +327,13 @@ def _check_weight(logits: Tensor, weight: Tensor, any_dtype: bool) -> None:
         raise ArgumentValueError("weight must not require a gradient: there is none")
 
 
+def _checked_smoothing(label_smoothing: float) -> float:
+    label_smoothing = float(number("label_smoothing", label_smoothing))
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ArgumentValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    return label_smoothing
+
+
 @overridable
 def cross_entropy(
     logits: Tensor,
@@ -366,9 +373,7 @@ def cross_entropy(
         _check_weight(logits, weight, autocast)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    label_smoothing = float(number("label_smoothing", label_smoothing))
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ArgumentValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    label_smoothing = _checked_smoothing(label_smoothing)
     use_triton = runs_triton(logits) and not (forward_ad._current_level >= 0 and has_tangent(logits))
     if not use_triton:
         return F.cross_entropy(logits, labels.long(), weight, label_smoothing=label_smoothing, reduction=reduction)
@@ -383,30 +388,38 @@ def cross_entropy(
 
 
 def _run_add_cross_entropy(*arguments: Any) -> Tensor:
-    """The tensors of :func:`add_cross_entropy`, whether a gradient is wanted, and what it is multiplied by."""
-    logits, labels, loss_sum, hits, write_gradient, grad_scale = arguments
+    """The tensors of :func:`add_cross_entropy`, whether a gradient is wanted, the label smoothing, the gradient's factor."""
+    logits, labels, loss_sum, hits, weight, (write_gradient, label_smoothing), grad_scale = arguments
     gradient = new_output(logits.shape, logits.dtype, logits.device) if write_gradient else nothing(logits)
     _launch_cross_entropy(
         logits,
         labels,
-        None,
+        weight,
         loss_sum,
         gradient if write_gradient else None,
         {"weights_ptr": None, "hits_ptr": hits},
         grad_scale=grad_scale,
-        SMOOTHING=0.0,
+        SMOOTHING=label_smoothing,
         REDUCTION="accumulate",
     )
     return gradient
 
 
 def add_cross_entropy_reference(
-    logits: Tensor, labels: Tensor, loss_sum: Tensor, hits: Tensor, grad_scale: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    loss_sum: Tensor,
+    hits: Tensor,
+    grad_scale: float | None = None,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """What :func:`add_cross_entropy` means, in PyTorch's own operations."""
     with torch.enable_grad():
         values = logits.detach().float().requires_grad_(grad_scale is not None)
-        loss = F.cross_entropy(values, labels, reduction="sum")
+        weight = None if weight is None else weight.float()
+        loss = F.cross_entropy(values, labels.long(), weight, label_smoothing=label_smoothing, reduction="sum")
         gradient = None if grad_scale is None else torch.autograd.grad(loss * grad_scale, values)[0].to(logits.dtype)
     loss_sum += loss.detach()
     hits += (values.detach().argmax(1) == labels).sum()
@@ -415,7 +428,14 @@ def add_cross_entropy_reference(
 
 @torch.no_grad()
 def add_cross_entropy(
-    logits: Tensor, labels: Tensor, loss_sum: Tensor, hits: Tensor, grad_scale: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    loss_sum: Tensor,
+    hits: Tensor,
+    grad_scale: float | None = None,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """Add the losses and the hits of a batch to running totals, and return the gradient of its logits: one launch.
 
@@ -428,6 +448,8 @@ def add_cross_entropy(
         loss_sum: float32 scalar on the device of ``logits``; becomes the sum of it and the rows' losses, computed in float32.
         hits: as ``loss_sum``; becomes the sum of it and the number of rows whose ``argmax`` is the label.
         grad_scale: what the gradient of the sum of losses is multiplied by; None for no gradient.
+        weight, label_smoothing: as in :func:`kernels.cross_entropy`; the weight of any floating-point dtype. The sum is not
+            divided by the weights of its rows.
 
     Returns:
         The gradient (N, C), contiguous, in the dtype of ``logits``; None without ``grad_scale``.
@@ -442,12 +464,18 @@ def add_cross_entropy(
     for name, total in (("loss_sum", loss_sum), ("hits", hits)):
         if total.dtype != torch.float32 or total.dim() != 0 or total.device != logits.device:
             raise ValueError(f"{name} must be a float32 scalar on {logits.device}, got {total.dtype} {tuple(total.shape)}")
+    if weight is not None:
+        _check_weight(logits, weight, any_dtype=True)
+    label_smoothing = _checked_smoothing(label_smoothing)
     if not runs_triton(logits):
-        return add_cross_entropy_reference(logits, labels, loss_sum, hits, grad_scale)
-    tensors, wanted = (logits, labels, loss_sum, hits), grad_scale is not None
+        return add_cross_entropy_reference(
+            logits, labels, loss_sum, hits, grad_scale, weight=weight, label_smoothing=label_smoothing
+        )
+    tensors, wanted = (logits, labels, loss_sum, hits, weight), grad_scale is not None
+    problem = (wanted, label_smoothing)
     numbers = (1.0 if grad_scale is None else float(number("grad_scale", grad_scale)),)
     if is_plain(tensors):
-        gradient = plans.call(_run_add_cross_entropy, tensors, wanted, numbers)
+        gradient = plans.call(_run_add_cross_entropy, tensors, problem, numbers)
     else:
-        gradient = _run_add_cross_entropy(*tensors, wanted, *numbers)
+        gradient = _run_add_cross_entropy(*tensors, problem, *numbers)
     return gradient if wanted else None

@@ -95,7 +95,8 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
             backward(kernels.cross_entropy(randn(7, 37), labels, weight=weight, label_smoothing=0.1))
             backward(kernels.cross_entropy(randn(7, 37, 2), labels[:, None].expand(7, 2), reduction="none"))
             totals = torch.zeros(2).to(device)
-            add_cross_entropy(randn(7, 37, grad=False), labels, totals[0], totals[1], 0.5)
+            for options in ({}, {"weight": weight.float(), "label_smoothing": 0.1}):
+                add_cross_entropy(randn(7, 37, grad=False), labels, totals[0], totals[1], 0.5, **options)
     backward(kernels.dropout(randn(5, 300), 0.5))
     kernels.dropout_mask((70, 30), 0.5, 1, device=device)
 

@@ -381,6 +381,45 @@ def test_totals_and_gradient_of_a_step(rows: int, scale: float | None, dtype: to
     assert_within_tolerance("gradient", gradient, peer, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.usefixtures("_tiles")
+def test_totals_of_a_weighted_and_smoothed_step(weighted: bool, smoothing: float, dtype: torch.dtype) -> None:
+    """The weights are float32 whatever the logits are: what a training set's balance asks for is no multiple of 2^-8."""
+    x = torch.randn(37, 50, device=DEVICE).to(dtype)
+    labels = torch.randint(0, 50, (37,), device=DEVICE)
+    weight = torch.rand(50, device=DEVICE) + 0.5 if weighted else None
+    results = []
+    for function in (add_cross_entropy, add_cross_entropy_reference):
+        totals = _totals()
+        results.append((*totals, function(x, labels, *totals, 0.25, weight=weight, label_smoothing=smoothing)))
+    (loss, hits, gradient), (peer_loss, peer_hits, peer) = results
+    assert torch.equal(hits, peer_hits)
+    assert gradient is not None
+    leaf = x.double().requires_grad_()
+    exact_weight = None if weight is None else weight.double()
+    exact = F.cross_entropy(leaf, labels, exact_weight, label_smoothing=smoothing, reduction="sum")
+    assert_within_tolerance("loss", loss, peer_loss, 2.5 + exact.detach())
+    (truth,) = torch.autograd.grad(exact * 0.25, leaf)
+    assert_within_tolerance("gradient", gradient, peer, truth)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"weight": torch.ones(3)}, r"weight must have shape \(6,\)"),
+    ],
+)
+def test_bad_options_of_a_step(options: dict[str, Any], message: str, backend: Any) -> None:
+    options = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in options.items()}
+    x, labels = torch.randn(4, 6, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    with kernels.use_backend(backend), pytest.raises(ValueError, match=message):
+        add_cross_entropy(x, labels, *_totals(), 1.0, **options)
+
+
 @pytest.mark.usefixtures("_tiles")
 def test_a_hit_is_where_argmax_is_the_label() -> None:
     """The first of equal logits, the first NaN of all, and class 0 where all are -inf."""
