@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import kernels
 
 from ..fused import CellImages, first_layer_cells
+from .dataset import Normalization
 
 #: Side of Fashion-MNIST's images, for which :data:`SHIFT` is given.
 _SIDE = 28
@@ -25,6 +26,7 @@ def network_input(
     dtype: torch.dtype = torch.float32,
     augmentation: kernels.Augmentation | None = None,
     cells: kernels.Cells | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The images of ``index`` as :func:`kernels.gather_resize` makes them, which knows one channel: of three, each by itself.
 
@@ -35,16 +37,22 @@ def network_input(
         dtype: float32, float16 or bfloat16.
         augmentation: the same for all channels of an image.
         cells: return the images' cells in their place; of one channel only, since those of three have their channels innermost.
+        normalization: of as many channels.
 
     Returns:
-        (N, C, size, size) in [0, 1], contiguous; C is 1 for ``images`` of three dimensions. Or their cells, as
-        :func:`kernels.gather_resize` writes them.
+        (N, C, size, size), contiguous, in [0, 1] unless normalized; C is 1 for ``images`` of three dimensions. Or their cells,
+        as :func:`kernels.gather_resize` writes them.
 
     Raises:
-        ValueError: ``cells`` of images of three channels.
+        ValueError: ``cells`` of images of three channels, or a ``normalization`` of another number of channels.
     """
+    if normalization is not None and len(normalization.mean) != (1 if images.ndim == 3 else images.shape[1]):
+        raise ValueError(f"images of shape {tuple(images.shape)} cannot be normalized by {normalization}")
     if images.ndim == 3:
-        return kernels.gather_resize(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells)
+        (mean,), (std,) = ((0.0,), (1.0,)) if normalization is None else (normalization.mean, normalization.std)
+        return kernels.gather_resize(
+            images, index, size, mean=mean, std=std, dtype=dtype, augmentation=augmentation, cells=cells
+        )
     if cells is not None:
         raise ValueError(f"cells are made of images (D, H, W) of one channel, got shape {tuple(images.shape)}")
     channels = images.shape[1]
@@ -52,7 +60,15 @@ def network_input(
     if augmentation is not None:
         augmentation = kernels.Augmentation(*(t if t is None else t.repeat_interleave(channels, 0) for t in augmentation))
     output = kernels.gather_resize(images.flatten(0, 1), planes, size, dtype=dtype, augmentation=augmentation)
-    return output.view(len(index), channels, size, size)
+    output = output.view(len(index), channels, size, size)
+    return output if normalization is None else _normalized(output, normalization)
+
+
+def _normalized(inputs: Tensor, by: Normalization) -> Tensor:
+    """``inputs`` (N, C, H, W) in [0, 1], computed in float32; in place, by Python's numbers: it can be captured."""
+    for channel, mean, std in zip(inputs.unbind(1), by.mean, by.std, strict=True):
+        channel.copy_((channel.float() - mean) / std)
+    return inputs
 
 
 def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,14 +185,20 @@ def augmented_input(
     augment: Augment = EVERYTHING,
     dtype: torch.dtype = torch.float32,
     cells: kernels.Cells | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """:func:`network_input` of images changed at random as ``augment`` says; the same numbers for all channels of an image."""
     grey, n = images.ndim == 3, len(index)
     # Light is added to what the kernel makes, whose changes of colour are one channel's.
     drawn = augment if grey else dataclasses.replace(augment, colour=False)
     augmentation = draw_augmentation(n, index.device, images.shape[-1], drawn)
-    inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells)
-    return inputs if drawn.colour == augment.colour else inputs + draw_light(n, index.device)[:, :, None, None].to(dtype)
+    lit = drawn.colour != augment.colour
+    by = None if lit else normalization
+    inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells, normalization=by)
+    if not lit:
+        return inputs
+    inputs = inputs + draw_light(n, index.device)[:, :, None, None].to(dtype)
+    return inputs if normalization is None else _normalized(inputs, normalization)
 
 
 def input_for(
@@ -187,6 +209,7 @@ def input_for(
     *,
     dtype: torch.dtype = torch.float32,
     augment: Augment = NOTHING,
+    normalization: Normalization | None = None,
 ) -> Tensor | CellImages:
     """What ``net`` is called with for the images of ``index``, None for all: :func:`augmented_input` of them.
 
@@ -196,5 +219,5 @@ def input_for(
     if index is None:
         index = torch.arange(len(images), device=images.device)
     cells = first_layer_cells(net, size, dtype=dtype, device=images.device) if images.ndim == 3 else None
-    inputs = augmented_input(images, index, size, augment, dtype=dtype, cells=cells)
+    inputs = augmented_input(images, index, size, augment, dtype, cells, normalization)
     return inputs if cells is None else CellImages(inputs, cells)

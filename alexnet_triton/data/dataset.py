@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -14,11 +15,57 @@ class DataError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Normalization:
+    """What is subtracted from pixels in [0, 1], and what they are divided by then: a number a channel each.
+
+    Raises:
+        ValueError: not 1 or 3 channels, a number that is not finite, a ``std`` that is not above 0.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        channels = (len(self.mean), len(self.std))
+        if channels not in ((1, 1), (3, 3)):
+            raise ValueError(f"a normalization has 1 or 3 means and as many standard deviations, got {channels}")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"means must be finite and standard deviations finite and above 0, got {self}")
+
+    @classmethod
+    def of(cls, images: Tensor) -> Normalization:
+        """That by which the pixels of ``images``, as in a :class:`Split`, have mean 0 and standard deviation 1 in each channel.
+
+        Computed exactly, from how often each of the 256 values occurs. Where all pixels are equal nothing is divided.
+        """
+        channels = images.unsqueeze(1) if images.ndim == 3 else images
+        values = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+        means, stds = [], []
+        for channel in channels.unbind(1):
+            counts = torch.zeros(256, dtype=torch.int64, device=images.device)
+            for few in channel.split(4096):  # bincount makes an int64 of each pixel
+                counts += torch.bincount(few.flatten(), minlength=256)
+            weights = counts.double() / counts.sum()
+            mean = (weights * values).sum()
+            std = (weights * (values - mean) ** 2).sum().sqrt().item()
+            means.append(mean.item())
+            stds.append(std or 1.0)
+        return cls(tuple(means), tuple(stds))
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
-    """Images as uint8, (N, H, W) of one channel or (N, 3, H, W) of three, and their labels as int64 (N,)."""
+    """Images and their labels.
+
+    Attributes:
+        images: uint8, (N, H, W) of one channel or (N, 3, H, W) of three.
+        labels: int64 (N,).
+        normalization: what a network sees of the images; None: pixels in [0, 1].
+    """
 
     images: Tensor
     labels: Tensor
+    normalization: Normalization | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,11 +82,11 @@ class Split:
 
     def limited(self, limit: int | None) -> Split:
         """The first ``limit`` images, or all."""
-        return self if limit is None else Split(self.images[:limit], self.labels[:limit])
+        return self if limit is None else dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit])
 
     def to(self, device: torch.device) -> Split:
         """On ``device``; itself if it is there."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +98,9 @@ class Dataset:
     source: Path
     classes: tuple[str, ...]
     name: str
+
+    def normalized(self) -> Dataset:
+        """With the :meth:`Normalization.of` the training images for both splits."""
+        by = Normalization.of(self.train.images)
+        train, test = (dataclasses.replace(split, normalization=by) for split in (self.train, self.test))
+        return dataclasses.replace(self, train=train, test=test)

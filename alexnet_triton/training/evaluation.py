@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kernels.advanced import add_cross_entropy
 
 from ..data.augment import input_for
-from ..data.dataset import Split
+from ..data.dataset import Normalization, Split
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
 
@@ -48,14 +49,22 @@ def evaluate(
             raise Stopped("before its evaluation")
         share = processes.share(index)
         labels = split.labels[share]
-        logits = net(input_for(net, split.images, share, image_size, dtype=dtype))
+        logits = net(input_for(net, split.images, share, image_size, dtype=dtype, normalization=split.normalization))
         add_cross_entropy(logits, labels, loss_sum, correct)
     loss, hits = processes.add_up(torch.stack([loss_sum, correct])).tolist()
     return loss / len(split), hits / len(split)
 
 
 @torch.no_grad()
-def classify(net: nn.Module, images: Tensor, *, batch_size: int, image_size: int, device: torch.device) -> Tensor:
+def classify(
+    net: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int,
+    image_size: int,
+    device: torch.device,
+    normalization: Normalization | None = None,
+) -> Tensor:
     """Probabilities of the classes for each of ``images`` (uint8, as in a :class:`Split`): (N, classes) float32 on the CPU.
 
     In eval mode and the network's dtype; the softmax is computed in float32.
@@ -63,7 +72,8 @@ def classify(net: nn.Module, images: Tensor, *, batch_size: int, image_size: int
     net.eval()
     dtype = next(net.parameters()).dtype
     batches = images.split(batch_size)
-    inputs = (input_for(net, batch.to(device), None, image_size, dtype=dtype) for batch in batches)
+    options: dict[str, Any] = {"dtype": dtype, "normalization": normalization}
+    inputs = (input_for(net, batch.to(device), None, image_size, **options) for batch in batches)
     return torch.cat([net(batch).float().softmax(1).cpu() for batch in inputs])
 
 
@@ -82,7 +92,8 @@ class Predictions:
 
 def predict_split(net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
     """The predictions for ``split``, in eval mode."""
-    probabilities = classify(net, split.images, batch_size=batch_size, image_size=image_size, device=device)
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "device": device}
+    probabilities = classify(net, split.images, **options, normalization=split.normalization)
     true = probabilities.gather(1, split.labels.cpu()[:, None])[:, 0]
     return Predictions(probabilities.argmax(1), true)
 

@@ -30,9 +30,10 @@ from alexnet_triton.data.augment import (
     draw_augmentation,
     draw_boxes,
     draw_light,
+    network_input,
     to_input,
 )
-from alexnet_triton.data.dataset import DataError
+from alexnet_triton.data.dataset import DataError, Dataset, Normalization, Split
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist, read_folder, read_idx
 from alexnet_triton.data.make_sample import balanced, write_idx
 
@@ -431,3 +432,72 @@ def test_an_augmentation_says_what_it_is_and_refuses_what_there_is_not() -> None
 def test_read_idx_takes_labels_too(tmp_path: Path) -> None:
     write_idx(tmp_path / "x.gz", np.arange(7, dtype=np.uint8))
     assert read_idx(tmp_path / "x.gz", 1).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [NOTHING, EVERYTHING], ids=["plain", "augmented"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalized_inputs(channels: int, augment: Augment, dtype: torch.dtype) -> None:
+    """Pixels in [0, 1] less the mean, over the standard deviation, after all else that is changed in them."""
+    device = torch.device(DEVICE)
+    shape = (5, 20, 20) if channels == 1 else (5, 3, 20, 20)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    by = Normalization((0.25, 0.5, 0.75)[:channels], (0.5, 0.25, 2.0)[:channels])
+    index = torch.tensor([3, 0, 4], device=device)
+    results = []
+    for normalization in (None, by):
+        torch.manual_seed(0)
+        results.append(augmented_input(images, index, 24, augment, torch.float32, normalization=normalization))
+    plain, normalized = results
+    mean, std = (torch.tensor(values, device=device)[None, :, None, None] for values in (by.mean, by.std))
+    torch.testing.assert_close(normalized, (plain - mean) / std)
+    torch.manual_seed(0)
+    half = augmented_input(images, index, 24, augment, dtype, normalization=by)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), normalized, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_normalization_of_images_has_mean_0_and_standard_deviation_1(channels: int) -> None:
+    shape = (50, 3, 5) if channels == 1 else (50, 3, 3, 5)
+    images = (torch.rand(shape) ** 2 * 200 + 20).to(torch.uint8)
+    by = Normalization.of(images)
+    inputs = network_input(images[:, ..., :3], torch.arange(50), 3, normalization=by).double()
+    seen = images[..., :3].double().view(50, channels, 3, 3) / 255
+    mean, std = (torch.tensor(values, dtype=torch.float64)[None, :, None, None] for values in (by.mean, by.std))
+    torch.testing.assert_close(inputs, (seen - mean) / std, atol=1e-5, rtol=1e-5)
+    all_of_it = (images.double().view(50, channels, -1) / 255).transpose(0, 1).flatten(1)
+    assert by.mean == pytest.approx(all_of_it.mean(1).tolist(), rel=1e-12)
+    assert by.std == pytest.approx(all_of_it.std(1, correction=0).tolist(), rel=1e-9)
+
+
+def test_equal_pixels_are_divided_by_nothing() -> None:
+    assert Normalization.of(torch.full((3, 4, 4), 51, dtype=torch.uint8)) == Normalization((0.2,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ((0.0, 0.0), (1.0, 1.0), "1 or 3 means"),
+        ((0.0,), (1.0, 1.0, 1.0), "1 or 3 means"),
+        ((0.0,), (0.0,), "above 0"),
+        ((math.nan,), (1.0,), "finite"),
+        ((0.0,), (math.inf,), "finite"),
+    ],
+)
+def test_what_is_no_normalization(mean: tuple[float, ...], std: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Normalization(mean, std)
+
+
+def test_a_normalization_is_of_the_images_channels() -> None:
+    images = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="cannot be normalized"):
+        network_input(images, torch.arange(2), 4, normalization=Normalization((0.0,) * 3, (1.0,) * 3))
+
+
+def test_both_splits_are_normalized_by_the_training_images() -> None:
+    images, labels = torch.randint(0, 256, (6, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
+    dataset = Dataset(Split(images, labels), Split(images // 2, labels), Path(), ("a", "b"), "made").normalized()
+    assert dataset.train.normalization == dataset.test.normalization == Normalization.of(images)
+    assert dataset.train.limited(2).normalization == dataset.test.to(torch.device("cpu")).normalization is not None
