@@ -1,42 +1,98 @@
-"""The command line: ``alexnet-triton train | compare | evaluate | predict | summary | explain | tune``."""
+"""The command line: ``alexnet-triton train | compare | evaluate | predict | export | summary | explain | tune``."""
 
 from __future__ import annotations
 
 import io
 import itertools
+import platform
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import torch
+import triton
 import typer
+from typer.core import TyperCommand
 
+from .. import __version__
 from .compare import compare_command
 from .evaluate import evaluate_command
 from .explain import explain_command
+from .export import export_command
 from .options import fail, show_tracebacks
 from .predict import predict_command
 from .summary import summary_command
 from .train import train_command
 from .tune import tune_command
 
+
+class _Command(TyperCommand):
+    """A command whose help has a part for each ``rich_help_panel`` of its options, in plain text: a pipe has no boxes."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options of each panel in the order of the first of each, then those without one."""
+        parts: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        others: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:  # it is hidden
+                continue
+            if parameter.param_type_name == "argument":
+                parts["Arguments"].append(record)
+            elif panel := getattr(parameter, "rich_help_panel", None):
+                parts.setdefault(panel, []).append(record)
+            else:
+                others.append(record)
+        for name, records in (*parts.items(), ("Other options" if len(parts) > 1 else "Options", others)):
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
 app = typer.Typer(
-    help="AlexNet on hand-written Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="AlexNet on hand-written Triton kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}"
+        print(f"alexnet-triton {__version__}, {versions}")
+        raise typer.Exit
 
 
 @app.callback()
 def _app(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, not its message alone.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of this package, torch, Triton and Python, and exit.",
+        ),
+    ] = False,
 ) -> None:
     show_tracebacks(debug)
 
 
-app.command("train")(train_command)
-app.command("compare")(compare_command)
-app.command("evaluate")(evaluate_command)
-app.command("predict")(predict_command)
-app.command("summary")(summary_command)
-app.command("explain")(explain_command)
-app.command("tune")(tune_command)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train_command,
+    "compare": compare_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "export": export_command,
+    "summary": summary_command,
+    "explain": explain_command,
+    "tune": tune_command,
+}
+for _name, _function in _COMMANDS.items():
+    app.command(_name, cls=_Command)(_function)
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -1,11 +1,6 @@
-"""``alexnet-triton evaluate``: accuracy and loss of a checkpoint on the test images."""
+"""``alexnet-triton evaluate``: accuracy and loss of a trained network on the test images."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 import kernels
 
@@ -14,7 +9,7 @@ from ..data.image_folder import load_test
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import CheckpointError
 from ..training.evaluation import evaluate
-from ..training.trainer import load_checkpoint
+from .network import RunArgument, load_run
 from .options import (
     BackendChoice,
     BackendOption,
@@ -31,7 +26,7 @@ from .options import (
 
 
 def evaluate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint.pt of `train`.")],
+    run: RunArgument,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
     batch_size: BatchOption = 128,
@@ -39,14 +34,15 @@ def evaluate_command(
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Accuracy and loss of a checkpoint on the test images."""
+    """Print accuracy and loss on the test images."""
     where = usable_device(device)
     try:
-        net, kept = load_checkpoint(checkpoint, where)
+        net, kept = load_run(run, where)
         model = kept.model
         test = load_test(
             data, classes=kept.classes, size=kept.size, channels=kept.channels, limit=limit, workers=workers, device=where
         )
+        batch_size = min(batch_size, len(test))
         with kernels.use_backend(backend.value):
             console.print(f"{model} on {runs_on(where)}, {len(test)} test images")
             loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)

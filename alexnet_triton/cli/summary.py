@@ -39,14 +39,17 @@ def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[st
 
 
 def summary_command(
-    model: Annotated[Model, typer.Option(help="The network.")] = Model.alexnet,
+    model: Annotated[Model, typer.Option(help="Show the layers of this network.", rich_help_panel="Recipe")] = Model.alexnet,
     batch_size: BatchOption = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")] = False,
 ) -> None:
-    """The layer table: output shapes, parameters, FLOPs of a forward pass."""
+    """Print the layers: output shapes, parameters, FLOPs of a forward pass."""
     net = reference_alexnet() if model is Model.alexnet else reference_lenet()
     side = IMAGE_SIZE[model]
-    rows = layer_table(net, (batch_size, 1, side, side))
+    try:
+        rows = layer_table(net, (batch_size, 1, side, side))
+    except (RuntimeError, TypeError) as error:  # a tensor that no computer can address
+        raise typer.BadParameter(f"{batch_size} images are too many", param_hint="--batch-size") from error
     if as_json:
         print(json.dumps(rows))
         return

@@ -15,18 +15,34 @@ from .options import console, fail
 
 
 def tune_command(
-    batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes to tune for; give the option several times.")] = [128],  # noqa: B006
-    layer: Annotated[list[str] | None, typer.Option(help="Layers to tune, conv1 to fc3; all if not given.")] = None,
+    batch: Annotated[
+        list[int],
+        typer.Option(min=1, help="Tune for this batch size; the option may be given several times.", rich_help_panel="Recipe"),
+    ] = [128],  # noqa: B006
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tune this layer, conv1 to fc3; the option may be given several times.",
+            show_default="all",
+            rich_help_panel="Recipe",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="bfloat16 (float16 shares its entries), float32 or tf32. float32 follows PyTorch's default switches: "
-            "convolutions in TF32, linear layers exact. tf32: both in TF32."
+            help="Tune for bfloat16 (float16 shares its entries), float32 or tf32. float32 follows PyTorch's default "
+            "switches: convolutions in TF32, linear layers exact. tf32 has both in TF32.",
+            rich_help_panel="Recipe",
         ),
     ] = "bfloat16",
-    every: Annotated[bool, typer.Option(help="Show the time of each candidate, not of the best alone.")] = False,
+    every: Annotated[
+        bool, typer.Option(help="Show the time of each candidate, not of the best alone.", rich_help_panel="Output")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The table. Default: the one that the kernels read.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write the table to this file.", show_default="the one that the kernels read", rich_help_panel="Output"
+        ),
     ] = None,
 ) -> None:
     """Measure every kernel configuration on this GPU and keep the fastest that is right."""
