@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ def load_run(run: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
         CheckpointError: no such file, a folder without one, or not a checkpoint of ``train``.
     """
     file = run
-    if run.is_dir():
+    if os.path.isdir(run):  # Path.is_dir raises where a folder above may not be entered
         found = [run / name for name in (BEST, LAST) if (run / name).exists()]
         if not found:
             raise CheckpointError(f"{run}: no run's folder: neither {BEST} nor {LAST} is in it")

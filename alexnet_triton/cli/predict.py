@@ -52,7 +52,7 @@ def _files(paths: list[Path]) -> tuple[list[Path], list[DataError]]:
     files: list[Path] = []
     errors: list[DataError] = []
     for path in paths:
-        found, failed = list_images(path) if path.is_dir() else ([path], [])
+        found, failed = list_images(path) if os.path.isdir(path) else ([path], [])
         files += found
         errors += failed
     return files, errors
