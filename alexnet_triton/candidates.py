@@ -59,7 +59,14 @@ def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
     for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (128, 256), (4, 8), (3, 4, 5)):
         stage = (block_m + block_n) * block_k * itemsize
         if _fits(stage, stages, block_m * block_n, warps, 128) and block_m <= n and block_n < 2 * k:
-            yield {"TAPS": 1, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+            yield {
+                "TAPS": 1,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "num_warps": warps,
+                "num_stages": stages,
+            }
 
 
 def _splits(programs: int, stage: int, stages: int) -> list[int]:

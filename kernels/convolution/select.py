@@ -160,7 +160,7 @@ def fprop(
     """
     kernels = fprop_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
-        by_taps = conv2d_by_taps(problem.device, *_sizes(problem), channels_last, problem.dtype)
+        by_taps = conv2d_by_taps(problem.device, *_sizes(problem), channels_last=channels_last, dtype=problem.dtype)
         return (taps if by_taps else descriptor).fprop(input, weight, bias, problem, relu, channels_last)
     if kernels == Kernels.ROW_STEM:
         return row_stem.fprop(input, weight, bias, problem, relu, channels_last)

@@ -1,9 +1,9 @@
 """A convolution's forward pass that reduces over rows of taps, through tensor descriptors: for Hopper and later.
 
-Under one filter row the S x C inputs of a pixel are neighbours in a row of the image, and so are the row's weights in memory. Where
-C is no multiple of 128 bytes, the images kernel of :mod:`.descriptor` reduces in chunks that divide C: of 96 channels in half
-precision 64 bytes, of 48 or 80 channels 32. Here it reduces in chunks of 128 bytes whatever C is, and what is left of the row in
-smaller ones. Chunks that lie in the padding are left out.
+Under one filter row the S x C inputs of a pixel are neighbours in a row of the image, and the row's weights are neighbours in
+memory too. Where C is no multiple of 128 bytes, the kernels of :mod:`.descriptor` reduce in chunks that divide C: of 96
+channels in half precision 64 bytes, of 48 or 80 channels 32. This one reduces in chunks of 128 bytes whatever C is, and what is left of
+the row in smaller ones. Chunks that lie in the padding are left out.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def _add_rows_of_taps(
 ):  # fmt: skip
     """``acc`` and the products of CHUNKS chunks a filter row, from its column FIRST on; a row has COLUMNS.
 
-    Filter row 0 meets input row ``h`` from column ``o_x`` on. Of all filter rows the columns ``left`` to ``right`` are inside of
-    the image, and only chunks that have some of them are added.
+    Filter row 0 meets input row ``h`` from column ``o_x`` on. Of each filter row columns ``left`` to ``right`` meet the image.
+    Only chunks with some of these are added.
     """
     low = tl.maximum(left - FIRST, 0) // BLOCK_K
     high = tl.minimum(tl.cdiv(tl.maximum(right - FIRST, 0), BLOCK_K), CHUNKS)
     chunks = tl.maximum(high - low, 0)
-    for i in range(0, rows * chunks):
+    for i in range(rows * chunks):
         r = r_low + i // tl.maximum(chunks, 1)
         column = FIRST + (low + i % tl.maximum(chunks, 1)) * BLOCK_K
         b_w = w_desc.load([k0, r * COLUMNS + column]).T  # [BLOCK_K, BLOCK_N]
@@ -72,8 +72,8 @@ def _conv2d_taps_kernel(
 ):
     """One program computes one pixel of BLOCK_M images x BLOCK_N filters.
 
-    A chunk at an edge reaches beyond the image, where TMA fills in zeros. None reaches beyond its filter row: an infinity there,
-    which is another pixel's, times a zero would be NaN.
+    A chunk may reach beyond the image, where TMA fills in zeros. None reaches beyond its filter row: what lies there belongs to
+    another pixel, and an infinity times a zero would be NaN.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N)
@@ -111,7 +111,7 @@ def _conv2d_taps_kernel(
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
     """As :func:`.select.fprop`."""
     n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
-    config = conv2d_taps_config(device, n, p, q, c, k, r, s, channels_last, dtype)
+    config = conv2d_taps_config(device, n, p, q, c, k, r, s, channels_last=channels_last, dtype=dtype)
     x, filters = dense_nhwc(input), dense_nhwc(weight)
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     launch(

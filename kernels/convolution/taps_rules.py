@@ -43,12 +43,13 @@ def conv2d_by_taps(
     k: int,
     r: int,
     s: int,
+    *,
     channels_last: bool,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether a forward pass reduces over rows of taps.
 
-    A table's entry without TAPS was the fastest of others, and what is written as NCHW goes by boxes (:func:`.rules.conv2d_tile`).
+    Where a table has an entry without TAPS, others were faster or alone. NCHW is written by boxes (:func:`.rules.conv2d_tile`).
     """
     measured = tuned(device, conv2d_key("conv2d_fprop", n, p, q, c, k, r, s, dtype)) if channels_last else {}
     config = {"TAPS": measured.get("TAPS", 0)}
@@ -66,8 +67,9 @@ def conv2d_taps_config(
     k: int,
     r: int,
     s: int,
+    *,
     channels_last: bool,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype,
 ) -> dict[str, int]:
     """BLOCK_M images x BLOCK_N filters, BLOCK_K columns of a filter row a step, BLOCK_K2 of those that are left.
 

@@ -121,7 +121,10 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     device = torch.device("meta")
 
     def chosen(*sizes: int, channels_last: bool = True, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return taps_rules.conv2d_by_taps(device, *sizes, channels_last, dtype)
+        return taps_rules.conv2d_by_taps(device, *sizes, channels_last=channels_last, dtype=dtype)
+
+    def tiles() -> dict[str, int]:
+        return taps_rules.conv2d_taps_config(device, 128, *conv2, channels_last=True, dtype=torch.bfloat16)
 
     conv2 = (26, 26, 96, 256, 5, 5)
     with tables.untuned():
@@ -135,11 +138,10 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     entry = {"IMAGES": 0, "BLOCK_N": 64, "num_stages": 6}
     monkeypatch.setattr(taps_rules, "tuned", lambda *_: entry)
     assert not chosen(128, *conv2)
-    assert taps_rules.conv2d_taps_config(device, 128, *conv2, True)["BLOCK_N"] == 256
+    assert tiles()["BLOCK_N"] == 256
     entry["TAPS"] = 1
     assert chosen(128, *conv2)
-    config = taps_rules.conv2d_taps_config(device, 128, *conv2, True)
-    assert (config["BLOCK_N"], config["num_stages"], config["BLOCK_K"], config["BLOCK_K2"]) == (64, 6, 64, 32)
+    assert [tiles()[name] for name in ("BLOCK_N", "num_stages", "BLOCK_K", "BLOCK_K2")] == [64, 6, 64, 32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
@@ -147,13 +149,12 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("k", [16, 128, 256, 384])
 @pytest.mark.parametrize("s", [1, 3, 5])
 @pytest.mark.parametrize("c", [16, 48, 80, 96, 256])
-def test_configurations_fit(
-    c: int, s: int, k: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configurations_fit(c: int, s: int, k: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks make up a filter row exactly, and stages and sums fit one multiprocessor of an H100."""
     monkeypatch.setattr(taps_rules, "INTERPRETED", False)
     monkeypatch.setattr(taps_rules, "tuned", lambda *_: {})
-    tiles = taps_rules.conv2d_taps_config(torch.device(DEVICE), batch, 12, 12, c, k, 3, s, True, dtype)
+    sizes = (batch, 12, 12, c, k, 3, s)
+    tiles = taps_rules.conv2d_taps_config(torch.device(DEVICE), *sizes, channels_last=True, dtype=dtype)
     assert s * c % tiles["BLOCK_K"] % tiles["BLOCK_K2"] == 0
     assert s * c >= tiles["BLOCK_K"] >= tiles["BLOCK_K2"] >= 16
     stage = (tiles["BLOCK_M"] + tiles["BLOCK_N"]) * tiles["BLOCK_K"] * dtype.itemsize
