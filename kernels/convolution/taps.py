@@ -2,8 +2,8 @@
 
 Under one filter row the S x C inputs of a pixel are neighbours in a row of the image, and the row's weights are neighbours in
 memory too. Where C is no multiple of 128 bytes, the kernels of :mod:`.descriptor` reduce in chunks that divide C: of 96
-channels in half precision 64 bytes, of 48 or 80 channels 32. This one reduces in chunks of 128 bytes whatever C is, and what is left of
-the row in smaller ones. Chunks that lie in the padding are left out.
+channels in half precision 64 bytes, of 48 or 80 channels 32. This one reduces in chunks of 128 bytes whatever C is, and what is
+left of the row in smaller ones. Chunks that lie in the padding are left out.
 """
 
 from __future__ import annotations
