@@ -78,7 +78,7 @@ def conv2d_taps_config(
     if INTERPRETED:
         config = {"BLOCK_M": tile_size(n, 16, 64), "BLOCK_N": tile_size(k, 16, 128), "num_warps": 4, "num_stages": 1}
     else:
-        block_m, block_n = _tile(n, k) if channels_last else (64, 128)
+        block_m, block_n = _tile(n, k) if channels_last else (64, 64)
         large = block_m * block_n > 128 * 128
         # Three stages of the smaller tiles leave room for a second program.
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8 if large else 4, "num_stages": 4 if large else 3}
