@@ -51,6 +51,24 @@ def boxes(n: int, size: int, c: int, k: int, itemsize: int) -> Iterator[Candidat
             yield values | {"num_warps": warps, "num_stages": stages}
 
 
+def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
+    """Of a forward pass over rows of taps: where channels are no multiple of 128 bytes."""
+    block_k = 128 // itemsize
+    if n < 64 or c % block_k == 0 or s * c < block_k:
+        return
+    for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (128, 256), (4, 8), (3, 4, 5)):
+        stage = (block_m + block_n) * block_k * itemsize
+        if _fits(stage, stages, block_m * block_n, warps, 128) and block_m <= n and block_n < 2 * k:
+            yield {
+                "TAPS": 1,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "num_warps": warps,
+                "num_stages": stages,
+            }
+
+
 def _splits(programs: int, stage: int, stages: int) -> list[int]:
     """Parts of a sum: as many as one multiprocessor holds programs at once, a little less and twice that."""
     held = min(2, SHARED_BYTES // (stages * stage))

@@ -173,7 +173,8 @@ class Job:
         elif stride > 1:
             found = of.rows_fprop(n, self.positions) if tf32 else of.stem_fprop(self.size)
         elif self.pass_ == "fprop":
-            found = itertools.chain(of.images(n, c, k, itemsize), of.boxes(n, self.size, c, k, itemsize))
+            others = itertools.chain(of.images(n, c, k, itemsize), of.boxes(n, self.size, c, k, itemsize))
+            found = itertools.chain(({"TAPS": 0, **each} for each in others), of.taps(n, c, k, r, itemsize))
         elif self.pass_ == "dgrad":
             found = itertools.chain(of.images(n, k, c, itemsize, self.layer in LINKED), of.boxes(n, size, k, c, itemsize))
         elif tf32:

@@ -56,6 +56,12 @@ EXPERIMENTS = (
         for layer, us in (("conv2", 150), ("conv3", 54), ("conv4", 80), ("conv5", 60))
     ),
     Experiment(
+        "conv2 forward over rows of taps",
+        "conv2's forward pass takes 130 to 150 us over rows of taps (TAPS=1), 174 by boxes, the table's.",
+        variant("conv2", "fprop", "TAPS=0", "TAPS=1"),
+        60,
+    ),
+    Experiment(
         "no programmatic dependent launch",
         "Without it the graph of the bfloat16 step at batch 128 takes 30 us longer than in the report's steps.",
         (*report("bfloat16", 128, "steps")[:-1], "{out}/without-dependent-launch"),

@@ -28,12 +28,13 @@ Node = ast.FunctionDef | ast.Assign | ast.AnnAssign
 
 #: A table's operation -> the functions that read its entries, and the kernels that run them.
 OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys(
-        ("conv2d_fprop", "conv2d_dgrad"),
-        (
-            ("conv2d_tile", "conv2d_images_config", "conv2d_box_config"),
-            ("_conv2d_images_kernel", "_conv2d_box_kernel", "_cells_by_batch_kernel", "_by_batch_kernel"),
-        ),
+    "conv2d_fprop": (
+        ("conv2d_tile", "conv2d_images_config", "conv2d_box_config", "conv2d_by_taps", "conv2d_taps_config"),
+        ("_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_taps_kernel"),
+    ),
+    "conv2d_dgrad": (
+        ("conv2d_tile", "conv2d_images_config", "conv2d_box_config"),
+        ("_conv2d_images_kernel", "_conv2d_box_kernel", "_cells_by_batch_kernel", "_by_batch_kernel"),
     ),
     "conv2d_wgrad": (
         (

@@ -87,6 +87,22 @@ def _conv2d_images(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return useful, programs_a_strip * rows * columns * tile
 
 
+def _conv2d_taps(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """As :func:`_conv2d_images`; chunks of a filter row that lie in the padding are not issued."""
+    row = a["S"] * a["C"]
+    whole = row // a["BLOCK_K"] * a["BLOCK_K"]
+    chunks = [(i, a["BLOCK_K"]) for i in range(0, whole, a["BLOCK_K"])]
+    chunks += [(i, a["BLOCK_K2"]) for i in range(whole, row, a["BLOCK_K2"])]
+    columns = 0
+    for q in range(a["Q"]):
+        left, right = (a["pad_w"] - q) * a["C"], (a["W"] + a["pad_w"] - q) * a["C"]
+        columns += sum(size for first, size in chunks if first + size > left and first < right)
+    rows = sum(_meets(1, a["R"], a["H"], a["pad_h"], 1, p) for p in range(a["P"]))
+    programs_a_pixel = grid[0] // (a["P"] * a["Q"])
+    useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["R"] * row
+    return useful, programs_a_pixel * rows * columns * 2 * a["BLOCK_M"] * a["BLOCK_N"]
+
+
 def _conv2d_box(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     x = a["x_desc"].shape
     pixels = x[0] * x[1] * x[2] if a["DGRAD"] else a["N"] * a["P"] * a["Q"]
@@ -175,6 +191,7 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_dgrad_kernel": _conv2d_dgrad,
     "_conv2d_wgrad_kernel": _conv2d_wgrad,
     "_conv2d_images_kernel": _conv2d_images,
+    "_conv2d_taps_kernel": _conv2d_taps,
     "_conv2d_box_kernel": _conv2d_box,
     "_conv2d_images_wgrad_kernel": _conv2d_images_wgrad,
     "_conv2d_stream_k_wgrad_kernel": _conv2d_images_wgrad,

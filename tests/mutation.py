@@ -63,6 +63,7 @@ _SHARES = "tests/kernels/test_linear_descriptor.py::test_equal_shares"
 _DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
 _TF32 = "tests/kernels/convolution/test_conv2d_tf32.py"
 _STREAM_K = "tests/kernels/convolution/test_stream_k_wgrad.py"
+_TAPS = "tests/kernels/convolution/test_taps.py"
 _ROWS = "tests/kernels/convolution/test_conv2d_rows.py"
 _STEM_POOL = "tests/kernels/convolution/test_conv2d_stem_pool.py"
 
@@ -283,6 +284,20 @@ FAULTS = (
         "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x + BLOCK_N, BY_BATCH), acc2, INPUT_PRECISION)",
         "acc2 = dot(b_z, load_images(x2_desc, h, n0, o_x, BY_BATCH), acc2, INPUT_PRECISION)",
         (f"{_TF32}::test_folded_columns",),
+    ),
+    Fault(
+        "what is left of a filter row after whole chunks is left out",
+        "kernels/convolution/taps.py",
+        "    if REST > 0:",
+        "    if REST > COLUMNS:",
+        (f"{_TAPS}::test_values",),
+    ),
+    Fault(
+        "a chunk of which a part meets the image is taken for one in the padding",
+        "kernels/convolution/taps.py",
+        "    low = tl.maximum(left - FIRST, 0) // BLOCK_K",
+        "    low = tl.cdiv(tl.maximum(left - FIRST, 0), BLOCK_K)",
+        (f"{_TAPS}::test_values",),
     ),
     Fault(
         "a share's last step is another program's too",

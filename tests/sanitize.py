@@ -37,7 +37,7 @@ TOOLS = {
 #: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
 DESCRIPTORS = (
     *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
-    *("_turned_", "_row_major_", "_shares_", "_stream_k_"),
+    *("_turned_", "_row_major_", "_shares_", "_stream_k_", "_taps_"),
 )
 
 
@@ -77,6 +77,8 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     for folded in (1, 0):
         with tables.override(IMAGES_WGRAD=1, STREAM_K=1, PROGRAMS=5, FOLDED=folded):
             backward(kernels.conv2d(randn(5, 64, 5, 6), randn(80, 64, 3, 3), None, padding=1))
+    with tables.override(TAPS=1):
+        kernels.conv2d(randn(5, 48, 5, 6), randn(80, 48, 3, 3), randn(80), padding=1, activation="relu")
     backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
     for window in (3, 5):
         backward(kernels.max_pool2d(randn(2, 17, 9, 11), window, 2, 1))

@@ -72,6 +72,7 @@ FAMILIES = (
     Family("general_one_channel", "_conv2d_fprop_kernel", 2, 1, 31, 24, 7, stride=3),
     Family("images", "_conv2d_images_kernel", 18, 16, 7, 48, 3, tiles={"IMAGES": 1, "BLOCK_M": 16}),
     Family("images_two_pixels", "_conv2d_images_kernel", 3, 32, 8, 48, 3, tiles={"IMAGES": 1, "PIXELS": 2}),
+    Family("taps", "_conv2d_taps_kernel", 18, 48, 7, 48, 3, tiles={"TAPS": 1, "BLOCK_M": 16}),
     Family("box", "_conv2d_box_kernel", 2, 32, 11, 48, 3, tiles={"IMAGES": 0, "NB": 1, "TH": 4, "TW": 4}),
     Family("stem", "_conv2d_stem_kernel", 3, 1, 47, 32, 11, stride=4, tiles={"FUSED": 0}),
     Family("stem_three_channels", "_conv2d_stem_kernel", 2, 3, 47, 32, 11, stride=4, tiles={"FUSED": 0}),

@@ -15,6 +15,7 @@ What is a tile? A product's rows are output pixels, and for each filter position
 - *Images*: a tile is one pixel of BLOCK_M images. Seen as [H, N, W*C], the shifted tile is a plain block [1, BLOCK_M, BLOCK_K],
   and rows and columns outside of the image come back as zeros. Filter positions that lie outside for the whole tile are left
   out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
+- *Rows of taps* (:mod:`.taps`): the same tile, with a sum over the columns of a filter row, forward alone.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
 With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. fprop and dgrad can be configured to do so.

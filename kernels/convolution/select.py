@@ -18,7 +18,7 @@ from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_copy_engine
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, turned_wgrad
+from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, taps, turned_wgrad
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
@@ -29,6 +29,7 @@ from .rules import (
     conv2d_wgrad_streams,
     conv2d_wgrad_turns,
 )
+from .taps_rules import conv2d_by_taps
 
 #: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
 _SUMS_OF_8 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
@@ -159,7 +160,8 @@ def fprop(
     """
     kernels = fprop_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
-        return descriptor.fprop(input, weight, bias, problem, relu, channels_last)
+        by_taps = conv2d_by_taps(problem.device, *_sizes(problem), channels_last=channels_last, dtype=problem.dtype)
+        return (taps if by_taps else descriptor).fprop(input, weight, bias, problem, relu, channels_last)
     if kernels == Kernels.ROW_STEM:
         return row_stem.fprop(input, weight, bias, problem, relu, channels_last)
     if kernels == Kernels.STEM:
@@ -202,12 +204,12 @@ def wgrad_by_batch(problem: Problem) -> bool:
 
 def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
     """Copies with the batch innermost, to be made: of the input (N, C, H, W), and of ``dz`` if it is not turned."""
-    turns = conv2d_wgrad_turns(problem.device, *_wgrad_sizes(problem))
+    turns = conv2d_wgrad_turns(problem.device, *_sizes(problem))
     sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
     return [Copy(source, new_by_batch(source.shape, source)) for source in sources]
 
 
-def _wgrad_sizes(problem: Problem) -> tuple[int, ...]:
+def _sizes(problem: Problem) -> tuple[int, ...]:
     n, c, _, _, k, r, s, p, q, *_ = problem
     return n, p, q, c, k, r, s
 
@@ -261,5 +263,5 @@ def wgrad(
 def _by_descriptors(
     dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool
 ) -> None:
-    streams = conv2d_wgrad_streams(problem.device, *_wgrad_sizes(problem), dtype=problem.dtype)
+    streams = conv2d_wgrad_streams(problem.device, *_sizes(problem), dtype=problem.dtype)
     (stream_k_wgrad if streams else descriptor_wgrad).wgrad(dz, input, dw, problem, vectors, by_batch)

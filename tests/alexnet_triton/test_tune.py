@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from alexnet_triton import tune
 from alexnet_triton.cli.app import app
 from kernels import configs
-from kernels.convolution import rules
+from kernels.convolution import rules, taps_rules
 from kernels.runtime import launch
 
 from ..configurations import pretend_gpu
@@ -148,24 +148,26 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     measured = {key for key, job in known.items() if job.layer != tune.POOLED}  # the pool's kernels are younger than the table
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
-        # Measured before there were equal shares, which an entry says nothing of then.
-        older = {("PROGRAMS", 0), ("CUT", 0), ("STREAM_K", 0)}
+        # Measured before there were equal shares and rows of taps, which an entry says nothing of then.
+        older = {("PROGRAMS", 0), ("CUT", 0), ("STREAM_K", 0), ("TAPS", 0)}
         candidates = [c if c.get("PROGRAMS") else c.items() - older for c in known[key].candidates()]
         assert dict(values) in [dict(c) for c in candidates]
         assert configs.tables.read_table(H100)[key] == values
         assert table["measured"][key]["wrong"] == 0
 
 
-def test_a_candidate_of_a_weight_gradient_says_which_form_it_is_of(tables: Path) -> None:
-    """Without a table the rule may choose equal shares, whatever the candidate's tiles are for."""
+def test_a_candidate_says_which_form_it_is_of(tables: Path) -> None:
+    """Without a table the rule may choose equal shares, or rows of taps, whatever the candidate's tiles are for."""
+    device, dtype = torch.device("cpu"), torch.bfloat16
     for job in tune.jobs((128,), ("conv2", "conv3", "conv4", "conv5")):
-        if job.pass_ == "wgrad":
-            c, size, k, r, *_ = tune.LAYERS[job.layer]
-            sizes = (128, size, size, c, k, r, r)
-            for candidate in job.candidates():
-                with configs.tables.untuned(), configs.tables.override(**candidate):
-                    streams = rules.conv2d_wgrad_streams(torch.device("cpu"), *sizes, dtype=torch.bfloat16)
-                assert streams == bool(candidate["STREAM_K"])
+        c, size, k, r, *_ = tune.LAYERS[job.layer]
+        sizes = (128, size, size, c, k, r, r)
+        for candidate in job.candidates():
+            with pretend_gpu(90, interpreted=False), configs.tables.untuned(), configs.tables.override(**candidate):
+                if job.pass_ == "wgrad":
+                    assert rules.conv2d_wgrad_streams(device, *sizes, dtype=dtype) == bool(candidate["STREAM_K"])
+                elif job.pass_ == "fprop":
+                    assert taps_rules.conv2d_by_taps(device, *sizes, channels_last=True, dtype=dtype) == bool(candidate["TAPS"])
 
 
 @pytest.mark.parametrize("precision", tune.PRECISIONS)
@@ -231,7 +233,8 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             wanted = {"columns" if name == "COLUMNS" else name: value for name, value in candidate.items()}
             boxes = wanted.pop("IMAGES", None) == 0
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
-            streams = wanted.pop("STREAM_K", 0)
+            streams, taps = wanted.pop("STREAM_K", 0), wanted.pop("TAPS", 0)
+            assert not taps  # channels of float32 are whole chunks in AlexNet
             if streams:  # of a convolution's weight gradient in equal shares, of which the last may be empty
                 found = [arguments for arguments in found if "STEPS" in arguments]
                 assert all(0.95 * programs < arguments["grid"][0] <= programs for arguments in found)

@@ -197,6 +197,15 @@ def test_weight_gradients_in_equal_shares(tmp_path: Path) -> None:
     assert result["totals"]["spill_bytes"] == 0
 
 
+def test_flops_of_rows_of_taps() -> None:
+    """AlexNet's conv2: at four of 26 columns chunks in the padding are left out."""
+    a = {"N": 128, "P": 26, "Q": 26, "K": 256, "C": 96, "R": 5, "S": 5, "H": 26, "W": 26, "pad_h": 2, "pad_w": 2}
+    a |= {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_K2": 32}
+    columns = 22 * 480 + 288 + 416 + 384 + 320
+    rows = 22 * 5 + 2 * (3 + 4)
+    assert flops("_conv2d_taps_kernel", (26 * 26,), a) == (2 * 128 * 26 * 26 * 256 * 2400, 2 * 128 * 256 * rows * columns)
+
+
 def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
     """conv1 to conv5, forward pass and gradients, in TF32: bulk copies, tensor cores, few products for nothing."""
     result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")

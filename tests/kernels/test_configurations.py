@@ -104,6 +104,7 @@ IMAGES = {
     "conv2d_rows_pool_config": "BLOCK_M",
     "conv2d_rows_wgrad_config": "BLOCK_K",
     "conv2d_box_config": "NB",
+    "conv2d_taps_config": "BLOCK_M",
 }
 
 
@@ -121,6 +122,8 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
     rows_of_taps = _largest(part, "FOLDED", of="stream_k_wgrad") and part.dtype != torch.float32
     exact = {16: 48 if rows_of_taps else 24, 256: 256}.get(tile, 2 * tile)
+    if rest := _largest(part, "BLOCK_K2", of="taps_config"):
+        exact = 3 * rest  # so that a row of three taps is whole chunks of twice the rest, and one rest
     wgrads = ("images_wgrad", "by_batch_wgrad", "stream_k_wgrad")
     filters = max(_largest(part, "BLOCK_M", of=of) for of in wgrads)  # that a wgrad writes
     if part.phase == "input":

@@ -144,13 +144,14 @@ def test_conv2d(case: Case, activation: str | None, launches: list[str]) -> None
     by_images=st.integers(0, 1),
     folded=st.integers(0, 1),
     stream_k=st.integers(0, 1),
+    taps=st.integers(0, 1),
 )
 def test_conv2d_by_descriptors(
-    case: Case, activation: str | None, by_images: int, folded: int, stream_k: int, launches: list[str]
+    case: Case, activation: str | None, by_images: int, folded: int, stream_k: int, taps: int, launches: list[str]
 ) -> None:
     """float32 in TF32, which holds small integers."""
     torch.backends.cudnn.allow_tf32 = True
-    with tables.override(IMAGES=by_images, BLOCK_M=16, FOLDED=folded, STREAM_K=stream_k):
+    with tables.override(IMAGES=by_images, BLOCK_M=16, FOLDED=folded, STREAM_K=stream_k, TAPS=taps):
         _check_conv2d("conv2d_by_descriptors", case, activation, launches)
 
 

@@ -53,6 +53,7 @@ FAMILIES = (
         "images_two_pixels_two_blocks", "_conv2d_images_kernel", 18, 32, 4, 5, 80, 3, {"padding": 1},
         {"IMAGES": 1, "PIXELS": 2, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_N2": 16},
     ),
+    Family("taps", "_conv2d_taps_kernel", 19, 48, 4, 5, 48, 3, {"padding": 1}, {"TAPS": 1, "BLOCK_M": 16}),
     Family("box", "_conv2d_box_kernel", 3, 16, 5, 7, 48, 3, {}, {"IMAGES": 0, "NB": 2, "TH": 2, "TW": 4, "BLOCK_N": 16}),
     Family(
         "stem", "_conv2d_stem_kernel", 18, 1, 23, 27, 48, 11, {"stride": 4, "padding": 1},
