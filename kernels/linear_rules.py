@@ -13,7 +13,7 @@ import torch
 from .configs.tables import MULTIPROCESSORS, SHARED_BYTES, apply_overrides, known, tile_size, tuned
 from .convolution.rules import matmul_config
 from .runtime.backend import INTERPRETED, capability
-from .runtime.launch import cdiv
+from .runtime.launch import cdiv, next_power_of_2
 
 #: Of one H100 multiprocessor, a microsecond: FLOPs on the tensor cores (what published matrix kernels reach), bytes from the L2
 #: cache (assumed), and of the whole GPU bytes of memory.
@@ -276,6 +276,67 @@ def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: 
     if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 32 and dtype != torch.float32:
         config["num_warps"] = 4
     return config | {"SPLIT": max(1, min(2 * MULTIPROCESSORS // max(tiles(), 1), steps // 4))}
+
+
+#: Outputs of a layer with few, at most, and rows that one program walks down at once: as many as a bias gradient's
+#: (:func:`kernels.sums.column_sum_split`). Of more, the programs of a matrix product share them.
+NARROW_OUTPUTS, _NARROW_ROWS = 32, 512
+#: Bytes that a program of its forward pass reads, at most: 4.4 us from the L2 cache, what a second launch and its parts cost.
+_NARROW_BYTES = 2**18
+
+
+def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
+    """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
+
+    Forward, a thread keeps 16 to 64 sums. Backward, a block of rows holds as many elements as one of the weight, or up to all
+    rows at once, and no block has 64 columns: from there on its products would be those that read their operands late.
+    """
+    found = []
+    if pass_ == "fprop":
+        outputs = next_power_of_2(n)
+        for rows, block_k, warps, stages in itertools.product((1, 2, 4), (128, 256, 512, 1024), (4, 8, 16), (1, 2, 3, 4)):
+            sums = rows * outputs * block_k // (32 * warps)
+            shared = stages * (rows + outputs) * block_k * itemsize
+            if block_k < 2 * k and rows < 2 * m and 16 <= sums <= 64 and shared <= SHARED_BYTES // 2:
+                values = {"NARROW": 1, "ROWS": rows, "BLOCK_K": block_k}
+                found.append(values | {"num_warps": warps, "num_stages": stages})
+        return found
+    for block_m, block_k, warps in itertools.product((32, 64, 128), (16, 32), (2, 4, 8)):
+        if block_m < 2 * m and block_m * itemsize <= 256:
+            found.append({"NARROW": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2})
+    return found
+
+
+def linear_narrow_config(
+    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str
+) -> dict[str, int]:
+    """NARROW, whether a pass of a linear layer is a kernel's for few outputs, and the values of that kernel.
+
+    Args:
+        pass_: ``"fprop"``, or ``"backward"`` for all gradients together.
+        m, n, k: rows, outputs, features.
+    """
+    few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
+    if pass_ == "fprop":
+        # A row a program until each multiprocessor has two.
+        rows = 1 if m <= 2 * MULTIPROCESSORS else 2
+        block_k = tile_size(k, 16, tile_size(8192 // (rows * next_power_of_2(max(n, 1))), 16, 1024))
+        config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+        few = few and (rows + n) * k * dtype.itemsize <= _NARROW_BYTES
+    else:
+        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. An exact float32 product keeps its
+        # operands in registers: few rows.
+        exact = dtype == torch.float32 and input_precision == "ieee"
+        config = {"BLOCK_M": tile_size(m, 16, 32 if exact else 128), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
+        config |= {"num_warps": 4, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"ROWS" if pass_ == "fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
+    config["NARROW"] = int(few)
+    if few and (measured := tuned(device, linear_key(f"narrow_{pass_}", m, n, k, dtype, input_precision))):
+        config |= known(config, measured)
+    config = apply_overrides(config)
+    # A measurement or a test may turn it off; on, where there are more outputs than a block holds, it may not.
+    return config if few else config | {"NARROW": 0}
 
 
 def linear_config(
