@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .linear_rules import linear_narrow_config
 from .matmul_finish import Epilogue, bias_relu
-from .primitives import cast, compensated_add, dot, dropout_factor, program_id
+from .primitives import INTERPRETED, cast, compensated_add, dot, dropout_factor, program_id
 from .runtime.arguments import matmul_input_precision
 from .runtime.backend import dot_precision
 from .runtime.launch import cdiv, launch, needs_int64, new_output, new_output_like, next_power_of_2, nothing
@@ -160,7 +160,9 @@ def _linear_narrow_backward_kernel(
         tl.store(p_dw, cast(b_dw, dw_ptr.dtype.element_ty), mask=m_nk)
     if BIAS:
         if pid == 0:
-            tl.store(db_ptr + o_n, cast(tl.sum(b_sum, axis=0), db_ptr.dtype.element_ty), mask=m_n)
+            if INTERPRETED:  # NumPy adds one row after the other, where a GPU halves them
+                b_sum = b_sum.to(tl.float64)
+            tl.store(db_ptr + o_n, cast(tl.sum(b_sum, axis=0).to(ACC), db_ptr.dtype.element_ty), mask=m_n)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions

@@ -324,11 +324,11 @@ def linear_narrow_config(
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
         few = few and (rows + n) * k * dtype.itemsize <= _NARROW_BYTES
     else:
-        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. An exact float32 product keeps its
-        # operands in registers: few rows.
-        exact = dtype == torch.float32 and input_precision == "ieee"
-        config = {"BLOCK_M": tile_size(m, 16, 32 if exact else 128), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
-        config |= {"num_warps": 4, "num_stages": 2}
+        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the registers
+        # of eight warps hold in the wide form too; an exact float32 product keeps its operands there.
+        rows = 128 if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
+        config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:
         config |= {"ROWS" if pass_ == "fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
     config["NARROW"] = int(few)
