@@ -170,7 +170,9 @@ def _matmul_shares(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _linear_narrow_fprop(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    return 2 * a["M"] * a["N"] * a["K"], grid[0] * 2 * a["ROWS"] * a["BLOCK_N"] * triton.cdiv(a["K"], a["BLOCK_K"]) * a["BLOCK_K"]
+    return 2 * a["M"] * a["N"] * a["K"], grid[0] * 2 * a["ROWS"] * a["BLOCK_N"] * triton.cdiv(a["K"], a["BLOCK_K"]) * a[
+        "BLOCK_K"
+    ]
 
 
 def _linear_narrow_backward(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:

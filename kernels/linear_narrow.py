@@ -136,7 +136,7 @@ def _linear_narrow_backward_kernel(
     b_dw = tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC)
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     b_lost = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for _ in range(0, tl.cdiv(M, BLOCK_M)):
+    for _ in range(tl.cdiv(M, BLOCK_M)):
         m_m = o_m < M
         mask = m_m[:, None] & m_n[None, :]
         b_dz = tl.load(dy_ptr + o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn, mask=mask, other=0.0).to(ACC)
@@ -175,7 +175,7 @@ def narrow_fprop(input: Tensor, weight: Tensor, output: Tensor, epilogue: Epilog
         Whether it was this kernel's to do; where not, nothing was written.
     """
     (m, k), n = input.shape, weight.shape[0]
-    config = linear_narrow_config(input.device, "fprop", m, n, k, input.dtype, matmul_input_precision(input.dtype))
+    config = linear_narrow_config(input.device, "narrow_fprop", m, n, k, input.dtype, matmul_input_precision(input.dtype))
     if not config.pop("NARROW"):
         return False
     launch(
@@ -228,7 +228,7 @@ def narrow_backward(
     """
     (m, k), n = input.shape, weight.shape[0]
     precision = matmul_input_precision(input.dtype)
-    config = linear_narrow_config(input.device, "backward", m, n, k, input.dtype, precision)
+    config = linear_narrow_config(input.device, "narrow_backward", m, n, k, input.dtype, precision)
     if not config.pop("NARROW"):
         return None
     needs_input, needs_weight, needs_bias = wanted

@@ -292,17 +292,17 @@ def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) 
     rows at once, and no block has 64 columns: from there on its products would be those that read their operands late.
     """
     found = []
-    if pass_ == "fprop":
+    if pass_ == "narrow_fprop":
         outputs = next_power_of_2(n)
-        for rows, block_k, warps, stages in itertools.product((1, 2, 4), (128, 256, 512, 1024), (4, 8, 16), (1, 2, 3, 4)):
+        for rows, block_k, warps, stages in itertools.product((1, 2, 4), (128, 256, 512, 1024), (4, 8, 16), (2, 3, 4, 5, 6)):
             sums = rows * outputs * block_k // (32 * warps)
             shared = stages * (rows + outputs) * block_k * itemsize
             if block_k < 2 * k and rows < 2 * m and 16 <= sums <= 64 and shared <= SHARED_BYTES // 2:
                 values = {"NARROW": 1, "ROWS": rows, "BLOCK_K": block_k}
                 found.append(values | {"num_warps": warps, "num_stages": stages})
         return found
-    for block_m, block_k, warps in itertools.product((32, 64, 128), (16, 32), (2, 4, 8)):
-        if block_m < 2 * m and block_m * itemsize <= 256:
+    for block_m, block_k, warps in itertools.product((16, 32, 64, 128), (16, 32), (2, 4, 8)):
+        if (block_m == 16 or block_m < 2 * m) and block_m * itemsize <= 256:
             found.append({"NARROW": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2})
     return found
 
@@ -313,26 +313,29 @@ def linear_narrow_config(
     """NARROW, whether a pass of a linear layer is a kernel's for few outputs, and the values of that kernel.
 
     Args:
-        pass_: ``"fprop"``, or ``"backward"`` for all gradients together.
+        pass_: ``"narrow_fprop"``, or ``"narrow_backward"`` for all gradients together: its name in the tables.
         m, n, k: rows, outputs, features.
     """
     few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
-    if pass_ == "fprop":
+    if pass_ == "narrow_fprop":
         # A row a program until each multiprocessor has two.
-        rows = 1 if m <= 2 * MULTIPROCESSORS else 2
-        block_k = tile_size(k, 16, tile_size(8192 // (rows * next_power_of_2(max(n, 1))), 16, 1024))
-        config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+        rows, outputs = 1 if m <= 2 * MULTIPROCESSORS else 2, next_power_of_2(max(n, 1))
+        # 32 sums a thread or less, and what memory holds of a row at once; blocks under way, of which there are few programs'.
+        block_k = tile_size(k, 16, tile_size(8192 // (rows * outputs), 16, 1024 // dtype.itemsize))
+        shared = 2**17 if capability(device) else 2**16  # the second is all that AMD's have
+        stages = min(5, shared // ((rows + outputs) * block_k * dtype.itemsize))
+        config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
         few = few and (rows + n) * k * dtype.itemsize <= _NARROW_BYTES
     else:
-        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the registers
-        # of eight warps hold in the wide form too; an exact float32 product keeps its operands there.
+        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
+        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there.
         rows = 128 if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:
-        config |= {"ROWS" if pass_ == "fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
+        config |= {"ROWS" if pass_ == "narrow_fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
     config["NARROW"] = int(few)
-    if few and (measured := tuned(device, linear_key(f"narrow_{pass_}", m, n, k, dtype, input_precision))):
+    if few and (measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision))):
         config |= known(config, measured)
     config = apply_overrides(config)
     # A measurement or a test may turn it off; on, where there are more outputs than a block holds, it may not.

@@ -64,7 +64,17 @@ MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
         *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
-        *("dropouts", "images", "linear_narrow", "matmul", "matmul_descriptor", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
+        *(
+            "dropouts",
+            "images",
+            "linear_narrow",
+            "matmul",
+            "matmul_descriptor",
+            "pooling.autograd",
+            "pooling.kernels",
+            "sums",
+            "sgd",
+        ),
         "loss_kernels",
     )
 ]

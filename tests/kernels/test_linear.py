@@ -16,6 +16,7 @@ from kernels.runtime import launch
 from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, check, dtype_id, randn
 
+
 @pytest.fixture(autouse=True)
 def _by_matrix_products() -> Iterator[None]:
     """Few outputs too, which have kernels of their own (tests/kernels/test_linear_narrow.py)."""

@@ -193,32 +193,34 @@ def _narrow(pass_: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloa
 
 
 def test_what_is_too_large_goes_to_the_matrix_products(launches: list[str]) -> None:
-    for pass_ in ("fprop", "backward"):
+    for pass_ in ("narrow_fprop", "narrow_backward"):
         assert _narrow(pass_, 128, 10, 4096) == 1
         assert _narrow(pass_, 512, 32, 100) == 1
         assert _narrow(pass_, 513, 32, 100) == _narrow(pass_, 512, 33, 100) == _narrow(pass_, 5, 0, 7) == 0
-    assert _narrow("fprop", 1, 10, 10000) == 1
-    assert _narrow("fprop", 1, 10, 20000) == _narrow("fprop", 1, 10, 10000, torch.float32) == 0
-    assert _narrow("backward", 1, 10, 10**6) == 1
+    assert _narrow("narrow_fprop", 1, 10, 10000) == 1
+    assert _narrow("narrow_fprop", 1, 10, 20000) == _narrow("narrow_fprop", 1, 10, 10000, torch.float32) == 0
+    assert _narrow("narrow_backward", 1, 10, 10**6) == 1
     check(kernels.linear, F.linear, _tensors((513, 7, 10), torch.float32), names="input weight bias")
     assert not {FORWARD, BACKWARD} & set(launches)
 
 
 def test_a_table_decides_but_not_beyond_what_the_kernels_can_do() -> None:
-    off = {f"linear_narrow_{pass_} m{m} n10 k4096": {"NARROW": 0} for pass_ in ("fprop", "backward") for m in (128,)}
-    on = {f"linear_narrow_{pass_} m5 n33 k40": {"NARROW": 1} for pass_ in ("fprop", "backward")}
+    off = {f"linear_{pass_} m{m} n10 k4096": {"NARROW": 0} for pass_ in ("narrow_fprop", "narrow_backward") for m in (128,)}
+    on = {f"linear_{pass_} m5 n33 k40": {"NARROW": 1} for pass_ in ("narrow_fprop", "narrow_backward")}
     with pretend_gpu(90, interpreted=False), mock.patch.object(linear_rules, "tuned", lambda _, key: (off | on).get(key, {})):
-        for pass_ in ("fprop", "backward"):
+        for pass_ in ("narrow_fprop", "narrow_backward"):
             assert _narrow(pass_, 128, 10, 4096) == 0
             assert _narrow(pass_, 7, 10, 4096) == 1
             assert _narrow(pass_, 5, 33, 40) == 0
     with tables.override(NARROW=1):
-        assert _narrow("fprop", 5, 33, 40) == 0
+        assert _narrow("narrow_fprop", 5, 33, 40) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 def test_candidates_are_what_a_table_may_say(dtype: torch.dtype) -> None:
-    for (m, n, k), pass_ in itertools.product(((128, 10, 4096), (1, 10, 4096), (100, 32, 84)), ("fprop", "backward")):
+    for (m, n, k), pass_ in itertools.product(
+        ((128, 10, 4096), (1, 10, 4096), (100, 32, 84)), ("narrow_fprop", "narrow_backward")
+    ):
         found = linear_narrow_candidates(pass_, m, n, k, dtype.itemsize)
         assert found or (m, k) != (128, 4096)
         tables.check_table({"configs": {str(i): candidate for i, candidate in enumerate(found)}})
