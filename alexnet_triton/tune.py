@@ -214,9 +214,7 @@ def _is_narrow(layer: str, batch: int, dtype: torch.dtype) -> bool:
     if layer not in LINEAR_LAYERS:
         return False
     features, outputs, _ = LINEAR_LAYERS[layer]
-    with tables.untuned():
-        sizes = (batch, outputs, features, dtype, matmul_input_precision(dtype))
-        return all(linear_rules.linear_narrow_config(torch.device("meta"), pass_, *sizes)["NARROW"] for pass_ in NARROW_PASSES)
+    return all(linear_rules.linear_narrow_fits(pass_, batch, outputs, features, dtype.itemsize) for pass_ in NARROW_PASSES)
 
 
 def sizes(layer: str, batch: int) -> list[tuple[int, ...]]:

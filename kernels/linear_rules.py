@@ -285,6 +285,17 @@ NARROW_OUTPUTS, _NARROW_ROWS = 32, 512
 _NARROW_BYTES = 2**18
 
 
+def linear_narrow_fits(pass_: str, m: int, n: int, k: int, itemsize: int) -> bool:
+    """Whether a pass of a linear layer with few outputs is one of the kernels for it."""
+    few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
+    return few and (pass_ != "narrow_fprop" or (_narrow_rows(m) + n) * k * itemsize <= _NARROW_BYTES)
+
+
+def _narrow_rows(m: int) -> int:
+    """Of a program of the forward pass: one, until each multiprocessor has two programs."""
+    return 1 if m <= 2 * MULTIPROCESSORS else 2
+
+
 def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
     """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
 
@@ -316,16 +327,14 @@ def linear_narrow_config(
         pass_: ``"narrow_fprop"``, or ``"narrow_backward"`` for all gradients together: its name in the tables.
         m, n, k: rows, outputs, features.
     """
-    few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
+    fits = linear_narrow_fits(pass_, m, n, k, dtype.itemsize)
     if pass_ == "narrow_fprop":
-        # A row a program until each multiprocessor has two.
-        rows, outputs = 1 if m <= 2 * MULTIPROCESSORS else 2, next_power_of_2(max(n, 1))
+        rows, outputs = _narrow_rows(m), next_power_of_2(max(n, 1))
         # 32 sums a thread or less, and what memory holds of a row at once; blocks under way, of which there are few programs'.
         block_k = tile_size(k, 16, tile_size(8192 // (rows * outputs), 16, 1024 // dtype.itemsize))
         shared = 2**17 if capability(device) else 2**16  # the second is all that AMD's have
         stages = min(5, shared // ((rows + outputs) * block_k * dtype.itemsize))
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
-        few = few and (rows + n) * k * dtype.itemsize <= _NARROW_BYTES
     else:
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
         # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there.
@@ -334,12 +343,12 @@ def linear_narrow_config(
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:
         config |= {"ROWS" if pass_ == "narrow_fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
-    config["NARROW"] = int(few)
-    if few and (measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision))):
+    config["NARROW"] = int(fits)
+    if fits and (measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision))):
         config |= known(config, measured)
     config = apply_overrides(config)
     # A measurement or a test may turn it off; on, where there are more outputs than a block holds, it may not.
-    return config if few else config | {"NARROW": 0}
+    return config if fits else config | {"NARROW": 0}
 
 
 def linear_config(

@@ -189,7 +189,7 @@ def test_compiled_it_is_one_graph_whose_gradients_are_the_same() -> None:
 
 
 def _narrow(pass_: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    return linear_narrow_config(torch.device("cpu"), pass_, m, n, k, dtype, "ieee")["NARROW"]
+    return linear_narrow_config(torch.empty(0, device=DEVICE).device, pass_, m, n, k, dtype, "ieee")["NARROW"]
 
 
 def test_what_is_too_large_goes_to_the_matrix_products(launches: list[str]) -> None:
