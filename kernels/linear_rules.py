@@ -299,8 +299,8 @@ def _narrow_rows(m: int) -> int:
 def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
     """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
 
-    Forward, a thread keeps 16 to 64 sums. Backward, a block of rows holds as many elements as one of the weight, or up to all
-    rows at once, and no block has 64 columns: from there on its products would be those that read their operands late.
+    Forward, a thread keeps 16 to 64 sums. Backward no block has 64 columns: from there on its products would be those that still
+    read their operands when the next begins.
     """
     found = []
     if pass_ == "narrow_fprop":
@@ -313,7 +313,7 @@ def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) 
                 found.append(values | {"num_warps": warps, "num_stages": stages})
         return found
     for block_m, block_k, warps in itertools.product((16, 32, 64, 128), (16, 32), (2, 4, 8)):
-        if (block_m == 16 or block_m < 2 * m) and block_m * itemsize <= 256:
+        if (block_m == 16 or block_m < 2 * m) and block_m * itemsize <= min(256, 64 * warps):  # more spills
             found.append({"NARROW": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2})
     return found
 
@@ -330,7 +330,7 @@ def linear_narrow_config(
     fits = linear_narrow_fits(pass_, m, n, k, dtype.itemsize)
     if pass_ == "narrow_fprop":
         rows, outputs = _narrow_rows(m), next_power_of_2(max(n, 1))
-        # 32 sums a thread or less, and what memory holds of a row at once; blocks under way, of which there are few programs'.
+        # 32 sums a thread or less, and 1 KiB of a row. Many blocks under way: a multiprocessor has one program.
         block_k = tile_size(k, 16, tile_size(8192 // (rows * outputs), 16, 1024 // dtype.itemsize))
         shared = 2**17 if capability(device) else 2**16  # the second is all that AMD's have
         stages = min(5, shared // ((rows + outputs) * block_k * dtype.itemsize))
