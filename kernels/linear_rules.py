@@ -299,8 +299,8 @@ def _narrow_rows(m: int) -> int:
 def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
     """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
 
-    Forward, a thread keeps 16 to 64 sums. Backward no block has 64 columns: from there on its products would be those that still
-    read their operands when the next begins.
+    Forward, a thread keeps 16 to 64 sums. Backward no block has 64 columns: from there on its products would be those that
+    still read their operands when the next begins.
     """
     found = []
     if pass_ == "narrow_fprop":
