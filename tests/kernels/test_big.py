@@ -64,18 +64,8 @@ MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
         *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
-        *(
-            "dropouts",
-            "images",
-            "linear_narrow",
-            "matmul",
-            "matmul_descriptor",
-            "pooling.autograd",
-            "pooling.kernels",
-            "sums",
-            "sgd",
-        ),
-        "loss_kernels",
+        *("dropouts", "images", "matmul", "matmul_descriptor", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
+        *("linear_narrow", "loss_kernels"),
     )
 ]
 
