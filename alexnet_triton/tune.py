@@ -83,6 +83,9 @@ LINKED = ("conv4", "conv5")
 #: Linear layers. name: in features, out features, whether ReLU follows
 LINEAR_LAYERS = {"fc1": (6400, 4096, True), "fc2": (4096, 4096, True), "fc3": (4096, 10, False)}
 
+#: Passes of a linear layer with few outputs by kernels of their own: forward, and all gradients.
+NARROW_PASSES = ("narrow_fprop", "narrow_backward")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -103,7 +106,7 @@ class Job:
         """M, N, K of the linear layer's matrix product."""
         features, outputs, _ = LINEAR_LAYERS[self.layer]
         m, n, k = self.batch, outputs, features
-        return {"fprop": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}[self.pass_]
+        return {"dgrad": (m, k, n), "wgrad": (n, k, m)}.get(self.pass_, (m, n, k))
 
     @property
     def key(self) -> str:
@@ -160,6 +163,8 @@ class Job:
         """All that are worth a measurement."""
         if self.layer in LINEAR_LAYERS:
             m, n, k = self.product
+            if self.pass_ in NARROW_PASSES:  # or matrix products, by their own entries
+                return [{"NARROW": 0}, *linear_rules.linear_narrow_candidates(self.pass_, m, n, k, dtype.itemsize)]
             if dtype != torch.float32 or matmul_input_precision(dtype) == "tf32":
                 return linear_rules.linear_candidates(m, n, k, dtype.itemsize)
             # A forward pass with more than 16 outputs computes the transposed product.
@@ -200,9 +205,17 @@ def jobs(
         Job(layer, pass_, batch)
         for batch in batches
         for layer in layers
-        for pass_ in ("fprop", "dgrad", "wgrad")
+        for pass_ in ("fprop", "dgrad", "wgrad", *(NARROW_PASSES if _is_narrow(layer, batch, dtype) else ()))
         if (layer, pass_) not in _UNTUNED - tuned
     ]
+
+
+def _is_narrow(layer: str, batch: int, dtype: torch.dtype) -> bool:
+    """Whether kernels for few outputs can run a layer."""
+    if layer not in LINEAR_LAYERS:
+        return False
+    features, outputs, _ = LINEAR_LAYERS[layer]
+    return all(linear_rules.linear_narrow_fits(pass_, batch, outputs, features, dtype.itemsize) for pass_ in NARROW_PASSES)
 
 
 def sizes(layer: str, batch: int) -> list[tuple[int, ...]]:
@@ -257,7 +270,7 @@ class Maxima:
         return cls(activation, index, channels_last(position))
 
 
-def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Callable[[], Tensor]:
+def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Callable[[], Tensor | tuple[Tensor, ...]]:
     """What is timed: the pass as a training step runs it, by the Triton kernels.
 
     In TF32 the launch of an input gradient also writes the copies that the weight's gradient reads, that of the first layer's
@@ -269,8 +282,16 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
     x, w, b, dz = tensors
     ops = torch.ops.alexnet_triton
     if job.layer in LINEAR_LAYERS:
-        if job.pass_ == "fprop":
-            return lambda: ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
+        if job.pass_ == "narrow_backward":
+            return lambda: ops.linear_narrow_backward(dz, x, w, None, None, 0.0, [True] * 3)
+        if job.pass_ in ("fprop", "narrow_fprop"):
+
+            def forward() -> Tensor:
+                # What is tuned are the products, which few outputs come to only where their own kernels are off.
+                with tables.override(NARROW=0) if job.pass_ == "fprop" else contextlib.nullcontext():
+                    return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
+
+            return forward
         return (lambda: ops.linear_dgrad(dz, w)) if job.pass_ == "dgrad" else (lambda: ops.linear_wgrad(dz, x, w))
     problem = Problem.of(x.shape, w, job.geometry, (job.size, job.size))
     if job.layer == POOLED:
@@ -308,11 +329,13 @@ def _pooled_wgrad(problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima)
     return run
 
 
-def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Tensor:
+def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Tensor | tuple[Tensor, ...]:
     """The same by PyTorch, in the dtype of ``tensors``."""
     x, w, b, dz = tensors
     if job.layer in LINEAR_LAYERS:
-        if job.pass_ == "fprop":
+        if job.pass_ == "narrow_backward":
+            return dz @ w, dz.t() @ x, dz.sum(0)
+        if job.pass_ in ("fprop", "narrow_fprop"):
             y = F.linear(x, w, b)
             return F.relu(y) if LINEAR_LAYERS[job.layer][2] else y
         return dz @ w if job.pass_ == "dgrad" else dz.t() @ x
@@ -331,6 +354,14 @@ def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = No
     if job.pass_ == "wgrad":
         return dw
     return dx * (x > 0) if job.layer in LINKED else dx
+
+
+def _listed(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    return (result.to(exact.dtype) - exact).abs().max().item()
 
 
 def _error_unit(job: Job, dtype: torch.dtype) -> float:
@@ -376,7 +407,7 @@ class Tuned:
 @contextlib.contextmanager
 def _configured(candidate: Candidate) -> Iterator[None]:
     """Run the block as ``candidate`` says and else by the rules. Two kernels in place of one: as the tables have each."""
-    rules = contextlib.nullcontext() if candidate == {"FUSED": 0} else tables.untuned()
+    rules = contextlib.nullcontext() if candidate in ({"FUSED": 0}, {"NARROW": 0}) else tables.untuned()
     with rules, tables.override(**candidate):
         yield
 
@@ -391,10 +422,10 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     maxima = Maxima.of(job, tensors) if job.needs_maxima else None
     run = operation(job, tensors, maxima)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    exact = _reference(job, tuple(t.to(wide) for t in tensors), maxima)
-    peer = _reference(job, tensors, maxima)
-    peer_error = (peer.to(wide) - exact).abs().max().item()
-    allowed = 2 * peer_error + 0.5 * _error_unit(job, dtype) * exact.abs().max().item()
+    exact = _listed(_reference(job, tuple(t.to(wide) for t in tensors), maxima))
+    peer = _listed(_reference(job, tensors, maxima))
+    unit = _error_unit(job, dtype)
+    allowed = [2 * _error(p, e) + 0.5 * unit * e.abs().max().item() for p, e in zip(peer, exact, strict=True)]
     wrong: list[str] = []
     times: list[tuple[float, Candidate]] = []
     candidates = [{}, *job.candidates(dtype)]
@@ -402,9 +433,9 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
         with _configured(candidate):
             try:
                 for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
-                    error = (run().to(wide) - exact).abs().max().item()
-                    if not error <= allowed:
-                        raise AssertionError(f"error {error:.2e}, allowed {allowed:.2e}")
+                    for result, truth, most in zip(_listed(run()), exact, allowed, strict=True):
+                        if not _error(result, truth) <= most:
+                            raise AssertionError(f"error {_error(result, truth):.2e}, allowed {most:.2e}")
                 times.append((_milliseconds(run, milliseconds), candidate))
             except Exception as error:  # whatever a candidate cannot do, another may
                 _check_alive(candidate, error)

@@ -79,6 +79,15 @@ EXPERIMENTS = (
         variant("fc1", "wgrad", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
         60,
     ),
+    *(
+        Experiment(
+            f"fc3 {pass_} in one launch",
+            f"fc3's {pass_} pass takes at most {us} us in one launch, the rule's choice; then as matrix products, {old}.",
+            variant("fc3", f"narrow_{pass_}", "NARROW=0"),
+            60,
+        )
+        for pass_, us, old in (("fprop", 6.5, "9.5 us"), ("backward", 6, "two to three times as long"))
+    ),
     Experiment(
         "conv2 input gradient, first operand from registers",
         "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9, 218 without; 3.6 to 3.8 refuse it.",

@@ -47,6 +47,7 @@ from alexnet_triton.optim import SGD
 from alexnet_triton.training.evaluation import evaluate
 from alexnet_triton.training.trainer import Trainer, new_model
 from kernels.advanced import add_cross_entropy
+from kernels.configs import tables
 from kernels.runtime import backend, launch
 
 #: Bytes of shared memory that a program may use, by the architecture of the GPU; AMD's are MI200, MI300 and MI350.
@@ -288,6 +289,9 @@ def single_operations(dtype: torch.dtype) -> None:
     features = torch.empty(130, 768, dtype=dtype, requires_grad=True)
     weight = torch.empty(640, 768, dtype=dtype, requires_grad=True)
     kernels.dropout(kernels.linear(features, weight)).sum().backward()
+    for narrow in (1, 0):  # few outputs, in one kernel and as matrix products
+        with tables.override(NARROW=narrow):
+            kernels.linear_relu_dropout(features, weight[:20]).sum().backward()
     if dtype != torch.float32:
         # AlexNet's fc1 at a batch without a table: equal shares, of steps and of whole tiles.
         features = torch.empty(256, 6400, dtype=dtype, requires_grad=True)

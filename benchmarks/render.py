@@ -284,11 +284,15 @@ def tuned_markdown(table: dict[str, Any]) -> str:
     for measured in table["measured"].values():
         ours, theirs = 1e3 * measured["ms"], 1e3 * measured["pytorch_ms"]
         precision = measured["precision"] if "precision" in measured else table["dtype"]  # of all, in older tables
-        rows.setdefault((precision, measured["layer"], measured["batch"]), {})[measured["pass"]] = (
+        few, pass_ = " in one kernel" if "narrow" in measured["pass"] else "", measured["pass"].removeprefix("narrow_")
+        rows.setdefault((precision, measured["layer"] + few, measured["batch"]), {})[pass_] = (
             f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
         )
+    columns = {"fprop": "forward", "dgrad": "input gradient", "wgrad": "weight gradient"}
+    if any("backward" in row for row in rows.values()):
+        columns["backward"] = "all gradients"
     lines = [
-        (f"{layer}, {precision}, batch {batch}", *map(row.get, ("fprop", "dgrad", "wgrad")))
+        (f"{layer}, {precision}, batch {batch}", *map(row.get, columns))
         for (precision, layer, batch), row in sorted(rows.items())
     ]
     versions = table["versions"]
@@ -297,7 +301,7 @@ def tuned_markdown(table: dict[str, Any]) -> str:
         f"{table['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {table['date'][:10]}, {commits}: "
         "ours / PyTorch (how many times as fast), microseconds"
     )
-    return f"{title}\n\n{markdown_table(('layer', 'forward', 'input gradient', 'weight gradient'), lines)}"
+    return f"{title}\n\n{markdown_table(('layer', *columns.values()), lines)}"
 
 
 #: The audit's cases that the README shows.

@@ -55,6 +55,8 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys(
         ("conv2d_rows_wgrad", "conv2d_rows_pool_wgrad"), (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",))
     ),
+    "linear_narrow_fprop": (("linear_narrow_config",), ("_linear_narrow_fprop_kernel",)),
+    "linear_narrow_backward": (("linear_narrow_config",), ("_linear_narrow_backward_kernel",)),
     **dict.fromkeys(
         ("linear_fprop", "linear_dgrad", "linear_wgrad"),
         (

@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("configuration", nargs="+", type=configuration, help="NAME=NUMBER,NAME=NUMBER,...")
     parser.add_argument("--layer", required=True, choices=[*tune.LAYERS, *tune.LINEAR_LAYERS])
-    parser.add_argument("--pass", dest="pass_", required=True, choices=["fprop", "dgrad", "wgrad"])
+    parser.add_argument("--pass", dest="pass_", required=True, choices=["fprop", "dgrad", "wgrad", *tune.NARROW_PASSES])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=list(tune.PRECISIONS))
     arguments = parser.parse_args()

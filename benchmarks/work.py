@@ -185,6 +185,18 @@ def _matmul_shares(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return 2 * a["M"] * a["N"] * products, tiles * _tile_flops(a, products)
 
 
+def _linear_narrow_fprop(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    return 2 * a["M"] * a["N"] * a["K"], grid[0] * 2 * a["ROWS"] * a["BLOCK_N"] * triton.cdiv(a["K"], a["BLOCK_K"]) * a[
+        "BLOCK_K"
+    ]
+
+
+def _linear_narrow_backward(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    products, rows = a["INPUT"] + a["WEIGHT"], triton.cdiv(a["M"], a["BLOCK_M"]) * a["BLOCK_M"]
+    issued = grid[0] * 2 * rows * a["BLOCK_N"] * a["BLOCK_K"]
+    return products * 2 * a["M"] * a["N"] * a["K"], products * issued
+
+
 #: Kernels with a matrix product; all others count no FLOPs, since what they cost is bytes.
 _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] = {
     "_conv2d_fprop_kernel": _conv2d_fprop,
@@ -202,6 +214,8 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_rows_kernel": _conv2d_rows,
     "_conv2d_rows_pool_kernel": _conv2d_rows_pool,
     "_conv2d_rows_wgrad_kernel": _conv2d_stem,
+    "_linear_narrow_fprop_kernel": _linear_narrow_fprop,
+    "_linear_narrow_backward_kernel": _linear_narrow_backward,
     "_matmul_kernel": _matmul,
     "_matmul_descriptor_kernel": _matmul,
     "_matmul_shares_kernel": _matmul_shares,

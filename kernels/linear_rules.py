@@ -13,7 +13,7 @@ import torch
 from .configs.tables import MULTIPROCESSORS, SHARED_BYTES, apply_overrides, known, tile_size, tuned
 from .convolution.rules import matmul_config
 from .runtime.backend import INTERPRETED, capability
-from .runtime.launch import cdiv
+from .runtime.launch import cdiv, next_power_of_2
 
 #: Of one H100 multiprocessor, a microsecond: FLOPs on the tensor cores (what published matrix kernels reach), bytes from the L2
 #: cache (assumed), and of the whole GPU bytes of memory.
@@ -276,6 +276,79 @@ def _linear_pointer_rule(m: int, n: int, k: int, dtype: torch.dtype, precision: 
     if config["BLOCK_M"] * config["BLOCK_N"] < 128 * 32 and dtype != torch.float32:
         config["num_warps"] = 4
     return config | {"SPLIT": max(1, min(2 * MULTIPROCESSORS // max(tiles(), 1), steps // 4))}
+
+
+#: Outputs of a layer with few, at most, and rows that one program walks down at once: as many as a bias gradient's
+#: (:func:`kernels.sums.column_sum_split`). Of more, the programs of a matrix product share them.
+NARROW_OUTPUTS, _NARROW_ROWS = 32, 512
+#: Bytes that a program of its forward pass reads, at most: 4.4 us from the L2 cache, what a second launch and its parts cost.
+_NARROW_BYTES = 2**18
+
+
+def linear_narrow_fits(pass_: str, m: int, n: int, k: int, itemsize: int) -> bool:
+    """Whether a pass of a linear layer with few outputs is one of the kernels for it."""
+    few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
+    return few and (pass_ != "narrow_fprop" or (_narrow_rows(m) + n) * k * itemsize <= _NARROW_BYTES)
+
+
+def _narrow_rows(m: int) -> int:
+    """Of a program of the forward pass: one, until each multiprocessor has two programs."""
+    return 1 if m <= 2 * MULTIPROCESSORS else 2
+
+
+def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
+    """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
+
+    Forward, a thread keeps 16 to 64 sums. Backward no block has 64 columns: from there on its products would be those that
+    still read their operands when the next begins.
+    """
+    found = []
+    if pass_ == "narrow_fprop":
+        outputs = next_power_of_2(n)
+        for rows, block_k, warps, stages in itertools.product((1, 2, 4), (128, 256, 512, 1024), (4, 8, 16), (2, 3, 4, 5, 6)):
+            sums = rows * outputs * block_k // (32 * warps)
+            shared = stages * (rows + outputs) * block_k * itemsize
+            if block_k < 2 * k and rows < 2 * m and 16 <= sums <= 64 and shared <= SHARED_BYTES // 2:
+                values = {"NARROW": 1, "ROWS": rows, "BLOCK_K": block_k}
+                found.append(values | {"num_warps": warps, "num_stages": stages})
+        return found
+    for block_m, block_k, warps in itertools.product((16, 32, 64, 128), (16, 32), (2, 4, 8)):
+        if (block_m == 16 or block_m < 2 * m) and block_m * itemsize <= min(256, 64 * warps):  # more spills
+            found.append({"NARROW": 1, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2})
+    return found
+
+
+def linear_narrow_config(
+    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str
+) -> dict[str, int]:
+    """NARROW, whether a pass of a linear layer is a kernel's for few outputs, and the values of that kernel.
+
+    Args:
+        pass_: ``"narrow_fprop"``, or ``"narrow_backward"`` for all gradients together: its name in the tables.
+        m, n, k: rows, outputs, features.
+    """
+    fits = linear_narrow_fits(pass_, m, n, k, dtype.itemsize)
+    if pass_ == "narrow_fprop":
+        rows, outputs = _narrow_rows(m), next_power_of_2(max(n, 1))
+        # 32 sums a thread or less, and 1 KiB of a row. Many blocks under way: a multiprocessor has one program.
+        block_k = tile_size(k, 16, tile_size(8192 // (rows * outputs), 16, 1024 // dtype.itemsize))
+        shared = 2**17 if capability(device) else 2**16  # the second is all that AMD's have
+        stages = min(5, shared // ((rows + outputs) * block_k * dtype.itemsize))
+        config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
+    else:
+        # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
+        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there.
+        rows = 128 if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
+        config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
+    if INTERPRETED:
+        config |= {"ROWS" if pass_ == "narrow_fprop" else "BLOCK_M": 16, "BLOCK_K": tile_size(k, 16, 512)}
+    config["NARROW"] = int(fits)
+    if fits and (measured := tuned(device, linear_key(pass_, m, n, k, dtype, input_precision))):
+        config |= known(config, measured)
+    config = apply_overrides(config)
+    # A measurement or a test may turn it off; on, where there are more outputs than a block holds, it may not.
+    return config if fits else config | {"NARROW": 0}
 
 
 def linear_config(

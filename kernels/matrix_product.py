@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dropouts import draw_seed, dropout_reference, seed_of_reference
+from .linear_narrow import narrow_backward, narrow_fprop
+from .linear_rules import NARROW_OUTPUTS
 from .matmul import matmul
 from .matmul_finish import Epilogue
 from .runtime.arguments import ArgumentValueError, check_activation, check_probability, check_tensors, flag
 from .runtime.backend import runs_triton
 from .runtime.derivatives import differentiable_by, has_tangent
-from .runtime.launch import new_output, new_output_like
+from .runtime.launch import new_output, new_output_like, nothing
 from .runtime.torch_interop import Operator, OperatorFunction, apply_function, autocast_inputs, call_planned, over, overridable
 from .sums import epilogue_backward, sum_vectors
 
@@ -60,7 +62,9 @@ class LinearGradients(NamedTuple):
 
 def _run_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, problem: Linear) -> Tensor:
     output = new_output((input.shape[0], weight.shape[0]), input.dtype, input.device)
-    matmul("fprop", input, weight.t(), output, Epilogue(bias, problem.relu, seed, problem.p))
+    epilogue = Epilogue(bias, problem.relu, seed, problem.p)
+    if not (weight.shape[0] <= NARROW_OUTPUTS and narrow_fprop(input, weight, output, epilogue)):
+        matmul("fprop", input, weight.t(), output, epilogue)
     return output
 
 
@@ -125,17 +129,20 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias; None what is not wanted."""
     p, (needs_input, needs_weight, needs_bias) = problem
-    epilogue, dgrad, wgrad = operators
     dz, dx, dw, d_bias = grad_output, None, None, None
+    if operators.narrow is not None and weight.shape[0] <= NARROW_OUTPUTS and (needs_input or needs_weight):
+        gradients = operators.narrow(grad_output, input, weight, output, seed, p, problem.wanted)
+        dx, dw, d_bias = (gradient if needed else None for gradient, needed in zip(gradients, problem.wanted, strict=True))
+        return dx, dw, d_bias
     changed = (output is not None or seed is not None) and (needs_input or needs_weight)
     if changed or needs_bias:
-        written, column_sums = epilogue(grad_output, output, seed, p, changed, needs_bias)
+        written, column_sums = operators.epilogue(grad_output, output, seed, p, changed, needs_bias)
         dz = written if changed else dz
         d_bias = column_sums if needs_bias else None
     if needs_input:
-        dx = dgrad(dz, weight)
+        dx = operators.dgrad(dz, weight)
     if needs_weight:
-        dw = wgrad(dz, input, weight)
+        dw = operators.wgrad(dz, input, weight)
     return dx, dw, d_bias
 
 
@@ -143,6 +150,7 @@ class _BackwardOperators(NamedTuple):
     epilogue: Any
     dgrad: Any
     wgrad: Any
+    narrow: Any = None
 
 
 @linear_epilogue_backward.register_fake
@@ -151,13 +159,44 @@ def _(grad_output, output, seed, p, write_dz, sum_columns):
     return grad_output.new_empty(m if write_dz else 0, n), grad_output.new_empty(n if sum_columns else 0)
 
 
+@torch.library.custom_op("alexnet_triton::linear_narrow_backward", mutates_args=())
+def linear_narrow_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All gradients of a layer with few outputs, in one launch where it is not too large; what is not wanted is empty.
+
+    Whether it is too large, a rule asks that needs to know the batch; traced code, whose batch may be any, need not.
+    """
+    gradients = narrow_backward(grad_output, input, weight, output, seed, p, wanted)
+    if gradients is not None:
+        return gradients
+    dx, dw, d_bias = _backward(_separately, grad_output, input, weight, output, seed, LinearGradients(p, wanted))
+    dx, dw, d_bias = (nothing(grad_output) if gradient is None else gradient for gradient in (dx, dw, d_bias))
+    return dx, dw, d_bias
+
+
+@linear_narrow_backward.register_fake
+def _(grad_output, input, weight, output, seed, p, wanted):
+    shapes = (tuple(input.shape), None, (weight.shape[0],))
+    empty = [torch.empty_like(weight) if shape is None else grad_output.new_empty(shape) for shape in shapes]
+    return tuple(new if needed else grad_output.new_empty(0) for new, needed in zip(empty, wanted, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------- autograd Function
 
 
 _fprop_operator = Operator(linear_fprop, _run_fprop)
-_registered = _BackwardOperators(linear_epilogue_backward, linear_dgrad, linear_wgrad)
+_registered = _BackwardOperators(linear_epilogue_backward, linear_dgrad, linear_wgrad, linear_narrow_backward)
+_called = _BackwardOperators(*(operator._init_fn for operator in _registered))
+_separately = _called._replace(narrow=None)
 _dispatch_backward = functools.partial(_backward, _registered)
-_run_backward = functools.partial(_backward, _BackwardOperators(*(operator._init_fn for operator in _registered)))
+_run_backward = functools.partial(_backward, _called)
 
 
 def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -88,6 +88,33 @@ def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
+def through_epilogue(
+    b_dz,  # gradient of the epilogue's output, in the accumulator's type
+    y_ptr,  # that output, or unused
+    seed_ptr,
+    o_flat,  # of each element in the output
+    mask,
+    p,
+    scale,
+    RELU: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """The gradient before dropout and ReLU."""
+    if DROPOUT:
+        b_factor = dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
+        b_dz *= b_factor
+    if RELU:
+        b_y = tl.load(y_ptr + o_flat, mask=mask, other=0.0).to(b_dz.dtype)
+        b_masked = relu_grad(b_dz, b_y)
+        if DROPOUT:
+            # A dropped output is 0 whatever the ReLU gave, so it is no mask. The gradient there is 0 already, or NaN
+            # where infinity came in, which must not be hidden.
+            b_masked = tl.where(b_factor == 0, b_dz, b_masked)
+        b_dz = b_masked
+    return b_dz
+
+
+@triton.jit
 def _epilogue_backward_kernel(
     dy_ptr,  # gradient of the output, [N, C, P, Q] through its strides
     y_ptr,  # the epilogue's output, channels-last, or unused
@@ -133,17 +160,7 @@ def _epilogue_backward_kernel(
         o_dy = o_n * stride_dyn + o_p * stride_dyp + o_q * stride_dyq
         b_dz = tl.load(dy_ptr + o_dy[:, None] + o_c[None, :] * stride_dyc, mask=mask, other=0.0).to(ACC)
         o_flat = o_row[:, None] * C + o_c[None, :]
-        if DROPOUT:
-            b_factor = dropout_factor(tl.load(seed_ptr), o_flat, p, scale)
-            b_dz *= b_factor
-        if RELU:
-            b_y = tl.load(y_ptr + o_flat, mask=mask, other=0.0).to(ACC)
-            b_masked = relu_grad(b_dz, b_y)
-            if DROPOUT:
-                # A dropped output is 0 whatever the ReLU gave, so it is no mask. The gradient there is 0 already, or NaN
-                # where infinity came in, which must not be hidden.
-                b_masked = tl.where(b_factor == 0, b_dz, b_masked)
-            b_dz = b_masked
+        b_dz = through_epilogue(b_dz, y_ptr, seed_ptr, o_flat, mask, p, scale, RELU, DROPOUT)
         if WRITE_DZ:
             tl.store(dz_ptr + o_flat, cast(b_dz, dz_ptr.dtype.element_ty), mask=mask)
         if SUM_COLUMNS:

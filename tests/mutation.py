@@ -59,6 +59,7 @@ class Fault:
 _CONV = "tests/kernels/convolution/test_conv2d.py"
 _POOL = "tests/kernels/pooling/test_max_pool2d.py"
 _LINEAR = "tests/kernels/test_linear.py"
+_NARROW = "tests/kernels/test_linear_narrow.py"
 _SHARES = "tests/kernels/test_linear_descriptor.py::test_equal_shares"
 _DESCRIPTOR = "tests/kernels/convolution/test_conv2d_descriptor.py"
 _TF32 = "tests/kernels/convolution/test_conv2d_tf32.py"
@@ -186,6 +187,27 @@ FAULTS = (
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, tl.cdiv(K, BLOCK_K))",
         "    first = pid_split * blocks_per_split\n    last = tl.minimum(first + blocks_per_split, K // BLOCK_K)",
         (f"{_LINEAR}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "few outputs: the ragged last block of features is left out",
+        "kernels/linear_narrow.py",
+        "tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES)",
+        "tl.range(0, K // BLOCK_K, num_stages=STAGES)",
+        (f"{_NARROW}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "few outputs: the weight's gradient is of the last block of rows alone",
+        "kernels/linear_narrow.py",
+        "b_dw = dot(tl.trans(b_dz), b_x, b_dw, INPUT_PRECISION)",
+        "b_dw = dot(tl.trans(b_dz), b_x, tl.zeros((BLOCK_N, BLOCK_K), dtype=ACC), INPUT_PRECISION)",
+        (f"{_NARROW}::test_forward_and_gradients",),
+    ),
+    Fault(
+        "few outputs: the gradient goes past the ReLU",
+        "kernels/linear_narrow.py",
+        "        RELU=output is not None,\n        DROPOUT=seed is not None,\n        INPUT",
+        "        RELU=False,\n        DROPOUT=seed is not None,\n        INPUT",
+        (f"{_NARROW}::test_forward_and_gradients", f"{_NARROW}::test_any_strides"),
     ),
     Fault(
         "a mean over all rows: ignored ones count",

@@ -89,7 +89,9 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
     with tables.override(PROGRAMS=3, CUT=1):
         backward(kernels.linear_relu_dropout(randn(37, 200), randn(72, 200), randn(72), 0.5))
-    backward(kernels.linear(randn(5, 21), randn(10, 21), randn(10)))
+    for narrow in (1, 0):
+        with tables.override(NARROW=narrow):
+            backward(kernels.linear_relu_dropout(randn(19, 21), randn(10, 21), randn(10), 0.5))
     labels = torch.tensor([3, 0, -100, 4, 99, 2, 1]).to(device)
     for split in (1, 3):
         with tables.override(BLOCK_ROWS=2, BLOCK_COLUMNS=16, SPLIT=split):

@@ -49,10 +49,11 @@ def _of_another_process() -> dict[str, str]:
 
 #: What the steps launch: dropout is in a product's epilogue. Half-precision kernels load through descriptors.
 KERNELS_OF_BOTH = {
-    *("_epilogue_backward_kernel", "_sum_parts_kernel", "_matmul_kernel", "_matmul_finish_kernel"),
+    *("_epilogue_backward_kernel", "_sum_parts_kernel", "_matmul_finish_kernel"),
+    *("_linear_narrow_fprop_kernel", "_linear_narrow_backward_kernel"),
     *("_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel", "_sgd_kernel"),
 }
-KERNELS_OF_FLOAT32 = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
+KERNELS_OF_FLOAT32 = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_matmul_kernel"}
 KERNELS_OF_TF32 = {
     *("_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
     *("_by_batch_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"),

@@ -145,7 +145,8 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
     """What is read at each launch can only be what was verified and measured."""
     table = json.loads((configs.tables.TABLES / f"{H100}.json").read_text())
     known = {job.key: job for job in tune.jobs((128,))}
-    measured = {key for key, job in known.items() if job.layer != tune.POOLED}  # the pool's kernels are younger than the table
+    # The kernels with the pool and those for few outputs are younger than the table.
+    measured = {key for key, job in known.items() if job.layer != tune.POOLED and job.pass_ not in tune.NARROW_PASSES}
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
         # Measured before there were equal shares and rows of taps, which an entry says nothing of then.
@@ -235,6 +236,7 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
             streams, taps = wanted.pop("STREAM_K", 0), wanted.pop("TAPS", 0)
             assert not taps  # channels of float32 are whole chunks in AlexNet
+            narrow = wanted.pop("NARROW", 0)
             if streams:  # of a convolution's weight gradient in equal shares, of which the last may be empty
                 found = [arguments for arguments in found if "STEPS" in arguments]
                 assert all(0.95 * programs < arguments["grid"][0] <= programs for arguments in found)
@@ -245,6 +247,7 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             found = [{"SPLIT": arguments["grid"][-1], **arguments} for arguments in found]
             assert any(wanted.items() <= arguments.items() for arguments in found), candidate
             assert boxes == any("NB" in arguments for arguments in found)
+            assert narrow == any("stride_wn" in arguments for arguments in found)
     configs.tables.forget_tables()
 
 
@@ -404,6 +407,29 @@ def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(launches: list[s
             ours = tune.operation(job, tensors)()
         assert ("_conv2d_stem_pool_kernel" in launches) == bool(fused)
         assert torch.equal(ours.float(), exact)
+
+
+@pytest.mark.parametrize("pass_", tune.NARROW_PASSES)
+def test_few_outputs_in_one_launch_and_as_products(pass_: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tune.LINEAR_LAYERS, "fc3", (37, 10, False))
+    job = tune.Job("fc3", pass_, 20)
+    tensors = tuple(torch.randint(-2, 3, shape).float().to(DEVICE) for shape in tune.sizes("fc3", 20))
+    exact = tune._listed(tune._reference(job, tensors))
+    for candidate in ({}, {"NARROW": 0}):
+        launches.clear()
+        with tune._configured(candidate):
+            ours = tune._listed(tune.operation(job, tensors)())
+        assert (launches == [f"_linear_{pass_}_kernel"]) == (candidate == {})
+        assert len(ours) == len(exact)
+        assert all(torch.equal(got, due) for got, due in zip(ours, exact, strict=True))
+
+
+def test_few_outputs_are_jobs_where_the_rule_takes_them_and_their_products_are_too(launches: list[str]) -> None:
+    assert [job.pass_ for job in tune.jobs((128,), ("fc3",))] == ["fprop", *tune.NARROW_PASSES]
+    assert [job.pass_ for job in tune.jobs((1024,), ("fc3",))] == ["fprop"]
+    with configs.tables.override(BLOCK_K=64):
+        tune.operation(tune.Job("fc3", "fprop", 2), tuple(torch.zeros(s).to(DEVICE) for s in tune.sizes("fc3", 2)))()
+    assert launches == ["_matmul_kernel"]
 
 
 def test_two_kernels_in_place_of_one_are_timed_as_their_tables_have_them(tables: Path) -> None:

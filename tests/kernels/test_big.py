@@ -65,7 +65,7 @@ MODULES = [
     for name in (
         *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
         *("dropouts", "images", "matmul", "matmul_descriptor", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
-        "loss_kernels",
+        *("linear_narrow", "loss_kernels"),
     )
 ]
 
@@ -129,12 +129,15 @@ FAR = {
     "max_pool2d": Far(lambda x: kernels.max_pool2d(x, 3, 2, 1), {"input": (3, 4, 5, 6)}),
     "max_pool2d_large": Far(lambda x: kernels.max_pool2d(x, 5, 1, 2), {"input": (3, 4, 5, 6)}),
     "linear": Far(
-        lambda x, w, b: kernels.linear(x, w, b, activation="relu"), {"input": (5, 7), "weight": (9, 7), "bias": (9,)}
+        lambda x, w, b: kernels.linear(x, w, b, activation="relu"), {"input": (5, 7), "weight": (35, 7), "bias": (35,)}
     ),
     "linear_half": Far(
-        lambda x, w, b: kernels.linear(x, w, b), {"input": (5, 16), "weight": (8, 16), "bias": (8,)}, torch.float16
+        lambda x, w, b: kernels.linear(x, w, b), {"input": (5, 16), "weight": (40, 16), "bias": (40,)}, torch.float16
     ),
     "linear_relu_dropout": Far(
+        lambda x, w, b: kernels.linear_relu_dropout(x, w, b, seed=3), {"input": (5, 7), "weight": (35, 7), "bias": (35,)}
+    ),
+    "linear_narrow": Far(
         lambda x, w, b: kernels.linear_relu_dropout(x, w, b, seed=3), {"input": (5, 7), "weight": (9, 7), "bias": (9,)}
     ),
     "dropout": Far(lambda x: kernels.dropout(x, seed=3), {"input": (5, 7)}),

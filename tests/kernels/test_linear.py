@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,14 @@ from kernels.runtime import launch
 
 from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, check, dtype_id, randn
+
+
+@pytest.fixture(autouse=True)
+def _by_matrix_products() -> Iterator[None]:
+    """Few outputs too, which have kernels of their own (tests/kernels/test_linear_narrow.py)."""
+    with tables.override(NARROW=0):
+        yield
+
 
 #: (rows, in, out) and why.
 SHAPES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,6 +33,13 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
 hopper = pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="descriptors are Hopper's and later"
 )
+
+
+@pytest.fixture(autouse=True)
+def _by_matrix_products() -> Iterator[None]:
+    """Few outputs too, which have kernels of their own (tests/kernels/test_linear_narrow.py)."""
+    with tables.override(NARROW=0):
+        yield
 
 
 def _tensors(shape: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -65,7 +65,8 @@ def _assert_subnormal(exact: Tensor, dtype: torch.dtype) -> None:
 
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
-    "linear": (kernels.linear, F.linear, (5, 33), (17, 33)),
+    "linear": (kernels.linear, F.linear, (5, 33), (35, 33)),
+    "linear_narrow": (kernels.linear, F.linear, (5, 33), (17, 33)),
     "conv2d": (
         lambda x, w: kernels.conv2d(x, w, padding=1),
         lambda x, w: F.conv2d(x, w, padding=1),
@@ -95,7 +96,7 @@ def test_subnormal_inputs_and_results_are_kept(name: str, small: str, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", SUBNORMAL_DTYPES)
-@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d_descriptor"])
+@pytest.mark.parametrize("name", ["linear", "linear_narrow", "conv2d", "conv2d_descriptor"])
 def test_subnormal_gradients_are_kept(name: str, dtype: torch.dtype) -> None:
     """Of input, weight and bias: the output's gradient is subnormal."""
     ours, meaning, *shapes = OPERATIONS[name]

@@ -159,6 +159,17 @@ SAMPLES = {
         lin.linear_epilogue_backward,
         (_randn(5, 3), _randn(5, 3), torch.tensor(5, device=DEVICE), 0.5, True, True),
     ),
+    "linear_narrow_backward": lambda: (
+        lin.linear_narrow_backward,
+        (
+            *(_randn(5, 3), _randn(5, 7), _randn(3, 7), _randn(5, 3)),
+            *(torch.tensor(5, device=DEVICE), 0.5, [True, True, True]),
+        ),
+    ),
+    "linear_narrow_backward_of_the_weight_alone": lambda: (
+        lin.linear_narrow_backward,
+        (_half(5, 3), _half(5, 7), _half(3, 7), None, None, 0.0, [False, True, False]),
+    ),
     "cross_entropy_fprop": lambda: (
         losses.cross_entropy_fprop,
         (_randn(5, 3, grad=True), _labels(), torch.rand(3, device=DEVICE), 0.1, "mean", False, True),
