@@ -285,7 +285,7 @@ def tune_command(
             for ms, candidate in result.times:
                 console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
-    work = tune.jobs(tuple(batch), tuple(layer) if layer else known, tune.PRECISIONS[dtype][0])
+    work = tune.jobs(tuple(batch), tuple(layer) if layer else known)
     try:
         results = tune.tune(work, dtype, path, show)
     except (ValueError, OSError) as error:

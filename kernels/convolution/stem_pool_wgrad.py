@@ -1,11 +1,11 @@
 """The gradient of the weight of a strided first layer with its ReLU and 3 x 3 max-pool of stride 2, in half precision.
 
-The pool's gradient is taken on the way: the unpooled one, four and a half times as large, is neither written nor read. A step is
-2 x 2 pixels of the convolution's output, which four windows reach with nine of their positions. A program walks along a row, so
-that two of these windows are those of the step before: what they pass on is still in registers.
+The kernel takes the pool's gradient along. The unpooled gradient, four and a half times as large, is neither written nor read.
+A step of a program is 2 x 2 pixels of the convolution's output: four windows reach them, with nine of their positions. The
+program walks along a row, so two of these windows are those of the step before, and what they pass on is still in registers.
 
-Two neighbouring pixels read four cells of a row, three each: one tile of these is multiplied with the gradients of both, side by
-side. What that makes of a pixel and the cell that it does not read is left out at the end.
+Two neighbouring pixels read four cells of a row, three each. One tile of these four cells is multiplied with the gradients of
+both pixels, side by side. The sums of a pixel with the cell that it does not read are not stored.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _side_by_side(first, second, DTYPE: tl.constexpr):
 
 @triton.jit
 def _store_part(p_part, acc, o_m, o_k, K, FOLD: tl.constexpr, DEPTH: tl.constexpr):
-    """Sums of one filter row: those of the even columns, and in the next part those of the odd ones, which begin a cell later."""
+    """Sums of one filter row: of the even columns, and in the next part of the odd ones, whose filters begin a cell later."""
     even, odd = acc.reshape(acc.shape[0], acc.shape[1] // 2, 2).split()
     o_out = o_m[:, None] * K + o_k[None, :]
     m_k = (o_k < K)[None, :]
@@ -101,7 +101,7 @@ def _conv2d_stem_pool_wgrad_kernel(
     acc_0 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     acc_1 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     acc_2 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-    b_sum = tl.zeros(TILE, dtype=tl.float32)  # of as many numbers as each of the products' sums, and as exact
+    b_sum = tl.zeros(TILE, dtype=tl.float32)  # as exact as the sums of products: as many numbers each
     # What the windows on the left pass on, from a step to the next: nothing at the end of a row, where there are none.
     b_dy, b_position = _load_window(dy_desc, position_desc, i - 1, j - 1, n0, k0, TILE)
     left_8 = _passed(b_dy, b_position, 8)

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and stages of a strided first layer in half precision (:mod:`.stem`), with its pool and without: the rules."""
+"""Tile sizes, warps and stages of a strided first layer in half precision, with its pool and without: the rules."""
 
 from __future__ import annotations
 

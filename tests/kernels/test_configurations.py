@@ -100,6 +100,7 @@ IMAGES = {
     "conv2d_stream_k_wgrad_config": "BLOCK_K",
     "conv2d_stem": "BLOCK_M",
     "conv2d_stem_wgrad": "BLOCK_K",
+    "conv2d_stem_pool_wgrad": "BLOCK_K",
     "conv2d_rows_config": "BLOCK_M",
     "conv2d_rows_pool_config": "BLOCK_M",
     "conv2d_rows_wgrad_config": "BLOCK_K",

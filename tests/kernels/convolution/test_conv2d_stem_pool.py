@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution import rules, select
+from kernels.convolution import rules, select, stem_rules
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.pooling.autograd import no_gradient
 from kernels.runtime import launch
@@ -100,6 +100,8 @@ CASES = (
     Case("batch_33", 33, 1, 17, 19, 8, tiles={"SPLIT": 4}),
     Case("last_pixels_unseen", 2, 1, 36, 34, 72),
 )
+#: Of which the gradient of the weight takes the pool's along in every dtype.
+PAIRS = next(case for case in CASES if case.why == "pairs_ragged_images")
 #: Of three channels the filters in TF32 leave no room in shared memory.
 EACH = [
     pytest.param(case, dtype, id=f"{case.id}-{dtype_id(dtype)}")
@@ -185,6 +187,30 @@ def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launche
     for name, ours, *others in zip(("output", "weight", "bias"), *results, strict=False):
         for theirs in others:
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (17, 20), (18, 25), (30, 38)])
+def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int, dtype: torch.dtype) -> None:
+    """An image of one pixel that is 1: each element of the weight's gradient is that of one pixel before the activation."""
+    case = Case("", 1, 1, 31, 39, 32)
+    x = torch.zeros(1, 1, 31, 39, dtype=dtype, device=DEVICE)
+    x[0, 0, row, column] = 1
+    weight, grad = randn(32, 1, 11, 11, dtype=dtype, grad=False), randn(1, 32, 2, 3, dtype=dtype, grad=False)
+    grad[0, 0, 0, 0], grad[0, 1, 1, 2] = torch.inf, torch.nan
+    positions = [0, 1, 2, 3, 4, 5, 6, 7, 8, no_gradient(torch.uint8)]
+    drawn = torch.randint(0, 10, grad.shape, generator=torch.Generator().manual_seed(row))
+    position = torch.tensor(positions, dtype=torch.uint8)[drawn].to(DEVICE)
+    geometry = ([1, 1, 31, 39], [4, 4], [1, 1], [1, 1], 1, [6, 8], [3, 3], [2, 2], [0, 0])
+    results = []
+    for way in (FUSED, SEPARATE):
+        with configured(case, way):
+            backward = torch.ops.alexnet_triton.conv2d_relu_max_pool2d_backward
+            results.append(backward(grad, x, None, weight, position, *geometry, [False, True, True], False))
+    (_, weight_1, bias_1, _), (_, weight_2, bias_2, _) = results
+    assert same_bits(weight_1, weight_2)
+    assert weight_1.count_nonzero() > 20
+    assert torch.allclose(bias_1, bias_2, rtol=2 * torch.finfo(dtype).eps, equal_nan=True)
 
 
 @pytest.mark.parametrize(("case", "dtype"), EACH)
@@ -276,14 +302,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype) -> None:
+def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype, launches: list[str]) -> None:
     """Of the forward kernel's output, from the positions and cells that it saved: exact on integers."""
-    case = Case("", 3, 1, 31, 35, 16)
+    case = Case("", 3, 1, 31, 39, 16)
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
     grad = LAYOUTS[layout](integers(*ours.shape, dtype=dtype, high=1, grad=False))
     for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
+    assert POOL_WGRAD[dtype] in launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
@@ -291,7 +318,7 @@ def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype) -> None:
     "wanted", ["input", "weight", "bias", "weight and bias", "input and weight", "input and bias", "input and weight and bias"]
 )
 def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, launches: list[str]) -> None:
-    case = CASES[0]
+    case = PAIRS
     x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype))
     named = {"input": x, "weight": w, "bias": b}
     leaves = [t.requires_grad_() for name, t in named.items() if name in wanted]
@@ -301,14 +328,15 @@ def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, lau
     grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
     for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    assert (WGRAD[dtype] in launches) == ("weight" in wanted)
+    assert (POOL_WGRAD[dtype] in launches) == ("weight" in wanted)
+    assert ("_max_pool2d_dgrad_kernel" in launches) == ("input" in wanted or wanted == "bias")
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
 def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
-    case = CASES[4]
+    case = PAIRS
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     for output_format in (torch.channels_last, torch.contiguous_format):
         ours, theirs = (run(case, [x, w, b], way, output_format=output_format) for way in (FUSED, SEPARATE))
@@ -318,6 +346,7 @@ def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, l
         grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
         for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
             assert torch.equal(mine, other)
+    assert POOL_WGRAD[dtype] in launches
 
 
 NOT_TAKEN = {
@@ -371,11 +400,12 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fold", [48, 144])
 def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
-    monkeypatch.setattr(rules, "INTERPRETED", False)
-    monkeypatch.setattr(rules, "tuned", lambda device, key: {})
+    for module in (rules, stem_rules):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+        monkeypatch.setattr(module, "tuned", lambda device, key: {})
     device = torch.device(DEVICE)
     for narrow in (False, True):
-        tiles = rules.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
+        tiles = stem_rules.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
         assert tiles["BLOCK_K"] + tiles["BLOCK_K2"] >= fold
         assert 1 <= tiles["COLUMNS"] <= 26
         filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
@@ -383,6 +413,11 @@ def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.M
         held = 2 if fold == 48 else 1
         assert held * 2 * fold * (3 * filters + cells) < tables.SHARED_BYTES
         assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"
+    tiles = stem_rules.conv2d_stem_pool_wgrad_config(device, batch, 26, 26, fold, k)
+    stage = tiles["BLOCK_K"] * (4 * tiles["BLOCK_M"] + 3 * tiles["BLOCK_N"]) * 2
+    assert 2 * tiles["num_stages"] * stage < tables.SHARED_BYTES
+    assert 3 * tiles["BLOCK_M"] * 2 * tiles["BLOCK_N"] / (32 * tiles["num_warps"]) <= 96, "sums in registers"
+    assert 1 <= tiles["SPLIT"] <= 2 * tables.MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64, 128, 1024])
