@@ -83,8 +83,8 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
     """Whether the gradient of the weight takes the pool's on the way.
 
-    In TF32 where the forward pass runs both as one. In half precision (:mod:`.stem_pool_wgrad`) where blocks of 2 x 2 pixels cover
-    the convolution's output, and for filters in multiples of 16: TMA wants 16 bytes of positions.
+    In TF32 where the forward pass runs both as one. In half precision (:mod:`.stem_pool_wgrad`) where blocks of 2 x 2 pixels
+    cover the convolution's output, and for filters in multiples of 16: TMA wants 16 bytes of positions.
     """
     if _is_row_stem(problem):
         return fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
