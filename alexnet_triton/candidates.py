@@ -175,6 +175,19 @@ def stem_pool_fprop(columns: int) -> Iterator[Candidate]:
             yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
+def stem_pool_wgrad(n: int) -> Iterator[Candidate]:
+    """Of its weight's gradient with the pool's in half precision, in one kernel or in two; of 96 filters.
+
+    Compiled for sm_90 what passes 128 images of all stages spills on Triton 3.6. 32 filters leave registers for two programs.
+    """
+    yield {"FUSED": 0}
+    for block_k, block_n, stages, held in itertools.product((32, 64), (16, 32), (2, 3, 4), (1, 2, 3, 4)):
+        shared = block_k * (64 * 8 * stages + 10 * block_n * stages)
+        if block_k * stages <= 128 and held * block_n <= 64 and shared * held < SHARED_BYTES and block_k <= max(32, n):
+            values = {"FUSED": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
+            yield values | {"SPLIT": MULTIPROCESSORS * held // (96 // block_n)}
+
+
 def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
     """Of a strided first layer in TF32; ``positions`` of a filter row."""
     block_k = min(positions & -positions, 32)

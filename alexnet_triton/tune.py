@@ -29,13 +29,12 @@ from torch import Tensor
 import kernels.pooling.autograd as pooling
 from kernels import linear_rules
 from kernels.configs import tables
-from kernels.convolution import row_stem, row_stem_wgrad, rules, stem
+from kernels.convolution import row_stem, rules, stem
 from kernels.convolution.by_batch import copy
 from kernels.convolution.problem import Geometry, Problem
-from kernels.convolution.select import copies_by_batch, dgrad, fprop, wgrad, wgrad_by_batch
+from kernels.convolution.select import copies_by_batch, dgrad, fprop, input_cells, wgrad, wgrad_by_batch
 from kernels.runtime import launch
 from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
-from kernels.runtime.launch import new_output, new_output_like
 
 from . import candidates as of
 from .candidates import Candidate
@@ -129,7 +128,7 @@ class Job:
             height, reduced = r, self.positions
         else:
             height, reduced = 3, stem.fold(c, r, stride)
-        if self.layer == POOLED and self.pass_ == "fprop":
+        if self.layer == POOLED and (self.pass_ == "fprop" or not tf32):
             p = (p - 1) // 2
         return rules.conv2d_key(operation, n, p, p, reduced, k, height, 1, dtype)
 
@@ -172,7 +171,8 @@ class Job:
         c, size, k, r, stride, _ = LAYERS[self.layer]
         n, windows, itemsize, tf32 = self.batch, (self.size - 1) // 2, dtype.itemsize, dtype == torch.float32
         if stride > 1 and self.pass_ == "wgrad":
-            found = of.rows_wgrad(n, self.layer == POOLED) if tf32 else of.stem_wgrad(n)
+            of_half = of.stem_pool_wgrad if self.layer == POOLED else of.stem_wgrad
+            found = of.rows_wgrad(n, self.layer == POOLED) if tf32 else of_half(n)
         elif self.layer == POOLED:
             found = of.rows_pool_fprop(n, windows, self.positions, r) if tf32 else of.stem_pool_fprop(windows)
         elif stride > 1:
@@ -191,22 +191,21 @@ class Job:
         return list(found)
 
 
-#: Passes without a configuration of their own: no gradient of the images is wanted, in half precision conv1's pool is in one
-#: kernel with it forward alone, and the ten classes' gradient has rows that no descriptor can describe.
-_UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), (POOLED, "wgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
+#: Passes without a configuration of their own: no gradient of the images is wanted, and the ten classes' gradient has rows that
+#: no descriptor can describe.
+_UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
 
 
 def jobs(
     batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS), dtype: torch.dtype = torch.bfloat16
 ) -> list[Job]:
     """All passes of ``layers`` that a training step runs, the first batch first."""
-    tuned = {(POOLED, "wgrad")} if dtype == torch.float32 else set()
     return [
         Job(layer, pass_, batch)
         for batch in batches
         for layer in layers
         for pass_ in ("fprop", "dgrad", "wgrad", *(NARROW_PASSES if _is_narrow(layer, batch, dtype) else ()))
-        if (layer, pass_) not in _UNTUNED - tuned
+        if (layer, pass_) not in _UNTUNED
     ]
 
 
@@ -295,7 +294,7 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
         return (lambda: ops.linear_dgrad(dz, w)) if job.pass_ == "dgrad" else (lambda: ops.linear_wgrad(dz, x, w))
     problem = Problem.of(x.shape, w, job.geometry, (job.size, job.size))
     if job.layer == POOLED:
-        return _pooled_fprop(job, tensors) if maxima is None else _pooled_wgrad(problem, tensors, maxima)
+        return _pooled_fprop(job, tensors) if maxima is None else _pooled_wgrad(job, problem, tensors, maxima)
     if job.pass_ == "fprop":
         return lambda: fprop(x, w, b, problem, True)
     by_batch = wgrad_by_batch(problem)
@@ -307,26 +306,31 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
     return lambda: wgrad(dz, x, w, problem, by_batch=copies)
 
 
+def _pooled_arguments(job: Job) -> tuple[Any, ...]:
+    """Of a pooled layer's operators: the convolution's geometry and output size, the windows'."""
+    stride, padding, dilation, groups = job.geometry
+    windows = ([3, 3], [2, 2], [0, 0])
+    return (list(stride), list(padding), list(dilation), groups, [job.size] * 2, *windows)
+
+
 def _pooled_fprop(job: Job, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     x, w, b, _ = tensors
-    (stride, padding, dilation, groups), size = job.geometry, [job.size] * 2
-    window = ([3, 3], [2, 2], [0, 0], [(job.size - 1) // 2] * 2)
     flags = (True, True, False, x.dtype == torch.float32)  # channels-last, positions, no cells given; in float32 cells are left
-    geometry = (list(stride), list(padding), list(dilation), groups)
-    return lambda: torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(x, w, b, None, *geometry, size, *window, *flags)[0]
+    arguments = (*_pooled_arguments(job), [(job.size - 1) // 2] * 2, *flags)
+    return lambda: torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(x, w, b, None, *arguments)[0]
 
 
-def _pooled_wgrad(problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
+def _pooled_wgrad(job: Job, problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
+    """With the gradients of the pool and of the bias."""
     x, w, _, dz = tensors
-    cells = row_stem.cells_copy(row_stem.dense_rows(x), problem)
-    cells.make()
-
-    def run() -> Tensor:
-        dw, d_bias = new_output_like(w), new_output((problem.k,), w.dtype, w.device)
-        row_stem_wgrad.wgrad(dz, cells.out, dw, problem, position=maxima.position, d_bias=d_bias)
-        return dw
-
-    return run
+    by_batch = x.dtype == torch.float32
+    if by_batch:
+        kept = row_stem.cells_copy(row_stem.dense_rows(x), problem)
+        kept.make()
+    cells = kept.out if by_batch else input_cells(x, problem)
+    arguments = (list(x.shape), *_pooled_arguments(job), [False, True, True], False, by_batch)
+    backward = torch.ops.alexnet_triton.conv2d_relu_max_pool2d_backward
+    return lambda: backward(dz, None, cells, w, maxima.position, *arguments)[1]
 
 
 def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Tensor | tuple[Tensor, ...]:

@@ -50,6 +50,10 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("_conv2d_stem_pool_kernel", "_space_to_depth_kernel", "_fold_filter_kernel"),
     ),
     "conv2d_stem_wgrad": (("conv2d_stem_wgrad_config",), ("_conv2d_stem_wgrad_kernel", "_unfold_filter_kernel")),
+    "conv2d_stem_pool_wgrad": (
+        ("conv2d_stem_pool_wgrad_config", "conv2d_stem_pool_wgrad_fused"),
+        ("_conv2d_stem_pool_wgrad_kernel", "_unfold_filter_kernel"),
+    ),
     "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel",)),
     "conv2d_rows_pool_fprop": (("conv2d_rows_pool_config",), ("_conv2d_rows_pool_kernel",)),
     **dict.fromkeys(

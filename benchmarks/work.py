@@ -159,6 +159,13 @@ def _conv2d_stem_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, in
     return useful, grid[0] // strips * pixels * tile * (a["BLOCK_K"] + a["BLOCK_K2"])
 
 
+def _conv2d_stem_pool_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
+    """Of 2 x 2 pixels a step, each pair of columns beside each other with the positions that both read."""
+    useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
+    step = 2 * 2 * 3 * a["BLOCK_M"] * 2 * a["BLOCK_N"] * a["BLOCK_K"]
+    return useful, grid[0] * (a["P"] + 1) * (a["Q"] + 1) * triton.cdiv(a["N"], a["BLOCK_K"]) * step
+
+
 def _conv2d_rows(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     """A first layer row by row of its filters; rows in the padding above and below are not issued."""
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["USEFUL_POSITIONS"]
@@ -211,6 +218,7 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_stem_kernel": _conv2d_stem,
     "_conv2d_stem_wgrad_kernel": _conv2d_stem,
     "_conv2d_stem_pool_kernel": _conv2d_stem_pool,
+    "_conv2d_stem_pool_wgrad_kernel": _conv2d_stem_pool_wgrad,
     "_conv2d_rows_kernel": _conv2d_rows,
     "_conv2d_rows_pool_kernel": _conv2d_rows_pool,
     "_conv2d_rows_wgrad_kernel": _conv2d_stem,

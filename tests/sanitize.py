@@ -66,7 +66,7 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
         y.backward(torch.ones(y.shape, dtype=y.dtype).to(device))
 
     # AlexNet's first layers, then the kernels for many and for few images, then those for any geometry.
-    image = randn(3, 1, 39, 43, grad=False)  # conv1 has no input gradient, whose kernel runs below
+    image = randn(3, 1, 39, 47, grad=False)  # conv1 has no input gradient, whose kernel runs below
     backward(kernels.conv2d_relu_max_pool2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, pool_kernel_size=3, pool_stride=2))
     with tables.override(IMAGES_WGRAD=1):
         backward(kernels.conv2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, activation="relu"))

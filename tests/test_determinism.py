@@ -61,7 +61,7 @@ KERNELS_OF_TF32 = {
 }
 KERNELS_OF_HALF = {
     *("_space_to_depth_kernel", "_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_stem_pool_kernel"),
-    *("_conv2d_stem_wgrad_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel", "_matmul_descriptor_kernel"),
+    *("_conv2d_stem_pool_wgrad_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel", "_matmul_descriptor_kernel"),
 }
 
 

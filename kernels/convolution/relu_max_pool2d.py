@@ -41,7 +41,7 @@ from ..runtime.torch_interop import (
     overridable,
     wants_grad,
 )
-from . import row_stem, row_stem_wgrad, select, stem_pool
+from . import row_stem, row_stem_wgrad, select, stem_pool, stem_pool_wgrad
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
 from .by_batch import new_cells_by_batch
 from .cells import cells_size, depth_to_space, new_cells
@@ -154,7 +154,7 @@ def _run_backward(
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight = nothing(weight)
-    if needs_weight and (kept_by_batch or cells is None) and select.fuses_pool_wgrad(convolution, window):
+    if needs_weight and select.fuses_pool_wgrad(convolution, window):
         d_weight, d_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
         if not needs_input:
             return nothing(weight), d_weight, d_bias, nothing(weight)
@@ -182,16 +182,21 @@ def _pooled_wgrad(
     """Gradients of weight and bias (empty if not wanted) from that of the pooled output, the unpooled one never written.
 
     Args:
-        input, cells: the images, or their cells with the batch innermost.
+        input, cells: the images, or their cells, in TF32 with the batch innermost.
     """
+    by_batch = not select.reads_cells(convolution)
     if cells is None:
         assert input is not None
-        kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
-        kept.make()
-        cells = kept.out
+        if by_batch:
+            kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
+            kept.make()
+            cells = kept.out
+        else:
+            cells = select.input_cells(input, convolution)
     d_weight = new_output_like(weight)
     d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-    row_stem_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+    of_kind = row_stem_wgrad if by_batch else stem_pool_wgrad
+    of_kind.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
     return d_weight, nothing(weight) if d_bias is None else d_bias
 
 
@@ -405,7 +410,7 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     needs_grad = wants_grad(input, weight, bias)
-    keeps_cells_by_batch = needs_grad and link is None and not cells and weight.dtype is torch.float32
+    keeps_cells_by_batch = needs_grad and link is None and not cells
     keeps_cells_by_batch = keeps_cells_by_batch and _keeps_cells(batched, weight, geometry, conv_size, window)
     problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_cells_by_batch)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
@@ -439,7 +444,9 @@ def prepare_conv2d_relu_max_pool2d(
 
 
 def _keeps_cells(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
-    if torch.compiler.is_compiling() or not weight.requires_grad:  # Dynamo cannot ask PyTorch's switches
+    if weight.dtype is not torch.float32 or not weight.requires_grad:
+        return False
+    if torch.compiler.is_compiling():  # Dynamo cannot ask PyTorch's switches
         return False
     return select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
 

@@ -111,7 +111,7 @@ def matmul_config(
 
 
 @functools.lru_cache(maxsize=4096)
-def _two_blocks(n: int, high: int) -> tuple[int, int]:
+def two_blocks(n: int, high: int) -> tuple[int, int]:
     """Powers of 2 whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96; the second may be 0."""
     candidates = [(high, 0)] if n >= high else [(tile_size(n, 16, high), 0)]
     if n % 96 == 0 and n % high:
@@ -187,7 +187,7 @@ def conv2d_images_config(
     """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
     # Blackwell's compiler spills with 256 columns of float32.
     wide = dtype == torch.float32 and k % 256 == 0 and not INTERPRETED and capability(device) < 100
-    block_n, block_n2 = _two_blocks(k, 256 if wide else 128)
+    block_n, block_n2 = two_blocks(k, 256 if wide else 128)
     if INTERPRETED:
         config = {"PIXELS": 1, "BLOCK_M": tile_size(n, 16, 64), "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128}
         config |= {"num_warps": 4, "num_stages": 1}
@@ -453,80 +453,9 @@ def conv2d_images_wgrad_config(
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
 
 
-def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False) -> dict[str, int]:
-    """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters.
-
-    ``narrow``: with filters that are no neighbours in memory, whose offsets take registers.
-    """
-    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
-    if narrow and not INTERPRETED:
-        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    config |= {"COLUMNS": cdiv(q, 2), "num_warps": 4, "num_stages": 3 if fold == 48 else 2}
-    if INTERPRETED:
-        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    if not narrow:
-        config |= known(config, tuned(device, conv2d_key("conv2d_stem_fprop", n, p, q, fold, k, 3, 1)))
-    applied = apply_overrides(config)
-    return applied | {"BLOCK_K": block_k, "BLOCK_K2": block_k2} if applied["BLOCK_K"] + applied["BLOCK_K2"] < fold else applied
-
-
-def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
-    """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
-
-    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
-    """
-    config = {"FUSED": int(fold == 48)}
-    config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
-    return bool(apply_overrides(config)["FUSED"])
-
-
-def conv2d_stem_pool_config(
-    device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
-) -> dict[str, int]:
-    """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
-
-    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
-    """
-    block_n, block_n2 = _two_blocks(k, 64)
-    if narrow and not INTERPRETED:
-        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    block_k, block_k2 = (32, 16) if fold == 48 else (128, 16)
-    config = {"ROWS": 1, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    config |= {"num_warps": 4, "num_stages": 2 if fold == 48 else 1}
-    if INTERPRETED:
-        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = {} if narrow else tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1))
-    config = apply_overrides(config | known(config, measured))
-    if config["BLOCK_K"] + config["BLOCK_K2"] < fold:
-        config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
-    programs = cdiv(p, config["ROWS"]) * cdiv(n, config["BLOCK_M"])
-    programs *= cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    strips = _strips(q, programs, 2)  # two programs run on a multiprocessor at once
-    return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
-
-
-def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
-    block_n, block_n2 = _two_blocks(k, 64 if k % 96 else 128)
-    # Blackwell's compiler spills with four warps.
-    warps = 4 if capability(device) < 100 else 8
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128 if n > 64 else 64, "num_warps": warps}
-    config |= {"num_stages": 3}
-    if INTERPRETED:
-        config |= {"BLOCK_K": tile_size(n, 16, 64), "num_stages": 1}
-    measured = tuned(device, conv2d_key("conv2d_stem_wgrad", n, p, q, fold, k, 3, 1))
-    config = apply_overrides(config | known(config, measured))
-    programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    steps = p * q * cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
-    return config | apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})
-
-
 def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int) -> dict[str, int]:
     """Tiles of a TF32 first layer: one pixel of BLOCK_M images x (BLOCK_N + BLOCK_N2) filters, BLOCK_K positions a step."""
-    block_n, block_n2 = _two_blocks(k, 128)
+    block_n, block_n2 = two_blocks(k, 128)
     block_m = 128 if n > 64 else 64
     config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32}
     config |= {"num_warps": 8 if block_m == 128 else 4, "num_stages": 4}
@@ -539,7 +468,7 @@ def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: 
 
 def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
     """Whether such a layer and its 3 x 3 pool run as one kernel: where two stages of a pixel's rows and the filters fit."""
-    return (2 * 64 + sum(_two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
+    return (2 * 64 + sum(two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
 
 
 def conv2d_rows_pool_config(
@@ -549,7 +478,7 @@ def conv2d_rows_pool_config(
 
     p x q windows. ``wide``: with int64 offsets, which take registers.
     """
-    block_n, block_n2 = _two_blocks(k, 64)
+    block_n, block_n2 = two_blocks(k, 64)
     if wide and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
@@ -559,11 +488,11 @@ def conv2d_rows_pool_config(
     config = apply_overrides(config | known(config, measured))
     config |= {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
     programs = p * cdiv(n, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    strips = _strips(q, programs, 1)
+    strips = strips_of(q, programs, 1)
     return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
 
 
-def _strips(q: int, programs: int, programs_per_multiprocessor: int) -> int:
+def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
     """Into how many strips to cut ``q`` columns of windows, so that the busiest multiprocessor walks past the fewest.
 
     Neighbouring strips share a column of the convolution.
@@ -580,7 +509,7 @@ def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
 
     ``pooled``: with the gradient of the pool, p x q pixels before it.
     """
-    block_n, block_n2 = _two_blocks(k, 64)
+    block_n, block_n2 = two_blocks(k, 64)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}

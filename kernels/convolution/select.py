@@ -24,11 +24,11 @@ from .cells import cells_of
 from .problem import Problem
 from .rules import (
     conv2d_rows_pool_fused,
-    conv2d_stem_pool_fused,
     conv2d_wgrad_by_images,
     conv2d_wgrad_streams,
     conv2d_wgrad_turns,
 )
+from .stem_rules import conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_fused
 from .taps_rules import conv2d_by_taps
 
 #: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
@@ -73,12 +73,39 @@ def reads_cells(problem: Problem) -> bool:
 
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
-    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` runs convolution, ReLU and pool: 3 x 3, 2 apart, all whole.
+    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` runs convolution, ReLU and pool."""
+    if not _pools_whole_windows(problem, window):
+        return False
+    if _is_row_stem(problem):
+        return conv2d_rows_pool_fused(row_stem.Rows.of(problem).positions, problem.k, problem.r)
+    return reads_cells(problem) and conv2d_stem_pool_fused(*_stem_sizes(problem, window))
 
-    On Hopper alone: of its loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty code.
+
+def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
+    """Whether the gradient of the weight takes the pool's on the way.
+
+    In TF32 where the forward pass runs both as one. In half precision (:mod:`.stem_pool_wgrad`) where blocks of 2 x 2 pixels
+    cover the convolution's output, and for filters in multiples of 16: TMA wants 16 bytes of positions.
+    """
+    if _is_row_stem(problem):
+        return fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
+    return (
+        reads_cells(problem)
+        and _pools_whole_windows(problem, window)
+        and problem.k % 16 == 0
+        and problem.p % 2 == problem.q % 2 == 0
+        and conv2d_stem_pool_wgrad_fused(*_stem_sizes(problem, window))
+    )
+
+
+def _pools_whole_windows(problem: Problem, window: Window) -> bool:
+    """Whether windows are 3 x 3, 2 apart and all whole, on a GPU that runs pools in a convolution's kernel.
+
+    That is Hopper alone: of such a loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty
+    code.
     """
     kernel_size, stride, padding, _, (p, q) = window
-    whole = (
+    return (
         tuple(kernel_size) == (3, 3)
         and tuple(stride) == (2, 2)
         and max(padding) == 0
@@ -86,19 +113,13 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
         and 2 * q + 1 <= problem.q
         and capability(problem.device) < 100
     )
-    if not whole:
-        return False
-    if _is_row_stem(problem):
-        return conv2d_rows_pool_fused(row_stem.Rows.of(problem).positions, problem.k, problem.r)
-    if not reads_cells(problem):
-        return False
+
+
+def _stem_sizes(problem: Problem, window: Window) -> tuple[torch.device, int, int, int, int, int]:
+    """What the rules of a strided first layer with its pool are asked with."""
+    p, q = window.output_size
     folded = stem.fold(problem.c, problem.s, problem.geometry.stride[0])
-    return conv2d_stem_pool_fused(problem.device, problem.n, p, q, folded, problem.k)
-
-
-def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
-    """Whether the gradient of the weight takes the pool's on the way: where the forward pass runs both as one in TF32."""
-    return _is_row_stem(problem) and fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
+    return problem.device, problem.n, p, q, folded, problem.k
 
 
 def _takes_descriptors(problem: Problem) -> bool:

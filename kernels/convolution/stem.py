@@ -24,7 +24,7 @@ from . import descriptor
 from .cells import cells_size, depth_to_space
 from .descriptor import aligned, dense_nhwc, pixel_offset, store_pixels
 from .problem import Geometry, Problem
-from .rules import conv2d_stem_config, conv2d_stem_wgrad_config
+from .stem_rules import conv2d_stem_config, conv2d_stem_wgrad_config
 
 
 @triton.jit

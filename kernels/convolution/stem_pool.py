@@ -20,7 +20,7 @@ from ..primitives import cast, dot, only_if, program_id, relu
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from . import stem
 from .problem import Problem
-from .rules import conv2d_stem_pool_config
+from .stem_rules import conv2d_stem_pool_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 

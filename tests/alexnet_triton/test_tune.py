@@ -176,7 +176,7 @@ def test_a_candidate_says_which_form_it_is_of(tables: Path) -> None:
 def test_every_pass_has_candidates(batch: int, precision: str) -> None:
     dtype, linear_tf32 = tune.PRECISIONS[precision]
     with tune.float32_switches(linear_tf32):
-        for job in tune.jobs((batch,), dtype=dtype):
+        for job in tune.jobs((batch,)):
             few_images = batch < 64 and "conv" in job.layer and job.pass_ == "wgrad"
             candidates = job.candidates(dtype)
             assert few_images or len(candidates) > 3, job
@@ -219,7 +219,7 @@ def _recorded(prepare: Callable[..., Callable[[], Tensor]], *arguments: object) 
     return found
 
 
-PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,), dtype=torch.float32)]
+PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,))]
 
 
 @pytest.mark.parametrize(("precision", "job"), PRECISE_JOBS, ids=lambda v: v if isinstance(v, str) else f"{v.layer}-{v.pass_}")
@@ -257,11 +257,12 @@ from alexnet_triton import tune
 from benchmarks.offline import SHARED_BYTES, compile_launches
 from tests.alexnet_triton.test_tune import _empty
 
-for job in tune.jobs((128,), tuple(tune.LAYERS), torch.float32):
-    candidates = job.candidates(torch.float32)
+dtype = getattr(torch, sys.argv[1])
+for job in tune.jobs((128,), tuple(sys.argv[2:])):
+    candidates = job.candidates(dtype)
     for candidate in candidates[:: len(candidates) // 2]:
         def step():
-            run = tune.operation(job, *_empty(job, torch.float32))
+            run = tune.operation(job, *_empty(job, dtype))
             with tune._configured(candidate):
                 run()
         for compiled in compile_launches(step, 90):
@@ -271,17 +272,27 @@ for job in tune.jobs((128,), tuple(tune.LAYERS), torch.float32):
 """
 
 
+def _compile_candidates(dtype: str, layers: tuple[str, ...]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", _COMPILE, dtype, *layers], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == len(tune.jobs((128,), layers))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8), reason="conv1 with its pool spills")
 def test_candidates_of_float32_compile_without_spills() -> None:
     """Some of each convolution's; all of them were compiled once."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(
-        [sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == len(tune.jobs((128,), tuple(tune.LAYERS), torch.float32))
+    _compile_candidates("float32", tuple(tune.LAYERS))
+
+
+@pytest.mark.slow
+def test_candidates_of_the_first_layer_with_its_pool_compile_without_spills() -> None:
+    """The same in half precision."""
+    _compile_candidates("bfloat16", (tune.POOLED,))
 
 
 #: In place of AlexNet's: channels, image size, filters, filter size, stride, padding.
@@ -293,7 +304,7 @@ SMALL = {
 }
 
 
-SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL), torch.float32)]
+SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL))]
 SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
 
 
@@ -393,19 +404,25 @@ def test_the_command_needs_a_gpu() -> None:
     assert "no layer 'conv9'" in CliRunner().invoke(app, ["tune", "--layer", "conv9"]).output
 
 
-def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pass_", ["fprop", "wgrad"])
+def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(
+    pass_: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the job runs, on small tensors: the reference's result, by the kernels that it is to choose between."""
     monkeypatch.setitem(tune.LAYERS, tune.POOLED, (1, 39, 16, 11, 4, 1))
-    job = tune.Job(tune.POOLED, "fprop", 2)
+    job = tune.Job(tune.POOLED, pass_, 2)
     # Integers, of which bfloat16 holds every sum: so both find the same maxima.
     shapes = ((2, 1, 39, 39), (16, 1, 11, 11), (16,), (2, 16, 3, 3))
-    tensors = tuple(torch.randint(-1, 2, shape).bfloat16().to(DEVICE) for shape in shapes)
-    exact = tune._reference(job, tuple(t.float() for t in tensors))
+    tensors = tuple(tune.channels_last(torch.randint(-1, 2, shape).bfloat16().to(DEVICE)) for shape in shapes)
+    maxima = tune.Maxima.of(job, tensors) if job.needs_maxima else None
+    exact = tune._reference(job, tuple(t.float() for t in tensors), maxima)
+    kernel = "_conv2d_stem_pool_kernel" if pass_ == "fprop" else "_conv2d_stem_pool_wgrad_kernel"
     for fused in (0, 1):
         launches.clear()
         with configs.tables.override(IMAGES_WGRAD=1, FUSED=fused):
-            ours = tune.operation(job, tensors)()
-        assert ("_conv2d_stem_pool_kernel" in launches) == bool(fused)
+            ours = tune.operation(job, tensors, maxima)()
+        assert (kernel in launches) == bool(fused)
+        assert ("_max_pool2d_dgrad_kernel" in launches) == (pass_ == "wgrad" and not fused)
         assert torch.equal(ours.float(), exact)
 
 
@@ -430,6 +447,20 @@ def test_few_outputs_are_jobs_where_the_rule_takes_them_and_their_products_are_t
     with configs.tables.override(BLOCK_K=64):
         tune.operation(tune.Job("fc3", "fprop", 2), tuple(torch.zeros(s).to(DEVICE) for s in tune.sizes("fc3", 2)))()
     assert launches == ["_matmul_kernel"]
+
+
+def test_a_table_chooses_the_gradient_of_the_first_layer_with_its_pool(tables: Path) -> None:
+    """What the tuner writes for it, one kernel with its tiles or two, is what a backward pass runs."""
+    job = tune.Job(tune.POOLED, "wgrad", 128)
+    with _on_a_gpu("bfloat16") as dtype:
+        for candidate in job.candidates(dtype)[:2]:
+            _write(tables, {job.table_key(dtype): candidate})
+            configs.tables.forget_tables()
+            found = _recorded(tune.operation, job, *_empty(job, dtype))
+            fused = [arguments for arguments in found if "position_desc" in arguments]
+            assert len(fused) == candidate["FUSED"]
+            assert all({"FUSED": 1, **fused[0]}.items() >= candidate.items() for _ in fused)
+    configs.tables.forget_tables()
 
 
 def test_two_kernels_in_place_of_one_are_timed_as_their_tables_have_them(tables: Path) -> None:

@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
 HALFS_PRODUCTS = {
     *("_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_conv2d_stream_k_wgrad_kernel"),
-    *("_conv2d_taps_kernel", "_matmul_descriptor_kernel", "_matmul_shares_kernel"),
+    *("_conv2d_stem_pool_wgrad_kernel", "_conv2d_taps_kernel", "_matmul_descriptor_kernel", "_matmul_shares_kernel"),
 }
 TF32_PRODUCTS = {
     *("_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),

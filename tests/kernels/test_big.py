@@ -126,6 +126,11 @@ FAR = {
         {"input": (3, 1, 23, 27), "weight": (8, 1, 11, 11), "bias": (8,)},
         torch.float16,
     ),
+    "conv2d_stem_pool_wgrad": Far(
+        lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, 4, 1, pool_kernel_size=3, pool_stride=2),
+        {"input": (3, 1, 23, 31), "weight": (16, 1, 11, 11), "bias": (16,)},
+        torch.float16,
+    ),
     "max_pool2d": Far(lambda x: kernels.max_pool2d(x, 3, 2, 1), {"input": (3, 4, 5, 6)}),
     "max_pool2d_large": Far(lambda x: kernels.max_pool2d(x, 5, 1, 2), {"input": (3, 4, 5, 6)}),
     "linear": Far(
@@ -153,7 +158,7 @@ SPREAD = [
     (name, which)
     for name, far in FAR.items()
     for which in (*far.shapes, "grad")
-    if (which != "bias" or name == "linear_half") and (name != "conv2d_stem_pool" or which == "grad")
+    if (which != "bias" or name == "linear_half") and (not name.startswith("conv2d_stem_pool") or which == "grad")
 ]
 
 

@@ -101,6 +101,7 @@ IMAGES = {
     "conv2d_stream_k_wgrad_config": "BLOCK_K",
     "conv2d_stem": "BLOCK_M",
     "conv2d_stem_wgrad": "BLOCK_K",
+    "conv2d_stem_pool_wgrad": "BLOCK_K",
     "conv2d_rows_config": "BLOCK_M",
     "conv2d_rows_pool_config": "BLOCK_M",
     "conv2d_rows_wgrad_config": "BLOCK_K",
@@ -144,6 +145,8 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     else:
         p, q = (4 if first else 3, 5) if pooled else (2, 3)  # conv1's kernels with the pool take whole cells of two rows
         p, q = max(p, _largest(part, "TH") + 1), max(q, _largest(part, "TW") + 1, _largest(part, "COLUMNS") + 1)
+    if first and pooled:  # the gradient of the weight takes blocks of 2 x 2 pixels
+        p, q = p + p % 2, q + q % 2
     r, s = conv.kernel_size if first else (3, 3)
     step = conv.stride[0]
     return (n, 1 if first else c, (p - 1) * step + r - 2, (q - 1) * step + s - 2), (k, 1 if first else c, r, s)
@@ -365,7 +368,7 @@ def test_the_parts_are_those_of_the_table() -> None:
     table = tables.read_table(name)
     answers = [c.tiles for p in all_parts() if (p.capability, p.batch) == (90, 128) for c in p.choices if c.tiles]
     for key, values in table.items():
-        if key.startswith(("conv2d_stem_fprop", "linear_fprop m128 n10")):
+        if key.startswith(("conv2d_stem_fprop", "conv2d_stem_wgrad", "linear_fprop m128 n10")):
             continue  # a first layer without a pool, and few outputs without their own kernels: not AlexNet's
         wanted = {n: v for n, v in values.items() if n not in ("IMAGES", "FUSED")}  # answers of their own
         assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: nobody asked for {key}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels.configs import tables
-from kernels.convolution import rules, select
+from kernels.convolution import rules, select, stem_rules
 from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.pooling.autograd import no_gradient
 from kernels.runtime import launch
@@ -35,6 +35,8 @@ OF_TF32 = ["_fold_filter_kernel", "_conv2d_rows_pool_kernel"]
 FPROP = {torch.float16: OF_HALF, torch.bfloat16: OF_HALF, torch.float32: OF_TF32}
 CONVOLUTION = {d: "_conv2d_rows_kernel" if d == torch.float32 else "_conv2d_stem_kernel" for d in DTYPES}
 WGRAD = {d: "_conv2d_rows_wgrad_kernel" if d == torch.float32 else "_conv2d_stem_wgrad_kernel" for d in DTYPES}
+#: The same with the pool's gradient.
+POOL_WGRAD = {d: WGRAD[d] if d == torch.float32 else "_conv2d_stem_pool_wgrad_kernel" for d in DTYPES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Case:
     def arguments(self) -> dict[str, int]:
         return {"stride": 4, "padding": self.padding, **POOL}
 
+    def fuses_wgrad(self, dtype: torch.dtype) -> bool:
+        """Whether the gradient of the weight takes the pool's along: in half precision where pixels come in blocks of 2 x 2."""
+        rows, columns = ((size + 2 * self.padding - 11) // 4 + 1 for size in (self.h, self.w))
+        return dtype == torch.float32 or (rows % 2 == columns % 2 == 0 and self.k % 16 == 0)
+
     def tensors(self, make, dtype: torch.dtype) -> list[Tensor | None]:
         """Input, weight, bias."""
         x = make(self.n, self.c, self.h, self.w, dtype=dtype, grad=False)
@@ -78,6 +85,12 @@ CASES = (
     Case("two_rows_last_alone", 2, 1, 47, 27, 32, tiles={"ROWS": 2}),
     Case("odd_rows", 2, 1, 35, 31, 16),
     Case("odd_columns", 2, 1, 31, 35, 16),
+    Case("pairs_of_one_window", 2, 1, 23, 23, 16),
+    Case("pairs_ragged_images", 21, 1, 31, 39, 48, tiles={"BLOCK_N": 16, "BLOCK_K": 16, "BLOCK_K2": 32, "SPLIT": 7}),
+    Case("pairs_more_parts_than_steps", 1, 1, 23, 31, 96, tiles={"SPLIT": 11}),
+    Case("pairs_ragged_filters", 2, 1, 31, 31, 80, tiles={"BLOCK_N": 32}),
+    Case("pairs_three_channels", 2, 3, 31, 23, 16, tiles={"FUSED": 1}),
+    Case("pairs_padding_3", 33, 1, 27, 35, 32, padding=3, tiles={"SPLIT": 3}),
     Case("no_padding", 2, 1, 33, 30, 16, padding=0, bias=False),
     Case("no_bias", 3, 1, 31, 31, 48, bias=False, tiles={"SPLIT": 3}),
     Case("three_channels", 2, 3, 31, 27, 16, tiles={"FUSED": 1}),
@@ -87,6 +100,8 @@ CASES = (
     Case("batch_33", 33, 1, 17, 19, 8, tiles={"SPLIT": 4}),
     Case("last_pixels_unseen", 2, 1, 36, 34, 72),
 )
+#: Of which the gradient of the weight takes the pool's along in every dtype.
+PAIRS = next(case for case in CASES if case.why == "pairs_ragged_images")
 #: Of three channels the filters in TF32 leave no room in shared memory.
 EACH = [
     pytest.param(case, dtype, id=f"{case.id}-{dtype_id(dtype)}")
@@ -164,13 +179,38 @@ def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launche
         grad = (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(dtype)
         launches.clear()
         results.append([y, *gradients(case, y, leaves, grad, way)])
-        assert WGRAD[dtype] in launches
-        assert ("_max_pool2d_dgrad_kernel" in launches) == (dtype != torch.float32 or way is SEPARATE)
+        fused = way is FUSED and case.fuses_wgrad(dtype)
+        assert (POOL_WGRAD if fused else WGRAD)[dtype] in launches
+        assert ("_max_pool2d_dgrad_kernel" in launches) == (not fused)
     y = conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
     results.append([y, *torch.autograd.grad(y, leaves, grad)])
     for name, ours, *others in zip(("output", "weight", "bias"), *results, strict=False):
         for theirs in others:
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (17, 20), (18, 25), (30, 38)])
+def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int, dtype: torch.dtype) -> None:
+    """An image of one pixel that is 1: each element of the weight's gradient is that of one pixel before the activation."""
+    case = Case("", 1, 1, 31, 39, 32)
+    x = torch.zeros(1, 1, 31, 39, dtype=dtype, device=DEVICE)
+    x[0, 0, row, column] = 1
+    weight, grad = randn(32, 1, 11, 11, dtype=dtype, grad=False), randn(1, 32, 2, 3, dtype=dtype, grad=False)
+    grad[0, 0, 0, 0], grad[0, 1, 1, 2] = torch.inf, torch.nan
+    positions = [0, 1, 2, 3, 4, 5, 6, 7, 8, no_gradient(torch.uint8)]
+    drawn = torch.randint(0, 10, grad.shape, generator=torch.Generator().manual_seed(row))
+    position = torch.tensor(positions, dtype=torch.uint8)[drawn].to(DEVICE)
+    geometry = ([1, 1, 31, 39], [4, 4], [1, 1], [1, 1], 1, [6, 8], [3, 3], [2, 2], [0, 0])
+    results = []
+    for way in (FUSED, SEPARATE):
+        with configured(case, way):
+            backward = torch.ops.alexnet_triton.conv2d_relu_max_pool2d_backward
+            results.append(backward(grad, x, None, weight, position, *geometry, [False, True, True], False))
+    (_, weight_1, bias_1, _), (_, weight_2, bias_2, _) = results
+    assert same_bits(weight_1, weight_2)
+    assert weight_1.count_nonzero() > 20
+    assert torch.allclose(bias_1, bias_2, rtol=2 * torch.finfo(dtype).eps, equal_nan=True)
 
 
 @pytest.mark.parametrize(("case", "dtype"), EACH)
@@ -262,14 +302,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype) -> None:
+def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype, launches: list[str]) -> None:
     """Of the forward kernel's output, from the positions and cells that it saved: exact on integers."""
-    case = Case("", 3, 1, 31, 35, 16)
+    case = Case("", 3, 1, 31, 39, 16)
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
     grad = LAYOUTS[layout](integers(*ours.shape, dtype=dtype, high=1, grad=False))
     for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
+    assert POOL_WGRAD[dtype] in launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
@@ -277,7 +318,7 @@ def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype) -> None:
     "wanted", ["input", "weight", "bias", "weight and bias", "input and weight", "input and bias", "input and weight and bias"]
 )
 def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, launches: list[str]) -> None:
-    case = CASES[0]
+    case = PAIRS
     x, w, b = (t.detach() for t in case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype))
     named = {"input": x, "weight": w, "bias": b}
     leaves = [t.requires_grad_() for name, t in named.items() if name in wanted]
@@ -287,14 +328,15 @@ def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, lau
     grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
     for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    assert (WGRAD[dtype] in launches) == ("weight" in wanted)
+    assert (POOL_WGRAD[dtype] in launches) == ("weight" in wanted)
+    assert ("_max_pool2d_dgrad_kernel" in launches) == ("input" in wanted or wanted == "bias")
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
 def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
-    case = CASES[4]
+    case = PAIRS
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     for output_format in (torch.channels_last, torch.contiguous_format):
         ours, theirs = (run(case, [x, w, b], way, output_format=output_format) for way in (FUSED, SEPARATE))
@@ -304,6 +346,7 @@ def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, l
         grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
         for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
             assert torch.equal(mine, other)
+    assert POOL_WGRAD[dtype] in launches
 
 
 NOT_TAKEN = {
@@ -357,11 +400,12 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fold", [48, 144])
 def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
-    monkeypatch.setattr(rules, "INTERPRETED", False)
-    monkeypatch.setattr(rules, "tuned", lambda device, key: {})
+    for module in (rules, stem_rules):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+        monkeypatch.setattr(module, "tuned", lambda device, key: {})
     device = torch.device(DEVICE)
     for narrow in (False, True):
-        tiles = rules.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
+        tiles = stem_rules.conv2d_stem_pool_config(device, batch, 26, 26, fold, k, narrow)
         assert tiles["BLOCK_K"] + tiles["BLOCK_K2"] >= fold
         assert 1 <= tiles["COLUMNS"] <= 26
         filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
@@ -369,6 +413,11 @@ def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.M
         held = 2 if fold == 48 else 1
         assert held * 2 * fold * (3 * filters + cells) < tables.SHARED_BYTES
         assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"
+    tiles = stem_rules.conv2d_stem_pool_wgrad_config(device, batch, 26, 26, fold, k)
+    stage = tiles["BLOCK_K"] * (4 * tiles["BLOCK_M"] + 3 * tiles["BLOCK_N"]) * 2
+    assert 2 * tiles["num_stages"] * stage < tables.SHARED_BYTES
+    assert 3 * tiles["BLOCK_M"] * 2 * tiles["BLOCK_N"] / (32 * tiles["num_warps"]) <= 96, "sums in registers"
+    assert 1 <= tiles["SPLIT"] <= 2 * tables.MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64, 128, 1024])
