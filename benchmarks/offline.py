@@ -45,7 +45,8 @@ from alexnet_triton.data.dataset import Split
 from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
 from alexnet_triton.training.evaluation import evaluate
-from alexnet_triton.training.trainer import Trainer, new_model
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.trainer import Trainer
 from kernels.advanced import add_cross_entropy
 from kernels.runtime import backend, launch
 

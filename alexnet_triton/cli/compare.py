@@ -22,10 +22,11 @@ from ..models import IMAGE_SIZE
 from ..training.checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
 from ..training.distributed import Processes
 from ..training.files import write_atomically
+from ..training.metrics import EpochMetrics
 from ..training.plot import plot_comparison
-from ..training.run_folder import claimed, held
+from ..training.recipe import LEARNING_RATE
+from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
-from ..training.trainer import LEARNING_RATE, EpochMetrics, holds_run
 from .options import (
     AugmentOption,
     BackendChoice,

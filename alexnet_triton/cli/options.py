@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..data.augment import EVERYTHING
 from ..training.distributed import Processes, first_to_say, joined
-from ..training.trainer import describe_backend
+from ..training.networks import describe_backend
 
 console = Console(soft_wrap=True, highlight=False)
 

@@ -25,27 +25,17 @@ from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_image_folder, load_data
 from ..models import IMAGE_SIZE
 from ..precompile import precompile
-from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, read_checkpoint, training_state
+from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, position, read_checkpoint, training_state
 from ..training.distributed import Processes
 from ..training.evaluation import measure_speed, predict_split
 from ..training.events import EpochEvents, summary_writer
+from ..training.loop import train
+from ..training.metrics import METRICS, EpochMetrics, history_of, learning_rates, metrics_file
+from ..training.networks import default_precision, float32_products, new_model
 from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
-from ..training.run_folder import claimed, held
+from ..training.recipe import LEARNING_RATE
+from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
-from ..training.trainer import (
-    LEARNING_RATE,
-    METRICS,
-    EpochMetrics,
-    default_precision,
-    float32_products,
-    history_of,
-    holds_run,
-    learning_rates,
-    metrics_file,
-    new_model,
-    position,
-    train,
-)
 from .options import (
     LEAST_SEED,
     MOST_SEED,

@@ -209,3 +209,11 @@ def check_configuration(checkpoint: Checkpoint, here: Mapping[str, object]) -> d
         if there.get(key) != value:
             raise CheckpointError(f"{checkpoint.path}: was trained with {key} {there.get(key)}, this run has {value}")
     return state
+
+
+def position(checkpoint: Checkpoint) -> tuple[int, bool, int]:
+    """How far a run had come, as a value to compare: whole epochs, whether the next one lacks but its evaluation, its steps."""
+    state = training_state(checkpoint)
+    trainer = state.get("trainer")
+    steps = trainer.get("steps") if isinstance(trainer, dict) and trainer.get("order") is not None else 0
+    return len(checkpoint.metrics), state.get("trained") is not None, steps if isinstance(steps, int) else 0

@@ -25,7 +25,8 @@ from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, augmented_
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training.evaluation import evaluate, measure_speed, predict_split
-from alexnet_triton.training.trainer import Trainer, float32_products
+from alexnet_triton.training.networks import float32_products
+from alexnet_triton.training.trainer import Trainer
 from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices

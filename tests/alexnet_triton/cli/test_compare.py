@@ -24,8 +24,8 @@ from alexnet_triton.cli.train import FinishedRun, RunOptions
 from alexnet_triton.fused import fuse
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.plot import plot_comparison
-from alexnet_triton.training.trainer import EpochMetrics
 
 from ..command import run_here
 from ..training.test_checkpoint import flat

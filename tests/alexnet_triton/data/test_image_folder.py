@@ -36,7 +36,8 @@ from alexnet_triton.data.image_folder import (
     read_split,
 )
 from alexnet_triton.training.checkpoint import read_checkpoint
-from alexnet_triton.training.trainer import Trainer, new_model
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.trainer import Trainer
 
 from ..command import run_here
 

@@ -35,7 +35,8 @@ from alexnet_triton.training.checkpoint import (
     save_checkpoint,
 )
 from alexnet_triton.training.files import WriteError, write_atomically
-from alexnet_triton.training.trainer import Stopped, train
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.signals import Stopped
 
 from .test_training import HAS_GPU, needs_a_gpu, small_net
 

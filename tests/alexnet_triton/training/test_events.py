@@ -13,7 +13,7 @@ import pytest
 from alexnet_triton.cli import train as train_command
 from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
 from alexnet_triton.training.events import EVENTS, EpochEvents
-from alexnet_triton.training.trainer import EpochMetrics
+from alexnet_triton.training.metrics import EpochMetrics
 
 from ..command import run_here
 from .test_checkpoint import file_size_limit

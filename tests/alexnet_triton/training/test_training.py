@@ -21,14 +21,10 @@ from alexnet_triton.models import init_xavier_uniform
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from alexnet_triton.training.evaluation import evaluate, measure_speed
+from alexnet_triton.training.metrics import EpochMetrics
+from alexnet_triton.training.networks import float32_products, load_checkpoint, new_model
 from alexnet_triton.training.plot import plot_curves
-from alexnet_triton.training.trainer import (
-    EpochMetrics,
-    Trainer,
-    float32_products,
-    load_checkpoint,
-    new_model,
-)
+from alexnet_triton.training.trainer import Trainer
 from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training import checkpoint
 from alexnet_triton.training import trainer as training
 from alexnet_triton.training.distributed import Processes, joined
-from alexnet_triton.training.trainer import Stopped, train
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.signals import Stopped
 
 CPU = torch.device("cpu")
 
