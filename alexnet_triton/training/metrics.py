@@ -64,8 +64,7 @@ def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
         CheckpointError: they are something else, or there is no training state.
     """
     state = training_state(checkpoint)
-    options = state.get("options")
-    last = options.get("lr", otherwise) if isinstance(options, dict) else otherwise
+    last = state["recipe"].get("lr", otherwise) if isinstance(state["recipe"], dict) else otherwise
     rates = state.get("learning_rates", [last] * len(checkpoint.metrics))
     if (
         not isinstance(rates, list)
@@ -76,10 +75,6 @@ def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
     return list(rates)
 
 
-def as_line(metrics: EpochMetrics) -> str:
-    return json.dumps(dataclasses.asdict(metrics)) + "\n"
-
-
 def metrics_file(history: Sequence[EpochMetrics]) -> bytes:
-    """The content of ``metrics.jsonl`` after ``history``."""
-    return "".join(map(as_line, history)).encode()
+    """The content of ``metrics.jsonl`` after ``history``, or the lines of it."""
+    return "".join(json.dumps(dataclasses.asdict(metrics)) + "\n" for metrics in history).encode()

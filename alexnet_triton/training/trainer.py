@@ -12,14 +12,15 @@ from torch import nn
 
 from kernels.advanced import add_cross_entropy
 
-from ..data.augment import NOTHING, Augment, input_for
+from ..data.augment import input_for
 from ..data.dataset import Split
 from ..optim import SGD
 from ..precompile import precompile
-from .distributed import ALONE, Processes
 from .evaluation import evaluate, synchronize
+from .listener import SILENT, Listener
 from .metrics import check_number
-from .signals import Stop, Stopped
+from .recipe import Recipe, Where
+from .signals import Stopped
 
 
 def _copy(into: torch.Tensor, value: object, name: str) -> None:
@@ -30,15 +31,11 @@ def _copy(into: torch.Tensor, value: object, name: str) -> None:
     into.copy_(value)
 
 
-#: ``(images seen, mean loss so far, images a second so far) -> None``, called a few times a second and at the end of an epoch.
-#: Images are those of all processes, the loss is that of this one's.
-Progress = Callable[[int, float, float], None]
-
 #: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided. A
 #: constant: a scale that adapts reads on the host whether a gradient overflowed, which no captured step can do.
 _FLOAT16_SCALE = 1024.0
 
-#: A progress callback reads the loss, for which the host waits: not more often than this, in seconds.
+#: To tell of a batch its loss is read, for which the host waits: not more often than this, in seconds.
 _PROGRESS_INTERVAL = 0.25
 
 #: Steps before a capture: the first compiles and makes the masters, the others settle the allocator.
@@ -62,64 +59,54 @@ class Trainer:
     Weights and random state are afterwards what they were.
 
     Args:
-        net: on ``device``, in the dtype it trains in.
-        split: training images; copied to ``device``.
-        graph: capture the step; on CUDA only.
-        augment: what to change in each image at random (:func:`alexnet_triton.data.augment.augmented_input`).
-        momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`.
-        processes: that train together, on a shard of each batch every one. They call the methods of this class alike, except
-            for :meth:`float32_weights`.
+        net: on the device of ``where``, in the dtype it trains in.
+        split: training images; copied to the device.
+        recipe: of which the model's image size, batch size, learning rate, momentum, weight decay and augmentation are read.
+        where: processes that train together call the methods of this class alike, except for :meth:`float32_weights`.
         evaluated: images of the run's evaluations, whose kernels are compiled with those of the steps.
-        tell: given lines about compilation, where something is compiled.
-
-    Raises:
-        ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
+        listener: told about compilation and batches, and asked whether to stop.
     """
 
     def __init__(
         self,
         net: nn.Module,
         split: Split,
+        recipe: Recipe,
+        where: Where,
         *,
-        batch_size: int,
-        image_size: int,
-        lr: float,
-        device: torch.device,
-        graph: bool,
-        augment: Augment = NOTHING,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        processes: Processes = ALONE,
         evaluated: Split | None = None,
-        tell: Callable[[str], object] | None = None,
+        listener: Listener = SILENT,
     ) -> None:
-        if graph and device.type != "cuda":
-            raise ValueError(f"a CUDA graph needs a CUDA device, not {device.type}")
-        if graph and processes.size > 1:
-            raise ValueError(f"a CUDA graph of the step is for one process, not for {processes.size}")
-        self.net, self.device, self.image_size, self.batch_size = net, device, image_size, batch_size
-        self.split = split.to(device)
-        self.processes, self.evaluated, self.tell = processes, evaluated, tell
+        self.net, self.recipe, self.device, self.processes = net, recipe, where.device, where.processes
+        self.image_size, self.augment = recipe.image_size, recipe.augment
+        self.split = split.to(self.device)
+        #: Of an epoch that has fewer images than a batch, they are its only one.
+        self.batch_size = min(recipe.batch_size, len(split))
+        self.evaluated, self.listener = evaluated, listener
         #: What a step calls: it makes the gradients of all processes one.
-        self.parallel = processes.parallel(net, device)
-        self.augment = augment
+        self.parallel = self.processes.parallel(net, self.device)
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
         # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
-        self.optimizer = SGD(net.parameters(), lr=lr / self.scale, momentum=momentum, weight_decay=weight_decay * self.scale)
-        self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.optimizer = SGD(
+            net.parameters(),
+            lr=recipe.lr / self.scale,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay * self.scale,
+        )
+        self.loss_sum, self.correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         #: What a captured step reads: each replay finds the next batch here.
-        self.index = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.index = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
-        self.loss_sums = torch.zeros(-(-len(split) // batch_size), device=device)
+        self.loss_sums = torch.zeros(-(-len(split) // self.batch_size), device=self.device)
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
         #: Of the epoch: steps done, and the seconds that they took up to the last stop.
         self.steps, self.seconds = 0, 0.0
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._prepare(graph and len(split) >= batch_size)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self._prepare(where.graph and len(split) >= recipe.batch_size)
 
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
@@ -141,7 +128,7 @@ class Trainer:
         Where kernels run, that is; elsewhere nothing happens. Masters, momentum, gradients and sums hold nonsense afterwards.
         Of several processes on a machine the first one compiles for all.
         """
-        return self.processes.first_on_each_machine(lambda: precompile(self._walk, tell=self.tell))
+        return self.processes.first_on_each_machine(lambda: precompile(self._walk, tell=self.listener.compiling))
 
     def _walk(self) -> None:
         """The steps and evaluations of a run that launch different kernels; what processes exchange launches none."""
@@ -151,8 +138,9 @@ class Trainer:
         finally:
             self.parallel = parallel
         if self.evaluated is not None:
-            whole, rest = min(self.batch_size, len(self.evaluated)), len(self.evaluated) % self.batch_size
-            for size in (len(self.processes.share(self.index[:n])) for n in (whole, rest)):
+            count, batch = len(self.evaluated), self.recipe.batch_size
+            whole, rest = min(batch, count), count % batch
+            for size in (len(self.processes.share(torch.empty(n, device="meta"))) for n in (whole, rest)):
                 if size > 0:
                     few = self.evaluated.limited(size)
                     evaluate(self.net, few, batch_size=size, image_size=self.image_size, device=self.device)
@@ -195,18 +183,16 @@ class Trainer:
             self.replay = graph.replay
         synchronize(self.device)
 
-    def epoch(
-        self, generator: torch.Generator, progress: Progress | None = None, stop: Stop | None = None
-    ) -> tuple[float, float, float]:
+    def epoch(self, generator: torch.Generator) -> tuple[float, float, float]:
         """One pass over the images in an order drawn from ``generator``, on its device; mean loss, accuracy, seconds.
 
         After a :class:`Stopped`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the rest of that epoch;
         what is returned is of the whole one.
 
         Raises:
-            FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where ``progress``
-                reads the loss; the message names the step.
-            Stopped: ``stop`` said so.
+            FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where the listener
+                is told the loss; the message names the step.
+            Stopped: the listener said so, of any process.
         """
         self.net.train()
         total = len(self.split)
@@ -222,7 +208,7 @@ class Trainer:
         # Of this process, whose losses are all that it can show: to add up all would make every process wait.
         own = sum(len(self.processes.share(index)) for index in self.order.split(self.batch_size)[: self.steps])
         for index in self.order.split(self.batch_size)[self.steps :]:
-            if stop is not None and stop():
+            if self.processes.any(self.listener.stop()):
                 synchronize(self.device)
                 self.seconds = time.perf_counter() - start
                 raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
@@ -236,9 +222,9 @@ class Trainer:
             seen += len(index)
             own += len(self.processes.share(index))
             now = time.perf_counter()
-            if progress is not None and (now - shown > _PROGRESS_INTERVAL or seen == total):
+            if self.listener.wants_batches and (now - shown > _PROGRESS_INTERVAL or seen == total):
                 loss = self.loss_sum.item() / max(own, 1)  # it may have had no share yet
-                progress(seen, loss, seen / (now - start))
+                self.listener.batch(seen, loss, seen / (now - start))
                 if not math.isfinite(loss) and self.processes.size == 1:
                     break
                 shown = now
