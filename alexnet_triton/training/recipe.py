@@ -103,7 +103,7 @@ class Recipe:
     lr: float = field(LEARNING_RATE["alexnet"], least=0.0, may_change=True)
     momentum: float = field(0.0, least=0.0)
     weight_decay: float = field(0.0, least=0.0, may_change=True)
-    seed: int = field(0, least=-(2**63), most=MOST)
+    seed: int = field(0, least=-MOST - 1, most=MOST)
     dtype: str = field("float32", among=("float32", "tf32", "float16", "bfloat16"))
     flip: bool = field(False)
     crop: str = field("none", among=get_args(Crop))
