@@ -16,7 +16,6 @@ from alexnet_triton import (
     AlexNet,
     CellImages,
     FusedSequential,
-    data,
     first_layer_cells,
     fuse,
     reference_alexnet,
@@ -68,7 +67,7 @@ def cells_for(net: nn.Module, dtype: torch.dtype, size: int = SIZE, channels: in
 
 def given_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let everything after it give networks images, as if they did not read cells."""
-    monkeypatch.setattr(data, "first_layer_cells", lambda *_, **__: None)
+    monkeypatch.setattr("alexnet_triton.data.augment.first_layer_cells", lambda *_, **__: None)
 
 
 # ------------------------------------------------------------------------------------------------ who is given cells

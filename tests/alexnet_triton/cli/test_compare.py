@@ -29,7 +29,7 @@ from alexnet_triton.training.recipe import LEARNING_RATE, Recipe
 from alexnet_triton.training.trainer import Trainer
 
 from ..command import run_here
-from ..training.test_checkpoint import flat
+from ..training.test_resume import flat
 from ..training.test_training import small_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

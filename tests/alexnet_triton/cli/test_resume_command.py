@@ -20,7 +20,7 @@ from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save
 from alexnet_triton.training.recipe import Recipe, allowed_of
 from alexnet_triton.training.trainer import Trainer
 
-from ..training.test_checkpoint import before_recipes, flat, with_one_flag_of_augmentation
+from ..training.test_resume import before_recipes, flat, with_one_flag_of_augmentation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from alexnet_triton.training.distributed import ALONE, Processes, joined
 from alexnet_triton.training.recipe import Where
 
 from ..data.test_image_folder import write_folder
-from .test_checkpoint import contents, flat
+from .test_resume import contents, flat
 from .test_signals import read_until, start
 from .train_worker import RUNS, run
 

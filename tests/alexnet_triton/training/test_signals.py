@@ -21,7 +21,7 @@ from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.signals import Stopped, StopSignals
 from alexnet_triton.training.trainer import Trainer
 
-from .test_checkpoint import CASES, contents, resume, run
+from .test_resume import CASES, contents, resume, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
