@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError
-from ..training.trainer import load_checkpoint
+from ..training.networks import load_checkpoint
 
 RunArgument = Annotated[
     Path,

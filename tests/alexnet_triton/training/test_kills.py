@@ -11,7 +11,7 @@ import pytest
 
 from alexnet_triton.training.checkpoint import read_checkpoint
 
-from .test_checkpoint import flat
+from .test_resume import flat
 from .test_signals import start
 
 
