@@ -13,6 +13,18 @@ class DataError(ValueError):
     """A data set that is missing or broken; the message names the file or folder and what is wrong with it."""
 
 
+def expand(data: str | Path) -> Path:
+    """``data`` with its ``~`` or ``~user`` replaced by that home.
+
+    Raises:
+        DataError: there is no such user, or this one has no home.
+    """
+    try:
+        return Path(data).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{data}: cannot be found: {str(error).rstrip('.')}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images as uint8, (N, H, W) of one channel or (N, 3, H, W) of three, and their labels as int64 (N,)."""
@@ -44,10 +56,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all."""
+    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all.
+
+    ``skipped`` are the damaged images that were left out, each with what is wrong with it.
+    """
 
     train: Split
     test: Split
     source: Path
     classes: tuple[str, ...]
     name: str
+    skipped: tuple[tuple[Path, str], ...] = ()
