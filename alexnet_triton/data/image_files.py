@@ -222,21 +222,15 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
     return image.squeeze(0) if channels == 1 else image
 
 
-def read_each(paths: list[Path], channels: int, size: int) -> list[Tensor | DataError]:
-    """:func:`read_image` of each of ``paths``; in place of an image that cannot be read its error."""
-    images: list[Tensor | DataError] = []
+def read_images(paths: list[Path], channels: int, size: int) -> tuple[Tensor, list[Path], list[DataError]]:
+    """:func:`read_image` of each of ``paths``: the images that can be read as one tensor, their paths, the others' errors."""
+    images: list[Tensor] = []
+    readable: list[Path] = []
+    errors: list[DataError] = []
     for path in paths:
         try:
             images.append(read_image(path, channels, size))
+            readable.append(path)
         except DataError as error:
-            images.append(error)
-    return images
-
-
-def read_images(paths: list[Path], channels: int, size: int) -> tuple[Tensor, list[Path], list[DataError]]:
-    """:func:`read_image` of each of ``paths``: the images that can be read as one tensor, their paths, the others' errors."""
-    found = read_each(paths, channels, size)
-    images = [image for image in found if not isinstance(image, DataError)]
-    readable = [path for path, image in zip(paths, found, strict=True) if not isinstance(image, DataError)]
-    errors = [image for image in found if isinstance(image, DataError)]
+            errors.append(error)
     return torch.stack(images) if images else torch.empty(0), readable, errors

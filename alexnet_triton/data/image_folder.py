@@ -170,35 +170,32 @@ class _Reader:
         except DataError as error:
             raise DataError(f"{listing.folder}: {error}") from error
         workers = default_workers() if self.workers is None else self.workers
-        good: list[int] = []
-        done, damaged = 0, len(self.skipped)
+        good: list[Path] = []
+        skipped: list[tuple[Path, str]] = []
         with contextlib.closing(decode(listing.paths, self.channels, self.size, workers)) as batches:
-            for batch in batches:
-                readable: list[Tensor] = []
-                for i, image in enumerate(batch, start=done):
-                    if not isinstance(image, DataError):
-                        readable.append(image)
-                        good.append(i)
-                    elif not self.skip_damaged:
-                        raise image
-                    else:
-                        path = listing.paths[i]
-                        self.skipped.append((path, str(image).removeprefix(f"{path}: ")))
-                done += len(batch)
+            for pixels, readable, errors in batches:
+                if errors and not self.skip_damaged:
+                    raise errors[0]
+                done = len(good) + len(skipped)
+                others = [path for path in listing.paths[done : done + len(readable) + len(errors)] if path not in readable]
+                skipped += [(path, str(e).removeprefix(f"{path}: ")) for path, e in zip(others, errors, strict=True)]
                 if readable:
-                    pixels = torch.stack(readable)
                     pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-                    images[len(good) - len(readable) : len(good)].copy_(pixels, non_blocking=True)
-        self._report(listing, good, self.skipped[damaged:])
-        return Split(images[: len(good)], torch.tensor([listing.labels[i] for i in good], device=self.device))
+                    images[len(good) : len(good) + len(readable)].copy_(pixels, non_blocking=True)
+                    good += readable
+        label_of = dict(zip(listing.paths, listing.labels, strict=True))
+        labels = [label_of[path] for path in good]
+        if skipped:
+            self._report(listing, set(listing.labels) - set(labels), skipped)
+        return Split(images[: len(good)], torch.tensor(labels, device=self.device))
 
-    def _report(self, listing: _Listing, good: Sequence[int], skipped: Sequence[tuple[Path, str]]) -> None:
-        if not skipped:
-            return
-        if empty := set(listing.labels) - {listing.labels[i] for i in good}:
-            name = listing.classes[min(empty)]
-            path, reason = next((path, reason) for path, reason in skipped if path.is_relative_to(listing.folder / name))
-            raise DataError(f"{listing.folder / name}: all its images are damaged: {path}: {reason}")
+    def _report(self, listing: _Listing, empty: set[int], skipped: list[tuple[Path, str]]) -> None:
+        """Of one listing the damaged images, and the classes that have no others."""
+        if empty:
+            folder = listing.folder / listing.classes[min(empty)]
+            path, reason = next((path, reason) for path, reason in skipped if path.is_relative_to(folder))
+            raise DataError(f"{folder}: all its images are damaged: {path}: {reason}")
+        self.skipped.extend(skipped)
         images = "1 damaged image" if len(skipped) == 1 else f"{len(skipped)} damaged images"
         reasons = [f"{path.relative_to(listing.folder)} ({reason})" for path, reason in skipped]
         self.note(f"{listing.folder}: skipped {images}: {_some(reasons, '; ')}")

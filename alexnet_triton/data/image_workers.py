@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dataset import DataError
-from .image_files import read_each
+from .image_files import read_images
 
 #: Images that are handed over at a time: of 3 x 224 x 224, 2.4 MB.
 BATCH = 16
@@ -25,7 +25,8 @@ BATCH = 16
 #: Seconds after which a process that has sent nothing is given up.
 PATIENCE = 600.0
 
-Decoded = list[Tensor | DataError]
+#: Of so many files the images as one tensor, the files that they are from, and the errors of the others.
+Decoded = tuple[Tensor, list[Path], list[DataError]]
 
 
 def default_workers() -> int:
@@ -40,15 +41,14 @@ def _work(pipe: Connection, batches: list[list[Path]], channels: int, size: int)
     torch.set_num_threads(1)  # after a fork there are no others
     try:
         for paths in batches:
-            images = read_each(paths, channels, size)
-            # As arrays, whose bytes are sent: a tensor would go through shared memory.
-            pipe.send([image if isinstance(image, DataError) else image.numpy() for image in images])
+            images, readable, errors = read_images(paths, channels, size)
+            pipe.send((images.numpy(), readable, errors))  # an array's bytes: a tensor would go through shared memory
     except BrokenPipeError:  # nobody takes them any more
         pass
 
 
 def _receive(pipe: Connection, process: Process, paths: list[Path]) -> Decoded:
-    """The images of ``paths``, as ``process`` sends them next.
+    """What ``process`` makes of ``paths``.
 
     Raises:
         DataError: it has ended, or sends nothing for :data:`PATIENCE`.
@@ -56,9 +56,10 @@ def _receive(pipe: Connection, process: Process, paths: list[Path]) -> Decoded:
     some = str(paths[0]) + (f" to {paths[-1]}" if len(paths) > 1 else "")
     try:
         if pipe.poll(PATIENCE):
-            return [each if isinstance(each, DataError) else torch.from_numpy(each) for each in pipe.recv()]
+            images, readable, errors = pipe.recv()
+            return torch.from_numpy(images), readable, errors
     except (EOFError, OSError) as error:
-        process.join()
+        process.join(5)
         code = process.exitcode or 0
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGKILL:
@@ -73,7 +74,7 @@ def _receive(pipe: Connection, process: Process, paths: list[Path]) -> Decoded:
 
 
 def decode(paths: list[Path], channels: int, size: int, workers: int) -> Generator[Decoded, None, None]:
-    """:func:`.image_files.read_image` of ``paths`` in their order, :data:`BATCH` at a time; in place of an image its error.
+    """:func:`.image_files.read_images` of ``paths``, in their order, :data:`BATCH` at a time.
 
     Args:
         workers: processes that decode; with 0 it is done in this one. They end with the iterator: close it.
@@ -84,8 +85,10 @@ def decode(paths: list[Path], channels: int, size: int, workers: int) -> Generat
     batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
     if workers == 0:
         for batch in batches:
-            yield read_each(batch, channels, size)
+            yield read_images(batch, channels, size)
         return
+    import torchvision.transforms.v2.functional  # noqa: F401 here, once: else each process imports it by itself
+
     workers = min(workers, len(batches))
     started: list[tuple[Connection, Process]] = []
     try:
@@ -106,4 +109,4 @@ def decode(paths: list[Path], channels: int, size: int, workers: int) -> Generat
         for pipe, process in started:
             pipe.close()
             process.kill()
-            process.join()
+            process.join(5)
