@@ -124,21 +124,25 @@ def _pooled_pixel(
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     key = _key(acc, 3 * i + s, KEYS)
     column = tl.where(i == 0, key, larger(column, key, KEYS))
-    best = larger(window, column, KEYS)
-    if complete & (i == 2):
-        if KEYS:
-            low = (best & 31).to(tl.int32)
-            position = tl.where(best < _NAN_KEY, 31 - low, low)
-            position = tl.where(best < 32, NO_GRADIENT, position)  # a ReLU's zero
-            tl.store(position_ptr + o_y, position.to(tl.uint8), mask=m_y)
-            tl.store(y_ptr + o_y, (best >> 5).to(tl.int32).to(tl.float32, bitcast=True), mask=m_y)
+    if i == 2:
+        best = larger(window, column, KEYS)
+        if s == 2:
+            if complete:
+                if KEYS:
+                    low = (best & 31).to(tl.int32)
+                    position = tl.where(best < _NAN_KEY, 31 - low, low)
+                    position = tl.where(best < 32, NO_GRADIENT, position)  # a ReLU's zero
+                    tl.store(position_ptr + o_y, position.to(tl.uint8), mask=m_y)
+                    tl.store(y_ptr + o_y, (best >> 5).to(tl.int32).to(tl.float32, bitcast=True), mask=m_y)
+                else:
+                    tl.store(y_ptr + o_y, relu(best), mask=m_y)
+            # A window's last column is the next one's first: at place 0 of it.
+            window = column
+            if KEYS:
+                window += tl.where(column < _NAN_KEY, 2, -2)
         else:
-            tl.store(y_ptr + o_y, relu(best), mask=m_y)
-    # A window's last column is the next one's first: at place 0 of it.
-    following = column
-    if KEYS:
-        following += tl.where(column < _NAN_KEY, 2, -2)
-    return tl.where(i < 2, window, tl.where(s == 2, following, best)), column
+            window = best
+    return window, column
 
 
 @triton.jit
@@ -229,7 +233,7 @@ def _conv2d_rows_pool_kernel(
         i = step % 3
         q = step // 3
         s = 2 - q % 2
-        complete = (s == 2) & (q > left)
+        complete = q > left  # the window whose last column this is
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
@@ -392,7 +396,8 @@ def pooled_fprop(
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
     position, _ = new_position_and_index(y, (3, 3), channels_last, write_position, False)
     wide = needs_int64(y, x, None if kept is None else kept.out)
-    config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r, wide)
+    narrow = wide or (write_position and not channels_last)
+    config = conv2d_rows_pool_config(device, n, p, q, rows.positions, k, r, narrow)
     columns = config.pop("COLUMNS")
     m, n1, n2, step = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     launch(

@@ -220,7 +220,8 @@ def wgrad(
     """
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), _, device, precision = problem
     folded = fold(c, s, stride)
-    config = conv2d_rows_wgrad_config(device, n, p, q, folded, k, pooled=position is not None)
+    narrow = position is not None and not dy.stride(1) == position.stride(1) == 1
+    config = conv2d_rows_wgrad_config(device, n, p, q, folded, k, pooled=position is not None, narrow=narrow)
     split = config.pop("SPLIT")
     m, n1, n2, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "N2", "K"))
     fold_blocks = cdiv(folded, m)

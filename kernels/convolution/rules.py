@@ -472,19 +472,20 @@ def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
 
 
 def conv2d_rows_pool_config(
-    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, wide: bool = False
+    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, narrow: bool = False
 ) -> dict[str, int]:
     """Tiles of such a layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
-    p x q windows. ``wide``: with int64 offsets, which take registers.
+    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory beside
+    positions).
     """
     block_n, block_n2 = two_blocks(k, 64)
-    if wide and not INTERPRETED:
+    if narrow and not INTERPRETED:
         block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = {} if wide else tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
+    measured = {} if narrow else tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
     config |= {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
     programs = p * cdiv(n, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
@@ -504,17 +505,22 @@ def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
     return min(range(1, min(q, 16) + 1), key=columns_one_after_another)
 
 
-def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, pooled: bool) -> dict[str, int]:
+def conv2d_rows_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, fold: int, k: int, pooled: bool, narrow: bool = False
+) -> dict[str, int]:
     """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
 
-    ``pooled``: with the gradient of the pool, p x q pixels before it.
+    ``pooled``: with the gradient of the pool, p x q pixels before it. ``narrow``: of which, or of whose
+    positions, filters are no neighbours in memory: their offsets take registers.
     """
     block_n, block_n2 = two_blocks(k, 64)
+    if narrow and not INTERPRETED:
+        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     if INTERPRETED:
         config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}
     operation = "conv2d_rows_pool_wgrad" if pooled else "conv2d_rows_wgrad"
-    measured = tuned(device, conv2d_key(operation, n, p, q, fold, k, 3, 1, torch.float32))
+    measured = {} if narrow else tuned(device, conv2d_key(operation, n, p, q, fold, k, 3, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
     programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
     steps = p * q * cdiv(n, config["BLOCK_K"])

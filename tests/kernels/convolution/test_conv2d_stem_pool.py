@@ -428,17 +428,18 @@ def test_configurations_in_tf32_fit(positions: int, k: int, batch: int, monkeypa
     monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(rules, "tuned", lambda device, key: {})
     device, r = torch.device(DEVICE), 11
-    tiles = rules.conv2d_rows_pool_config(device, batch, 26, 26, positions, k, r)
-    filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
-    fits = (tiles["num_stages"] * tiles["BLOCK_M"] + filters) * r * positions * 4 < tables.SHARED_BYTES
-    assert fits or not rules.conv2d_rows_pool_fused(positions, k, r)
     assert rules.conv2d_rows_pool_fused(positions, k, r) == (positions == 16)
-    assert positions % tiles["BLOCK_K"] == 0
-    assert 1 <= tiles["COLUMNS"] <= 26
-    # The sum, and two keys of an int64 each.
-    assert tiles["BLOCK_M"] * filters * 5 / (32 * tiles["num_warps"]) <= 128
-    for pooled in (False, True):
-        tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k, pooled)
+    for narrow in (False, True):
+        tiles = rules.conv2d_rows_pool_config(device, batch, 26, 26, positions, k, r, narrow)
+        filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+        fits = (tiles["num_stages"] * tiles["BLOCK_M"] + filters) * r * positions * 4 < tables.SHARED_BYTES
+        assert fits or not rules.conv2d_rows_pool_fused(positions, k, r)
+        assert positions % tiles["BLOCK_K"] == 0
+        assert 1 <= tiles["COLUMNS"] <= 26
+        # The sum, and two keys of an int64 each.
+        assert tiles["BLOCK_M"] * filters * 5 / (32 * tiles["num_warps"]) <= (64 if narrow else 128)
+    for pooled, narrow in ((False, False), (True, False), (True, True)):
+        tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k, pooled, narrow)
         filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
         assert tiles["num_stages"] * (3 * tiles["BLOCK_M"] + filters) * tiles["BLOCK_K"] * 4 < tables.SHARED_BYTES
-        assert 3 * tiles["BLOCK_M"] * filters / (32 * tiles["num_warps"]) <= 96
+        assert 3 * tiles["BLOCK_M"] * filters / (32 * tiles["num_warps"]) <= (48 if narrow else 96)
