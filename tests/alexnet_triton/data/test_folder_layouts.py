@@ -222,7 +222,7 @@ def test_no_such_users_home_is_an_error_of_the_data() -> None:
             call("~nobody-of-this-name/x")
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "summary lenet", "predict /nowhere.pt a.png"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "summary --model lenet", "predict /nowhere.pt a.png"])
 def test_a_user_without_home_or_entry(arguments: str, tmp_path: Path) -> None:
     """As in a container with a random user: no $HOME, and no line in /etc/passwd."""
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"MPLCONFIGDIR": str(tmp_path)}
