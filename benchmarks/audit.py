@@ -39,7 +39,8 @@ from alexnet_triton.data.augment import input_for
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.optim import SGD
 from alexnet_triton.runs import call, plan
-from alexnet_triton.training import trainer as training
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
 from kernels.configs import tables
 from kernels.runtime import launch
 
@@ -256,10 +257,10 @@ def _step(
 def _trainer_step(
     net: nn.Module, forward: Callable[[Any], Tensor], batch: int, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
-    """The step of a :class:`training.Trainer` that has made what it keeps; by ``optimizer`` in place of its own, if given."""
+    """The step of a :class:`Trainer` that has made what it keeps; by ``optimizer`` in place of its own, if given."""
     # No more images than a step reads, since a kernel that gathers is charged for all that it might.
     split = Split(torch.zeros(batch, 28, 28, dtype=torch.uint8), torch.zeros(batch, dtype=torch.long))
-    trainer = training.Trainer(net, split, batch_size=batch, image_size=224, lr=0.01, device=torch.device("cpu"), graph=False)
+    trainer = Trainer(net, split, Recipe(batch_size=batch), Where(torch.device("cpu")))
     trainer.parallel = cast(nn.Module, forward)
     trainer.optimizer = cast(Any, optimizer) or trainer.optimizer
     with launch.record_launches(lambda *_: None):
@@ -423,7 +424,10 @@ def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
         def step() -> None:
             _step(net, forward, images(batch), labels, mode, lambda: None)
 
-        with mock.patch.object(F, "dropout", _cuda_dropout), mock.patch.object(training, "input_for", _plain_input):
+        with (
+            mock.patch.object(F, "dropout", _cuda_dropout),
+            mock.patch("alexnet_triton.training.trainer.input_for", _plain_input),
+        ):
             if mode == "trainer":
                 step = _trainer_step(net, forward, batch, torch.optim.SGD(net.parameters(), lr=0.01, foreach=True))
             with count:

@@ -45,7 +45,9 @@ from alexnet_triton.data.dataset import Split
 from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.optim import SGD
 from alexnet_triton.training.evaluation import evaluate
-from alexnet_triton.training.trainer import Trainer, new_model
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
 from kernels.advanced import add_cross_entropy
 from kernels.runtime import backend, launch
 
@@ -345,7 +347,7 @@ def time_run(capability: int | str, dtype: torch.dtype, batch: int, threads: int
     def images(count: int) -> Split:
         return Split(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
 
-    trainer = Trainer(net, images(60_000), batch_size=batch, image_size=size, lr=0.01, device=cpu, graph=False)
+    trainer = Trainer(net, images(60_000), Recipe(batch_size=batch), Where(cpu))
 
     def steps(count: int) -> None:
         net.train()

@@ -5,6 +5,7 @@ That no compiled kernel adds floats in an order of chance is checked in its code
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,6 +21,8 @@ from torch import Tensor
 import kernels
 from alexnet_triton.data.augment import EVERYTHING, draw_augmentation
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
+from alexnet_triton.models import IMAGE_SIZE
+from alexnet_triton.training.recipe import Recipe, Where
 from alexnet_triton.training.trainer import Trainer
 from kernels.configs import tables
 from kernels.runtime.backend import INTERPRETED
@@ -155,15 +158,14 @@ def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
 def test_an_epoch_of_the_trainer_satisfies_deterministic_algorithms(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With augmentation, dropout, momentum and a smaller last batch."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setitem(IMAGE_SIZE, "alexnet", 27)
+    recipe = Recipe(batch_size=4, lr=0.1, momentum=0.9, **dataclasses.asdict(EVERYTHING))
     split = load_fashion_mnist("sample").train.limited(10)
     results = []
     for _ in range(2):
         with deterministic():
             net = network(torch.float32)
-            trainer = Trainer(
-                net, split, batch_size=4, image_size=27, lr=0.1, device=torch.device(DEVICE), graph=graph, augment=EVERYTHING,
-                momentum=0.9,
-            )  # fmt: skip
+            trainer = Trainer(net, split, recipe, Where(torch.device(DEVICE), graph))
             trainer.epoch(torch.Generator().manual_seed(1))
             results.append(digest(p.clone() for p in net.parameters()))
     assert results[0] == results[1]

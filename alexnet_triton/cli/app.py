@@ -26,7 +26,7 @@ from ..explain import explain
 from ..models import IMAGE_SIZE, reference_alexnet, reference_lenet
 from ..training.checkpoint import CheckpointError
 from ..training.evaluation import classify, evaluate
-from ..training.trainer import load_checkpoint
+from ..training.networks import load_checkpoint
 from .compare import compare_command
 from .options import (
     BackendChoice,

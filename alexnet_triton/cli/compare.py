@@ -11,21 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from torch import nn
 
 from ..data.augment import NOTHING
 from ..data.dataset import Dataset
-from ..models import IMAGE_SIZE
-from ..training.checkpoint import Checkpoint, CheckpointError, read_checkpoint, training_state
+from ..training.checkpoint import Checkpoint, CheckpointError, from_file, read_checkpoint, training_state
 from ..training.distributed import Processes
 from ..training.files import write_atomically
+from ..training.metrics import EpochMetrics
 from ..training.plot import plot_comparison
-from ..training.run_folder import claimed, held
+from ..training.recipe import LEARNING_RATE, Recipe, allowed_of
+from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
-from ..training.trainer import LEARNING_RATE, EpochMetrics, holds_run
 from .options import (
     AugmentOption,
     BackendChoice,
@@ -54,23 +53,13 @@ from .options import (
     local_device,
     print_table,
 )
-from .train import (
-    MAY_CHANGE,
-    FinishedRun,
-    RunOptions,
-    graph_of_resumed,
-    last_checkpoint,
-    newest,
-    options_of_resumed,
-    report_stop,
-    resolve,
-    run_training,
-)
+from .resume import MAY_CHANGE, last_checkpoint, newest, resumed
+from .run import FinishedRun, Run, RunOptions, graph_of_resumed, new_options, new_recipe, report_stop, run_on, run_training
 
 #: In the folder of a comparison, beside a folder for each run.
 COMPARISON, CURVES = "comparison.json", "comparison.png"
 
-#: Of :class:`RunOptions`, what each run has for itself.
+#: Of a :class:`Recipe`, what each run has for itself.
 _OWN = ("model", "lr")
 
 #: What a resumed comparison may have otherwise: nothing that would make its runs differ.
@@ -92,7 +81,7 @@ class Compared:
         input: channels, height and width of what it takes.
         parameters: how many numbers it learns.
         epochs: how many it was trained for.
-        loss, train_acc, test_acc: of the last epoch, as in :class:`alexnet_triton.training.trainer.EpochMetrics`.
+        loss, train_acc, test_acc: of the last epoch, as in :class:`alexnet_triton.training.metrics.EpochMetrics`.
         images_per_s: training images a second, over all epochs; evaluation, compilation and capture not counted.
     """
 
@@ -113,21 +102,21 @@ class Compared:
     images_per_s: float
 
 
-def compared(finished: FinishedRun, run: RunOptions) -> Compared:
+def compared(finished: FinishedRun, recipe: Recipe) -> Compared:
     """The column of a run, whose network begins with a convolution."""
     layers = list(finished.net.modules())
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     activations = [type(layer).__name__ for layer in layers if type(layer).__module__ == nn.ReLU.__module__]
-    side, last = IMAGE_SIZE[run.model], finished.history[-1]
+    side, last = recipe.image_size, finished.history[-1]
     return Compared(
         convolutional=len(convolutions),
         linear=sum(isinstance(layer, nn.Linear) for layer in layers),
         conv_channels=max(layer.out_channels for layer in convolutions),
         activations=list(dict.fromkeys(activations)),
         dropout=list(dict.fromkeys(layer.p for layer in layers if isinstance(layer, nn.Dropout))),
-        lr=run.lr,
-        weight_decay=run.weight_decay,
-        augmentation="" if run.augment == NOTHING else str(run.augment),
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        augmentation="" if recipe.augment == NOTHING else str(recipe.augment),
         input=(convolutions[0].in_channels, side, side),
         parameters=sum(parameter.numel() for parameter in finished.net.parameters()),
         epochs=last.epoch,
@@ -227,7 +216,7 @@ class _Comparison:
 
     Attributes:
         networks: names of those that are compared.
-        options: what :class:`RunOptions` they have in common.
+        options: the fields of :class:`Recipe` that they have in common, and of :class:`RunOptions`.
         data, place: as in :class:`FinishedRun`; empty before there was a run.
         models: the columns of the runs that have finished.
     """
@@ -252,8 +241,8 @@ class _Comparison:
         return f"{self.data}, {self.options['epochs']} epoch(s), {self.place}"
 
 
-def _read_comparison(path: Path) -> tuple[list[Model], dict[str, Any]]:
-    """Networks and options of a file of :class:`_Comparison`.
+def _read_comparison(path: Path) -> tuple[list[Model], Recipe, RunOptions]:
+    """Networks, the recipe of the first of them, and options of a file of :class:`_Comparison`.
 
     Raises:
         CheckpointError: it is none.
@@ -264,10 +253,11 @@ def _read_comparison(path: Path) -> tuple[list[Model], dict[str, Any]]:
         models, options = [Model(name) for name in content["networks"]], dict(content["options"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a comparison that can be resumed") from error
-    expected = {field.name for field in dataclasses.fields(RunOptions)} - set(_OWN)
-    if not models or set(options) != expected:
+    if not models or any(name in options for name in _OWN):
         raise CheckpointError(f"{path}: made by another version of this program, or damaged")
-    return models, options
+    of_options = {name: options.pop(name) for name in allowed_of(RunOptions) if name in options}
+    recipe = from_file(Recipe, options | {"model": str(models[0]), "lr": LEARNING_RATE[models[0]]}, path)
+    return models, recipe, from_file(RunOptions, of_options, path)
 
 
 def _comparison_to_resume(resume: str, out: Path | None) -> Path:
@@ -286,8 +276,8 @@ def _comparison_to_resume(resume: str, out: Path | None) -> Path:
 
 def _what_to_compare(
     context: typer.Context, resume: str | None, out: Path | None, while_comparing: contextlib.ExitStack
-) -> tuple[list[Model], dict[str, Any], Path]:
-    """The networks, the parameters of ``compare``, and the folder for the results.
+) -> tuple[list[Model], tuple[Recipe, RunOptions] | None, Path]:
+    """The networks, what to resume by, if anything, and the folder for the results.
 
     The folder is entered into ``while_comparing``: no other command can have it as long.
     """
@@ -296,10 +286,10 @@ def _what_to_compare(
         if resume is not None:
             out = _comparison_to_resume(resume, out)
             while_comparing.enter_context(held(out, console.print))
-            networks, options = _read_comparison(out / COMPARISON)
+            networks, recipe, options = _read_comparison(out / COMPARISON)
             if models and models != networks:
                 raise typer.BadParameter(f"{out} compares {' '.join(networks)}", param_hint="MODEL")
-            return networks, options_of_resumed(context, options, out / COMPARISON, _MAY_CHANGE), out
+            return networks, resumed(context, recipe, options, out / COMPARISON, _MAY_CHANGE), out
         networks = models or [Model.lenet, Model.alexnet]
         if len(set(networks)) < len(networks):
             raise typer.BadParameter("a network is given twice", param_hint="MODEL")
@@ -315,33 +305,28 @@ def _what_to_compare(
                 raise typer.BadParameter(f"{folder} already holds a run; choose another folder", param_hint="--out")
     except (CheckpointError, OSError) as error:
         raise fail(error) from error
-    return networks, dict(context.params), out
+    return networks, None, out
 
 
-def _begun(
-    folder: Path, first: RunOptions, model: Model, while_training: contextlib.ExitStack
-) -> tuple[RunOptions, Checkpoint | None]:
+def _begun(folder: Path, first: Recipe, model: Model, while_training: contextlib.ExitStack) -> tuple[Recipe, Checkpoint | None]:
     """How ``model`` is trained in ``folder``, which is entered into ``while_training``, and its checkpoint if it has one.
 
     A run that was resumed by itself keeps the learning rate and the weight decay that it got then.
     """
-    run = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
+    recipe = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
     try:
         while_training.enter_context(claimed(folder, console.print))
         path = last_checkpoint(folder)
         if not path.exists():
-            return run, None
+            return recipe, None
         checkpoint = read_checkpoint(path)
-        saved = training_state(checkpoint).get("options")
-        if not isinstance(saved, dict):
-            raise CheckpointError(f"{path}: damaged: 'options' is missing or no dict")
+        saved = from_file(Recipe, training_state(checkpoint)["recipe"], path)
         if len(checkpoint.metrics) > first.epochs:
             raise CheckpointError(
                 f"{path}: trained for {len(checkpoint.metrics)} epochs, more than the {first.epochs} of this comparison; "
                 f"--epochs {len(checkpoint.metrics)} trains the others as long"
             )
-        own = {name: saved[name] for name in ("lr", "weight_decay") if name in saved}
-        return dataclasses.replace(run, **own), checkpoint
+        return dataclasses.replace(recipe, lr=saved.lr, weight_decay=saved.weight_decay), checkpoint
     except (CheckpointError, OSError) as error:
         raise fail(error) from error
 
@@ -350,20 +335,26 @@ def _compare(context: typer.Context, resume: str | None, out: Path | None, proce
     """What ``compare`` does, in each of the processes; the exit code."""
     with contextlib.ExitStack() as while_comparing:
         begin = time.perf_counter()
-        models, parameters, out = processes.from_leader(lambda: _what_to_compare(context, resume, out, while_comparing))
-        where = local_device(parameters["device"], processes)
-        if resume is not None:
-            parameters["graph"] = graph_of_resumed(context, parameters["graph"], processes)
-        first = resolve(parameters | {"model": models[0], "lr": None}, where, processes)
-        shared = {name: value for name, value in dataclasses.asdict(first).items() if name not in _OWN}
-        comparison = _Comparison([str(model) for model in models], shared)
-        return _compare_in(out, comparison, first, where, processes, begin)
+        models, begun, out = processes.from_leader(lambda: _what_to_compare(context, resume, out, while_comparing))
+        graph: bool | None = context.params["graph"]
+        if begun is None:
+            parameters = context.params | {"model": models[0], "lr": None}
+            options = new_options(parameters)
+            device = local_device(options.device, processes)
+            recipe = new_recipe(parameters, device)
+        else:
+            recipe, options = begun
+            device = local_device(options.device, processes)
+            graph = graph_of_resumed(graph, options, processes)
+        first = run_on(device, processes, recipe, options, graph)
+        values = dataclasses.asdict(first.recipe) | dataclasses.asdict(first.options)
+        shared = {name: value for name, value in values.items() if name not in _OWN}
+        return _compare_in(out, _Comparison([str(model) for model in models], shared), first, begin)
 
 
-def _compare_in(
-    out: Path, comparison: _Comparison, first: RunOptions, where: torch.device, processes: Processes, begin: float
-) -> int:
-    """Train what is to be trained of ``comparison`` in ``out``, and show the table; the exit code."""
+def _compare_in(out: Path, comparison: _Comparison, first: Run, begin: float) -> int:
+    """Train what is to be trained of ``comparison`` in ``out``, the first network as ``first`` says; the exit code."""
+    processes = first.where.processes
     histories: dict[str, list[EpochMetrics]] = {}
     columns = comparison.models
     stops = StopSignals(repeats=processes.launched)
@@ -378,13 +369,12 @@ def _compare_in(
             if processes.any(stops()):  # too late for the run before
                 raise Stopped(f"before {model} began")
             with contextlib.ExitStack() as while_training:
-                run, checkpoint = processes.from_leader(
-                    lambda model=model, stack=while_training: _begun(out / model, first, model, stack)  # type: ignore[misc]
+                recipe, checkpoint = processes.from_leader(
+                    lambda model=model, stack=while_training: _begun(out / model, first.recipe, model, stack)  # type: ignore[misc]
                 )
-                finished = run_training(
-                    run, out / model, where, processes, stops, checkpoint=checkpoint, begin=begin, on_ready=on_ready,
-                    restart=f"train it by itself (alexnet-triton train --model {model})",
-                )  # fmt: skip
+                run = dataclasses.replace(first, recipe=recipe)
+                restart = f"train it by itself (alexnet-triton train --model {model})"
+                finished = run_training(run, out / model, stops, begin, checkpoint, restart, on_ready)
         except (Stopped, typer.Exit) as end:
             if columns:
                 print_table(comparison_table(columns, comparison.title))
@@ -393,7 +383,7 @@ def _compare_in(
             if (out / COMPARISON).exists():
                 console.print(f"go on with: alexnet-triton compare --resume {shlex.quote(str(out))}")
             raise
-        columns[model], histories[model] = compared(finished, run), finished.history
+        columns[model], histories[model] = compared(finished, recipe), finished.history
         del finished  # else its weights stay on the device while the next network trains
         begin = time.perf_counter()
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..data.augment import EVERYTHING
 from ..training.distributed import Processes, first_to_say, joined
-from ..training.trainer import describe_backend
+from ..training.networks import describe_backend
+from ..training.recipe import MOST, Recipe, allowed_of
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -57,6 +58,12 @@ class CropChoice(StrEnum):
     resized = "resized"
 
 
+def _bounded(name: str, **arguments: Any) -> Any:
+    """An option for a number that is a field of a :class:`Recipe`, which says what it can be."""
+    allowed = allowed_of(Recipe)[name]
+    return typer.Option(min=allowed.least, max=allowed.most, **arguments)
+
+
 DataOption = Annotated[
     str | None,
     typer.Option(
@@ -69,25 +76,29 @@ DataOption = Annotated[
 BackendOption = Annotated[BackendChoice, typer.Option(help="auto: Triton kernels on CUDA, PyTorch on the CPU.")]
 LimitOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones."
+    _bounded(
+        "limit", help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones."
     ),
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(min=0, help="Processes that decode a folder of images; 0: this one.", show_default="one a core, 8 at most"),
+    typer.Option(
+        min=0,
+        max=MOST,
+        help="Processes that decode a folder of images; 0: this one.",
+        show_default="one a core, 8 at most",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
-EpochsOption = Annotated[int, typer.Option(min=1)]
-TotalBatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch, that of all processes together.")]
-MomentumOption = Annotated[float, typer.Option(min=0.0, help="Of SGD.")]
-WeightDecayOption = Annotated[float, typer.Option(min=0.0, help="Factor of the L2 penalty's gradient.")]
-#: What torch's generators take, with room for a number of processes to add.
-LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
+BatchOption = Annotated[int, _bounded("batch_size", help="Images in a batch.")]
+EpochsOption = Annotated[int, _bounded("epochs")]
+TotalBatchOption = Annotated[int, _bounded("batch_size", help="Images in a batch, that of all processes together.")]
+LearningRateOption = Annotated[float | None, _bounded("lr", help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")]
+MomentumOption = Annotated[float, _bounded("momentum", help="Of SGD.")]
+WeightDecayOption = Annotated[float, _bounded("weight_decay", help="Factor of the L2 penalty's gradient.")]
 SeedOption = Annotated[
     int,
-    typer.Option(min=LEAST_SEED, max=MOST_SEED, help="Of the weights, the order of the images, dropout and augmentation."),
+    _bounded("seed", help="Of the weights, the order of the images, dropout and augmentation."),
 ]
 PrecisionOption = Annotated[
     PrecisionChoice,

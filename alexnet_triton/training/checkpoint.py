@@ -13,13 +13,16 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..data.augment import EVERYTHING, NOTHING
 from .files import WriteError, replacing, write, write_atomically
+from .recipe import Recipe, allowed_of
+
+T = TypeVar("T")
 
 FORMAT = "alexnet-triton checkpoint 1"
 
@@ -172,40 +175,83 @@ def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
             )
 
 
-#: Of what :func:`training_state` returns, how the run was begun.
-_SETTINGS = ("configuration", "options")
-
-
-def _renewed(settings: Any) -> Any:
+def _with_parts(settings: Any) -> dict[str, Any]:
     """``settings`` of a file from before the parts of the augmentation had flags of their own: what was one for all of them."""
-    if not isinstance(settings, dict) or not isinstance(settings.get("augment"), bool):
+    if not isinstance(settings, dict):
+        return {}
+    if not isinstance(settings.get("augment"), bool):
         return settings
     parts = dataclasses.asdict(EVERYTHING if settings["augment"] else NOTHING)
     return {key: value for key, value in settings.items() if key != "augment"} | parts
+
+
+def _renewed(checkpoint: Checkpoint, training: dict[str, Any]) -> dict[str, Any]:
+    """``training`` of a file from before there was a :class:`.recipe.Recipe`: its fields were in two dicts, some in both."""
+    if not isinstance(options := training.get("options", {}), dict):
+        raise CheckpointError(f"{checkpoint.path}: damaged: its options are a {type(options).__name__}")
+    configuration, options = _with_parts(training.get("configuration")), _with_parts(options)
+    if str(configuration.get("dtype")).startswith("torch."):  # less than an option says, which may be tf32
+        configuration = configuration | {"dtype": configuration["dtype"].removeprefix("torch.")}
+    names = allowed_of(Recipe)
+    recipe = {key: value for key, value in (configuration | options).items() if key in names}
+    renewed = training | {
+        "recipe": {"channels": checkpoint.channels} | recipe,
+        "options": {key: value for key, value in options.items() if key not in names},
+    }
+    if isinstance(training.get("configuration"), dict):
+        renewed["configuration"] = {key: value for key, value in configuration.items() if key not in names}
+    return renewed
 
 
 def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What training needs to go on from ``checkpoint``, in the words of today.
 
     Raises:
-        CheckpointError: it holds weights only.
+        CheckpointError: it holds weights only, or what is no file of any version.
     """
     if checkpoint.training is None:
         raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
-    return {key: _renewed(value) if key in _SETTINGS else value for key, value in checkpoint.training.items()}
+    return checkpoint.training if "recipe" in checkpoint.training else _renewed(checkpoint, checkpoint.training)
 
 
-def check_configuration(checkpoint: Checkpoint, here: Mapping[str, object]) -> dict[str, Any]:
-    """:func:`training_state` of ``checkpoint``, which must have been trained as ``here`` says.
+def from_file(kind: type[T], values: object, source: Path | None) -> T:
+    """A dataclass made of :func:`.recipe.field`, from ``values`` that are in the file ``source``; what lacks has its default.
 
     Raises:
-        CheckpointError: it holds weights only, or something in ``here`` differs.
+        CheckpointError: ``values`` are not such fields, or what no command line could have given.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{source}: damaged: its options are a {type(values).__name__}")
+    if unknown := [name for name in values if name not in allowed_of(kind)]:
+        raise CheckpointError(f"{source}: made by another version of this program: it has an option {unknown[0]}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: damaged: {error}") from error
+
+
+def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[str, object]) -> dict[str, Any]:
+    """:func:`training_state` of ``checkpoint``, which must have been trained by ``recipe``, on data and device of ``here``.
+
+    Raises:
+        CheckpointError: it holds weights only, or something that may not change differs.
     """
     state = training_state(checkpoint)
-    there = state.get("configuration")
-    if not isinstance(there, dict):
+    if not isinstance(there := state.get("configuration"), dict):
         raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or no dict")
-    for key, value in here.items():
-        if there.get(key) != value:
-            raise CheckpointError(f"{checkpoint.path}: was trained with {key} {there.get(key)}, this run has {value}")
+    trained_by = from_file(Recipe, state["recipe"], checkpoint.path)
+    kept = [name for name, allowed in allowed_of(Recipe).items() if not allowed.may_change]
+    differing = [(name, getattr(trained_by, name), getattr(recipe, name)) for name in kept]
+    differing += [(key, there.get(key), value) for key, value in here.items()]
+    for name, value, ours in differing:
+        if value != ours:
+            raise CheckpointError(f"{checkpoint.path}: was trained with {name} {value}, this run has {ours}")
     return state
+
+
+def position(checkpoint: Checkpoint) -> tuple[int, bool, int]:
+    """How far a run had come, as a value to compare: whole epochs, whether the next one lacks but its evaluation, its steps."""
+    state = training_state(checkpoint)
+    trainer = state.get("trainer")
+    steps = trainer.get("steps") if isinstance(trainer, dict) and trainer.get("order") is not None else 0
+    return len(checkpoint.metrics), state.get("trained") is not None, steps if isinstance(steps, int) else 0

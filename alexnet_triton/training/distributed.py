@@ -52,7 +52,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true in any process. Between hosts: nobody waits for a GPU."""
-        return bool(self.add_up(torch.tensor(int(flag))).item())
+        return flag if self.size == 1 else bool(self.add_up(torch.tensor(int(flag))).item())
 
     def wait(self) -> None:
         """Until all have come here."""

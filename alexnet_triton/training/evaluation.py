@@ -38,14 +38,14 @@ def evaluate(
     """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
 
     Raises:
-        Stopped: ``stop`` said so.
+        Stopped: ``stop`` said so, in any process; all of them are given one, or none.
     """
     net.eval()
     dtype = next(net.parameters()).dtype
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
     split = split.to(device)
     for index in torch.arange(len(split), device=device).split(batch_size):
-        if stop is not None and stop():
+        if stop is not None and processes.any(stop()):
             raise Stopped("before its evaluation")
         share = processes.share(index)
         labels = split.labels[share]

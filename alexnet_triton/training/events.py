@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .trainer import EpochMetrics
+from .metrics import EpochMetrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..data.dataset import Split
 from .evaluation import Predictions
-from .trainer import EpochMetrics
+from .metrics import EpochMetrics
 
 matplotlib.use("Agg")
 

@@ -10,6 +10,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .checkpoint import BEST, LAST
+from .metrics import METRICS
+
 #: What a file system answers that has no such locks, or none on folders (NFS: EBADF).
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -123,3 +126,8 @@ def claimed(folder: Path, warn: Callable[[str], object], *, renamed: bool = Fals
             with contextlib.suppress(OSError):  # not empty: it and those that it is in stay
                 for each in made:
                     each.rmdir()
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a run has written into the folder ``out``: another one must not overwrite it."""
+    return any((out / name).exists() for name in (METRICS, LAST, BEST))

@@ -19,6 +19,8 @@ from alexnet_triton import FusedSequential, precompile
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.training.distributed import ALONE, Processes
 from alexnet_triton.training.evaluation import evaluate
+from alexnet_triton.training.listener import Listener
+from alexnet_triton.training.recipe import Recipe, Where
 from alexnet_triton.training.trainer import Trainer
 from benchmarks.idle import idle_gpu
 from kernels.runtime import launch
@@ -35,8 +37,10 @@ def new_trainer(processes: Processes = ALONE, tell: Callable[[str], object] | No
     net = FusedSequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
     net += FusedSequential(nn.Linear(128, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
     net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    arguments: dict[str, Any] = {"batch_size": 16, "image_size": 28, "lr": 0.1, "device": CPU, "graph": False, "momentum": 0.9}
-    return Trainer(net, images(41), processes=processes, evaluated=images(21), tell=tell, **arguments)
+    recipe = Recipe("lenet", batch_size=16, lr=0.1, momentum=0.9)
+    listener = Listener()
+    listener.compiling = tell or listener.compiling  # type: ignore[method-assign]
+    return Trainer(net, images(41), recipe, Where(CPU, processes=processes), evaluated=images(21), listener=listener)
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 
@@ -24,8 +25,11 @@ from alexnet_triton import (
 from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, augmented_input, input_for, network_input
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
+from alexnet_triton.models import IMAGE_SIZE
 from alexnet_triton.training.evaluation import evaluate, measure_speed, predict_split
-from alexnet_triton.training.trainer import Trainer, float32_products
+from alexnet_triton.training.networks import float32_products
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
 from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
@@ -274,11 +278,16 @@ def _state(trainer: Trainer) -> list[Tensor]:
     return [t.detach().clone() for t in (*trainer.net.parameters(), *masters, trainer.loss_sum, trainer.correct)]
 
 
+@pytest.fixture(autouse=True)
+def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer enlarges the images to this size for its recipe's AlexNet."""
+    monkeypatch.setitem(IMAGE_SIZE, "alexnet", SIZE)
+
+
 def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
     """Two epochs of 4 and 3 images."""
-    trainer = Trainer(
-        network(dtype), split(7), batch_size=4, image_size=SIZE, lr=0.1, device=DEVICE_, graph=False, augment=augment
-    )
+    recipe = Recipe(batch_size=4, lr=0.1, **dataclasses.asdict(augment))
+    trainer = Trainer(network(dtype), split(7), recipe, Where(DEVICE_))
     torch.manual_seed(1)
     for seed in range(2):
         trainer.epoch(torch.Generator(DEVICE).manual_seed(seed))
@@ -338,7 +347,7 @@ def test_float32_lenet_and_pytorchs_operations_are_given_images(launches: list[s
     with kernels.use_backend("torch"):
         assert isinstance(input_for(network(torch.bfloat16), images, None, SIZE, dtype=torch.bfloat16), Tensor)
     launches.clear()
-    trainer = Trainer(network(torch.float32), split(), batch_size=4, image_size=SIZE, lr=0.1, device=DEVICE_, graph=False)
+    trainer = Trainer(network(torch.float32), split(), Recipe(batch_size=4, lr=0.1), Where(DEVICE_))
     trainer.step(torch.arange(4, device=DEVICE))
     assert "_conv2d_fprop_kernel" in launches
     assert not any("_stem_" in name or name == "_space_to_depth_kernel" for name in launches)
@@ -357,7 +366,7 @@ def test_float32_trains_under_the_precision_that_is_asked_for(precision: str, la
     with float32_products(precision):
         net = network(torch.float32)
         assert isinstance(input_for(net, split(4).images, None, SIZE), Tensor)
-        trainer = Trainer(net, split(4), batch_size=4, image_size=SIZE, lr=0.1, device=DEVICE_, graph=graph)
+        trainer = Trainer(net, split(4), Recipe(batch_size=4, lr=0.1), Where(DEVICE_, graph))
         if not graph:
             trainer.step(torch.arange(4, device=DEVICE))
     expected, other = (TF32_KERNELS, GENERAL_KERNELS) if precision == "tf32" else (GENERAL_KERNELS, TF32_KERNELS)
@@ -392,7 +401,7 @@ def test_a_captured_step_on_cells_is_the_eager_step(dtype: torch.dtype) -> None:
     results = []
     for graph in (False, True):
         net = network(dtype, dropout=0.0)
-        trainer = Trainer(net, split(40), batch_size=16, image_size=SIZE, lr=0.1, device=DEVICE_, graph=graph)
+        trainer = Trainer(net, split(40), Recipe(batch_size=16, lr=0.1), Where(DEVICE_, graph))
         losses = [trainer.epoch(torch.Generator(DEVICE).manual_seed(seed))[:2] for seed in range(2)]
         results.append((losses, _state(trainer)))
     (eager_losses, eager), (captured_losses, captured) = results

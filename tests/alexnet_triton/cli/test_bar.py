@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alexnet_triton.cli import options
-from alexnet_triton.cli import train as train_command
-from alexnet_triton.cli.train import _Bar
-from alexnet_triton.training import trainer as training
+from alexnet_triton.cli.screen import Bar
 
 from ..command import run_here
 
@@ -30,19 +27,20 @@ def shown(of: Console) -> str:
 
 def test_it_shows_images_loss_speed_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(train_command, "console", terminal := console(True, now))
-    bar = _Bar(600, epochs=3)
+    monkeypatch.setattr("alexnet_triton.cli.screen.console", terminal := console(True, now))
+    bar = Bar(600, epochs=3)
     bar.progress.live.auto_refresh = False
     with bar.progress:
-        progress = bar.epoch(2)
+        assert bar.shown
+        bar.begin(2)
         for second in range(1, 6):
             now[0] = float(second)
-            progress(60 * second, 2.5 / second, 60.4)
+            bar.update(60 * second, 2.5 / second, 60.4)
         bar.progress.refresh()
         last = shown(terminal).splitlines()[-1]
         assert re.fullmatch(r"epoch 2/3 \S+ 300/600 loss 0\.5000  60 images/s 0:00:05", last)
 
-        bar.epoch(3)  # begins anew
+        bar.begin(3)
         now[0] += 1  # the time left is reckoned twice a second
         bar.progress.refresh()
         assert re.match(r"epoch 3/3 \S+ +0/600 loss 0\.0000  0 images/s -:--:--", shown(terminal).splitlines()[-1])
@@ -52,10 +50,11 @@ def test_it_shows_images_loss_speed_and_the_time_left(monkeypatch: pytest.Monkey
 def test_nothing_is_shown_and_no_loss_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = console(kind == "quiet", [0.0])
     silent.quiet = kind == "quiet"  # as in all processes but the leader
-    monkeypatch.setattr(train_command, "console", silent)
-    bar = _Bar(600, epochs=3)
+    monkeypatch.setattr("alexnet_triton.cli.screen.console", silent)
+    bar = Bar(600, epochs=3)
     with bar.progress:
-        assert bar.epoch(1) is None
+        assert not bar.shown
+        bar.begin(1)
     assert shown(silent) == ""
 
 
@@ -63,12 +62,20 @@ def test_nothing_is_shown_and_no_loss_is_read(kind: str, monkeypatch: pytest.Mon
 def test_a_run_shows_it_while_it_trains_and_leaves_the_epochs(
     terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", -1.0)  # at every step
-    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)
+    monkeypatch.setattr("alexnet_triton.training.trainer._PROGRESS_INTERVAL", -1.0)  # at every step
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)
     screen = console(terminal, [0.0])
-    for module in (options, train_command):
-        monkeypatch.setattr(module, "console", screen)
-    monkeypatch.setattr(_Bar, "epoch", _refreshing(_Bar.epoch))
+    for module in ("options", "run", "screen", "train"):
+        monkeypatch.setattr(f"alexnet_triton.cli.{module}.console", screen)
+    update, updates = Bar.update, []
+
+    def refreshing(bar: Bar, *values: float) -> None:
+        """The bar drawn at each update, not some times a second."""
+        update(bar, *values)  # type: ignore[arg-type]
+        updates.append(values)
+        bar.progress.refresh()
+
+    monkeypatch.setattr(Bar, "update", refreshing)
     result = run_here(
         "train", "--model", "lenet", "--data", "sample", "--limit", "12", "--batch-size", "4", "--epochs", "2",
         "--device", "cpu", "--backend", "torch", "--out", str(tmp_path / "run"),
@@ -77,16 +84,5 @@ def test_a_run_shows_it_while_it_trains_and_leaves_the_epochs(
     bars = re.findall(r"epoch (\d)/2 \S+ +(\d+)/12 loss (\d\.\d{4})  (\d+) images/s", shown(screen))
     steps = [(epoch, seen) for epoch, seen, loss, _ in bars if float(loss)]
     assert list(dict.fromkeys(steps)) == [(e, s) for e in "12" for s in ("4", "8", "12")] * terminal
+    assert len(updates) == 6 * terminal  # elsewhere no loss is read
     assert len(re.findall(r"^(?:.*\r)?epoch   \d  loss ", shown(screen), re.MULTILINE)) == 2
-
-
-def _refreshing(epoch: object) -> object:
-    """The bar drawn at each update, not some times a second."""
-
-    def of(bar: _Bar, number: int) -> object:
-        progress = epoch(bar, number)  # type: ignore[operator]
-        if progress is None:
-            return None
-        return lambda *values: (progress(*values), bar.progress.refresh())
-
-    return of

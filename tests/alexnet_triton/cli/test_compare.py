@@ -17,15 +17,16 @@ from rich.console import Console
 from torch import nn
 
 from alexnet_triton import models
-from alexnet_triton.cli import train as train_command
 from alexnet_triton.cli.compare import compared, comparison_table
 from alexnet_triton.cli.options import console
-from alexnet_triton.cli.train import FinishedRun, RunOptions
+from alexnet_triton.cli.run import FinishedRun
 from alexnet_triton.fused import fuse
-from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import read_checkpoint
+from alexnet_triton.training.evaluation import evaluate, predict_split
+from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.plot import plot_comparison
-from alexnet_triton.training.trainer import EpochMetrics
+from alexnet_triton.training.recipe import LEARNING_RATE, Recipe
+from alexnet_triton.training.trainer import Trainer
 
 from ..command import run_here
 from ..training.test_checkpoint import flat
@@ -39,7 +40,7 @@ RUN_FILES = {"metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 def cells(output: str) -> dict[str, list[str]]:
@@ -84,8 +85,8 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
     for model in ("lenet", "alexnet"):
         training_state = read_checkpoint(out / model / "checkpoint.pt").training
         assert training_state is not None
-        rates[model] = training_state["options"]["lr"]
-    assert rates == training.LEARNING_RATE
+        rates[model] = training_state["recipe"]["lr"]
+    assert rates == LEARNING_RATE
 
 
 def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
     assert all(torch.equal(alone.weights[key], weight) for key, weight in ours.weights.items())
     assert ours.training is not None
     assert alone.training is not None
-    assert ours.training["options"] == alone.training["options"]
+    assert [ours.training[s] for s in ("recipe", "options")] == [alone.training[s] for s in ("recipe", "options")]
     images_per_s = json.loads((tmp_path / "both" / "comparison.json").read_text())["models"]["lenet"]["images_per_s"]
     assert images_per_s == pytest.approx(2 * 4 / sum(m["seconds"] for m in ours.metrics))
     resumed = run_here("train", "--resume", "both/lenet", "--epochs", "3", cwd=tmp_path)
@@ -112,13 +113,13 @@ def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
 def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network under AlexNet's name: what matters is that it comes second."""
     monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
-    monkeypatch.setattr(training, "AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
+    monkeypatch.setattr("alexnet_triton.training.networks.AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
 
 
 def test_the_second_run_of_a_comparison_is_that_of_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the first one is left in it: not in the random states, of which its dropout and augmentation draw."""
     small_alexnet(monkeypatch)
-    monkeypatch.setattr(training, "AlexNet", lambda *_: small_net(0.5))
+    monkeypatch.setattr("alexnet_triton.training.networks.AlexNet", lambda *_: small_net(0.5))
     options = (*SHORT, "--seed", "3", "--epochs", "2", "--augment")
     for arguments in (
         ("compare", "lenet", "alexnet", *options, "--out", "both"),
@@ -147,15 +148,15 @@ def same_results(ours: Path, theirs: Path) -> None:
 def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal too late for one run stops the next one, before its first step."""
     small_alexnet(monkeypatch)
-    module, name = (train_command, "predict_split") if late else (training, "evaluate")
-    real = getattr(module, name)
+    name = "alexnet_triton.cli.run.predict_split" if late else "alexnet_triton.training.loop.evaluate"
+    real = predict_split if late else evaluate
 
     def signalling(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, signalling)
+        patch.setattr(name, signalling)
         stopped = run_here("compare", *SHORT, "--epochs", "1", "--out", "both", cwd=tmp_path)
     assert stopped.returncode == 128 + signal.SIGTERM
     where = "before alexnet began" if late else "in epoch 1 before its evaluation"
@@ -178,15 +179,15 @@ def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
     """The advice is what compare can do; the first run is not trained again."""
     small_alexnet(monkeypatch)
     options = (*SHORT, "--epochs", "2", "--momentum", "0.5", "--weight-decay", "0.01", "--seed", "7")
-    epoch, networks = training.Trainer.epoch, []
+    epoch, networks = Trainer.epoch, []
 
-    def diverging(trainer: training.Trainer, *arguments: Any) -> Any:
+    def diverging(trainer: Trainer, *arguments: Any) -> Any:
         networks.append(trainer)
         if len(networks) == 3:  # the second run's first epoch
             raise FloatingPointError("the loss of step 1 of 2 is not finite")
         return epoch(trainer, *arguments)
 
-    monkeypatch.setattr(training.Trainer, "epoch", diverging)
+    monkeypatch.setattr(Trainer, "epoch", diverging)
     failed = run_here("compare", *options, "--out", "both", cwd=tmp_path)
     assert failed.returncode == 1
     assert failed.stderr == (
@@ -222,9 +223,9 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     """Without a path the newest one; to more epochs too; with a run that was resumed by itself to another learning rate."""
     small_alexnet(monkeypatch)
     folder = tmp_path / "runs" / "compare-1"
-    step, steps = training.Trainer.step, []
+    step, steps = Trainer.step, []
 
-    def signalling(trainer: training.Trainer, index: torch.Tensor) -> None:
+    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
         steps.append(index)
         if len(steps) in (1, 3):  # the first step of either run
             os.kill(os.getpid(), signal.SIGTERM)
@@ -232,7 +233,7 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
 
     options = ("--epochs", "1", "--batch-size", "2", *SHORT, "--crop", "pad", "--dtype", "bfloat16")
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "step", signalling)
+        patch.setattr(Trainer, "step", signalling)
         first = run_here("compare", *options, "--out", "runs/compare-1", cwd=tmp_path)
         assert first.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; go on with: ")
         assert json.loads((folder / "comparison.json").read_text())["models"] == {}
@@ -324,12 +325,8 @@ def test_a_column_is_read_off_the_modules() -> None:
         nn.Sequential(nn.Conv2d(3, 7, 3), nn.Tanh(), nn.Conv2d(7, 5, 3, bias=False), nn.GELU()),
         nn.Dropout(0.1), nn.Flatten(), nn.Linear(5, 2), nn.Tanh(), nn.Dropout(0.3), nn.Dropout(0.1),
     )  # fmt: skip
-    run = RunOptions(
-        model="lenet", backend="torch", data=None, channels=3, workers=None, epochs=2, batch_size=1, lr=0.1, momentum=0.0,
-        weight_decay=0.01, limit=None, seed=0, dtype="float32", graph=False, flip=False, crop="none", colour=False,
-        tensorboard=False, device="cpu",
-    )  # fmt: skip
-    column = compared(FinishedRun(net, [metrics(1, 3.0), metrics(2, 2.0)], 12.5, "data", "place"), run)
+    recipe = Recipe("lenet", channels=3, epochs=2, batch_size=1, lr=0.1, weight_decay=0.01)
+    column = compared(FinishedRun(net, [metrics(1, 3.0), metrics(2, 2.0)], 12.5, "data", "place"), recipe)
     assert (column.convolutional, column.linear, column.conv_channels) == (2, 1, 7)
     assert column.activations == ["Tanh", "GELU"]
     assert column.dropout == [0.1, 0.3]

@@ -19,7 +19,7 @@ from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.data.image_files import read_image, read_images
 from alexnet_triton.training.checkpoint import Checkpoint, save_checkpoint
 from alexnet_triton.training.evaluation import classify, evaluate
-from alexnet_triton.training.trainer import load_checkpoint, new_model
+from alexnet_triton.training.networks import load_checkpoint, new_model
 
 from ...permissions import permissions_hold
 from ..command import run_here

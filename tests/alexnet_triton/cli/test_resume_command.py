@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,12 +15,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from alexnet_triton.cli import app as cli
-from alexnet_triton.cli import train as train_command
 from alexnet_triton.data.augment import EVERYTHING, Augment
-from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from alexnet_triton.training.recipe import Recipe, allowed_of
+from alexnet_triton.training.trainer import Trainer
 
-from ..training.test_checkpoint import flat
+from ..training.test_checkpoint import before_recipes, flat, with_one_flag_of_augmentation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +32,7 @@ SHORT = (*OPTIONS, "--data", "sample", "--momentum", "0.5", "--weight-decay", "0
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 def command(*arguments: object) -> Result:
@@ -49,8 +50,8 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
     assert all(torch.equal(expected.weights[key], weight) for key, weight in found.weights.items())
     assert expected.training is not None
     assert found.training is not None
-    assert expected.training["options"] == found.training["options"]
-    assert expected.training["options"]["momentum"] == 0.5
+    assert [found.training[s] for s in ("recipe", "options")] == [expected.training[s] for s in ("recipe", "options")]
+    assert expected.training["recipe"]["momentum"] == 0.5
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 2
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {
         *("metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt")
@@ -103,13 +104,13 @@ AUGMENTED = {
 def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reaches the trainer and is kept; a resumed run has it, told or not, and another is refused."""
     trained: list[Augment] = []
-    real = training.Trainer
 
-    def noted(*arguments: Any, **options: Any) -> training.Trainer:
-        trained.append(options["augment"])
-        return real(*arguments, **options)
+    def noted(*arguments: Any, **options: Any) -> Trainer:
+        trainer = Trainer(*arguments, **options)
+        trained.append(trainer.augment)
+        return trainer
 
-    monkeypatch.setattr(training, "Trainer", noted)
+    monkeypatch.setattr("alexnet_triton.training.loop.Trainer", noted)
     expected, options = AUGMENTED[said], said.split()
     first = command("train", *OPTIONS, "--data", "sample", "--epochs", "1", "--out", "run", *options)
     assert first.exit_code == 0, first.output
@@ -120,8 +121,7 @@ def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, m
     kept = read_checkpoint(tmp_path / "run" / "checkpoint.pt").training
     assert kept is not None
     parts = {"flip": expected.flip, "crop": expected.crop, "colour": expected.colour}
-    for settings in ("configuration", "options"):
-        assert {name: value for name, value in kept[settings].items() if name in ("augment", *parts)} == parts
+    assert {name: value for name, value in kept["recipe"].items() if name in ("augment", *parts)} == parts
     if expected != EVERYTHING:
         refused = command("train", "--resume", "run", "--epochs", "4", "--augment")
         assert refused.exit_code == 2
@@ -135,11 +135,11 @@ def test_a_run_from_before_the_parts_of_the_augmentation_were_options_goes_on(tm
     path = tmp_path / "parts" / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
     assert checkpoint.training is not None
+    old = before_recipes(checkpoint.training)
     for settings in ("configuration", "options"):
-        for part in ("flip", "crop", "colour"):
-            del checkpoint.training[settings][part]
-        checkpoint.training[settings]["augment"] = True
-    save_checkpoint(path, checkpoint)
+        with_one_flag_of_augmentation(old[settings])
+        assert old[settings]["augment"] is True
+    save_checkpoint(path, dataclasses.replace(checkpoint, training=old))
     refused = command("train", "--resume", "parts", "--epochs", "2", "--no-colour")
     assert refused.exit_code == 2
     assert "has True, not False" in refused.output
@@ -149,9 +149,8 @@ def test_a_run_from_before_the_parts_of_the_augmentation_were_options_goes_on(tm
     assert all(torch.equal(expected.weights[key], weight) for key, weight in found.weights.items())
     assert expected.training is not None
     assert found.training is not None
-    assert [found.training[s] for s in ("configuration", "options")] == [
-        expected.training[s] for s in ("configuration", "options")
-    ]
+    settings = ("recipe", "configuration", "options")
+    assert [found.training[s] for s in settings] == [expected.training[s] for s in settings]
 
 
 @pytest.mark.parametrize("name", ["train", "compare"])
@@ -191,7 +190,7 @@ def killed(*arguments: object) -> None:
 def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_command, where, dies)
+        patch.setattr(f"alexnet_triton.cli.run.{where}", dies)
         killed("train", *SHORT, "--epochs", "2", "--out", "run")
     drawn = {"plot_confusion": 1, "plot_most_wrong": 2}.get(where, 0)
     assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt", *PICTURES[:drawn]}
@@ -218,7 +217,8 @@ def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path:
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty files for those, which take longer than the run."""
     for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):
-        monkeypatch.setattr(train_command, picture, lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)])
+        touch = lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)]  # noqa: E731
+        monkeypatch.setattr(f"alexnet_triton.cli.run.{picture}", touch)
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -236,7 +236,7 @@ def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
 def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """best.pt of the first epoch, when the run has three; when it was stopped in its second; and when nothing is lost by it."""
     accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: (1.0, next(accuracies)))
     assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
     shutil.copytree("run", "stopped")
     assert command("train", "--resume", "run", "--epochs", "3").exit_code == 0
@@ -254,9 +254,9 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
     shutil.copy("run/best.pt", "other/checkpoint.pt")
     assert "after 2 epoch(s)" in command("train", "--resume", "other", "--epochs", "2").output  # what the message says
 
-    stopped = training.Trainer.step
+    stopped = Trainer.step
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), stopped(*a)))
+        patch.setattr(Trainer, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), stopped(*a)))
         assert "in epoch 2 after step 1 of 3" in command("train", "--resume", "stopped", "--epochs", "2").output
     refused = command("train", "--resume", "stopped/best.pt", "--epochs", "2")
     assert "has 1 whole epoch(s), the run in stopped/checkpoint.pt came further (1)" in refused.output
@@ -283,7 +283,7 @@ def test_a_run_that_died_between_its_first_two_checkpoints_goes_on(
 ) -> None:
     """It has best.pt, and no checkpoint.pt yet."""
     with monkeypatch.context() as patch:
-        patch.setattr(training, "copy_checkpoint", dies)
+        patch.setattr("alexnet_triton.training.loop.copy_checkpoint", dies)
         killed("train", *SHORT, "--epochs", epochs, "--out", "runs/x")
     assert {p.name for p in (tmp_path / "runs" / "x").iterdir()} == {"best.pt"}
     refused = command("train", *SHORT, "--epochs", epochs, "--out", "runs/x")
@@ -297,13 +297,15 @@ def test_a_run_that_died_between_its_first_two_checkpoints_goes_on(
     assert (tmp_path / "runs" / "x" / "curves.png").exists()
 
 
-@pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer", "newer crop"])
+@pytest.mark.parametrize("kind", ["damaged", "foreign", "missing", "weights alone", "newer", "newer recipe", "newer crop"])
 def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     if kind == "weights alone":
         save_checkpoint(path, Checkpoint("lenet", [], [], {}))
     elif kind == "newer":
         save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": {"telepathy": True}}))
+    elif kind == "newer recipe":
+        save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"recipe": {"telepathy": True}}))
     elif kind == "newer crop":
         save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": {"crop": "elastic"}}))
     elif kind != "missing":
@@ -355,10 +357,18 @@ CRAFTED: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("version", ["today's", "before recipes"])
 @pytest.mark.parametrize("name", CRAFTED)
-def test_options_that_no_command_line_could_have_given_are_one_line(name: str, tmp_path: Path) -> None:
+def test_options_that_no_command_line_could_have_given_are_one_line(name: str, version: str, tmp_path: Path) -> None:
     path, crafted = tmp_path / "checkpoint.pt", CRAFTED[name]
-    save_checkpoint(path, Checkpoint("lenet", [], [], {}, {"options": crafted}))
+    state = {"options": crafted}
+    if version == "today's" and isinstance(crafted, dict):
+        ((field, value),) = crafted.items()
+        state = {"recipe": {}, "options": {}}
+        state["recipe" if field in allowed_of(Recipe) else "options"][field] = value
+    elif version == "today's":
+        state = {"recipe": crafted}
+    save_checkpoint(path, Checkpoint("lenet", [], [], {}, state))
     before = path.read_bytes()
     result = command("train", "--resume", path)
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ import torch
 from PIL import Image
 
 import kernels
-from alexnet_triton.cli import train as train_command
 from alexnet_triton.data import fashion_mnist as data
 from alexnet_triton.data.augment import (
     EVERYTHING,
@@ -36,7 +36,9 @@ from alexnet_triton.data.image_folder import (
     read_split,
 )
 from alexnet_triton.training.checkpoint import read_checkpoint
-from alexnet_triton.training.trainer import Trainer, new_model
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
 
 from ..command import run_here
 
@@ -208,14 +210,14 @@ def test_augmented_colours_differ_at_every_step(dtype: torch.dtype) -> None:
     for augment in (NOTHING, EVERYTHING, Augment(colour=True))[: 3 if dtype == torch.float32 else 2]:
         net = new_model("lenet", 0, CPU, dtype, classes=2, channels=3)
         with kernels.use_backend("torch"):
-            trainer = Trainer(net, split, batch_size=6, image_size=28, lr=0.0, device=CPU, graph=False, augment=augment)
+            trainer = Trainer(net, split, Recipe("lenet", batch_size=6, lr=0.0, **dataclasses.asdict(augment)), Where(CPU))
             losses = {trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(3)}
         assert len(losses) == (1 if augment == NOTHING else 3)
 
 
 @pytest.fixture
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 @pytest.mark.usefixtures("one_thread", "_no_speed")

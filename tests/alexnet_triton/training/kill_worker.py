@@ -16,8 +16,8 @@ from typing import TextIO
 import torch
 
 from alexnet_triton.__main__ import main
-from alexnet_triton.cli import train as train_command
-from alexnet_triton.training import trainer as training
+from alexnet_triton.cli import run as run_of_a_command
+from alexnet_triton.training import checkpoint
 from alexnet_triton.training.checkpoint import BEST, LAST, read_checkpoint
 
 EPOCHS = 10
@@ -66,7 +66,7 @@ def end_of(child: int, lines: TextIO) -> None:
 def position(out: Path) -> tuple[int, bool, int]:
     """How far the run in ``out`` has come, by its last checkpoint, which is whole."""
     files = [path for path in (out / LAST, out / BEST) if path.exists()]
-    return training.position(read_checkpoint(files[0])) if files else (0, False, 0)
+    return checkpoint.position(read_checkpoint(files[0])) if files else (0, False, 0)
 
 
 def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     random.seed(0)
-    train_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
+    run_of_a_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
     place = Path(sys.argv[1])
     process, printed = start("train", *OPTIONS, "--out", str(place / "whole"))
     with printed:

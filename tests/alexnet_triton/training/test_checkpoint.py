@@ -26,7 +26,6 @@ import kernels
 from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training import files
-from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,9 +34,14 @@ from alexnet_triton.training.checkpoint import (
     save_checkpoint,
 )
 from alexnet_triton.training.files import WriteError, write_atomically
-from alexnet_triton.training.trainer import Stopped, train
+from alexnet_triton.training.listener import SILENT
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.metrics import EpochMetrics
+from alexnet_triton.training.recipe import Where
+from alexnet_triton.training.signals import Stopped
 
-from .test_training import HAS_GPU, needs_a_gpu, small_net
+from .listeners import Asked
+from .test_training import HAS_GPU, needs_a_gpu, sample, small_net, small_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,18 +322,26 @@ cases = pytest.mark.parametrize(
 ASKED = 5
 
 
-def run(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[training.EpochMetrics]:
+def run(
+    case: Case,
+    out: Path,
+    epochs: int = 2,
+    stop: Callable[[], bool] | None = None,
+    resume: Checkpoint | None = None,
+    **fields: Any,
+) -> list[EpochMetrics]:
+    """The training of a small network; the recipe is the case's but for ``fields``."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(5)
     net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
-    data = load_fashion_mnist("sample")
-    arguments = {"model": "lenet", "batch_size": 16, "lr": 0.1, "seed": 5, "device": case.device, "graph": case.graph}
-    arguments |= {"momentum": case.momentum, "augment": case.augment, "epochs": epochs, "out": out}
+    recipe = small_recipe(**{"augment": case.augment, "momentum": case.momentum, "seed": 5, "epochs": epochs} | fields)
+    recipe = dataclasses.replace(recipe, dtype=str(case.dtype).removeprefix("torch."))
+    where, listener = Where(case.device, case.graph), SILENT if stop is None else Asked(stop)
     with kernels.use_backend("auto" if HAS_GPU else "torch"):
-        return train(net, data.train.limited(40), data.test.limited(20), **(arguments | options))
+        return train(net, sample(40, 20), recipe, where, out, listener, resume)
 
 
-def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[training.EpochMetrics]:
+def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[EpochMetrics]:
     """As in a process of its own: nothing is left of the random states."""
     torch.manual_seed(99)
     return run(case, out, epochs, resume=read_checkpoint(out / "checkpoint.pt"), **options)
@@ -350,10 +362,31 @@ def flat(value: Any) -> list[Any]:
     return [value.contiguous().view(torch.uint8).numpy().tobytes() if isinstance(value, torch.Tensor) and value.ndim else value]
 
 
+def before_recipes(training: dict[str, Any]) -> dict[str, Any]:
+    """A training state of today in the words of the versions that had no recipe."""
+    recipe, options = training["recipe"], training["options"]
+    kept = {name: recipe[name] for name in ("model", "batch_size", "momentum", "seed", "flip", "crop", "colour")}
+    configuration = kept | {"dtype": f"torch.{recipe['dtype'].replace('tf32', 'float32')}"} | training["configuration"]
+    # What called train() without a command line had no options.
+    old = {"configuration": configuration, "options": recipe | options if options else {}}
+    return {name: value for name, value in training.items() if name != "recipe"} | old
+
+
+def with_one_flag_of_augmentation(settings: dict[str, Any]) -> None:
+    """Make ``settings`` those of a version before the parts of the augmentation had flags of their own."""
+    parts = {part: settings.pop(part) for part in ("flip", "crop", "colour") if part in settings}
+    if parts:
+        settings["augment"] = parts["flip"]
+
+
 def contents(out: Path) -> list[Any]:
+    """All that the files of a run hold, but for clocks and how many epochs were wanted when they were written."""
     files = [read_checkpoint(out / name) for name in ("checkpoint.pt", "best.pt")]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
+    for file in files:
+        assert file.training is not None
+        assert file.training["recipe"].pop("epochs") >= len(file.metrics)
     return [flat([f.model, f.metrics, f.weights, f.training]) for f in files] + [flat(lines)]
 
 
@@ -442,7 +475,7 @@ def test_the_best_checkpoint_is_that_of_the_first_epoch_with_the_highest_accurac
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracies = iter([0.2, 0.5, 0.4, 0.5])
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: (1.0, next(accuracies)))
     case = CASES["plain"]
     run(case, tmp_path, epochs=3)
     resume(case, tmp_path, epochs=4)
@@ -460,7 +493,7 @@ def test_the_learning_rate_may_be_changed_on_resuming(tmp_path: Path) -> None:
 
 
 OTHER = {
-    "dtype": ({}, {"dtype": torch.bfloat16}, "dtype torch.float32, this run has torch.bfloat16"),
+    "dtype": ({}, {"dtype": torch.bfloat16}, "dtype float32, this run has bfloat16"),
     "batch_size": ({"batch_size": 8}, {}, "batch_size 16, this run has 8"),
     "momentum": ({"momentum": 0.5}, {}, r"momentum 0.0, this run has 0.5"),
     "seed": ({"seed": 6}, {}, "seed 5, this run has 6"),
@@ -492,11 +525,10 @@ def test_a_run_from_before_the_parts_of_the_augmentation_had_flags_goes_on(augme
         path = tmp_path / "parts" / name
         checkpoint = read_checkpoint(path)
         assert checkpoint.training is not None
-        configuration = checkpoint.training["configuration"]
-        for part in ("flip", "crop", "colour"):
-            del configuration[part]
-        configuration["augment"] = augment == EVERYTHING
-        save_checkpoint(path, checkpoint)
+        old = before_recipes(checkpoint.training)
+        with_one_flag_of_augmentation(old["configuration"])
+        assert old["configuration"]["augment"] is (augment == EVERYTHING)
+        save_checkpoint(path, dataclasses.replace(checkpoint, training=old))
     with pytest.raises(CheckpointError, match=r"crop (none|pad), this run has resized"):
         resume(dataclasses.replace(case, augment=dataclasses.replace(augment, crop="resized")), tmp_path / "parts")
     resume(case, tmp_path / "parts")
@@ -508,11 +540,11 @@ def test_other_classes_channels_and_images_are_refused(tmp_path: Path) -> None:
     run(CASES["plain"], tmp_path, epochs=1)
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pt")
     data = load_fashion_mnist("sample")
-    arguments = {"model": "lenet", "epochs": 2, "batch_size": 16, "lr": 0.1, "seed": 5, "device": CPU, "out": tmp_path}
+    recipe = small_recipe(epochs=2, seed=5)
 
     def refused(message: str, net: torch.nn.Module, split: Any) -> None:
         with pytest.raises(CheckpointError, match=message):
-            train(net, split, data.test.limited(20), resume=checkpoint, **arguments)
+            train(net, dataclasses.replace(sample(0, 20), train=split), recipe, Where(CPU), tmp_path, resume=checkpoint)
 
     net = small_net()
     refused("training images 40, this run has 39", net, data.train.limited(39))

@@ -16,15 +16,14 @@ from typer.testing import CliRunner
 
 import kernels
 from alexnet_triton.cli import app as cli
-from alexnet_triton.data.fashion_mnist import load_fashion_mnist
-from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.distributed import ALONE, Processes, joined
+from alexnet_triton.training.recipe import Where
 
 from ..data.test_image_folder import write_folder
 from .test_checkpoint import contents, flat
 from .test_signals import read_until, start
-from .train_worker import CPU, RUNS, run
+from .train_worker import RUNS, run
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -174,13 +173,8 @@ def test_shares_are_a_batch() -> None:
 
 
 def test_a_graph_is_for_one_process() -> None:
-    data = load_fashion_mnist("sample").train.limited(8)
-    cuda = torch.device("cuda")
     with pytest.raises(ValueError, match="a CUDA graph of the step is for one process, not for 2"):
-        training.Trainer(
-            training.new_model("lenet", 0, CPU), data, batch_size=4, image_size=28, lr=0.1, device=cuda, graph=True,
-            processes=Processes(0, 2),
-        )  # fmt: skip
+        Where(torch.device("cuda"), graph=True, processes=Processes(0, 2))
 
 
 def test_alone_needs_no_process_group() -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton.cli import train as train_command
 from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
 from alexnet_triton.training.events import EVENTS, EpochEvents
-from alexnet_triton.training.trainer import EpochMetrics
+from alexnet_triton.training.metrics import EpochMetrics
 
 from ..command import run_here
 from .test_checkpoint import file_size_limit
@@ -26,7 +25,7 @@ TRAIN = ("train", "--model", "lenet", *SHORT)
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_command, "measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 def run(*arguments: str, cwd: Path) -> str:

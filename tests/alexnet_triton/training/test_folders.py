@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton.training import run_folder as folders
+from alexnet_triton.training import run_folder
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.run_folder import claimed, held, locked
 
@@ -53,7 +53,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
         "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
         "    print(child, flush=True); time.sleep(60)"
     )
-    process = start("-c", code, str(Path(folders.__file__).parents[2]), str(tmp_path))
+    process = start("-c", code, str(Path(run_folder.__file__).parents[2]), str(tmp_path))
     assert process.stdout is not None
     child = int(process.stdout.readline())
     try:
@@ -114,7 +114,7 @@ def test_a_default_name_gets_the_first_free_number(tmp_path: Path) -> None:
 
 def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process leaves its empty folder just then."""
-    real, gone = folders.held, 0
+    real, gone = run_folder.held, 0
 
     @contextlib.contextmanager
     def late(folder: Path, warn: Callable[[str], object]) -> Iterator[None]:
@@ -127,7 +127,7 @@ def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, mo
                 folder.rmdir()
             yield
 
-    monkeypatch.setattr(folders, "held", late)
+    monkeypatch.setattr(run_folder, "held", late)
     with claimed(tmp_path / "a" / "run", no_warning) as folder:
         assert gone == 3
         with pytest.raises(BlockingIOError), locked(folder, wait=False):
@@ -170,7 +170,7 @@ def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_pa
     for name in names:
         training = read_checkpoint(tmp_path / "runs" / name / "checkpoint.pt").training
         assert training is not None
-        seeds.add(training["options"]["seed"])
+        seeds.add(training["recipe"]["seed"])
     assert seeds == {1, 2}
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from alexnet_triton.data.augment import to_input
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.training.evaluation import Predictions, predict_split
+from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.plot import (
     MOST_NAMED,
     confusion_matrix,
@@ -24,7 +25,6 @@ from alexnet_triton.training.plot import (
     plot_curves,
     plot_most_wrong,
 )
-from alexnet_triton.training.trainer import EpochMetrics
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
 PREDICTIONS = Predictions(classes=torch.tensor([0, 1, 1, 0, 2, 1]), true=torch.tensor([0.9, 0.2, 0.8, 0.05, 0.7, 0.3]))

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from alexnet_triton.training import signals
-from alexnet_triton.training import trainer as training
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.signals import Stopped, StopSignals
+from alexnet_triton.training.trainer import Trainer
 
 from .test_checkpoint import CASES, contents, resume, run
 
@@ -135,24 +135,24 @@ def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, m
     """The signal comes in the middle of the second step; with a graph, in its replay (here the step stands for it)."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
-    step, prepare = training.Trainer.step, training.Trainer.__init__
+    step, prepare = Trainer.step, Trainer.__init__
     steps = 0
 
-    def signalling(trainer: training.Trainer, index: torch.Tensor) -> None:
+    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
         nonlocal steps
         steps += 1
         if steps == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         step(trainer, index)
 
-    def with_replay(trainer: training.Trainer, *arguments: object, **options: object) -> None:
+    def with_replay(trainer: Trainer, *arguments: object, **options: object) -> None:
         prepare(trainer, *arguments, **options)  # type: ignore[arg-type]
         trainer.replay = lambda: trainer.step(trainer.index)
 
-    monkeypatch.setattr(training.Trainer, "step", signalling)
+    monkeypatch.setattr(Trainer, "step", signalling)
     if graph:
-        monkeypatch.setattr(training.Trainer, "__init__", with_replay)
-    with StopSignals() as stops, pytest.raises(training.Stopped, match=r"^in epoch 1 after step 2 of 3$"):
+        monkeypatch.setattr(Trainer, "__init__", with_replay)
+    with StopSignals() as stops, pytest.raises(Stopped, match=r"^in epoch 1 after step 2 of 3$"):
         run(case, tmp_path / "parts", stop=stops)
     assert steps == 2
     resume(case, tmp_path / "parts")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,20 +18,22 @@ from torch import nn
 import kernels
 from alexnet_triton import FusedSequential, fuse, reference_lenet
 from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, to_input
+from alexnet_triton.data.dataset import Dataset
 from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.models import init_xavier_uniform
-from alexnet_triton.training import trainer as training
+from alexnet_triton.optim import SGD
 from alexnet_triton.training.checkpoint import FORMAT, Checkpoint, CheckpointError, read_checkpoint, save_checkpoint
 from alexnet_triton.training.evaluation import evaluate, measure_speed
+from alexnet_triton.training.listener import SILENT, Listener
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.metrics import EpochMetrics
+from alexnet_triton.training.networks import float32_products, load_checkpoint, new_model
 from alexnet_triton.training.plot import plot_curves
-from alexnet_triton.training.trainer import (
-    EpochMetrics,
-    Trainer,
-    float32_products,
-    load_checkpoint,
-    new_model,
-)
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
 from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
+
+from .listeners import Asked, Watching
 
 CPU = torch.device("cpu")
 
@@ -59,30 +63,39 @@ def small_net(dropout: float = 0.0) -> FusedSequential:
     )
 
 
+def small_recipe(augment: Augment = NOTHING, dtype: torch.dtype = torch.float32, **fields: Any) -> Recipe:
+    """Batches of 16 of 28 x 28 pixels."""
+    kept = {"model": "lenet", "batch_size": 16, "lr": 0.1, "dtype": str(dtype).removeprefix("torch.")}
+    return Recipe(**(kept | dataclasses.asdict(augment) | fields))
+
+
+def sample(train: int, test: int) -> Dataset:
+    """So many images of the sample."""
+    data = load_fashion_mnist("sample")
+    return dataclasses.replace(data, train=data.train.limited(train), test=data.test.limited(test))
+
+
 def small_trainer(
-    device: torch.device = CPU, dtype: torch.dtype = torch.float32, dropout: float = 0.0, images: int = 40, **options
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    images: int = 40,
+    graph: bool = False,
+    **fields: Any,
 ) -> Trainer:
     """Batches of 16, so that 40 images are two batches and a half; the same weights every time."""
     torch.manual_seed(7)
     net = small_net(dropout).to(device=device, dtype=dtype)
-    split = load_fashion_mnist("sample").train.limited(images)
-    return Trainer(net, split, **{"batch_size": 16, "image_size": 28, "lr": 0.1, "device": device, "graph": False} | options)
+    return Trainer(net, sample(images, 0).train, small_recipe(dtype=dtype, **fields), Where(device, graph))
 
 
-def _train(out: Path, seed: int = 0, epochs: int = 1, limit: int = 64, **options) -> tuple[nn.Module, list[EpochMetrics]]:
-    data = load_fashion_mnist("sample")
+def _train(
+    out: Path, seed: int = 0, epochs: int = 1, limit: int = 64, lr: float = 0.9, listener: Listener = SILENT
+) -> tuple[nn.Module, list[EpochMetrics]]:
     net = new_model("lenet", seed, CPU)
-    arguments = {
-        "model": "lenet",
-        "epochs": epochs,
-        "batch_size": 16,
-        "lr": 0.9,
-        "seed": seed,
-        "device": CPU,
-        "out": out,
-    }
+    recipe = small_recipe(seed=seed, epochs=epochs, lr=lr)
     with kernels.use_backend("torch"):
-        history = training.train(net, data.train.limited(limit), data.test.limited(50), **(arguments | options))
+        history = train(net, sample(limit, 50), recipe, Where(CPU), out, listener)
     return net, history
 
 
@@ -180,16 +193,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def poisoned_at(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a gradient of the ``step``-th step ``value``, so that the loss of the next one is the first to show it."""
     steps = 0
-    real = training.SGD.step
+    real = SGD.step
 
-    def poisoned(optimizer: training.SGD) -> None:
+    def poisoned(optimizer: SGD) -> None:
         nonlocal steps
         steps += 1
         if steps == step:
             optimizer.param_groups[0]["params"][-1].grad.fill_(value)
         real(optimizer)
 
-    monkeypatch.setattr(training.SGD, "step", poisoned)
+    monkeypatch.setattr(SGD, "step", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
@@ -208,10 +221,8 @@ def test_the_step_is_named_and_the_last_good_checkpoint_kept(
     """Also where the last step breaks the weights, which no loss of the epoch can show."""
     poisoned_at(step, value, monkeypatch)
     net = new_model("lenet", 0, CPU, dtype)
-    data = load_fashion_mnist("sample")
-    arguments = {"model": "lenet", "epochs": 3, "batch_size": 16, "lr": 0.1, "seed": 0, "device": CPU, "out": tmp_path}
     with pytest.raises(FloatingPointError) as caught:
-        training.train(net, data.train.limited(64), data.test.limited(20), **arguments)
+        train(net, sample(64, 20), small_recipe(dtype=dtype, epochs=3), Where(CPU), tmp_path)
     advice = f"{message}; the last good checkpoint is {tmp_path / 'checkpoint.pt'}: resume it with a smaller --lr"
     assert str(caught.value) == advice + ", or --dtype float32, whose range is wider" * (dtype == torch.float16)
     for name in ("checkpoint.pt", "best.pt"):
@@ -225,18 +236,20 @@ def test_a_run_that_is_stopped_does_not_save_what_is_not_finite(tmp_path: Path, 
     poisoned_at(6, math.nan, monkeypatch)
     asked = iter(range(100))
     with pytest.raises(FloatingPointError, match=r"epoch 2: the weights are not finite after step 2 of 4; the last good"):
-        _train(tmp_path, epochs=3, stop=lambda: next(asked) == 4 + 4 + 2)  # after four steps, four batches of a test, two steps
+        # After four steps, four batches of a test, two steps.
+        _train(tmp_path, epochs=3, listener=Asked(lambda: next(asked) == 4 + 4 + 2))
     assert len(read_checkpoint(tmp_path / "checkpoint.pt").metrics) == 1
 
 
 def test_a_progress_bar_ends_an_epoch_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has read the loss anyway."""
     poisoned_at(1, math.nan, monkeypatch)
-    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", -1.0)
+    monkeypatch.setattr("alexnet_triton.training.trainer._PROGRESS_INTERVAL", -1.0)
     trainer = small_trainer()
     seen: list[int] = []
+    trainer.listener = Watching(lambda images, *_: seen.append(images))
     with pytest.raises(FloatingPointError, match="the loss of step 2 of 3 is not finite"):
-        trainer.epoch(torch.Generator().manual_seed(1), lambda images, *_: seen.append(images))
+        trainer.epoch(torch.Generator().manual_seed(1))
     assert seen == [16, 32]
 
 
@@ -356,17 +369,18 @@ def test_full_batches_are_replayed_and_the_last_one_is_not() -> None:
 
 
 def test_progress_does_not_read_the_loss_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, float, float]] = []
     trainer = small_trainer()
-    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", 1e9)
-    loss, _, _ = trainer.epoch(torch.Generator().manual_seed(1), lambda *told: seen.append(told))  # type: ignore[arg-type,func-returns-value]
-    ((images, shown, speed),) = seen  # type: ignore[misc]
+    monkeypatch.setattr("alexnet_triton.training.trainer._PROGRESS_INTERVAL", 1e9)
+    trainer.listener = Watching(lambda *told: seen.append(told))
+    loss, _, _ = trainer.epoch(torch.Generator().manual_seed(1))
+    ((images, shown, speed),) = seen
     assert (images, shown) == (40, loss)
     assert speed > 0
-    monkeypatch.setattr(training, "_PROGRESS_INTERVAL", -1.0)
+    monkeypatch.setattr("alexnet_triton.training.trainer._PROGRESS_INTERVAL", -1.0)
     seen.clear()
-    trainer.epoch(torch.Generator().manual_seed(1), lambda images, *_: seen.append(images))
-    assert seen == [16, 32, 40]
+    trainer.epoch(torch.Generator().manual_seed(1))
+    assert [images for images, _, _ in seen] == [16, 32, 40]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -388,12 +402,13 @@ def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
 
 
 def test_a_half_precision_checkpoint_is_float32_and_loads_anywhere(tmp_path: Path) -> None:
-    data = load_fashion_mnist("sample")
     net = new_model("lenet", 0, CPU, torch.bfloat16)
-    arguments = {"model": "lenet", "epochs": 1, "batch_size": 16, "lr": 0.9, "seed": 0, "device": CPU, "out": tmp_path}
-    ready: list[bool] = []
-    training.train(net, data.train.limited(32), data.test.limited(20), on_ready=lambda: ready.append(True), **arguments)
-    assert ready == [True]
+    listener, told = Listener(), []
+    for name in ("ready", "epoch_begins", "batch", "epoch_ends"):
+        setattr(listener, name, lambda *values, name=name: told.append((name, *values)))
+    recipe = small_recipe(dtype=torch.bfloat16, epochs=1, lr=0.9)
+    (metrics,) = train(net, sample(32, 20), recipe, Where(CPU), tmp_path, listener)
+    assert told == [("ready",), ("epoch_begins", 1), ("epoch_ends", metrics)]
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert {w.dtype for w in content["state_dict"].values()} == {torch.float32}
     loaded, _ = load_checkpoint(tmp_path / "checkpoint.pt", CPU)
@@ -447,7 +462,7 @@ def test_replays_draw_anew(random: str) -> None:
     cuda = torch.device("cuda")
     crop = random.removesuffix(" crop") if random.endswith(" crop") else "none"
     augment = Augment(flip=random == "flip", crop=crop, colour=random == "colour")  # type: ignore[arg-type]
-    trainer = small_trainer(cuda, dropout=0.5 * (random == "dropout"), augment=augment, lr=0.0, images=16, graph=True)
+    trainer = small_trainer(cuda, dropout=0.5 * (random == "dropout"), lr=0.0, images=16, graph=True, augment=augment)
     assert trainer.replay is not None
     losses = []
     for _ in range(4):
@@ -496,7 +511,7 @@ def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype
     losses = {}
     for precision in (torch.float32, dtype):
         net = new_model("lenet", 0, CPU, precision)
-        trainer = training.Trainer(net, data, batch_size=16, image_size=28, lr=0.5, device=CPU, graph=False)
+        trainer = Trainer(net, data, small_recipe(lr=0.5), Where(CPU))
         with kernels.use_backend("torch"):
             losses[precision] = [trainer.epoch(torch.Generator().manual_seed(0))[0] for _ in range(2)]
     assert losses[dtype] == pytest.approx(losses[torch.float32], rel=0.03)
@@ -511,9 +526,8 @@ def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype
 
 
 def test_a_graph_needs_cuda() -> None:
-    data = load_fashion_mnist("sample").train.limited(16)
     with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu"):
-        training.Trainer(new_model("lenet", 0, CPU), data, batch_size=8, image_size=28, lr=0.1, device=CPU, graph=True)
+        Where(CPU, graph=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -525,7 +539,7 @@ def test_a_captured_step_is_the_eager_step(dtype: torch.dtype) -> None:
     results = []
     for graph in (False, True):
         net = new_model("lenet", 0, cuda, dtype)
-        trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.5, device=cuda, graph=graph)
+        trainer = Trainer(net, data, small_recipe(batch_size=64, lr=0.5), Where(cuda, graph))
         generator = torch.Generator(cuda).manual_seed(0)
         epochs = [trainer.epoch(generator)[:2] for _ in range(2)]
         results.append((epochs, trainer.float32_weights()))
@@ -540,6 +554,6 @@ def test_dropout_draws_anew_in_each_replay() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 10)).to(cuda)
     net = fuse(net)
     data = load_fashion_mnist("sample").train.limited(64)
-    trainer = training.Trainer(net, data, batch_size=64, image_size=28, lr=0.0, device=cuda, graph=True)
+    trainer = Trainer(net, data, small_recipe(batch_size=64, lr=0.0), Where(cuda, graph=True))
     same_order = [trainer.epoch(torch.Generator(cuda).manual_seed(0))[0] for _ in range(3)]
     assert len(set(same_order)) == 3

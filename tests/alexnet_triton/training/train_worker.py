@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 
 import kernels
 from alexnet_triton import FusedSequential
-from alexnet_triton.data.augment import Augment
+from alexnet_triton.data.augment import NOTHING, Augment
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.training import checkpoint
-from alexnet_triton.training import trainer as training
+from alexnet_triton.training import trainer as trainers
 from alexnet_triton.training.distributed import Processes, joined
-from alexnet_triton.training.trainer import Stopped, train
+from alexnet_triton.training.listener import SILENT, Listener
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.signals import Stopped
+from tests.alexnet_triton.training.listeners import Asked, Watching
 
 CPU = torch.device("cpu")
 
@@ -30,7 +35,16 @@ RUNS: dict[str, tuple[int, int, torch.dtype, float]] = {
 }
 
 
-def run(out: Path, processes: Processes, name: str = "partial", dropout: float = 0.0, **options: Any) -> Any:
+def run(
+    out: Path,
+    processes: Processes,
+    name: str = "partial",
+    dropout: float = 0.0,
+    augment: Augment = NOTHING,
+    listener: Listener = SILENT,
+    resume: checkpoint.Checkpoint | None = None,
+    epochs: int = 2,
+) -> Any:
     """A training of two epochs, tested on 21 images, another number that two do not divide."""
     images, batch_size, dtype, momentum = RUNS[name]
     torch.manual_seed(5)
@@ -39,9 +53,10 @@ def run(out: Path, processes: Processes, name: str = "partial", dropout: float =
     net.to(dtype=dtype, memory_format=torch.channels_last)
     data = load_fashion_mnist("sample")
     out.mkdir(parents=True, exist_ok=True)
-    arguments = {"model": "lenet", "epochs": 2, "batch_size": batch_size, "lr": 0.1, "seed": 5, "device": CPU, "out": out}
-    arguments |= {"momentum": momentum, "processes": processes}
-    return train(net, data.train.limited(images), data.test.limited(21), **(arguments | options))
+    data = dataclasses.replace(data, train=data.train.limited(images), test=data.test.limited(21))
+    fields = {"model": "lenet", "epochs": epochs, "batch_size": batch_size, "lr": 0.1, "seed": 5, "momentum": momentum}
+    recipe = Recipe(**fields, **dataclasses.asdict(augment), dtype=str(dtype).removeprefix("torch."))
+    return train(net, data, recipe, Where(CPU, processes=processes), out, listener, resume)
 
 
 def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
@@ -51,7 +66,8 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
     for call in (2, 5):  # in the middle of the first epoch, in its evaluation
         calls = iter(range(1, 100))
         try:
-            run(folder / str(call), processes, **every, stop=lambda c=calls, n=call: next(c) == n and not processes.leads)
+            asked = Asked(lambda c=calls, n=call: next(c) == n and not processes.leads)
+            run(folder / str(call), processes, **every, listener=asked)
         except Stopped as stopped:
             where = str(stopped)
         else:
@@ -65,15 +81,13 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
 def progress_is_shown(folder: Path, processes: Processes) -> None:
     """What each process's bar would show: images seen, loss; and of how many images the loss is."""
     shown: list[tuple[int, float]] = []
-    training._PROGRESS_INTERVAL, before = -1.0, training._PROGRESS_INTERVAL
+    trainers._PROGRESS_INTERVAL, before = -1.0, trainers._PROGRESS_INTERVAL
     images, batch_size, _, _ = RUNS["unequal_shares"]
     try:
-        history = run(
-            folder, processes, "unequal_shares", epochs=1,
-            on_batch=lambda _: lambda seen, loss, speed: shown.append((seen, loss)),
-        )  # fmt: skip
+        watching = Watching(lambda seen, loss, _: shown.append((seen, loss)))
+        history = run(folder, processes, "unequal_shares", listener=watching, epochs=1)
     finally:
-        training._PROGRESS_INTERVAL = before
+        trainers._PROGRESS_INTERVAL = before
     own = sum(len(processes.share(index)) for index in torch.arange(images).split(batch_size))
     content = {"shown": shown, "own": own, "loss": history[0].loss}
     (folder.parent / f"progress{processes.rank}.json").write_text(json.dumps(content))
@@ -82,7 +96,7 @@ def progress_is_shown(folder: Path, processes: Processes) -> None:
 def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
     """The labels of all but the leader's shares give a loss of infinity in the second step."""
     steps = 0
-    real = training.add_cross_entropy
+    real = trainers.add_cross_entropy
 
     def broken(logits: Tensor, labels: Tensor, loss_sum: Tensor, *others: Any) -> Tensor | None:
         nonlocal steps
@@ -92,13 +106,13 @@ def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: 
             loss_sum *= torch.inf
         return gradient
 
-    training.add_cross_entropy = broken
+    trainers.add_cross_entropy = broken
     try:
         run(folder, processes)
     except FloatingPointError as error:
         return str(error)
     finally:
-        training.add_cross_entropy = real
+        trainers.add_cross_entropy = real
     raise AssertionError("not noticed")
 
 

@@ -1,0 +1,338 @@
+"""A run as a command makes it: from its options, with everything printed, drawn and written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+import kernels
+
+from ..data.augment import EVERYTHING, NOTHING, Augment
+from ..data.dataset import DataError, Dataset
+from ..data.image_folder import default_channels, is_image_folder, load_data
+from ..precompile import precompile
+from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError
+from ..training.distributed import Processes
+from ..training.evaluation import measure_speed, predict_split
+from ..training.events import EpochEvents, summary_writer
+from ..training.loop import train
+from ..training.metrics import METRICS, EpochMetrics, history_of, learning_rates, metrics_file
+from ..training.networks import default_precision, float32_products, new_model
+from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
+from ..training.recipe import LEARNING_RATE, MOST, Recipe, Where, check_fields, field
+from ..training.signals import Stopped, StopSignals
+from .options import BackendChoice, PrecisionChoice, console, fail, runs_on
+from .screen import Bar, Screen
+
+#: The pictures that a run writes.
+CURVES, CONFUSION, MOST_WRONG = "curves.png", "confusion.png", "most_wrong.png"
+
+#: The fields of a recipe that are parts of the augmentation.
+PARTS = tuple(each.name for each in dataclasses.fields(Augment))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What decides none of a run's numbers. A checkpoint keeps it: a resumed run has it without being told again.
+
+    The fields are the options of ``train``. A checkpoint that lacks one has its default.
+
+    Raises:
+        ValueError: a value is of another type or not one that its field can hold.
+    """
+
+    backend: str = field("auto", among=tuple(map(str, BackendChoice)), may_change=True)
+    workers: int | None = field(None, least=0, most=MOST, may_change=True)
+    graph: bool = field(False, may_change=True)
+    tensorboard: bool = field(False, may_change=True)
+    device: str = field("auto", may_change=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a command trains: by which recipe, how, and where that is here."""
+
+    recipe: Recipe
+    options: RunOptions
+    where: Where
+
+
+@contextlib.contextmanager
+def refused_values() -> Iterator[None]:
+    """A ValueError of the block is that of an option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a command as a checkpoint can keep them.
+
+    Strings are plain ones, data has a path that is found from another folder too, and a part of the augmentation that is None
+    is as ``augment`` has it.
+
+    Raises:
+        typer.BadParameter: data where no path can lead.
+    """
+    found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
+    parts = dataclasses.asdict(EVERYTHING if found["augment"] else NOTHING)
+    found |= {name: value for name, value in parts.items() if found[name] is None}
+    if (data := found["data"]) not in (None, "sample"):
+        try:
+            found["data"] = str(Path(data).expanduser().resolve())
+        except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
+            raise typer.BadParameter(f"{data!r}: {error}", param_hint="--data") from error
+    return found
+
+
+def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
+    """The recipe that the parameters of a command come down to on ``device``.
+
+    Raises:
+        typer.BadParameter: data where no path can lead, or a value that cannot be.
+    """
+    found = plain(parameters)
+    if found["dtype"] == PrecisionChoice.auto:
+        found["dtype"] = default_precision(device)
+    if found["lr"] is None:
+        found["lr"] = LEARNING_RATE[found["model"]]
+    with refused_values():
+        try:
+            found["channels"] = found["channels"] or default_channels(parameters["data"])
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        return Recipe(**{each.name: found[each.name] for each in dataclasses.fields(Recipe)})
+
+
+def new_options(parameters: Mapping[str, Any]) -> RunOptions:
+    """The other options that the parameters of a command come down to; whether there is a graph, :func:`run_on` says."""
+    found = plain(parameters) | {"graph": False}
+    with refused_values():
+        return RunOptions(**{each.name: found[each.name] for each in dataclasses.fields(RunOptions)})
+
+
+def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: RunOptions, graph: bool | None) -> Run:
+    """The run of ``recipe`` on ``device``; a ``graph`` of None: one where it can be.
+
+    Raises:
+        typer.BadParameter: a CUDA graph where there is none.
+        typer.Exit: a package that an option needs is missing, which is said.
+    """
+    if graph is None:
+        graph = device.type == "cuda" and processes.size == 1
+        if device.type == "cuda" and processes.size > 1:
+            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
+    options = dataclasses.replace(options, graph=graph)
+    try:
+        where = Where(device, graph, processes, dataclasses.asdict(options))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--graph") from error
+    if options.tensorboard:
+        processes.from_leader(_check_tensorboard)
+    return Run(recipe, options, where)
+
+
+def graph_of_resumed(said: bool | None, options: RunOptions, processes: Processes) -> bool | None:
+    """``graph`` of a resumed run, for :func:`run_on`: unless it was said, where it can be, or none as the run had none."""
+    return None if said is None and (options.graph or processes.size > 1) else options.graph
+
+
+def _check_tensorboard() -> None:
+    try:
+        summary_writer()
+    except ImportError as error:
+        raise fail(error) from error
+
+
+def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
+    """Whether the folder of a run that has come to its end in ``checkpoint`` has all its files, the metrics up to there.
+
+    Raises:
+        CheckpointError: the checkpoint's metrics are damaged.
+    """
+    files = [out / name for name in (LAST, BEST, METRICS, CURVES, CONFUSION, MOST_WRONG)]
+    return all(file.is_file() for file in files) and (out / METRICS).read_bytes() == metrics_file(history_of(checkpoint))
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a run comes to, besides its files.
+
+    Attributes:
+        net: the trained network.
+        history: the metrics of all epochs.
+        images_per_s: training images a second, over all epochs.
+        data: name of the data.
+        place: in words, what it ran on.
+    """
+
+    net: nn.Module
+    history: list[EpochMetrics]
+    images_per_s: float
+    data: str
+    place: str
+
+
+def run_training(
+    run: Run,
+    out: Path,
+    stops: StopSignals,
+    begin: float,
+    checkpoint: Checkpoint | None = None,
+    restart: str = Screen.restart,
+    on_ready: Callable[[Dataset, str], None] | None = None,
+) -> FinishedRun:
+    """Train as ``run`` says, or go on from ``checkpoint``, with everything printed and written into ``out``.
+
+    Of a run that ``checkpoint`` has finished, the files that are missing are written.
+
+    Args:
+        out: a folder that is there, and that this process has for itself.
+        stops: entered while something could be saved.
+        begin: when the run began, by ``time.perf_counter``.
+        restart: as in :class:`alexnet_triton.training.listener.Listener`.
+        on_ready: given the data and what the run is on, called when its first step is about to be taken.
+
+    Raises:
+        Stopped: ``stops`` said so; all is saved.
+        typer.Exit: it failed, which is said.
+    """
+    recipe, where = run.recipe, run.where
+    try:
+        finished = checkpoint is not None and len(checkpoint.metrics) >= recipe.epochs
+        writes = where.processes.leads and not (checkpoint is not None and finished and is_complete(out, checkpoint))
+        dataset = _load(run)
+        with kernels.use_backend(run.options.backend), float32_products(recipe.dtype), contextlib.ExitStack() as block:  # type: ignore[arg-type]
+            setup_begin = time.perf_counter()
+            place = f"{runs_on(where.device)}, {recipe.dtype}"
+            place += f", {where.processes.size} processes" * (where.processes.size > 1)
+            channels = dataset.train.channels
+            net = new_model(recipe.model, recipe.seed, where.device, recipe.torch_dtype, len(dataset.classes), channels)
+            _print_begin(run, dataset, place, "" if finished else _expected(run, net, dataset))
+            if checkpoint is not None:
+                console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
+            bar = Bar(len(dataset.train), recipe.epochs)
+            ready = functools.partial(on_ready, dataset, place) if on_ready is not None else lambda: None
+            screen = Screen(bar, stops, _events(run, out, checkpoint), block, ready, restart)
+            with bar.progress:
+                history = train(net, dataset, recipe, where, out, screen, checkpoint)
+            if writes:
+                said = predict_split(
+                    net, dataset.test, batch_size=recipe.batch_size, image_size=recipe.image_size, device=where.device
+                )
+        if writes:
+            title = f"{recipe.model} on {dataset.name}, {place}"
+            _draw(lambda path: plot_curves(history, path, title), out / CURVES)
+            _draw(lambda path: plot_confusion(dataset.test, said, dataset.classes, path, title), out / CONFUSION)
+            _draw(lambda path: plot_most_wrong(dataset.test, said, dataset.classes, path, title), out / MOST_WRONG)
+    except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
+        raise fail(error) from error
+    images_per_s = len(history) * len(dataset.train) / sum(m.seconds for m in history)
+    _print_end(history, images_per_s, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
+    return FinishedRun(net, history, images_per_s, dataset.name, place)
+
+
+def _load(run: Run) -> Dataset:
+    """The data of a run, limited; a folder's images, which each process decodes for itself, on its device."""
+    recipe = run.recipe
+
+    def load() -> Dataset:
+        return load_data(
+            recipe.data,
+            size=recipe.image_size,
+            channels=recipe.channels,
+            limit=recipe.limit,
+            workers=run.options.workers,
+            device=run.where.device,
+        )
+
+    if is_image_folder(recipe.data):
+        console.print(f"reading the images of {recipe.data}")  # which can take minutes
+        return load()
+    return run.where.processes.first_on_each_machine(load)  # of which one may download
+
+
+def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:
+    """What a short measurement says of the time of an epoch, to be printed; empty where it says nothing."""
+    recipe, where = run.recipe, run.where
+    # A step that is not captured says nothing of one that is, nor one process of several.
+    if where.graph or where.processes.size > 1:
+        return ""
+    images = len(dataset.train)
+    measure = functools.partial(measure_speed, net, dataset.train, recipe.batch_size, recipe.image_size, where.device)
+    if where.device.type == "cuda":
+        precompile(measure, tell=console.print)
+    speed = measure()
+    return f": about {_duration(images / speed)} an epoch of {images} images ({speed:.1f} images/s)"
+
+
+def _events(run: Run, out: Path, checkpoint: Checkpoint | None) -> EpochEvents | None:
+    """What writes the run's epochs for TensorBoard; None where that was not asked for, or another process does."""
+    if not run.options.tensorboard or not run.where.processes.leads:
+        return None
+    before = [] if checkpoint is None else history_of(checkpoint)
+    rates = [] if checkpoint is None else learning_rates(checkpoint, run.recipe.lr)
+    return EpochEvents(out, before, rates, run.recipe.lr)
+
+
+def _draw(plot: Callable[[Path], None], path: Path) -> None:
+    """Write a picture beside ``path`` first: what is there is whole, so that a resumed run knows which are missing."""
+    partial = path.with_name(f"partial-{path.name}")  # plotting asks the end of a name for the format
+    try:
+        plot(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _print_begin(run: Run, dataset: Dataset, place: str, expected: str) -> None:
+    recipe = run.recipe
+    console.print(f"{recipe.model} on {place}{expected}")
+    console.print(
+        f"data {dataset.source} ({len(dataset.train)} train, {len(dataset.test)} test, {len(dataset.classes)} classes), "
+        f"batch {recipe.batch_size}, lr {recipe.lr}, seed {recipe.seed}"
+    )
+
+
+def _print_end(history: list[EpochMetrics], images_per_s: float, setup: float, total: float, out: Path) -> None:
+    last = history[-1]
+    console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
+    console.print(
+        f"training {sum(m.seconds for m in history):.1f} s ({images_per_s:.1f} images/s), "
+        f"setup {setup:.1f} s (weights, compilation, warm-up, capture), "
+        f"{total:.1f} s from start to end"
+    )
+    pictures = ", ".join(str(out / name) for name in (CURVES, CONFUSION, MOST_WRONG))
+    console.print(f"pictures {pictures}  metrics {out / METRICS}  checkpoints {out / LAST}, {out / BEST}")
+
+
+def report_stop(stopped: Stopped, command: str, out: Path, processes: Processes, stops: StopSignals) -> int:
+    """Say how ``command`` goes on in ``out``; the exit code."""
+    received = stops.received or signal.SIGTERM  # another process may have got it
+    again = f"{command} --resume {shlex.quote(str(out))}"
+    if processes.size > 1:
+        again += f" in {processes.size} processes"
+    console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+    return 128 + received

@@ -1,0 +1,103 @@
+"""What a run shows while it goes on: lines, a progress bar, TensorBoard's events; and its end by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..training.events import EpochEvents
+from ..training.listener import Listener
+from ..training.metrics import EpochMetrics
+from ..training.signals import StopSignals
+from .options import console
+
+
+class Bar:
+    """The progress bar of an epoch; nothing where the output is no terminal."""
+
+    def __init__(self, images: int, epochs: int) -> None:
+        self.images = images
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self.task = self.progress.add_task("train", total=images, epoch=0, loss=0.0, speed=0.0)
+
+    @property
+    def shown(self) -> bool:
+        """Whether anybody sees it."""
+        return not self.progress.disable
+
+    def begin(self, epoch: int) -> None:
+        """Empty, for another epoch."""
+        self.progress.reset(self.task, total=self.images, epoch=epoch, loss=0.0, speed=0.0)
+
+    def update(self, seen: int, loss: float, images_per_s: float) -> None:
+        """As :meth:`.listener.Listener.batch` is told."""
+        self.progress.update(self.task, completed=seen, loss=loss, speed=images_per_s)
+
+
+class Screen(Listener):
+    """The listener of a run of the command line.
+
+    Args:
+        bar: of the run's epochs; to be shown by whoever made it.
+        stops: notes the signals that ask to stop, from the moment on when the run can be saved.
+        events: where each epoch is written for TensorBoard; None: nowhere.
+        block: what ``stops`` and ``events`` are entered into then.
+        on_ready: called then.
+        restart: as in :class:`Listener`.
+
+    Attributes:
+        ready_at: when that was, by ``time.perf_counter``.
+    """
+
+    def __init__(
+        self,
+        bar: Bar,
+        stops: StopSignals,
+        events: EpochEvents | None,
+        block: contextlib.ExitStack,
+        on_ready: Callable[[], object],
+        restart: str,
+    ) -> None:
+        self.bar, self.stops, self.events, self.block = bar, stops, events, block
+        self.on_ready, self.restart = on_ready, restart
+        self.wants_batches = bar.shown
+        self.ready_at = 0.0
+
+    def compiling(self, line: str) -> None:
+        console.print(line)
+
+    def ready(self) -> None:
+        self.ready_at = time.perf_counter()
+        self.block.enter_context(self.stops)
+        if self.events is not None:
+            self.block.enter_context(self.events)
+        self.on_ready()
+
+    def epoch_begins(self, epoch: int) -> None:
+        self.bar.begin(epoch)
+
+    def batch(self, seen: int, loss: float, images_per_s: float) -> None:
+        self.bar.update(seen, loss, images_per_s)
+
+    def epoch_ends(self, metrics: EpochMetrics) -> None:
+        console.print(
+            f"epoch {metrics.epoch:3d}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "
+            f"test acc {metrics.test_acc:.4f}  {metrics.images_per_s:.1f} images/s  {metrics.seconds:.1f} s"
+        )
+        if self.events is not None:
+            self.events.write(metrics)
+
+    def stop(self) -> bool:
+        return self.stops()

@@ -1,0 +1,237 @@
+"""A run: its epochs, their evaluation, and the files that it writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.dataset import Dataset, Split
+from .checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    CheckpointError,
+    check_configuration,
+    check_weights,
+    copy_checkpoint,
+    save_checkpoint,
+)
+from .evaluation import evaluate
+from .files import WriteError, write_atomically
+from .listener import SILENT, Listener
+from .metrics import METRICS, EpochMetrics, check_number, history_of, learning_rates, metrics_file
+from .recipe import Recipe, Where
+from .run_folder import holds_run
+from .signals import Stopped
+from .trainer import Trainer
+
+
+def train(
+    net: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    where: Where,
+    folder: Path,
+    listener: Listener = SILENT,
+    resume: Checkpoint | None = None,
+) -> list[EpochMetrics]:
+    """Train ``net`` and write into ``folder``, after each epoch: a line of ``metrics.jsonl``, ``checkpoint.pt``, ``best.pt``.
+
+    ``best.pt`` is the checkpoint of the first epoch with the highest test accuracy.
+
+    A resumed run computes the same bits as one that was never stopped, wherever in an epoch that was: on the same device,
+    versions and ``where.graph``, and while ``recipe`` stays what it was, but for ``epochs`` and ``data``.
+
+    Args:
+        net: a model of :func:`.networks.new_model`, on the device of ``where`` and in the dtype of ``recipe``.
+        data: the images, their classes in the order of the labels.
+        recipe: what decides the numbers. Its ``data`` and ``limit`` are kept, not read: ``data`` is what comes of them.
+        where: processes that train together do so each by this call, on equal shares of each batch. The one that leads writes.
+            Each draws its own dropout and augmentation.
+        folder: which is there.
+        listener: told what happens, and asked to stop.
+        resume: go on from there, up to ``recipe.epochs`` in all. ``metrics.jsonl`` becomes its epochs, and goes on.
+
+    Returns:
+        The metrics of all epochs, those before ``resume`` too.
+
+    Raises:
+        ValueError: ``net`` is of another dtype than ``recipe``'s.
+        CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
+            written.
+        FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
+            last good checkpoint and what to try.
+        Stopped: ``listener`` said so; all is saved.
+    """
+    if resume is None and where.processes.leads and holds_run(folder):
+        raise CheckpointError(f"{folder}: already holds a run")
+    if (dtype := next(net.parameters()).dtype) != recipe.torch_dtype:
+        raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
+    run = _Run(net, data, recipe, where, folder, listener, resume)
+    listener.ready()
+    for epoch in range(len(run.history) + 1, recipe.epochs + 1):
+        run.epoch(epoch)
+    return run.history
+
+
+class _Run:
+    """A run between two steps: what of it a checkpoint keeps, and how.
+
+    The arguments are :func:`train`'s.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        data: Dataset,
+        recipe: Recipe,
+        where: Where,
+        folder: Path,
+        listener: Listener,
+        resume: Checkpoint | None,
+    ) -> None:
+        self.net, self.recipe, self.where, self.folder, self.listener = net, recipe, where, folder, listener
+        #: What decides the bits besides the recipe.
+        self.configuration = {
+            "device": where.device.type,
+            "processes": where.processes.size,
+            "training images": len(data.train),
+            "data checksum": _checksum(data.train),
+        }
+        self.history: list[EpochMetrics] = []
+        #: The learning rate of each epoch in it, which may change where a run is resumed.
+        self.rates: list[float] = []
+        #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
+        self.trained: tuple[float, float, float] | None = None
+        state: dict[str, Any] = {}
+        if resume is not None:
+            check_weights(net, resume)
+            state = check_configuration(resume, recipe, self.configuration)
+            self.history = history_of(resume)
+            self.rates = learning_rates(resume, recipe.lr)
+        if not where.processes.leads:
+            torch.manual_seed(recipe.seed + where.processes.rank)  # masks of its own
+        self.generator = torch.Generator(where.device).manual_seed(recipe.seed)  # the same order of images in all
+        # The test images once, not at each evaluation.
+        self.data = dataclasses.replace(data, test=data.test.to(where.device))
+        self.trainer = Trainer(net, data.train, recipe, where, evaluated=self.data.test, listener=listener)
+        if resume is not None:
+            self._load(resume, state)
+
+    def _load(self, resume: Checkpoint, state: dict[str, Any]) -> None:
+        """Become the run of ``resume``, whose training state is ``state``."""
+        try:
+            self.trainer.load_state_dict(resume.weights, state["trainer"])
+            self.generator.set_state(state["generator"])
+            if state["trained"] is not None:
+                self.trained = _trained(*state["trained"])
+        # What a tensor of another kind makes PyTorch raise is not documented: all of it means the same here.
+        except Exception as error:
+            raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
+        if self.where.processes.leads:
+            try:
+                write_atomically(self.folder / METRICS, metrics_file(self.history))
+            except WriteError as error:
+                raise CheckpointError(str(error)) from error
+            best, last = self.folder / BEST, self.folder / LAST
+            if resume.path == best and not last.exists():  # a crash came between the two
+                copy_checkpoint(best, last)
+
+    def _save(self, path: Path) -> None:
+        """Write a checkpoint; called by all processes, of which one writes."""
+        state = {
+            "recipe": dataclasses.asdict(self.recipe),
+            "configuration": self.configuration,
+            "options": dict(self.where.options),
+            "trainer": self.trainer.state_dict(),
+            "generator": self.generator.get_state(),
+            "trained": self.trained,
+            "learning_rates": self.rates,
+        }
+        if not self.where.processes.leads:
+            return
+        metrics = [dataclasses.asdict(m) for m in self.history]
+        weights, images = self.trainer.float32_weights(), self.data.train
+        content = Checkpoint(self.recipe.model, list(self.data.classes), metrics, weights, state)
+        save_checkpoint(path, dataclasses.replace(content, channels=images.channels, size=images.size))
+
+    def epoch(self, epoch: int) -> None:
+        """Train the epoch, or what is left of it, evaluate and save it.
+
+        Raises:
+            FloatingPointError, Stopped: as :func:`train`.
+        """
+        try:
+            if self.trained is None:
+                self.listener.epoch_begins(epoch)
+                with self._advice(epoch):
+                    self.trained = self.trainer.epoch(self.generator)
+            _, test_acc = evaluate(
+                self.net,
+                self.data.test,
+                batch_size=self.recipe.batch_size,
+                image_size=self.recipe.image_size,
+                device=self.where.device,
+                stop=self.listener.stop,
+                processes=self.where.processes,
+            )
+        except Stopped as stopped:
+            with self._advice(epoch):
+                self.trainer.check_finite()
+            self._save(self.folder / LAST)
+            self.where.processes.wait()  # torchrun ends all when the first has gone
+            raise Stopped(f"in epoch {epoch} {stopped}") from None
+        loss, train_acc, seconds = self.trained
+        self._keep(EpochMetrics(epoch, loss, train_acc, test_acc, len(self.data.train) / seconds, seconds))
+
+    def _keep(self, metrics: EpochMetrics) -> None:
+        """Write the files of an epoch."""
+        best = all(metrics.test_acc > earlier.test_acc for earlier in self.history)
+        self.history.append(metrics)
+        self.rates.append(self.recipe.lr)
+        self.trained = None
+        # The best one first: a crash before the other repeats the epoch, and both are written again.
+        self._save(self.folder / (BEST if best else LAST))
+        if self.where.processes.leads:
+            if best:
+                copy_checkpoint(self.folder / BEST, self.folder / LAST)
+            with (self.folder / METRICS).open("ab") as file:
+                file.write(metrics_file([metrics]))
+        self.listener.epoch_ends(metrics)
+
+    @contextlib.contextmanager
+    def _advice(self, epoch: int) -> Iterator[None]:
+        """Add to a FloatingPointError of the block where it happened, what is left, and what to try."""
+        try:
+            yield
+        except FloatingPointError as error:
+            last = self.folder / LAST
+            good = (
+                f"the last good checkpoint is {last}: resume it"
+                if last.exists()
+                else f"there is no checkpoint yet: {self.listener.restart}"
+            )
+            other = ", or --dtype float32, whose range is wider" if self.trainer.dtype == torch.float16 else ""
+            raise FloatingPointError(f"epoch {epoch}: {error}; {good} with a smaller --lr{other}") from error
+
+
+def _checksum(split: Split) -> int:
+    """CRC-32 of images and labels: a run goes on with the data that it began with."""
+    checksum = 0
+    for images in split.images.split(4096):  # a set may fill the device, and the host need not have room for another
+        checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)
+    return zlib.crc32(split.labels.cpu().numpy().tobytes(), checksum)
+
+
+def _trained(loss: object, accuracy: object, seconds: object) -> tuple[Any, Any, Any]:
+    """What :meth:`Trainer.epoch` returned, from a file: numbers."""
+    for name, value in {"loss": loss, "accuracy": accuracy, "seconds": seconds}.items():
+        check_number(name, value)
+    return loss, accuracy, seconds

@@ -1,0 +1,82 @@
+"""The networks that are trained: made, read from a checkpoint, and what they compute in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kernels.runtime.backend import runs_triton
+
+from ..data.fashion_mnist import CLASSES
+from ..fused import fuse
+from ..models import IMAGE_SIZE, AlexNet, init_xavier_uniform, reference_lenet
+from .checkpoint import Checkpoint, CheckpointError, check_weights, read_checkpoint
+
+
+def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
+    """``"alexnet"`` or ``"lenet"``, fused, for images of so many channels and classes."""
+    return AlexNet(classes, channels) if model == "alexnet" else fuse(reference_lenet(classes, channels))
+
+
+def new_model(
+    model: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    classes: int = len(CLASSES),
+    channels: int = 1,
+) -> nn.Module:
+    """:func:`build_model` with Xavier-uniform weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``."""
+    torch.manual_seed(seed)
+    net = build_model(model, classes, channels)
+    net.apply(init_xavier_uniform)
+    return net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
+    """The network of a checkpoint on ``device``, in float32, and what else the file holds.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint of :func:`train`.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.model not in IMAGE_SIZE:
+        raise CheckpointError(f"{path}: holds an unknown model {checkpoint.model!r}, known are {', '.join(IMAGE_SIZE)}")
+    if len(checkpoint.classes) < 2:
+        raise CheckpointError(f"{path}: damaged: it names fewer than two classes")
+    net = build_model(checkpoint.model, len(checkpoint.classes), checkpoint.channels)
+    check_weights(net, checkpoint)
+    net.load_state_dict(checkpoint.weights, strict=True)
+    net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, checkpoint
+
+
+def default_precision(device: torch.device) -> str:
+    """``"bfloat16"`` on a GPU that computes in it, ``"float32"`` elsewhere."""
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """PyTorch's switches for float32 products inside the block: in TF32 for ``"tf32"``, else exact.
+
+    Of convolutions and of linear layers alike, where PyTorch's default is TF32 for convolutions alone.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def describe_backend(device: torch.device) -> str:
+    """In words, what the operations run on under the current backend."""
+    if not runs_triton(torch.empty(0, device=device)):
+        return "PyTorch reference"
+    return "Triton kernels" if device.type == "cuda" else "Triton kernels in Triton's interpreter (for checking, slow)"

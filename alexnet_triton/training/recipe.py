@@ -1,0 +1,155 @@
+"""What decides a run's numbers, and where it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from ..data.augment import Augment, Crop
+from ..models import IMAGE_SIZE
+from .distributed import ALONE, Processes
+
+#: d2l's learning rates.
+LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
+
+#: The largest number that torch takes for a size, a step or a seed: that of an int64.
+MOST = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What a field can hold besides what its type says.
+
+    Attributes:
+        least, most: of a number.
+        among: the values that there are; empty: all.
+        may_change: whether a resumed run may have another value than it began with.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    among: tuple[object, ...] = ()
+    may_change: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value``, which is of the field's type, is one of these. NaN is not."""
+        return (
+            (not self.among or value in self.among)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+        )
+
+
+def field(default: object, **allowed: Any) -> Any:
+    """A dataclass's field with an :class:`Allowed` of these attributes, for :func:`check_fields`."""
+    return dataclasses.field(default=default, metadata={"allowed": Allowed(**allowed)})
+
+
+def allowed_of(kind: Any) -> dict[str, Allowed]:
+    """What each field of a dataclass made of :func:`field` can hold, by its name."""
+    return {each.name: each.metadata["allowed"] for each in dataclasses.fields(kind)}
+
+
+def check_fields(value: Any) -> None:
+    """That each field of ``value``, a dataclass made of :func:`field`, holds what it can.
+
+    Raises:
+        ValueError: one does not; the message names it as an option of the command line.
+    """
+    kinds = get_type_hints(type(value))
+    for name, allowed in allowed_of(value).items():
+        kind, found = kinds[name], getattr(value, name)
+        if found is None and isinstance(None, kind):
+            continue
+        # An int is a float, as Python's own type hints have it; a bool is no number.
+        fits = isinstance(found, kind | int if kind is float else kind) and (kind is bool or not isinstance(found, bool))
+        if not fits or not allowed.allows(found):
+            raise ValueError(f"no --{name.replace('_', '-')} can be {str(found)[:50]!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's numbers: the command line makes it, the trainer reads it, a checkpoint keeps it.
+
+    A run is resumed by a recipe that equals its own in every field but those that may change (:class:`Allowed`). The default of
+    a field that is added later is what runs did before: a checkpoint that lacks the field gets it.
+
+    Attributes:
+        model: the network, ``"alexnet"`` or ``"lenet"``.
+        data: as for :func:`alexnet_triton.data.image_folder.load_data`; may change, since the images are compared.
+        channels: of the images, 1 or 3.
+        limit: at most so many training images, and test images; None: all.
+        epochs: in all, those before a resumption too; may change.
+        batch_size: images of a step, of all processes together.
+        lr: learning rate; may change, for a run that diverged.
+        momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`; the latter may change.
+        seed: of the weights, the order of the images, dropout and augmentation.
+        dtype: what the network computes in: ``"float32"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"``.
+        flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
+
+    Raises:
+        ValueError: a value is of another type or not one that its field can hold.
+    """
+
+    model: str = field("alexnet", among=tuple(IMAGE_SIZE))
+    data: str | None = field(None, may_change=True)
+    channels: int = field(1, among=(1, 3))
+    limit: int | None = field(None, least=1, most=MOST)
+    epochs: int = field(10, least=1, most=MOST, may_change=True)
+    batch_size: int = field(128, least=1, most=MOST)
+    lr: float = field(LEARNING_RATE["alexnet"], least=0.0, may_change=True)
+    momentum: float = field(0.0, least=0.0)
+    weight_decay: float = field(0.0, least=0.0, may_change=True)
+    seed: int = field(0, least=-(2**63), most=MOST)
+    dtype: str = field("float32", among=("float32", "tf32", "float16", "bfloat16"))
+    flip: bool = field(False)
+    crop: str = field("none", among=get_args(Crop))
+    colour: bool = field(False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def augment(self) -> Augment:
+        """What is changed in the training images at random."""
+        return Augment(self.flip, self.crop, self.colour)  # type: ignore[arg-type]  # among which crop is
+
+    @property
+    def image_size(self) -> int:
+        """Side of what the network takes."""
+        return IMAGE_SIZE[self.model]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the network's parameters."""
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where a run computes its numbers.
+
+    Attributes:
+        device: of the network and of the images.
+        graph: each step is one CUDA graph.
+        processes: that train together, each on a shard of every batch.
+        options: how whoever made this would make it again: numbers, strings, None. Checkpoints keep them, nothing else reads
+            them.
+
+    Raises:
+        ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
+    """
+
+    device: torch.device
+    graph: bool = False
+    processes: Processes = ALONE
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.graph and self.device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs a CUDA device, not {self.device.type}")
+        if self.graph and self.processes.size > 1:
+            raise ValueError(f"a CUDA graph of the step is for one process, not for {self.processes.size}")
