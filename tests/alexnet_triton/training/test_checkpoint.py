@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +299,6 @@ class Case:
     augment: Augment = NOTHING
     graph: bool = False
     device: torch.device = CPU
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the recipe
 
 
 CASES = {
@@ -315,30 +314,9 @@ CASES = {
     "gpu-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=EVERYTHING, device=CUDA),
     "gpu-graph-all": Case(torch.bfloat16, momentum=0.9, dropout=0.5, augment=EVERYTHING, graph=True, device=CUDA),
 }
-
-
-#: Everything that decides a loss and a step.
-EVERY_NUMBER = {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1, "class_weights": "balanced", "normalize": True}
-
-#: Whose learning rates change from step to step, by how many epochs there will be.
-SCHEDULED = {
-    "step": Case(fields={"schedule": "step"}),
-    "cosine": Case(momentum=0.9, fields={"schedule": "cosine"}),
-    "warmup": Case(fields={"warmup": 1.5}),
-    "onecycle": Case(fields={"schedule": "onecycle", "warmup": 0.7}),
-    "onecycle-all": Case(torch.bfloat16, 0.9, 0.5, EVERYTHING, fields={"schedule": "onecycle", **EVERY_NUMBER}),
-    "float16-cosine": Case(torch.float16, 0.9, fields={"schedule": "cosine", "warmup": 0.4, **EVERY_NUMBER}),
-    "gpu-onecycle-all": Case(
-        torch.bfloat16, 0.9, 0.5, EVERYTHING, device=CUDA, fields={"schedule": "onecycle", **EVERY_NUMBER}
-    ),
-    "gpu-graph-onecycle-all": Case(torch.bfloat16, 0.9, 0.5, EVERYTHING, True, CUDA, {"schedule": "onecycle", **EVERY_NUMBER}),
-}
-
-
-def cases(listed: Mapping[str, Case]) -> pytest.MarkDecorator:
-    marked = [pytest.param(c, id=n, marks=[needs_a_gpu] * (c.device == CUDA)) for n, c in listed.items()]
-    return pytest.mark.parametrize("case", marked)
-
+cases = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=n, marks=[needs_a_gpu] * (c.device == CUDA)) for n, c in CASES.items()]
+)
 
 #: 40 training images are three steps, 20 test images two batches: the run asks five times an epoch whether to stop.
 ASKED = 5
@@ -356,13 +334,11 @@ def run(
     out.mkdir(exist_ok=True)
     torch.manual_seed(5)
     net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
-    kept = {"augment": case.augment, "momentum": case.momentum, "seed": 5, "epochs": epochs}
-    recipe = small_recipe(**kept | case.fields | fields)
+    recipe = small_recipe(**{"augment": case.augment, "momentum": case.momentum, "seed": 5, "epochs": epochs} | fields)
     recipe = dataclasses.replace(recipe, dtype=str(case.dtype).removeprefix("torch."))
     where, listener = Where(case.device, case.graph), SILENT if stop is None else Asked(stop)
     with kernels.use_backend("auto" if HAS_GPU else "torch"):
-        data = sample(40, 20)
-        return train(net, data.normalized() if recipe.normalize else data, recipe, where, out, listener, resume)
+        return train(net, sample(40, 20), recipe, where, out, listener, resume)
 
 
 def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[EpochMetrics]:
@@ -414,7 +390,7 @@ def contents(out: Path) -> list[Any]:
     return [flat([f.model, f.metrics, f.weights, f.training]) for f in files] + [flat(lines)]
 
 
-@cases(CASES | SCHEDULED)
+@cases
 def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
     """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
     run(case, tmp_path / "whole")
@@ -449,7 +425,7 @@ def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path: Path)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-@cases(CASES)
+@cases
 def test_a_run_goes_on_after_its_last_epoch(case: Case, tmp_path: Path) -> None:
     run(case, tmp_path / "whole")
     history = run(case, tmp_path / "parts", epochs=1)

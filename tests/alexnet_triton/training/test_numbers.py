@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alexnet_triton.data.augment import to_input
+from alexnet_triton.data.augment import EVERYTHING, to_input
 from alexnet_triton.data.dataset import Normalization
 from alexnet_triton.optim import SGD
 from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint, save_checkpoint
@@ -21,8 +21,11 @@ from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.networks import load_checkpoint, new_model
 from alexnet_triton.training.recipe import LEARNING_RATES, RECIPES, Recipe, Where
 from alexnet_triton.training.schedule import Schedule
+from alexnet_triton.training.signals import Stopped
 from alexnet_triton.training.trainer import Trainer, balanced_weights
 
+from . import test_checkpoint
+from .test_checkpoint import ASKED, CUDA, Case, at, contents, resume, run
 from .test_training import CPU, _pytorch_where_kernels_are_slow, needs_a_gpu, sample, small_net, small_recipe, small_trainer
 
 __all__ = ["_pytorch_where_kernels_are_slow"]
@@ -143,6 +146,46 @@ def test_an_epoch_of_everything_is_the_plain_loop(tmp_path: Path) -> None:
         test_loss = F.cross_entropy(plain.eval()(inputs(data.test.images)), data.test.labels)
     assert metrics.test_loss == pytest.approx(test_loss.item(), rel=1e-4)
     assert metrics.lr == pytest.approx(0.05 / 25 / 1e4)
+
+
+#: Everything that decides a loss and a step.
+EVERY_NUMBER = {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1, "class_weights": "balanced", "normalize": True}
+
+#: Runs of two epochs whose learning rates change: the case, and what its recipe has besides.
+SCHEDULED: dict[str, tuple[Case, dict[str, Any]]] = {
+    "step": (Case(), {"schedule": "step"}),
+    "cosine": (Case(momentum=0.9), {"schedule": "cosine"}),
+    "warmup": (Case(), {"warmup": 1.5}),
+    "onecycle": (Case(), {"schedule": "onecycle", "warmup": 0.7}),
+    "onecycle-all": (Case(torch.bfloat16, 0.9, 0.5, EVERYTHING), {"schedule": "onecycle", **EVERY_NUMBER}),
+    "float16-cosine": (Case(torch.float16, 0.9), {"schedule": "cosine", "warmup": 0.4, **EVERY_NUMBER}),
+    "gpu-onecycle-all": (
+        Case(torch.bfloat16, 0.9, 0.5, EVERYTHING, device=CUDA),
+        {"schedule": "onecycle", **EVERY_NUMBER},
+    ),
+    "gpu-graph-onecycle-all": (
+        Case(torch.bfloat16, 0.9, 0.5, EVERYTHING, graph=True, device=CUDA),
+        {"schedule": "onecycle", **EVERY_NUMBER},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[needs_a_gpu] * (case.device == CUDA)) for name, (case, _) in SCHEDULED.items()]
+)
+def test_a_resumed_run_with_a_schedule_has_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
+    case, fields = SCHEDULED[name]
+    if fields.get("normalize"):
+        monkeypatch.setattr(test_checkpoint, "sample", lambda *sizes: sample(*sizes).normalized())
+    run(case, tmp_path / "whole", **fields)
+    expected = contents(tmp_path / "whole")
+    for call in (1, 3, 4, 5, 7, 8):
+        out = tmp_path / str(call)
+        with pytest.raises(Stopped, match=f"in epoch {(call - 1) // ASKED + 1} (after step|before its evaluation)"):
+            run(case, out, stop=at(call), **fields)
+        resume(case, out, **fields)
+        assert contents(out) == expected, call
 
 
 def test_balanced_weights_are_the_inverse_counts_with_mean_1() -> None:
