@@ -91,7 +91,7 @@ def _shown(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _of_recipe(name: str, *flags: str, **arguments: Any) -> Any:
+def _by_recipe(name: str, *flags: str, **arguments: Any) -> Any:
     """An option, None where it is not given, for a field of a :class:`Recipe` that its ``--recipe`` decides then."""
     ours, theirs = (_shown(RECIPES[recipe][name]) for recipe in RecipeChoice)
     allowed = allowed_of(Recipe)[name]
@@ -144,9 +144,9 @@ RecipeOption = Annotated[
         rich_help_panel="Recipe",
     ),
 ]
-EpochsOption = Annotated[int | None, _of_recipe("epochs", help="Train so many epochs in all.")]
+EpochsOption = Annotated[int | None, _by_recipe("epochs", help="Train so many epochs in all.")]
 TotalBatchOption = Annotated[
-    int | None, _of_recipe("batch_size", help="Take so many images for a step, in all processes together.")
+    int | None, _by_recipe("batch_size", help="Take so many images for a step, in all processes together.")
 ]
 LearningRateOption = Annotated[
     float | None,
@@ -159,7 +159,7 @@ LearningRateOption = Annotated[
 ]
 ScheduleOption = Annotated[
     ScheduleChoice | None,
-    _of_recipe(
+    _by_recipe(
         "schedule",
         help="Change the learning rate from step to step: step divides it by ten after each third of the run, cosine takes it "
         "down to 0, onecycle up from a 25th and down to almost 0.",
@@ -167,34 +167,34 @@ ScheduleOption = Annotated[
 ]
 WarmupOption = Annotated[
     float | None,
-    _of_recipe(
+    _by_recipe(
         "warmup",
         metavar="EPOCHS",
         help="Raise the learning rate from almost 0 for so many epochs; of onecycle this is the rise, three tenths of the run "
         "if it is not given.",
     ),
 ]
-MomentumOption = Annotated[float | None, _of_recipe("momentum", help="Give SGD this momentum.")]
+MomentumOption = Annotated[float | None, _by_recipe("momentum", help="Give SGD this momentum.")]
 NesterovOption = Annotated[
-    bool | None, _of_recipe("nesterov", "--nesterov/--no-nesterov", help="Make the momentum that of Nesterov.")
+    bool | None, _by_recipe("nesterov", "--nesterov/--no-nesterov", help="Make the momentum that of Nesterov.")
 ]
 WeightDecayOption = Annotated[
-    float | None, _of_recipe("weight_decay", help="Multiply the L2 penalty's gradient, which is the weights, by this.")
+    float | None, _by_recipe("weight_decay", help="Multiply the L2 penalty's gradient, which is the weights, by this.")
 ]
 LabelSmoothingOption = Annotated[
     float | None,
-    _of_recipe("label_smoothing", help="Take this part of each training label and spread it over all classes."),
+    _by_recipe("label_smoothing", help="Take this part of each training label and spread it over all classes."),
 ]
 ClassWeightsOption = Annotated[
     ClassWeightsChoice | None,
-    _of_recipe(
+    _by_recipe(
         "class_weights",
         help="Weigh the loss of each training image: balanced by the inverse of how many its class has, none all alike.",
     ),
 ]
 NormalizeOption = Annotated[
     bool | None,
-    _of_recipe(
+    _by_recipe(
         "normalize",
         "--normalize/--no-normalize",
         help="Give the training images' pixels mean 0 and standard deviation 1 in each channel, and change the test images "

@@ -44,7 +44,7 @@ RECIPES["modern"] = RECIPES["d2l"] | {
 }
 
 #: The learning rate of each recipe for each network; of ``"d2l"`` those of the book.
-LEARNING_RATES = {"d2l": {"alexnet": 0.01, "lenet": 0.9}, "modern": {"alexnet": 0.02, "lenet": 0.1}}
+LEARNING_RATES = {"d2l": {"alexnet": 0.01, "lenet": 0.9}, "modern": {"alexnet": 0.02, "lenet": 0.3}}
 
 #: The largest number that torch takes for a size, a step or a seed: that of an int64.
 MOST = 2**63 - 1
