@@ -22,7 +22,7 @@ from ..training.distributed import Processes
 from ..training.files import write_atomically
 from ..training.metrics import EpochMetrics
 from ..training.plot import plot_comparison
-from ..training.recipe import LEARNING_RATE, Recipe, allowed_of
+from ..training.recipe import LEARNING_RATES, Recipe, allowed_of
 from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
 from .options import (
@@ -30,6 +30,7 @@ from .options import (
     BackendChoice,
     BackendOption,
     ChannelsOption,
+    ClassWeightsOption,
     ColourOption,
     CropOption,
     DataOption,
@@ -37,14 +38,21 @@ from .options import (
     EpochsOption,
     FlipOption,
     GraphOption,
+    LabelSmoothingOption,
     LimitOption,
     Model,
     MomentumOption,
+    NesterovOption,
+    NormalizeOption,
     PrecisionChoice,
     PrecisionOption,
+    RecipeChoice,
+    RecipeOption,
+    ScheduleOption,
     SeedOption,
     TensorboardOption,
     TotalBatchOption,
+    WarmupOption,
     WeightDecayOption,
     WorkersOption,
     console,
@@ -77,6 +85,7 @@ class Compared:
         dropout: probabilities of its dropout layers, each once.
         lr: learning rate.
         weight_decay: factor of the L2 penalty's gradient.
+        label_smoothing: of the training loss.
         augmentation: what was changed in the training images at random; empty: nothing.
         input: channels, height and width of what it takes.
         parameters: how many numbers it learns.
@@ -92,6 +101,7 @@ class Compared:
     dropout: list[float]
     lr: float
     weight_decay: float
+    label_smoothing: float
     augmentation: str
     input: tuple[int, int, int]
     parameters: int
@@ -116,6 +126,7 @@ def compared(finished: FinishedRun, recipe: Recipe) -> Compared:
         dropout=list(dict.fromkeys(layer.p for layer in layers if isinstance(layer, nn.Dropout))),
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
+        label_smoothing=recipe.label_smoothing,
         augmentation="" if recipe.augment == NOTHING else str(recipe.augment),
         input=(convolutions[0].in_channels, side, side),
         parameters=sum(parameter.numel() for parameter in finished.net.parameters()),
@@ -131,6 +142,8 @@ def _regularisation(column: Compared) -> str:
     found = [f"dropout {p:g}" for p in column.dropout]
     if column.weight_decay:
         found.append(f"weight decay {column.weight_decay:g}")
+    if column.label_smoothing:
+        found.append(f"label smoothing {column.label_smoothing:g}")
     if column.augmentation:
         found.append(f"augmentation ({column.augmentation})")
     return ", ".join(found) or "none"
@@ -167,14 +180,21 @@ def compare_command(
     models: Annotated[
         list[Model] | None, typer.Argument(metavar="MODEL", help="The networks.", show_default="lenet alexnet")
     ] = None,
+    recipe: RecipeOption = RecipeChoice.d2l,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
     channels: ChannelsOption = None,
     workers: WorkersOption = None,
-    epochs: EpochsOption = 10,
-    batch_size: TotalBatchOption = 128,
-    momentum: MomentumOption = 0.0,
-    weight_decay: WeightDecayOption = 0.0,
+    epochs: EpochsOption = None,
+    batch_size: TotalBatchOption = None,
+    schedule: ScheduleOption = None,
+    warmup: WarmupOption = None,
+    momentum: MomentumOption = None,
+    nesterov: NesterovOption = None,
+    weight_decay: WeightDecayOption = None,
+    label_smoothing: LabelSmoothingOption = None,
+    class_weights: ClassWeightsOption = None,
+    normalize: NormalizeOption = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
     dtype: PrecisionOption = PrecisionChoice.auto,
@@ -256,8 +276,9 @@ def _read_comparison(path: Path) -> tuple[list[Model], Recipe, RunOptions]:
     if not models or any(name in options for name in _OWN):
         raise CheckpointError(f"{path}: made by another version of this program, or damaged")
     of_options = {name: options.pop(name) for name in allowed_of(RunOptions) if name in options}
-    recipe = from_file(Recipe, options | {"model": str(models[0]), "lr": LEARNING_RATE[models[0]]}, path)
-    return models, recipe, from_file(RunOptions, of_options, path)
+    others = from_file(RunOptions, of_options, path)
+    of_recipe = options | {"model": str(models[0]), "lr": LEARNING_RATES[others.recipe][models[0]]}
+    return models, from_file(Recipe, of_recipe, path), others
 
 
 def _comparison_to_resume(resume: str, out: Path | None) -> Path:
@@ -308,12 +329,15 @@ def _what_to_compare(
     return networks, None, out
 
 
-def _begun(folder: Path, first: Recipe, model: Model, while_training: contextlib.ExitStack) -> tuple[Recipe, Checkpoint | None]:
-    """How ``model`` is trained in ``folder``, which is entered into ``while_training``, and its checkpoint if it has one.
+def _begun(folder: Path, run: Run, model: Model, while_training: contextlib.ExitStack) -> tuple[Recipe, Checkpoint | None]:
+    """How ``model`` is trained by the options of ``run`` in ``folder``, and its checkpoint if it has one.
+
+    The folder is entered into ``while_training``.
 
     A run that was resumed by itself keeps the learning rate and the weight decay that it got then.
     """
-    recipe = dataclasses.replace(first, model=str(model), lr=LEARNING_RATE[model])
+    first = run.recipe
+    recipe = dataclasses.replace(first, model=str(model), lr=LEARNING_RATES[run.options.recipe][model])
     try:
         while_training.enter_context(claimed(folder, console.print))
         path = last_checkpoint(folder)
@@ -370,7 +394,7 @@ def _compare_in(out: Path, comparison: _Comparison, first: Run, begin: float) ->
                 raise Stopped(f"before {model} began")
             with contextlib.ExitStack() as while_training:
                 recipe, checkpoint = processes.from_leader(
-                    lambda model=model, stack=while_training: _begun(out / model, first.recipe, model, stack)  # type: ignore[misc]
+                    lambda model=model, stack=while_training: _begun(out / model, first, model, stack)  # type: ignore[misc]
                 )
                 run = dataclasses.replace(first, recipe=recipe)
                 restart = f"train it by itself (alexnet-triton train --model {model})"

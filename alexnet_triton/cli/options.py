@@ -15,7 +15,7 @@ from rich.table import Table
 from ..data.augment import EVERYTHING
 from ..training.distributed import Processes, first_to_say, joined
 from ..training.networks import describe_backend
-from ..training.recipe import MOST, Recipe, allowed_of
+from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, allowed_of
 
 T = TypeVar("T")
 
@@ -60,6 +60,29 @@ class CropChoice(StrEnum):
     resized = "resized"
 
 
+class RecipeChoice(StrEnum):
+    """See :data:`alexnet_triton.training.recipe.RECIPES`."""
+
+    d2l = "d2l"
+    modern = "modern"
+
+
+class ScheduleChoice(StrEnum):
+    """See :class:`alexnet_triton.training.schedule.Schedule`."""
+
+    constant = "constant"
+    step = "step"
+    cosine = "cosine"
+    onecycle = "onecycle"
+
+
+class ClassWeightsChoice(StrEnum):
+    """See :class:`alexnet_triton.training.recipe.Recipe`."""
+
+    none = "none"
+    balanced = "balanced"
+
+
 def _an_int64(value: T) -> T:
     numbers = value if isinstance(value, list) else [value]
     if wrong := [each for each in numbers if isinstance(each, int) and not -MOST - 1 <= each <= MOST]:
@@ -67,17 +90,38 @@ def _an_int64(value: T) -> T:
     return value
 
 
-def number(least: float | None, **arguments: Any) -> Any:
+def number(least: float | None, *flags: str, **arguments: Any) -> Any:
     """An option for a number, or several, of at least ``least`` that torch can take: every one of a command is made by this.
 
     A callback refuses what is no int64, so that the help does not give 2^63 - 1 as a bound.
     """
-    return typer.Option(min=least, callback=_an_int64, **arguments)
+    return typer.Option(*flags, min=least, callback=_an_int64, **arguments)
 
 
-def _of_recipe(name: str, **arguments: Any) -> Any:
-    """An option for a number that is a field of a :class:`Recipe`, which says how small it can be."""
-    return number(allowed_of(Recipe)[name].least, **arguments)
+def _bounded(name: str, *flags: str, **arguments: Any) -> Any:
+    """An option for a number that is a field of a :class:`Recipe`, which says what it can be."""
+    allowed = allowed_of(Recipe)[name]
+    return number(allowed.least, *flags, max=None if allowed.most == MOST else allowed.most, **arguments)
+
+
+def _shown(value: object) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_recipe(name: str, *flags: str, **arguments: Any) -> Any:
+    """An option, None where it is not given, for a field of a :class:`Recipe` that its ``--recipe`` decides then."""
+    ours, theirs = (_shown(RECIPES[recipe][name]) for recipe in RecipeChoice)
+    return _bounded(
+        name,
+        *flags,
+        show_default=ours if ours == theirs else f"{ours}; {RecipeChoice.modern} {theirs}",
+        **{"rich_help_panel": "Recipe"} | arguments,
+    )
+
+
+def _shown_learning_rates() -> str:
+    rates = {(recipe, model): LEARNING_RATES[recipe][model] for recipe in RecipeChoice for model in Model}
+    return "; ".join(" ".join((*map(str, names), f"{lr:g}")) for names, lr in rates.items())
 
 
 DataOption = Annotated[
@@ -92,7 +136,7 @@ DataOption = Annotated[
 BackendOption = Annotated[BackendChoice, typer.Option(help="auto: Triton kernels on CUDA, PyTorch on the CPU.")]
 LimitOption = Annotated[
     int | None,
-    _of_recipe(
+    _bounded(
         "limit", help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones."
     ),
 ]
@@ -101,17 +145,79 @@ WorkersOption = Annotated[
     number(0, help="Processes that decode a folder of images; 0: this one.", show_default="one a core, 8 at most"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-BatchOption = Annotated[int, _of_recipe("batch_size", help="Images in a batch.")]
-EpochsOption = Annotated[int, _of_recipe("epochs")]
-TotalBatchOption = Annotated[int, _of_recipe("batch_size", help="Images in a batch, that of all processes together.")]
-LearningRateOption = Annotated[
-    float | None, _of_recipe("lr", help="Learning rate of plain SGD.", show_default="0.01; lenet 0.9")
+BatchOption = Annotated[int, _bounded("batch_size", help="Images in a batch.")]
+RecipeOption = Annotated[
+    RecipeChoice,
+    typer.Option(
+        help="Take the values of the options that are not given from this recipe: d2l is that of Dive into Deep Learning, "
+        "modern trains with one cycle of the learning rate on normalized and augmented images.",
+        rich_help_panel="Recipe",
+    ),
 ]
-MomentumOption = Annotated[float, _of_recipe("momentum", help="Of SGD.")]
-WeightDecayOption = Annotated[float, _of_recipe("weight_decay", help="Factor of the L2 penalty's gradient.")]
+EpochsOption = Annotated[int | None, _by_recipe("epochs", help="Train so many epochs in all.")]
+TotalBatchOption = Annotated[
+    int | None, _by_recipe("batch_size", help="Take so many images for a step, in all processes together.")
+]
+LearningRateOption = Annotated[
+    float | None,
+    _bounded(
+        "lr",
+        help="Train with this learning rate, the highest one of a schedule.",
+        show_default=_shown_learning_rates(),
+        rich_help_panel="Recipe",
+    ),
+]
+ScheduleOption = Annotated[
+    ScheduleChoice | None,
+    _by_recipe(
+        "schedule",
+        help="Change the learning rate from step to step: step divides it by ten after each third of the run, cosine takes it "
+        "down to 0, onecycle up from a 25th and down to almost 0.",
+    ),
+]
+WarmupOption = Annotated[
+    float | None,
+    _by_recipe(
+        "warmup",
+        metavar="EPOCHS",
+        help="Raise the learning rate from almost 0 for so many epochs; of onecycle this is the rise, three tenths of the run "
+        "if it is not given.",
+    ),
+]
+MomentumOption = Annotated[float | None, _by_recipe("momentum", help="Give SGD this momentum.")]
+NesterovOption = Annotated[
+    bool | None, _by_recipe("nesterov", "--nesterov/--no-nesterov", help="Make the momentum that of Nesterov.")
+]
+WeightDecayOption = Annotated[
+    float | None, _by_recipe("weight_decay", help="Multiply the L2 penalty's gradient, which is the weights, by this.")
+]
+LabelSmoothingOption = Annotated[
+    float | None,
+    _by_recipe("label_smoothing", help="Take this part of each training label and spread it over all classes."),
+]
+ClassWeightsOption = Annotated[
+    ClassWeightsChoice | None,
+    _by_recipe(
+        "class_weights",
+        help="Weigh the loss of each training image: balanced by the inverse of how many its class has, none all alike.",
+    ),
+]
+NormalizeOption = Annotated[
+    bool | None,
+    _by_recipe(
+        "normalize",
+        "--normalize/--no-normalize",
+        help="Give the training images' pixels mean 0 and standard deviation 1 in each channel, and change the test images "
+        "alike.",
+    ),
+]
 SeedOption = Annotated[
     int,
-    _of_recipe("seed", help="Of the weights, the order of the images, dropout and augmentation."),
+    _bounded(
+        "seed",
+        help="Draw weights, order of the images, dropout and augmentation from this seed.",
+        rich_help_panel="Recipe",
+    ),
 ]
 PrecisionOption = Annotated[
     PrecisionChoice,
@@ -130,14 +236,17 @@ AugmentOption = Annotated[
         help=f"Change each training image at random: {EVERYTHING}. Each has an option of its own.",
     ),
 ]
+#: The default of what ``modern`` augments by, too.
+_AUGMENTED = "with --augment or --recipe modern"
 FlipOption = Annotated[
-    bool | None, typer.Option("--flip/--no-flip", help="Mirror each image with probability 1/2.", show_default="with --augment")
+    bool | None,
+    typer.Option("--flip/--no-flip", help="Mirror each image with probability 1/2.", show_default=_AUGMENTED),
 ]
 CropOption = Annotated[
     CropChoice | None,
     typer.Option(
         help="pad: move each image by up to a fourteenth of its side. resized: enlarge a random box of it to its size.",
-        show_default="none; with --augment pad",
+        show_default=f"none; {_AUGMENTED} pad",
     ),
 ]
 ColourOption = Annotated[

@@ -20,7 +20,7 @@ from torch import nn
 
 import kernels
 
-from ..data.augment import EVERYTHING, NOTHING, Augment
+from ..data.augment import EVERYTHING, Augment
 from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_image_folder, load_data
 from ..precompile import precompile
@@ -29,10 +29,10 @@ from ..training.distributed import Processes
 from ..training.evaluation import measure_speed, predict_split
 from ..training.events import EpochEvents, summary_writer
 from ..training.loop import train
-from ..training.metrics import METRICS, EpochMetrics, history_of, learning_rates, metrics_file
+from ..training.metrics import METRICS, EpochMetrics, history_of, metrics_file
 from ..training.networks import default_precision, float32_products, new_model
 from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
-from ..training.recipe import LEARNING_RATE, MOST, Recipe, Where, check_fields, field
+from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, Where, check_fields, field
 from ..training.signals import Stopped, StopSignals
 from .options import BackendChoice, PrecisionChoice, console, fail, runs_on
 from .screen import Bar, Screen
@@ -48,12 +48,14 @@ PARTS = tuple(each.name for each in dataclasses.fields(Augment))
 class RunOptions:
     """What decides none of a run's numbers. A checkpoint keeps it: a resumed run has it without being told again.
 
-    The fields are the options of ``train``. A checkpoint that lacks one has its default.
+    The fields are the options of ``train``; ``recipe`` is where the fields of the :class:`Recipe` come from that have no option
+    of their own. A checkpoint that lacks one has its default.
 
     Raises:
         ValueError: a value is of another type or not one that its field can hold.
     """
 
+    recipe: str = field("d2l", among=tuple(RECIPES))
     backend: str = field("auto", among=tuple(map(str, BackendChoice)), may_change=True)
     workers: int | None = field(None, least=0, most=MOST, may_change=True)
     graph: bool = field(False, may_change=True)
@@ -85,15 +87,15 @@ def refused_values() -> Iterator[None]:
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a command as a checkpoint can keep them.
 
-    Strings are plain ones, data has a path that is found from another folder too, and a part of the augmentation that is None
-    is as ``augment`` has it.
+    Strings are plain ones, data has a path that is found from another folder too, a part of the augmentation that is None is as
+    ``augment`` has it, and what is None else is as ``recipe`` has it.
 
     Raises:
         typer.BadParameter: data where no path can lead.
     """
     found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
-    parts = dataclasses.asdict(EVERYTHING if found["augment"] else NOTHING)
-    found |= {name: value for name, value in parts.items() if found[name] is None}
+    parts = dataclasses.asdict(EVERYTHING) if found["augment"] else {}
+    found |= {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
     if (data := found["data"]) not in (None, "sample"):
         try:
             found["data"] = str(Path(data).expanduser().resolve())
@@ -112,7 +114,7 @@ def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
     if found["dtype"] == PrecisionChoice.auto:
         found["dtype"] = default_precision(device)
     if found["lr"] is None:
-        found["lr"] = LEARNING_RATE[found["model"]]
+        found["lr"] = LEARNING_RATES[found["recipe"]][found["model"]]
     with refused_values():
         try:
             found["channels"] = found["channels"] or default_channels(parameters["data"])
@@ -167,8 +169,9 @@ def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
     Raises:
         CheckpointError: the checkpoint's metrics are damaged.
     """
+    history_of(checkpoint)
     files = [out / name for name in (LAST, BEST, METRICS, CURVES, CONFUSION, MOST_WRONG)]
-    return all(file.is_file() for file in files) and (out / METRICS).read_bytes() == metrics_file(history_of(checkpoint))
+    return all(file.is_file() for file in files) and (out / METRICS).read_bytes() == metrics_file(checkpoint.metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +257,7 @@ def _load(run: Run) -> Dataset:
     recipe = run.recipe
 
     def load() -> Dataset:
-        return load_data(
+        data = load_data(
             recipe.data,
             size=recipe.image_size,
             channels=recipe.channels,
@@ -262,6 +265,7 @@ def _load(run: Run) -> Dataset:
             workers=run.options.workers,
             device=run.where.device,
         )
+        return data.normalized() if recipe.normalize else data
 
     if is_image_folder(recipe.data):
         console.print(f"reading the images of {recipe.data}")  # which can take minutes
@@ -288,8 +292,7 @@ def _events(run: Run, out: Path, checkpoint: Checkpoint | None) -> EpochEvents |
     if not run.options.tensorboard or not run.where.processes.leads:
         return None
     before = [] if checkpoint is None else history_of(checkpoint)
-    rates = [] if checkpoint is None else learning_rates(checkpoint, run.recipe.lr)
-    return EpochEvents(out, before, rates, run.recipe.lr)
+    return EpochEvents(out, before)
 
 
 def _draw(plot: Callable[[Path], None], path: Path) -> None:
@@ -312,7 +315,7 @@ def _print_begin(run: Run, dataset: Dataset, place: str, expected: str) -> None:
     console.print(f"{recipe.model} on {place}{expected}")
     console.print(
         f"data {dataset.source} ({len(dataset.train)} train, {len(dataset.test)} test, {len(dataset.classes)} classes), "
-        f"batch {recipe.batch_size}, lr {recipe.lr}, seed {recipe.seed}"
+        f"recipe {run.options.recipe}, batch {recipe.batch_size}, lr {recipe.lr} ({recipe.schedule}), seed {recipe.seed}"
     )
 
 

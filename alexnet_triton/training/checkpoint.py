@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.augment import EVERYTHING, NOTHING
+from ..data.dataset import Normalization
 from .files import WriteError, replacing, write, write_atomically
 from .recipe import Recipe, allowed_of
 
@@ -47,6 +48,7 @@ class Checkpoint:
         path: the file that it was read from.
         channels: of the images, 1 or 3.
         size: side of the images as they are kept, which is smaller than the network's input where that is enlarged.
+        normalization: what the network sees of them; None: pixels in [0, 1].
     """
 
     model: str
@@ -57,6 +59,7 @@ class Checkpoint:
     path: Path | None = None
     channels: int = 1
     size: int = 28
+    normalization: Normalization | None = None
 
 
 @contextlib.contextmanager
@@ -79,6 +82,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "classes": checkpoint.classes,
         "channels": checkpoint.channels,
         "size": checkpoint.size,
+        "normalization": None if checkpoint.normalization is None else dataclasses.asdict(checkpoint.normalization),
         "metrics": checkpoint.metrics,
         "state_dict": checkpoint.weights,
         "training": checkpoint.training,
@@ -156,7 +160,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for key in ("classes", "state_dict"):
         if not all(isinstance(name, str) for name in content[key]):
             raise CheckpointError(f"{path}: damaged: {key!r} are not names" + " and weights" * (key == "state_dict"))
+    images["normalization"] = _normalization(content.get("normalization"), images["channels"], path)
     return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
+
+
+def _normalization(kept: Any, channels: int, path: Path) -> Normalization | None:
+    """Of images of so many ``channels``, from what a file holds.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if kept is None:
+        return None
+    try:
+        normalization = Normalization(tuple(kept["mean"]), tuple(kept["std"]))
+        if len(normalization.mean) != channels:
+            raise ValueError(f"it is for {len(normalization.mean)} channels, not for {channels}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged: no images are normalized by {str(kept)[:100]}") from error
+    return normalization
 
 
 def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:

@@ -104,7 +104,8 @@ def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int
     Leaves parameters, gradients and random state as they were.
     """
     few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
-    inputs = input_for(net, split.images[:few].to(device), None, image_size, dtype=next(net.parameters()).dtype)
+    options: dict[str, Any] = {"dtype": next(net.parameters()).dtype, "normalization": split.normalization}
+    inputs = input_for(net, split.images[:few].to(device), None, image_size, **options)
     labels = split.labels[:few].to(device)
     net.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

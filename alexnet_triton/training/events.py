@@ -35,7 +35,7 @@ def summary_writer() -> type[SummaryWriter]:
 
 
 class EpochEvents:
-    """In its block, writes loss, accuracies, images a second and learning rate of each epoch into ``out / EVENTS``.
+    """In its block, writes losses, accuracies, images a second and learning rate of each epoch into ``out / EVENTS``.
 
     All epochs before are written anew, and TensorBoard leaves out what older files of the folder say: a run may go on from an
     older checkpoint than its newest, a process may have ended between a checkpoint and its events, and a run may have begun
@@ -44,17 +44,14 @@ class EpochEvents:
     Args:
         out: folder of the run.
         before: the epochs so far.
-        rates: the learning rate of each.
-        lr: learning rate of the epochs to come.
 
     Raises:
         ImportError: as :func:`summary_writer`.
         OSError: in the block and at its begin: a file cannot be written; it names the folder.
     """
 
-    def __init__(self, out: Path, before: Sequence[EpochMetrics], rates: Sequence[float], lr: float) -> None:
-        self.lr, self.folder = lr, out / EVENTS
-        self.before = list(zip(before, rates, strict=True))
+    def __init__(self, out: Path, before: Sequence[EpochMetrics]) -> None:
+        self.folder, self.before = out / EVENTS, list(before)
         self.make_writer = summary_writer()
 
     def __enter__(self) -> EpochEvents:
@@ -63,8 +60,8 @@ class EpochEvents:
         try:
             with self._naming_the_folder():
                 self.writer = self.make_writer(str(self.folder), purge_step=1)
-                for metrics, rate in self.before:
-                    self._add(metrics, rate)
+                for metrics in self.before:
+                    self._add(metrics)
                 self.writer.flush()
         except BaseException:
             threading.excepthook = self._excepthook
@@ -91,19 +88,21 @@ class EpochEvents:
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), str(self.folder)) from error
 
-    def _add(self, metrics: EpochMetrics, lr: float) -> None:
+    def _add(self, metrics: EpochMetrics) -> None:
         values = {
             "loss/train": metrics.loss,
+            "loss/test": metrics.test_loss,
             "accuracy/train": metrics.train_acc,
             "accuracy/test": metrics.test_acc,
             "images_per_s": metrics.images_per_s,
-            "learning_rate": lr,
+            "learning_rate": metrics.lr,
         }
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, metrics.epoch)
+            if value is not None:  # of an epoch from before it was kept
+                self.writer.add_scalar(tag, value, metrics.epoch)
 
     def write(self, metrics: EpochMetrics) -> None:
         """Write one epoch; it is in the file when this returns."""
         with self._naming_the_folder():
-            self._add(metrics, self.lr)
+            self._add(metrics)
             self.writer.flush()  # else a killed process would take up to two minutes of epochs with it

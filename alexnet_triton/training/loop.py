@@ -26,7 +26,7 @@ from .checkpoint import (
 from .evaluation import evaluate
 from .files import WriteError, write_atomically
 from .listener import SILENT, Listener
-from .metrics import METRICS, EpochMetrics, check_number, history_of, learning_rates, metrics_file
+from .metrics import METRICS, EpochMetrics, check_number, history_of, metrics_file
 from .recipe import Recipe, Where
 from .run_folder import holds_run
 from .signals import Stopped
@@ -63,7 +63,7 @@ def train(
         The metrics of all epochs, those before ``resume`` too.
 
     Raises:
-        ValueError: ``net`` is of another dtype than ``recipe``'s.
+        ValueError: ``net`` is of another dtype than ``recipe``'s, or one of ``data`` and ``recipe`` is normalized.
         CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
             written.
         FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
@@ -74,6 +74,8 @@ def train(
         raise CheckpointError(f"{folder}: already holds a run")
     if (dtype := next(net.parameters()).dtype) != recipe.torch_dtype:
         raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
+    if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
+        raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
     run = _Run(net, data, recipe, where, folder, listener, resume)
     listener.ready()
     for epoch in range(len(run.history) + 1, recipe.epochs + 1):
@@ -106,8 +108,6 @@ class _Run:
             "data checksum": _checksum(data.train),
         }
         self.history: list[EpochMetrics] = []
-        #: The learning rate of each epoch in it, which may change where a run is resumed.
-        self.rates: list[float] = []
         #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
         self.trained: tuple[float, float, float] | None = None
         state: dict[str, Any] = {}
@@ -115,7 +115,6 @@ class _Run:
             check_weights(net, resume)
             state = check_configuration(resume, recipe, self.configuration)
             self.history = history_of(resume)
-            self.rates = learning_rates(resume, recipe.lr)
         if not where.processes.leads:
             torch.manual_seed(recipe.seed + where.processes.rank)  # masks of its own
         self.generator = torch.Generator(where.device).manual_seed(recipe.seed)  # the same order of images in all
@@ -137,7 +136,7 @@ class _Run:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
         if self.where.processes.leads:
             try:
-                write_atomically(self.folder / METRICS, metrics_file(self.history))
+                write_atomically(self.folder / METRICS, metrics_file(m.as_dict() for m in self.history))
             except WriteError as error:
                 raise CheckpointError(str(error)) from error
             best, last = self.folder / BEST, self.folder / LAST
@@ -153,14 +152,14 @@ class _Run:
             "trainer": self.trainer.state_dict(),
             "generator": self.generator.get_state(),
             "trained": self.trained,
-            "learning_rates": self.rates,
         }
         if not self.where.processes.leads:
             return
-        metrics = [dataclasses.asdict(m) for m in self.history]
+        metrics = [m.as_dict() for m in self.history]
         weights, images = self.trainer.float32_weights(), self.data.train
+        seen: dict[str, Any] = {"channels": images.channels, "size": images.size, "normalization": images.normalization}
         content = Checkpoint(self.recipe.model, list(self.data.classes), metrics, weights, state)
-        save_checkpoint(path, dataclasses.replace(content, channels=images.channels, size=images.size))
+        save_checkpoint(path, dataclasses.replace(content, **seen))
 
     def epoch(self, epoch: int) -> None:
         """Train the epoch, or what is left of it, evaluate and save it.
@@ -172,8 +171,8 @@ class _Run:
             if self.trained is None:
                 self.listener.epoch_begins(epoch)
                 with self._advice(epoch):
-                    self.trained = self.trainer.epoch(self.generator)
-            _, test_acc = evaluate(
+                    self.trained = self.trainer.epoch(self.generator, epoch)
+            test_loss, test_acc = evaluate(
                 self.net,
                 self.data.test,
                 batch_size=self.recipe.batch_size,
@@ -189,13 +188,13 @@ class _Run:
             self.where.processes.wait()  # torchrun ends all when the first has gone
             raise Stopped(f"in epoch {epoch} {stopped}") from None
         loss, train_acc, seconds = self.trained
-        self._keep(EpochMetrics(epoch, loss, train_acc, test_acc, len(self.data.train) / seconds, seconds))
+        speed, lr = len(self.data.train) / seconds, self.trainer.learning_rate(epoch)
+        self._keep(EpochMetrics(epoch, loss, train_acc, test_acc, speed, seconds, test_loss, lr))
 
     def _keep(self, metrics: EpochMetrics) -> None:
         """Write the files of an epoch."""
         best = all(metrics.test_acc > earlier.test_acc for earlier in self.history)
         self.history.append(metrics)
-        self.rates.append(self.recipe.lr)
         self.trained = None
         # The best one first: a crash before the other repeats the epoch, and both are written again.
         self._save(self.folder / (BEST if best else LAST))
@@ -203,7 +202,7 @@ class _Run:
             if best:
                 copy_checkpoint(self.folder / BEST, self.folder / LAST)
             with (self.folder / METRICS).open("ab") as file:
-                file.write(metrics_file([metrics]))
+                file.write(metrics_file([metrics.as_dict()]))
         self.listener.epoch_ends(metrics)
 
     @contextlib.contextmanager

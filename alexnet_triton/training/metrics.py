@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from .checkpoint import Checkpoint, CheckpointError, training_state
+from .checkpoint import Checkpoint, CheckpointError, from_file, training_state
+from .recipe import Recipe
 
 #: In the folder of a run, beside its checkpoints: a line of JSON an epoch.
 METRICS = "metrics.jsonl"
@@ -24,11 +26,15 @@ class EpochMetrics:
 
     Attributes:
         epoch: from 1.
-        loss: mean cross-entropy over the epoch's training images, as they were seen, in nats.
+        loss: mean cross-entropy over the epoch's training images, as they were seen, in nats; with the label smoothing and the
+            class weights of the recipe.
         train_acc, test_acc: fraction of images classified right; the former as they were seen, with dropout.
         images_per_s: training images a second, evaluation not counted.
         seconds: of training: from an idle device to an idle device, the data included; evaluation, compilation and the capture
             of a CUDA graph not.
+        test_loss: mean cross-entropy over the test images, neither smoothed nor weighted; None in files from before it was
+            kept.
+        lr: learning rate of the epoch's last step; None as ``test_loss``.
     """
 
     epoch: int
@@ -37,34 +43,44 @@ class EpochMetrics:
     test_acc: float
     images_per_s: float
     seconds: float
+    test_loss: float | None = None
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.epoch) is not int:
             raise TypeError(f"epoch is a {type(self.epoch).__name__}")
         for name, value in dataclasses.asdict(self).items():
-            check_number(name, value)
+            if value is not None or name not in ("test_loss", "lr"):
+                check_number(name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known, by its name: as files keep it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:
-    """The metrics of the epochs in ``checkpoint``.
+    """The metrics of the epochs in ``checkpoint``, which can be resumed.
 
     Raises:
-        CheckpointError: they are something else.
+        CheckpointError: they are something else, or there is no training state.
     """
     try:
-        return [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
+        history = [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
     except TypeError as error:
         raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not those of epochs: {error}") from error
+    if all(metrics.lr is not None for metrics in history):
+        return history
+    return [dataclasses.replace(m, lr=rate) for m, rate in zip(history, _old_learning_rates(checkpoint), strict=True)]
 
 
-def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
-    """The learning rate of each epoch in ``checkpoint``; in a file from before it kept them, its last one, or ``otherwise``.
+def _old_learning_rates(checkpoint: Checkpoint) -> list[float]:
+    """The learning rate of each epoch in a file from before metrics had it; from before it kept them, its last one.
 
     Raises:
         CheckpointError: they are something else, or there is no training state.
     """
     state = training_state(checkpoint)
-    last = state["recipe"].get("lr", otherwise) if isinstance(state["recipe"], dict) else otherwise
+    last = from_file(Recipe, state["recipe"], checkpoint.path).lr
     rates = state.get("learning_rates", [last] * len(checkpoint.metrics))
     if (
         not isinstance(rates, list)
@@ -72,9 +88,9 @@ def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
         or not all(isinstance(rate, int | float) for rate in rates)
     ):
         raise CheckpointError(f"{checkpoint.path}: damaged: 'learning_rates' are not those of its epochs")
-    return list(rates)
+    return rates
 
 
-def metrics_file(history: Sequence[EpochMetrics]) -> bytes:
-    """The content of ``metrics.jsonl`` after ``history``, or the lines of it."""
-    return "".join(json.dumps(dataclasses.asdict(metrics)) + "\n" for metrics in history).encode()
+def metrics_file(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    """The content of ``metrics.jsonl``, or some lines of it: epochs as :meth:`EpochMetrics.as_dict` gives them."""
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()

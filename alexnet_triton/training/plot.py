@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -41,24 +42,24 @@ def _drawable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-#: Colours of training loss, training accuracy and test accuracy in the curves of one run.
-_CURVE_COLOURS = ("tab:red", "tab:blue", "tab:green")
+#: Colours of training loss, test loss, training accuracy and test accuracy in the curves of one run.
+_CURVE_COLOURS = ("tab:red", "tab:orange", "tab:blue", "tab:green")
 
 
 def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None:
-    """Write loss (left axis) and both accuracies (right axis) over epochs as a PNG."""
+    """Write both losses (left axis) and both accuracies (right axis) over epochs as a PNG."""
     _plot_runs([("", history, _CURVE_COLOURS)], path, title)
 
 
 def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path, title: str) -> None:
     """Write the curves of :func:`plot_curves` of several runs into one PNG, each run in a colour of its own."""
-    runs = [(f"{_drawable(name)}: ", history, (f"C{i}",) * 3) for i, (name, history) in enumerate(histories.items())]
+    runs = [(f"{_drawable(name)}: ", history, (f"C{i}",) * 4) for i, (name, history) in enumerate(histories.items())]
     _plot_runs(runs, path, title)
 
 
 @_names_as_they_stand
 def _plot_runs(
-    runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, three colours
+    runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, four colours
     path: Path,
     title: str,
 ) -> None:
@@ -68,18 +69,22 @@ def _plot_runs(
     lines = []
     for label, history, colours in runs:
         epochs = [m.epoch for m in history]
-        loss, train_acc, test_acc = ([getattr(m, name) for m in history] for name in ("loss", "train_acc", "test_acc"))
+        # Of an epoch from before the test loss was kept, the curve has no point.
+        test_loss = [math.nan if m.test_loss is None else m.test_loss for m in history]
         lines += [
-            *loss_axis.plot(epochs, loss, "o-", color=colours[0], label=f"{label}training loss"),
-            *accuracy_axis.plot(epochs, train_acc, "s--", color=colours[1], label=f"{label}training accuracy"),
-            *accuracy_axis.plot(epochs, test_acc, "^-", color=colours[2], label=f"{label}test accuracy"),
+            *loss_axis.plot(epochs, [m.loss for m in history], "o-", color=colours[0], label=f"{label}training loss"),
+            *loss_axis.plot(epochs, test_loss, "v:", color=colours[1], label=f"{label}test loss"),
+            *accuracy_axis.plot(
+                epochs, [m.train_acc for m in history], "s--", color=colours[2], label=f"{label}training accuracy"
+            ),
+            *accuracy_axis.plot(epochs, [m.test_acc for m in history], "^-", color=colours[3], label=f"{label}test accuracy"),
         ]
     loss_axis.set(xlabel="epoch", ylabel="cross-entropy (nats)", ylim=(0, None))
     loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis.set(ylabel="accuracy", ylim=(0, 1))
     loss_axis.grid(alpha=0.3)
     # A legend is filled column by column: a column for each run, or for each line of a single one.
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 3, frameon=False)
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 2, frameon=False)
     loss_axis.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=150)
 

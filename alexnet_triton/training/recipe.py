@@ -11,9 +11,40 @@ import torch
 from ..data.augment import Augment, Crop
 from ..models import IMAGE_SIZE
 from .distributed import ALONE, Processes
+from .schedule import Schedule, ScheduleName
 
-#: d2l's learning rates.
-LEARNING_RATE = {"alexnet": 0.01, "lenet": 0.9}
+#: For each ``--recipe``, the fields of a :class:`Recipe` that it decides where no option does.
+RECIPES: dict[str, dict[str, Any]] = {
+    "d2l": {
+        "epochs": 10,
+        "batch_size": 128,
+        "momentum": 0.0,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "label_smoothing": 0.0,
+        "class_weights": "none",
+        "normalize": False,
+        "flip": False,
+        "crop": "none",
+        "colour": False,
+    }
+}
+RECIPES["modern"] = RECIPES["d2l"] | {
+    "epochs": 20,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "schedule": "onecycle",
+    "label_smoothing": 0.1,
+    "normalize": True,
+    "flip": True,
+    "crop": "pad",
+}
+
+#: The learning rate of each recipe for each network; of ``"d2l"`` those of the book.
+LEARNING_RATES = {"d2l": {"alexnet": 0.01, "lenet": 0.9}, "modern": {"alexnet": 0.02, "lenet": 0.3}}
 
 #: The largest number that torch takes for a size, a step or a seed: that of an int64.
 MOST = 2**63 - 1
@@ -84,14 +115,21 @@ class Recipe:
         limit: at most so many training images, and test images; None: all.
         epochs: in all, those before a resumption too; may change.
         batch_size: images of a step, of all processes together.
-        lr: learning rate; may change, for a run that diverged.
-        momentum, weight_decay: as in :class:`alexnet_triton.optim.SGD`; the latter may change.
+        lr: learning rate, of a schedule the highest one; may change, for a run that diverged.
+        momentum, nesterov, weight_decay: as in :class:`alexnet_triton.optim.SGD`; the last may change.
+        schedule, warmup: as in :class:`.schedule.Schedule`. Where ``epochs`` changes, the rest of the run has the
+            learning rates of a run that has always had so many.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, of the training loss.
+        class_weights: ``"balanced"``: a training image's loss counts by the inverse of how many there are of its class, and the
+            mean of these weights over the training images is 1. ``"none"``: all count alike.
+        normalize: the network sees images by the :class:`alexnet_triton.data.dataset.Normalization` of the training images.
         seed: of the weights, the order of the images, dropout and augmentation.
         dtype: what the network computes in: ``"float32"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"``.
         flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
 
     Raises:
-        ValueError: a value is of another type or not one that its field can hold.
+        ValueError: a value is of another type or not one that its field can hold, a warm-up is longer than the run, or
+            ``nesterov`` has no momentum.
     """
 
     model: str = field("alexnet", among=tuple(IMAGE_SIZE))
@@ -100,7 +138,7 @@ class Recipe:
     limit: int | None = field(None, least=1, most=MOST)
     epochs: int = field(10, least=1, most=MOST, may_change=True)
     batch_size: int = field(128, least=1, most=MOST)
-    lr: float = field(LEARNING_RATE["alexnet"], least=0.0, may_change=True)
+    lr: float = field(LEARNING_RATES["d2l"]["alexnet"], least=0.0, may_change=True)
     momentum: float = field(0.0, least=0.0)
     weight_decay: float = field(0.0, least=0.0, may_change=True)
     seed: int = field(0, least=-MOST - 1, most=MOST)
@@ -108,9 +146,24 @@ class Recipe:
     flip: bool = field(False)
     crop: str = field("none", among=get_args(Crop))
     colour: bool = field(False)
+    nesterov: bool = field(False)
+    schedule: str = field("constant", among=get_args(ScheduleName))
+    warmup: float = field(0.0, least=0.0)
+    label_smoothing: float = field(0.0, least=0.0, most=1.0)
+    class_weights: str = field("none", among=("none", "balanced"))
+    normalize: bool = field(False)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.warmup > self.epochs:
+            raise ValueError(f"no --warmup of {self.warmup:g} epochs fits into a run of {self.epochs}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("--nesterov needs a --momentum above 0")
+
+    @property
+    def learning_rates(self) -> Schedule:
+        """The learning rate of each step."""
+        return Schedule(self.schedule, self.lr, self.epochs, self.warmup)  # type: ignore[arg-type]  # among which schedule is
 
     @property
     def augment(self) -> Augment:

@@ -38,6 +38,17 @@ _FLOAT16_SCALE = 1024.0
 #: To tell of a batch its loss is read, for which the host waits: not more often than this, in seconds.
 _PROGRESS_INTERVAL = 0.25
 
+
+def balanced_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """A weight for each class, float32 (``classes``,): the inverse of how many of ``labels`` (int64) are of it.
+
+    Scaled so that their mean over ``labels`` is 1. A class without labels has 0.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    present = (counts > 0).sum()
+    return torch.where(counts > 0, len(labels) / (present * counts.clamp(min=1)), 0.0).float()
+
+
 #: Steps before a capture: the first compiles and makes the masters, the others settle the allocator.
 _WARM_UP_STEPS = 3
 
@@ -58,10 +69,13 @@ class Trainer:
     On CUDA the constructor runs the step on batches of both sizes, so that everything is compiled before the first epoch.
     Weights and random state are afterwards what they were.
 
+    Where the learning rate changes, a captured step reads it from the device, where it is filled before the replay. Elsewhere
+    it is a number that the optimizer is told.
+
     Args:
         net: on the device of ``where``, in the dtype it trains in.
         split: training images; copied to the device.
-        recipe: of which the model's image size, batch size, learning rate, momentum, weight decay and augmentation are read.
+        recipe: of which all is read that decides a step: image size, batch size, learning rates, loss, optimizer, augmentation.
         where: processes that train together call the methods of this class alike, except for :meth:`float32_weights`.
         evaluated: images of the run's evaluations, whose kernels are compiled with those of the steps.
         listener: told about compilation and batches, and asked whether to stop.
@@ -78,7 +92,7 @@ class Trainer:
         listener: Listener = SILENT,
     ) -> None:
         self.net, self.recipe, self.device, self.processes = net, recipe, where.device, where.processes
-        self.image_size, self.augment = recipe.image_size, recipe.augment
+        self.image_size, self.augment, self.schedule = recipe.image_size, recipe.augment, recipe.learning_rates
         self.split = split.to(self.device)
         #: Of an epoch that has fewer images than a batch, they are its only one.
         self.batch_size = min(recipe.batch_size, len(split))
@@ -87,18 +101,28 @@ class Trainer:
         self.parallel = self.processes.parallel(net, self.device)
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
-        # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
-        self.optimizer = SGD(
-            net.parameters(),
-            lr=recipe.lr / self.scale,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay * self.scale,
+        #: Of each class, in the training loss. The last layer is linear: its last parameter has a row for each class.
+        self.class_weights = (
+            balanced_weights(self.split.labels, len(list(net.parameters())[-1])) if recipe.class_weights == "balanced" else None
         )
         self.loss_sum, self.correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         #: What a captured step reads: each replay finds the next batch here.
         self.index = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
         self.loss_sums = torch.zeros(-(-len(split) // self.batch_size), device=self.device)
+        #: The learning rate of the last step, whatever the scale.
+        self.lr = self.learning_rate(1, 0)
+        rate: float | torch.Tensor = self.lr / self.scale
+        if where.graph and (recipe.schedule != "constant" or recipe.warmup):
+            rate = torch.tensor(rate, device=self.device)
+        # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
+        self.optimizer = SGD(
+            net.parameters(),
+            lr=rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay * self.scale,
+            nesterov=recipe.nesterov,
+        )
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
@@ -108,10 +132,26 @@ class Trainer:
             with torch.cuda.device(self.device):
                 self._prepare(where.graph and len(split) >= recipe.batch_size)
 
+    def learning_rate(self, epoch: int, step: int = -1) -> float:
+        """Of a step, counted from 0, of an epoch, counted from 1; -1: of its last step."""
+        steps = len(self.loss_sums)
+        return self.schedule.at((epoch - 1) * steps + step % steps, steps)
+
+    def _set_learning_rate(self, lr: float) -> None:
+        """Of the steps to come; nothing is launched where it is what it was."""
+        if lr == self.lr:
+            return
+        self.lr, group = lr, self.optimizer.param_groups[0]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr / self.scale)
+        else:
+            group["lr"] = lr / self.scale
+
     def step(self, index: torch.Tensor) -> None:
         """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
         share = self.processes.share(index)
-        inputs = input_for(self.net, self.split.images, share, self.image_size, dtype=self.dtype, augment=self.augment)
+        options: dict[str, Any] = {"dtype": self.dtype, "augment": self.augment, "normalization": self.split.normalization}
+        inputs = input_for(self.net, self.split.images, share, self.image_size, **options)
         labels = self.split.labels[share]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs)
@@ -119,7 +159,9 @@ class Trainer:
         # right for unequal shares too, and for an empty one.
         scale = self.scale * self.processes.size / len(index)
         # Sums stay on the device: reading one would make the host wait for the step.
-        logits.backward(add_cross_entropy(logits.detach(), labels, self.loss_sum, self.correct, scale))
+        sums, smoothing = (self.loss_sum, self.correct), self.recipe.label_smoothing
+        weighted: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
+        logits.backward(add_cross_entropy(logits.detach(), labels, *sums, scale, **weighted))
         self.optimizer.step()
 
     def precompile(self) -> int:
@@ -183,8 +225,10 @@ class Trainer:
             self.replay = graph.replay
         synchronize(self.device)
 
-    def epoch(self, generator: torch.Generator) -> tuple[float, float, float]:
+    def epoch(self, generator: torch.Generator, number: int = 1) -> tuple[float, float, float]:
         """One pass over the images in an order drawn from ``generator``, on its device; mean loss, accuracy, seconds.
+
+        ``number`` counts the run's epochs from 1: the learning rates are those of its steps.
 
         After a :class:`Stopped`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the rest of that epoch;
         what is returned is of the whole one.
@@ -212,6 +256,7 @@ class Trainer:
                 synchronize(self.device)
                 self.seconds = time.perf_counter() - start
                 raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
+            self._set_learning_rate(self.learning_rate(number, self.steps))
             if self.replay is not None and len(index) == self.batch_size:
                 self.index.copy_(index)
                 self.replay()

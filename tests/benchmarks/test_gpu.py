@@ -339,7 +339,7 @@ def test_data_in_no_place_leaves_training_out(tmp_path: Path) -> None:
     assert not gpu._has_data(str(tmp_path))
     (tmp_path / "train-images-idx3-ubyte.gz").touch()
     assert gpu._has_data(str(tmp_path))
-    assert [s.kind for s in stages() if s.needs_data] == ["train"] * 3 + ["cold"]
+    assert [s.kind for s in stages() if s.needs_data] == ["train"] * 6 + ["cold"]
 
 
 def test_variants_are_configurations() -> None:

@@ -25,7 +25,7 @@ from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.evaluation import evaluate, predict_split
 from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.plot import plot_comparison
-from alexnet_triton.training.recipe import LEARNING_RATE, Recipe
+from alexnet_triton.training.recipe import LEARNING_RATES, Recipe
 from alexnet_triton.training.trainer import Trainer
 
 from ..command import run_here
@@ -86,7 +86,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
         training_state = read_checkpoint(out / model / "checkpoint.pt").training
         assert training_state is not None
         rates[model] = training_state["recipe"]["lr"]
-    assert rates == LEARNING_RATE
+    assert rates == LEARNING_RATES["d2l"]
 
 
 def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def check_events(out: Path, rates: list[float]) -> None:
     assert epochs == list(range(1, len(rates) + 1))
     expected = {
         "loss/train": [m["loss"] for m in metrics],
+        "loss/test": [m["test_loss"] for m in metrics],
         "accuracy/train": [m["train_acc"] for m in metrics],
         "accuracy/test": [m["test_acc"] for m in metrics],
         "images_per_s": [m["images_per_s"] for m in metrics],
@@ -122,13 +123,20 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
     path = out / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
     assert checkpoint.training is not None
-    assert checkpoint.training.pop("learning_rates") == [0.9, 0.9, 0.5]  # as a file from before they were kept
+    assert [metrics.pop("lr") for metrics in checkpoint.metrics] == [0.9, 0.9, 0.5]  # as a file from before they were kept
     save_checkpoint(path, checkpoint)
     run("train", "--resume", "run", "--epochs", "4", cwd=tmp_path)
     check_events(out, [0.5] * 4)
 
     checkpoint = read_checkpoint(path)
     assert checkpoint.training is not None
+    for metrics in checkpoint.metrics:
+        del metrics["lr"]
+    checkpoint.training["learning_rates"] = [0.9, 0.9, 0.5, 0.25]  # as a file from before metrics had them
+    save_checkpoint(path, checkpoint)
+    run("train", "--resume", "run", "--epochs", "5", cwd=tmp_path)
+    check_events(out, [0.9, 0.9, 0.5, 0.25, 0.5])
+
     for damaged in (3, [0.5], ["fast"] * 4):
         checkpoint.training["learning_rates"] = damaged
         save_checkpoint(path, checkpoint)
@@ -146,7 +154,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_with_the_folder(tmp_path: Pa
     with (
         pytest.raises(OSError, match=r"File too large: .*tensorboard"),
         file_size_limit(10),
-        EpochEvents(tmp_path, epochs, [0.1] * 3, 0.1),
+        EpochEvents(tmp_path, epochs),
     ):
         pass
     assert threading.excepthook is hook

@@ -67,9 +67,10 @@ def test_a_checkpoint_from_before_recipes_is_resumed_to_the_bits_of_its_version(
         "lenet", data="sample", limit=40, epochs=3, batch_size=16, lr=0.25, weight_decay=0.01, seed=3, flip=True,
         crop="resized", colour=True,
     )  # fmt: skip
-    options = {"backend": "torch", "workers": None, "graph": False, "tensorboard": False, "device": "cpu"}
+    options = {"recipe": "d2l", "backend": "torch", "workers": None, "graph": False, "tensorboard": False, "device": "cpu"}
     assert kept.training["options"] == options
-    assert kept.training["learning_rates"] == [0.25] * 3
+    assert [metrics["lr"] for metrics in kept.metrics] == [0.25] * 3
+    assert ["test_loss" in metrics for metrics in kept.metrics] == [False, True, True]
 
 
 def test_a_checkpoint_from_before_recipes_is_evaluated() -> None:

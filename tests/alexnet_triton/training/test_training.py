@@ -147,7 +147,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     net, history = _train(tmp_path, epochs=2)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert list(lines[0]) == ["epoch", "loss", "train_acc", "test_acc", "images_per_s", "seconds"]
+    assert list(lines[0]) == ["epoch", "loss", "train_acc", "test_acc", "images_per_s", "seconds", "test_loss", "lr"]
     assert lines[1]["loss"] == history[1].loss
     assert lines[0]["images_per_s"] == pytest.approx(64 / lines[0]["seconds"])
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

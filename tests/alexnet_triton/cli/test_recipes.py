@@ -1,0 +1,156 @@
+"""``--recipe`` and the options whose values it decides: what is given beside it wins, a resumed run keeps its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
+from alexnet_triton.training.recipe import LEARNING_RATES, RECIPES
+
+from ..command import run_here
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = ("--data", "sample", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--backend", "torch")
+TRAIN = ("train", "--model", "lenet", *SHORT)
+
+
+@pytest.fixture(autouse=True)
+def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    result = run_here(*arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """The fields of the recipe that a run's checkpoint keeps, and the name of where they come from."""
+    training = read_checkpoint(folder / "checkpoint.pt").training
+    assert training is not None
+    return training["recipe"] | {"recipe": training["options"]["recipe"]}
+
+
+#: Each option beside ``--recipe modern``, and the fields that it decides.
+GIVEN: dict[str, dict[str, Any]] = {
+    "": {},
+    "--lr 0.5": {"lr": 0.5},
+    "--schedule cosine --warmup 1": {"schedule": "cosine", "warmup": 1.0},
+    "--momentum 0 --no-nesterov": {"momentum": 0.0, "nesterov": False},
+    "--label-smoothing 0 --class-weights balanced": {"label_smoothing": 0.0, "class_weights": "balanced"},
+    "--no-normalize --no-flip --crop none": {"normalize": False, "flip": False, "crop": "none"},
+    "--weight-decay 0.25 --augment": {"weight_decay": 0.25, "colour": True},
+}
+
+
+@pytest.mark.parametrize("said", GIVEN)
+def test_an_option_given_beside_a_recipe_wins(said: str, tmp_path: Path) -> None:
+    printed = run(*TRAIN, "--recipe", "modern", "--epochs", "1", *said.split(), "--out", "run", cwd=tmp_path)
+    expected = RECIPES["modern"] | {"epochs": 1, "batch_size": 4, "lr": LEARNING_RATES["modern"]["lenet"]} | GIVEN[said]
+    found = kept(tmp_path / "run")
+    assert {name: found[name] for name in expected} == expected
+    assert found["recipe"] == "modern"
+    assert "recipe modern, batch 4, " in printed
+    assert (read_checkpoint(tmp_path / "run" / "checkpoint.pt").normalization is not None) == expected["normalize"]
+
+
+def test_without_a_recipe_it_is_d2ls(tmp_path: Path) -> None:
+    run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
+    expected = RECIPES["d2l"] | {"epochs": 1, "batch_size": 4, "lr": 0.9, "recipe": "d2l"}
+    found = kept(tmp_path / "run")
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
+    """To the bit, told the recipe or not; another one is refused, and so are other values of what it decides."""
+    options = (*TRAIN, "--recipe", "modern", "--epochs", "2", "--class-weights", "balanced")
+    run(*options, "--out", "whole", cwd=tmp_path)
+    whole = read_checkpoint(tmp_path / "whole" / "checkpoint.pt")
+    for name, again in (("told", ("--recipe", "modern", "--schedule", "onecycle")), ("untold", ())):
+        run(*options, "--out", name, cwd=tmp_path)
+        # Its first epoch is the best one or the last: what is resumed is made of it.
+        (tmp_path / name / "checkpoint.pt").unlink()
+        best = read_checkpoint(tmp_path / name / "best.pt")
+        printed = run("train", "--resume", name, *again, cwd=tmp_path)
+        assert f"{name}/best.pt after {len(best.metrics)}" in printed or len(best.metrics) == 2
+        found = read_checkpoint(tmp_path / name / "checkpoint.pt")
+        assert all(torch.equal(weight, found.weights[key]) for key, weight in whole.weights.items())
+        assert kept(tmp_path / name) == kept(tmp_path / "whole")
+    for again, message in (
+        (("--recipe", "d2l"), "has modern, not d2l"),
+        (("--schedule", "constant"), "has onecycle, not constant"),
+        (("--no-nesterov",), "has True, not False"),
+        (("--label-smoothing", "0.2"), "has 0.1, not 0.2"),
+        (("--warmup", "1"), "has 0.0, not 1.0"),
+        (("--class-weights", "none"), "has balanced, not none"),
+        (("--no-normalize",), "has True, not False"),
+    ):
+        refused = run_here("train", "--resume", "whole", "--epochs", "3", *again, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--warmup", "3", "--epochs", "2"), "no --warmup of 3 epochs fits into a run of 2"),
+        (("--nesterov",), "--nesterov needs a --momentum above 0"),
+        (("--label-smoothing", "1.5"), "--label-smoothing"),
+        (("--schedule", "linear"), "--schedule"),
+        (("--recipe", "ancient"), "--recipe"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_cannot_be_is_said_before_anything_is_done(
+    command: str, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = run_here(command, *SHORT, *options, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in " ".join(result.stderr.split())
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_comparison_by_a_recipe(tmp_path: Path) -> None:
+    """Of which each network has its own learning rate; resumed it keeps it."""
+    run("compare", "lenet", *SHORT, "--recipe", "modern", "--epochs", "1", "--out", "both", cwd=tmp_path)
+    first = kept(tmp_path / "both" / "lenet")
+    assert (first["lr"], first["recipe"], first["schedule"]) == (LEARNING_RATES["modern"]["lenet"], "modern", "onecycle")
+    written = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert written["options"]["recipe"] == "modern"
+    assert written["models"]["lenet"]["label_smoothing"] == 0.1
+    printed = run("compare", "--resume", "both", "--epochs", "2", cwd=tmp_path)
+    assert "label smoothing 0.1" in printed
+    assert kept(tmp_path / "both" / "lenet") == first | {"epochs": 2}
+
+
+def test_a_finished_run_of_an_older_version_is_complete(tmp_path: Path) -> None:
+    """Its metrics have neither learning rate nor test loss: nothing is trained or drawn anew."""
+    run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
+    path = tmp_path / "run" / "checkpoint.pt"
+    old = read_checkpoint(path)
+    for metrics in old.metrics:
+        del metrics["lr"], metrics["test_loss"]
+    save_checkpoint(path, old)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in old.metrics))
+    files = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert "all 1 epochs are done; --resume" in run("train", "--resume", "run", cwd=tmp_path)
+    assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == files
+    run("train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.9, 0.9]
+    assert ["test_loss" in line for line in lines] == [False, True]
+
+
+def test_the_line_of_an_epoch(tmp_path: Path) -> None:
+    printed = run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
+    (metrics,) = read_checkpoint(tmp_path / "run" / "checkpoint.pt").metrics
+    assert f"epoch   1  lr 0.9  loss {metrics['loss']:.4f}  train acc" in printed
+    assert f"test loss {metrics['test_loss']:.4f}  test acc {metrics['test_acc']:.4f}  " in printed
