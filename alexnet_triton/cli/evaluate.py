@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import kernels
 
 from ..data.dataset import DataError
@@ -42,6 +44,7 @@ def evaluate_command(
         test = load_test(
             data, classes=kept.classes, size=kept.size, channels=kept.channels, limit=limit, workers=workers, device=where
         )
+        test = dataclasses.replace(test, normalization=kept.normalization)
         batch_size = min(batch_size, len(test))
         with kernels.use_backend(backend.value):
             console.print(f"{model} on {runs_on(where)}, {len(test)} test images")

@@ -139,6 +139,10 @@ def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
     side = IMAGE_SIZE[kept.model]
     colours = "grey" if kept.channels == 1 else "red, green and blue"
     enlarged = "" if kept.size == side else f", resized bilinearly to {side} x {side} (align_corners=False)"
+    by, normalized, statistics = kept.normalization, "", {}
+    if by is not None:
+        normalized = f"; then the mean {list(by.mean)} subtracted from each channel, and divided by {list(by.std)}"
+        statistics = {"mean": json.dumps(by.mean), "std": json.dumps(by.std)}
     return {
         "model": kept.model,
         "classes": json.dumps(kept.classes),
@@ -146,7 +150,8 @@ def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
         "size": str(kept.size),
         "input_size": str(side),
         "dtype": str(dtype).removeprefix("torch."),
-        "preprocessing": f"{colours} in [0, 1]; the shorter side made {kept.size}, the middle cut out{enlarged}",
+        "preprocessing": f"{colours} in [0, 1]; the shorter side made {kept.size}, the middle cut out{enlarged}{normalized}",
+        **statistics,
     }
 
 

@@ -95,8 +95,14 @@ def predict_command(
                 errors += failed
                 if not paths:
                     continue
-                size = IMAGE_SIZE[kept.model]
-                probabilities = classify(net, pixels, batch_size=len(paths), image_size=size, device=where)
+                probabilities = classify(
+                    net,
+                    pixels,
+                    batch_size=len(paths),
+                    image_size=IMAGE_SIZE[kept.model],
+                    device=where,
+                    normalization=kept.normalization,
+                )
                 for path, row in zip(paths, probabilities, strict=True):
                     values, order = row.topk(min(top, len(kept.classes)))
                     found[str(path)] = {kept.classes[i]: p for i, p in zip(order.tolist(), values.tolist(), strict=True)}

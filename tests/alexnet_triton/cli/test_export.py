@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from alexnet_triton.cli import export as command
+from alexnet_triton.data.dataset import Normalization
 from alexnet_triton.models import reference_alexnet, reference_lenet
 from alexnet_triton.training.checkpoint import Checkpoint, save_checkpoint
 
@@ -175,3 +177,53 @@ def test_what_cannot_be_asked_for(run: tuple[Path, nn.Sequential], tmp_path: Pat
     empty = run_here("export", str(tmp_path), "--format", "pt2")
     assert empty.stderr == f"alexnet-triton: {tmp_path}: no run's folder: neither best.pt nor checkpoint.pt is in it\n"
     assert {path.name for path in folder.iterdir()} == {"odd.pt2", "checkpoint.pt"}
+
+
+def test_a_normalized_runs_metadata_say_by_what(run: tuple[Path, nn.Sequential]) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors import safe_open
+
+    folder, net = run
+    by = Normalization((0.5, 0.25, 0.125), (0.5, 1.0, 2.0))
+    normalized = Checkpoint("lenet", CLASSES, [], net.state_dict(), channels=3, size=28, normalization=by)
+    save_checkpoint(folder / "best.pt", normalized)
+    result = run_here("export", str(folder / "best.pt"), "--format", "safetensors")
+    assert result.returncode == 0, result.stderr
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        found = file.metadata()
+    assert (json.loads(found["mean"]), json.loads(found["std"])) == (list(by.mean), list(by.std))
+    assert found["preprocessing"].endswith(
+        "cut out; then the mean [0.5, 0.25, 0.125] subtracted from each channel, and divided by [0.5, 1.0, 2.0]"
+    )
+
+
+def test_a_normalized_run_is_evaluated_and_predicts_normalized(run: tuple[Path, nn.Sequential], tmp_path: Path) -> None:
+    """By a network whose weights take the normalization back: both checkpoints say the same."""
+    _, net = run
+    by = Normalization((0.5, 0.25, 0.125), (0.5, 1.0, 2.0))
+    mean, std = torch.tensor(by.mean), torch.tensor(by.std)
+    inverse = {key: value.clone() for key, value in net.state_dict().items()}
+    # Zeros around an image are not normalized: only weights that never meet them can be compared.
+    inverse["0.weight"][:, :, :2] = inverse["0.weight"][:, :, 3:] = 0
+    inverse["0.weight"][:, :, :, :2] = inverse["0.weight"][:, :, :, 3:] = 0
+    plain = {key: value.clone() for key, value in inverse.items()}
+    inverse["0.weight"] = plain["0.weight"] * std[None, :, None, None]
+    inverse["0.bias"] = plain["0.bias"] + (plain["0.weight"] * mean[None, :, None, None]).sum((1, 2, 3))
+    data = tmp_path / "data"
+    for name in CLASSES:
+        for part in ("train", "test"):
+            (data / part / name).mkdir(parents=True)
+            pixels = torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(data / part / name / "a.png")
+    results = []
+    for number, (weights, normalization) in enumerate(((plain, None), (inverse, by))):
+        path = tmp_path / f"{number}.pt"
+        save_checkpoint(path, Checkpoint("lenet", CLASSES, [], weights, channels=3, size=28, normalization=normalization))
+        evaluated = run_here("evaluate", str(path), "--data", str(data), "--device", "cpu", "--backend", "torch")
+        image = str(data / "test" / CLASSES[0] / "a.png")
+        predicted = run_here("predict", str(path), image, "--json", "--device", "cpu", "--backend", "torch")
+        assert evaluated.returncode == predicted.returncode == 0, evaluated.stderr + predicted.stderr
+        loss = float(evaluated.stdout.split("test loss")[1])
+        results.append((loss, *json.loads(predicted.stdout)[image].values()))
+    assert results[0] == pytest.approx(results[1], abs=2e-3)
+    assert len(set(results[0])) == len(results[0])

@@ -24,8 +24,8 @@ from alexnet_triton.training.schedule import Schedule
 from alexnet_triton.training.signals import Stopped
 from alexnet_triton.training.trainer import Trainer, balanced_weights
 
-from . import test_checkpoint
-from .test_checkpoint import ASKED, CUDA, Case, at, contents, resume, run
+from . import test_resume
+from .test_resume import ASKED, CUDA, Case, at, contents, resume, run
 from .test_training import CPU, _pytorch_where_kernels_are_slow, needs_a_gpu, sample, small_net, small_recipe, small_trainer
 
 __all__ = ["_pytorch_where_kernels_are_slow"]
@@ -177,7 +177,7 @@ def test_a_resumed_run_with_a_schedule_has_the_same_bits(name: str, tmp_path: Pa
     """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
     case, fields = SCHEDULED[name]
     if fields.get("normalize"):
-        monkeypatch.setattr(test_checkpoint, "sample", lambda *sizes: sample(*sizes).normalized())
+        monkeypatch.setattr(test_resume, "sample", lambda *sizes: sample(*sizes).normalized())
     run(case, tmp_path / "whole", **fields)
     expected = contents(tmp_path / "whole")
     for call in (1, 3, 4, 5, 7, 8):
