@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import triton
 
-from alexnet_triton.data.fashion_mnist import FILES, USUAL_PLACES, holds_idx
+from alexnet_triton.data.fashion_mnist import FILES, holds_idx, usual_places
 from alexnet_triton.training.files import write_atomically
 from alexnet_triton.training.run_folder import held
 from kernels.configs.tables import TABLES, gpu_slug
@@ -293,7 +293,7 @@ class Session:
 
 def _has_data(data: str | None) -> bool:
     """Whether Fashion-MNIST is in ``data``, or without one in a usual place."""
-    return any(holds_idx(Path(folder)) for folder in ([data] if data else USUAL_PLACES))
+    return any(holds_idx(Path(folder)) for folder in ([data] if data else usual_places()))
 
 
 @contextlib.contextmanager

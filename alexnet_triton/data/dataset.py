@@ -14,6 +14,18 @@ class DataError(ValueError):
     """A data set that is missing or broken; the message names the file or folder and what is wrong with it."""
 
 
+def expand(data: str | Path) -> Path:
+    """``data`` with its ``~`` or ``~user`` replaced by that home.
+
+    Raises:
+        DataError: there is no such user, or this one has no home.
+    """
+    try:
+        return Path(data).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{data}: cannot be found: {str(error).rstrip('.')}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Normalization:
     """What is subtracted from pixels in [0, 1], and what they are divided by then: a number a channel each.
@@ -91,13 +103,17 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all."""
+    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all.
+
+    ``skipped`` are the damaged images that were left out, each with what is wrong with it.
+    """
 
     train: Split
     test: Split
     source: Path
     classes: tuple[str, ...]
     name: str
+    skipped: tuple[tuple[Path, str], ...] = ()
 
     def normalized(self) -> Dataset:
         """With the :meth:`Normalization.of` the training images for both splits."""

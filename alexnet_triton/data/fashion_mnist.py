@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .dataset import DataError, Dataset, Split
+from .dataset import DataError, Dataset, Split, expand
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -21,14 +22,6 @@ FILES = {
 }
 
 SAMPLE = Path(__file__).parent / "sample"
-
-#: Where the files usually are: torchvision's folder under its usual roots, Debian's package dataset-fashion-mnist.
-USUAL_PLACES = (
-    Path("data/FashionMNIST/raw"),
-    Path("../data/FashionMNIST/raw"),
-    Path.home() / ".cache/alexnet-triton/FashionMNIST/raw",
-    Path("/usr/share/datasets/fashion-mnist"),
-)
 
 _SIDE = 28
 #: Far above the 60,000 of the real files: a header that claims more is wrong. So a gzip of any size takes 784 MB at most.
@@ -72,6 +65,20 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(b"".join(chunks), dtype=np.uint8).reshape(shape)
 
 
+def _caches() -> tuple[Path, ...]:
+    """Below the home, where there is one: a container with a random user has neither $HOME nor an entry in /etc/passwd."""
+    try:
+        return (Path.home() / ".cache/alexnet-triton",)
+    except RuntimeError:
+        return ()
+
+
+def usual_places() -> tuple[Path, ...]:
+    """Where the files usually are: torchvision's folder under its usual roots, Debian's package dataset-fashion-mnist."""
+    roots = (Path("data"), Path("../data"), *_caches())
+    return (*(root / "FashionMNIST/raw" for root in roots), Path("/usr/share/datasets/fashion-mnist"))
+
+
 def _candidate(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
@@ -109,7 +116,10 @@ def read_folder(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not holds_idx(folder):
-        raise DataError(f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val)")
+        raise DataError(
+            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val); "
+            "of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
+        )
     return Dataset(_read_split(folder, "train"), _read_split(folder, "test"), folder, CLASSES, "Fashion-MNIST")
 
 
@@ -118,28 +128,40 @@ def load_fashion_mnist(data: str | Path | None = None) -> Dataset:
 
     Args:
         data: a folder of the IDX files; ``"sample"`` for the small balanced sample inside this package (1,000 training and
-            500 test images); None to look in :data:`USUAL_PLACES` and else download with torchvision.
+            500 test images); None to look in :func:`usual_places` and else download with torchvision.
 
     Raises:
         DataError: nothing found, or a broken file.
     """
     if data is not None:
-        return read_folder(SAMPLE if str(data) == "sample" else Path(data).expanduser())
-    for folder in USUAL_PLACES:
+        return read_folder(SAMPLE if str(data) == "sample" else expand(data))
+    for folder in usual_places():
         if all(_candidate(folder, name) is not None for names in FILES.values() for name in names):
             return read_folder(folder)
     return read_folder(_download())
 
 
+def _writable(root: Path) -> bool:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK | os.X_OK)
+
+
 def _download() -> Path:
-    root = Path.home() / ".cache/alexnet-triton"
+    """To the first of :func:`usual_places` that can be written: below the home, else below this folder."""
     hint = "give the folder of its IDX files with --data PATH, or use the small sample with --data sample"
     try:
         from torchvision.datasets import FashionMNIST as Download
     except ImportError as error:
         raise DataError(f"Fashion-MNIST is not here, and downloading it needs torchvision: {hint}") from error
+    roots = (*_caches(), Path("data"))
+    root = next(filter(_writable, roots), None)
+    if root is None:
+        raise DataError(f"Fashion-MNIST is not here, and {' and '.join(map(str, roots))} cannot be written: {hint}")
     try:
         Download(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"Fashion-MNIST is not here and could not be downloaded ({error}): {hint}") from error
+        raise DataError(f"Fashion-MNIST is not here and could not be downloaded to {root} ({error}): {hint}") from error
     return root / "FashionMNIST/raw"

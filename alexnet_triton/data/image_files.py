@@ -1,33 +1,201 @@
-"""Image files, decoded to the small square images that a network is trained on. Needs Pillow and torchvision."""
+"""Image files: which ones are in a folder, and how one is decoded to a small square. Needs Pillow and torchvision."""
 
 from __future__ import annotations
 
 import functools
+import os
+import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .dataset import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image, Transpose
+
 #: Pillow's name of 8-bit pixels, by number of channels.
 _MODES = {1: "L", 3: "RGB"}
+
+#: Formats left out: for PostScript Pillow runs another program, whatever the file is called; of the others it knows the header.
+_UNREADABLE = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+#: EXIF's tag that says how a camera was held.
+_ORIENTATION = 0x0112
+
+#: Pillow's decoders for 16 bits a channel where it keeps 8 of them, and for DDS's half floats. "BGR;16" are 16 bits a pixel.
+_DEEP_DECODER = re.compile(r"(?<!BGR);16|^SGI16$|^BC6H")
+
+#: An image is cut before it is resized if it would have more pixels than these, and more than it has, once it is resized.
+_MOST_RESIZED = 1 << 22
+
+#: Folders that file systems and archives leave behind; hidden ones begin with a dot.
+_LEFT_BEHIND = ("__MACOSX", "lost+found")
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """What Pillow reads by itself: for PostScript it runs another program, whatever the file is called."""
+    """What Pillow decodes by itself."""
     from PIL import Image
 
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]
+    return [name for name in Image.ID if name not in _UNREADABLE]
 
 
-def _decode(path: Path, channels: int) -> Tensor:
-    """uint8 (channels, H, W), upright."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    from PIL import Image
+
+    formats = {*_formats(), "MPO"}  # which are JPEG files, with no entry of their own among those that are opened
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set."""
+    return name.startswith(".") or name in _LEFT_BEHIND
+
+
+def walk(folder: Path) -> list[tuple[Path, list[str], list[str]]]:
+    """:func:`os.walk`, sorted by folder: each with the names of its folders and files, without those that :func:`is_hidden`.
+
+    Links to folders are named, not followed.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found.append((parent, sorted(folders), sorted(name for name in files if not is_hidden(name))))
+    return [(Path(parent), folders, files) for parent, folders, files in sorted(found)]
+
+
+def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
+
+    An image is what has the suffix of a format that :func:`read_image` reads. Hidden files and folders are neither.
+
+    Raises:
+        DataError: a folder that cannot be read, or that is none.
+    """
+    paths = [parent / name for parent, _, files in walk(folder) for name in files]
+    others = [path for path in paths if path.suffix.lower() not in _suffixes()]
+    return [path for path in paths if path.suffix.lower() in _suffixes()], others
+
+
+def _j2k_bits(path: Path) -> int:
+    """Bits of a JPEG 2000's deepest channel, from the SIZ segment that opens its codestream."""
+    data = path.read_bytes()
+    begin = data.index(b"\xff\x4f\xff\x51") + 40
+    channels = int.from_bytes(data[begin : begin + 2], "big")
+    return max((bits & 0x7F) + 1 for bits in data[begin + 2 : begin + 2 + 3 * channels : 3])
+
+
+def _is_deep(image: Image, path: Path) -> bool:
+    """Whether the file has more than 8 bits a channel, of which Pillow may hand over 8 without a word."""
+    from PIL import Jpeg2KImagePlugin, TiffImagePlugin
+
+    if image.mode[0] in "IF":
+        return True
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
+    if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
+        return _j2k_bits(path) > 8
+    for decoder, _, _, arguments in getattr(image, "tile", ()):
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        if any(isinstance(each, str) and _DEEP_DECODER.search(each) for each in (decoder, *arguments)):
+            return True
+        if decoder in ("ppm", "ppm_plain") and arguments[-1] > 255:  # the largest value
+            return True
+    return False
+
+
+def _turn(image: Image) -> Transpose | None:
+    """What makes ``image`` upright. Of EXIF that cannot be read, or says nothing of the kind: nothing.
+
+    Not :func:`PIL.ImageOps.exif_transpose`, which writes all tags anew and fails where one of them is not as it should be.
+    """
+    from PIL.Image import Transpose
+
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+        value = int(value[0] if isinstance(value, (bytes, tuple)) else value)
+    except Exception:  # no pixel is the worse for it
+        return None
+    return {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(value)
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    """The middle of ``image``, (C, H, W), its shorter side made ``size``.
+
+    An image so narrow that it would grow beyond :data:`_MOST_RESIZED` is first cut to what the square shows, with one side
+    of the square and more on either side for the filter.
+    """
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    height, width = image.shape[-2:]
+    short, long = min(height, width), max(height, width)
+    if size * (size * long // short) > max(_MOST_RESIZED, short * long):
+        kept = min(long, short * max(4, _MOST_RESIZED // size**2))
+        kept -= (long - kept) % 2  # as many from either end
+        image = center_crop(image, [min(height, kept), min(width, kept)])
+    return center_crop(resize(image, [size], antialias=True), [size, size])
+
+
+def _decode(path: Path, channels: int, size: int) -> Tensor:
+    from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
+
+    with Image.open(path, formats=_formats()) as image:
+        if _is_deep(image, path):
+            raise DataError(
+                f"{path}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8"
+            )
+        image.load()
+        turn = _turn(image)
+        upright = image if turn is None else image.transpose(turn)
+        try:
+            return _square(pil_to_tensor(upright.convert(_MODES[channels])), size)
+        except RuntimeError as error:  # as PyTorch says that memory is short
+            raise MemoryError from error
+
+
+def read_image(path: Path, channels: int, size: int) -> Tensor:
+    """The image in the file ``path``, as the paper on AlexNet takes it: its shorter side made ``size``, the middle cut out.
+
+    Resized bilinearly and smoothed before it shrinks, as by ``torchvision.transforms.v2.functional.resize``. Turned as its EXIF
+    orientation says; transparency is left out; of an animation it is the first frame. Takes memory for a few times the file's
+    own pixels, however narrow the image is.
+
+    Args:
+        path: a file of any format that Pillow decodes without another program, which it would run for EPS.
+        channels: 1 for grey, 3 for red, green, blue: what the image is converted to.
+        size: side of the square returned.
+
+    Returns:
+        uint8 (size, size) for one channel, (3, size, size) for three.
+
+    Raises:
+        DataError: no such file, unreadable, no image, a damaged one, of more than 8 bits a channel (16-bit grey and 48-bit
+            RGB too: what is white in them is not always 65,535; only AVIF's 10 and 12 bits are made 8, by its own decoder),
+            of more pixels than Pillow takes to be safe (89 million), or too large for the memory that is left.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -35,10 +203,7 @@ def _decode(path: Path, channels: int) -> Tensor:
         with warnings.catch_warnings():
             # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_formats()) as image:
-                if image.mode[0] in "IF":
-                    raise DataError(f"{path}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported")
-                return pil_to_tensor(ImageOps.exif_transpose(image).convert(_MODES[channels]))
+            image = _decode(path, channels, size)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -47,34 +212,13 @@ def _decode(path: Path, channels: int) -> Tensor:
         raise DataError(f"{path}: not an image, or of a format that Pillow does not know") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: too large to be decoded: {str(error).rstrip('.')}") from error
+    except MemoryError as error:
+        raise DataError(f"{path}: too large to be decoded: it takes more memory than there is") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     # What damaged bytes make a decoder raise is not documented: all of it means the same here.
     except Exception as error:
         raise DataError(f"{path}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-
-
-def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """The image in the file ``path``, as the paper on AlexNet takes it: its shorter side made ``size``, the middle cut out.
-
-    Resized bilinearly and smoothed before it shrinks, as by ``torchvision.transforms.v2.functional.resize``. Turned as its EXIF
-    orientation says; transparency is left out; of an animation it is the first frame.
-
-    Args:
-        path: a file of any format that Pillow reads without another program, which it would run for EPS.
-        channels: 1 for grey, 3 for red, green, blue: what the image is converted to.
-        size: side of the square returned.
-
-    Returns:
-        uint8 (size, size) for one channel, (3, size, size) for three.
-
-    Raises:
-        DataError: no such file, unreadable, no image, a damaged one, of more than 8 bits a pixel and channel, or of more pixels
-            than Pillow takes to be safe (89 million).
-    """
-    from torchvision.transforms.v2.functional import center_crop, resize
-
-    image = center_crop(resize(_decode(path, channels), [size], antialias=True), [size, size])
     return image.squeeze(0) if channels == 1 else image
 
 

@@ -1,66 +1,59 @@
 """Own images, in torchvision's ``ImageFolder`` layout: a folder for each class, within ``train`` and ``test`` (or ``val``).
 
-The files are decoded once, by the worker processes of a ``DataLoader``, to squares of uint8 that go through pinned memory to
-the device and stay there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST. A set must therefore fit the
-device's memory: 150,528 bytes an image of 3 x 224 x 224, 7.5 GB for 50,000.
+The files are decoded once, by several processes, to squares of uint8 that go through pinned memory to the device and stay
+there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST. A set must therefore fit the device's memory:
+150,528 bytes an image of 3 x 224 x 224, 7.5 GB for 50,000.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from .dataset import DataError, Dataset, Split
+from .dataset import DataError, Dataset, Split, expand
 from .fashion_mnist import CLASSES, holds_idx, load_fashion_mnist
-from .image_files import read_image
+from .image_files import find_images, is_hidden, walk
+from .image_workers import decode, default_workers
 
 #: Folders of the training images, and of the test images: the first of these that is there.
-TRAIN, TESTS = "train", ("test", "val")
-
-#: Images that a worker decodes before it hands them over.
-_BATCH = 64
+TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 
 _CPU = torch.device("cpu")
 
+#: Is told what was left out, a line at a time.
+Note = Callable[[str], object]
 
-def is_image_folder(data: str | Path | None) -> bool:
-    """Whether ``data`` (as for :func:`load_data`) is a folder of images, not one of Fashion-MNIST's files."""
+
+def is_image_folder(data: str | Path | None, validation: float | None = None) -> bool:
+    """Whether ``data`` (as for :func:`load_data`) is a folder of images, not one of Fashion-MNIST's files.
+
+    Raises:
+        DataError: ``data`` begins with the home of a user that there is not.
+    """
     if data is None or str(data) == "sample":
         return False
-    folder = Path(data).expanduser()
-    return any((folder / name).is_dir() for name in (TRAIN, *TESTS)) and not holds_idx(folder)
+    folder = expand(data)
+    known = any((folder / name).is_dir() for name in (TRAIN, *TESTS)) or (validation is not None and folder.is_dir())
+    return known and not holds_idx(folder)
 
 
-def default_channels(data: str | Path | None) -> int:
+def default_channels(data: str | Path | None, validation: float | None = None) -> int:
     """Of the images of ``data``, where nobody says how many: 1 for Fashion-MNIST, 3 for a folder of images."""
-    return 3 if is_image_folder(data) else 1
+    return 3 if is_image_folder(data, validation) else 1
 
 
-def default_workers() -> int:
-    """Processes that decode: one for each core that may be used, torchrun's processes sharing them; 8 at most."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+def _some(names: Sequence[object], separator: str = ", ") -> str:
+    return separator.join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _list_images(folder: Path, classes: Sequence[str] | None) -> tuple[list[str], list[Path], list[int]]:
-    """Names of the classes, files, and the label of each: its class's place in ``classes``, or in the sorted names."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(folder)
-    except OSError as error:  # no folder in it, one without images, one that may not be read
-        raise DataError(f"{folder}: {error}") from error
-    names = list(found.classes if classes is None else classes)
-    if unknown := [name for name in found.classes if name not in names]:
-        raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {_some(names)}")
-    return names, [Path(path) for path, _ in found.samples], [names.index(found.classes[label]) for _, label in found.samples]
-
-
-def _check_tree(data: Path, folder: Path) -> None:
+def _check_links(data: Path, folder: Path) -> None:
     """That all of ``folder``, one of ``data``'s, can be listed, and that what is in it is in ``data``.
 
     Else a data set from elsewhere could show any file of this machine. Nor may a link lead to a folder: one that leads to its
@@ -69,45 +62,80 @@ def _check_tree(data: Path, folder: Path) -> None:
     Raises:
         DataError: a folder that cannot be read; a link that leads out of ``data``, to a folder, or nowhere.
     """
-
-    def unreadable(error: OSError) -> None:  # which ImageFolder would pass over in silence
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
-
     root = os.path.realpath(data)
-    links = [str(folder)] if folder.is_symlink() else []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        links += [path for name in (*folders, *files) if os.path.islink(path := os.path.join(parent, name))]
+    links = [folder] if folder.is_symlink() else []
+    for parent, folders, files in walk(folder):
+        links += [path for name in (*folders, *files) if (path := parent / name).is_symlink()]
     for link in links:
         target = Path(os.path.realpath(link))
         if not target.is_relative_to(root):
             raise DataError(f"{link}: a link that leads out of {data}, to {target}: nothing outside of it is read")
-        if link != str(folder) and not target.is_file():
+        if link != folder and not target.is_file():
             raise DataError(f"{link}: a link to {'a folder' if target.is_dir() else 'no file'}, {target}")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """The image files of ``folder``, sorted by class and name; the label of each is its class's place in ``classes``."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    paths: list[Path]
+    labels: list[int]
+
+    def subset(self, keep: Sequence[int]) -> _Listing:
+        return dataclasses.replace(self, paths=[self.paths[i] for i in keep], labels=[self.labels[i] for i in keep])
+
+    def limited(self, limit: int | None) -> _Listing:
+        """``limit`` files at most, spread evenly, so that every class has its share."""
+        count = len(self.paths)
+        return self if limit is None or limit >= count else self.subset([i * count // limit for i in range(limit)])
+
+    def halves(self, validation: float, seed: int) -> tuple[_Listing, _Listing]:
+        """Of each class the part ``validation`` by itself, one image at least, and the rest before it.
+
+        Which ones is decided by a hash of seed and name: the same on every machine, and another file changes little.
+        """
+        held: set[int] = set()
+        for label, name in enumerate(self.classes):
+            own = [i for i, each in enumerate(self.labels) if each == label]
+            if len(own) == 1:
+                raise DataError(f"{self.folder / name}: holds one image: --validation needs two or more of each class")
+            count = min(max(1, round(len(own) * validation)), len(own) - 1)
+            held |= set(sorted(own, key=lambda i: self._hash(self.paths[i], seed))[:count])
+        rest = [i for i in range(len(self.paths)) if i not in held]
+        return self.subset(rest), self.subset(sorted(held))
+
+    def _hash(self, path: Path, seed: int) -> bytes:
+        return hashlib.sha256(b"%d/%s" % (seed, os.fsencode(path.relative_to(self.folder)))).digest()
 
 
-class _Files(torch.utils.data.Dataset):
-    """What the workers do: decode a file. An error is handed over like an image: raised, it would arrive with a traceback."""
-
-    def __init__(self, paths: Sequence[Path], channels: int, size: int) -> None:
-        self.paths, self.channels, self.size = paths, channels, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        try:
-            return read_image(self.paths[index], self.channels, self.size)
-        except DataError as error:
-            return error
-
-
-def _stack(images: list[Tensor | DataError]) -> Tensor | DataError:
-    """One tensor of a batch, or the first error in it."""
-    return next((image for image in images if isinstance(image, DataError)), None) or torch.stack(images)  # type: ignore[arg-type]
+def _list_images(folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
+    """The images of a folder of class folders, whose names, sorted, are the classes unless ``classes`` are given."""
+    with os.scandir(folder) as entries:
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
+    found = [name for name, is_folder in visible if is_folder]
+    passed_over = [folder / name for name, is_folder in visible if not is_folder]
+    if not found:
+        raise DataError(f"{folder}: no folder of a class in it")
+    names = tuple(found if classes is None else classes)
+    if unknown := [name for name in found if name not in names]:
+        raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {_some(names)}")
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name in found:
+        images, others = find_images(folder / name)
+        if not images:
+            raise DataError(
+                f"{folder / name}: no image in it" + (f", only {_some([p.name for p in others])}" if others else "")
+            )
+        paths += images
+        labels += [names.index(name)] * len(images)
+        passed_over += others
+    if passed_over:
+        files = "1 file that is no image" if len(passed_over) == 1 else f"{len(passed_over)} files that are no images"
+        note(f"{folder}: passed over {files} of a class: {_some([path.relative_to(folder) for path in passed_over])}")
+    return _Listing(folder, names, paths, labels)
 
 
 def _room_for(count: int, channels: int, size: int, device: torch.device) -> Tensor:
@@ -121,63 +149,93 @@ def _room_for(count: int, channels: int, size: int, device: torch.device) -> Ten
         ) from error
 
 
-def read_split(
-    folder: Path,
-    *,
-    size: int,
-    channels: int,
-    classes: Sequence[str] | None = None,
-    limit: int | None = None,
-    workers: int | None = None,
-    device: torch.device = _CPU,
-) -> tuple[Split, list[str]]:
-    """The images of a folder of class folders as :func:`.image_files.read_image` makes them, and the classes.
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """How the files of a listing are read; the attributes are :func:`load_data`'s arguments."""
 
-    Args:
-        folder: of a folder for each class; files of other kinds than images are passed over.
-        size: side of the images.
-        channels: 1 or 3.
-        classes: names in the order of the labels. None: the folders', sorted.
-        limit: take so many images at most, spread evenly over the sorted files, so that every class has its share.
-        workers: processes that decode; 0 decodes in this one; None: :func:`default_workers`.
-        device: where the images go, a batch at a time, from pinned memory if it is a GPU.
+    size: int
+    channels: int
+    limit: int | None
+    workers: int | None
+    device: torch.device
+    skip_damaged: bool
+    note: Note
+    skipped: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
-    Returns:
-        Images in the order of the sorted names of classes and files, whatever ``workers`` is.
+    def read(self, listing: _Listing) -> Split:
+        """Its images in its order, whatever ``workers`` is."""
+        listing = listing.limited(self.limit)
+        try:
+            images = _room_for(len(listing.paths), self.channels, self.size, self.device)
+        except DataError as error:
+            raise DataError(f"{listing.folder}: {error}") from error
+        workers = default_workers() if self.workers is None else self.workers
+        good: list[Path] = []
+        skipped: list[tuple[Path, str]] = []
+        with contextlib.closing(decode(listing.paths, self.channels, self.size, workers)) as batches:
+            for pixels, readable, errors in batches:
+                if errors and not self.skip_damaged:
+                    raise errors[0]
+                done = len(good) + len(skipped)
+                others = [path for path in listing.paths[done : done + len(readable) + len(errors)] if path not in readable]
+                skipped += [(path, str(e).removeprefix(f"{path}: ")) for path, e in zip(others, errors, strict=True)]
+                if readable:
+                    pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+                    images[len(good) : len(good) + len(readable)].copy_(pixels, non_blocking=True)
+                    good += readable
+        label_of = dict(zip(listing.paths, listing.labels, strict=True))
+        labels = [label_of[path] for path in good]
+        if skipped:
+            self._report(listing, set(listing.labels) - set(labels), skipped)
+        return Split(images[: len(good)], torch.tensor(labels, device=self.device))
 
-    Raises:
-        DataError: nothing to read, an image that cannot be read, a class not in ``classes``, more than ``device`` holds.
-    """
-    names, paths, labels = _list_images(folder, classes)
-    if limit is not None and limit < len(paths):
-        kept = [i * len(paths) // limit for i in range(limit)]
-        paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    try:
-        images = _room_for(len(paths), channels, size, device)
-    except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
-    loader: DataLoader = DataLoader(
-        _Files(paths, channels, size),
-        batch_size=_BATCH,
-        num_workers=default_workers() if workers is None else workers,
-        collate_fn=_stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # not torch's own, whose state is the run's
-    )
-    done = 0
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        images[done : done + len(batch)].copy_(batch, non_blocking=True)
-        done += len(batch)
-    return Split(images, torch.tensor(labels, device=device)), names
+    def _report(self, listing: _Listing, empty: set[int], skipped: list[tuple[Path, str]]) -> None:
+        """Of one listing the damaged images, and the classes that have no others."""
+        if empty:
+            folder = listing.folder / listing.classes[min(empty)]
+            path, reason = next((path, reason) for path, reason in skipped if path.is_relative_to(folder))
+            raise DataError(f"{folder}: all its images are damaged: {path}: {reason}")
+        self.skipped.extend(skipped)
+        images = "1 damaged image" if len(skipped) == 1 else f"{len(skipped)} damaged images"
+        reasons = [f"{path.relative_to(listing.folder)} ({reason})" for path, reason in skipped]
+        self.note(f"{listing.folder}: skipped {images}: {_some(reasons, '; ')}")
 
 
-def _test_folder(folder: Path) -> Path:
-    for name in TESTS:
-        if (folder / name).is_dir():
-            return folder / name
-    raise DataError(f"{folder}: no folder {' or '.join(TESTS)} in it")
+def _test_folder(folder: Path) -> Path | None:
+    return next((folder / name for name in TESTS if (folder / name).is_dir()), None)
+
+
+def _list_test(folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
+    test = _test_folder(folder)
+    if test is None:
+        names = f"{', '.join(TESTS[:-1])} or {TESTS[-1]}"
+        raise DataError(f"{folder}: no folder {names} in it; --validation 0.2 takes a fifth of the training images")
+    _check_links(folder, test)
+    return _list_images(test, classes, note)
+
+
+def _list_training(data: Path, folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
+    _check_links(data, folder)
+    listing = _list_images(folder, classes, note)
+    if len(listing.classes) < 2:
+        raise DataError(f"{folder}: holds one class only, {listing.classes[0]}: there must be two or more to tell apart")
+    return listing
+
+
+def _list_halves(
+    folder: Path, classes: Sequence[str] | None, validation: float, seed: int, note: Note
+) -> tuple[_Listing, _Listing]:
+    """Images to train on and to test with, where there are none for the test: :meth:`_Listing.halves` of one folder's."""
+    if not 0 < validation < 1:
+        raise DataError(f"validation must be between 0 and 1, got {validation}")
+    if (test := _test_folder(folder)) is not None:
+        raise DataError(f"{test}: the test images are there already: leave out --validation")
+    whole = folder / TRAIN if (folder / TRAIN).is_dir() else folder
+    return _list_training(folder, whole, classes, note).halves(validation, seed)
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def load_data(
@@ -188,40 +246,56 @@ def load_data(
     limit: int | None = None,
     workers: int | None = None,
     device: torch.device = _CPU,
+    validation: float | None = None,
+    seed: int = 0,
+    skip_damaged: bool = False,
+    on_note: Note = _say_nothing,
 ) -> Dataset:
     """What to train on: a folder of images, or Fashion-MNIST.
 
     Args:
-        data: a folder of ``train`` and ``test`` (or ``val``, where there is no ``test``), each of a folder for every class with
-            its images, and no links out of it; anything else as in :func:`.fashion_mnist.load_fashion_mnist`.
+        data: a folder of ``train`` and ``test`` (or the next of :data:`TESTS`), each of a folder for every class with its
+            images, and no links out of it; anything else as in :func:`.fashion_mnist.load_fashion_mnist`. An image is what
+            has the suffix of a format that :func:`.image_files.read_image` reads; hidden files and folders are no part of it.
         size: side of a folder's images. Fashion-MNIST's are 28 x 28.
         channels: 1 or 3; Fashion-MNIST has one.
-        limit, workers, device: as in :func:`read_split`; of Fashion-MNIST, the first ``limit`` images.
+        limit: take so many images of each split at most, spread evenly over the sorted files, so that every class has its
+            share; of Fashion-MNIST the first ones.
+        workers: processes that decode; 0 decodes in this one; None: :func:`.image_workers.default_workers`.
+        device: where the images go, a batch at a time, from pinned memory if it is a GPU.
+        validation: part of each class's images, between 0 and 1, that are the test images. Then ``data`` has none itself: it
+            holds ``train`` alone, or the folders of the classes themselves.
+        seed: which images ``validation`` takes. The same ones in every run, and nearly so if files are added.
+        skip_damaged: leave out what cannot be read: :attr:`.dataset.Dataset.skipped`.
+        on_note: is called with a line about files that were passed over since they are no images, and one about skipped ones.
+
+    Returns:
+        Images in the order of the sorted names of classes and files, whatever ``workers`` is.
 
     Raises:
-        DataError: nothing found, a broken file, fewer than two classes, a test image of a class without training images.
+        DataError: nothing found, a broken file, a class without images or with damaged ones only, fewer than two classes, a
+            test image of a class without training images, a class of one image for ``validation``, more than ``device``
+            holds, a process that dies while it decodes.
     """
-    if not is_image_folder(data):
+    if not is_image_folder(data, validation):
         if channels != 1:
             raise DataError(f"Fashion-MNIST's images have one channel, not {channels}")
         found = load_fashion_mnist(data)
+        if validation is not None:
+            raise DataError(f"{found.source}: Fashion-MNIST has test images of its own: leave out --validation")
         return Dataset(found.train.limited(limit), found.test.limited(limit), found.source, found.classes, found.name)
-    folder = Path(str(data)).expanduser()
-    if not (folder / TRAIN).is_dir():
+    folder = expand(str(data))
+    # All is listed before anything is decoded, which can take minutes.
+    if validation is not None:
+        train, test = _list_halves(folder, None, validation, seed, on_note)
+    elif (folder / TRAIN).is_dir():
+        train = _list_training(folder, folder / TRAIN, None, on_note)
+        test = _list_test(folder, train.classes, on_note)
+    else:
         raise DataError(f"{folder}: no folder {TRAIN} in it")
-    test_folder = _test_folder(folder)
-    for each in (folder / TRAIN, test_folder):
-        _check_tree(folder, each)
-    # Before anything is decoded, which can take minutes.
-    classes, _, _ = _list_images(folder / TRAIN, None)
-    if len(classes) < 2:
-        raise DataError(f"{folder / TRAIN}: holds one class only, {classes[0]}: there must be two or more to tell apart")
-    _list_images(test_folder, classes)
-
-    def read(folder: Path) -> Split:
-        return read_split(folder, size=size, channels=channels, classes=classes, limit=limit, workers=workers, device=device)[0]
-
-    return Dataset(read(folder / TRAIN), read(test_folder), folder, tuple(classes), folder.resolve().name)
+    reader = _Reader(size, channels, limit, workers, device, skip_damaged, on_note)
+    splits = reader.read(train), reader.read(test)
+    return Dataset(*splits, folder, train.classes, folder.resolve().name, tuple(reader.skipped))
 
 
 def load_test(
@@ -233,16 +307,23 @@ def load_test(
     limit: int | None = None,
     workers: int | None = None,
     device: torch.device = _CPU,
+    validation: float | None = None,
+    seed: int = 0,
+    skip_damaged: bool = False,
+    on_note: Note = _say_nothing,
 ) -> Split:
     """The test images of ``data`` for a network that tells ``classes`` apart; the other arguments are :func:`load_data`'s.
 
     Raises:
         DataError: as :func:`load_data`, and where the images are not of these classes.
     """
-    if is_image_folder(data):
-        folder = _test_folder(Path(str(data)).expanduser())
-        _check_tree(folder.parent, folder)
-        return read_split(folder, size=size, channels=channels, classes=classes, limit=limit, workers=workers, device=device)[0]
+    if is_image_folder(data, validation):
+        folder = expand(str(data))
+        if validation is None:
+            listing = _list_test(folder, classes, on_note)
+        else:
+            _, listing = _list_halves(folder, classes, validation, seed, on_note)
+        return _Reader(size, channels, limit, workers, device, skip_damaged, on_note).read(listing)
     if tuple(classes) != CLASSES:
         raise DataError(
             f"the network tells {_some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"

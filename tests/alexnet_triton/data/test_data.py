@@ -174,9 +174,9 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
 def test_usual_places_come_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "found")
     (tmp_path / "empty").mkdir()  # as a download that failed leaves it
-    monkeypatch.setattr(data, "USUAL_PLACES", (tmp_path / "nothing", tmp_path / "empty", folder))
+    monkeypatch.setattr(data, "usual_places", lambda: (tmp_path / "nothing", tmp_path / "empty", folder))
     assert load_fashion_mnist().source == folder
-    monkeypatch.setattr(data, "USUAL_PLACES", ())
+    monkeypatch.setattr(data, "usual_places", lambda: ())
     monkeypatch.setattr(data, "_download", lambda: folder)
     assert load_fashion_mnist().source == folder
 
@@ -187,7 +187,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch
     def no_network(*_: object, **__: object) -> None:
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(data, "USUAL_PLACES", ())
+    monkeypatch.setattr(data, "usual_places", lambda: ())
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", no_network)
     with pytest.raises(DataError, match=r"could not be downloaded .*--data sample"):
         load_fashion_mnist()

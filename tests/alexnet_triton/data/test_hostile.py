@@ -374,7 +374,7 @@ def test_a_checkpoint_without_permission_or_in_a_closed_folder(place: Path, tmp_
 
 def test_the_usual_places_may_be_closed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, not a set from the next place that the user may not know of."""
-    monkeypatch.setattr(data, "USUAL_PLACES", (place / "closed",))
+    monkeypatch.setattr(data, "usual_places", lambda: (place / "closed",))
     with permissions_hold():
         result = run_here(*TRAIN, "--out", str(tmp_path / "out"))
     assert result.returncode == 1

@@ -29,12 +29,11 @@ from alexnet_triton.data.dataset import DataError, Dataset, Split
 from alexnet_triton.data.image_files import read_image
 from alexnet_triton.data.image_folder import (
     default_channels,
-    default_workers,
     is_image_folder,
     load_data,
     load_test,
-    read_split,
 )
+from alexnet_triton.data.image_workers import default_workers
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.networks import new_model
 from alexnet_triton.training.recipe import Recipe, Where
@@ -139,9 +138,9 @@ def _without(*names: str):
 FAULTS = {
     "one_class": (_without("train/sky", "train/grass"), r"train: holds one class only, brick: there must be two or more"),
     "no_train": (_without("train"), "no folder train in it"),
-    "no_test": (_without("test"), "no folder test or val in it"),
-    "no_class": (_without(*(f"train/{name}" for name in COLOURS)), "train: Couldn't find any class folder"),
-    "empty_class": (lambda folder: (folder / "train" / "water").mkdir(), "train: Found no valid file for the classes water"),
+    "no_test": (_without("test"), "no folder test, val, valid or validation in it; --validation 0.2 takes a fifth"),
+    "no_class": (_without(*(f"train/{name}" for name in COLOURS)), "train: no folder of a class in it"),
+    "empty_class": (lambda folder: (folder / "train" / "water").mkdir(), "train/water: no image in it"),
     "class_without_training_images": (
         lambda folder: write_images(folder / "test", {"water": 1}),
         r"test/water: not one of the classes that are trained on: brick, grass, sky",
@@ -168,7 +167,7 @@ def test_a_fault_is_named(fault: str, tmp_path: Path) -> None:
 def test_more_images_than_the_device_holds(colours: Path) -> None:
     message = r"train: 24 images of 3 x 1000000000 x 1000000000 take .* GB, more than cpu has free: take fewer with --limit"
     with pytest.raises(DataError, match=message):
-        read_split(colours / "train", size=10**9, channels=3, workers=0)
+        load_data(colours, size=10**9, channels=3, workers=0)
 
 
 def test_three_channels_are_made_an_input_each_by_itself() -> None:

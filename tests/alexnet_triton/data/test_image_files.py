@@ -1,0 +1,314 @@
+"""Image files as cameras and programs write them: orientation, narrow and deep images, what is an image at all."""
+
+from __future__ import annotations
+
+import io
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
+
+from alexnet_triton.data import image_files
+from alexnet_triton.data.dataset import DataError
+from alexnet_triton.data.image_files import find_images, read_image, read_images
+
+PIXELS = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+PICTURE = Image.fromarray(PIXELS.permute(1, 2, 0).numpy())
+SQUARE = PIXELS[:, :, 10:50]
+
+#: What EXIF's orientation stands for.
+UPRIGHT = {
+    1: SQUARE,
+    2: SQUARE.flip(2),
+    3: SQUARE.rot90(2, (1, 2)),
+    4: SQUARE.flip(1),
+    5: SQUARE.transpose(1, 2),
+    6: SQUARE.rot90(-1, (1, 2)),
+    7: SQUARE.rot90(2, (1, 2)).transpose(1, 2),
+    8: SQUARE.rot90(1, (1, 2)),
+}
+
+
+def _exif(kind: int, value: bytes, count: int = 1, more: bytes = b"", entries: int = 1) -> bytes:
+    """EXIF of an orientation of this TIFF type, and more tags of 12 bytes each; the tags' values behind them."""
+    tag = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", entries) + tag + more + bytes(4)
+
+
+def _negative_latitude(orientation: int) -> bytes:
+    """A GPS latitude of -1/1 as a signed fraction, which Pillow reads, and refuses to write as the unsigned one of its tag."""
+    gps = struct.pack("<HHII", 0x8825, 4, 1, 38) + bytes(4)
+    entry = struct.pack("<HHHII", 1, 2, 10, 1, 56) + bytes(4) + struct.pack("<ii", -1, 1)
+    return _exif(3, struct.pack("<H", orientation), more=gps[:12], entries=2) + entry
+
+
+def _save(path: Path, exif: bytes) -> Path:
+    PICTURE.save(path, exif=exif, **({"lossless": True} if path.suffix == ".webp" else {}))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_all_orientations(orientation: int, suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = read_image(_save(tmp_path / f"a{suffix}", exif if suffix == ".tif" else exif.tobytes()), 3, 40)  # type: ignore[arg-type]
+    assert torch.equal(found, UPRIGHT.get(orientation, SQUARE))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_tag_that_cannot_be_written_back_does_not_damage_an_image(orientation: int, suffix: str, tmp_path: Path) -> None:
+    path = _save(tmp_path / f"a{suffix}", _negative_latitude(orientation))
+    assert Image.open(path).getexif().get_ifd(0x8825)[2] == -1
+    assert torch.equal(read_image(path, 3, 40), UPRIGHT[orientation])
+
+
+def test_the_same_of_a_jpeg(tmp_path: Path) -> None:
+    path = _save(tmp_path / "a.jpg", _negative_latitude(6))
+    plain = pil_to_tensor(Image.open(path)).rot90(-1, (1, 2))
+    assert torch.equal(read_image(path, 3, 40), center_crop(plain, [40, 40]))
+
+
+ODD = {
+    "long": (_exif(4, struct.pack("<I", 6)), 6),
+    "byte": (_exif(1, b"\6"), 6),
+    "two_shorts": (_exif(3, struct.pack("<HH", 6, 1), count=2), 6),
+    "text": (_exif(2, b"6\0", count=2), 6),
+    "float": (_exif(11, struct.pack("<f", 6.0)), 6),
+    "undefined": (_exif(7, b"\6"), 6),
+    "words": (_exif(2, b"up\0", count=3), 1),
+    "not_a_number": (_exif(11, struct.pack("<f", float("nan"))), 1),
+    "no_value": (_exif(3, b"", count=0), 1),
+    "unknown_type": (_exif(99, b"\6"), 1),
+    "elsewhere": (_exif(3, struct.pack("<I", 10**6), count=9), 1),
+    "no_tiff": (b"Exif\0\0rubbish that is no TIFF", 1),
+    "cut_short": (_exif(3, struct.pack("<H", 6))[:12], 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF.*", "ignore:Truncated File Read", "ignore:Metadata Warning")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_and_broken_exif(name: str, tmp_path: Path) -> None:
+    exif, orientation = ODD[name]
+    assert torch.equal(read_image(_save(tmp_path / "a.png", exif), 3, 40), UPRIGHT[orientation])
+
+
+# ----------------------------------------------------------------------------------------------------------- narrow images
+
+
+def _narrow(path: Path, long: int, short: int, upright: bool) -> np.ndarray:
+    """A colour that goes from black to white along the longer side."""
+    ramp = np.linspace(0, 255, long).astype(np.uint8)
+    pixels = np.repeat(np.repeat(ramp[None, :, None], short, 0), 3, 2)
+    pixels = pixels.transpose(1, 0, 2) if upright else pixels
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+    return pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("shape", [(3_000_000, 1), (65_535, 1), (65_534, 1), (300_000, 2), (4_001, 2)], ids=str)
+def test_a_narrow_image_costs_no_more_than_its_middle(
+    shape: tuple[int, int], upright: bool, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _narrow(tmp_path / "a.png", *shape, upright=upright)
+    seen: list[int] = []
+
+    def watched(image: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+        output = resize(image, *arguments, **options)
+        seen.append(output.numel())
+        return output
+
+    monkeypatch.setattr("torchvision.transforms.v2.functional.resize", watched)
+    image = read_image(tmp_path / "a.png", channels, 224)
+    assert image.shape == ((224, 224) if channels == 1 else (3, 224, 224))
+    assert image.float().mean().sub(127.5).abs() < 1
+    assert max(seen) <= channels * (image_files._MOST_RESIZED + 2 * 224**2)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("shape", [(500, 3), (501, 3), (400, 2), (1001, 5)], ids=str)
+def test_a_cut_image_is_what_the_whole_one_would_be(
+    shape: tuple[int, int], upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for half a pixel of the output, which the ends of a long side decide."""
+    _narrow(tmp_path / "a.png", *shape, upright=upright)
+    monkeypatch.setattr(image_files, "_MOST_RESIZED", 1 << 40)
+    whole = read_image(tmp_path / "a.png", 3, 64)
+    monkeypatch.setattr(image_files, "_MOST_RESIZED", 1)
+    assert (read_image(tmp_path / "a.png", 3, 64).int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1000, 800), (60, 45), (4000, 300), (224, 224), (17, 1), (1, 17), (700, 9)], ids=str)
+def test_an_ordinary_image_keeps_its_bytes(shape: tuple[int, int], tmp_path: Path) -> None:
+    pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    for size in (28, 224):
+        whole = center_crop(resize(pixels, [size], antialias=True), [size, size])
+        assert torch.equal(read_image(tmp_path / "a.png", 3, size), whole)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 9 bytes")], ids=repr)
+def test_memory_that_is_short_is_that_files_error(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PICTURE.save(tmp_path / "a.png")
+
+    def short(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(image_files, "_square", short)
+    _, readable, (only,) = read_images([tmp_path / "a.png"], 3, 28)
+    assert (readable, str(only)) == ([], f"{tmp_path}/a.png: too large to be decoded: it takes more memory than there is")
+
+
+def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
+    """A process that may have little more than it has: one line for the large file, the small one is read."""
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
+    PICTURE.save(tmp_path / "small.png")
+    script = f"""
+import resource
+from pathlib import Path
+from alexnet_triton.data.image_files import read_images
+small, large = Path({str(tmp_path / "small.png")!r}), Path({str(tmp_path / "large.png")!r})
+read_images([small], 3, 28)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+_, readable, errors = read_images([large, small], 3, 28)
+assert readable == [small], readable
+print(*errors)
+"""
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path}/large.png: too large to be decoded: it takes more memory than there is\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- deep images
+
+
+def _png(bits: int, colour: int, channels: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)
+    rows = (b"\0" + b"\x80" * (8 * channels * bits // 8)) * 8
+    palette = chunk(b"PLTE", bytes(range(48))) if colour == 3 else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def _tiff(bits: int, channels: int) -> bytes:
+    data = b"\x80" * (8 * 8 * channels * bits // 8)
+    extra = struct.pack("<" + "H" * channels, *[bits] * channels)
+    entries = [
+        (256, 3, 1, 8),
+        (257, 3, 1, 8),
+        (258, 3, channels, bits if channels == 1 else 200),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1 if channels == 1 else 2),
+        (273, 4, 1, 300),
+        (277, 3, 1, channels),
+        (278, 3, 1, 8),
+        (279, 4, 1, len(data)),
+    ]
+    tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)).ljust(200, b"\0") + extra.ljust(100, b"\0") + data
+
+
+def _sgi(bits: int, channels: int) -> bytes:
+    header = struct.pack(">HBBHHHH", 474, 0, bits // 8, 3 if channels > 1 else 2, 8, 8, channels)
+    return header.ljust(512, b"\0") + b"\x80" * (8 * 8 * channels * bits // 8)
+
+
+def _jpeg_2000(bits: int, channels: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB" if channels == 3 else "L", (8, 8), 128).save(buffer, "JPEG2000")
+    data = bytearray(buffer.getvalue())
+    begin = data.index(b"\xff\x4f\xff\x51") + 42
+    for channel in range(channels):
+        data[begin + 3 * channel] = bits - 1
+    return bytes(data)
+
+
+SHALLOW = {
+    "png_grey": _png(8, 0, 1),
+    "png_1": _png(1, 0, 1),
+    "png_rgb": _png(8, 2, 3),
+    "png_palette": _png(8, 3, 1),
+    "png_palette_4": _png(4, 3, 1),
+    "png_grey_alpha": _png(8, 4, 2),
+    "tiff_grey": _tiff(8, 1),
+    "tiff_rgb": _tiff(8, 3),
+    "ppm": b"P6 8 8 255\n" + bytes(192),
+    "ppm_of_100_values": b"P6 8 8 99\n" + bytes(192),
+    "ppm_text": b"P3 8 8 255\n" + b"9 " * 192,
+    "sgi": _sgi(8, 3),
+    "jpeg_2000": _jpeg_2000(8, 3),
+    "bmp_of_16_bits_a_pixel": (
+        b"BM" + struct.pack("<IIIIiiHHIIiiIIIII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)[:64] + bytes(128)
+    ),
+}
+DEEP = {
+    "png_grey": _png(16, 0, 1),
+    "png_rgb": _png(16, 2, 3),
+    "png_grey_alpha": _png(16, 4, 2),
+    "png_rgba": _png(16, 6, 4),
+    "tiff_grey": _tiff(16, 1),
+    "tiff_rgb": _tiff(16, 3),
+    "tiff_rgba": _tiff(16, 4),
+    "tiff_32": _tiff(32, 1),
+    "pgm": b"P5 8 8 65535\n" + bytes(128),
+    "ppm": b"P6 8 8 65535\n" + bytes(384),
+    "ppm_of_1000_values": b"P6 8 8 999\n" + bytes(384),
+    "ppm_text": b"P3 8 8 1000\n" + b"9 " * 192,
+    "pfm": b"Pf 8 8 1.0\n" + bytes(256),
+    "sgi_grey": _sgi(16, 1),
+    "sgi_rgb": _sgi(16, 3),
+    "jpeg_2000_grey": _jpeg_2000(12, 1),
+    "jpeg_2000_rgb": _jpeg_2000(16, 3),
+}
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_8_bits_a_channel_are_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(SHALLOW[name])
+    assert read_image(tmp_path / "a", 3, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_a_channel_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(DEEP[name])
+    with pytest.raises(DataError, match=r"a: pixels of more than 8 bits"):
+        read_image(tmp_path / "a", 3, 8)
+
+
+# -------------------------------------------------------------------------------------------------------- what is an image
+
+
+def test_the_images_of_a_folder(tmp_path: Path) -> None:
+    """Of every kind that is read and none that is not, sorted by folder; hidden ones are not there."""
+    images = ["B.JPG", "a.avif", "a.gif", "a.jfif", "a.jp2", "a.mpo", "a.png", "a.qoi", "a.tga", "a.webp", "more/z.png", "n/a.bmp"]
+    others = ["Thumbs.db", "a", "a.eps", "a.h5", "a.mp4", "a.mpg", "a.pdf", "a.ps", "a.txt", "a.wmf", "desktop.ini"]
+    hidden = [".a.png", "._a.png", ".DS_Store", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "lost+found/a.png", "n/.b/a.png"]
+    for name in (*images, *others, *hidden):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "again").symlink_to(".")
+    found, passed_over = find_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == images
+    assert [str(path.relative_to(tmp_path)) for path in passed_over] == others
+    with pytest.raises(DataError, match="nowhere: cannot be read: No such file"):
+        find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".jfif", ".avif", ".webp", ".tga", ".jp2", ".qoi", ".ico", ".pcx", ".dds", ".ppm"])
+def test_what_counts_as_an_image_can_be_read(suffix: str, tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / f"a{suffix}")
+    (path,), _ = find_images(tmp_path)
+    assert read_image(path, 3, 20).shape == (3, 20, 20)
