@@ -242,6 +242,42 @@ def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "looks",
+    [
+        *("weight.numpy()", "np.asarray(weight)", "weight.tolist()", "weight.sum().item()", "float(weight.sum())"),
+        *(
+            "torch.save(weight, io.BytesIO())",
+            "print(weight)",
+            "f'{weight.sum():.3f}'",
+            "weight.untyped_storage().data_ptr() or 1 / 0",
+        ),
+        *("[][int(weight.device.type == 'meta') - 1 :][0] if weight.is_meta else 0", "{'cpu': 0}[weight.device.type]"),
+        "exec('assert not weight.is_meta')",
+    ],
+)
+def test_command_on_a_module_that_looks_at_its_weights(looks: str, tmp_path: Path) -> None:
+    """Whatever that raises on the meta device. What it prints is no part of the JSON."""
+    name = f"looks{abs(hash(looks))}"  # a module is imported once
+    code = "import io\nimport numpy as np, torch\nfrom torch import nn\n"
+    code += f"def net():\n made = nn.Linear(3, 2)\n weight = made.weight.detach()\n {looks}\n return nn.Sequential(made)\n"
+    (tmp_path / f"{name}.py").write_text(code)
+    result = run_here("explain", f"{name}:net", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [run["operation"] for run in json.loads(result.stdout)] == ["linear"]
+
+
+def test_command_on_a_module_that_cannot_be_made(tmp_path: Path) -> None:
+    """The error is that of the CPU, in one line, whatever it is."""
+    code = "def net(): raise LookupError('no weights for\\nthis')\ndef other(): raise LookupError\n"
+    (tmp_path / "cannot_be_made.py").write_text(code)
+    result = run_here("explain", "cannot_be_made:net", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "cannot make a network by 'cannot_be_made:net': no weights for" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert "'cannot_be_made:other': LookupError" in run_here("explain", "cannot_be_made:other", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         ("resnet", "neither alexnet nor lenet nor package.module:function"),

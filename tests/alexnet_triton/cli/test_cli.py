@@ -7,10 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+
+import alexnet_triton.__main__ as program
+from alexnet_triton import __version__
 
 from ...conftest import DEVICE
 from ..command import run_here
@@ -151,3 +156,99 @@ def test_triton_backend_without_a_gpu_says_what_to_do(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "TRITON_INTERPRET=1" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_version() -> None:
+    expected = f"alexnet-triton {__version__}, torch {torch.__version__}, Triton {triton.__version__}, Python "
+    result = run_here("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith(expected)
+    assert result.stdout.count("\n") == 1
+
+
+COMMANDS = ("train", "compare", "evaluate", "predict", "export", "summary", "explain", "tune")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(command: str) -> None:
+    """``-h`` and ``--help`` are one. In a pipe there are no boxes and no colours."""
+    arguments = [command] if command else []
+    result = run_here(*arguments, "-h")
+    assert result.returncode == 0
+    assert result.stdout == run_here(*arguments, "--help").stdout
+    assert result.stdout.isascii()
+    assert "-h, --help" in result.stdout
+    assert all(each in result.stdout for each in COMMANDS) == (not command)
+
+
+def test_options_stand_in_panels() -> None:
+    text = run_here("export", "-h").stdout
+    parts = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n)+)", text, re.MULTILINE))
+    assert list(parts) == ["Arguments", "Output", "Other options"]
+    assert [name for name in ("--format", "--out", "--dtype", "--help") if name in parts["Output"]] == [
+        "--format",
+        "--out",
+        "--dtype",
+    ]
+
+
+def test_a_batch_that_no_computer_holds_is_one_error() -> None:
+    result = run_here("summary", "--batch-size", str(10**18))
+    assert result.returncode == 2
+    assert "are too many" in result.stderr
+
+
+WITHOUT_A_HOME = {
+    "version": ("--version",),
+    "summary": ("summary", "--model", "lenet"),
+    "explain": ("explain", "lenet"),
+    "train": ("train", "--model", "lenet", *SHORT[:4], "--epochs", "1", *SHORT[-2:], "--out", "run"),
+    "kernels": ("train", "--model", "lenet", *SHORT[:2], "--limit", "4", "--batch-size", "4", "--epochs", "1", "--out", "run"),
+}
+
+
+@pytest.mark.parametrize("command", WITHOUT_A_HOME)
+@pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
+def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:
+    """As in a container whose user is any number. Nothing is made where the command runs, such as a folder called ~."""
+    code = (
+        "import os, pwd, runpy, sys, tempfile\n"
+        "def nobody(user): raise KeyError(f'getpwuid(): uid not found: {user}')\n"
+        "pwd.getpwuid = nobody\n"
+        "sys.argv = ['alexnet-triton', *sys.argv[1:]]\n"
+        "runpy.run_module('alexnet_triton', run_name='__main__')\n"
+    )
+    root, place, temporary = Path(__file__).parents[3], tmp_path / "place", tmp_path / "temporary"
+    place.mkdir()
+    temporary.mkdir()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    environment |= {"HOME": home} if home else {}
+    environment |= {"TRITON_INTERPRET": "1"} if command == "kernels" else {}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *WITHOUT_A_HOME[command]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=place,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {path.name for path in place.iterdir()} == ({"run"} if "run" in WITHOUT_A_HOME[command] else set())
+    (folder,) = temporary.glob("alexnet-triton-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_caches_go_nowhere_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes the folder's name first does not get to say which kernels are run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    theirs = tmp_path / f"alexnet-triton-{os.getuid()}"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    taken = program._own_temporary_folder()
+    assert taken != theirs
+    assert taken.stat().st_mode & 0o777 == 0o700
+    theirs.rmdir()
+    theirs.symlink_to("/")
+    assert program._own_temporary_folder() != theirs
+    theirs.unlink()
+    assert program._own_temporary_folder() == program._own_temporary_folder() == theirs

@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import kernels
+from alexnet_triton.cli.predict import list_images
 from alexnet_triton.data.dataset import DataError
 from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.data.image_files import read_image, read_images
@@ -202,6 +203,64 @@ def test_what_is_missing_on_the_command_line(tmp_path: Path) -> None:
     nothing = run_here("predict", str(checkpoint_of(tmp_path)), *ON_PYTORCH)
     assert nothing.returncode == 2
     assert "IMAGE" in nothing.stderr
+
+
+def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png())
+    run = tmp_path / "run"
+    run.mkdir()
+    nothing = run_here("predict", str(run), str(tmp_path / "a.png"), *ON_PYTORCH)
+    expected = f"alexnet-triton: {run}: no run's folder: neither best.pt nor checkpoint.pt is in it\n"
+    assert (nothing.returncode, nothing.stderr) == (1, expected)
+    last, best = checkpoint_of(tmp_path, classes=("a", "b")), checkpoint_of(tmp_path, channels=3, classes=("c", "d"))
+    for taken, name, classes in ((last, "checkpoint.pt", {"a", "b"}), (best, "best.pt", {"c", "d"})):
+        taken.rename(run / name)
+        result = run_here("predict", str(run), str(tmp_path / "a.png"), "--json", *ON_PYTORCH)
+        assert (result.returncode, result.stderr) == (0, f"the network of {run / name}\n")
+        (found,) = json.loads(result.stdout).values()
+        assert found.keys() == classes
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    """Sorted, with the folders in it; hidden names, other files, PostScript and linked folders are left out."""
+    names = ["a/2.PNG", "a/b/1.png", "b.jfif", "c.gif"]
+    others = [".hidden.png", ".ipynb_checkpoints/a.png", "a/notes.txt", "a.eps", "document.pdf", "png"]
+    images = tmp_path / "images"
+    for name in (*names, *others):
+        path = images / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png())
+    (images / "loop").symlink_to(images)
+    (images / "damaged.png").write_bytes(b"hello")
+    alone = tmp_path / "alone"
+    alone.write_bytes(_png())
+    found, errors = list_images(images)
+    assert errors == []
+    assert found == [images / name for name in ("a/2.PNG", "a/b/1.png", "b.jfif", "c.gif", "damaged.png")]
+    path = str(checkpoint_of(tmp_path))
+    result = run_here("predict", path, str(alone), str(images), "--json", "--batch-size", "2", *ON_PYTORCH)
+    assert result.returncode == 1
+    assert (
+        result.stderr == f"alexnet-triton: {images / 'damaged.png'}: not an image, or of a format that Pillow does not know\n"
+    )
+    assert list(json.loads(result.stdout)) == [str(alone), *(str(images / name) for name in names)]
+
+    (tmp_path / "empty").mkdir()
+    empty = run_here("predict", path, str(tmp_path / "empty"), str(alone), *ON_PYTORCH)
+    assert (empty.returncode, empty.stderr) == (1, f"alexnet-triton: {tmp_path / 'empty'}: no image files in it\n")
+    assert empty.stdout.startswith(f"{alone}\n")
+
+
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    for name in ("good", "secret"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(_png())
+    (tmp_path / "secret").chmod(0)
+    with permissions_hold():
+        found, errors = list_images(tmp_path)
+    (tmp_path / "secret").chmod(0o700)
+    assert found == [tmp_path / "good/a.png"]
+    assert [str(error) for error in errors] == [f"{tmp_path / 'secret'}: cannot be read: Permission denied"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,51 @@
+"""``alexnet-triton evaluate``: accuracy and loss of a trained network on the test images."""
+
+from __future__ import annotations
+
+import kernels
+
+from ..data.dataset import DataError
+from ..data.image_folder import load_test
+from ..models import IMAGE_SIZE
+from ..training.checkpoint import CheckpointError
+from ..training.evaluation import evaluate
+from .network import RunArgument, load_run
+from .options import (
+    BackendChoice,
+    BackendOption,
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    LimitOption,
+    WorkersOption,
+    console,
+    fail,
+    runs_on,
+    usable_device,
+)
+
+
+def evaluate_command(
+    run: RunArgument,
+    backend: BackendOption = BackendChoice.auto,
+    data: DataOption = None,
+    batch_size: BatchOption = 128,
+    limit: LimitOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Print accuracy and loss on the test images."""
+    where = usable_device(device)
+    try:
+        net, kept = load_run(run, where)
+        model = kept.model
+        test = load_test(
+            data, classes=kept.classes, size=kept.size, channels=kept.channels, limit=limit, workers=workers, device=where
+        )
+        batch_size = min(batch_size, len(test))
+        with kernels.use_backend(backend.value):
+            console.print(f"{model} on {runs_on(where)}, {len(test)} test images")
+            loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)
+    except (CheckpointError, DataError, OSError, RuntimeError) as error:
+        raise fail(error) from error
+    console.print(f"test accuracy {accuracy:.4f}  test loss {loss:.4f}")

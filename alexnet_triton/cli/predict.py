@@ -1,0 +1,116 @@
+"""``alexnet-triton predict``: the most probable classes of image files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import kernels
+
+from ..data.dataset import DataError
+from ..data.image_files import read_images
+from ..models import IMAGE_SIZE
+from ..training.checkpoint import CheckpointError
+from ..training.evaluation import classify
+from .network import RunArgument, load_run
+from .options import BackendChoice, BackendOption, BatchOption, DeviceOption, console, fail, usable_device
+
+
+def image_suffixes() -> frozenset[str]:
+    """Ends of the names of the image files that Pillow reads by itself, in lower case: ``.png``, ``.jpg``, ..."""
+    from PIL import Image
+
+    return frozenset(
+        suffix.lower() for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name != "EPS"
+    )
+
+
+def list_images(folder: Path) -> tuple[list[Path], list[DataError]]:
+    """The image files in ``folder`` and the folders in it, sorted, and of each folder that cannot be read an error.
+
+    Files and folders whose names begin with a dot are left out, and what links to folders lead to.
+    """
+    suffixes = image_suffixes()
+    found: list[Path] = []
+    unreadable: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [file for file in files if file.suffix.lower() in suffixes]
+    errors = [DataError(f"{error.filename}: cannot be read: {error.strerror}") for error in unreadable]
+    if not found and not errors:
+        errors.append(DataError(f"{folder}: no image files in it"))
+    return sorted(found), errors
+
+
+def _files(paths: list[Path]) -> tuple[list[Path], list[DataError]]:
+    """``paths`` with the images of a folder in place of it."""
+    files: list[Path] = []
+    errors: list[DataError] = []
+    for path in paths:
+        found, failed = list_images(path) if os.path.isdir(path) else ([path], [])
+        files += found
+        errors += failed
+    return files, errors
+
+
+def predict_command(
+    run: RunArgument,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE", help="Image files of any format that Pillow reads, or folders of them, with the folders in them."
+        ),
+    ],
+    top: Annotated[
+        int,
+        typer.Option(min=1, help="Print so many classes for each image, the most probable first.", rich_help_panel="Output"),
+    ] = 5,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: {file: {class: probability}}.", rich_help_panel="Output")
+    ] = False,
+    backend: BackendOption = BackendChoice.auto,
+    batch_size: BatchOption = 128,
+    device: DeviceOption = "auto",
+) -> None:
+    """Print the most probable classes of images.
+
+    Each has its probability. The shorter side of an image is made as long as that of the images that the network was trained
+    on, and the middle is cut out. A file or folder that cannot be read is named in one line, the others are still classified,
+    and the exit code is 1.
+    """
+    where = usable_device(device)
+    found: dict[str, dict[str, float]] = {}
+    try:
+        net, kept = load_run(run, where)
+        files, errors = _files(images)
+        with kernels.use_backend(backend.value):
+            # Batch by batch, so that thousands of photographs are never in memory at once.
+            for begin in range(0, len(files), batch_size):
+                pixels, paths, failed = read_images(files[begin : begin + batch_size], kept.channels, kept.size)
+                errors += failed
+                if not paths:
+                    continue
+                size = IMAGE_SIZE[kept.model]
+                probabilities = classify(net, pixels, batch_size=len(paths), image_size=size, device=where)
+                for path, row in zip(paths, probabilities, strict=True):
+                    values, order = row.topk(min(top, len(kept.classes)))
+                    found[str(path)] = {kept.classes[i]: p for i, p in zip(order.tolist(), values.tolist(), strict=True)}
+    except (CheckpointError, OSError, RuntimeError) as error:
+        raise fail(error) from error
+    if as_json:
+        print(json.dumps(found))
+    else:
+        width = max(map(len, kept.classes))
+        for name, classes in found.items():
+            console.print(name, markup=False)
+            for label, probability in classes.items():
+                console.print(f"  {label:{width}}  {probability:.4f}", markup=False)
+    for unreadable in errors:
+        fail(unreadable)
+    if errors:
+        raise typer.Exit(1)
