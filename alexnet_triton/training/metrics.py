@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from .checkpoint import Checkpoint, CheckpointError, training_state
 
@@ -29,6 +31,7 @@ class EpochMetrics:
         images_per_s: training images a second, evaluation not counted.
         seconds: of training: from an idle device to an idle device, the data included; evaluation, compilation and the capture
             of a CUDA graph not.
+        test_loss: mean cross-entropy over the test images, in nats; None where a version that did not keep it trained.
     """
 
     epoch: int
@@ -37,12 +40,30 @@ class EpochMetrics:
     test_acc: float
     images_per_s: float
     seconds: float
+    test_loss: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.epoch) is not int:
             raise TypeError(f"epoch is a {type(self.epoch).__name__}")
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in self.as_dict().items():
             check_number(name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known, by name: a line of the file."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "test_loss" or value is not None}
+
+
+def best_test_loss(history: Sequence[EpochMetrics]) -> EpochMetrics | None:
+    """The first epoch of the least test loss, of those that know theirs; None if none does. NaN is no loss at all."""
+    known = [metrics for metrics in history if metrics.test_loss is not None]
+    return min(known, key=lambda m: math.inf if math.isnan(m.test_loss) else m.test_loss, default=None)  # type: ignore[arg-type,return-value]
+
+
+def is_finished(history: Sequence[EpochMetrics], epochs: int, early_stop: int | None) -> bool:
+    """Whether a run has come to its end: all ``epochs``, or ``early_stop`` of them without a better test loss."""
+    best = best_test_loss(history)
+    early = early_stop is not None and best is not None and history[-1].epoch - best.epoch >= early_stop
+    return early or len(history) >= epochs
 
 
 def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:
@@ -77,4 +98,4 @@ def learning_rates(checkpoint: Checkpoint, otherwise: float) -> list[float]:
 
 def metrics_file(history: Sequence[EpochMetrics]) -> bytes:
     """The content of ``metrics.jsonl`` after ``history``, or the lines of it."""
-    return "".join(json.dumps(dataclasses.asdict(metrics)) + "\n" for metrics in history).encode()
+    return "".join(json.dumps(metrics.as_dict()) + "\n" for metrics in history).encode()

@@ -157,7 +157,9 @@ def test_an_ordinary_image_keeps_its_bytes(shape: tuple[int, int], tmp_path: Pat
         assert torch.equal(read_image(tmp_path / "a.png", 3, size), whole)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 9 bytes")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 9 bytes")], ids=repr
+)
 def test_memory_that_is_short_is_that_files_error(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PICTURE.save(tmp_path / "a.png")
 
@@ -218,7 +220,11 @@ def _tiff(bits: int, channels: int) -> bytes:
         (279, 4, 1, len(data)),
     ]
     tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)).ljust(200, b"\0") + extra.ljust(100, b"\0") + data
+    return (
+        (b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)).ljust(200, b"\0")
+        + extra.ljust(100, b"\0")
+        + data
+    )
 
 
 def _sgi(bits: int, channels: int) -> bytes:
@@ -251,7 +257,9 @@ SHALLOW = {
     "sgi": _sgi(8, 3),
     "jpeg_2000": _jpeg_2000(8, 3),
     "bmp_of_16_bits_a_pixel": (
-        b"BM" + struct.pack("<IIIIiiHHIIiiIIIII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)[:64] + bytes(128)
+        b"BM"
+        + struct.pack("<IIIIiiHHIIiiIIIII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)[:64]
+        + bytes(128)
     ),
 }
 DEEP = {
@@ -293,7 +301,20 @@ def test_more_than_8_bits_a_channel_are_refused(name: str, tmp_path: Path) -> No
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
     """Of every kind that is read and none that is not, sorted by folder; hidden ones are not there."""
-    images = ["B.JPG", "a.avif", "a.gif", "a.jfif", "a.jp2", "a.mpo", "a.png", "a.qoi", "a.tga", "a.webp", "more/z.png", "n/a.bmp"]
+    images = [
+        "B.JPG",
+        "a.avif",
+        "a.gif",
+        "a.jfif",
+        "a.jp2",
+        "a.mpo",
+        "a.png",
+        "a.qoi",
+        "a.tga",
+        "a.webp",
+        "more/z.png",
+        "n/a.bmp",
+    ]
     others = ["Thumbs.db", "a", "a.eps", "a.h5", "a.mp4", "a.mpg", "a.pdf", "a.ps", "a.txt", "a.wmf", "desktop.ini"]
     hidden = [".a.png", "._a.png", ".DS_Store", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "lost+found/a.png", "n/.b/a.png"]
     for name in (*images, *others, *hidden):
