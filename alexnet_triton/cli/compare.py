@@ -193,10 +193,7 @@ def compare_command(
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the results into this folder.", show_default="runs/compare-DATE-TIME", rich_help_panel=OUTPUT
-        ),
-    ,
+        typer.Option(help="Write the results into this folder.", show_default="runs/compare-DATE-TIME", rich_help_panel=OUTPUT),
     ] = None,
     resume: Annotated[
         str | None,

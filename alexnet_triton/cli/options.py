@@ -97,8 +97,8 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         help="Read a folder of images: train and test (or val, valid, validation), in each a folder for every class. Or a "
-        "folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the package. By default Fashion-MNIST is looked "
-        "for in the usual places, else downloaded by torchvision.",
+        "folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the package. By default Fashion-MNIST is "
+        "looked for in the usual places, else downloaded by torchvision.",
         show_default=False,
         rich_help_panel=DATA,
     ),

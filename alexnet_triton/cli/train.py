@@ -68,8 +68,7 @@ from .run import (
 def train_command(
     context: typer.Context,
     model: Annotated[
-        Model, typer.Option(help="Train this network; torchvision is torchvision's AlexNet.", rich_help_panel=RECIPE),
-    
+        Model, typer.Option(help="Train this network; torchvision is torchvision's AlexNet.", rich_help_panel=RECIPE)
     ] = Model.alexnet,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
@@ -97,10 +96,7 @@ def train_command(
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the results into this folder.", show_default="runs/MODEL-DATE-TIME", rich_help_panel=OUTPUT
-        ),
-    ,
+        typer.Option(help="Write the results into this folder.", show_default="runs/MODEL-DATE-TIME", rich_help_panel=OUTPUT),
     ] = None,
     resume: Annotated[
         str | None,

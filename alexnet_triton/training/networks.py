@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, CheckpointError, check_weights, read_checkpo
 
 
 def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
-    """``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet: fused, for images of so many channels and classes.
+    """``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet: fused, for so many channels and classes.
 
     Raises:
         RuntimeError: torchvision is missing.

@@ -220,11 +220,8 @@ def _tiff(bits: int, channels: int) -> bytes:
         (279, 4, 1, len(data)),
     ]
     tags = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return (
-        (b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)).ljust(200, b"\0")
-        + extra.ljust(100, b"\0")
-        + data
-    )
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + tags + bytes(4)
+    return head.ljust(200, b"\0") + extra.ljust(100, b"\0") + data
 
 
 def _sgi(bits: int, channels: int) -> bytes:
@@ -256,11 +253,11 @@ SHALLOW = {
     "ppm_text": b"P3 8 8 255\n" + b"9 " * 192,
     "sgi": _sgi(8, 3),
     "jpeg_2000": _jpeg_2000(8, 3),
-    "bmp_of_16_bits_a_pixel": (
-        b"BM"
-        + struct.pack("<IIIIiiHHIIiiIIIII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F)[:64]
-        + bytes(128)
-    ),
+    # Five and six bits a channel.
+    "bmp_of_16_bits_a_pixel": b"BM"
+    + struct.pack("<IIIIiiHHIIiiII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0)
+    + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    + bytes(128),
 }
 DEEP = {
     "png_grey": _png(16, 0, 1),
