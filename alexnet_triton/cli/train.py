@@ -15,6 +15,7 @@ from ..training.metrics import history_of, is_finished
 from ..training.recipe import Recipe
 from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
+from .check import check_command
 from .options import (
     OUTPUT,
     RECIPE,
@@ -109,6 +110,7 @@ def train_command(
             rich_help_panel=RECIPE,
         ),
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Run `check` on the result.", hidden=True)] = False,
 ) -> None:
     """Train on Fashion-MNIST or on your own images.
 
@@ -197,4 +199,6 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             run_training(run, out, stops, begin, checkpoint)
         except Stopped as stopped:
             return report_stop(stopped, "train", out, processes, stops)
+    if context.params["check"] and processes.size == 1:
+        check_command(out, options.device)
     return 0
