@@ -17,7 +17,7 @@ NEWEST_VENV ?= .venv-newest
 	profile host kernelbench gpu stale render bench clean
 
 help:
-	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, a short run on the shipped sample else"
+	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
 	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
 	@echo "make test-lowest  the suite on the lowest versions of torch, Triton and the others that are supported"
 	@echo "make test-newest  the suite on the newest Triton that is supported, beside a torch that asks for an older one"
@@ -42,10 +42,11 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 # Without a GPU the recipe's 4,690 steps would take days: two epochs of small steps on 1,000 images instead, ARGS to change it.
+# PyTorch computes them; the kernels then run the network in Triton's interpreter, on two images.
 train: $(INSTALLED)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/alexnet-triton train $(ARGS); \
-	else $(BIN)/alexnet-triton train --data sample --batch-size 8 --lr 0.03 --epochs 2 $(ARGS); fi
+	else $(BIN)/alexnet-triton train --data sample --batch-size 8 --lr 0.03 --epochs 2 --check $(ARGS); fi
 
 # A thread for each of the processes: the threads of small operations only wait for each other.
 test: $(INSTALLED)

@@ -7,7 +7,7 @@ from torch import nn
 from .fused import FusedSequential
 
 #: Side of the square image that the network takes, by model name.
-IMAGE_SIZE = {"alexnet": 224, "lenet": 28}
+IMAGE_SIZE = {"alexnet": 224, "lenet": 28, "torchvision": 224}
 
 
 def _alexnet_layers(num_classes: int, in_channels: int, dropout: float) -> list[nn.Module]:

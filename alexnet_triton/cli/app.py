@@ -1,4 +1,4 @@
-"""The command line: ``alexnet-triton train | compare | evaluate | predict | export | summary | explain | tune``."""
+"""The command line: ``alexnet-triton train | compare | evaluate | predict | export | check | summary | explain | tune``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import __version__
+from .check import check_command
 from .compare import compare_command
 from .evaluate import evaluate_command
 from .explain import explain_command
@@ -87,6 +88,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_command,
     "predict": predict_command,
     "export": export_command,
+    "check": check_command,
     "summary": summary_command,
     "explain": explain_command,
     "tune": tune_command,

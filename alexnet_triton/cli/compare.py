@@ -26,6 +26,8 @@ from ..training.recipe import LEARNING_RATES, Recipe, allowed_of
 from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
 from .options import (
+    OUTPUT,
+    RECIPE,
     AugmentOption,
     BackendChoice,
     BackendOption,
@@ -50,8 +52,10 @@ from .options import (
     RecipeOption,
     ScheduleOption,
     SeedOption,
+    SkipDamagedOption,
     TensorboardOption,
     TotalBatchOption,
+    ValidationOption,
     WarmupOption,
     WeightDecayOption,
     WorkersOption,
@@ -178,11 +182,13 @@ def comparison_table(columns: dict[str, Compared], title: str) -> Table:
 def compare_command(
     context: typer.Context,
     models: Annotated[
-        list[Model] | None, typer.Argument(metavar="MODEL", help="The networks.", show_default="lenet alexnet")
+        list[Model] | None, typer.Argument(metavar="MODEL", help="Train these networks.", show_default="lenet alexnet")
     ] = None,
     recipe: RecipeOption = RecipeChoice.d2l,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
+    validation: ValidationOption = None,
+    skip_damaged: SkipDamagedOption = False,
     channels: ChannelsOption = None,
     workers: WorkersOption = None,
     epochs: EpochsOption = None,
@@ -205,7 +211,10 @@ def compare_command(
     colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/compare-DATE-TIME")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the results into this folder.", show_default="runs/compare-DATE-TIME", rich_help_panel=OUTPUT),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -214,6 +223,7 @@ def compare_command(
             "taken as they are, the others trained to their end. All options are its own; these may be given anew: "
             + ", ".join(sorted(_MAY_CHANGE)),
             show_default=False,
+            rich_help_panel=RECIPE,
         ),
     ] = None,
 ) -> None:
@@ -222,7 +232,7 @@ def compare_command(
     Each is trained as `train` does it, with its own default learning rate, into a folder of its name. Beside these folders are
     comparison.json, the values of the table and the options, and comparison.png, the curves of all.
 
-    Ctrl-C and SIGTERM are what they are for `train`: the comparison can be resumed.
+    Ctrl-C and other signals are what they are for `train`: the comparison can be resumed.
     """
     with joined_command() as processes:
         status = _compare(context, resume, out, processes)

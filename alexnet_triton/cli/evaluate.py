@@ -9,8 +9,9 @@ import kernels
 from ..data.dataset import DataError
 from ..data.image_folder import load_test
 from ..models import IMAGE_SIZE
-from ..training.checkpoint import CheckpointError
+from ..training.checkpoint import CheckpointError, from_file, training_state
 from ..training.evaluation import evaluate
+from ..training.recipe import Recipe
 from .network import RunArgument, load_run
 from .options import (
     BackendChoice,
@@ -19,18 +20,23 @@ from .options import (
     DataOption,
     DeviceOption,
     LimitOption,
+    SkipDamagedOption,
+    ValidationOption,
     WorkersOption,
     console,
     fail,
     runs_on,
     usable_device,
 )
+from .run import plain_path
 
 
 def evaluate_command(
     run: RunArgument,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
+    validation: ValidationOption = None,
+    skip_damaged: SkipDamagedOption = False,
     batch_size: BatchOption = 128,
     limit: LimitOption = None,
     workers: WorkersOption = None,
@@ -41,8 +47,21 @@ def evaluate_command(
     try:
         net, kept = load_run(run, where)
         model = kept.model
+        recipe = None if kept.training is None else from_file(Recipe, training_state(kept)["recipe"], kept.path)
+        if validation is None and recipe is not None and data is not None and recipe.data == plain_path(data, "--data"):
+            validation = recipe.validation  # the images that it was tested with
         test = load_test(
-            data, classes=kept.classes, size=kept.size, channels=kept.channels, limit=limit, workers=workers, device=where
+            data,
+            classes=kept.classes,
+            size=kept.size,
+            channels=kept.channels,
+            limit=limit,
+            workers=workers,
+            device=where,
+            validation=validation,
+            seed=0 if recipe is None else recipe.seed,
+            skip_damaged=skip_damaged,
+            on_note=lambda line: console.print(line, markup=False),
         )
         test = dataclasses.replace(test, normalization=kept.normalization)
         batch_size = min(batch_size, len(test))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
@@ -19,7 +21,23 @@ from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, allowed_of
 
 T = TypeVar("T")
 
-console = Console(soft_wrap=True, highlight=False)
+
+class _Console(Console):
+    """A console whose terminal may be closed while a run goes on: it says no more then, and the run can save."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.quiet = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.file.fileno())  # what waits in a buffer goes there at the end of the process
+            os.close(null)
+
+
+console = _Console(soft_wrap=True, highlight=False)
 
 
 def print_table(table: Table) -> None:
@@ -32,6 +50,7 @@ class Model(StrEnum):
 
     alexnet = "alexnet"
     lenet = "lenet"
+    torchvision = "torchvision"
 
 
 class PrecisionChoice(StrEnum):
@@ -50,6 +69,13 @@ class BackendChoice(StrEnum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
+
+
+class FreezeChoice(StrEnum):
+    """What keeps its weights."""
+
+    none = "none"
+    features = "features"
 
 
 class CropChoice(StrEnum):
@@ -124,28 +150,68 @@ def _shown_learning_rates() -> str:
     return "; ".join(" ".join((*map(str, names), f"{lr:g}")) for names, lr in rates.items())
 
 
+#: The panels of the help, in their order there.
+DATA, RECIPE, AUGMENTATION, HARDWARE, OUTPUT = "Data", "Recipe", "Augmentation", "Hardware", "Output"
+
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="A folder of images: train and test (or val), in each a folder for every class. Or a folder of Fashion-MNIST's "
-        "IDX files, or 'sample' for its small sample inside the package. Default: Fashion-MNIST from the usual places, else "
-        "torchvision's download.",
+        help="Read a folder of images: train and test (or val, valid, validation), in each a folder for every class. Or a "
+        "folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the package. By default Fashion-MNIST is "
+        "looked for in the usual places, else downloaded by torchvision.",
         show_default=False,
+        rich_help_panel=DATA,
     ),
 ]
-BackendOption = Annotated[BackendChoice, typer.Option(help="auto: Triton kernels on CUDA, PyTorch on the CPU.")]
+ValidationOption = Annotated[
+    float | None,
+    _bounded(
+        "validation",
+        help="Take this part of each class, such as 0.2, for the test images, where a folder of images has none: it holds "
+        "train alone, or the folders of the classes. Which ones, the seed decides.",
+        rich_help_panel=DATA,
+    ),
+]
+SkipDamagedOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-damaged/--no-skip-damaged",
+        help="Leave out the images of a folder that cannot be read, and list them; otherwise the first one is an error.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
 LimitOption = Annotated[
     int | None,
     _bounded(
-        "limit", help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones."
+        "limit",
+        help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones.",
+        rich_help_panel=DATA,
     ),
 ]
 WorkersOption = Annotated[
     int | None,
-    number(0, help="Processes that decode a folder of images; 0: this one.", show_default="one a core, 8 at most"),
+    number(
+        0,
+        help="Decode a folder of images in so many processes; 0 decodes in this one.",
+        show_default="one a core, 8 at most",
+        rich_help_panel=DATA,
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-BatchOption = Annotated[int, _bounded("batch_size", help="Images in a batch.")]
+BackendOption = Annotated[
+    BackendChoice,
+    typer.Option(
+        help="Compute by Triton kernels (triton) or by PyTorch (torch); auto takes the kernels on CUDA, PyTorch on the CPU.",
+        rich_help_panel=HARDWARE,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="Compute on this device: cpu, cuda, cuda:1; auto takes a GPU if there is one.", rich_help_panel=HARDWARE),
+]
+BatchOption = Annotated[
+    int, _bounded("batch_size", help="Take so many images at a time, in one batch.", rich_help_panel=HARDWARE)
+]
 RecipeOption = Annotated[
     RecipeChoice,
     typer.Option(
@@ -215,38 +281,69 @@ SeedOption = Annotated[
     int,
     _bounded(
         "seed",
-        help="Draw weights, order of the images, dropout and augmentation from this seed.",
-        rich_help_panel="Recipe",
+        help="Draw the weights, the order of the images, dropout, augmentation and --validation from this seed.",
+        rich_help_panel=RECIPE,
     ),
 ]
 PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(
-        help="auto: bfloat16 with float32 masters on a GPU that has it, else float32. float32: products are exact. tf32: "
-        "float32 on tensor cores, convolutions and linear layers alike (by PyTorch's default convolutions alone)."
+        help="Compute in this precision. auto is bfloat16 with float32 masters on a GPU that has it, else float32, whose "
+        "products are exact; tf32 is float32 on tensor cores, convolutions and linear layers alike (by PyTorch's default "
+        "convolutions alone).",
+        rich_help_panel=RECIPE,
+    ),
+]
+InitOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Begin with the weights of this file instead of random ones: a checkpoint or a run's folder, or a state_dict, "
+        "such as torchvision's for --model torchvision, from torch.save or as .safetensors. Layers of other shapes begin anew.",
+        show_default=False,
+        rich_help_panel=RECIPE,
+    ),
+]
+FreezeOption = Annotated[
+    FreezeChoice, typer.Option(help="Keep the weights of all convolutions as they are (features).", rich_help_panel=RECIPE)
+]
+EarlyStopOption = Annotated[
+    int | None,
+    _bounded(
+        "early_stop", metavar="N", help="Stop after N epochs without a better test loss than before.", rich_help_panel=RECIPE
     ),
 ]
 GraphOption = Annotated[
-    bool | None, typer.Option("--graph/--no-graph", help="Each step as one CUDA graph.", show_default="on CUDA")
+    bool | None,
+    typer.Option(
+        "--graph/--no-graph", help="Run each step as one CUDA graph.", show_default="on CUDA", rich_help_panel=HARDWARE
+    ),
 ]
 AugmentOption = Annotated[
     bool,
     typer.Option(
         "--augment",
         help=f"Change each training image at random: {EVERYTHING}. Each has an option of its own.",
+        rich_help_panel=AUGMENTATION,
     ),
 ]
 #: The default of what ``modern`` augments by, too.
 _AUGMENTED = "with --augment or --recipe modern"
 FlipOption = Annotated[
     bool | None,
-    typer.Option("--flip/--no-flip", help="Mirror each image with probability 1/2.", show_default=_AUGMENTED),
+    typer.Option(
+        "--flip/--no-flip",
+        help="Mirror each image with probability 1/2.",
+        show_default=_AUGMENTED,
+        rich_help_panel=AUGMENTATION,
+    ),
 ]
 CropOption = Annotated[
     CropChoice | None,
     typer.Option(
-        help="pad: move each image by up to a fourteenth of its side. resized: enlarge a random box of it to its size.",
+        help="Move each image by up to a fourteenth of its side (pad), or enlarge a random box of it to its size (resized).",
         show_default=f"none; {_AUGMENTED} pad",
+        rich_help_panel=AUGMENTATION,
     ),
 ]
 ColourOption = Annotated[
@@ -255,6 +352,7 @@ ColourOption = Annotated[
         "--colour/--no-colour",
         help="Change brightness and contrast of images of one channel, the light of those of three.",
         show_default="with --augment",
+        rich_help_panel=AUGMENTATION,
     ),
 ]
 TensorboardOption = Annotated[
@@ -263,6 +361,7 @@ TensorboardOption = Annotated[
         "--tensorboard/--no-tensorboard",
         help="Write each epoch for TensorBoard into the folder tensorboard beside the checkpoints.",
         show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 
@@ -289,7 +388,7 @@ def fail(message: object) -> typer.Exit:
     if isinstance(message, OSError) and message.filename is not None:
         message = f"{message.filename}: {message.strerror}"
     if first_to_say(str(message)):
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
+        _Console(stderr=True, soft_wrap=True, highlight=False).print(f"alexnet-triton: {message}", markup=False)
     return typer.Exit(1)
 
 
@@ -316,8 +415,9 @@ ChannelsOption = Annotated[
     int | None,
     typer.Option(
         callback=_one_or_three,
-        help="1: a folder's images become grey, 3: red, green and blue.",
+        help="Make a folder's images grey (1), or red, green and blue (3).",
         show_default="3; Fashion-MNIST has 1",
+        rich_help_panel=DATA,
     ),
 ]
 

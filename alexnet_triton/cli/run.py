@@ -28,17 +28,22 @@ from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError
 from ..training.distributed import Processes
 from ..training.evaluation import measure_speed, predict_split
 from ..training.events import EpochEvents, summary_writer
+from ..training.files import write_atomically
+from ..training.initial import Kept, read_weights, take_weights
 from ..training.loop import train
-from ..training.metrics import METRICS, EpochMetrics, history_of, metrics_file
-from ..training.networks import default_precision, float32_products, new_model
+from ..training.metrics import METRICS, EpochMetrics, best_test_loss, history_of, is_finished, metrics_file
+from ..training.networks import default_precision, float32_products, freeze, new_model, torchvision_alexnet
 from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
-from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, Where, check_fields, field
+from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, Where, allowed_of, check_fields, field
 from ..training.signals import Stopped, StopSignals
 from .options import BackendChoice, PrecisionChoice, console, fail, runs_on
 from .screen import Bar, Screen
 
 #: The pictures that a run writes.
 CURVES, CONFUSION, MOST_WRONG = "curves.png", "confusion.png", "most_wrong.png"
+
+#: In a run's folder, where damaged images were left out: a line for each, its file and what is wrong with it.
+SKIPPED = "skipped.txt"
 
 #: The fields of a recipe that are parts of the augmentation.
 PARTS = tuple(each.name for each in dataclasses.fields(Augment))
@@ -61,6 +66,7 @@ class RunOptions:
     graph: bool = field(False, may_change=True)
     tensorboard: bool = field(False, may_change=True)
     device: str = field("auto", may_change=True)
+    skip_damaged: bool = field(False, may_change=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,23 +90,34 @@ def refused_values() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
+def plain_path(path: str, option: str) -> str:
+    """``path``, the value of ``option``, as it is found from another folder too.
+
+    Raises:
+        typer.BadParameter: no path can lead there.
+    """
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
+        raise typer.BadParameter(f"{path!r}: {error}", param_hint=option) from error
+
+
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a command as a checkpoint can keep them.
 
-    Strings are plain ones, data has a path that is found from another folder too, a part of the augmentation that is None is as
-    ``augment`` has it, and what is None else is as ``recipe`` has it.
+    Strings are plain ones, data and init have a path that is found from another folder too, a part of the augmentation that is
+    None is as ``augment`` has it, and what is None else is as ``recipe`` has it.
 
     Raises:
-        typer.BadParameter: data where no path can lead.
+        typer.BadParameter: data or init where no path can lead.
     """
     found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
     parts = dataclasses.asdict(EVERYTHING) if found["augment"] else {}
     found |= {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
-    if (data := found["data"]) not in (None, "sample"):
-        try:
-            found["data"] = str(Path(data).expanduser().resolve())
-        except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
-            raise typer.BadParameter(f"{data!r}: {error}", param_hint="--data") from error
+    for name in ("data", "init"):
+        if (path := found.get(name)) is None or (name, path) == ("data", "sample"):
+            continue
+        found[name] = plain_path(path, f"--{name}")
     return found
 
 
@@ -116,11 +133,8 @@ def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
     if found["lr"] is None:
         found["lr"] = LEARNING_RATES[found["recipe"]][found["model"]]
     with refused_values():
-        try:
-            found["channels"] = found["channels"] or default_channels(parameters["data"])
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        return Recipe(**{each.name: found[each.name] for each in dataclasses.fields(Recipe)})
+        found["channels"] = found["channels"] or default_channels(parameters["data"], found["validation"])
+        return Recipe(**{name: found[name] for name in allowed_of(Recipe) if name in found})
 
 
 def new_options(parameters: Mapping[str, Any]) -> RunOptions:
@@ -135,7 +149,7 @@ def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: 
 
     Raises:
         typer.BadParameter: a CUDA graph where there is none.
-        typer.Exit: a package that an option needs is missing, which is said.
+        typer.Exit: torchvision, if that is the model, or a package that an option needs is missing, which is said.
     """
     if graph is None:
         graph = device.type == "cuda" and processes.size == 1
@@ -148,6 +162,8 @@ def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: 
         raise typer.BadParameter(str(error), param_hint="--graph") from error
     if options.tensorboard:
         processes.from_leader(_check_tensorboard)
+    if recipe.model == "torchvision":
+        processes.from_leader(_check_torchvision)
     return Run(recipe, options, where)
 
 
@@ -161,6 +177,23 @@ def _check_tensorboard() -> None:
         summary_writer()
     except ImportError as error:
         raise fail(error) from error
+
+
+def _check_torchvision() -> None:
+    try:
+        with torch.device("meta"):
+            torchvision_alexnet(2, 3)
+    except RuntimeError as error:
+        raise fail(error) from error
+
+
+def early_end(history: list[EpochMetrics], recipe: Recipe) -> str:
+    """In words, why a run ended before its last epoch; empty if it did not."""
+    best = best_test_loss(history)
+    if len(history) >= recipe.epochs or best is None or not is_finished(history, recipe.epochs, recipe.early_stop):
+        return ""
+    epochs = len(history) - best.epoch
+    return f"stopped early: {epochs} epoch(s) without a better test loss than the {best.test_loss:.4f} of epoch {best.epoch}"
 
 
 def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
@@ -219,8 +252,9 @@ def run_training(
     """
     recipe, where = run.recipe, run.where
     try:
-        finished = checkpoint is not None and len(checkpoint.metrics) >= recipe.epochs
+        finished = checkpoint is not None and is_finished(history_of(checkpoint), recipe.epochs, recipe.early_stop)
         writes = where.processes.leads and not (checkpoint is not None and finished and is_complete(out, checkpoint))
+        weights = read_weights(Path(recipe.init)) if recipe.init is not None and checkpoint is None else None
         dataset = _load(run)
         with kernels.use_backend(run.options.backend), float32_products(recipe.dtype), contextlib.ExitStack() as block:  # type: ignore[arg-type]
             setup_begin = time.perf_counter()
@@ -228,12 +262,23 @@ def run_training(
             place += f", {where.processes.size} processes" * (where.processes.size > 1)
             channels = dataset.train.channels
             net = new_model(recipe.model, recipe.seed, where.device, recipe.torch_dtype, len(dataset.classes), channels)
+            kept = _begin_with(net, weights, recipe) if weights is not None else None
+            freeze(net, recipe.freeze)
             _print_begin(run, dataset, place, "" if finished else _expected(run, net, dataset))
+            if kept is not None:
+                console.print(f"began with {recipe.init}: {kept}", markup=False)
             if checkpoint is not None:
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
+
+            def begins() -> None:
+                if dataset.skipped and where.processes.leads:
+                    lines = "".join(f"{path}: {reason}\n" for path, reason in dataset.skipped)
+                    write_atomically(out / SKIPPED, lines.encode(errors="surrogateescape"))
+                if on_ready is not None:
+                    on_ready(dataset, place)
+
             bar = Bar(len(dataset.train), recipe.epochs)
-            ready = functools.partial(on_ready, dataset, place) if on_ready is not None else lambda: None
-            screen = Screen(bar, stops, _events(run, out, checkpoint), block, ready, restart)
+            screen = Screen(bar, stops, _events(run, out, checkpoint), block, on_ready=begins, restart=restart)
             with bar.progress:
                 history = train(net, dataset, recipe, where, out, screen, checkpoint)
             if writes:
@@ -248,6 +293,8 @@ def run_training(
     except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise fail(error) from error
     images_per_s = len(history) * len(dataset.train) / sum(m.seconds for m in history)
+    if early := early_end(history, recipe):
+        console.print(early)
     _print_end(history, images_per_s, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
     return FinishedRun(net, history, images_per_s, dataset.name, place)
 
@@ -264,13 +311,30 @@ def _load(run: Run) -> Dataset:
             limit=recipe.limit,
             workers=run.options.workers,
             device=run.where.device,
+            validation=recipe.validation,
+            seed=recipe.seed,
+            skip_damaged=run.options.skip_damaged,
+            on_note=functools.partial(console.print, markup=False),
         )
         return data.normalized() if recipe.normalize else data
 
-    if is_image_folder(recipe.data):
+    if is_image_folder(recipe.data, recipe.validation):
         console.print(f"reading the images of {recipe.data}")  # which can take minutes
         return load()
     return run.where.processes.first_on_each_machine(load)  # of which one may download
+
+
+def _begin_with(net: nn.Module, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> Kept:
+    """:func:`.initial.take_weights` of a file for ``net``, some of which must fit.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    kept = take_weights(net, weights)
+    if kept.tensors == 0:
+        hint = ": give --model torchvision" if "features.0.weight" in weights and recipe.model != "torchvision" else ""
+        raise CheckpointError(f"{recipe.init}: none of its {len(weights)} tensors fits {recipe.model}{hint}")
+    return kept
 
 
 def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:

@@ -102,3 +102,9 @@ class Screen(Listener):
 
     def stop(self) -> bool:
         return self.stops()
+
+    def save(self) -> bool:
+        return self.stops.take_save()
+
+    def saved(self, line: str) -> None:
+        console.print(line, markup=False)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import IMAGE_SIZE, reference_alexnet, reference_lenet
-from .options import BatchOption, Model, print_table
+from ..training.networks import torchvision_alexnet
+from .options import BatchOption, Model, fail, print_table
 
 
 def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -44,16 +45,23 @@ def summary_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")] = False,
 ) -> None:
     """Print the layers: output shapes, parameters, FLOPs of a forward pass."""
-    net = reference_alexnet() if model is Model.alexnet else reference_lenet()
-    side = IMAGE_SIZE[model]
+    side, channels = IMAGE_SIZE[model], 1
+    if model is Model.torchvision:
+        try:
+            whole, channels = torchvision_alexnet(1000, 3), 3
+        except RuntimeError as error:
+            raise fail(error) from error
+        net = nn.Sequential(*whole.features, whole.avgpool, nn.Flatten(), *whole.classifier)  # type: ignore[misc,arg-type]
+    else:
+        net = reference_alexnet() if model is Model.alexnet else reference_lenet()
     try:
-        rows = layer_table(net, (batch_size, 1, side, side))
+        rows = layer_table(net, (batch_size, channels, side, side))
     except (RuntimeError, TypeError) as error:  # a tensor that no computer can address
         raise typer.BadParameter(f"{batch_size} images are too many", param_hint="--batch-size") from error
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(title=f"{model.value}, input {batch_size} x 1 x {side} x {side}", show_footer=True)
+    table = Table(title=f"{model.value}, input {batch_size} x {channels} x {side} x {side}", show_footer=True)
     table.add_column("#", justify="right")
     table.add_column("layer")
     table.add_column("output", footer="total")

@@ -11,10 +11,14 @@ import typer
 
 from ..training.checkpoint import Checkpoint, CheckpointError, from_file, read_checkpoint, training_state
 from ..training.distributed import Processes
+from ..training.metrics import history_of, is_finished
 from ..training.recipe import Recipe
 from ..training.run_folder import claimed, held, holds_run
 from ..training.signals import Stopped, StopSignals
+from .check import check_command
 from .options import (
+    OUTPUT,
+    RECIPE,
     AugmentOption,
     BackendChoice,
     BackendOption,
@@ -24,9 +28,13 @@ from .options import (
     CropOption,
     DataOption,
     DeviceOption,
+    EarlyStopOption,
     EpochsOption,
     FlipOption,
+    FreezeChoice,
+    FreezeOption,
     GraphOption,
+    InitOption,
     LabelSmoothingOption,
     LearningRateOption,
     LimitOption,
@@ -40,8 +48,10 @@ from .options import (
     RecipeOption,
     ScheduleOption,
     SeedOption,
+    SkipDamagedOption,
     TensorboardOption,
     TotalBatchOption,
+    ValidationOption,
     WarmupOption,
     WeightDecayOption,
     WorkersOption,
@@ -51,15 +61,29 @@ from .options import (
     local_device,
 )
 from .resume import MAY_CHANGE, check_nothing_is_lost, checkpoint_to_resume, resumed
-from .run import RunOptions, graph_of_resumed, is_complete, new_options, new_recipe, report_stop, run_on, run_training
+from .run import (
+    RunOptions,
+    early_end,
+    graph_of_resumed,
+    is_complete,
+    new_options,
+    new_recipe,
+    report_stop,
+    run_on,
+    run_training,
+)
 
 
 def train_command(
     context: typer.Context,
-    model: Annotated[Model, typer.Option(help="Train this network.", rich_help_panel="Recipe")] = Model.alexnet,
+    model: Annotated[
+        Model, typer.Option(help="Train this network; torchvision is torchvision's AlexNet.", rich_help_panel=RECIPE)
+    ] = Model.alexnet,
     recipe: RecipeOption = RecipeChoice.d2l,
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
+    validation: ValidationOption = None,
+    skip_damaged: SkipDamagedOption = False,
     channels: ChannelsOption = None,
     workers: WorkersOption = None,
     epochs: EpochsOption = None,
@@ -76,6 +100,9 @@ def train_command(
     limit: LimitOption = None,
     seed: SeedOption = 0,
     dtype: PrecisionOption = PrecisionChoice.auto,
+    init: InitOption = None,
+    freeze: FreezeOption = FreezeChoice.none,
+    early_stop: EarlyStopOption = None,
     graph: GraphOption = None,
     augment: AugmentOption = False,
     flip: FlipOption = None,
@@ -83,7 +110,10 @@ def train_command(
     colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
     device: DeviceOption = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/MODEL-DATE-TIME")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the results into this folder.", show_default="runs/MODEL-DATE-TIME", rich_help_panel=OUTPUT),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -92,15 +122,18 @@ def train_command(
             "as if it had never stopped. All options are the run's own; these may be given anew: "
             + ", ".join(sorted(MAY_CHANGE)),
             show_default=False,
+            rich_help_panel=RECIPE,
         ),
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Run `check` on the result.", hidden=True)] = False,
 ) -> None:
     """Train on Fashion-MNIST or on your own images.
 
     Written are metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch), best.pt (the best).
 
-    Ctrl-C and SIGTERM finish the step, save, say how to resume and end with exit code 128 + the signal's number (130, 143); a
-    second one ends the process at once, unless it is one of torchrun's, which passes the first on more than once.
+    Ctrl-C, SIGTERM and SIGHUP (of a terminal that is closed) finish the step, save, say how to resume and end with exit code
+    128 + the signal's number (130, 143, 129); a second Ctrl-C or SIGTERM ends the process at once, unless it is one of
+    torchrun's, which passes the first on more than once. SIGUSR1 finishes the step, saves and goes on.
 
     With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
@@ -139,6 +172,25 @@ def _what_to_train(
     return None, out
 
 
+def _needs_nothing(out: Path, checkpoint: Checkpoint, recipe: Recipe, processes: Processes) -> bool:
+    """Whether a resumed run has come to its end and has all its files; of one at its end it is said."""
+    try:
+        history = history_of(checkpoint)
+        if not is_finished(history, recipe.epochs, recipe.early_stop):
+            return False
+        complete = processes.from_leader(lambda: is_complete(out, checkpoint))
+    except (CheckpointError, OSError) as error:
+        raise fail(error) from error
+    early = early_end(history, recipe)
+    done = f"{out}: {early or f'all {recipe.epochs} epochs are done'}"
+    option = "--early-stop" if early else "--epochs"
+    console.print(f"{done}; --resume {out} {option} N goes on" if complete else f"{done}, {_MISSING}", markup=False)
+    return complete
+
+
+_MISSING = "not all its files are there: they are written now"
+
+
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``train`` does, in each of the processes; the exit code."""
     begin = time.perf_counter()
@@ -155,19 +207,13 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             device = local_device(options.device, processes)
             graph = graph_of_resumed(graph, options, processes)
         run = run_on(device, processes, recipe, options, graph)
-        if checkpoint is not None and len(checkpoint.metrics) >= recipe.epochs:
-            done = f"{out}: all {recipe.epochs} epochs are done"
-            try:
-                complete = processes.from_leader(lambda: is_complete(out, checkpoint))
-            except (CheckpointError, OSError) as error:
-                raise fail(error) from error
-            if complete:
-                console.print(f"{done}; --resume {out} --epochs N goes on")
-                return 0
-            console.print(f"{done}, not all its files are there: they are written now")
+        if checkpoint is not None and _needs_nothing(out, checkpoint, recipe, processes):
+            return 0
         stops = StopSignals(repeats=processes.launched)
         try:
             run_training(run, out, stops, begin, checkpoint)
         except Stopped as stopped:
             return report_stop(stopped, "train", out, processes, stops)
+    if context.params["check"] and processes.size == 1:
+        check_command(out, options.device)
     return 0

@@ -110,24 +110,23 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             write(partial, source.read_bytes())
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The content of a file of :func:`save_checkpoint`, every byte of it checked against the checksums that it carries.
+def read_file(path: Path, *, of_torch: bool = True) -> Any:
+    """What ``torch.save`` has written into a file, on the CPU: tensors, numbers, strings, and lists and dicts of these.
+
+    Every byte is checked against the checksums that the file carries.
+
+    Args:
+        of_torch: also in the form of versions of PyTorch before 1.6, which carries none, as torchvision's AlexNet does.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one of another program.
+        CheckpointError: no such file, a damaged one, or one that holds something else.
     """
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # to open a pipe would wait for a writer
-        # torch.load does not look at the checksums of the archive that a checkpoint is.
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                # torch.save compresses nothing, and torch.load would fill the memory with what a few bytes swell to.
-                raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train: it is compressed")
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not of_torch or zipfile.is_zipfile(path):
+            _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
@@ -135,15 +134,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path}: not a readable checkpoint, or one cut short: {error}") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of alexnet-triton train: it holds more than tensors and numbers"
-        ) from error
+        # Of a few bytes of anything a pickle is read, too.
+        what = "not the weights of a network" if of_torch else "not a checkpoint of alexnet-triton train"
+        raise CheckpointError(f"{path}: {what}: it holds more than tensors and numbers") from error
     except CheckpointError:
         raise
     # What damaged bytes make a parser raise is not documented: all of it means the same here.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Look at the checksums of the archive that a checkpoint is, which torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            # torch.save compresses nothing, and torch.load would fill the memory with what a few bytes swell to.
+            raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train: it is compressed")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The content of a file of :func:`save_checkpoint`, every byte of it checked against the checksums that it carries.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one of another program.
+    """
+    content = read_file(path, of_torch=False)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train")
     kinds = {"model": str, "classes": list, "metrics": list, "state_dict": dict}

@@ -52,7 +52,11 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true in any process. Between hosts: nobody waits for a GPU."""
-        return flag if self.size == 1 else bool(self.add_up(torch.tensor(int(flag))).item())
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """:meth:`any` of each of ``flags``, of which every process has as many."""
+        return list(flags) if self.size == 1 else self.add_up(torch.tensor(flags).int()).bool().tolist()
 
     def wait(self) -> None:
         """Until all have come here."""

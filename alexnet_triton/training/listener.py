@@ -41,6 +41,13 @@ class Listener:
         """Asked before each step and each batch of an evaluation: whether the run is to save and end."""
         return False
 
+    def save(self) -> bool:
+        """Asked before each step: whether the run is to save and go on. To be answered by True once for each such wish."""
+        return False
+
+    def saved(self, line: str) -> None:
+        """The run was asked to save, and has: a line about that."""
+
 
 #: Tells nobody.
 SILENT = Listener()

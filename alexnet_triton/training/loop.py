@@ -26,10 +26,11 @@ from .checkpoint import (
 from .evaluation import evaluate
 from .files import WriteError, write_atomically
 from .listener import SILENT, Listener
-from .metrics import METRICS, EpochMetrics, check_number, history_of, metrics_file
+from .metrics import METRICS, EpochMetrics, check_number, history_of, is_finished, metrics_file
+from .networks import is_frozen
 from .recipe import Recipe, Where
 from .run_folder import holds_run
-from .signals import Stopped
+from .signals import SaveAsked, Stopped
 from .trainer import Trainer
 
 
@@ -50,20 +51,24 @@ def train(
     versions and ``where.graph``, and while ``recipe`` stays what it was, but for ``epochs`` and ``data``.
 
     Args:
-        net: a model of :func:`.networks.new_model`, on the device of ``where`` and in the dtype of ``recipe``.
+        net: a model of :func:`.networks.new_model`, on the device of ``where``, in the dtype of ``recipe`` and with what that
+            freezes frozen (:func:`.networks.freeze`).
         data: the images, their classes in the order of the labels.
-        recipe: what decides the numbers. Its ``data`` and ``limit`` are kept, not read: ``data`` is what comes of them.
+        recipe: what decides the numbers. Its ``data``, ``limit``, ``validation`` and ``init`` are kept, not read: ``data`` and
+            ``net`` are what comes of them.
         where: processes that train together do so each by this call, on equal shares of each batch. The one that leads writes.
             Each draws its own dropout and augmentation.
         folder: which is there.
         listener: told what happens, and asked to stop.
-        resume: go on from there, up to ``recipe.epochs`` in all. ``metrics.jsonl`` becomes its epochs, and goes on.
+        resume: go on from there, up to ``recipe.epochs`` in all; ``recipe.early_stop`` counts those before too.
+            ``metrics.jsonl`` becomes its epochs, and goes on.
 
     Returns:
         The metrics of all epochs, those before ``resume`` too.
 
     Raises:
-        ValueError: ``net`` is of another dtype than ``recipe``'s, or one of ``data`` and ``recipe`` is normalized.
+        ValueError: ``net`` is of another dtype than ``recipe``'s, other layers of it are frozen, or one of ``data`` and
+            ``recipe`` is normalized.
         CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
             written.
         FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
@@ -76,10 +81,12 @@ def train(
         raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
     if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
         raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
+    if any(is_frozen(layer) != (recipe.freeze == "features") for layer in net.modules() if isinstance(layer, nn.Conv2d)):
+        raise ValueError(f"net is not frozen as {recipe.freeze} says")
     run = _Run(net, data, recipe, where, folder, listener, resume)
     listener.ready()
-    for epoch in range(len(run.history) + 1, recipe.epochs + 1):
-        run.epoch(epoch)
+    while not is_finished(run.history, recipe.epochs, recipe.early_stop):
+        run.epoch(len(run.history) + 1)
     return run.history
 
 
@@ -170,8 +177,8 @@ class _Run:
         try:
             if self.trained is None:
                 self.listener.epoch_begins(epoch)
-                with self._advice(epoch):
-                    self.trained = self.trainer.epoch(self.generator, epoch)
+            while self.trained is None:
+                self._train(epoch)
             test_loss, test_acc = evaluate(
                 self.net,
                 self.data.test,
@@ -190,6 +197,17 @@ class _Run:
         loss, train_acc, seconds = self.trained
         speed, lr = len(self.data.train) / seconds, self.trainer.learning_rate(epoch)
         self._keep(EpochMetrics(epoch, loss, train_acc, test_acc, speed, seconds, test_loss, lr))
+
+    def _train(self, epoch: int) -> None:
+        """Train the epoch to its end, or to where a checkpoint is asked for, and save that."""
+        try:
+            with self._advice(epoch):
+                self.trained = self.trainer.epoch(self.generator, epoch)
+        except SaveAsked as asked:
+            with self._advice(epoch):
+                self.trainer.check_finite()
+            self._save(self.folder / LAST)
+            self.listener.saved(f"saved in epoch {epoch} {asked}: {self.folder / LAST}")
 
     def _keep(self, metrics: EpochMetrics) -> None:
         """Write the files of an epoch."""

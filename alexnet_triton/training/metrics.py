@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .checkpoint import Checkpoint, CheckpointError, from_file, training_state
@@ -56,6 +57,19 @@ class EpochMetrics:
     def as_dict(self) -> dict[str, Any]:
         """What is known, by its name: as files keep it."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def best_test_loss(history: Sequence[EpochMetrics]) -> EpochMetrics | None:
+    """The first epoch of the least test loss, of those that know theirs; None if none does. NaN is no loss at all."""
+    known = [metrics for metrics in history if metrics.test_loss is not None]
+    return min(known, key=lambda m: math.inf if math.isnan(m.test_loss) else m.test_loss, default=None)  # type: ignore[arg-type,return-value]
+
+
+def is_finished(history: Sequence[EpochMetrics], epochs: int, early_stop: int | None) -> bool:
+    """Whether a run has come to its end: all ``epochs``, or ``early_stop`` of them without a better test loss."""
+    best = best_test_loss(history)
+    early = early_stop is not None and best is not None and history[-1].epoch - best.epoch >= early_stop
+    return early or len(history) >= epochs
 
 
 def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:

@@ -18,8 +18,44 @@ from .checkpoint import Checkpoint, CheckpointError, check_weights, read_checkpo
 
 
 def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
-    """``"alexnet"`` or ``"lenet"``, fused, for images of so many channels and classes."""
+    """``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet: fused, for so many channels and classes.
+
+    Raises:
+        RuntimeError: torchvision is missing.
+    """
+    if model == "torchvision":
+        return fuse(torchvision_alexnet(classes, channels))
     return AlexNet(classes, channels) if model == "alexnet" else fuse(reference_lenet(classes, channels))
+
+
+def torchvision_alexnet(classes: int, channels: int) -> nn.Module:
+    """``torchvision.models.alexnet`` as torchvision initialises it; of its three channels as many as are asked for.
+
+    Raises:
+        RuntimeError: torchvision is missing.
+    """
+    try:
+        from torchvision.models import alexnet
+    except ImportError as error:
+        raise RuntimeError(f"the model torchvision needs torchvision ({error}): pip install torchvision") from error
+    net = alexnet(num_classes=classes)
+    if channels != 3:
+        first = net.features[0]
+        net.features[0] = nn.Conv2d(channels, first.out_channels, first.kernel_size, first.stride, first.padding)
+    return net
+
+
+def freeze(net: nn.Module, what: str) -> None:
+    """Let no parameter of the layers of ``what``, as in :class:`.recipe.Recipe`, require a gradient."""
+    if what == "features":
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.requires_grad_(False)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether none of the parameters of ``layer`` requires a gradient."""
+    return not any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def new_model(
@@ -30,10 +66,14 @@ def new_model(
     classes: int = len(CLASSES),
     channels: int = 1,
 ) -> nn.Module:
-    """:func:`build_model` with Xavier-uniform weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``."""
+    """:func:`build_model` with weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``.
+
+    The weights are Xavier-uniform, as d2l has them, torchvision's AlexNet's as torchvision has them.
+    """
     torch.manual_seed(seed)
     net = build_model(model, classes, channels)
-    net.apply(init_xavier_uniform)
+    if model != "torchvision":
+        net.apply(init_xavier_uniform)
     return net.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

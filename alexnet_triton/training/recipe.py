@@ -43,8 +43,11 @@ RECIPES["modern"] = RECIPES["d2l"] | {
     "crop": "pad",
 }
 
-#: The learning rate of each recipe for each network; of ``"d2l"`` those of the book.
-LEARNING_RATES = {"d2l": {"alexnet": 0.01, "lenet": 0.9}, "modern": {"alexnet": 0.02, "lenet": 0.3}}
+#: The learning rate of each recipe for each network; of ``"d2l"`` those of the book, its AlexNet's for torchvision's.
+LEARNING_RATES = {
+    "d2l": {"alexnet": 0.01, "lenet": 0.9, "torchvision": 0.01},
+    "modern": {"alexnet": 0.02, "lenet": 0.3, "torchvision": 0.02},
+}
 
 #: The largest number that torch takes for a size, a step or a seed: that of an int64.
 MOST = 2**63 - 1
@@ -109,7 +112,7 @@ class Recipe:
     a field that is added later is what runs did before: a checkpoint that lacks the field gets it.
 
     Attributes:
-        model: the network, ``"alexnet"`` or ``"lenet"``.
+        model: the network, ``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet.
         data: as for :func:`alexnet_triton.data.image_folder.load_data`; may change, since the images are compared.
         channels: of the images, 1 or 3.
         limit: at most so many training images, and test images; None: all.
@@ -126,6 +129,10 @@ class Recipe:
         seed: of the weights, the order of the images, dropout and augmentation.
         dtype: what the network computes in: ``"float32"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"``.
         flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
+        validation: part of the training images that are the test images; None: the data has its own.
+        init: file or run's folder of the weights that the network began with, see :func:`.initial.read_weights`; None: random.
+        freeze: what keeps its weights: ``"features"``, all convolutions, or ``"none"``.
+        early_stop: end after so many epochs without a better test loss; None: never; may change.
 
     Raises:
         ValueError: a value is of another type or not one that its field can hold, a warm-up is longer than the run, or
@@ -152,6 +159,10 @@ class Recipe:
     label_smoothing: float = field(0.0, least=0.0, most=1.0)
     class_weights: str = field("none", among=("none", "balanced"))
     normalize: bool = field(False)
+    validation: float | None = field(None, least=0.0, most=1.0)
+    init: str | None = field(None)
+    freeze: str = field("none", among=("none", "features"))
+    early_stop: int | None = field(None, least=1, most=MOST, may_change=True)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -20,7 +20,7 @@ from .evaluation import evaluate, synchronize
 from .listener import SILENT, Listener
 from .metrics import check_number
 from .recipe import Recipe, Where
-from .signals import Stopped
+from .signals import SaveAsked, Stopped
 
 
 def _copy(into: torch.Tensor, value: object, name: str) -> None:
@@ -73,7 +73,7 @@ class Trainer:
     it is a number that the optimizer is told.
 
     Args:
-        net: on the device of ``where``, in the dtype it trains in.
+        net: on the device of ``where``, in the dtype it trains in. A parameter without ``requires_grad`` stays what it is.
         split: training images; copied to the device.
         recipe: of which all is read that decides a step: image size, batch size, learning rates, loss, optimizer, augmentation.
         where: processes that train together call the methods of this class alike, except for :meth:`float32_weights`.
@@ -117,7 +117,7 @@ class Trainer:
             rate = torch.tensor(rate, device=self.device)
         # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
         self.optimizer = SGD(
-            net.parameters(),
+            [param for param in net.parameters() if param.requires_grad],
             lr=rate,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay * self.scale,
@@ -197,11 +197,12 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile everything and take a few steps; everything that they changed is as it was."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            before = [param.detach().clone() for param in self.net.parameters()]
+            params = self.optimizer.param_groups[0]["params"]
+            before = [param.detach().clone() for param in params]
             self.precompile()
             self._steps()
         with torch.no_grad():
-            for param, value in zip(self.net.parameters(), before, strict=True):
+            for param, value in zip(params, before, strict=True):
                 self.optimizer.set_master(param, value)
                 state = self.optimizer.state[param]
                 if "momentum_buffer" in state:
@@ -230,13 +231,13 @@ class Trainer:
 
         ``number`` counts the run's epochs from 1: the learning rates are those of its steps.
 
-        After a :class:`Stopped`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the rest of that epoch;
-        what is returned is of the whole one.
+        After a :class:`Stopped` or :class:`SaveAsked`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the
+        rest of that epoch; what is returned is of the whole one.
 
         Raises:
             FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where the listener
                 is told the loss; the message names the step.
-            Stopped: the listener said so, of any process.
+            SaveAsked, Stopped: the listener said so, of any process.
         """
         self.net.train()
         total = len(self.split)
@@ -252,10 +253,11 @@ class Trainer:
         # Of this process, whose losses are all that it can show: to add up all would make every process wait.
         own = sum(len(self.processes.share(index)) for index in self.order.split(self.batch_size)[: self.steps])
         for index in self.order.split(self.batch_size)[self.steps :]:
-            if self.processes.any(self.listener.stop()):
+            stop, save = self.processes.any_of(self.listener.stop(), self.listener.save())
+            if stop or save:
                 synchronize(self.device)
                 self.seconds = time.perf_counter() - start
-                raise Stopped(f"after step {self.steps} of {-(-total // self.batch_size)}")
+                raise (Stopped if stop else SaveAsked)(f"after step {self.steps} of {-(-total // self.batch_size)}")
             self._set_learning_rate(self.learning_rate(number, self.steps))
             if self.replay is not None and len(index) == self.batch_size:
                 self.index.copy_(index)
@@ -345,6 +347,8 @@ class Trainer:
             raise ValueError(f"order is no permutation of {total} images")
         self.net.load_state_dict(weights)
         for name, param in self.net.named_parameters():
+            if not param.requires_grad:
+                continue
             self.optimizer.set_master(param, weights[name])
             if name in momentum:
                 _copy(self._momentum_buffer(param), momentum[name], f"momentum of {name}")

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from typer.main import get_command
 
 import alexnet_triton.__main__ as program
 from alexnet_triton import __version__
+from alexnet_triton.cli.app import app
 
 from ...conftest import DEVICE
 from ..command import run_here
@@ -166,7 +168,7 @@ def test_version() -> None:
     assert result.stdout.count("\n") == 1
 
 
-COMMANDS = ("train", "compare", "evaluate", "predict", "export", "summary", "explain", "tune")
+COMMANDS = ("train", "compare", "evaluate", "predict", "export", "check", "summary", "explain", "tune")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -192,8 +194,25 @@ def test_options_stand_in_panels() -> None:
     ]
 
 
+def test_every_option_of_training_is_a_sentence_in_a_panel() -> None:
+    """But for --help."""
+    for command in ("train", "compare", "evaluate"):
+        options = [p for p in get_command(app).commands[command].params if p.param_type_name == "option"]  # type: ignore[attr-defined]
+        shown = [option for option in options if not option.hidden]
+        panels = {"Data", "Recipe", "Augmentation", "Hardware", "Output"}
+        assert {option.rich_help_panel for option in shown} <= panels
+        for option in shown:
+            assert re.fullmatch(r"[A-Z][a-z-]+\b.*[.)]", option.help or ""), option.name
+    text = run_here("train", "-h").stdout
+    parts = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n|\n)+)", text, re.MULTILINE))
+    assert {"Recipe", "Hardware", "Data", "Augmentation", "Output", "Other options"} <= parts.keys()
+    assert "--early-stop N" in parts["Recipe"]
+    assert "--validation" in parts["Data"]
+    assert "--check" not in text
+
+
 def test_a_batch_that_no_computer_holds_is_one_error() -> None:
-    result = run_here("summary", "--batch-size", str(10**20))
+    result = run_here("summary", "--batch-size", str(10**18))
     assert result.returncode == 2
     assert "are too many" in result.stderr
 

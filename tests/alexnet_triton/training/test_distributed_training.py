@@ -70,6 +70,13 @@ def test_the_loss_that_a_bar_shows_is_that_of_the_images_that_its_process_has_se
     assert together == pytest.approx(shown[0]["loss"], rel=1e-5)
 
 
+def test_a_checkpoint_that_one_process_is_asked_for_is_saved_by_both(two_processes: Path) -> None:
+    said = [(two_processes / f"saved{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].startswith("saved in epoch 1 after step 1 of ")
+    assert contents(two_processes / "asked") == contents(two_processes / "whole")
+
+
 def test_a_resumed_run_of_two_processes_has_the_same_bits(two_processes: Path) -> None:
     whole = contents(two_processes / "whole")
     for call in ("2", "5"):
@@ -183,6 +190,7 @@ def test_alone_needs_no_process_group() -> None:
     assert ALONE.from_leader(lambda: 4) == 4
     assert ALONE.first_on_each_machine(lambda: 5) == 5
     assert ALONE.any(True)
+    assert ALONE.any_of(True, False) == [True, False]
     assert not ALONE.any(False)
     assert os.environ.get("WORLD_SIZE", "1") == "1"
 

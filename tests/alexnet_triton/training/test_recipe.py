@@ -67,7 +67,8 @@ def test_a_checkpoint_from_before_recipes_is_resumed_to_the_bits_of_its_version(
         "lenet", data="sample", limit=40, epochs=3, batch_size=16, lr=0.25, weight_decay=0.01, seed=3, flip=True,
         crop="resized", colour=True,
     )  # fmt: skip
-    options = {"recipe": "d2l", "backend": "torch", "workers": None, "graph": False, "tensorboard": False, "device": "cpu"}
+    options: dict[str, Any] = {"recipe": "d2l", "backend": "torch", "workers": None, "graph": False, "tensorboard": False}
+    options |= {"device": "cpu", "skip_damaged": False}
     assert kept.training["options"] == options
     assert [metrics["lr"] for metrics in kept.metrics] == [0.25] * 3
     assert ["test_loss" in metrics for metrics in kept.metrics] == [False, True, True]
@@ -104,7 +105,7 @@ def test_a_field_that_a_checkpoint_lacks_has_its_default() -> None:
 
 def test_what_may_change_is_what_the_fields_say() -> None:
     assert {name for name, allowed in allowed_of(Recipe).items() if allowed.may_change} == {
-        *("data", "epochs", "lr", "weight_decay")
+        *("data", "early_stop", "epochs", "lr", "weight_decay")
     }
 
 
@@ -117,7 +118,10 @@ WRONG: list[tuple[str, Any]] = [
     *(("flip", value) for value in (1, None, "yes")),
     *(("crop", value) for value in ("centre", None)),
     *(("channels", value) for value in (2, "1", True, None)),
-    *(("data", value) for value in (3, Path("data"))),
+    *((name, value) for name in ("data", "init") for value in (3, Path("data"))),
+    *(("validation", value) for value in (-0.1, 1.1, float("nan"), "0.2")),
+    *(("freeze", value) for value in ("classifier", None, True)),
+    *(("early_stop", value) for value in (0, -1, 1.0, MOST + 1)),
 ]
 
 

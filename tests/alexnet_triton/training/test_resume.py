@@ -23,7 +23,7 @@ from alexnet_triton.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from alexnet_triton.training.listener import SILENT
+from alexnet_triton.training.listener import SILENT, Listener
 from alexnet_triton.training.loop import train
 from alexnet_triton.training.metrics import EpochMetrics
 from alexnet_triton.training.recipe import Where
@@ -75,6 +75,7 @@ def run(
     epochs: int = 2,
     stop: Callable[[], bool] | None = None,
     resume: Checkpoint | None = None,
+    listener: Listener = SILENT,
     **fields: Any,
 ) -> list[EpochMetrics]:
     """The training of a small network; the recipe is the case's but for ``fields``."""
@@ -83,7 +84,7 @@ def run(
     net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
     recipe = small_recipe(**{"augment": case.augment, "momentum": case.momentum, "seed": 5, "epochs": epochs} | fields)
     recipe = dataclasses.replace(recipe, dtype=str(case.dtype).removeprefix("torch."))
-    where, listener = Where(case.device, case.graph), SILENT if stop is None else Asked(stop)
+    where, listener = Where(case.device, case.graph), listener if stop is None else Asked(stop)
     with kernels.use_backend("auto" if HAS_GPU else "torch"):
         return train(net, sample(40, 20), recipe, where, out, listener, resume)
 

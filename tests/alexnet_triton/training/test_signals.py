@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from alexnet_triton.training import signals
 from alexnet_triton.training.checkpoint import read_checkpoint
-from alexnet_triton.training.signals import Stopped, StopSignals
+from alexnet_triton.training.listener import Listener
+from alexnet_triton.training.signals import STOPS, Stopped, StopSignals
 from alexnet_triton.training.trainer import Trainer
 
 from .test_resume import CASES, contents, resume, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+EACH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+NOTED = (*STOPS, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
 def _interrupts() -> Iterator[None]:
     """A suite that a shell started in the background ignores SIGINT, and so would all that is tested here."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
+
+
+def _default_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(*command: object, start_new_session: bool = False, cwd: Path | None = None) -> subprocess.Popen[str]:
@@ -49,7 +61,7 @@ def start(*command: object, start_new_session: bool = False, cwd: Path | None = 
         text=True,
         start_new_session=start_new_session,
         cwd=cwd,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_default_signals,
     )
 
 
@@ -66,53 +78,65 @@ def read_until(process: subprocess.Popen[str], beginning: str, timeout: float = 
     raise AssertionError(f"no line {beginning!r} within {timeout} s: {process.communicate()}")
 
 
-@BOTH
+@EACH
 def test_the_first_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in NOTED]
     with StopSignals() as stops:
         assert not stops()
         os.kill(os.getpid(), number)
         assert stops()
         assert stops.received is number
-        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+        assert [signal.getsignal(s) for s in STOPS] == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN]
+        os.kill(os.getpid(), signal.SIGUSR1)  # which must not end it while it saves
+    assert [signal.getsignal(s) for s in NOTED] == before
 
 
-@BOTH
+def test_sigusr1_is_noted_until_it_is_asked_for_and_stops_nothing() -> None:
+    with StopSignals() as stops:
+        assert not stops.take_save()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert [stops.take_save(), stops.take_save(), stops()] == [True, False, False]
+
+
+@EACH
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 def test_a_launchers_signals_after_the_first_are_ignored_to_the_end(elsewhere: bool, number: signal.Signals) -> None:
     """Whichever they are; also where the first one came to another process, and stopped this one with it."""
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in NOTED]
     try:
         with contextlib.suppress(Stopped), StopSignals(repeats=True) as stops:
             if not elsewhere:
-                for each in (number, signal.SIGINT, signal.SIGTERM):
+                for each in (number, *STOPS):
                     os.kill(os.getpid(), each)
                 assert stops.received is number
             raise Stopped("after step 1")
-        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_IGN] * 2
+        assert [signal.getsignal(s) for s in NOTED] == [signal.SIG_IGN] * 4
     finally:
-        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        for each, handler in zip(NOTED, before, strict=True):
             signal.signal(each, handler)
     with StopSignals(repeats=True):
         pass
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in NOTED] == before
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name)
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    """SIGHUP: of a process that nohup started."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stops:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
             assert not stops()
+            assert not stops.take_save()
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
-@BOTH
+@EACH
 def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
     """Without torch: the file alone."""
     code = (
@@ -160,7 +184,7 @@ def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, m
 
 
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
-@BOTH
+@EACH
 def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "a run"
     options = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size", "8", "--device", "cpu")
@@ -177,3 +201,80 @@ def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == checkpoint.metrics
     assert f"in epoch {len(lines) + 1} " in last
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR1 in the second step: what it saves is resumed to the same bits, and so are the run's that went on."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    step, prepare = Trainer.step, Trainer.__init__
+    steps = 0
+
+    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        step(trainer, index)
+
+    def with_replay(trainer: Trainer, *arguments: object, **options: object) -> None:
+        prepare(trainer, *arguments, **options)  # type: ignore[arg-type]
+        trainer.replay = lambda: trainer.step(trainer.index)
+
+    class Saves(Listener):
+        lines: ClassVar[list[str]] = []
+
+        def save(self) -> bool:
+            return stops.take_save()
+
+        def saved(self, line: str) -> None:
+            self.lines.append(line)
+            (tmp_path / "saved").mkdir()
+            shutil.copy(tmp_path / "parts" / "checkpoint.pt", tmp_path / "saved")
+
+    monkeypatch.setattr(Trainer, "step", signalling)
+    if graph:
+        monkeypatch.setattr(Trainer, "__init__", with_replay)
+    with StopSignals() as stops:
+        run(case, tmp_path / "parts", listener=Saves())
+    assert Saves.lines == [f"saved in epoch 1 after step 2 of 3: {tmp_path / 'parts' / 'checkpoint.pt'}"]
+    Saves.lines.clear()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    resume(case, tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
+def test_sigusr1_saves_and_says_so_and_a_closed_terminal_loses_nothing(tmp_path: Path) -> None:
+    """The process leads a session on a terminal of its own, which is closed: to print is an error from then on."""
+    parent, child = os.openpty()
+    options = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size", "8", "--device", "cpu")
+    command = (sys.executable, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", str(tmp_path / "run"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    environment.pop("TRITON_INTERPRET", None)
+
+    def own_terminal() -> None:
+        _default_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, env=environment, stdin=child, stdout=child, stderr=child, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(child)
+
+    def read_terminal_until(text: bytes) -> None:
+        seen, end = b"", time.monotonic() + 120
+        while text not in seen:
+            assert select.select([parent], [], [], max(0, end - time.monotonic()))[0], seen
+            seen += os.read(parent, 4096)
+
+    read_terminal_until(b"epoch   1 ")
+    process.send_signal(signal.SIGUSR1)
+    read_terminal_until(b"saved in epoch ")
+    read_terminal_until(b"test acc")
+    os.close(parent)
+    assert process.wait(120) == 128 + signal.SIGHUP
+    training = read_checkpoint(tmp_path / "run" / "checkpoint.pt").training
+    assert training is not None
+    assert training["trainer"]["order"] is not None or training["trained"] is not None  # in an epoch, not at its end

@@ -78,6 +78,22 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
         run(folder / str(call), processes, **every, resume=there)
 
 
+def a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder: Path, processes: Processes) -> None:
+    """After the same step, in the middle of an epoch; the run goes on."""
+
+    class Saves(Listener):
+        asked = 0
+
+        def save(self) -> bool:
+            self.asked += 1
+            return self.asked == 2 and not processes.leads
+
+        def saved(self, line: str) -> None:
+            (folder.parent / f"saved{processes.rank}").write_text(line.split(":")[0])
+
+    run(folder, processes, dropout=0.5, augment=Augment(flip=True, crop="resized", colour=True), listener=Saves())
+
+
 def progress_is_shown(folder: Path, processes: Processes) -> None:
     """What each process's bar would show: images seen, loss; and of how many images the loss is."""
     shown: list[tuple[int, float]] = []
@@ -125,6 +141,7 @@ def main(folder: Path) -> None:
         if processes.size > 1:
             progress_is_shown(folder / "progress", processes)
             resumed_runs_have_the_same_bits(folder, processes)
+            a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder / "asked", processes)
             message = a_loss_of_one_process_that_is_not_finite_stops_all(folder / "broken", processes)
             (folder / f"message{processes.rank}").write_text(message)
 

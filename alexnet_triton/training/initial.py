@@ -1,0 +1,106 @@
+"""Weights that a network begins with instead of random ones: fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import BEST, FORMAT, LAST, CheckpointError, read_file
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, by their names in the network: on the CPU.
+
+    Args:
+        path: a checkpoint of :func:`.loop.train`, or the folder of a run, of which the best one is taken, else the last; or
+            a ``state_dict`` that ``torch.save`` wrote, such as torchvision's; or a ``.safetensors``.
+
+    Raises:
+        CheckpointError: no such file, or there is something else in it; the package safetensors is missing.
+    """
+    if os.path.isdir(path):  # Path.is_dir raises where a folder above may not be entered
+        found = [path / name for name in (BEST, LAST) if (path / name).exists()]
+        if not found:
+            raise CheckpointError(f"{path}: no run's folder: neither {BEST} nor {LAST} is in it")
+        path = found[0]
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_file(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        content = content.get("state_dict")
+    if not isinstance(content, dict) or not content or not all(map(_is_weight, content, content.values())):
+        raise CheckpointError(f"{path}: holds no weights by their names: no state_dict of a network")
+    return content
+
+
+def _is_weight(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f"{path}: needs the package safetensors: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except Exception as error:  # its own errors are of no documented class
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What :func:`take_weights` did.
+
+    Attributes:
+        tensors: how many of the network's were taken.
+        of: how many it has.
+        new: names of the layers that stayed what they were.
+        unknown: how many of the weights have names that the network does not have.
+    """
+
+    tensors: int
+    of: int
+    new: tuple[str, ...]
+    unknown: int
+
+    def __str__(self) -> str:
+        said = f"kept {self.tensors} of {self.of} tensors; new: {', '.join(self.new) or 'none'}"
+        return said + f"; {self.unknown} of other names" * (self.unknown > 0)
+
+
+@torch.no_grad()
+def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
+    """Copy into each layer of ``net`` those of ``weights`` that have its names, if all of them are there and of its shapes.
+
+    A layer is taken as a whole: a bias belongs to its weights. The others stay what they are, as new as they were.
+
+    Args:
+        net: of any dtype, on any device.
+        weights: of floating-point numbers of any dtype.
+    """
+    taken = 0
+    names: set[str] = set()
+    new = []
+    for layer_name, layer in net.named_modules():
+        own = {f"{layer_name}.{name}": value for name, value in layer.named_parameters(recurse=False)}
+        names |= own.keys()
+        found = {name: weights.get(name) for name in own}
+        fits = {
+            name: value
+            for name, value in found.items()
+            if value is not None and value.is_floating_point() and value.shape == own[name].shape
+        }
+        if len(fits) < len(own):
+            new.append(layer_name)
+            continue
+        for name, value in fits.items():
+            own[name].copy_(value)
+        taken += len(own)
+    return Kept(taken, len(names), tuple(new), len(weights.keys() - names))
