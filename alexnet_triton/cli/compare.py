@@ -221,7 +221,8 @@ def compare_command(
             metavar="[PATH]",
             help="Go on with the comparison of a folder, without a path with the newest one in runs/: its finished runs are "
             "taken as they are, the others trained to their end. All options are its own; these may be given anew: "
-            + ", ".join(sorted(_MAY_CHANGE)),
+            + ", ".join(sorted(_MAY_CHANGE)).replace("_", "-")
+            + ".",
             show_default=False,
             rich_help_panel=RECIPE,
         ),

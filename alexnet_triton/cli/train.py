@@ -120,7 +120,8 @@ def train_command(
             metavar="[PATH]",
             help="Go on with the run of a checkpoint or folder, without a path with the newest one in runs/, to the same bits "
             "as if it had never stopped. All options are the run's own; these may be given anew: "
-            + ", ".join(sorted(MAY_CHANGE)),
+            + ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
+            + ".",
             show_default=False,
             rich_help_panel=RECIPE,
         ),
