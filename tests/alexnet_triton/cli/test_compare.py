@@ -86,7 +86,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
         training_state = read_checkpoint(out / model / "checkpoint.pt").training
         assert training_state is not None
         rates[model] = training_state["recipe"]["lr"]
-    assert rates == LEARNING_RATES["d2l"]
+    assert rates == {name: LEARNING_RATES["d2l"][name] for name in rates}
 
 
 def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
