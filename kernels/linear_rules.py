@@ -340,8 +340,9 @@ def linear_narrow_config(
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
     else:
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
-        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there.
-        rows = 128 if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there,
+        # and more than 16 outputs leave a half type's fewer.
+        rows = (128 if n <= 16 else 64) if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:
