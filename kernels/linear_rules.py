@@ -87,7 +87,9 @@ def _shares_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, 
             stages = min(stages, 5)
             if cut and block_m * block_n > 128 * 64:
                 continue
-        for warps in (4, 8):
+        # Of TF32's smallest tile, whole and of one step, eight warps spill as compiled by Triton 3.9 for a B200.
+        four = itemsize == 4 and not cut and steps == 1 and block_m * block_n == 128 * 64
+        for warps in (4,) if four else (4, 8):
             threads = 32 * warps
             if stages < 2 or block_m * block_n > 128 * threads or held * _registers(block_m * block_n, threads) > _REGISTERS:
                 continue
@@ -191,8 +193,8 @@ def fma_candidates(m: int, n: int, k: int) -> list[dict[str, int]]:
 
     A thread keeps 16 to 64 sums: with fewer, shared memory is read more often than multiplied; more do not fit the registers.
     Of a narrow product, whose time goes into memory, 4 are enough. Left out are tiles of which some spilled as compiled for an
-    A100, H100 or B200: more than 16 sums in 2 warps or in steps of 16, more rows than columns, 16 sums in 8 warps, 32 in 4
-    (on a B200, with Triton 3.9 on an H100 too).
+    A100, H100 or B200: more than 16 sums in 2 warps or in steps of 16, more rows than columns, 16 sums in 8 warps, in a single
+    step of 32, 32 in 4 warps (on a B200, with Triton 3.9 on an H100 too).
     """
     found = []
     for block_m, block_n, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8)):
@@ -209,7 +211,7 @@ def fma_candidates(m: int, n: int, k: int) -> list[dict[str, int]]:
             if stages * (block_m + block_n) * block_k * 4 > 96 * 1024 or (block_k > 16 and block_k >= 2 * k):
                 continue
             steps = cdiv(k, block_k)
-            if (sums > 16 and block_k == 16) or (stages > 3 and steps < stages):
+            if (sums > 16 and block_k == 16) or (sums == 16 and block_k > 16 and steps == 1) or (stages > 3 and steps < stages):
                 continue
             for split in sorted({cdiv(steps, cdiv(steps, s)) for s in _splits(tiles, steps)}):
                 values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split}
@@ -338,8 +340,9 @@ def linear_narrow_config(
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
     else:
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
-        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there.
-        rows = 128 if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there,
+        # and more than 16 outputs leave a half type's fewer.
+        rows = (128 if n <= 16 else 64) if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:

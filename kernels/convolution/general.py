@@ -194,8 +194,8 @@ def _conv2d_dgrad_kernel(
 
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows * columns * N
-    o_w = o_m % columns * STRIDE_W + w_first
-    o_h = o_m // columns % rows * STRIDE_H + h_first
+    o_w = o_m % columns  # of the phase's own
+    o_h = o_m // columns % rows
     o_n = o_m // (rows * columns)
     o_zn = o_n * stride_zn + group * KG * stride_zk
     o_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,12 +208,10 @@ def _conv2d_dgrad_kernel(
         o_k = o_j % KG
         o_s = s_first + (o_j // KG) % tl.maximum(s_count, 1) * STEP_S
         o_r = r_first + o_j // (KG * tl.maximum(s_count, 1)) * STEP_R
-        # Exact divisions where they matter; a negative numerator must not be rounded towards zero, so it is masked first.
-        hp = (o_h + pad_h)[:, None] - (o_r * DILATION_H)[None, :]  # [BLOCK_M, BLOCK_K]
-        wq = (o_w + pad_w)[:, None] - (o_s * DILATION_W)[None, :]
-        p = hp // STRIDE_H
-        q = wq // STRIDE_W
-        m_z = m_m[:, None] & m_j[None, :] & (hp >= 0) & (p < P) & (wq >= 0) & (q < Q)
+        # The phase's first pixel is a multiple of the stride away from where these filter positions begin: exact divisions.
+        p = o_h[:, None] + ((h_first + pad_h - o_r * DILATION_H) // STRIDE_H)[None, :]  # [BLOCK_M, BLOCK_K]
+        q = o_w[:, None] + ((w_first + pad_w - o_s * DILATION_W) // STRIDE_W)[None, :]
+        m_z = m_m[:, None] & m_j[None, :] & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
         if WIDE:
             o_k, o_r, o_s = o_k.to(tl.int64), o_r.to(tl.int64), o_s.to(tl.int64)
         p_z = dz_ptr + o_zn[:, None] + (o_k * stride_zk)[None, :] + p * stride_zp + q * stride_zq
@@ -223,7 +221,8 @@ def _conv2d_dgrad_kernel(
         b_w = tl.load(p_w, mask=m_j[:, None] & m_c[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = dot(b_z, b_w, acc, INPUT_PRECISION)
 
-    p_dx = dx_ptr + ((o_n * H + o_h) * W + o_w)[:, None] * (G * CG) + (group * CG + o_c)[None, :]
+    o_pixel = (o_n * H + o_h * STRIDE_H + h_first) * W + o_w * STRIDE_W + w_first
+    p_dx = dx_ptr + o_pixel[:, None] * (G * CG) + (group * CG + o_c)[None, :]
     tl.store(p_dx, cast(acc, dx_ptr.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 

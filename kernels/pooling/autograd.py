@@ -32,17 +32,17 @@ from .kernels import _max_pool2d_dgrad_kernel, _max_pool2d_fprop_kernel, _max_po
 from .problem import MaxPool, MaxPoolGradient, Window
 
 
-def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False) -> dict[str, int]:
+def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False, scattered: bool = False) -> dict[str, int]:
     """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
 
     The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
     pixels. Eight elements a thread are 16 bytes of a half type; four where pixels' offsets, or int64 ones (``wide``),
-    take the registers.
+    take the registers, two of float32 where both do: channels are no neighbours (``scattered``) in what is read.
     """
     if INTERPRETED:
         config = {"BLOCK_PIXELS": tile_size(pixels, 1, 512), "BLOCK_CHANNELS": tile_size(channels, 1, 128), "num_warps": 4}
         return apply_overrides(config)
-    elements = 1024 if channels_last and not wide else 512
+    elements = 256 if wide and scattered else 512 if wide or not channels_last else 1024
     if channels_last:
         exact = largest_divisor(channels, 64)
         block_channels = exact if exact >= 16 else tile_size(channels, 1, 32)
@@ -208,7 +208,8 @@ def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradien
     dx, sums = _new_dgrad(grad_output, input_size, channels_last, write_dx, sum_channels)
     wide = needs_int64(dx, grad_output, position)
     cells = ((h - 1 + padding[0]) // stride[0] + 1) * ((w - 1 + padding[1]) // stride[1] + 1)
-    config = pool_config(cells, c, channels_last, wide)
+    scattered = channels_last and grad_output.stride(1) != 1 and grad_output.dtype == torch.float32
+    config = pool_config(cells, c, channels_last, wide, scattered)
     blocks = n * cdiv(cells, config["BLOCK_PIXELS"])
     columns = cdiv(c, config["BLOCK_CHANNELS"])
     split = split_count(columns, max(blocks, 1), programs_per_multiprocessor=5)  # as many as fit by registers, at once
