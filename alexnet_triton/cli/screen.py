@@ -93,8 +93,8 @@ class Screen(Listener):
 
     def epoch_ends(self, metrics: EpochMetrics) -> None:
         console.print(
-            f"epoch {metrics.epoch:3d}  lr {metrics.lr:.3g}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "
-            f"test loss {metrics.test_loss:.4f}  test acc {metrics.test_acc:.4f}  "
+            f"epoch {metrics.epoch:3d}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "
+            f"test acc {metrics.test_acc:.4f}  test loss {metrics.test_loss:.4f}  lr {metrics.lr:.3g}  "
             f"{metrics.images_per_s:.1f} images/s  {metrics.seconds:.1f} s"
         )
         if self.events is not None:

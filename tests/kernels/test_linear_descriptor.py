@@ -369,11 +369,14 @@ def test_a_small_product_has_an_fma_configuration(size: int) -> None:
 
 @pytest.mark.parametrize("sizes", [s for s in FMA_PASSES if 10 not in s], ids=str)
 def test_exact_products_of_batch_128_fill_an_h100_without_a_split(sizes: tuple[int, int, int]) -> None:
-    """The parts of a split are bytes that the step would move twice; every multiprocessor has work without them."""
+    """The parts of a split are bytes that the step would move twice; every multiprocessor has work without them.
+
+    But for fc1's input gradient, 100 tiles of 64 x 128: ptxas 13.4 (Triton 3.9) spills in tiles of 64 x 64 with four warps.
+    """
     m, n, k = (size or 128 for size in sizes)
     chosen = linear_rules._fma_rule(m, n, k, True)
     assert chosen["SPLIT"] == 1
-    assert -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) >= 132
+    assert -(-m // chosen["BLOCK_M"]) * -(-n // chosen["BLOCK_N"]) >= (100 if n == 6400 else 132)
 
 
 def test_float32_has_table_entries_of_its_own() -> None:

@@ -11,7 +11,7 @@ from alexnet_triton.training.checkpoint import read_checkpoint
 
 from ..command import run_here
 from ..data.test_image_folder import write_folder
-from ..training.test_checkpoint import contents
+from ..training.test_resume import contents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -152,5 +152,5 @@ def test_a_finished_run_of_an_older_version_is_complete(tmp_path: Path) -> None:
 def test_the_line_of_an_epoch(tmp_path: Path) -> None:
     printed = run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
     (metrics,) = read_checkpoint(tmp_path / "run" / "checkpoint.pt").metrics
-    assert f"epoch   1  lr 0.9  loss {metrics['loss']:.4f}  train acc" in printed
-    assert f"test loss {metrics['test_loss']:.4f}  test acc {metrics['test_acc']:.4f}  " in printed
+    assert f"epoch   1  loss {metrics['loss']:.4f}  train acc" in printed
+    assert f"test acc {metrics['test_acc']:.4f}  test loss {metrics['test_loss']:.4f}  lr 0.9  " in printed

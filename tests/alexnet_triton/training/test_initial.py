@@ -30,7 +30,7 @@ from alexnet_triton.training.trainer import Trainer
 from ..command import run_here
 from ..data.test_image_folder import write_folder
 from .listeners import Asked
-from .test_checkpoint import contents, flat
+from .test_resume import contents, flat
 from .test_training import CPU, sample, small_net, small_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

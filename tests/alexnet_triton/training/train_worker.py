@@ -114,10 +114,10 @@ def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: 
     steps = 0
     real = trainers.add_cross_entropy
 
-    def broken(logits: Tensor, labels: Tensor, loss_sum: Tensor, *others: Any) -> Tensor | None:
+    def broken(logits: Tensor, labels: Tensor, loss_sum: Tensor, *others: Any, **weighted: Any) -> Tensor | None:
         nonlocal steps
         steps += 1
-        gradient = real(logits, labels, loss_sum, *others)
+        gradient = real(logits, labels, loss_sum, *others, **weighted)
         if steps == 2 and not processes.leads:
             loss_sum *= torch.inf
         return gradient
