@@ -317,7 +317,7 @@ def _check_weight(logits: Tensor, weight: Tensor, any_dtype: bool) -> None:
     """A weight for each class, without a gradient; in the dtype of ``logits`` unless autocast makes both float32."""
     if any_dtype and isinstance(weight, Tensor):
         check_tensors(weight=weight)
-        check_tensors(logits=logits, weight=weight.to(logits.dtype))
+        check_tensors(logits=logits, weight=weight.new_empty(0, dtype=logits.dtype))  # of a cast copy nothing but this is asked
     else:
         check_tensors(logits=logits, weight=weight)
     classes = logits.shape[min(1, logits.dim() - 1)]

@@ -153,12 +153,14 @@ def _run_backward(
     input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked, kept_by_batch = problem
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
-    d_weight = nothing(weight)
-    if needs_weight and select.fuses_pool_wgrad(convolution, window):
-        d_weight, d_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
+    d_weight, pooled_bias = nothing(weight), None
+    # In half precision the gradient of the input reads the unpooled one, which that of the weight then reads as well.
+    apart = needs_input and select.reads_cells(convolution)
+    if needs_weight and not apart and select.fuses_pool_wgrad(convolution, window):
+        d_weight, pooled_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
         if not needs_input:
-            return nothing(weight), d_weight, d_bias, nothing(weight)
-        needs_weight, cells = False, None
+            return nothing(weight), d_weight, pooled_bias, nothing(weight)
+        needs_weight, needs_bias, cells = False, False, None
     elif kept_by_batch:
         assert cells is not None
         of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
@@ -167,7 +169,7 @@ def _run_backward(
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
-    return dx, dw if needs_weight else d_weight, d_bias, d_link
+    return dx, dw if needs_weight else d_weight, d_bias if pooled_bias is None else pooled_bias, d_link
 
 
 def _pooled_wgrad(

@@ -162,7 +162,7 @@ def wgrad(dy: Tensor, cells: Tensor, dw: Tensor, problem: Problem, position: Ten
     n, c, _, _, k, r, s, rows, columns, ((stride, _), *_), _, device, _ = problem
     p, q = dy.shape[2:]
     folded, depth = fold(c, s, stride), stride * stride * c
-    config = conv2d_stem_pool_wgrad_config(device, n, p, q, folded, k)
+    config = conv2d_stem_pool_wgrad_config(device, n, p, q, folded, k, depth)
     split = config.pop("SPLIT")
     m, filters, images = (config[f"BLOCK_{name}"] for name in ("M", "N", "K"))
     partial = new_output((2 * split, 1, 3, folded, k), torch.float32, device)

@@ -87,13 +87,18 @@ def conv2d_stem_pool_wgrad_fused(device: torch.device, n: int, p: int, q: int, f
     return bool(apply_overrides({"FUSED": measured.get("FUSED", 1)})["FUSED"])
 
 
-def conv2d_stem_pool_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of that: BLOCK_M positions x BLOCK_N filters, 2 x 2 pixels of BLOCK_K images a step; p x q windows."""
+def conv2d_stem_pool_wgrad_config(
+    device: torch.device, n: int, p: int, q: int, fold: int, k: int, depth: int
+) -> dict[str, int]:
+    """Tiles of that: BLOCK_M positions x BLOCK_N filters, 2 x 2 pixels of BLOCK_K images a step; p x q windows.
+
+    ``depth``: positions of a cell, one more of which than a filter row has are read.
+    """
     config = {"BLOCK_M": 64, "BLOCK_N": tile_size(k, 16, 32), "BLOCK_K": tile_size(n, 16, 64)}
     config |= {"num_warps": 4, "num_stages": 1 if INTERPRETED else 2}
     measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
     config = apply_overrides(config | known(config, measured))
-    programs = cdiv(4 * fold // 3, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"])
+    programs = cdiv(fold + depth, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"])
     steps = (p + 1) * (q + 1) * cdiv(n, config["BLOCK_K"])
     wanted = 2 if INTERPRETED else max(1, 2 * MULTIPROCESSORS // programs)  # two programs run on a multiprocessor at once
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})

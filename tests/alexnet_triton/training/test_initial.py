@@ -171,7 +171,7 @@ def test_torchvisions_network(channels: int) -> None:
     assert all(same)
     with torch.device("meta"):
         official = torchvision.models.alexnet()
-    official = official.to_empty(device=CPU).state_dict()
+    official = {name: torch.rand(value.shape) for name, value in official.state_dict().items()}
     kept = take_weights(net, official)
     assert kept.new == (("classifier.6",) if channels == 3 else ("features.0", "classifier.6"))
     assert torch.equal(state["features.3.weight"], official["features.3.weight"])
@@ -264,7 +264,7 @@ def test_a_step_of_the_kernels_with_frozen_layers(launches: list[str]) -> None:
             trainer.step(torch.arange(8))
         trainers.append(trainer)
     assert not [name for name in launches if "wgrad" in name]
-    assert "_matmul_kernel" in launches
+    assert "_linear_narrow_backward_kernel" in launches
     for one, other in zip(*(trainer.net.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -329,7 +329,6 @@ def test_a_run_that_stops_early_is_complete_and_can_be_told_to_go_on(tmp_path: P
 def test_a_loss_of_another_version_is_no_part_of_its_line() -> None:
     assert "test_loss" not in history(None)[0].as_dict()
     assert history(2.0)[0].as_dict()["test_loss"] == 2.0
-    assert [field.name for field in dataclasses.fields(EpochMetrics)][-1] == "test_loss"
     assert Recipe().early_stop is None
 
 

@@ -413,7 +413,7 @@ def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.M
         held = 2 if fold == 48 else 1
         assert held * 2 * fold * (3 * filters + cells) < tables.SHARED_BYTES
         assert tiles["BLOCK_M"] * filters * (tiles["ROWS"] + 1) / (32 * tiles["num_warps"]) <= 96, "maxima in registers"
-    tiles = stem_rules.conv2d_stem_pool_wgrad_config(device, batch, 26, 26, fold, k)
+    tiles = stem_rules.conv2d_stem_pool_wgrad_config(device, batch, 26, 26, fold, k, fold // 3)
     stage = tiles["BLOCK_K"] * (4 * tiles["BLOCK_M"] + 3 * tiles["BLOCK_N"]) * 2
     assert 2 * tiles["num_stages"] * stage < tables.SHARED_BYTES
     assert 3 * tiles["BLOCK_M"] * 2 * tiles["BLOCK_N"] / (32 * tiles["num_warps"]) <= 96, "sums in registers"
