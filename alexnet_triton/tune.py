@@ -35,6 +35,7 @@ from kernels.convolution.problem import Geometry, Problem
 from kernels.convolution.select import copies_by_batch, dgrad, fprop, input_cells, wgrad, wgrad_by_batch
 from kernels.runtime import launch
 from kernels.runtime.arguments import conv_input_precision, matmul_input_precision
+from kernels.runtime.backend import capability
 
 from . import candidates as of
 from .candidates import Candidate
@@ -551,6 +552,8 @@ def tune(work: list[Job], precision: str, path: Path, report: Callable[[Tuned], 
     _table_so_far(path)
     check_writable(path)
     torch.backends.cudnn.benchmark = True
+    # Other GPUs than Hopper have no kernels of the first layer with its pool.
+    work = [job for job in work if job.layer != POOLED or 90 <= capability(torch.device("cuda")) < 100]
     compile_all(work, precision)
     dtype, linear_tf32 = PRECISIONS[precision]
     results = []
