@@ -113,7 +113,10 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
     parts = dataclasses.asdict(EVERYTHING) if found["augment"] else {}
-    found |= {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
+    missing = {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
+    if found["momentum"] == 0 and "nesterov" in missing:
+        missing["nesterov"] = False  # which is a kind of momentum
+    found |= missing
     for name in ("data", "init"):
         if (path := found.get(name)) is None or (name, path) == ("data", "sample"):
             continue
@@ -271,9 +274,8 @@ def run_training(
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
 
             def begins() -> None:
-                if dataset.skipped and where.processes.leads:
-                    lines = "".join(f"{path}: {reason}\n" for path, reason in dataset.skipped)
-                    write_atomically(out / SKIPPED, lines.encode(errors="surrogateescape"))
+                if where.processes.leads:
+                    _list_skipped(dataset, out / SKIPPED)
                 if on_ready is not None:
                     on_ready(dataset, place)
 
@@ -297,6 +299,15 @@ def run_training(
         console.print(early)
     _print_end(history, images_per_s, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
     return FinishedRun(net, history, images_per_s, dataset.name, place)
+
+
+def _list_skipped(dataset: Dataset, path: Path) -> None:
+    """Write into ``path`` what was left out; where nothing was, no list of an earlier part of the run stays."""
+    if not dataset.skipped:
+        path.unlink(missing_ok=True)
+        return
+    lines = "".join(f"{image}: {reason}\n" for image, reason in dataset.skipped)
+    write_atomically(path, lines.encode(errors="surrogateescape"))
 
 
 def _load(run: Run) -> Dataset:

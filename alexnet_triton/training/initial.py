@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import BEST, FORMAT, LAST, CheckpointError, read_file
+from .checkpoint import FORMAT, CheckpointError, read_file
+from .run_folder import weights_file
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -24,11 +24,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, or there is something else in it; the package safetensors is missing.
     """
-    if os.path.isdir(path):  # Path.is_dir raises where a folder above may not be entered
-        found = [path / name for name in (BEST, LAST) if (path / name).exists()]
-        if not found:
-            raise CheckpointError(f"{path}: no run's folder: neither {BEST} nor {LAST} is in it")
-        path = found[0]
+    path = weights_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_file(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content.get("state_dict")

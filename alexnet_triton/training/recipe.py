@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -69,9 +70,10 @@ class Allowed:
     may_change: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether ``value``, which is of the field's type, is one of these. NaN is not."""
+        """Whether ``value``, which is of the field's type, is one of these. NaN and infinity are not."""
         return (
-            (not self.among or value in self.among)
+            not (isinstance(value, float) and not math.isfinite(value))
+            and (not self.among or value in self.among)
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
         )
