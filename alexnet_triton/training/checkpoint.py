@@ -141,6 +141,8 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
         raise
     # What damaged bytes make a parser raise is not documented: all of it means the same here.
     except Exception as error:
+        if of_torch:
+            raise CheckpointError(f"{path}: not the weights of a network: no file of torch.save, or a damaged one") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
 

@@ -82,7 +82,8 @@ NO_WEIGHTS: dict[str, tuple[Any, str]] = {
     "empty": (lambda path: torch.save({}, path), "no state_dict"),
     "module": (_module, "holds more than tensors and numbers"),
     "text": (lambda path: path.write_text("features"), "not "),
-    "no bytes": (lambda path: path.touch(), "not a readable checkpoint"),
+    "lines": (lambda path: path.write_text("root:x:0:0:root:/root:/bin/bash\n"), "no file of torch.save, or a damaged one$"),
+    "no bytes": (lambda path: path.touch(), "no file of torch.save, or a damaged one$"),
 }
 
 
