@@ -59,12 +59,14 @@ class Kept:
         of: how many it has.
         new: names of the layers that stayed what they were.
         unknown: how many of the weights have names that the network does not have.
+        weights: what was taken, by its names in the network, in float32: of more digits than a network in half precision has.
     """
 
     tensors: int
     of: int
     new: tuple[str, ...]
     unknown: int
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         said = f"kept {self.tensors} of {self.of} tensors; new: {', '.join(self.new) or 'none'}"
@@ -81,7 +83,7 @@ def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
         net: of any dtype, on any device.
         weights: of floating-point numbers of any dtype.
     """
-    taken = 0
+    taken: dict[str, Tensor] = {}
     names: set[str] = set()
     new = []
     for layer_name, layer in net.named_modules():
@@ -98,5 +100,5 @@ def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
             continue
         for name, value in fits.items():
             own[name].copy_(value)
-        taken += len(own)
-    return Kept(taken, len(names), tuple(new), len(weights.keys() - names))
+            taken[name] = value.float()
+    return Kept(len(taken), len(names), tuple(new), len(weights.keys() - names), taken)

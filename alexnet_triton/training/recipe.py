@@ -133,7 +133,7 @@ class Recipe:
         flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
         validation: part of the training images that are the test images; None: the data has its own.
         init: file or run's folder of the weights that the network began with, see :func:`.initial.read_weights`; None: random.
-        freeze: what keeps its weights: ``"features"``, all convolutions, or ``"none"``.
+        freeze: what keeps its weights: ``"features"``, all convolutions but those that ``init`` did not have, or ``"none"``.
         early_stop: end after so many epochs without a better test loss; None: never; may change.
 
     Raises:
