@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,9 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError
+from ..training.checkpoint import BEST, LAST, Checkpoint
 from ..training.networks import load_checkpoint
+from ..training.run_folder import weights_file
 
 RunArgument = Annotated[
     Path,
@@ -30,11 +30,7 @@ def load_run(run: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
     Raises:
         CheckpointError: no such file, a folder without one, or not a checkpoint of ``train``.
     """
-    file = run
-    if os.path.isdir(run):  # Path.is_dir raises where a folder above may not be entered
-        found = [run / name for name in (BEST, LAST) if (run / name).exists()]
-        if not found:
-            raise CheckpointError(f"{run}: no run's folder: neither {BEST} nor {LAST} is in it")
-        file = found[0]
+    file = weights_file(run)
+    if file != run:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"the network of {file}", markup=False)
     return load_checkpoint(file, device)

@@ -24,7 +24,7 @@ from ..data.augment import EVERYTHING, Augment
 from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_image_folder, load_data
 from ..precompile import precompile
-from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError
+from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, frozen_of
 from ..training.distributed import Processes
 from ..training.evaluation import measure_speed, predict_split
 from ..training.events import EpochEvents, summary_writer
@@ -32,7 +32,7 @@ from ..training.files import write_atomically
 from ..training.initial import Kept, read_weights, take_weights
 from ..training.loop import train
 from ..training.metrics import METRICS, EpochMetrics, best_test_loss, history_of, is_finished, metrics_file
-from ..training.networks import default_precision, float32_products, freeze, new_model, torchvision_alexnet
+from ..training.networks import default_precision, features, float32_products, freeze, new_model, torchvision_alexnet
 from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
 from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, Where, allowed_of, check_fields, field
 from ..training.signals import Stopped, StopSignals
@@ -113,7 +113,10 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
     parts = dataclasses.asdict(EVERYTHING) if found["augment"] else {}
-    found |= {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
+    missing = {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
+    if found["momentum"] == 0 and "nesterov" in missing:
+        missing["nesterov"] = False  # which is a kind of momentum
+    found |= missing
     for name in ("data", "init"):
         if (path := found.get(name)) is None or (name, path) == ("data", "sample"):
             continue
@@ -263,24 +266,25 @@ def run_training(
             channels = dataset.train.channels
             net = new_model(recipe.model, recipe.seed, where.device, recipe.torch_dtype, len(dataset.classes), channels)
             kept = _begin_with(net, weights, recipe) if weights is not None else None
-            freeze(net, recipe.freeze)
+            freeze(net, recipe.freeze, _frozen(net, kept, checkpoint))
             _print_begin(run, dataset, place, "" if finished else _expected(run, net, dataset))
             if kept is not None:
                 console.print(f"began with {recipe.init}: {kept}", markup=False)
+            if recipe.freeze == "features" and checkpoint is None:
+                _print_frozen(net, kept)
             if checkpoint is not None:
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
 
             def begins() -> None:
-                if dataset.skipped and where.processes.leads:
-                    lines = "".join(f"{path}: {reason}\n" for path, reason in dataset.skipped)
-                    write_atomically(out / SKIPPED, lines.encode(errors="surrogateescape"))
+                if where.processes.leads:
+                    _list_skipped(dataset, out / SKIPPED)
                 if on_ready is not None:
                     on_ready(dataset, place)
 
             bar = Bar(len(dataset.train), recipe.epochs)
             screen = Screen(bar, stops, _events(run, out, checkpoint), block, on_ready=begins, restart=restart)
             with bar.progress:
-                history = train(net, dataset, recipe, where, out, screen, checkpoint)
+                history = train(net, dataset, recipe, where, out, screen, checkpoint, kept.weights if kept else None)
             if writes:
                 said = predict_split(
                     net, dataset.test, batch_size=recipe.batch_size, image_size=recipe.image_size, device=where.device
@@ -297,6 +301,15 @@ def run_training(
         console.print(early)
     _print_end(history, images_per_s, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
     return FinishedRun(net, history, images_per_s, dataset.name, place)
+
+
+def _list_skipped(dataset: Dataset, path: Path) -> None:
+    """Write into ``path`` what was left out; where nothing was, no list of an earlier part of the run stays."""
+    if not dataset.skipped:
+        path.unlink(missing_ok=True)
+        return
+    lines = "".join(f"{image}: {reason}\n" for image, reason in dataset.skipped)
+    write_atomically(path, lines.encode(errors="surrogateescape"))
 
 
 def _load(run: Run) -> Dataset:
@@ -335,6 +348,23 @@ def _begin_with(net: nn.Module, weights: Mapping[str, torch.Tensor], recipe: Rec
         hint = ": give --model torchvision" if "features.0.weight" in weights and recipe.model != "torchvision" else ""
         raise CheckpointError(f"{recipe.init}: none of its {len(weights)} tensors fits {recipe.model}{hint}")
     return kept
+
+
+def _frozen(net: nn.Module, kept: Kept | None, checkpoint: Checkpoint | None) -> list[str] | None:
+    """Names of the convolutions that --freeze keeps, those that came from a file; None: all."""
+    if checkpoint is not None:
+        return frozen_of(checkpoint)
+    return None if kept is None else [name for name in features(net) if name not in kept.new]
+
+
+def _print_frozen(net: nn.Module, kept: Kept | None) -> None:
+    """Say what --freeze may not be expected to do."""
+    if kept is None:
+        console.print("the convolutions are frozen at random weights: --freeze is meant for those of an --init")
+        return
+    for name in features(net):
+        if name in kept.new:
+            console.print(f"{name} is new: it is trained")
 
 
 def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:

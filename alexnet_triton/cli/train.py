@@ -195,7 +195,8 @@ _MISSING = "not all its files are there: they are written now"
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``train`` does, in each of the processes; the exit code."""
     begin = time.perf_counter()
-    with contextlib.ExitStack() as while_training:
+    stops = StopSignals(repeats=processes.launched)
+    with stops.hearing_saves(), contextlib.ExitStack() as while_training:
         begun, out = processes.from_leader(lambda: _what_to_train(context, resume, out, while_training))
         graph: bool | None = context.params["graph"]
         checkpoint = None
@@ -210,7 +211,6 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
         run = run_on(device, processes, recipe, options, graph)
         if checkpoint is not None and _needs_nothing(out, checkpoint, recipe, processes):
             return 0
-        stops = StopSignals(repeats=processes.launched)
         try:
             run_training(run, out, stops, begin, checkpoint)
         except Stopped as stopped:

@@ -30,6 +30,9 @@ FORMAT = "alexnet-triton checkpoint 1"
 #: In the folder of a run: the newest checkpoint, and that of the best test accuracy.
 LAST, BEST = "checkpoint.pt", "best.pt"
 
+#: In a run's configuration, where its recipe freezes: names of the layers. Older checkpoints lack it: all were.
+FROZEN = "frozen layers"
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, used or written; the message names the file."""
@@ -141,6 +144,8 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
         raise
     # What damaged bytes make a parser raise is not documented: all of it means the same here.
     except Exception as error:
+        if of_torch:
+            raise CheckpointError(f"{path}: not the weights of a network: no file of torch.save, or a damaged one") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
 
@@ -271,6 +276,19 @@ def from_file(kind: type[T], values: object, source: Path | None) -> T:
         raise CheckpointError(f"{source}: damaged: {error}") from error
 
 
+def frozen_of(checkpoint: Checkpoint) -> list[str] | None:
+    """Names of the layers that the run of ``checkpoint`` kept frozen; None where it does not say: all that its recipe freezes.
+
+    Raises:
+        CheckpointError: it holds weights only, or what are no names.
+    """
+    configuration = training_state(checkpoint).get("configuration")
+    names = configuration.get(FROZEN) if isinstance(configuration, dict) else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{checkpoint.path}: damaged: {FROZEN!r} are no names")
+    return names
+
+
 def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[str, object]) -> dict[str, Any]:
     """:func:`training_state` of ``checkpoint``, which must have been trained by ``recipe``, on data and device of ``here``.
 
@@ -283,7 +301,7 @@ def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[st
     trained_by = from_file(Recipe, state["recipe"], checkpoint.path)
     kept = [name for name, allowed in allowed_of(Recipe).items() if not allowed.may_change]
     differing = [(name, getattr(trained_by, name), getattr(recipe, name)) for name in kept]
-    differing += [(key, there.get(key), value) for key, value in here.items()]
+    differing += [(key, there.get(key), value) for key, value in here.items() if key != FROZEN or key in there]
     for name, value, ours in differing:
         if value != ours:
             raise CheckpointError(f"{checkpoint.path}: was trained with {name} {value}, this run has {ours}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import BEST, FORMAT, LAST, CheckpointError, read_file
+from .checkpoint import FORMAT, CheckpointError, read_file
+from .run_folder import weights_file
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -24,11 +24,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, or there is something else in it; the package safetensors is missing.
     """
-    if os.path.isdir(path):  # Path.is_dir raises where a folder above may not be entered
-        found = [path / name for name in (BEST, LAST) if (path / name).exists()]
-        if not found:
-            raise CheckpointError(f"{path}: no run's folder: neither {BEST} nor {LAST} is in it")
-        path = found[0]
+    path = weights_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_file(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content.get("state_dict")
@@ -63,12 +59,14 @@ class Kept:
         of: how many it has.
         new: names of the layers that stayed what they were.
         unknown: how many of the weights have names that the network does not have.
+        weights: what was taken, by its names in the network, in float32: of more digits than a network in half precision has.
     """
 
     tensors: int
     of: int
     new: tuple[str, ...]
     unknown: int
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         said = f"kept {self.tensors} of {self.of} tensors; new: {', '.join(self.new) or 'none'}"
@@ -85,7 +83,7 @@ def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
         net: of any dtype, on any device.
         weights: of floating-point numbers of any dtype.
     """
-    taken = 0
+    taken: dict[str, Tensor] = {}
     names: set[str] = set()
     new = []
     for layer_name, layer in net.named_modules():
@@ -102,5 +100,5 @@ def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
             continue
         for name, value in fits.items():
             own[name].copy_(value)
-        taken += len(own)
-    return Kept(taken, len(names), tuple(new), len(weights.keys() - names))
+            taken[name] = value.float()
+    return Kept(len(taken), len(names), tuple(new), len(weights.keys() - names), taken)

@@ -5,29 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.dataset import Dataset, Split
 from .checkpoint import (
     BEST,
+    FROZEN,
     LAST,
     Checkpoint,
     CheckpointError,
     check_configuration,
     check_weights,
     copy_checkpoint,
+    frozen_of,
     save_checkpoint,
 )
 from .evaluation import evaluate
 from .files import WriteError, write_atomically
 from .listener import SILENT, Listener
 from .metrics import METRICS, EpochMetrics, check_number, history_of, is_finished, metrics_file
-from .networks import is_frozen
+from .networks import features, frozen_layers
 from .recipe import Recipe, Where
 from .run_folder import holds_run
 from .signals import SaveAsked, Stopped
@@ -42,6 +44,7 @@ def train(
     folder: Path,
     listener: Listener = SILENT,
     resume: Checkpoint | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> list[EpochMetrics]:
     """Train ``net`` and write into ``folder``, after each epoch: a line of ``metrics.jsonl``, ``checkpoint.pt``, ``best.pt``.
 
@@ -62,6 +65,7 @@ def train(
         listener: told what happens, and asked to stop.
         resume: go on from there, up to ``recipe.epochs`` in all; ``recipe.early_stop`` counts those before too.
             ``metrics.jsonl`` becomes its epochs, and goes on.
+        weights: float32 values, by their names, of parameters that ``net`` has rounded; a resumed run has its own.
 
     Returns:
         The metrics of all epochs, those before ``resume`` too.
@@ -81,9 +85,13 @@ def train(
         raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
     if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
         raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
-    if any(is_frozen(layer) != (recipe.freeze == "features") for layer in net.modules() if isinstance(layer, nn.Conv2d)):
+    # After an init some may be new, and not frozen: the checkpoint of a run that is resumed says which.
+    all_or_none = recipe.init is None or recipe.freeze == "none" or (resume is not None and frozen_of(resume) is None)
+    if all_or_none and frozen_layers(net) != (list(features(net)) if recipe.freeze == "features" else []):
         raise ValueError(f"net is not frozen as {recipe.freeze} says")
     run = _Run(net, data, recipe, where, folder, listener, resume)
+    if resume is None and weights is not None:
+        run.trainer.set_weights(weights)
     listener.ready()
     while not is_finished(run.history, recipe.epochs, recipe.early_stop):
         run.epoch(len(run.history) + 1)
@@ -108,12 +116,14 @@ class _Run:
     ) -> None:
         self.net, self.recipe, self.where, self.folder, self.listener = net, recipe, where, folder, listener
         #: What decides the bits besides the recipe.
-        self.configuration = {
+        self.configuration: dict[str, object] = {
             "device": where.device.type,
             "processes": where.processes.size,
             "training images": len(data.train),
             "data checksum": _checksum(data.train),
         }
+        if recipe.freeze != "none":
+            self.configuration[FROZEN] = frozen_layers(net)
         self.history: list[EpochMetrics] = []
         #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
         self.trained: tuple[float, float, float] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -45,17 +45,26 @@ def torchvision_alexnet(classes: int, channels: int) -> nn.Module:
     return net
 
 
-def freeze(net: nn.Module, what: str) -> None:
-    """Let no parameter of the layers of ``what``, as in :class:`.recipe.Recipe`, require a gradient."""
+def features(net: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of ``net`` by their names."""
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
+
+
+def freeze(net: nn.Module, what: str, layers: Collection[str] | None = None) -> None:
+    """Let no parameter of the layers of ``what``, as in :class:`.recipe.Recipe`, require a gradient.
+
+    Args:
+        layers: of these names, and no others; None: all of them.
+    """
     if what == "features":
-        for layer in net.modules():
-            if isinstance(layer, nn.Conv2d):
+        for name, layer in features(net).items():
+            if layers is None or name in layers:
                 layer.requires_grad_(False)
 
 
-def is_frozen(layer: nn.Module) -> bool:
-    """Whether none of the parameters of ``layer`` requires a gradient."""
-    return not any(parameter.requires_grad for parameter in layer.parameters())
+def frozen_layers(net: nn.Module) -> list[str]:
+    """Names of the convolutions of which no parameter requires a gradient."""
+    return [name for name, layer in features(net).items() if not any(each.requires_grad for each in layer.parameters())]
 
 
 def new_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -69,9 +70,10 @@ class Allowed:
     may_change: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether ``value``, which is of the field's type, is one of these. NaN is not."""
+        """Whether ``value``, which is of the field's type, is one of these. NaN and infinity are not."""
         return (
-            (not self.among or value in self.among)
+            not (isinstance(value, float) and not math.isfinite(value))
+            and (not self.among or value in self.among)
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
         )
@@ -131,7 +133,7 @@ class Recipe:
         flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
         validation: part of the training images that are the test images; None: the data has its own.
         init: file or run's folder of the weights that the network began with, see :func:`.initial.read_weights`; None: random.
-        freeze: what keeps its weights: ``"features"``, all convolutions, or ``"none"``.
+        freeze: what keeps its weights: ``"features"``, all convolutions but those that ``init`` did not have, or ``"none"``.
         early_stop: end after so many epochs without a better test loss; None: never; may change.
 
     Raises:

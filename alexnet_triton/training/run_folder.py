@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .checkpoint import BEST, LAST
+from .checkpoint import BEST, LAST, CheckpointError
 from .metrics import METRICS
 
 #: What a file system answers that has no such locks, or none on folders (NFS: EBADF).
@@ -131,3 +131,17 @@ def claimed(folder: Path, warn: Callable[[str], object], *, renamed: bool = Fals
 def holds_run(out: Path) -> bool:
     """Whether a run has written into the folder ``out``: another one must not overwrite it."""
     return any((out / name).exists() for name in (METRICS, LAST, BEST))
+
+
+def weights_file(path: Path) -> Path:
+    """The file that ``path`` means to whoever wants a network: itself, or of a run's folder the best checkpoint, else the last.
+
+    Raises:
+        CheckpointError: a folder without either.
+    """
+    if not os.path.isdir(path):  # Path.is_dir raises where a folder above may not be entered
+        return path
+    for name in (BEST, LAST):
+        if (path / name).exists():
+            return path / name
+    raise CheckpointError(f"{path}: no run's folder: neither {BEST} nor {LAST} is in it")

@@ -32,8 +32,7 @@ class Schedule:
     Attributes:
         name: ``"constant"``; ``"step"``: divided by ten after each third; ``"cosine"``: down to 0 along half a cosine
             (Loshchilov and Hutter, "SGDR", 2017, without restarts); ``"onecycle"``: up and then down to almost 0 (Smith and
-            Topin,
-            "Super-convergence", 2018), as ``torch.optim.lr_scheduler.OneCycleLR`` has it.
+            Topin, "Super-convergence", 2018), as ``torch.optim.lr_scheduler.OneCycleLR`` has it.
         lr: the highest learning rate.
         epochs: of the whole run.
         warmup: epochs in which the learning rate rises from almost 0 to ``lr``, linearly; the schedule takes the remaining

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 #: Asked between two steps; True ends training there with :class:`Stopped`.
@@ -51,6 +52,18 @@ class StopSignals:
                 noted = self._note_save if number == signal.SIGUSR1 else self._note
                 self._before[number] = signal.signal(number, noted)
         return self
+
+    @contextlib.contextmanager
+    def hearing_saves(self) -> Iterator[None]:
+        """In this longer block SIGUSR1 is noted, before and after that of the others too: it never ends the process."""
+        before = signal.getsignal(signal.SIGUSR1)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGUSR1, self._note_save)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGUSR1) == self._note_save:  # it may be ignored up to the end
+                signal.signal(signal.SIGUSR1, before)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True

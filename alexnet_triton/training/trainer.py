@@ -123,6 +123,8 @@ class Trainer:
             weight_decay=recipe.weight_decay * self.scale,
             nesterov=recipe.nesterov,
         )
+        #: Float32 values of parameters that the optimizer does not have, by their names, where they were given.
+        self.frozen: dict[str, torch.Tensor] = {}
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
@@ -322,6 +324,21 @@ class Trainer:
         }
 
     @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give parameters the float32 values that ``weights`` has by their names, to the bit, of any precision.
+
+        A captured step reads them: they are copied into the tensors that are there.
+        """
+        for name, param in self.net.named_parameters():
+            if (value := weights.get(name)) is None:
+                continue
+            if param.requires_grad:
+                self.optimizer.set_master(param, value)
+            else:
+                param.copy_(value)
+                self.frozen[name] = value.cpu()
+
+    @torch.no_grad()
     def load_state_dict(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Become what another trainer was when it gave its :meth:`float32_weights` and its :meth:`state_dict`.
 
@@ -346,11 +363,9 @@ class Trainer:
         ):
             raise ValueError(f"order is no permutation of {total} images")
         self.net.load_state_dict(weights)
+        self.set_weights(weights)
         for name, param in self.net.named_parameters():
-            if not param.requires_grad:
-                continue
-            self.optimizer.set_master(param, weights[name])
-            if name in momentum:
+            if param.requires_grad and name in momentum:
                 _copy(self._momentum_buffer(param), momentum[name], f"momentum of {name}")
         self.order = None if order is None else order.to(self.device)
         self.steps, self.seconds = steps, seconds
@@ -374,6 +389,6 @@ class Trainer:
         weights = {}
         for key, value in self.net.state_dict(keep_vars=True).items():
             master = self.optimizer.master(value)
-            value = value.detach() if master is None else master
+            value = self.frozen.get(key, value.detach()) if master is None else master
             weights[key] = (value.float() if value.is_floating_point() else value).cpu().contiguous()
         return weights

@@ -91,6 +91,19 @@ def test_damaged_images_are_left_out_listed_and_left_out_again(tmp_path: Path) -
     assert " 8 test images" in result.stdout
 
 
+def test_the_list_goes_where_a_resumed_run_leaves_nothing_out(tmp_path: Path) -> None:
+    """The data may be elsewhere by then; the run's own images are the same."""
+    folder = write_folder(tmp_path / "images", train=2, tests=1)
+    damaged = folder / "train" / "sky" / "zz.png"
+    damaged.write_bytes(b"")
+    train("--skip-damaged", "--epochs", "1", "--out", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "skipped.txt").exists()
+    damaged.unlink()
+    resumed = run_here("train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not (tmp_path / "run" / "skipped.txt").exists()
+
+
 def test_a_run_without_damaged_images_has_no_list(tmp_path: Path) -> None:
     write_folder(tmp_path / "images", train=2, tests=1)
     train("--skip-damaged", "--epochs", "1", "--out", "run", cwd=tmp_path)

@@ -43,6 +43,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "": {},
     "--lr 0.5": {"lr": 0.5},
     "--schedule cosine --warmup 1": {"schedule": "cosine", "warmup": 1.0},
+    "--momentum 0": {"momentum": 0.0, "nesterov": False},
     "--momentum 0 --no-nesterov": {"momentum": 0.0, "nesterov": False},
     "--label-smoothing 0 --class-weights balanced": {"label_smoothing": 0.0, "class_weights": "balanced"},
     "--no-normalize --no-flip --crop none": {"normalize": False, "flip": False, "crop": "none"},

@@ -17,7 +17,7 @@ from torch import nn
 import kernels
 from alexnet_triton import AlexNet
 from alexnet_triton.training import networks
-from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint
+from alexnet_triton.training.checkpoint import CheckpointError, frozen_of, read_checkpoint
 from alexnet_triton.training.initial import Kept, read_weights, take_weights
 from alexnet_triton.training.loop import train
 from alexnet_triton.training.metrics import EpochMetrics, is_finished
@@ -81,7 +81,8 @@ NO_WEIGHTS: dict[str, tuple[Any, str]] = {
     "empty": (lambda path: torch.save({}, path), "no state_dict"),
     "module": (_module, "holds more than tensors and numbers"),
     "text": (lambda path: path.write_text("features"), "not "),
-    "no bytes": (lambda path: path.touch(), "not a readable checkpoint"),
+    "lines": (lambda path: path.write_text("root:x:0:0:root:/root:/bin/bash\n"), "no file of torch.save, or a damaged one$"),
+    "no bytes": (lambda path: path.touch(), "no file of torch.save, or a damaged one$"),
 }
 
 
@@ -184,6 +185,7 @@ def test_torchvisions_network_is_trained_evaluated_and_resumed(tmp_path: Path) -
     result = run_here("train", *options, "--epochs", "1", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "torchvision on " in result.stdout
+    assert "the convolutions are frozen at random weights" in result.stdout
     first = weights(tmp_path / "run")
     resumed = run_here("train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -240,6 +242,55 @@ def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(d
         run(tmp_path / "parts", listener=Asked(lambda: next(calls) == 3))
     run(tmp_path / "parts", resume=read_checkpoint(tmp_path / "parts" / "checkpoint.pt"))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_new_convolution_is_trained_and_the_others_are_the_files_to_the_bit(dtype: str, tmp_path: Path) -> None:
+    """Of half precision too, and in a run that is resumed."""
+    file = new_model("lenet", 1, CPU).state_dict() | {"0.weight": torch.ones(6, 3, 5, 5)}
+    torch.save(file, tmp_path / "w.pth")
+    options = ("--init", "w.pth", "--freeze", "features", "--dtype", dtype, "--momentum", "0.9")
+    said = begin("whole", *options, "--epochs", "2", cwd=tmp_path)
+    assert [line for line in said.splitlines() if "is new" in line] == ["0 is new: it is trained"]
+    begin("parts", *options, "--epochs", "1", cwd=tmp_path)
+    result = run_here("train", "--resume", "parts", "--epochs", "2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    found, new = weights(tmp_path / "whole"), new_model("lenet", 0, CPU).state_dict()
+    same = {name for name, value in found.items() if torch.equal(value, file[name])}
+    assert same == {"3.weight", "3.bias"}
+    assert not torch.equal(found["0.weight"], new["0.weight"].to(getattr(torch, dtype)).float())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_learning_rate_of_0_keeps_the_files_weights_to_the_bit(dtype: str, tmp_path: Path) -> None:
+    file = new_model("lenet", 1, CPU).state_dict()
+    torch.save(file, tmp_path / "w.pth")
+    begin("run", "--init", "w.pth", "--lr", "0", "--dtype", dtype, "--epochs", "1", cwd=tmp_path)
+    assert all(torch.equal(value, file[name]) for name, value in weights(tmp_path / "run").items())
+
+
+def test_which_layers_are_frozen_is_the_checkpoints_and_all_of_an_older_one(tmp_path: Path) -> None:
+    net = small_net()
+    freeze(net, "features", [])
+    recipe = small_recipe(freeze="features", init="w.pth", epochs=1)
+    with kernels.use_backend("torch"):
+        train(net, sample(8, 8), recipe, Where(CPU), tmp_path)
+        kept = read_checkpoint(tmp_path / "checkpoint.pt")
+        assert kept.training is not None
+        assert frozen_of(kept) == kept.training["configuration"]["frozen layers"] == []
+        train(net, sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
+        freeze(net, "features")
+        with pytest.raises(CheckpointError, match=r"was trained with frozen layers \[\], this run has \['0'\]"):
+            train(net, sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
+        del kept.training["configuration"]["frozen layers"]
+        assert frozen_of(kept) is None
+        train(net, sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
+        with pytest.raises(ValueError, match="net is not frozen as features says"):
+            train(small_net(), sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
+    kept.training["configuration"]["frozen layers"] = "0"
+    with pytest.raises(CheckpointError, match="damaged: 'frozen layers' are no names"):
+        frozen_of(kept)
 
 
 def test_a_network_that_is_not_frozen_as_the_recipe_says_is_refused(tmp_path: Path) -> None:

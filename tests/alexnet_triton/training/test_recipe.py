@@ -112,7 +112,11 @@ def test_what_may_change_is_what_the_fields_say() -> None:
 WRONG: list[tuple[str, Any]] = [
     *(("model", value) for value in ("vgg", None, 3)),
     *((name, value) for name in ("epochs", "batch_size", "limit") for value in (0, -1, 1.0, True, MOST + 1, "3")),
-    *((name, value) for name in ("lr", "momentum", "weight_decay") for value in (-0.1, float("nan"), None, "0.1", True)),
+    *(
+        (name, value)
+        for name in ("lr", "momentum", "weight_decay")
+        for value in (-0.1, float("nan"), float("inf"), None, "0.1", True)
+    ),
     *(("seed", value) for value in (MOST + 1, -MOST - 2, 0.0, None)),
     *(("dtype", value) for value in ("auto", "float64", torch.float32)),
     *(("flip", value) for value in (1, None, "yes")),

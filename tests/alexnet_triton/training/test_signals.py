@@ -13,19 +13,21 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from alexnet_triton.cli import run as cli_run
 from alexnet_triton.training import signals
 from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.listener import Listener
 from alexnet_triton.training.signals import STOPS, Stopped, StopSignals
 from alexnet_triton.training.trainer import Trainer
 
+from ..command import run_here
 from .test_resume import CASES, contents, resume, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +99,27 @@ def test_sigusr1_is_noted_until_it_is_asked_for_and_stops_nothing() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert [stops.take_save(), stops.take_save(), stops()] == [True, False, False]
+
+
+def test_sigusr1_before_the_first_step_and_after_the_last_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While data are read, and while pictures are drawn: the first saves before a step is done."""
+
+    def signalling(function: Callable[..., object]) -> Callable[..., object]:
+        def signalled(*args: Any, **kwargs: Any) -> object:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return function(*args, **kwargs)
+
+        return signalled
+
+    for name in ("load_data", "plot_curves"):
+        monkeypatch.setattr(cli_run, name, signalling(getattr(cli_run, name)))
+    before = signal.getsignal(signal.SIGUSR1)
+    options = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size", "8", "--device", "cpu", "--epochs", "1")
+    result = run_here("train", *options, "--backend", "torch", "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "saved in epoch 1 after step 0 of 3: " in result.stdout
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 @EACH
