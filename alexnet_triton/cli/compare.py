@@ -368,8 +368,9 @@ def _begun(folder: Path, run: Run, model: Model, while_training: contextlib.Exit
 
 def _compare(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
     """What ``compare`` does, in each of the processes; the exit code."""
-    with contextlib.ExitStack() as while_comparing:
-        begin = time.perf_counter()
+    begin = time.perf_counter()
+    stops = StopSignals(repeats=processes.launched)
+    with stops.hearing_saves(), contextlib.ExitStack() as while_comparing:
         models, begun, out = processes.from_leader(lambda: _what_to_compare(context, resume, out, while_comparing))
         graph: bool | None = context.params["graph"]
         if begun is None:
@@ -384,15 +385,14 @@ def _compare(context: typer.Context, resume: str | None, out: Path | None, proce
         first = run_on(device, processes, recipe, options, graph)
         values = dataclasses.asdict(first.recipe) | dataclasses.asdict(first.options)
         shared = {name: value for name, value in values.items() if name not in _OWN}
-        return _compare_in(out, _Comparison([str(model) for model in models], shared), first, begin)
+        return _compare_in(out, _Comparison([str(model) for model in models], shared), first, stops, begin)
 
 
-def _compare_in(out: Path, comparison: _Comparison, first: Run, begin: float) -> int:
+def _compare_in(out: Path, comparison: _Comparison, first: Run, stops: StopSignals, begin: float) -> int:
     """Train what is to be trained of ``comparison`` in ``out``, the first network as ``first`` says; the exit code."""
     processes = first.where.processes
     histories: dict[str, list[EpochMetrics]] = {}
     columns = comparison.models
-    stops = StopSignals(repeats=processes.launched)
 
     def on_ready(dataset: Dataset, place: str) -> None:
         comparison.data, comparison.place = dataset.name, place

@@ -305,7 +305,8 @@ InitOption = Annotated[
     ),
 ]
 FreezeOption = Annotated[
-    FreezeChoice, typer.Option(help="Keep the weights of all convolutions as they are (features).", rich_help_panel=RECIPE)
+    FreezeChoice,
+    typer.Option(help="Keep the convolutions as --init brought them (features); new ones are trained.", rich_help_panel=RECIPE),
 ]
 EarlyStopOption = Annotated[
     int | None,

@@ -328,7 +328,9 @@ def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, lau
     grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
     for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    assert (POOL_WGRAD[dtype] in launches) == ("weight" in wanted)
+    # In half precision the weight's gradient reads what the input's has to have, the unpooled gradient.
+    fused = "weight" in wanted and (dtype == torch.float32 or "input" not in wanted)
+    assert (POOL_WGRAD[dtype] in launches) == fused
     assert ("_max_pool2d_dgrad_kernel" in launches) == ("input" in wanted or wanted == "bias")
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
 
