@@ -305,8 +305,8 @@ def _narrow_rows(m: int) -> int:
 def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
     """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
 
-    Forward, a thread keeps 16 to 64 sums; where K is too small for 16, as many as there are. Backward no block has 64 columns: from there on its products would be those that
-    still read their operands when the next begins.
+    Forward, a thread keeps 16 to 64 sums; where K is too small for 16, as many as there are. Backward no block has 64 columns:
+    from there on its products would be those that still read their operands when the next begins.
     """
     found = []
     if pass_ == "narrow_fprop":
@@ -327,13 +327,14 @@ def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) 
 
 
 def linear_narrow_config(
-    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str
+    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str, *, wide: bool = False
 ) -> dict[str, int]:
     """NARROW, whether a pass of a linear layer is a kernel's for few outputs, and the values of that kernel.
 
     Args:
         pass_: ``"narrow_fprop"``, or ``"narrow_backward"`` for all gradients together: its name in the tables.
         m, n, k: rows, outputs, features.
+        wide: whether offsets are in int64.
     """
     fits = linear_narrow_fits(pass_, m, n, k, dtype.itemsize)
     if pass_ == "narrow_fprop":
@@ -347,9 +348,10 @@ def linear_narrow_config(
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
     else:
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
-        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there,
-        # and more than 16 outputs leave a half type's fewer, as do rows of K whose alignment Triton does not know.
-        rows = (128 if n <= 16 and k % 16 == 0 else 64) if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        # registers of eight warps hold; an exact float32 product keeps its operands there, and more than 16 outputs leave a
+        # half type's fewer, as do rows of K whose alignment Triton does not know, and int64 offsets.
+        half = (128 if n <= 16 and k % 16 == 0 else 64) // (2 if wide else 1)
+        rows = half if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:
