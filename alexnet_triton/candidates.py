@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 from kernels.configs.tables import MULTIPROCESSORS, SHARED_BYTES
-from kernels.convolution import rules
+from kernels.convolution import rules, taps_rules
 from kernels.runtime.launch import cdiv
 
 Candidate = dict[str, int]
@@ -54,11 +54,11 @@ def boxes(n: int, size: int, c: int, k: int, itemsize: int) -> Iterator[Candidat
 def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
     """Of a forward pass over rows of taps: where channels are no multiple of 128 bytes."""
     block_k = 128 // itemsize
-    if n < 64 or c % block_k == 0 or s * c < block_k:
+    if n < taps_rules.FEWEST_IMAGES or c % block_k == 0 or s * c < block_k:
         return
     for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (128, 256), (4, 8), (3, 4, 5)):
         stage = (block_m + block_n) * block_k * itemsize
-        if _fits(stage, stages, block_m * block_n, warps, 128) and block_m <= n and block_n < 2 * k:
+        if _fits(stage, stages, block_m * block_n, warps, 128) and block_m <= max(64, n) and block_n < 2 * k:
             yield {
                 "TAPS": 1,
                 "BLOCK_M": block_m,

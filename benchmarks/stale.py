@@ -94,15 +94,28 @@ def _code(node: Node) -> str:
     return ast.unparse(ast.copy_location(bare, node))
 
 
+def _imported(path: str, body: list[ast.stmt]) -> dict[str, tuple[str, str]]:
+    """What a module imports from others of its package: name -> path, name there."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            origin = "/".join((*path.split("/")[: -node.level], *node.module.split("."))) + ".py"
+            found |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
+    return found
+
+
 class Code:
     """The functions and constants of the package ``kernels``, from its sources by path."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.modules: dict[str, dict[str, Node]] = {}
+        self.imported: dict[str, dict[str, tuple[str, str]]] = {}
         self.jitted: dict[str, str] = {}
         self.constants: dict[str, str] = {}
         for path, text in sources.items():
-            nodes = [node for node in ast.parse(text).body if isinstance(node, Node)]
+            body = ast.parse(text).body
+            nodes = [node for node in body if isinstance(node, Node)]
+            self.imported[path] = _imported(path, body)
             self.modules[path] = {name: node for node in nodes for name in _names(node)}
             self.jitted |= {name: path for name, node in self.modules[path].items() if _jitted(node)}
             self.constants |= {n: path for n, node in self.modules[path].items() if not isinstance(node, ast.FunctionDef)}
@@ -115,7 +128,8 @@ class Code:
     def meaning(self, name: str) -> frozenset[str]:
         """The code that decides what a function does, wherever it stands; empty where there is no such function.
 
-        That of the function and of what it reaches: in its module everything, of other modules jitted functions and constants.
+        That of the function and of what it reaches: in its module and in modules of rules that it imports from everything, of
+        other modules jitted functions and constants. How tables are read and checked decides no configuration.
         """
         path = self.jitted.get(name) or next((path for path, nodes in self.modules.items() if name in nodes), None)
         reached: dict[tuple[str, str], str] = {}
@@ -126,6 +140,9 @@ class Code:
             reached[path, name] = _code(node)
             for used in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}:
                 where = path if used in self.modules[path] else self.jitted.get(used) or self.constants.get(used)
+                origin, original = self.imported[path].get(used, ("", ""))
+                if origin.endswith("rules.py") and original in self.modules.get(origin, {}):
+                    where, used = origin, original
                 if where is not None and (where, used) not in reached:
                     waiting.append((where, used))
         return frozenset(reached.values())

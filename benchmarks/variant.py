@@ -1,7 +1,8 @@
 """One pass of one layer under configurations that are given: for experiments that no table has yet.
 
 ``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 TURNED=0 TURNED=1,num_stages=3`` verifies
-and times the pass as ``alexnet-triton tune`` does: by the rule alone, then with each configuration laid over it. Needs a GPU.
+and times the pass as ``alexnet-triton tune`` does, but with the tables: as they and the rules have it, then with each
+configuration laid over that. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def main() -> None:
     for given in ({}, *arguments.configuration):
         with contextlib.ExitStack() as stack:
             stack.enter_context(tune.float32_switches(linear_tf32))
+            stack.enter_context(tables.keep_tables())
             stack.enter_context(tables.override(**given))
             try:
                 result = tune.tune_job(job, dtype)
@@ -61,7 +63,7 @@ def main() -> None:
                 refused.append(given)
                 print(f"{given}: it is wrong or cannot run")
                 continue
-        print(f"{given or 'the rule'}: {1e3 * result.best_ms:.1f} us, PyTorch {1e3 * result.peer_ms:.1f}")
+        print(f"{given or 'as it is'}: {1e3 * result.best_ms:.1f} us, PyTorch {1e3 * result.peer_ms:.1f}")
     sys.exit(f"variant: {refused} gave no time" if refused else 0)
 
 

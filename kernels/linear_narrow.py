@@ -228,7 +228,8 @@ def narrow_backward(
     """
     (m, k), n = input.shape, weight.shape[0]
     precision = matmul_input_precision(input.dtype)
-    config = linear_narrow_config(input.device, "narrow_backward", m, n, k, input.dtype, precision)
+    wide = needs_int64(grad_output, output, input, weight)  # the gradients are as large
+    config = linear_narrow_config(input.device, "narrow_backward", m, n, k, input.dtype, precision, wide=wide)
     if not config.pop("NARROW"):
         return None
     needs_input, needs_weight, needs_bias = wanted
@@ -265,7 +266,7 @@ def narrow_backward(
         INPUT=needs_input,
         WEIGHT=needs_weight,
         BIAS=needs_bias,
-        WIDE=needs_int64(grad_output, output, input, weight, dx, dw),
+        WIDE=wide,
         ACC=triton_accumulator(input.dtype),
         INPUT_PRECISION=dot_precision(input.device, precision),
         BLOCK_N=max(16, next_power_of_2(n)),  # what a matrix product reduces over, at least

@@ -291,7 +291,10 @@ _NARROW_BYTES = 2**18
 def linear_narrow_fits(pass_: str, m: int, n: int, k: int, itemsize: int) -> bool:
     """Whether a pass of a linear layer with few outputs is one of the kernels for it."""
     few = 0 < n <= NARROW_OUTPUTS and m <= _NARROW_ROWS
-    return few and (pass_ != "narrow_fprop" or (_narrow_rows(m) + n) * k * itemsize <= _NARROW_BYTES)
+    # Triton knows no alignment of rows whose length is no multiple of 16. Two bytes are then too few for cp.async, so each
+    # block is waited for: a quarter of the bytes in the time, which is assumed.
+    most = _NARROW_BYTES // 4 if itemsize == 2 and k % 16 else _NARROW_BYTES
+    return few and (pass_ != "narrow_fprop" or (_narrow_rows(m) + n) * k * itemsize <= most)
 
 
 def _narrow_rows(m: int) -> int:
@@ -302,16 +305,18 @@ def _narrow_rows(m: int) -> int:
 def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) -> list[dict[str, int]]:
     """Configurations of the kernels for few outputs (:mod:`kernels.linear_narrow`) that are worth a measurement.
 
-    Forward, a thread keeps 16 to 64 sums. Backward no block has 64 columns: from there on its products would be those that
-    still read their operands when the next begins.
+    Forward, a thread keeps 16 to 64 sums; where K is too small for 16, as many as there are. Backward no block has 64 columns:
+    from there on its products would be those that still read their operands when the next begins.
     """
     found = []
     if pass_ == "narrow_fprop":
         outputs = next_power_of_2(n)
-        for rows, block_k, warps, stages in itertools.product((1, 2, 4), (128, 256, 512, 1024), (4, 8, 16), (2, 3, 4, 5, 6)):
+        blocks = [b for b in (128, 256, 512, 1024) if b < 2 * k] or [tile_size(k, 16, 64)]
+        most = tile_size(m, 1, 4) * outputs * blocks[-1] // 128
+        for rows, block_k, warps, stages in itertools.product((1, 2, 4), blocks, (4, 8, 16), (2, 3, 4, 5, 6)):
             sums = rows * outputs * block_k // (32 * warps)
             shared = stages * (rows + outputs) * block_k * itemsize
-            if block_k < 2 * k and rows < 2 * m and 16 <= sums <= 64 and shared <= SHARED_BYTES // 2:
+            if rows < 2 * m and min(16, most) <= sums <= 64 and shared <= SHARED_BYTES // 2:
                 values = {"NARROW": 1, "ROWS": rows, "BLOCK_K": block_k}
                 found.append(values | {"num_warps": warps, "num_stages": stages})
         return found
@@ -322,27 +327,31 @@ def linear_narrow_candidates(pass_: str, m: int, n: int, k: int, itemsize: int) 
 
 
 def linear_narrow_config(
-    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str
+    device: torch.device, pass_: str, m: int, n: int, k: int, dtype: torch.dtype, input_precision: str, *, wide: bool = False
 ) -> dict[str, int]:
     """NARROW, whether a pass of a linear layer is a kernel's for few outputs, and the values of that kernel.
 
     Args:
         pass_: ``"narrow_fprop"``, or ``"narrow_backward"`` for all gradients together: its name in the tables.
         m, n, k: rows, outputs, features.
+        wide: whether offsets are in int64.
     """
     fits = linear_narrow_fits(pass_, m, n, k, dtype.itemsize)
     if pass_ == "narrow_fprop":
         rows, outputs = _narrow_rows(m), next_power_of_2(max(n, 1))
-        # 32 sums a thread or less, and 1 KiB of a row. Many blocks under way: a multiprocessor has one program.
-        block_k = tile_size(k, 16, tile_size(8192 // (rows * outputs), 16, 1024 // dtype.itemsize))
+        # 32 sums a thread or less, of more than 10 outputs of a half type 16, for a B200's compiler, and 1 KiB of a row. Many
+        # blocks under way: a multiprocessor has one program.
+        sums = 4096 if n > 10 and dtype.itemsize == 2 and capability(device) >= 100 else 8192
+        block_k = tile_size(k, 16, tile_size(sums // (rows * outputs), 16, 1024 // dtype.itemsize))
         shared = 2**17 if capability(device) else 2**16  # the second is all that AMD's have
         stages = min(5, shared // ((rows + outputs) * block_k * dtype.itemsize))
         config = {"ROWS": rows, "BLOCK_K": block_k, "num_warps": 8, "num_stages": stages}
     else:
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
-        # registers of eight warps hold, with int64 offsets too; an exact float32 product keeps its operands there,
-        # and more than 16 outputs leave a half type's fewer.
-        rows = (128 if n <= 16 else 64) if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
+        # registers of eight warps hold; an exact float32 product keeps its operands there, and more than 16 outputs leave a
+        # half type's fewer, as do rows of K whose alignment Triton does not know, and int64 offsets.
+        half = (128 if n <= 16 and k % 16 == 0 else 64) // (2 if wide else 1)
+        rows = half if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
     if INTERPRETED:

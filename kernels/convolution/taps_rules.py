@@ -11,6 +11,9 @@ from ..runtime.backend import INTERPRETED
 from ..runtime.launch import cdiv
 from .rules import _row, _row_cycles, conv2d_box, conv2d_key
 
+#: Images, at least: of fewer, rows of taps waste most of a tile.
+FEWEST_IMAGES = 48
+
 
 @functools.lru_cache(maxsize=1024)
 def _taps_pay(n: int, p: int, q: int, c: int, k: int, r: int, s: int, row: int) -> bool:
@@ -18,7 +21,7 @@ def _taps_pay(n: int, p: int, q: int, c: int, k: int, r: int, s: int, row: int) 
 
     Where channels come in whole rows of 128 bytes they gain nothing, and of few images both waste most of a tile.
     """
-    if n < 48 or k % 128 or c % row == 0 or s == 1 or s * c < row:
+    if n < FEWEST_IMAGES or k % 128 or c % row == 0 or s == 1 or s * c < row:
         return False
     block_m, block_n = _tile(n, k)
     inside = max(1 - r / 4 / p, 1 / r)  # of the filter rows, as in the rule of a weight gradient in equal shares

@@ -64,8 +64,8 @@ def test_a_table_overrides_the_rule_and_only_what_it_names(tables: Path) -> None
     assert rules.conv2d_images_config(cpu, "conv2d_fprop", *other)["num_stages"] == rule["num_stages"]
 
 
-def _entry(name: str, value: object) -> str:
-    return json.dumps({"configs": {"a": {name: value}}, "measured": {}})
+def _entry(name: str, value: object, key: str = "a") -> str:
+    return json.dumps({"configs": {key: {name: value}}, "measured": {}})
 
 
 BROKEN = {
@@ -88,6 +88,7 @@ BROKEN = {
     "too_small": (_entry("BLOCK_N", 8), "no kernel has 'BLOCK_N' = 8"),
     "negative": (_entry("SPLIT", -1), "no kernel has 'SPLIT' = -1"),
     "zero": (_entry("SPLIT", 0), "no kernel has 'SPLIT' = 0"),
+    "rows": (_entry("ROWS", 3, "linear_narrow_fprop m128 n10 k84"), "no kernel has 'ROWS' = 3"),
     "huge": (_entry("num_warps", 2**40), "no kernel has 'num_warps' = 1099511627776"),
     "large": (" " * (2**24 + 1), "larger than 16 MB"),
 }

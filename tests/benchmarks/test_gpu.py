@@ -18,12 +18,14 @@ import pytest
 import torch
 import typer
 
+from alexnet_triton import tune
 from alexnet_triton.cli.app import app
 from alexnet_triton.training.run_folder import held
 from benchmarks import gpu, host, kernelbench, render, stale, variant
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.gpu import Session, Setting
 from benchmarks.gpu_stages import Stage, stages
+from kernels.configs import tables
 
 SETTING = Setting("c" * 40, None, "NVIDIA Test", torch.__version__, "3.6.0", fake=False)
 
@@ -348,6 +350,27 @@ def test_variants_are_configurations() -> None:
         with pytest.raises(variant.argparse.ArgumentTypeError, match="is not NAME=NUMBER"):
             variant.configuration(wrong)
     assert variant.Overridden("conv2", "wgrad", 128).candidates() == [{}]
+
+
+def test_variants_keep_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What a configuration does not say is the table's, also in the blocks that tuning opens."""
+    seen: list[tuple[bool, dict[str, int]]] = []
+
+    def tune_job(job: tune.Job, dtype: torch.dtype) -> tune.Tuned:
+        for candidate in job.candidates(dtype):
+            with tune._configured(candidate):
+                seen.append((tables._use_tables.value, tables.apply_overrides({"TURNED": 1, "SPLIT": 2})))
+        return tune.Tuned(job, 1.0, 1.0, 1.0, {}, [], [])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "tune_job", tune_job)
+    monkeypatch.setattr("sys.argv", ["variant", "--layer", "conv2", "--pass", "wgrad", "TURNED=0"])
+    with pytest.raises(SystemExit, match="0"):
+        variant.main()
+    assert seen == [(True, {"TURNED": 1, "SPLIT": 2}), (True, {"TURNED": 0, "SPLIT": 2})]
+    assert "{'TURNED': 0}: 1000.0 us" in capsys.readouterr().out
+    with tables.untuned():
+        assert not tables._use_tables.value
 
 
 def _main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -77,6 +78,38 @@ def test_of_other_modules_jitted_functions_count() -> None:
     assert changed(code(), code(edit_primitives=lambda t: t.replace("a * b", "b * a")), names) == ["_a_kernel"]
     assert changed(code(), code(edit_primitives=lambda t: t.replace("x / 2", "x / 3")), names) == []  # not the one of a.py
     assert changed(code(), code(edit_primitives=lambda t: t.replace("return a\n", "return b\n")), names) == []
+
+
+def test_of_other_modules_of_rules_every_function_counts() -> None:
+    def rules(returned: int) -> Code:
+        user = "from ..rules import two as pair\n\ndef a_config(n):\n    return pair(n)\n"
+        other = f"def two(n):\n    return _three(n)\n\ndef _three(n):\n    return {returned}\n"
+        return Code(
+            {"kernels/b/stem_rules.py": user, "kernels/rules.py": other, "kernels/two.py": "def two(n):\n    return 1\n"}
+        )
+
+    assert changed(rules(3), rules(4), ["a_config"]) == ["a_config"]
+    assert changed(rules(3), rules(3), ["a_config"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "operations"),
+    [
+        ("two_blocks", {"conv2d_stem_fprop", "conv2d_stem_pool_fprop", "conv2d_stem_wgrad"}),
+        ("strips_of", {"conv2d_stem_pool_fprop", "conv2d_rows_pool_fprop"}),
+        ("conv2d_key", {"conv2d_stem_fprop", "conv2d_stem_wgrad", "conv2d_fprop"}),
+        ("_row_cycles", {"conv2d_fprop"}),
+    ],
+)
+def test_a_rule_that_others_share_makes_their_entries_stale(name: str, operations: set[str]) -> None:
+    path = "kernels/convolution/rules.py"
+    sources = {str(p.relative_to(stale.ROOT)): p.read_text() for p in (stale.ROOT / "kernels").rglob("*.py")}
+    edited = re.sub(rf"^(def {name}\(.*?\) -> .*?:\n)", r"\1    pass\n", sources[path], count=1, flags=re.DOTALL | re.MULTILINE)
+    assert edited != sources[path]
+    before, after = Code(sources), Code(sources | {path: edited})
+    marked = {operation for operation, (rules, _) in stale.OPERATIONS.items() if changed(before, after, rules)}
+    assert operations <= marked
+    assert not {"linear_fprop", "linear_narrow_fprop"} & marked
 
 
 def test_a_kernel_that_moves_is_the_same_and_a_new_one_has_changed() -> None:

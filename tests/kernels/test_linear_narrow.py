@@ -199,6 +199,8 @@ def test_what_is_too_large_goes_to_the_matrix_products(launches: list[str]) -> N
         assert _narrow(pass_, 513, 32, 100) == _narrow(pass_, 512, 33, 100) == _narrow(pass_, 5, 0, 7) == 0
     assert _narrow("narrow_fprop", 1, 10, 10000) == 1
     assert _narrow("narrow_fprop", 1, 10, 20000) == _narrow("narrow_fprop", 1, 10, 10000, torch.float32) == 0
+    assert _narrow("narrow_fprop", 1, 10, 2978) == 1  # 11 rows of half types that cp.async does not bring: 64 KiB
+    assert _narrow("narrow_fprop", 1, 10, 2990) == 0
     assert _narrow("narrow_backward", 1, 10, 10**6) == 1
     check(kernels.linear, F.linear, _tensors((513, 7, 10), torch.float32), names="input weight bias")
     assert not {FORWARD, BACKWARD} & set(launches)
@@ -218,9 +220,21 @@ def test_a_table_decides_but_not_beyond_what_the_kernels_can_do() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 def test_candidates_are_what_a_table_may_say(dtype: torch.dtype) -> None:
-    for (m, n, k), pass_ in itertools.product(
-        ((128, 10, 4096), (1, 10, 4096), (100, 32, 84)), ("narrow_fprop", "narrow_backward")
-    ):
+    shapes = ((128, 10, 4096), (1, 10, 4096), (100, 32, 84), (1, 1, 4096), (128, 10, 40), (500, 32, 1), (1, 1, 1))
+    for (m, n, k), pass_ in itertools.product(shapes, ("narrow_fprop", "narrow_backward")):
         found = linear_narrow_candidates(pass_, m, n, k, dtype.itemsize)
-        assert found or (m, k) != (128, 4096)
+        assert found
         tables.check_table({"configs": {str(i): candidate for i, candidate in enumerate(found)}})
+
+
+def test_rows_at_once_of_a_half_type() -> None:
+    """What fits the registers: fewer where K's alignment is unknown, of many outputs, with int64 offsets."""
+
+    def rows(n: int, k: int, wide: bool = False) -> int:
+        config = linear_narrow_config(torch.device("cpu"), "narrow_backward", 128, n, k, torch.float16, "ieee", wide=wide)
+        return config["BLOCK_M"]
+
+    with pretend_gpu(90, interpreted=False), tables.untuned():
+        assert rows(10, 4096) == 128
+        assert rows(10, 84) == rows(17, 4096) == rows(10, 4096, wide=True) == 64
+        assert rows(17, 4096, wide=True) == rows(10, 84, wide=True) == 32

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from alexnet_triton import candidates
 from kernels.configs import tables
 from kernels.convolution import rules, taps_rules
 from kernels.convolution.select import _SUMS_OF_8
@@ -130,6 +131,8 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     with tables.untuned():
         assert chosen(128, *conv2)
         assert chosen(1024, *conv2)
+        for n in (47, 48):  # of fewer neither the rule nor tuning takes any
+            assert chosen(n, 5, 5, 96, 128, 3, 3) == bool(list(candidates.taps(n, 96, 128, 3, 2))) == (n == 48)
         assert chosen(128, 26, 26, 48, 128, 5, 5)
         for sizes in ((16, *conv2), (130, *conv2), (128, 12, 12, 256, 384, 3, 3), (128, 26, 26, 96, 256, 1, 1)):
             assert not chosen(*sizes), sizes

@@ -69,6 +69,7 @@ SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
         lambda: tables.apply_overrides({"A": 0, "B": 0}),
     ),
     "untuned": (tables.untuned, tables.untuned, lambda: tables._use_tables.value),
+    "keep_tables": (tables.keep_tables, tables.keep_tables, lambda: tables._tables_kept.value),
     "record_launches": (lambda: launch.record_launches(_ignore), lambda: launch.record_launches(_ignore), launch.is_recording),
 }
 
