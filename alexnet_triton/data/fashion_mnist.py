@@ -117,8 +117,8 @@ def check_folder(folder: Path) -> None:
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not holds_idx(folder):
         raise DataError(
-            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val, valid, validation); "
-            "of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
+            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val, valid, "
+            "validation); of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
         )
 
 

@@ -59,9 +59,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _LEFT_BEHIND
 
 
-def walk(
-    folder: Path, on_unreadable: Callable[[DataError], object] | None = None
-) -> list[tuple[Path, list[str], list[str]]]:
+def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[tuple[Path, list[str], list[str]]]:
     """:func:`os.walk`, sorted by folder: each with the names of its folders and files, without those that :func:`is_hidden`.
 
     Links to folders are named, not followed. A folder that cannot be read is left out if ``on_unreadable`` takes the error.
@@ -83,9 +81,7 @@ def walk(
     return [(Path(parent), folders, files) for parent, folders, files in sorted(found)]
 
 
-def find_images(
-    folder: Path, on_unreadable: Callable[[DataError], object] | None = None
-) -> tuple[list[Path], list[Path]]:
+def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> tuple[list[Path], list[Path]]:
     """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
 
     An image is what has the suffix of a format that :func:`read_image` reads. Hidden files and folders are neither.
