@@ -20,7 +20,7 @@ from .compare import compare_command
 from .evaluate import evaluate_command
 from .explain import explain_command
 from .export import export_command
-from .options import fail, show_tracebacks
+from .options import PANELS, fail, show_tracebacks
 from .predict import predict_command
 from .summary import summary_command
 from .train import train_command
@@ -31,8 +31,8 @@ class _Command(TyperCommand):
     """A command whose help has a part for each ``rich_help_panel`` of its options, in plain text: a pipe has no boxes."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options of each panel in the order of the first of each, then those without one."""
-        parts: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        """Write the arguments, then the options of each panel of PANELS, of others, then those without one."""
+        parts: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *PANELS)}
         others: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -44,7 +44,8 @@ class _Command(TyperCommand):
                 parts.setdefault(panel, []).append(record)
             else:
                 others.append(record)
-        for name, records in (*parts.items(), ("Other options" if len(parts) > 1 else "Options", others)):
+        in_panels = any(records for name, records in parts.items() if name != "Arguments")
+        for name, records in (*parts.items(), ("Other options" if in_panels else "Options", others)):
             if records:
                 with formatter.section(name):
                     formatter.write_dl(records)

@@ -7,7 +7,7 @@ import dataclasses
 import kernels
 
 from ..data.dataset import DataError
-from ..data.image_folder import load_test
+from ..data.image_folder import lacks_test, load_test
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import CheckpointError, from_file, training_state
 from ..training.evaluation import evaluate
@@ -28,7 +28,7 @@ from .options import (
     runs_on,
     usable_device,
 )
-from .run import plain_path
+from .run import RunOptions
 
 
 def evaluate_command(
@@ -36,20 +36,29 @@ def evaluate_command(
     backend: BackendOption = BackendChoice.auto,
     data: DataOption = None,
     validation: ValidationOption = None,
-    skip_damaged: SkipDamagedOption = False,
+    skip_damaged: SkipDamagedOption = None,
     batch_size: BatchOption = 128,
     limit: LimitOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Print accuracy and loss on the test images."""
+    """Print accuracy and loss on the test images.
+
+    They are those that the run was tested with, unless --data says otherwise.
+    """
     where = usable_device(device)
     try:
         net, kept = load_run(run, where)
         model = kept.model
-        recipe = None if kept.training is None else from_file(Recipe, training_state(kept)["recipe"], kept.path)
-        if validation is None and recipe is not None and data is not None and recipe.data == plain_path(data, "--data"):
-            validation = recipe.validation  # the images that it was tested with
+        seed = 0
+        if kept.training is not None:
+            state = training_state(kept)
+            recipe = from_file(Recipe, state["recipe"], kept.path)
+            data, seed = recipe.data if data is None else data, recipe.seed
+            if validation is None and lacks_test(data):
+                validation = recipe.validation
+            if skip_damaged is None:
+                skip_damaged = from_file(RunOptions, state.get("options", {}), kept.path).skip_damaged
         test = load_test(
             data,
             classes=kept.classes,
@@ -59,8 +68,8 @@ def evaluate_command(
             workers=workers,
             device=where,
             validation=validation,
-            seed=0 if recipe is None else recipe.seed,
-            skip_damaged=skip_damaged,
+            seed=seed,
+            skip_damaged=bool(skip_damaged),
             on_note=lambda line: console.print(line, markup=False),
         )
         test = dataclasses.replace(test, normalization=kept.normalization)

@@ -151,7 +151,7 @@ def _shown_learning_rates() -> str:
 
 
 #: The panels of the help, in their order there.
-DATA, RECIPE, AUGMENTATION, HARDWARE, OUTPUT = "Data", "Recipe", "Augmentation", "Hardware", "Output"
+PANELS = DATA, RECIPE, AUGMENTATION, HARDWARE, OUTPUT = "Data", "Recipe", "Augmentation", "Hardware", "Output"
 
 DataOption = Annotated[
     str | None,
@@ -173,7 +173,7 @@ ValidationOption = Annotated[
     ),
 ]
 SkipDamagedOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--skip-damaged/--no-skip-damaged",
         help="Leave out the images of a folder that cannot be read, and list them; otherwise the first one is an error.",

@@ -12,7 +12,7 @@ import typer
 import kernels
 
 from ..data.dataset import DataError
-from ..data.image_files import read_images
+from ..data.image_files import find_images, read_images
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import CheckpointError
 from ..training.evaluation import classify
@@ -20,41 +20,20 @@ from .network import RunArgument, load_run
 from .options import BackendChoice, BackendOption, BatchOption, DeviceOption, console, fail, usable_device
 
 
-def image_suffixes() -> frozenset[str]:
-    """Ends of the names of the image files that Pillow reads by itself, in lower case: ``.png``, ``.jpg``, ..."""
-    from PIL import Image
-
-    return frozenset(
-        suffix.lower() for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name != "EPS"
-    )
-
-
-def list_images(folder: Path) -> tuple[list[Path], list[DataError]]:
-    """The image files in ``folder`` and the folders in it, sorted, and of each folder that cannot be read an error.
-
-    Files and folders whose names begin with a dot are left out, and what links to folders lead to.
-    """
-    suffixes = image_suffixes()
-    found: list[Path] = []
-    unreadable: list[OSError] = []
-    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [file for file in files if file.suffix.lower() in suffixes]
-    errors = [DataError(f"{error.filename}: cannot be read: {error.strerror}") for error in unreadable]
-    if not found and not errors:
-        errors.append(DataError(f"{folder}: no image files in it"))
-    return sorted(found), errors
-
-
-def _files(paths: list[Path]) -> tuple[list[Path], list[DataError]]:
-    """``paths`` with the images of a folder in place of it."""
+def image_files(paths: list[Path]) -> tuple[list[Path], list[DataError]]:
+    """``paths`` with the images of a folder in place of it, and of each folder that cannot be read or has none an error."""
     files: list[Path] = []
     errors: list[DataError] = []
     for path in paths:
-        found, failed = list_images(path) if os.path.isdir(path) else ([path], [])
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        unreadable: list[DataError] = []
+        found, _ = find_images(path, unreadable.append)
         files += found
-        errors += failed
+        errors += unreadable
+        if not found and not unreadable:
+            errors.append(DataError(f"{path}: no image files in it"))
     return files, errors
 
 
@@ -87,7 +66,7 @@ def predict_command(
     found: dict[str, dict[str, float]] = {}
     try:
         net, kept = load_run(run, where)
-        files, errors = _files(images)
+        files, errors = image_files(images)
         with kernels.use_backend(backend.value):
             # Batch by batch, so that thousands of photographs are never in memory at once.
             for begin in range(0, len(files), batch_size):

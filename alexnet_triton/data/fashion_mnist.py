@@ -107,19 +107,28 @@ def _read_split(folder: Path, split: str) -> Split:
     return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
 
 
+def check_folder(folder: Path) -> None:
+    """That ``folder`` is there and has any of Fashion-MNIST's files.
+
+    Raises:
+        DataError: it is not, or has none.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    if not holds_idx(folder):
+        raise DataError(
+            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val, valid, "
+            "validation); of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
+        )
+
+
 def read_folder(folder: Path) -> Dataset:
     """Both splits from a folder of the four IDX files, gzipped or not.
 
     Raises:
         DataError: a file is missing or broken.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-    if not holds_idx(folder):
-        raise DataError(
-            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val); "
-            "of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
-        )
+    check_folder(folder)
     return Dataset(_read_split(folder, "train"), _read_split(folder, "test"), folder, CLASSES, "Fashion-MNIST")
 
 

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,17 +59,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _LEFT_BEHIND
 
 
-def walk(folder: Path) -> list[tuple[Path, list[str], list[str]]]:
+def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[tuple[Path, list[str], list[str]]]:
     """:func:`os.walk`, sorted by folder: each with the names of its folders and files, without those that :func:`is_hidden`.
 
-    Links to folders are named, not followed.
+    Links to folders are named, not followed. A folder that cannot be read is left out if ``on_unreadable`` takes the error.
 
     Raises:
         DataError: a folder that cannot be read.
     """
 
     def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        said = DataError(f"{error.filename}: cannot be read: {error.strerror}")
+        if on_unreadable is None:
+            raise said from error
+        on_unreadable(said)
 
     found = []
     for parent, folders, files in os.walk(folder, onerror=unreadable):
@@ -77,15 +81,15 @@ def walk(folder: Path) -> list[tuple[Path, list[str], list[str]]]:
     return [(Path(parent), folders, files) for parent, folders, files in sorted(found)]
 
 
-def find_images(folder: Path) -> tuple[list[Path], list[Path]]:
+def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> tuple[list[Path], list[Path]]:
     """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
 
     An image is what has the suffix of a format that :func:`read_image` reads. Hidden files and folders are neither.
 
     Raises:
-        DataError: a folder that cannot be read, or that is none.
+        DataError: a folder that cannot be read, unless ``on_unreadable`` takes it as in :func:`walk`, or that is none.
     """
-    paths = [parent / name for parent, _, files in walk(folder) for name in files]
+    paths = [parent / name for parent, _, files in walk(folder, on_unreadable) for name in files]
     others = [path for path in paths if path.suffix.lower() not in _suffixes()]
     return [path for path in paths if path.suffix.lower() in _suffixes()], others
 

@@ -1,4 +1,4 @@
-"""Own images, in torchvision's ``ImageFolder`` layout: a folder for each class, within ``train`` and ``test`` (or ``val``).
+"""Own images, in torchvision's ``ImageFolder`` layout: a folder for each class, within ``train`` and one of :data:`TESTS`.
 
 The files are decoded once, by several processes, to squares of uint8 that go through pinned memory to the device and stay
 there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST. A set must therefore fit the device's memory:
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dataset import DataError, Dataset, Split, expand
-from .fashion_mnist import CLASSES, holds_idx, load_fashion_mnist
+from .fashion_mnist import CLASSES, check_folder, holds_idx, load_fashion_mnist
 from .image_files import find_images, is_hidden, walk
 from .image_workers import decode, default_workers
 
@@ -47,6 +47,23 @@ def is_image_folder(data: str | Path | None, validation: float | None = None) ->
 def default_channels(data: str | Path | None, validation: float | None = None) -> int:
     """Of the images of ``data``, where nobody says how many: 1 for Fashion-MNIST, 3 for a folder of images."""
     return 3 if is_image_folder(data, validation) else 1
+
+
+def lacks_test(data: str | Path | None) -> bool:
+    """Whether ``data`` is there and can be a folder of images of which none are for the test: ``validation`` divides it."""
+    return data is not None and is_image_folder(data, 0.5) and _test_folder(expand(data)) is None
+
+
+def _check_fashion_mnist(data: str | Path | None, validation: float | None) -> None:
+    """That ``data``, no folder of images, is there and holds Fashion-MNIST, which ``validation`` does not divide.
+
+    Raises:
+        DataError: it does not, or there is a ``validation``.
+    """
+    if data is not None and str(data) != "sample":
+        check_folder(expand(data))
+    if validation is not None:
+        raise DataError(f"{data or 'data'}: Fashion-MNIST has test images of its own: leave out --validation")
 
 
 def _some(names: Sequence[object], separator: str = ", ") -> str:
@@ -222,6 +239,24 @@ def _list_training(data: Path, folder: Path, classes: Sequence[str] | None, note
     return listing
 
 
+def _holds_classes(train: Path) -> bool:
+    """Whether ``train`` is the folder of the training images, not that of a class of this name or none.
+
+    Raises:
+        DataError: it holds images as a class does, and folders too.
+    """
+    if not train.is_dir():
+        return False
+    _, folders, _ = walk(train)[0]
+    images = [path for path in find_images(train)[0] if path.parent == train]
+    if folders and images:
+        raise DataError(
+            f"{train}: holds folders, as training images do, and images, such as {images[0].name}, as a class does: move these "
+            f"away, or, if {train.name} is a class, give its folder another name"
+        )
+    return not images
+
+
 def _list_halves(
     folder: Path, classes: Sequence[str] | None, validation: float, seed: int, note: Note
 ) -> tuple[_Listing, _Listing]:
@@ -229,8 +264,11 @@ def _list_halves(
     if not 0 < validation < 1:
         raise DataError(f"validation must be between 0 and 1, got {validation}")
     if (test := _test_folder(folder)) is not None:
-        raise DataError(f"{test}: the test images are there already: leave out --validation")
-    whole = folder / TRAIN if (folder / TRAIN).is_dir() else folder
+        raise DataError(
+            f"{test}: the test images are there already: leave out --validation; if {test.name} is a class, give its folder "
+            "another name"
+        )
+    whole = folder / TRAIN if _holds_classes(folder / TRAIN) else folder
     return _list_training(folder, whole, classes, note).halves(validation, seed)
 
 
@@ -278,11 +316,10 @@ def load_data(
             holds, a process that dies while it decodes.
     """
     if not is_image_folder(data, validation):
+        _check_fashion_mnist(data, validation)
         if channels != 1:
             raise DataError(f"Fashion-MNIST's images have one channel, not {channels}")
         found = load_fashion_mnist(data)
-        if validation is not None:
-            raise DataError(f"{found.source}: Fashion-MNIST has test images of its own: leave out --validation")
         return Dataset(found.train.limited(limit), found.test.limited(limit), found.source, found.classes, found.name)
     folder = expand(str(data))
     # All is listed before anything is decoded, which can take minutes.
@@ -324,6 +361,7 @@ def load_test(
         else:
             _, listing = _list_halves(folder, classes, validation, seed, on_note)
         return _Reader(size, channels, limit, workers, device, skip_damaged, on_note).read(listing)
+    _check_fashion_mnist(data, validation)
     if tuple(classes) != CLASSES:
         raise DataError(
             f"the network tells {_some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"

@@ -49,11 +49,18 @@ def test_a_part_is_held_out_and_is_the_same_in_a_resumed_run_and_an_evaluation(c
     checksums = [read_checkpoint(classes / name / "best.pt").training for name in ("run", "other")]
     assert len({kept["configuration"]["data checksum"] for kept in checksums if kept is not None}) == 2
     last = read_checkpoint(classes / "run" / "checkpoint.pt")
-    for said_too in ((), ("--validation", "0.25")):
-        result = run_here("evaluate", "run/checkpoint.pt", *ON_PYTORCH, *said_too, cwd=classes)
+    shutil.copytree(classes / "images", classes / "copy")
+    for said_too in ((), ("--data", "copy"), ("--data", "images", "--validation", "0.25")):
+        result = run_here("evaluate", "run/checkpoint.pt", *ON_PYTORCH[2:], *said_too, cwd=classes)
         assert result.returncode == 0, result.stderr
         assert " 6 test images" in result.stdout
         assert f"test loss {last.metrics[-1]['test_loss']:.4f}" in result.stdout
+    refused = run_here("evaluate", "run", "--data", "sample", "--validation", "0.25", cwd=classes)
+    assert "sample: Fashion-MNIST has test images of its own: leave out --validation" in refused.stderr
+    shutil.rmtree(classes / "images")
+    for command in (("evaluate", "run"), ("train", "--resume", "run", "--epochs", "3")):
+        result = run_here(*command, cwd=classes)
+        assert (result.returncode, f"{classes / 'images'}: no such folder" in result.stderr) == (1, True), result.stderr
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
@@ -85,8 +92,8 @@ def test_damaged_images_are_left_out_listed_and_left_out_again(tmp_path: Path) -
     assert all(line.split(": ", 1)[1] for line in lines)
     resumed = run_here("train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert run_here("evaluate", "run", *ON_PYTORCH, cwd=tmp_path).returncode == 1
-    result = run_here("evaluate", "run", *ON_PYTORCH, "--skip-damaged", cwd=tmp_path)
+    assert run_here("evaluate", "run", *ON_PYTORCH, "--no-skip-damaged", cwd=tmp_path).returncode == 1
+    result = run_here("evaluate", "run", *ON_PYTORCH[2:], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert " 8 test images" in result.stdout
 

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import kernels
-from alexnet_triton.cli.predict import list_images
+from alexnet_triton.cli.predict import image_files
 from alexnet_triton.data.dataset import DataError
 from alexnet_triton.data.fashion_mnist import CLASSES, load_fashion_mnist
 from alexnet_triton.data.image_files import read_image, read_images
@@ -222,9 +222,10 @@ def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
-    """Sorted, with the folders in it; hidden names, other files, PostScript and linked folders are left out."""
-    names = ["a/2.PNG", "a/b/1.png", "b.jfif", "c.gif"]
-    others = [".hidden.png", ".ipynb_checkpoints/a.png", "a/notes.txt", "a.eps", "document.pdf", "png"]
+    """Sorted by folder, then by name; hidden names, other files, PostScript and linked folders are left out."""
+    names = ["b.jfif", "c.gif", "d.mpo", "a/2.PNG", "a/b/1.png"]
+    others = [".hidden.png", ".ipynb_checkpoints/a.png", "a/notes.txt", "a.eps", "document.pdf", "png", "a.mpg", "a.h5"]
+    others.append("__MACOSX/a.png")
     images = tmp_path / "images"
     for name in (*names, *others):
         path = images / name
@@ -234,9 +235,9 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     (images / "damaged.png").write_bytes(b"hello")
     alone = tmp_path / "alone"
     alone.write_bytes(_png())
-    found, errors = list_images(images)
+    found, errors = image_files([images])
     assert errors == []
-    assert found == [images / name for name in ("a/2.PNG", "a/b/1.png", "b.jfif", "c.gif", "damaged.png")]
+    assert found == [images / name for name in ("b.jfif", "c.gif", "d.mpo", "damaged.png", "a/2.PNG", "a/b/1.png")]
     path = str(checkpoint_of(tmp_path))
     result = run_here("predict", path, str(alone), str(images), "--json", "--batch-size", "2", *ON_PYTORCH)
     assert result.returncode == 1
@@ -257,7 +258,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
         (tmp_path / name / "a.png").write_bytes(_png())
     (tmp_path / "secret").chmod(0)
     with permissions_hold():
-        found, errors = list_images(tmp_path)
+        found, errors = image_files([tmp_path])
     (tmp_path / "secret").chmod(0o700)
     assert found == [tmp_path / "good/a.png"]
     assert [str(error) for error in errors] == [f"{tmp_path / 'secret'}: cannot be read: Permission denied"]

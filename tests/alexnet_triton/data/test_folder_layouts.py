@@ -144,6 +144,28 @@ def test_what_cannot_be_divided(tmp_path: Path) -> None:
     assert not is_image_folder(idx, 0.2)
 
 
+def test_a_class_has_the_name_of_a_split(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", {"sky": 4, "brick": 4})
+    shutil.copytree(tmp_path / "a" / "sky", tmp_path / "a" / "train")
+    found, _ = load(tmp_path / "a", validation=0.25)
+    assert (found.classes, len(found.train), len(found.test)) == (("brick", "sky", "train"), 9, 3)
+    shutil.copytree(tmp_path / "a" / "sky", tmp_path / "a" / "train" / "sky")
+    with pytest.raises(DataError, match=r"a/train: holds folders, .* if train is a class, give its folder another name"):
+        load(tmp_path / "a", validation=0.25)
+    (tmp_path / "a" / "train").rename(tmp_path / "a" / "valid")
+    with pytest.raises(DataError, match=r"a/valid: .* if valid is a class, give its folder another name"):
+        load(tmp_path / "a", validation=0.25)
+
+
+def test_a_folder_that_is_missing_or_has_no_test_is_the_first_thing_said(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", {"sky": 2, "brick": 2})
+    for folder, said in ((tmp_path / "b", "b: no such folder"), (tmp_path / "a", r"a: neither .*--validation 0\.2")):
+        with pytest.raises(DataError, match=said):
+            load_data(folder, size=20, channels=3)
+        with pytest.raises(DataError, match=said):
+            load_test(folder, classes=CLASSES, size=20, channels=3)
+
+
 # ---------------------------------------------------------------------------------------------------------- damaged images
 
 
