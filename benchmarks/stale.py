@@ -96,7 +96,7 @@ def _code(node: Node) -> str:
 
 def _imported(path: str, body: list[ast.stmt]) -> dict[str, tuple[str, str]]:
     """What a module imports from others of its package: name -> path, name there."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
             origin = "/".join((*path.split("/")[: -node.level], *node.module.split("."))) + ".py"
