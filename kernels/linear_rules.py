@@ -350,7 +350,9 @@ def linear_narrow_config(
         # A block is 32 columns, or 16 where those would not be a program a multiprocessor. Rows at once as many as the
         # registers of eight warps hold; an exact float32 product keeps its operands there, and more than 16 outputs leave a
         # half type's fewer, as do rows of K whose alignment Triton does not know, and int64 offsets.
-        half = (128 if n <= 16 and k % 16 == 0 else 64) // (2 if wide else 1)
+        half = 128 if n <= 16 and k % 16 == 0 and not wide else 64
+        if wide and k % 16 and (n > 16 or k > 16 * MULTIPROCESSORS):
+            half = 32
         rows = half if dtype.itemsize == 2 else 32 if input_precision == "ieee" else 64
         config = {"BLOCK_M": tile_size(m, 16, rows), "BLOCK_K": 32 if k > 16 * MULTIPROCESSORS else 16}
         config |= {"num_warps": 8 if m > 32 else 4, "num_stages": 2}

@@ -237,4 +237,4 @@ def test_rows_at_once_of_a_half_type() -> None:
     with pretend_gpu(90, interpreted=False), tables.untuned():
         assert rows(10, 4096) == 128
         assert rows(10, 84) == rows(17, 4096) == rows(10, 4096, wide=True) == 64
-        assert rows(17, 4096, wide=True) == rows(10, 84, wide=True) == 32
+        assert rows(17, 84, wide=True) == rows(10, 2500, wide=True) == 32
