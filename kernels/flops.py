@@ -51,6 +51,11 @@ def _(input, weight, *_, **__) -> int:
     return 2 * input[0] * math.prod(weight)
 
 
+@register_flop_formula(_operators.linear_narrow_backward)
+def _(grad_output, input, weight, output, seed, p, wanted, *_, **__) -> int:
+    return 2 * input[0] * math.prod(weight) * sum(wanted[:2])
+
+
 @register_flop_formula([_operators.linear_dgrad, _operators.linear_wgrad])
 def _(dz, other, *_, **__) -> int:
     return 2 * math.prod(dz) * other[1]

@@ -81,7 +81,7 @@ def trained(dtype: torch.dtype, steps: int = STEPS, precision: str = "ieee") -> 
         optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         for _ in range(steps):
-            images = torch.randn((2, 1, 27, 27), generator=generator).to(DEVICE, dtype)
+            images = torch.randn((2, 1, 31, 31), generator=generator).to(DEVICE, dtype)
             labels = torch.randint(0, 10, (2,), generator=generator).to(DEVICE)
             output = net(images)
             optimizer.zero_grad()

@@ -387,15 +387,15 @@ FAULTS = (
     Fault(
         "a window's last column at the wrong place of the next window",
         "kernels/convolution/row_stem.py",
-        "following += tl.where(column < _NAN_KEY, 2, -2)",
-        "following += tl.where(column < _NAN_KEY, 1, -2)",
+        "window += tl.where(column < _NAN_KEY, 2, -2)",
+        "window += tl.where(column < _NAN_KEY, 1, -2)",
         (f"{_STEM_POOL}::test_values_and_positions_are_those_of_two_kernels",),
     ),
     Fault(
         "the same of a NaN",
         "kernels/convolution/row_stem.py",
-        "following += tl.where(column < _NAN_KEY, 2, -2)",
-        "following += tl.where(column < _NAN_KEY, 2, 2)",
+        "window += tl.where(column < _NAN_KEY, 2, -2)",
+        "window += tl.where(column < _NAN_KEY, 2, 2)",
         (f"{_STEM_POOL}::test_nan_and_infinity",),
     ),
     Fault(

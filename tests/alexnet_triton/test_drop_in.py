@@ -29,7 +29,7 @@ from .test_fused import images, small_layers
 KERNELS_OF_A_FORWARD_PASS = [
     *("_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
     *("_conv2d_fprop_kernel", "_conv2d_fprop_kernel", "_max_pool2d_fprop_kernel"),
-    *["_matmul_kernel"] * 3,
+    *["_linear_narrow_fprop_kernel"] * 3,
 ]
 
 
@@ -377,8 +377,7 @@ def test_frozen_layers_launch_nothing_for_themselves(net: FusedSequential, launc
     launches.clear()
     y.sum().backward()
     assert not [name for name in launches if "conv2d" in name or "pool" in name]
-    # For each linear layer: mask and bias gradient (and its sum), input gradient but for the first, weight gradient.
-    assert launches.count("_matmul_kernel") == 5
+    assert launches == ["_linear_narrow_backward_kernel"] * 3  # all gradients of a layer
     assert all(p.grad is None for p in net[:8].parameters())
     assert all(p.grad is not None for p in net[8:].parameters())
 
@@ -391,7 +390,7 @@ def test_only_the_bias_learns(net: FusedSequential, launches: list[str]) -> None
     y.sum().backward()
     assert "_conv2d_wgrad_kernel" not in launches
     assert launches.count("_conv2d_dgrad_kernel") == 2  # of the two later convolutions
-    assert launches.count("_matmul_kernel") == 3  # input gradients alone
+    assert launches.count("_linear_narrow_backward_kernel") == 3  # input gradients alone
 
 
 def test_nothing_is_saved_without_gradients(net: FusedSequential) -> None:

@@ -344,11 +344,11 @@ def test_form(form: str, use: str) -> None:
 
 
 #: Convolutions, pools, products that each form launches at least.
-LAUNCHES = {name: {"conv2d": 2, "pool": 1, "matmul": 1} for name in FORMS} | {
-    "Lists": {"conv2d": 4, "pool": 1, "matmul": 2},
-    "OwnParameters": {"conv2d": 1, "pool": 1, "matmul": 1},
-    "Residual": {"conv2d": 5, "pool": 0, "matmul": 1},
-    "Subclassed": {"conv2d": 1, "pool": 1, "matmul": 1},
+LAUNCHES = {name: {"conv2d": 2, "pool": 1, "linear": 1} for name in FORMS} | {
+    "Lists": {"conv2d": 4, "pool": 1, "linear": 2},
+    "OwnParameters": {"conv2d": 1, "pool": 1, "linear": 1},
+    "Residual": {"conv2d": 5, "pool": 0, "linear": 1},
+    "Subclassed": {"conv2d": 1, "pool": 1, "linear": 1},
 }
 
 

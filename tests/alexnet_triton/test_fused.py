@@ -85,7 +85,7 @@ def test_runs(pair: tuple[nn.Sequential, FusedSequential], launches: list[str]) 
         "_conv2d_fprop_kernel",
         "_conv2d_fprop_kernel",
         "_max_pool2d_fprop_kernel",
-        *["_matmul_kernel"] * 3,
+        *["_linear_narrow_fprop_kernel"] * 3,
     ]
 
 

@@ -60,9 +60,11 @@ def test_records_have_every_field(step: tuple[dict, str]) -> None:
 
 def test_every_layer_and_pass_is_there(step: tuple[dict, str]) -> None:
     """The input image asks for no gradient, so conv1 has no dgrad."""
-    passes = {(r["layer"], r["pass"]) for r in step[0]["records"] if r["has_dot"]}
+    passes = {(r["layer"], r["pass"]) for r in step[0]["records"] if r["useful_flops"]}
     layers = [name for name in LAYERS if name != "flatten"]
-    assert passes == {(layer, which) for layer in layers for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
+    expected = {(layer, which) for layer in layers for which in ("fprop", "dgrad", "wgrad")} | {("fc3", "backward")}
+    # Of few outputs all gradients are one kernel's.
+    assert passes == expected - {("conv1", "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
     pools = sorted(r["layer"] for r in step[0]["records"] if r["pass"] == "pool")
     assert pools == sorted(["conv2", "conv5"] * 2)  # conv1's is in its kernels
     assert {r["layer"] for r in step[0]["records"]} == {*layers, "loss", "optimizer"}  # flattening is a view

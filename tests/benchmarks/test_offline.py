@@ -85,6 +85,7 @@ def test_a_kernel_waits_for_the_one_before_it(launches: list[dict]) -> None:
     assert {r["waits_first"] for r in launches} == {launches[0]["arch"] != "sm_80"}
 
 
+LINEAR = {"_matmul_kernel", "_linear_narrow_backward_kernel"}
 GENERAL = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
 TENSOR_CORE_OPS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
@@ -95,8 +96,8 @@ def test_products_run_on_tensor_cores(half: bool, launches: list[dict]) -> None:
     arch = launches[0]["arch"]
     products = [r for r in launches if r["has_dot"] and (r["dtype"] != "float32") == half]
     described = BOTHS_PRODUCTS | (HALFS_PRODUCTS if half else TF32_PRODUCTS)
-    assert {r["kernel"] for r in products} == GENERAL | {"_matmul_kernel"} | (described if arch != "sm_80" else set())
-    convolutions = [r for r in products if half or r["kernel"] != "_matmul_kernel"]
+    assert {r["kernel"] for r in products} == GENERAL | LINEAR | (described if arch != "sm_80" else set())
+    convolutions = [r for r in products if half or r["kernel"] not in LINEAR]
     assert [r for r in convolutions if not r["tensor_core_ops"]] == []
     # Of operands in shared memory; what the general kernels gather in float32 goes through registers.
     warp_group = [r for r in products if half or r["kernel"] in described]
