@@ -99,8 +99,8 @@ def test_products_run_on_tensor_cores(half: bool, launches: list[dict]) -> None:
     assert {r["kernel"] for r in products} == GENERAL | LINEAR | (described if arch != "sm_80" else set())
     convolutions = [r for r in products if half or r["kernel"] not in LINEAR]
     assert [r for r in convolutions if not r["tensor_core_ops"]] == []
-    # Of operands in shared memory; what the general kernels gather in float32 goes through registers.
-    warp_group = [r for r in products if half or r["kernel"] in described]
+    # Of operands in shared memory; what the general kernels gather in float32 goes through registers, and so do few outputs.
+    warp_group = [r for r in products if (half or r["kernel"] in described) and r["kernel"] != "_linear_narrow_backward_kernel"]
     assert [r for r in warp_group if not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
