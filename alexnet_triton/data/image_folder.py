@@ -193,9 +193,11 @@ class _Reader:
             for pixels, readable, errors in batches:
                 if errors and not self.skip_damaged:
                     raise errors[0]
-                done = len(good) + len(skipped)
-                others = [path for path in listing.paths[done : done + len(readable) + len(errors)] if path not in readable]
-                skipped += [(path, str(e).removeprefix(f"{path}: ")) for path, e in zip(others, errors, strict=True)]
+                if errors:
+                    done = len(good) + len(skipped)
+                    batch, kept = listing.paths[done : done + len(readable) + len(errors)], set(readable)
+                    damaged = [path for path in batch if path not in kept]
+                    skipped += [(path, str(e).removeprefix(f"{path}: ")) for path, e in zip(damaged, errors, strict=True)]
                 if readable:
                     pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
                     images[len(good) : len(good) + len(readable)].copy_(pixels, non_blocking=True)

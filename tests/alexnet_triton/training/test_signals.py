@@ -177,19 +177,15 @@ def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
     assert process.communicate() == ("", "")
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal comes in the middle of the second step; with a graph, in its replay (here the step stands for it)."""
-    case = CASES["bfloat16-all"]
-    run(case, tmp_path / "whole")
+def signal_in_the_second_step(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, graph: bool) -> list[torch.Tensor]:
+    """Let this process get ``number`` in the middle of it; with ``graph`` steps stand for replays. What steps are given."""
     step, prepare = Trainer.step, Trainer.__init__
-    steps = 0
+    steps: list[torch.Tensor] = []
 
     def signalling(trainer: Trainer, index: torch.Tensor) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        steps.append(index)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
         step(trainer, index)
 
     def with_replay(trainer: Trainer, *arguments: object, **options: object) -> None:
@@ -199,9 +195,18 @@ def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, m
     monkeypatch.setattr(Trainer, "step", signalling)
     if graph:
         monkeypatch.setattr(Trainer, "__init__", with_replay)
+    return steps
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes in the middle of the second step; with a graph, in its replay (here the step stands for it)."""
+    case = CASES["bfloat16-all"]
+    run(case, tmp_path / "whole")
+    steps = signal_in_the_second_step(monkeypatch, signal.SIGTERM, graph)
     with StopSignals() as stops, pytest.raises(Stopped, match=r"^in epoch 1 after step 2 of 3$"):
         run(case, tmp_path / "parts", stop=stops)
-    assert steps == 2
+    assert len(steps) == 2
     resume(case, tmp_path / "parts")
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -231,19 +236,7 @@ def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Pa
     """SIGUSR1 in the second step: what it saves is resumed to the same bits, and so are the run's that went on."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
-    step, prepare = Trainer.step, Trainer.__init__
-    steps = 0
-
-    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        step(trainer, index)
-
-    def with_replay(trainer: Trainer, *arguments: object, **options: object) -> None:
-        prepare(trainer, *arguments, **options)  # type: ignore[arg-type]
-        trainer.replay = lambda: trainer.step(trainer.index)
+    signal_in_the_second_step(monkeypatch, signal.SIGUSR1, graph)
 
     class Saves(Listener):
         lines: ClassVar[list[str]] = []
@@ -256,9 +249,6 @@ def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Pa
             (tmp_path / "saved").mkdir()
             shutil.copy(tmp_path / "parts" / "checkpoint.pt", tmp_path / "saved")
 
-    monkeypatch.setattr(Trainer, "step", signalling)
-    if graph:
-        monkeypatch.setattr(Trainer, "__init__", with_replay)
     with StopSignals() as stops:
         run(case, tmp_path / "parts", listener=Saves())
     assert Saves.lines == [f"saved in epoch 1 after step 2 of 3: {tmp_path / 'parts' / 'checkpoint.pt'}"]
