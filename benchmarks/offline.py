@@ -120,6 +120,7 @@ class CompiledLaunch:
     has_dot: bool
     waits_first: bool  # for the kernel before, ahead of every access to memory; False without programmatic dependent launch
     int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
+    linear_reductions: int  # of tensors in a layout of any bases: Triton before 3.7 adds up wrong elements of some
 
 
 #: A copy of 4 to 16 bytes from memory to shared memory, which a thread does not wait for.
@@ -133,6 +134,8 @@ _MEMORY_ACCESS = re.compile(r"\b(?:ld\.global|st\.global|atom|red|cp\.async|cp\.
 _FLOAT_ATOMIC = re.compile(
     r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b|\b(?:(?:global|flat|buffer)_atomic|ds)_(?:pk_)?add_(?:rtn_)?b?f\d+"
 )
+#: Which tensors a reduction adds up: their types end the operation, after its body.
+_REDUCED = re.compile(r'"tt\.reduce"\(.*?^\s*\}\) : \(([^)]*)\)', re.DOTALL | re.MULTILINE)
 _OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
 
 
@@ -232,6 +235,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]
         fused_products=len(_FUSED_PRODUCT.findall(assembly)),
         has_dot="tt.dot" in compiled.asm["ttir"],
         int32_program_products=int32_program_products(compiled.asm["ttir"]),
+        linear_reductions=sum("#linear" in types for types in _REDUCED.findall(compiled.asm["ttgir"])),
     )
 
 

@@ -155,6 +155,15 @@ def turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
     return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
 
 
+@triton.jit
+def sum_of_images(block, COUNT: tl.constexpr):
+    """The sums over such a block's images, [COUNT].
+
+    Not of the turned block: its layout is one of any bases, and Triton 3.6 adds up wrong elements of some of those.
+    """
+    return tl.sum(tl.sum(block, axis=3), axis=0).reshape(COUNT)
+
+
 # ------------------------------------------------------------------------------------------------- launch functions
 
 

@@ -20,7 +20,7 @@ from ..pooling.autograd import no_gradient
 from ..primitives import cast, compensated_add, dot, only_if, program_id
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums
-from .by_batch import images_5d, others_5d, turned
+from .by_batch import images_5d, others_5d, sum_of_images, turned
 from .problem import Problem
 from .rules import conv2d_rows_wgrad_config
 from .stem import fold, unfold
@@ -192,10 +192,10 @@ def _conv2d_rows_wgrad_kernel(
         if f0 == 0:
             p_sums = sums_ptr + pid_split * K
             o_sum = k0 + tl.arange(0, BLOCK_N)
-            tl.store(p_sums + o_sum, tl.sum(turned(b_sum, BLOCK_K, BLOCK_N), axis=1), mask=o_sum < K)
+            tl.store(p_sums + o_sum, sum_of_images(b_sum, BLOCK_N), mask=o_sum < K)
             if BLOCK_N2 > 0:
                 o_sum2 = k0 + BLOCK_N + tl.arange(0, BLOCK_N2)
-                tl.store(p_sums + o_sum2, tl.sum(turned(b_sum2, BLOCK_K, BLOCK_N2), axis=1), mask=o_sum2 < K)
+                tl.store(p_sums + o_sum2, sum_of_images(b_sum2, BLOCK_N2), mask=o_sum2 < K)
 
 
 # ------------------------------------------------------------------------------------------------- launch function

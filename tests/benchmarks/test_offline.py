@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import triton
+import triton.language as tl
 
 import kernels
 from benchmarks.offline import SHARED_BYTES
+from kernels.convolution.by_batch import images_5d, others_5d, turned
 from kernels.convolution.descriptor import ptxas_version
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +167,11 @@ def test_no_float_atomics(launches: list[dict]) -> None:
     assert [r for r in launches if r["float_atomics"]] == []
 
 
+def test_no_reduction_of_a_layout_of_any_bases(launches: list[dict]) -> None:
+    """Triton 3.6 adds up wrong elements of some such tensors (its pull request 9219), which no interpreter shows."""
+    assert [r for r in launches if r["linear_reductions"]] == []
+
+
 def test_images_and_cells_are_computed_without_fused_products(launches: list[dict]) -> None:
     """Which product the compiler fuses with a sum depends on the code around it: cells would get other bits than images."""
     records = [r for r in launches if r["kernel"] == "_gather_resize_kernel"]
@@ -179,6 +186,30 @@ def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
     assert {r["kernel"] for r in records} == kernel_names()
     assert [r for r in records if r["int32_program_products"]] == []
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []
+
+
+@triton.jit
+def _reduce_turned_kernel(x_ptr, out_ptr, steps):
+    total = tl.zeros((4, 1, 4, 8, 4), dtype=tl.float32)
+    offsets = images_5d(0, 32) * 16 + others_5d(0, 16)
+    for step in range(steps):
+        total += tl.load(x_ptr + step * 512 + offsets)
+    tl.store(out_ptr + tl.arange(0, 16), tl.sum(turned(total, 32, 16), axis=1))
+
+
+def test_the_check_of_reductions_sees_one() -> None:
+    code = (
+        "import torch\nfrom benchmarks.offline import compile_launch, offline_target\n"
+        "from tests.benchmarks.test_offline import _reduce_turned_kernel as kernel\n"
+        "with offline_target(90):\n"
+        "    arguments = {'x_ptr': torch.empty(512), 'out_ptr': torch.empty(16), 'steps': 3}\n"
+        "    print(compile_launch(kernel, (1,), arguments).linear_reductions)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert printed.stdout == "1\n"
 
 
 def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:

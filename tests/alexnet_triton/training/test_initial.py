@@ -26,6 +26,7 @@ from alexnet_triton.training.recipe import Recipe, Where
 from alexnet_triton.training.signals import Stopped
 from alexnet_triton.training.trainer import Trainer
 
+from ...conftest import DEVICE
 from ..command import run_here
 from ..data.test_image_folder import write_folder
 from .listeners import Asked
@@ -307,11 +308,11 @@ def test_a_step_of_the_kernels_with_frozen_layers(launches: list[str]) -> None:
     trainers = []
     for backend in ("torch", "triton"):
         torch.manual_seed(7)
-        net = small_net()
+        net = small_net().to(DEVICE)
         freeze(net, "features")
         with kernels.use_backend(backend):  # type: ignore[arg-type]
-            trainer = Trainer(net, sample(16, 0).train, small_recipe(freeze="features"), Where(net[0].weight.device))
-            trainer.step(torch.arange(8))
+            trainer = Trainer(net, sample(16, 0).train, small_recipe(freeze="features"), Where(torch.device(DEVICE)))
+            trainer.step(trainer.index[:8])
         trainers.append(trainer)
     assert not [name for name in launches if "wgrad" in name]
     assert "_linear_narrow_backward_kernel" in launches
