@@ -46,27 +46,6 @@ def variant(layer: str, pass_: str, *configurations: str) -> tuple[str, ...]:
 
 
 EXPERIMENTS = (
-    *(
-        Experiment(
-            f"{layer} weight gradient in equal shares",
-            f"{layer}'s weight gradient takes at most {us} us in equal shares (STREAM_K=1), less than in equal parts.",
-            variant(layer, "wgrad", "STREAM_K=0", "STREAM_K=1"),
-            60,
-        )
-        for layer, us in (("conv2", 150), ("conv3", 54), ("conv4", 80), ("conv5", 60))
-    ),
-    Experiment(
-        "conv2 forward over rows of taps",
-        "conv2's forward pass takes 130 to 150 us over rows of taps (TAPS=1), 174 by boxes, the table's.",
-        variant("conv2", "fprop", "TAPS=0", "TAPS=1"),
-        60,
-    ),
-    Experiment(
-        "conv1 weight gradient with its pool's",
-        "conv1's weight gradient with its pool's takes at most 55 us in one kernel, in two (FUSED=0) at least 85.",
-        variant("conv1_pool", "wgrad", "FUSED=0", "FUSED=1,BLOCK_K=32,num_stages=3"),
-        60,
-    ),
     Experiment(
         "no programmatic dependent launch",
         "Without it the graph of the bfloat16 step at batch 128 takes 30 us longer than in the report's steps.",
@@ -76,23 +55,14 @@ EXPERIMENTS = (
     Experiment(
         "fc1 input gradient in equal shares",
         "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice; then the table's tiles.",
-        variant("fc1", "dgrad", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),
+        variant("fc1", "dgrad", "--untuned", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),
         60,
     ),
     Experiment(
         "fc1 weight gradient in equal shares",
         "fc1's weight gradient takes at most 22 us in equal shares of whole tiles, the rule's choice; then the table's tiles.",
-        variant("fc1", "wgrad", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
+        variant("fc1", "wgrad", "--untuned", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
         60,
-    ),
-    *(
-        Experiment(
-            f"fc3 {pass_} in one launch",
-            f"fc3's {pass_} pass takes at most {us} us in one launch, the rule's choice; then as matrix products, {old}.",
-            variant("fc3", f"narrow_{pass_}", "NARROW=0"),
-            60,
-        )
-        for pass_, us, old in (("fprop", 6.5, "9.5 us"), ("backward", 6, "two to three times as long"))
     ),
     Experiment(
         "conv2 input gradient, first operand from registers",

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 TURNED=0 TURNED=1,num_stages=3`` verifies
 and times the pass as ``alexnet-triton tune`` does, but with the tables: as they and the rules have it, then with each
-configuration laid over that. Needs a GPU.
+configuration laid over that (``--untuned``: over what the rules have). Needs a GPU.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--pass", dest="pass_", required=True, choices=["fprop", "dgrad", "wgrad", *tune.NARROW_PASSES])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=list(tune.PRECISIONS))
+    parser.add_argument("--untuned", action="store_true", help="lay them over what the rules have, not the tables")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("variant: there is no CUDA GPU here")
@@ -56,6 +57,8 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(tune.float32_switches(linear_tf32))
             stack.enter_context(tables.keep_tables())
+            if arguments.untuned:
+                stack.enter_context(tables.untuned())
             stack.enter_context(tables.override(**given))
             try:
                 result = tune.tune_job(job, dtype)

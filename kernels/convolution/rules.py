@@ -354,8 +354,8 @@ def _half_step(config: dict[str, int], blocks: Sequence[int]) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> tuple[float, dict[str, int]]:
-    """Estimated microseconds of a weight gradient in equal shares in half precision, and its tiles."""
+def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
+    """Tiles of a weight gradient in equal shares: those of the shortest estimated time in half precision."""
 
     def microseconds(config: dict[str, int]) -> float:
         block_m, programs, blocks = config["BLOCK_M"], config["PROGRAMS"], _blocks(config)
@@ -375,8 +375,7 @@ def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> tu
             config = {"FOLDED": folded, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2}
             config |= {"BLOCK_K": tile_size(n, 16, 64), "PROGRAMS": MULTIPROCESSORS * (8 // warps)}
             candidates.append(config | {"num_warps": warps, "num_stages": 3 if warps == 8 else 4})
-    best = min(candidates, key=microseconds)
-    return microseconds(best), best
+    return min(candidates, key=microseconds)
 
 
 def _blocks(config: dict[str, int]) -> list[int]:
@@ -389,28 +388,18 @@ def conv2d_wgrad_streams(
 ) -> bool:
     """Whether a weight gradient runs in equal shares (:mod:`.stream_k_wgrad`), not in parts of equal size.
 
-    Where nothing was measured, in half precision: if that is estimated to take 5% less time.
+    Only where a table says so: on an H100 at batch 128 equal shares took 5% less time for conv2 and 11 to 22% more for conv3,
+    conv4 and conv5 (``benchmarks/NOTES.md``).
     """
     measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
-    config = {"STREAM_K": measured.get("STREAM_K", 0)}
-    if not measured and not INTERPRETED and dtype != torch.float32:
-        split = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, dtype)
-        blocks = _blocks(split)
-        tiles = cdiv(k, split["BLOCK_M"]) * cdiv(r * s, split["POSITIONS"]) * (c // sum(blocks))
-        at_once = 2 if split["num_warps"] == 4 else 1
-        rounds = cdiv(tiles * split["SPLIT"], at_once * MULTIPROCESSORS) * at_once
-        steps = cdiv(p * q * cdiv(n, split["BLOCK_K"]), split["SPLIT"])
-        parts = (2 * split["SPLIT"] + 1) * 4 * k * c * r * s
-        estimate = rounds * (steps * _half_step(split, blocks * split["POSITIONS"]) + _PROGRAM_US) + parts / _MEMORY_BYTES_US
-        config["STREAM_K"] = int(_stream_k_rule(n, p, q, c, k, r, s)[0] < 0.95 * estimate)
-    return bool(apply_overrides(config)["STREAM_K"])
+    return bool(apply_overrides({"STREAM_K": measured.get("STREAM_K", 0)})["STREAM_K"])
 
 
 def conv2d_stream_k_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype
 ) -> dict[str, int]:
     """PROGRAMS, FOLDED and tiles: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, FOLDED columns of a row, BLOCK_K images."""
-    config = dict(_stream_k_rule(n, p, q, c, k, r, s)[1])
+    config = dict(_stream_k_rule(n, p, q, c, k, r, s))
     if dtype == torch.float32:
         config["BLOCK_K"] = tile_size(n, 16, 32)
     if INTERPRETED:

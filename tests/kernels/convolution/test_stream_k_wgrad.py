@@ -100,17 +100,17 @@ def test_same_bits_twice() -> None:
     assert torch.equal(first, second)
 
 
-def test_where_parts_of_equal_size_leave_gaps_shares_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AlexNet's layers at batch 128, where nothing was measured; and none whose tiles fill an H100 as they are."""
+def test_shares_are_equal_where_a_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by a rule. The rule's tiles for AlexNet's conv2 at batch 128 fold a filter's row into two blocks of columns."""
     monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(tables, "INTERPRETED", False)
-    device = torch.device("meta")
-    sizes = {"conv2": (26, 26, 96, 256, 5, 5), "conv3": (12, 12, 256, 384, 3, 3), "conv5": (12, 12, 384, 256, 3, 3)}
-    with tables.untuned():
-        for layer, rest in sizes.items():
-            assert rules.conv2d_wgrad_streams(device, 128, *rest, dtype=torch.bfloat16), layer
-            assert not rules.conv2d_wgrad_streams(device, 128, *rest, dtype=torch.float32), layer
-        config = rules.conv2d_stream_k_wgrad_config(device, 128, *sizes["conv2"], torch.bfloat16)
-        assert (config["FOLDED"], config["BLOCK_N"]) == (1, 256)
+    device, conv2 = torch.device("meta"), (128, 26, 26, 96, 256, 5, 5)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert not rules.conv2d_wgrad_streams(device, *conv2, dtype=dtype)
+    config = rules.conv2d_stream_k_wgrad_config(device, *conv2, torch.bfloat16)
+    assert (config["FOLDED"], config["BLOCK_N"]) == (1, 256)
+    monkeypatch.setattr(rules, "tuned", lambda *_: {"STREAM_K": 1, "BLOCK_N": 128})
+    assert rules.conv2d_wgrad_streams(device, *conv2, dtype=torch.bfloat16)
+    assert rules.conv2d_stream_k_wgrad_config(device, *conv2, torch.bfloat16)["BLOCK_N"] == 128
     with tables.override(STREAM_K=0):
-        assert not rules.conv2d_wgrad_streams(device, 128, *sizes["conv2"], dtype=torch.bfloat16)
+        assert not rules.conv2d_wgrad_streams(device, *conv2, dtype=torch.bfloat16)
