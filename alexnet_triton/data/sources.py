@@ -1,0 +1,112 @@
+"""Where a stream's images come from: each is read by its number, in a process that has the source since its start."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .image_files import read_image
+
+
+class Source(Protocol):
+    """Images that are read one by one, and their labels.
+
+    Processes that read have it from a fork. What it keeps of each image should be in arrays: a list's strings would be copied
+    into every process, one by one, when they are counted.
+
+    Attributes:
+        labels: int64 (N,), on the CPU.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def read(self, index: int, channels: int, size: int) -> Tensor:
+        """Image ``index`` as :func:`.image_files.read_image` returns it.
+
+        Raises:
+            DataError: it cannot be read; the message names it.
+        """
+
+    def name(self, index: int) -> Path:
+        """What messages call image ``index``."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """All images in the order of an epoch, int64 (N,), drawn from ``generator``, on its device."""
+
+    def checksum(self) -> int:
+        """Of names and labels, without reading an image: a run goes on with the data that it began with."""
+
+    def subset(self, keep: Tensor) -> Source:
+        """The images ``keep``, int64 (M,), in that order."""
+
+
+class Names:
+    """Many strings in two arrays.
+
+    Args:
+        names: of files, say; of any characters that Python's paths can have.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._text = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        begin = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._text[begin : int(self._ends[index])])
+
+    def checksum(self, checksum: int = 0) -> int:
+        """CRC-32 of all, beginning with ``checksum``."""
+        return zlib.crc32(self._ends.tobytes(), zlib.crc32(self._text, checksum))
+
+
+class Files:
+    """Image files of a folder.
+
+    Args:
+        folder: in which they are.
+        paths: of the files, below ``folder``.
+        labels: int64 (N,).
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[Path], labels: Tensor) -> None:
+        self.folder, self.labels = folder, labels
+        begin = len(str(folder)) + 1
+        self._names = Names([str(path)[begin:] for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> Path:
+        """As :meth:`Source.name`."""
+        return self.folder / self._names[index]
+
+    def read(self, index: int, channels: int, size: int) -> Tensor:
+        """As :meth:`Source.read`."""
+        return read_image(self.name(index), channels, size)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """As :meth:`Source.order`: shuffled over the whole set."""
+        return torch.randperm(len(self), generator=generator, device=generator.device)
+
+    def checksum(self) -> int:
+        """As :meth:`Source.checksum`."""
+        return self._names.checksum(zlib.crc32(self.labels.numpy().tobytes()))
+
+    def subset(self, keep: Tensor) -> Files:
+        """As :meth:`Source.subset`."""
+        return Files(self.folder, [self.name(i) for i in keep.tolist()], self.labels[keep])
