@@ -21,6 +21,7 @@ from .options import (
     DeviceOption,
     LimitOption,
     SkipDamagedOption,
+    StreamOption,
     ValidationOption,
     WorkersOption,
     console,
@@ -39,6 +40,7 @@ def evaluate_command(
     skip_damaged: SkipDamagedOption = None,
     batch_size: BatchOption = 128,
     limit: LimitOption = None,
+    stream: StreamOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -70,6 +72,7 @@ def evaluate_command(
             validation=validation,
             seed=seed,
             skip_damaged=bool(skip_damaged),
+            stream=stream,
             on_note=lambda line: console.print(line, markup=False),
         )
         test = dataclasses.replace(test, normalization=kept.normalization)

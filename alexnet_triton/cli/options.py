@@ -189,12 +189,20 @@ LimitOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+StreamOption = Annotated[
+    bool | None,
+    typer.Option(
+        help="Read the images while training, a few batches ahead, not all of them before.",
+        show_default="--stream where they do not fit the device's memory",
+        rich_help_panel=DATA,
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     number(
         0,
-        help="Decode a folder of images in so many processes; 0 decodes in this one.",
-        show_default="one a core, 8 at most",
+        help="Decode images in so many processes; 0 decodes in this one.",
+        show_default="one a core",
         rich_help_panel=DATA,
     ),
 ]

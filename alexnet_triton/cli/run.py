@@ -23,6 +23,7 @@ import kernels
 from ..data.augment import EVERYTHING, Augment
 from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_image_folder, load_data
+from ..data.stream import StreamedSplit
 from ..precompile import precompile
 from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, frozen_of
 from ..training.distributed import Processes
@@ -67,6 +68,7 @@ class RunOptions:
     tensorboard: bool = field(False, may_change=True)
     device: str = field("auto", may_change=True)
     skip_damaged: bool = field(False, may_change=True)
+    stream: bool | None = field(None)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -259,6 +261,8 @@ def run_training(
         writes = where.processes.leads and not (checkpoint is not None and finished and is_complete(out, checkpoint))
         weights = read_weights(Path(recipe.init)) if recipe.init is not None and checkpoint is None else None
         dataset = _load(run)
+        # A run that is resumed does not decide anew what is streamed.
+        where = dataclasses.replace(where, options={**where.options, "stream": isinstance(dataset.train, StreamedSplit)})
         with kernels.use_backend(run.options.backend), float32_products(recipe.dtype), contextlib.ExitStack() as block:  # type: ignore[arg-type]
             setup_begin = time.perf_counter()
             place = f"{runs_on(where.device)}, {recipe.dtype}"
@@ -284,7 +288,11 @@ def run_training(
             bar = Bar(len(dataset.train), recipe.epochs)
             screen = Screen(bar, stops, _events(run, out, checkpoint), block, on_ready=begins, restart=restart)
             with bar.progress:
-                history = train(net, dataset, recipe, where, out, screen, checkpoint, kept.weights if kept else None)
+                try:
+                    history = train(net, dataset, recipe, where, out, screen, checkpoint, kept.weights if kept else None)
+                finally:
+                    if where.processes.leads:
+                        _list_skipped(dataset, out / SKIPPED)
             if writes:
                 said = predict_split(
                     net, dataset.test, batch_size=recipe.batch_size, image_size=recipe.image_size, device=where.device
@@ -305,10 +313,13 @@ def run_training(
 
 def _list_skipped(dataset: Dataset, path: Path) -> None:
     """Write into ``path`` what was left out; where nothing was, no list of an earlier part of the run stays."""
-    if not dataset.skipped:
+    skipped = [*dataset.skipped]
+    for split in (dataset.train, dataset.test):
+        skipped += split.skipped.items() if isinstance(split, StreamedSplit) else ()
+    if not skipped:
         path.unlink(missing_ok=True)
         return
-    lines = "".join(f"{image}: {reason}\n" for image, reason in dataset.skipped)
+    lines = "".join(f"{image}: {reason}\n" for image, reason in skipped)
     write_atomically(path, lines.encode(errors="surrogateescape"))
 
 
@@ -327,6 +338,7 @@ def _load(run: Run) -> Dataset:
             validation=recipe.validation,
             seed=recipe.seed,
             skip_damaged=run.options.skip_damaged,
+            stream=run.options.stream,
             on_note=functools.partial(console.print, markup=False),
         )
         return data.normalized() if recipe.normalize else data
@@ -371,7 +383,7 @@ def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:
     """What a short measurement says of the time of an epoch, to be printed; empty where it says nothing."""
     recipe, where = run.recipe, run.where
     # A step that is not captured says nothing of one that is, nor one process of several.
-    if where.graph or where.processes.size > 1:
+    if where.graph or where.processes.size > 1 or isinstance(dataset.train, StreamedSplit):
         return ""
     images = len(dataset.train)
     measure = functools.partial(measure_speed, net, dataset.train, recipe.batch_size, recipe.image_size, where.device)

@@ -91,6 +91,12 @@ class Screen(Listener):
     def batch(self, seen: int, loss: float, images_per_s: float) -> None:
         self.bar.update(seen, loss, images_per_s)
 
+    def waited(self, seconds: float, of: float) -> None:
+        console.print(
+            f"the steps waited for images for {seconds:.1f} of {of:.1f} s: --workers N decodes in more processes, up to one a "
+            "core; smaller files take less time; --no-stream holds them in memory, where they fit"
+        )
+
     def epoch_ends(self, metrics: EpochMetrics) -> None:
         console.print(
             f"epoch {metrics.epoch:3d}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "

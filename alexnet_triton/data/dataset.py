@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stream import AnySplit
+
+AnySplitT = TypeVar("AnySplitT", bound="AnySplit")
 
 
 class DataError(ValueError):
@@ -45,19 +52,23 @@ class Normalization:
             raise ValueError(f"means must be finite and standard deviations finite and above 0, got {self}")
 
     @classmethod
-    def of(cls, images: Tensor) -> Normalization:
-        """That by which the pixels of ``images``, as in a :class:`Split`, have mean 0 and standard deviation 1 in each channel.
+    def of(cls, parts: Iterable[Tensor]) -> Normalization:
+        """That by which the pixels of images have mean 0 and standard deviation 1 in each channel.
 
         Computed exactly, from how often each of the 256 values occurs. Where all pixels are equal nothing is divided.
+
+        Args:
+            parts: the images, as in a :class:`Split`, of which bincount makes an int64 a pixel: a few thousand at a time.
         """
-        channels = images.unsqueeze(1) if images.ndim == 3 else images
-        values = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+        counts: list[Tensor] = []
+        for images in parts:
+            channels = images.unsqueeze(1) if images.ndim == 3 else images
+            found = [torch.bincount(channel.flatten(), minlength=256) for channel in channels.unbind(1)]
+            counts = [before + now for before, now in zip(counts, found, strict=True)] if counts else found
         means, stds = [], []
-        for channel in channels.unbind(1):
-            counts = torch.zeros(256, dtype=torch.int64, device=images.device)
-            for few in channel.split(4096):  # bincount makes an int64 of each pixel
-                counts += torch.bincount(few.flatten(), minlength=256)
-            weights = counts.double() / counts.sum()
+        for count in counts:
+            values = torch.arange(256, dtype=torch.float64, device=count.device) / 255
+            weights = count.double() / count.sum()
             mean = (weights * values).sum()
             std = (weights * (values - mean) ** 2).sum().sqrt().item()
             means.append(mean.item())
@@ -96,27 +107,35 @@ class Split:
         """The first ``limit`` images, or all."""
         return self if limit is None else dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit])
 
+    def parts(self) -> Iterator[Tensor]:
+        """All images, some thousand at a time."""
+        return iter(self.images.split(4096))
+
+    def image(self, index: int) -> Tensor:
+        """Image ``index`` on the CPU."""
+        return self.images[index].cpu()
+
     def to(self, device: torch.device) -> Split:
         """On ``device``; itself if it is there."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(Generic[AnySplitT]):
     """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all.
 
     ``skipped`` are the damaged images that were left out, each with what is wrong with it.
     """
 
-    train: Split
-    test: Split
+    train: AnySplitT
+    test: AnySplitT
     source: Path
     classes: tuple[str, ...]
     name: str
     skipped: tuple[tuple[Path, str], ...] = ()
 
-    def normalized(self) -> Dataset:
+    def normalized(self) -> Dataset[AnySplitT]:
         """With the :meth:`Normalization.of` the training images for both splits."""
-        by = Normalization.of(self.train.images)
+        by = Normalization.of(self.train.parts())
         train, test = (dataclasses.replace(split, normalization=by) for split in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)

@@ -122,7 +122,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def read_folder(folder: Path) -> Dataset:
+def read_folder(folder: Path) -> Dataset[Split]:
     """Both splits from a folder of the four IDX files, gzipped or not.
 
     Raises:
@@ -132,7 +132,7 @@ def read_folder(folder: Path) -> Dataset:
     return Dataset(_read_split(folder, "train"), _read_split(folder, "test"), folder, CLASSES, "Fashion-MNIST")
 
 
-def load_fashion_mnist(data: str | Path | None = None) -> Dataset:
+def load_fashion_mnist(data: str | Path | None = None) -> Dataset[Split]:
     """Fashion-MNIST.
 
     Args:

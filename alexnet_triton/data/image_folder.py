@@ -1,34 +1,33 @@
 """Own images, in torchvision's ``ImageFolder`` layout: a folder for each class, within ``train`` and one of :data:`TESTS`.
 
-The files are decoded once, by several processes, to squares of uint8 that go through pinned memory to the device and stay
-there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST. A set must therefore fit the device's memory:
-150,528 bytes an image of 3 x 224 x 224, 7.5 GB for 50,000.
+Where they fit the device's memory (150,528 bytes an image of 3 x 224 x 224, 7.5 GB for 50,000), the files are decoded once, by
+several processes, to squares of uint8 that stay there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST.
+Larger sets are streamed (:mod:`.stream`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .dataset import DataError, Dataset, Split, expand
 from .fashion_mnist import CLASSES, check_folder, holds_idx, load_fashion_mnist
 from .image_files import find_images, is_hidden, walk
-from .image_workers import decode, default_workers
+from .image_workers import default_workers
+from .reading import Note, Reader, some
+from .sources import Arrays, Files
+from .stream import AnySplit, StreamedSplit
 
 #: Folders of the training images, and of the test images: the first of these that is there.
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 
 _CPU = torch.device("cpu")
-
-#: Is told what was left out, a line at a time.
-Note = Callable[[str], object]
 
 
 def is_image_folder(data: str | Path | None, validation: float | None = None) -> bool:
@@ -66,10 +65,6 @@ def _check_fashion_mnist(data: str | Path | None, validation: float | None) -> N
         raise DataError(f"{data or 'data'}: Fashion-MNIST has test images of its own: leave out --validation")
 
 
-def _some(names: Sequence[object], separator: str = ", ") -> str:
-    return separator.join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def _check_links(data: Path, folder: Path) -> None:
     """That all of ``folder``, one of ``data``'s, can be listed, and that what is in it is in ``data``.
 
@@ -103,10 +98,9 @@ class _Listing:
     def subset(self, keep: Sequence[int]) -> _Listing:
         return dataclasses.replace(self, paths=[self.paths[i] for i in keep], labels=[self.labels[i] for i in keep])
 
-    def limited(self, limit: int | None) -> _Listing:
-        """``limit`` files at most, spread evenly, so that every class has its share."""
-        count = len(self.paths)
-        return self if limit is None or limit >= count else self.subset([i * count // limit for i in range(limit)])
+    def source(self) -> Files:
+        """The images, to be read."""
+        return Files(self.folder, self.paths, torch.tensor(self.labels))
 
     def halves(self, validation: float, seed: int) -> tuple[_Listing, _Listing]:
         """Of each class the part ``validation`` by itself, one image at least, and the rest before it.
@@ -137,87 +131,20 @@ def _list_images(folder: Path, classes: Sequence[str] | None, note: Note) -> _Li
         raise DataError(f"{folder}: no folder of a class in it")
     names = tuple(found if classes is None else classes)
     if unknown := [name for name in found if name not in names]:
-        raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {_some(names)}")
+        raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {some(names)}")
     paths: list[Path] = []
     labels: list[int] = []
     for name in found:
         images, others = find_images(folder / name)
         if not images:
-            raise DataError(
-                f"{folder / name}: no image in it" + (f", only {_some([p.name for p in others])}" if others else "")
-            )
+            raise DataError(f"{folder / name}: no image in it" + (f", only {some([p.name for p in others])}" if others else ""))
         paths += images
         labels += [names.index(name)] * len(images)
         passed_over += others
     if passed_over:
         files = "1 file that is no image" if len(passed_over) == 1 else f"{len(passed_over)} files that are no images"
-        note(f"{folder}: passed over {files} of a class: {_some([path.relative_to(folder) for path in passed_over])}")
+        note(f"{folder}: passed over {files} of a class: {some([path.relative_to(folder) for path in passed_over])}")
     return _Listing(folder, names, paths, labels)
-
-
-def _room_for(count: int, channels: int, size: int, device: torch.device) -> Tensor:
-    shape = (count, size, size) if channels == 1 else (count, channels, size, size)
-    try:
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-        raise DataError(
-            f"{count} images of {channels} x {size} x {size} take {count * channels * size * size / 1e9:.1f} GB, "
-            f"more than {device} has free: take fewer with --limit"
-        ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """How the files of a listing are read; the attributes are :func:`load_data`'s arguments."""
-
-    size: int
-    channels: int
-    limit: int | None
-    workers: int | None
-    device: torch.device
-    skip_damaged: bool
-    note: Note
-    skipped: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
-
-    def read(self, listing: _Listing) -> Split:
-        """Its images in its order, whatever ``workers`` is."""
-        listing = listing.limited(self.limit)
-        try:
-            images = _room_for(len(listing.paths), self.channels, self.size, self.device)
-        except DataError as error:
-            raise DataError(f"{listing.folder}: {error}") from error
-        workers = default_workers() if self.workers is None else self.workers
-        good: list[Path] = []
-        skipped: list[tuple[Path, str]] = []
-        with contextlib.closing(decode(listing.paths, self.channels, self.size, workers)) as batches:
-            for pixels, readable, errors in batches:
-                if errors and not self.skip_damaged:
-                    raise errors[0]
-                if errors:
-                    done = len(good) + len(skipped)
-                    batch, kept = listing.paths[done : done + len(readable) + len(errors)], set(readable)
-                    damaged = [path for path in batch if path not in kept]
-                    skipped += [(path, str(e).removeprefix(f"{path}: ")) for path, e in zip(damaged, errors, strict=True)]
-                if readable:
-                    pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-                    images[len(good) : len(good) + len(readable)].copy_(pixels, non_blocking=True)
-                    good += readable
-        label_of = dict(zip(listing.paths, listing.labels, strict=True))
-        labels = [label_of[path] for path in good]
-        if skipped:
-            self._report(listing, set(listing.labels) - set(labels), skipped)
-        return Split(images[: len(good)], torch.tensor(labels, device=self.device))
-
-    def _report(self, listing: _Listing, empty: set[int], skipped: list[tuple[Path, str]]) -> None:
-        """Of one listing the damaged images, and the classes that have no others."""
-        if empty:
-            folder = listing.folder / listing.classes[min(empty)]
-            path, reason = next((path, reason) for path, reason in skipped if path.is_relative_to(folder))
-            raise DataError(f"{folder}: all its images are damaged: {path}: {reason}")
-        self.skipped.extend(skipped)
-        images = "1 damaged image" if len(skipped) == 1 else f"{len(skipped)} damaged images"
-        reasons = [f"{path.relative_to(listing.folder)} ({reason})" for path, reason in skipped]
-        self.note(f"{listing.folder}: skipped {images}: {_some(reasons, '; ')}")
 
 
 def _test_folder(folder: Path) -> Path | None:
@@ -289,8 +216,9 @@ def load_data(
     validation: float | None = None,
     seed: int = 0,
     skip_damaged: bool = False,
+    stream: bool | None = None,
     on_note: Note = _say_nothing,
-) -> Dataset:
+) -> Dataset[Any]:
     """What to train on: a folder of images, or Fashion-MNIST.
 
     Args:
@@ -306,7 +234,9 @@ def load_data(
         validation: part of each class's images, between 0 and 1, that are the test images. Then ``data`` has none itself: it
             holds ``train`` alone, or the folders of the classes themselves.
         seed: which images ``validation`` takes. The same ones in every run, and nearly so if files are added.
-        skip_damaged: leave out what cannot be read: :attr:`.dataset.Dataset.skipped`.
+        skip_damaged: leave out what cannot be read: :attr:`.dataset.Dataset.skipped`; of streamed images see
+            :class:`.stream.StreamedSplit`.
+        stream: whether images are read while one trains, not all before; None: where they do not fit ``device``.
         on_note: is called with a line about files that were passed over since they are no images, and one about skipped ones.
 
     Returns:
@@ -322,19 +252,30 @@ def load_data(
         if channels != 1:
             raise DataError(f"Fashion-MNIST's images have one channel, not {channels}")
         found = load_fashion_mnist(data)
-        return Dataset(found.train.limited(limit), found.test.limited(limit), found.source, found.classes, found.name)
+        train, test = (
+            _fashion_mnist(split.limited(limit), found.source, stream, workers) for split in (found.train, found.test)
+        )
+        return Dataset(train, test, found.source, found.classes, found.name)
     folder = expand(str(data))
     # All is listed before anything is decoded, which can take minutes.
     if validation is not None:
-        train, test = _list_halves(folder, None, validation, seed, on_note)
+        training, tests = _list_halves(folder, None, validation, seed, on_note)
     elif (folder / TRAIN).is_dir():
-        train = _list_training(folder, folder / TRAIN, None, on_note)
-        test = _list_test(folder, train.classes, on_note)
+        training = _list_training(folder, folder / TRAIN, None, on_note)
+        tests = _list_test(folder, training.classes, on_note)
     else:
         raise DataError(f"{folder}: no folder {TRAIN} in it")
-    reader = _Reader(size, channels, limit, workers, device, skip_damaged, on_note)
-    splits = reader.read(train), reader.read(test)
-    return Dataset(*splits, folder, train.classes, folder.resolve().name, tuple(reader.skipped))
+    reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
+    train, test = (reader.read(part.source(), part.classes, str(part.folder)) for part in (training, tests))
+    return Dataset(train, test, folder, training.classes, folder.resolve().name, tuple(reader.skipped))
+
+
+def _fashion_mnist(split: Split, folder: Path, stream: bool | None, workers: int | None) -> AnySplit:
+    """A split of Fashion-MNIST, which fits any memory; streamed if that is asked for."""
+    if not stream:
+        return split
+    count = default_workers() if workers is None else workers
+    return StreamedSplit(Arrays(folder, split.images, split.labels), split.size, split.channels, count)
 
 
 def load_test(
@@ -349,8 +290,9 @@ def load_test(
     validation: float | None = None,
     seed: int = 0,
     skip_damaged: bool = False,
+    stream: bool | None = None,
     on_note: Note = _say_nothing,
-) -> Split:
+) -> AnySplit:
     """The test images of ``data`` for a network that tells ``classes`` apart; the other arguments are :func:`load_data`'s.
 
     Raises:
@@ -362,10 +304,12 @@ def load_test(
             listing = _list_test(folder, classes, on_note)
         else:
             _, listing = _list_halves(folder, classes, validation, seed, on_note)
-        return _Reader(size, channels, limit, workers, device, skip_damaged, on_note).read(listing)
+        reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
+        return reader.read(listing.source(), classes, str(listing.folder))
     _check_fashion_mnist(data, validation)
     if tuple(classes) != CLASSES:
         raise DataError(
-            f"the network tells {_some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"
+            f"the network tells {some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"
         )
-    return load_fashion_mnist(data).test.limited(limit)
+    found = load_fashion_mnist(data)
+    return _fashion_mnist(found.test.limited(limit), found.source, stream, workers)

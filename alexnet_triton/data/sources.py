@@ -110,3 +110,38 @@ class Files:
     def subset(self, keep: Tensor) -> Files:
         """As :meth:`Source.subset`."""
         return Files(self.folder, [self.name(i) for i in keep.tolist()], self.labels[keep])
+
+
+class Arrays:
+    """Images that the host holds, decoded, such as Fashion-MNIST's.
+
+    Args:
+        folder: which they are from.
+        images, labels: as in :class:`.dataset.Split`, on the CPU.
+    """
+
+    def __init__(self, folder: Path, images: Tensor, labels: Tensor) -> None:
+        self.folder, self.images, self.labels = folder, images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> Path:
+        """As :meth:`Source.name`."""
+        return self.folder / str(index)
+
+    def read(self, index: int, channels: int, size: int) -> Tensor:
+        """As :meth:`Source.read`; the images have but one form."""
+        return self.images[index]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """As :meth:`Source.order`: shuffled over the whole set."""
+        return torch.randperm(len(self), generator=generator, device=generator.device)
+
+    def checksum(self) -> int:
+        """As :meth:`Source.checksum`, and of the images too."""
+        return zlib.crc32(self.images.numpy().tobytes(), zlib.crc32(self.labels.numpy().tobytes()))
+
+    def subset(self, keep: Tensor) -> Arrays:
+        """As :meth:`Source.subset`."""
+        return Arrays(self.folder, self.images[keep], self.labels[keep])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from kernels.advanced import add_cross_entropy
 
 from ..data.augment import input_for
 from ..data.dataset import Normalization, Split
+from ..data.stream import AnySplit, Feed
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
 
@@ -27,7 +29,7 @@ def synchronize(device: torch.device) -> None:
 @torch.no_grad()
 def evaluate(
     net: nn.Module,
-    split: Split,
+    split: AnySplit,
     *,
     batch_size: int,
     image_size: int,
@@ -43,14 +45,15 @@ def evaluate(
     net.eval()
     dtype = next(net.parameters()).dtype
     loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    split = split.to(device)
-    for index in torch.arange(len(split), device=device).split(batch_size):
-        if stop is not None and processes.any(stop()):
-            raise Stopped("before its evaluation")
-        share = processes.share(index)
-        labels = split.labels[share]
-        logits = net(input_for(net, split.images, share, image_size, dtype=dtype, normalization=split.normalization))
-        add_cross_entropy(logits, labels, loss_sum, correct)
+    shares = [processes.share(index) for index in torch.arange(len(split), device=device).split(batch_size)]
+    with contextlib.closing(Feed(split.to(device), shares, device)) as feed:
+        parts = iter(feed)
+        for _ in shares:
+            if stop is not None and processes.any(stop()):
+                raise Stopped("before its evaluation")
+            part, index = next(parts)
+            logits = net(input_for(net, part.images, index, image_size, dtype=dtype, normalization=part.normalization))
+            add_cross_entropy(logits, part.labels[index], loss_sum, correct)
     loss, hits = processes.add_up(torch.stack([loss_sum, correct])).tolist()
     return loss / len(split), hits / len(split)
 
@@ -90,10 +93,14 @@ class Predictions:
     true: Tensor
 
 
-def predict_split(net: nn.Module, split: Split, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
+def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
     """The predictions for ``split``, in eval mode."""
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "device": device}
-    probabilities = classify(net, split.images, **options, normalization=split.normalization)
+    batches = torch.arange(len(split)).split(batch_size)
+    with contextlib.closing(Feed(split, batches, torch.device("cpu"))) as feed:
+        probabilities = torch.cat(
+            [classify(net, part.images[index], **options, normalization=part.normalization) for part, index in feed]
+        )
     true = probabilities.gather(1, split.labels.cpu()[:, None])[:, 0]
     return Predictions(probabilities.argmax(1), true)
 

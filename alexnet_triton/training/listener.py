@@ -34,6 +34,9 @@ class Listener:
             images_per_s: of all processes.
         """
 
+    def waited(self, seconds: float, of: float) -> None:
+        """So many ``seconds`` of an epoch, which took ``of`` of them, were without images to compute on."""
+
     def epoch_ends(self, metrics: EpochMetrics) -> None:
         """An epoch is trained, evaluated and saved."""
 

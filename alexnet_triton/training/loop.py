@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import Dataset, Split
+from ..data.dataset import Dataset
+from ..data.stream import AnySplit, StreamedSplit
 from .checkpoint import (
     BEST,
     FROZEN,
@@ -249,8 +250,10 @@ class _Run:
             raise FloatingPointError(f"epoch {epoch}: {error}; {good} with a smaller --lr{other}") from error
 
 
-def _checksum(split: Split) -> int:
-    """CRC-32 of images and labels: a run goes on with the data that it began with."""
+def _checksum(split: AnySplit) -> int:
+    """CRC-32 of images and labels, of streamed images that of their names: a run goes on with the data that it began with."""
+    if isinstance(split, StreamedSplit):
+        return split.source.checksum()
     checksum = 0
     for images in split.images.split(4096):  # a set may fill the device, and the host need not have room for another
         checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..data.dataset import Split
+from ..data.stream import AnySplit
 from .evaluation import Predictions
 from .metrics import EpochMetrics
 
@@ -95,7 +95,7 @@ def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int
 
 
 @_names_as_they_stand
-def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
+def plot_confusion(split: AnySplit, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the confusion matrix as a PNG: counts, coloured by their share of the true class.
 
     The picture's side grows with the classes up to :data:`MOST_NAMED`; more than these are numbered in the order of ``names``.
@@ -122,20 +122,20 @@ def plot_confusion(split: Split, predictions: Predictions, names: Sequence[str],
     figure.savefig(path, dpi=120)
 
 
-def most_wrong(split: Split, predictions: Predictions, most: int) -> torch.Tensor:
+def most_wrong(split: AnySplit, predictions: Predictions, most: int) -> torch.Tensor:
     """Indices of wrongly classified images, those first whose true class is least probable."""
     wrong = (predictions.classes != split.labels.cpu()).nonzero()[:, 0]
     return wrong[predictions.true[wrong].argsort(stable=True)][:most]
 
 
 @_names_as_they_stand
-def plot_most_wrong(split: Split, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
+def plot_most_wrong(split: AnySplit, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
     figure = Figure(figsize=(10, 11), layout="constrained")
     indices = most_wrong(split, predictions, 25).tolist()
     for place, i in enumerate(indices, start=1):
         axes = figure.add_subplot(5, 5, place)
-        image = split.images[i].cpu()
+        image = split.image(i)
         axes.imshow(image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         true, predicted = (_drawable(names[int(label)]) for label in (split.labels[i], predictions.classes[i]))

@@ -1,7 +1,8 @@
-"""The training of a network, a step at a time: plain SGD on images that live on the device, cross-entropy."""
+"""The training of a network, a step at a time: plain SGD on images that live on the device or come to it, cross-entropy."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from kernels.advanced import add_cross_entropy
 
 from ..data.augment import input_for
 from ..data.dataset import Split
+from ..data.stream import AnySplit, Feed, Ring, StreamedSplit
 from ..optim import SGD
 from ..precompile import precompile
 from .evaluation import evaluate, synchronize
@@ -35,6 +37,9 @@ def _copy(into: torch.Tensor, value: object, name: str) -> None:
 #: constant: a scale that adapts reads on the host whether a gradient overflowed, which no captured step can do.
 _FLOAT16_SCALE = 1024.0
 
+#: Of an epoch's time, what it may wait for images without a word.
+_MOST_WAITED = 0.05
+
 #: To tell of a batch its loss is read, for which the host waits: not more often than this, in seconds.
 _PROGRESS_INTERVAL = 0.25
 
@@ -54,7 +59,7 @@ _WARM_UP_STEPS = 3
 
 
 class Trainer:
-    """Plain SGD on images that live on the device: one step at a time, or as a CUDA graph of the whole step.
+    """Plain SGD: one step at a time, or as a CUDA graph of the whole step.
 
     The step is data (gather, augment, resize, scale, cast; cells where the first layer reads those), forward, loss, backward,
     optimizer and the sums of loss and hits. Captured, it is one launch for the host, and nothing in an epoch waits for the GPU.
@@ -74,7 +79,7 @@ class Trainer:
 
     Args:
         net: on the device of ``where``, in the dtype it trains in. A parameter without ``requires_grad`` stays what it is.
-        split: training images; copied to the device.
+        split: training images; copied to the device, unless they are streamed: a step then finds its own in a place there.
         recipe: of which all is read that decides a step: image size, batch size, learning rates, loss, optimizer, augmentation.
         where: processes that train together call the methods of this class alike, except for :meth:`float32_weights`.
         evaluated: images of the run's evaluations, whose kernels are compiled with those of the steps.
@@ -84,18 +89,23 @@ class Trainer:
     def __init__(
         self,
         net: nn.Module,
-        split: Split,
+        split: AnySplit,
         recipe: Recipe,
         where: Where,
         *,
-        evaluated: Split | None = None,
+        evaluated: AnySplit | None = None,
         listener: Listener = SILENT,
     ) -> None:
         self.net, self.recipe, self.device, self.processes = net, recipe, where.device, where.processes
         self.image_size, self.augment, self.schedule = recipe.image_size, recipe.augment, recipe.learning_rates
-        self.split = split.to(self.device)
+        self.given, self.total = split.to(self.device), len(split)
         #: Of an epoch that has fewer images than a batch, they are its only one.
-        self.batch_size = min(recipe.batch_size, len(split))
+        self.batch_size = min(recipe.batch_size, self.total)
+        #: What a captured step reads: each replay finds the next batch's images, or this process's of them, here.
+        self.index = torch.zeros(self._share(self.batch_size), dtype=torch.int64, device=self.device)
+        self.ring: Ring | None = None
+        #: Where a step's images are on the device.
+        self.split = self._on_device()
         self.evaluated, self.listener = evaluated, listener
         #: What a step calls: it makes the gradients of all processes one.
         self.parallel = self.processes.parallel(net, self.device)
@@ -103,13 +113,13 @@ class Trainer:
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
         #: Of each class, in the training loss. The last layer is linear: its last parameter has a row for each class.
         self.class_weights = (
-            balanced_weights(self.split.labels, len(list(net.parameters())[-1])) if recipe.class_weights == "balanced" else None
+            balanced_weights(split.labels.to(self.device), len(list(net.parameters())[-1]))
+            if recipe.class_weights == "balanced"
+            else None
         )
         self.loss_sum, self.correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        #: What a captured step reads: each replay finds the next batch here.
-        self.index = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
-        self.loss_sums = torch.zeros(-(-len(split) // self.batch_size), device=self.device)
+        self.loss_sums = torch.zeros(-(-self.total // self.batch_size), device=self.device)
         #: The learning rate of the last step, whatever the scale.
         self.lr = self.learning_rate(1, 0)
         rate: float | torch.Tensor = self.lr / self.scale
@@ -132,7 +142,26 @@ class Trainer:
         self.steps, self.seconds = 0, 0.0
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                self._prepare(where.graph and len(split) >= recipe.batch_size)
+                self._prepare(where.graph and self.total >= recipe.batch_size)
+
+    def _share(self, count: int) -> int:
+        """Images of this process in a batch of ``count``."""
+        return len(self.processes.share(torch.empty(count, device="meta")))
+
+    def _on_device(self) -> Split:
+        """Images and labels where a step reads them; of a stream there are none yet."""
+        if isinstance(self.given, Split):
+            return self.given
+        if self.device.type == "cuda":
+            self.ring = Ring(self.given, max(len(self.index), 1), self.device)
+            return self.ring.split
+        return self.given.blank(max(len(self.index), 1))
+
+    def _new_order(self, generator: torch.Generator) -> torch.Tensor:
+        """All images in the order of an epoch: on the device, or where a stream's are asked for."""
+        if isinstance(self.given, StreamedSplit):
+            return self.given.source.order(generator).cpu()
+        return torch.randperm(self.total, generator=generator, device=generator.device).to(self.device)
 
     def learning_rate(self, epoch: int, step: int = -1) -> float:
         """Of a step, counted from 0, of an epoch, counted from 1; -1: of its last step."""
@@ -149,17 +178,19 @@ class Trainer:
         else:
             group["lr"] = lr / self.scale
 
-    def step(self, index: torch.Tensor) -> None:
-        """One step on the images of ``index``, run operation by operation; of several processes, each on its share of them."""
-        share = self.processes.share(index)
+    def step(self, index: torch.Tensor, count: int | None = None) -> None:
+        """One step, run operation by operation, on the images of ``index``, a process's share of ``count``; None: all of them.
+
+        They are places in ``self.split``.
+        """
         options: dict[str, Any] = {"dtype": self.dtype, "augment": self.augment, "normalization": self.split.normalization}
-        inputs = input_for(self.net, self.split.images, share, self.image_size, **options)
-        labels = self.split.labels[share]
+        inputs = input_for(self.net, self.split.images, index, self.image_size, **options)
+        labels = self.split.labels[index]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs)
         # The gradient of the mean over the batch. Processes take the mean of theirs, each of which therefore counts size-fold:
         # right for unequal shares too, and for an empty one.
-        scale = self.scale * self.processes.size / len(index)
+        scale = self.scale * self.processes.size / (len(index) if count is None else count)
         # Sums stay on the device: reading one would make the host wait for the step.
         sums, smoothing = (self.loss_sum, self.correct), self.recipe.label_smoothing
         weighted: dict[str, Any] = {"weight": self.class_weights, "label_smoothing": smoothing}
@@ -183,18 +214,21 @@ class Trainer:
             self.parallel = parallel
         if self.evaluated is not None:
             count, batch = len(self.evaluated), self.recipe.batch_size
-            whole, rest = min(batch, count), count % batch
-            for size in (len(self.processes.share(torch.empty(n, device="meta"))) for n in (whole, rest)):
+            for size in map(self._share, (min(batch, count), count % batch)):
                 if size > 0:
-                    few = self.evaluated.limited(size)
+                    few = (
+                        self.evaluated.blank(size)
+                        if isinstance(self.evaluated, StreamedSplit)
+                        else self.evaluated.limited(size)
+                    )
                     evaluate(self.net, few, batch_size=size, image_size=self.image_size, device=self.device)
 
     def _steps(self) -> None:
         """A few steps on batches of both sizes of an epoch."""
         self.net.train()
-        whole, rest = min(self.batch_size, len(self.split)), len(self.split) % self.batch_size
+        whole, rest = self.batch_size, self.total % self.batch_size
         for size in [whole] * _WARM_UP_STEPS + [rest] * (rest > 0):
-            self.step(self.index[:size])
+            self.step(self.index[: self._share(size)], size)
 
     def warm_up(self) -> None:
         """Compile everything and take a few steps; everything that they changed is as it was."""
@@ -224,7 +258,7 @@ class Trainer:
         if capture:
             graph = torch.cuda.CUDAGraph()
             with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream):
-                self.step(self.index)
+                self.step(self.index, self.batch_size)
             self.replay = graph.replay
         synchronize(self.device)
 
@@ -242,11 +276,11 @@ class Trainer:
             SaveAsked, Stopped: the listener said so, of any process.
         """
         self.net.train()
-        total = len(self.split)
+        total = self.total
         synchronize(self.device)
         begin = time.perf_counter()
         if self.order is None:
-            self.order = torch.randperm(total, generator=generator, device=generator.device).to(self.device)
+            self.order = self._new_order(generator)
             self.steps, self.seconds = 0, 0.0
             self.loss_sum.zero_()
             self.correct.zero_()
@@ -254,33 +288,46 @@ class Trainer:
         shown, seen = begin, self.steps * self.batch_size
         # Of this process, whose losses are all that it can show: to add up all would make every process wait.
         own = sum(len(self.processes.share(index)) for index in self.order.split(self.batch_size)[: self.steps])
-        for index in self.order.split(self.batch_size)[self.steps :]:
-            stop, save = self.processes.any_of(self.listener.stop(), self.listener.save())
-            if stop or save:
-                synchronize(self.device)
-                self.seconds = time.perf_counter() - start
-                raise (Stopped if stop else SaveAsked)(f"after step {self.steps} of {-(-total // self.batch_size)}")
-            self._set_learning_rate(self.learning_rate(number, self.steps))
-            if self.replay is not None and len(index) == self.batch_size:
-                self.index.copy_(index)
-                self.replay()
-            else:
-                self.step(index)
-            self.loss_sums[self.steps].copy_(self.loss_sum)
-            self.steps += 1
-            seen += len(index)
-            own += len(self.processes.share(index))
-            now = time.perf_counter()
-            if self.listener.wants_batches and (now - shown > _PROGRESS_INTERVAL or seen == total):
-                loss = self.loss_sum.item() / max(own, 1)  # it may have had no share yet
-                self.listener.batch(seen, loss, seen / (now - start))
-                if not math.isfinite(loss) and self.processes.size == 1:
-                    break
-                shown = now
+        rest = self.order.split(self.batch_size)[self.steps :]
+        # One process may turn back from waiting for images; several would wait for each other.
+        stop_waiting = self.listener.stop if self.processes.size == 1 else None
+        shares = [self.processes.share(batch) for batch in rest]
+        feed = Feed(self.given, shares, self.device, ring=self.ring, stop=stop_waiting)
+        parts = iter(feed)
+        with contextlib.closing(feed):
+            for batch in rest:
+                stop, save = self.processes.any_of(self.listener.stop(), self.listener.save())
+                part = None if stop or save else next(parts, None)
+                if part is None:
+                    synchronize(self.device)
+                    self.seconds = time.perf_counter() - start
+                    raise (SaveAsked if save and not stop else Stopped)(
+                        f"after step {self.steps} of {-(-total // self.batch_size)}"
+                    )
+                self._set_learning_rate(self.learning_rate(number, self.steps))
+                self.split, index = part
+                if self.replay is not None and len(batch) == self.batch_size:
+                    self.index.copy_(index)
+                    self.replay()
+                else:
+                    self.step(index, len(batch))
+                self.loss_sums[self.steps].copy_(self.loss_sum)
+                self.steps += 1
+                seen += len(batch)
+                own += len(index)
+                now = time.perf_counter()
+                if self.listener.wants_batches and (now - shown > _PROGRESS_INTERVAL or seen == total):
+                    loss = self.loss_sum.item() / max(own, 1)  # it may have had no share yet
+                    self.listener.batch(seen, loss, seen / (now - start))
+                    if not math.isfinite(loss) and self.processes.size == 1:
+                        break
+                    shown = now
         synchronize(self.device)
         seconds = time.perf_counter() - start
         self.check_finite()
         self.order = None
+        if feed.waited > _MOST_WAITED * seconds:
+            self.listener.waited(feed.waited, seconds)
         loss_sum, correct = self.processes.add_up(torch.stack([self.loss_sum, self.correct])).tolist()
         return loss_sum / total, correct / total, seconds
 
@@ -356,7 +403,7 @@ class Trainer:
         if type(steps) is not int or not 0 <= steps <= len(self.loss_sums):
             raise ValueError(f"steps is no number up to {len(self.loss_sums)}")
         check_number("seconds", seconds)
-        total = len(self.split)
+        total = self.total
         if order is not None and not (
             # An index that is no image would end the process on a GPU, and read any memory on none.
             isinstance(order, torch.Tensor) and order.dtype == torch.int64 and order.sort()[0].equal(torch.arange(total))
@@ -367,7 +414,7 @@ class Trainer:
         for name, param in self.net.named_parameters():
             if param.requires_grad and name in momentum:
                 _copy(self._momentum_buffer(param), momentum[name], f"momentum of {name}")
-        self.order = None if order is None else order.to(self.device)
+        self.order = order if order is None or isinstance(self.given, StreamedSplit) else order.to(self.device)
         self.steps, self.seconds = steps, seconds
         own = all_own[self.processes.rank]
         _copy(self.loss_sums, own["loss_sums"], "loss_sums")

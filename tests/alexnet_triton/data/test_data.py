@@ -461,7 +461,7 @@ def test_normalized_inputs(channels: int, augment: Augment, dtype: torch.dtype) 
 def test_the_normalization_of_images_has_mean_0_and_standard_deviation_1(channels: int) -> None:
     shape = (50, 3, 5) if channels == 1 else (50, 3, 3, 5)
     images = (torch.rand(shape) ** 2 * 200 + 20).to(torch.uint8)
-    by = Normalization.of(images)
+    by = Normalization.of([images])
     inputs = network_input(images[:, ..., :3], torch.arange(50), 3, normalization=by).double()
     seen = images[..., :3].double().view(50, channels, 3, 3) / 255
     mean, std = (torch.tensor(values, dtype=torch.float64)[None, :, None, None] for values in (by.mean, by.std))
@@ -472,7 +472,7 @@ def test_the_normalization_of_images_has_mean_0_and_standard_deviation_1(channel
 
 
 def test_equal_pixels_are_divided_by_nothing() -> None:
-    assert Normalization.of(torch.full((3, 4, 4), 51, dtype=torch.uint8)) == Normalization((0.2,), (1.0,))
+    assert Normalization.of([torch.full((3, 4, 4), 51, dtype=torch.uint8)]) == Normalization((0.2,), (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -499,5 +499,5 @@ def test_a_normalization_is_of_the_images_channels() -> None:
 def test_both_splits_are_normalized_by_the_training_images() -> None:
     images, labels = torch.randint(0, 256, (6, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
     dataset = Dataset(Split(images, labels), Split(images // 2, labels), Path(), ("a", "b"), "made").normalized()
-    assert dataset.train.normalization == dataset.test.normalization == Normalization.of(images)
+    assert dataset.train.normalization == dataset.test.normalization == Normalization.of([images])
     assert dataset.train.limited(2).normalization == dataset.test.to(torch.device("cpu")).normalization is not None

@@ -1,0 +1,237 @@
+"""Images that are read while a network trains on them: a set may be larger than the device, and than the host.
+
+Processes decode the images of the next batches (:mod:`.image_workers`). A batch goes to the device beside the step before it,
+into one of a few places that are always the same, from which a captured step reads. All after that is as for images that live
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .dataset import DataError, Normalization, Split
+from .image_workers import Decoders, Errors, image_shape
+from .sources import Source
+
+#: Batches on a GPU: one that a step reads, one that is ready, one that is on its way.
+_ON_DEVICE = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """Images that are read as they are needed, and their labels.
+
+    Attributes:
+        source: what reads them.
+        size: side of an image.
+        channels: 1 or 3.
+        workers: processes that read; 0: it is done between two steps.
+        normalization: as in :class:`.dataset.Split`.
+        skip_damaged: whether an image that cannot be read is no error: the one before it in its batch takes its place, or the
+            first that can be read.
+        skipped: images that could not be read so far, each with what is wrong with it.
+    """
+
+    source: Source
+    size: int
+    channels: int
+    workers: int
+    normalization: Normalization | None = None
+    skip_damaged: bool = False
+    skipped: dict[Path, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,), on the CPU."""
+        return self.source.labels
+
+    def limited(self, limit: int | None) -> StreamedSplit:
+        """The first ``limit`` images, or all."""
+        if limit is None or limit >= len(self):
+            return self
+        return dataclasses.replace(self, source=self.source.subset(torch.arange(limit)))
+
+    def to(self, device: torch.device) -> StreamedSplit:
+        """Itself: its images go to a device when they are needed."""
+        return self
+
+    def blank(self, count: int) -> Split:
+        """So many black images of the first class, on the CPU: for what is compiled before there are others."""
+        images = torch.zeros(count, *image_shape(self.channels, self.size), dtype=torch.uint8)
+        return Split(images, torch.zeros(count, dtype=torch.int64), self.normalization)
+
+    def image(self, index: int) -> Tensor:
+        """Image ``index``, now, on the CPU."""
+        return self.source.read(index, self.channels, self.size)
+
+    def parts(self) -> Iterator[Tensor]:
+        """All images, some hundred at a time, on the CPU; each holds until the next is asked for."""
+        with contextlib.closing(Feed(self, torch.arange(len(self)).split(256), torch.device("cpu"))) as feed:
+            for part, _ in feed:
+                yield part.images
+
+    def mend(self, images: Tensor, index: Tensor, errors: Errors) -> Tensor:
+        """Which images are where those of ``index`` were asked for, once what ``errors`` says has been replaced.
+
+        Raises:
+            DataError: one cannot be read, and such are not skipped, or all of a batch cannot.
+        """
+        if not errors:
+            return index
+        if not self.skip_damaged:
+            raise errors[min(errors)]
+        good = [place for place in range(len(index)) if place not in errors]
+        for place, error in errors.items():
+            name = self.source.name(int(index[place]))
+            self.skipped[name] = str(error).removeprefix(f"{name}: ")
+        if not good:
+            raise DataError(f"none of {len(index)} images can be read: {errors[0]}")
+        index = index.clone()
+        for place in errors:
+            before = max((other for other in good if other < place), default=good[0])
+            images[place] = images[before]
+            index[place] = index[before]
+        return index
+
+
+#: What a network trains on or is tested with.
+AnySplit = Split | StreamedSplit
+
+
+class Ring:
+    """The places of batches on a GPU: a captured step reads the same memory at each replay.
+
+    Args:
+        split: whose batches.
+        batch: images of one, at most.
+        device: the GPU.
+
+    Attributes:
+        split: the images of all places, one batch after the other.
+    """
+
+    def __init__(self, split: StreamedSplit, batch: int, device: torch.device) -> None:
+        self.batch = batch
+        shape = (_ON_DEVICE * batch, *image_shape(split.channels, split.size))
+        images = torch.zeros(shape, dtype=torch.uint8, device=device)
+        labels = torch.zeros(_ON_DEVICE * batch, dtype=torch.int64, device=device)
+        self.split = Split(images, labels, split.normalization)
+        places = torch.arange(_ON_DEVICE * batch, device=device)
+        self.places = places.split(batch)
+        self.copies = torch.cuda.Stream(device)
+        #: Of each place, when it was last filled, and when a step had last read it.
+        self.filled = [torch.cuda.Event() for _ in range(_ON_DEVICE)]
+        self.read = [torch.cuda.Event() for _ in range(_ON_DEVICE)]
+
+    def fill(self, place: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Copy a batch to ``place``, beside what the current stream does, which then waits for it; where its images are."""
+        begin = place * self.batch
+        self.copies.wait_event(self.read[place])
+        with torch.cuda.stream(self.copies):
+            for to, value in ((self.split.images, images), (self.split.labels, labels)):
+                to[begin : begin + len(value)].copy_(value, non_blocking=True)
+            self.filled[place].record()
+        torch.cuda.current_stream().wait_event(self.filled[place])
+        return self.places[place][: len(images)]
+
+
+@contextlib.contextmanager
+def _pinned(room: Tensor) -> Iterator[None]:
+    """Let the GPU copy from ``room`` by itself. After the fork of the processes that write it: they need no part in it."""
+    runtime = torch.cuda.cudart()
+    pinned = int(runtime.cudaHostRegister(room.data_ptr(), room.numel(), 0)) == 0
+    try:
+        yield  # where it may not be pinned, copies wait
+    finally:
+        if pinned:
+            torch.cuda.synchronize()
+            runtime.cudaHostUnregister(room.data_ptr())
+
+
+class Feed:
+    """The batches of a set on the device, one after the other: each as a split there, and where in it the batch is.
+
+    Of images that live on the device that is the split itself and the batch. Close it: processes may read for it.
+
+    Args:
+        split: on ``device``, or streamed.
+        batches: int64, each the images of a batch.
+        device: where they are wanted.
+        ring: of a GPU, for a streamed split; None: one for these batches.
+        stop: asked while the next batch is waited for; where it says yes, the iterator ends.
+
+    Attributes:
+        waited: seconds in which there was nothing to compute for want of images.
+    """
+
+    def __init__(
+        self,
+        split: AnySplit,
+        batches: Sequence[Tensor],
+        device: torch.device,
+        *,
+        ring: Ring | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.waited = 0.0
+        self._batches, self._device, self._stop = batches, device, stop
+        if isinstance(split, Split):
+            self._parts = ((split, batch) for batch in batches)
+        else:
+            self._parts = self._streamed(split, ring)
+
+    def __iter__(self) -> Iterator[tuple[Split, Tensor]]:
+        return self._parts
+
+    def close(self) -> None:
+        """End the processes that read for it."""
+        self._parts.close()
+
+    def _streamed(self, split: StreamedSplit, ring: Ring | None) -> Generator[tuple[Split, Tensor], None, None]:
+        batches = [batch.cpu() for batch in self._batches]
+        most = max(map(len, batches), default=0)
+        if most == 0:  # a process may have no share of any batch
+            yield from ((split.blank(1).to(self._device), batch.to(self._device)) for batch in batches)
+            return
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and ring is None:
+            ring = Ring(split, most, self._device)
+        decoders = Decoders(split.source, split.channels, split.size, most, split.workers)
+        with contextlib.closing(decoders), _pinned(decoders.room) if on_gpu else contextlib.nullcontext():
+            ahead = min(decoders.slots, len(batches))
+            for slot in range(ahead):
+                decoders.put(slot, batches[slot].tolist())
+            for number, batch in enumerate(batches):
+                found = self._get(decoders, ring, number)
+                if found is None:
+                    return
+                slot, errors = found
+                images = decoders.room[slot, : len(batch)]
+                labels = split.labels[split.mend(images, batch, errors)]
+                if ring is None:
+                    yield Split(images, labels, split.normalization), torch.arange(len(batch))
+                else:
+                    place = number % _ON_DEVICE
+                    yield ring.split, ring.fill(place, images, labels.pin_memory())
+                    ring.read[place].record()
+                    ring.filled[place].synchronize()  # a copy that began before the step did
+                if number + ahead < len(batches):
+                    decoders.put(slot, batches[number + ahead].tolist())
+
+    def _get(self, decoders: Decoders, ring: Ring | None, number: int) -> tuple[int, Errors] | None:
+        begin = time.perf_counter()
+        found = decoders.get(self._stop)
+        # A GPU that still computes the step before has not waited.
+        if number and (ring is None or ring.read[(number - 1) % _ON_DEVICE].query()):
+            self.waited += time.perf_counter() - begin
+        return found
