@@ -61,8 +61,9 @@ def read_into(room: Tensor, source: Source, index: Sequence[int], channels: int)
     return errors
 
 
-def _work(pipe: Connection, source: Source, room: Tensor, channels: int) -> None:
+def _work(pipe: Connection, theirs: Connection, source: Source, room: Tensor, channels: int) -> None:
     """One process: reads what it is told to read into the places that it is told, and says what it could not."""
+    theirs.close()  # a copy of which the fork made: with it the pipe would not end where the other process does
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # after a fork there are no others
@@ -79,7 +80,8 @@ class _Worker:
         context = multiprocessing.get_context("fork")
         try:
             self.pipe, theirs = context.Pipe()
-            self.process: BaseProcess = context.Process(target=_work, args=(theirs, source, room, channels), daemon=True)
+            given = (theirs, self.pipe, source, room, channels)
+            self.process: BaseProcess = context.Process(target=_work, args=given, daemon=True)
             self.process.start()
         except OSError as error:
             raise DataError(

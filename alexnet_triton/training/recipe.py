@@ -101,7 +101,8 @@ def check_fields(value: Any) -> None:
         if found is None and isinstance(None, kind):
             continue
         # An int is a float, as Python's own type hints have it; a bool is no number.
-        fits = isinstance(found, kind | int if kind is float else kind) and (kind is bool or not isinstance(found, bool))
+        fits = isinstance(found, kind | int if kind is float else kind)
+        fits = fits and (not isinstance(found, bool) or bool in (kind, *get_args(kind)))
         if not fits or not allowed.allows(found):
             raise ValueError(f"no --{name.replace('_', '-')} can be {str(found)[:50]!r}")
 

@@ -190,7 +190,7 @@ def test_damaged_images_are_skipped_on_demand(workers: int, tmp_path: Path) -> N
         f"{folder}/test: skipped 1 damaged image: grass/01.png ({reason})",
     ]
     (folder / "test" / "grass" / "00.png").write_text("?")
-    with pytest.raises(DataError, match=r"test/grass: all its images are damaged: .*00\.png: not an image"):
+    with pytest.raises(DataError, match=r"test: all images of class grass are damaged: .*00\.png: not an image"):
         load(folder, skip_damaged=True)
 
 

@@ -14,14 +14,15 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alexnet_triton.data import fashion_mnist as data
-from alexnet_triton.data import image_folder
 from alexnet_triton.data.dataset import DataError
 from alexnet_triton.data.fashion_mnist import read_folder, read_idx
 from alexnet_triton.data.image_folder import load_data, load_test
+from alexnet_triton.data.reading import Reader
 from alexnet_triton.training.checkpoint import CheckpointError, read_checkpoint
 
 from ...permissions import permissions_hold
@@ -287,13 +288,13 @@ def test_an_image_that_vanishes_after_the_folder_was_listed_is_named(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "a", train=2, tests=1)
-    room = image_folder._room_for
+    read = Reader.read
 
-    def vanish(*arguments: object) -> object:
+    def vanish(*arguments: Any) -> object:
         (folder / "train" / "sky" / "00.png").unlink(missing_ok=True)
-        return room(*arguments)  # type: ignore[arg-type]
+        return read(*arguments)
 
-    monkeypatch.setattr(image_folder, "_room_for", vanish)
+    monkeypatch.setattr(Reader, "read", vanish)
     with pytest.raises(DataError, match=r"train/sky/00\.png: no such file"):
         load_data(folder, size=20, channels=3, workers=workers)
 

@@ -97,7 +97,7 @@ def test_workers_change_nothing_but_time(colours: Path) -> None:
 
 def test_workers_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
-    assert default_workers() == 8
+    assert default_workers() == 12
     for processes, expected in ((2, 6), (4, 3), (100, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert default_workers() == expected
@@ -165,9 +165,9 @@ def test_a_fault_is_named(fault: str, tmp_path: Path) -> None:
 
 
 def test_more_images_than_the_device_holds(colours: Path) -> None:
-    message = r"train: 24 images of 3 x 1000000000 x 1000000000 take .* GB, more than cpu has free: take fewer with --limit"
+    message = r"train: 24 images of 3 x 1000000000 x 1000000000 take .* GB, more than cpu has free: --stream, or take fewer"
     with pytest.raises(DataError, match=message):
-        load_data(colours, size=10**9, channels=3, workers=0)
+        load_data(colours, size=10**9, channels=3, workers=0, stream=False)
 
 
 def test_three_channels_are_made_an_input_each_by_itself() -> None:

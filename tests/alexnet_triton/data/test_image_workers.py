@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +19,8 @@ from alexnet_triton.data import image_workers
 from alexnet_triton.data.dataset import DataError
 from alexnet_triton.data.image_files import read_images
 from alexnet_triton.data.image_folder import load_data
-from alexnet_triton.data.image_workers import decode
+from alexnet_triton.data.image_workers import Decoders, decode
+from alexnet_triton.data.sources import Files
 
 from ..command import run_here
 from .test_image_folder import write_folder, write_images
@@ -26,20 +29,30 @@ TRAIN = ("train", "--model", "lenet", "--device", "cpu", "--backend", "torch", "
 
 
 @pytest.fixture
-def paths(tmp_path: Path) -> list[Path]:
+def files(tmp_path: Path) -> Files:
+    """70 images of 20 x 20, of which the 41st is damaged."""
     write_images(tmp_path, {"a": 70})
     (tmp_path / "a" / "40.png").write_text("?")
-    return sorted((tmp_path / "a").iterdir())
+    return Files(tmp_path, sorted((tmp_path / "a").iterdir()), torch.zeros(70, dtype=torch.int64))
 
 
+def batches(count: int, size: int) -> list[list[int]]:
+    return [each.tolist() for each in torch.arange(count).split(size)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 70])
 @pytest.mark.parametrize("workers", [0, 1, 3, 8])
-def test_the_order_is_that_of_the_files(workers: int, paths: list[Path]) -> None:
-    expected, readable, errors = read_images(paths, 3, 20)
-    found = list(decode(paths, 3, 20, workers))
-    assert torch.equal(torch.cat([images for images, _, _ in found]), expected)
-    assert [path for _, each, _ in found for path in each] == readable
-    assert [str(error) for _, _, each in found for error in each] == [str(error) for error in errors]
-    assert list(decode([], 3, 20, workers)) == []
+def test_the_order_is_that_of_the_batches(workers: int, size: int, files: Files) -> None:
+    paths = [files.name(i) for i in range(70)]
+    expected, _, (error,) = read_images(paths, 3, 20)
+    images, errors = [], {}
+    for number, (found, wrong) in enumerate(decode(files, batches(70, size), 3, 20, workers)):
+        images.append(found.clone())
+        errors |= {number * size + place: str(each) for place, each in wrong.items()}
+    together = torch.cat(images)
+    assert torch.equal(torch.cat([together[:40], together[41:]]), expected)
+    assert errors == {40: str(error)}
+    assert list(decode(files, [], 3, 20, workers)) == []
 
 
 def _can_mount() -> bool:
@@ -82,46 +95,56 @@ def _end(how: signal.Signals | int):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("stream", ["--no-stream", "--stream"])
 def test_a_process_that_dies_is_one_line(
-    how: signal.Signals | int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stream: str, how: signal.Signals | int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "a", train=8, tests=1)
-    monkeypatch.setattr(image_workers, "read_images", _end(how))
-    result = run_here(*TRAIN, "--data", str(folder), "--out", str(tmp_path / "out"))
-    first, last = folder / "train" / "brick" / "00.png", folder / "train" / "grass" / "07.png"
-    message = f"{first} to {last}: the process that decodes them {said}: take fewer with --workers N, or none with --workers 0"
+    monkeypatch.setattr(image_workers, "read_into", _end(how))
+    result = run_here(*TRAIN, stream, "--data", str(folder), "--out", str(tmp_path / "out"))
+    some = f"{folder / 'train' / 'brick' / '00.png'} to {folder / 'train' / 'grass' / '07.png'}"
+    if stream == "--stream":
+        some = result.stderr.removeprefix("alexnet-triton: ").split(": the process")[0]
+        assert some.count(str(folder / "train")) == 2
+    message = f"{some}: the process that decodes them {said}: take fewer with --workers N, or none with --workers 0"
     assert (result.returncode, result.stderr) == (1, f"alexnet-triton: {message}\n")
-    assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_is_killed_while_it_sends(paths: list[Path]) -> None:
-    """Half of a batch is in the pipe."""
-    decoded = decode(paths, 3, 224, 1)
-    next(decoded)
-    started = decoded.gi_frame.f_locals["started"]
-    time.sleep(1)  # until the pipe is full of the second batch
-    os.kill(started[0][1].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"16\.png to .*31\.png: the process that decodes them was killed by SIGKILL"):
-        next(decoded)
+def test_a_process_that_is_killed_while_others_read(files: Files) -> None:
+    with contextlib.closing(Decoders(files, 3, 224, 16, 2)) as decoders:
+        for slot in range(3):
+            decoders.put(slot, range(16 * slot, 16 * slot + 16))
+        first = decoders._workers[0]
+        os.kill(first.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"\.png to .*\.png: the process that decodes them was killed by SIGKILL"):
+            all(decoders.get() for _ in range(3))
 
 
-def test_a_process_that_sends_nothing_is_given_up(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_sends_nothing_is_given_up(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_workers, "PATIENCE", 1.0)
-    monkeypatch.setattr(image_workers, "read_images", lambda *_: time.sleep(60))
+    monkeypatch.setattr(image_workers, "read_into", lambda *_: time.sleep(60))
     begin = time.monotonic()
     message = r"00\.png to .*15\.png: the process that decodes them has sent nothing for 1 s: .*--workers 0"
     with pytest.raises(DataError, match=message):
-        list(decode(paths, 3, 20, 2))
+        list(decode(files, batches(70, 16), 3, 20, 2))
     assert time.monotonic() - begin < 20
 
 
-def test_no_process_is_left(paths: list[Path]) -> None:
-    decoded = decode(paths, 3, 20, 3)
+def test_a_slow_disk_is_waited_for(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk takes longer than a glance, none as long as the patience."""
+    monkeypatch.setattr(image_workers, "PATIENCE", 2.0)
+    read_into = image_workers.read_into
+    monkeypatch.setattr(image_workers, "read_into", lambda *given: (time.sleep(0.7), read_into(*given))[1])
+    assert len(list(decode(files, batches(64, 16), 3, 20, 1))) == 4
+
+
+def test_no_process_is_left(files: Files) -> None:
+    before = set(multiprocessing.active_children())
+    decoded = decode(files, batches(70, 4), 3, 20, 3)
     next(decoded)
-    processes = [process for _, process in decoded.gi_frame.f_locals["started"]]
-    assert any(process.is_alive() for process in processes)
+    assert len(set(multiprocessing.active_children()) - before) == 3
     decoded.close()
-    assert not any(process.is_alive() for process in processes)
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_process_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +156,35 @@ def test_a_process_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fork", full)
     with pytest.raises(DataError, match=r"process 0 of 2 to decode images cannot be started: Resource temporarily unavailable"):
         load_data(folder, size=20, channels=3, workers=2)
+
+
+def test_memory_that_there_is_not(files: Files) -> None:
+    with pytest.raises(
+        DataError, match=r"no memory for 3 batches of 70 images of 3 x 10000000 x 10000000, 63000000.* GB: fewer"
+    ):
+        Decoders(files, 3, 10**7, 70, 0)
+
+
+def test_processes_end_with_the_one_that_forked_them(files: Files, tmp_path: Path) -> None:
+    """However it ends: SIGKILL lets it say nothing."""
+    script = f"""
+import os, signal
+from alexnet_triton.data.image_workers import Decoders
+from alexnet_triton.data.sources import Files
+from pathlib import Path
+import torch
+files = Files(Path({str(tmp_path)!r}), [Path({str(tmp_path / "a" / "00.png")!r})], torch.zeros(1, dtype=torch.int64))
+decoders = Decoders(files, 3, 20, 1, 3)
+print(*(worker.process.pid for worker in decoders._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    end = time.monotonic() + 20
+    alive = [int(pid) for pid in done.stdout.split()]
+    assert len(alive) == 3
+    while alive and time.monotonic() < end:
+        status = {pid: Path(f"/proc/{pid}/status") for pid in alive}
+        alive = [pid for pid, path in status.items() if path.exists() and "State:\tZ" not in path.read_text()]
+        time.sleep(0.05)
+    assert not alive

@@ -308,7 +308,7 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_the_seed(monkeypatch: pyt
 
     def order(seed: int) -> list[int]:
         seen: list[torch.Tensor] = []
-        monkeypatch.setattr(trainer, "step", seen.append)
+        monkeypatch.setattr(trainer, "step", lambda index, count: seen.append(index))
         trainer.epoch(torch.Generator().manual_seed(seed))
         assert [len(index) for index in seen] == [16, 16, 8]
         return torch.cat(seen).tolist()

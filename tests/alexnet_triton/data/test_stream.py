@@ -1,0 +1,259 @@
+"""Streamed images: the same bits as images in memory, whatever reads them, and what happens to those that cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from alexnet_triton.data import reading
+from alexnet_triton.data.dataset import DataError, Dataset, Split
+from alexnet_triton.data.image_folder import load_data, load_test
+from alexnet_triton.data.stream import Feed, StreamedSplit
+from alexnet_triton.training.distributed import Processes
+from alexnet_triton.training.evaluation import evaluate, predict_split
+from alexnet_triton.training.loop import train
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.signals import Stopped
+from alexnet_triton.training.trainer import Trainer
+
+from ...conftest import DEVICE
+from ..command import run_here
+from ..training.listeners import Asked
+from .test_image_folder import write_folder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 images to train on and 7 to test with."""
+    return write_folder(tmp_path_factory.mktemp("images") / "a", train=20, tests=7)
+
+
+def load(folder: Path, stream: bool = True, **options: Any) -> Dataset[Any]:
+    return load_data(folder, **({"size": 28, "channels": 3, "workers": 2, "stream": stream} | options))
+
+
+def streamed(folder: Path, **options: Any) -> StreamedSplit:
+    split = load(folder, **options).train
+    assert isinstance(split, StreamedSplit)
+    return split
+
+
+def fed(split: StreamedSplit | Split, batches: list[Tensor], device: torch.device = CPU) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of each batch."""
+    with contextlib.closing(Feed(split, batches, device)) as feed:
+        return [(part.images[index].cpu().clone(), part.labels[index].cpu().clone()) for part, index in feed]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_those_of_images_in_memory(channels: int, workers: int, folder: Path) -> None:
+    split = streamed(folder, channels=channels, workers=workers)
+    held = load(folder, stream=False, channels=channels).train
+    order = torch.randperm(60)
+    # More batches than there are places, of several sizes; one image twice; none.
+    batches = [*order.split(7), torch.tensor([3, 3, 59]), torch.tensor([], dtype=torch.int64), order[:40]]
+    for (ours, labels), batch in zip(fed(split, batches, torch.device(DEVICE)), batches, strict=True):
+        assert torch.equal(ours, held.images[batch])
+        assert torch.equal(labels, held.labels[batch])
+    assert (len(split), split.channels, split.size) == (60, channels, 28)
+    assert torch.equal(torch.cat([part.clone() for part in split.parts()]), held.images)
+    assert torch.equal(split.image(17), held.images[17])
+
+
+def test_fashion_mnist_streams_too() -> None:
+    ours = load_data("sample", size=28, channels=1, stream=True, workers=1)
+    held = load_data("sample", size=28, channels=1)
+    assert isinstance(ours.train, StreamedSplit)
+    order = torch.randperm(len(held.train))[:300]
+    (images, labels), *_ = fed(ours.train, [order])
+    assert torch.equal(images, held.train.images[order])
+    assert torch.equal(labels, held.train.labels[order])
+    test = load_test("sample", classes=held.classes, size=28, channels=1, limit=5, stream=True)
+    assert (isinstance(test, StreamedSplit), len(test)) == (True, 5)
+
+
+def test_normalization_is_that_of_images_in_memory(folder: Path) -> None:
+    assert load(folder).normalized().train.normalization == load(folder, stream=False).normalized().train.normalization
+
+
+def test_what_does_not_fit_is_streamed_and_it_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    quiet = functools.partial(load, folder, stream=None, on_note=said.append)
+    assert isinstance(quiet().train, Split)
+    assert said == []
+    monkeypatch.setattr(reading, "_free_bytes", lambda device: 100_000)
+    data = quiet()
+    assert isinstance(data.train, StreamedSplit)
+    assert isinstance(data.test, Split)  # 21 images are 49 kB
+    need, has = "60 images of 3 x 28 x 28 take 0.0 GB", "cpu has 0.0 GB for them"
+    assert said == [f"{folder}/train: {need}, {has}: they are streamed (--no-stream forbids it)"]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+RECIPE = Recipe(model="lenet", channels=3, batch_size=8, epochs=2, lr=0.1, momentum=0.9, flip=True, crop="pad")
+
+
+def epochs(data: Dataset[Any], recipe: Recipe = RECIPE) -> tuple[list[tuple[float, float]], list[Tensor]]:
+    """Losses and accuracies of two epochs and of an evaluation, and the weights."""
+    torch.manual_seed(0)
+    with kernels.use_backend("torch"):
+        net = new_model("lenet", 0, CPU, torch.float32, len(data.classes), 3)
+        trainer = Trainer(net, data.train, recipe, Where(CPU))
+        generator = torch.Generator().manual_seed(0)
+        found = [trainer.epoch(generator, i + 1)[:2] for i in range(2)]
+        found.append(evaluate(net, data.test, batch_size=8, image_size=28, device=CPU))
+        predictions = predict_split(net, data.test, batch_size=8, image_size=28, device=CPU)
+    return found, [*net.parameters(), predictions.classes, predictions.true]
+
+
+@pytest.mark.parametrize("options", [{}, {"class_weights": "balanced"}, {"normalize": True}], ids=str)
+def test_training_gives_the_bits_of_images_in_memory(options: dict[str, Any], folder: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, **options)
+    results = []
+    for stream, workers in ((False, 0), (True, 0), (True, 1), (True, 4)):
+        data = load(folder, stream=stream, workers=workers)
+        results.append(epochs(data.normalized() if recipe.normalize else data, recipe))
+    for losses, tensors in results[1:]:
+        assert losses == results[0][0]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, results[0][1], strict=True))
+
+
+def run(folder: Path, out: Path, workers: int, stream: bool = True, listener: Any = None, resume: Any = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    out.mkdir(exist_ok=True)
+    with kernels.use_backend("torch"):
+        data = load(folder, stream=stream, workers=workers)
+        net = new_model("lenet", 0, CPU, torch.float32, len(data.classes), 3)
+        train(net, data, RECIPE, Where(CPU), out, **({"listener": listener} if listener else {}), resume=resume)
+    return list(net.parameters())
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(stop_at: int, folder: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch too, and with another number of workers."""
+    from alexnet_triton.training.checkpoint import read_checkpoint
+
+    whole = run(folder, tmp_path / "whole", 2)
+    calls = iter(range(1, 1000))
+    with pytest.raises(Stopped):
+        run(folder, tmp_path / "parts", 3, listener=Asked(lambda: next(calls) == stop_at))
+    kept = read_checkpoint(tmp_path / "parts" / "checkpoint.pt")
+    assert all(torch.equal(*pair) for pair in zip(whole, run(folder, tmp_path / "parts", 0, resume=kept), strict=True))
+
+
+def test_processes_have_their_own_shares(folder: Path) -> None:
+    """Each reads what it computes on; together they see every image once."""
+    split = streamed(folder)
+    order = torch.randperm(60)
+    seen: list[int] = []
+    for rank in range(4):
+        share = Processes(rank, 4).share
+        for batch, (images, labels) in zip(order.split(7), fed(split, [share(b) for b in order.split(7)]), strict=True):
+            assert torch.equal(labels, split.labels[share(batch)])
+            assert len(images) == len(share(batch))
+            seen += share(batch).tolist()
+    assert sorted(seen) == list(range(60))
+    (none, _), *_ = fed(split, [order[:0], order[:0]])
+    assert len(none) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    folder = write_folder(tmp_path / "a", train=6, tests=3)
+    for name in ("brick/00.png", "sky/03.png"):
+        (folder / "train" / name).write_bytes(b"?")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_an_error_or_the_one_before_it_again(workers: int, damaged: Path) -> None:
+    order = torch.arange(18)
+    with pytest.raises(DataError, match=r"train/brick/00\.png: not an image"):
+        fed(streamed(damaged, workers=workers), [order])
+    split = streamed(damaged, workers=workers, skip_damaged=True)
+    (images, labels), (last, _) = fed(split, [order[:15], order[15:]])
+    assert torch.equal(images[0], images[1])  # there is none before it
+    assert labels[0] == 0
+    assert torch.equal(last[0], split.image(16))  # 15, sky/03, is the first of its batch
+    assert {str(path.relative_to(damaged)) for path in split.skipped} == {"train/brick/00.png", "train/sky/03.png"}
+    with pytest.raises(DataError, match=r"none of 1 images can be read: .*sky/03\.png: not an image"):
+        fed(split, [torch.tensor([15])])
+
+
+def test_the_list_of_damaged_images(damaged: Path, tmp_path: Path) -> None:
+    options = (
+        "train",
+        "--stream",
+        "--model",
+        "lenet",
+        "--data",
+        str(damaged),
+        "--epochs",
+        "1",
+        "--backend",
+        "torch",
+        "--device",
+        "cpu",
+    )
+    result = run_here(*options, "--skip-damaged", "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in sorted(lines)] == [
+        str(damaged / "train" / n) for n in ("brick/00.png", "sky/03.png")
+    ]
+    result = run_here(*options, "--out", str(tmp_path / "other"))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert ".png: not an image" in result.stderr
+
+
+def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that hangs: what asks to stop is heard while a step waits for its images, and no process stays."""
+    from alexnet_triton.data import image_workers
+
+    monkeypatch.setattr(image_workers, "read_into", lambda *_: time.sleep(60))
+    data = load(folder, workers=2)
+    begin = time.monotonic()
+    with kernels.use_backend("torch"):
+        net = new_model("lenet", 0, CPU, torch.float32, len(data.classes), 3)
+        trainer = Trainer(net, data.train, RECIPE, Where(CPU), listener=Asked(lambda: time.monotonic() > begin + 1))
+        with pytest.raises(Stopped, match="after step 0 of 8"):
+            trainer.epoch(torch.Generator().manual_seed(0))
+    assert time.monotonic() < begin + 20
+    assert multiprocessing.active_children() == []
+
+
+def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alexnet_triton.data.sources import Files
+
+    waits: list[tuple[float, float]] = []
+    read = Files.read
+
+    class Told(Asked):
+        def waited(self, seconds: float, of: float) -> None:
+            waits.append((seconds, of))
+
+    run(folder, tmp_path / "a", 2, listener=Told(lambda: False))
+    monkeypatch.setattr(Files, "read", lambda *given: (time.sleep(0.05), read(*given))[1])
+    waits.clear()
+    run(folder, tmp_path / "b", 2, listener=Told(lambda: False))
+    assert len(waits) == 2
+    assert all(0.3 < seconds < of for seconds, of in waits)
