@@ -21,9 +21,7 @@ from .dataset import DataError, Dataset, Split, expand
 from .fashion_mnist import CLASSES, check_folder, holds_idx, load_fashion_mnist
 from .image_files import find_images, is_hidden, walk
 from .image_workers import decode, default_workers
-
-#: Folders of the training images, and of the test images: the first of these that is there.
-TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
+from .splits import TESTS, TRAIN
 
 _CPU = torch.device("cpu")
 
