@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -96,15 +96,17 @@ def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | Non
     return [path for path in paths if path.suffix.lower() in suffixes()], others
 
 
-def _j2k_bits(file: Path | io.BytesIO) -> int:
+def _j2k_bits(file: BinaryIO) -> int:
     """Bits of a JPEG 2000's deepest channel, from the SIZ segment that opens its codestream."""
-    data = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+    file.seek(0)
+    data = file.read()
+    file.seek(0)
     begin = data.index(b"\xff\x4f\xff\x51") + 40
     channels = int.from_bytes(data[begin : begin + 2], "big")
     return max((bits & 0x7F) + 1 for bits in data[begin + 2 : begin + 2 + 3 * channels : 3])
 
 
-def _is_deep(image: Image, file: Path | io.BytesIO) -> bool:
+def _is_deep(image: Image, file: BinaryIO) -> bool:
     """Whether ``file``, opened as ``image``, has more than 8 bits a channel, of which Pillow may hand over 8 without a word."""
     from PIL import Jpeg2KImagePlugin, TiffImagePlugin
 
@@ -163,7 +165,7 @@ def _square(image: Tensor, size: int) -> Tensor:
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 
-def _decode(file: Path | io.BytesIO, name: Path, channels: int, size: int) -> Tensor:
+def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -181,14 +183,22 @@ def _decode(file: Path | io.BytesIO, name: Path, channels: int, size: int) -> Te
             raise MemoryError from error
 
 
-def _read(file: Path | io.BytesIO, name: Path, channels: int, size: int) -> Tensor:
-    """:func:`read_image` of a file or of its bytes, which errors call ``name``."""
+def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Tensor:
+    """:func:`read_image` of a file or of its bytes, which errors call ``name``.
+
+    Pillow gets no path: it would map an uncompressed file into memory, and it maps a TIFF whose EXIF turns it with the sides
+    exchanged, so that its rows are sheared.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
-            raise DataError(f"{name}: no regular file")  # to open a pipe would wait for a writer
-        with warnings.catch_warnings():
+        if isinstance(image_file, Path):
+            if image_file.exists() and not (image_file.is_file() or image_file.is_dir()):
+                raise DataError(f"{name}: no regular file")  # to open a pipe would wait for a writer
+            file: BinaryIO = image_file.open("rb")
+        else:
+            file = io.BytesIO(image_file)
+        with file, warnings.catch_warnings():
             # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = _decode(file, name, channels, size)
@@ -235,7 +245,7 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
 
 def decode_image(data: bytes, name: Path, channels: int, size: int) -> Tensor:
     """:func:`read_image` of a file's bytes ``data``, which errors call ``name``."""
-    return _read(io.BytesIO(data), name, channels, size)
+    return _read(data, name, channels, size)
 
 
 def read_images(paths: list[Path], channels: int, size: int) -> tuple[Tensor, list[Path], list[DataError]]:
