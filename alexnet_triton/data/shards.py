@@ -386,7 +386,10 @@ def find_shards(data: str | Path, buffer: int = BUFFER) -> Parts:
     if found.is_dir():
         given = _tars(found)
     else:
-        named = expand_urls(str(found))
+        try:
+            named = expand_urls(str(found))
+        except (ValueError, AssertionError) as error:  # of braces that do not match, and of ${NAME} without such a variable
+            raise DataError(f"{data}: names no shards: {error}") from error
         given = [Path(path) for name in named for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not given:
         raise DataError(f"{data}: no shards there")

@@ -106,6 +106,10 @@ def hold_out(source: Keyed, part: float, seed: int, folder: Path) -> tuple[Tenso
 
     Which ones is decided by a hash of seed and key: the same on every machine, and another image changes little.
 
+    Args:
+        source: whose labels are from 0 on.
+        folder: which messages name.
+
     Returns:
         int64 numbers of images, in their order.
 
@@ -131,21 +135,17 @@ def hold_out(source: Keyed, part: float, seed: int, folder: Path) -> tuple[Tenso
     return torch.from_numpy(np.flatnonzero(~is_held)), torch.from_numpy(np.flatnonzero(is_held))
 
 
-def _open_halves(parts: Parts, validation: float, seed: int) -> tuple[Keyed, Source, Source]:
-    """All training images, and those of them to train on and to test with."""
-    if parts.train is None:
+def _open(parts: Parts, validation: float | None, *, train: bool) -> Keyed:
+    """The training images, or else what the test images are or are held out of."""
+    if parts.train is None and (train or validation is not None):
         raise DataError(f"{parts.folder}: no training images in it")
-    if parts.test is not None:
-        raise DataError(f"{parts.folder}: the test images are there already: leave out --validation")
-    whole = parts.train()
-    rest, held = hold_out(whole, validation, seed, parts.folder)
-    return whole, whole.subset(rest), whole.subset(held)
-
-
-def _open_test(parts: Parts) -> Keyed:
-    if parts.test is None:
+    if parts.test is None and validation is None:
         raise DataError(f"{parts.folder}: no test images in it; --validation 0.2 takes a fifth of the training images")
-    return parts.test()
+    if parts.test is not None and validation is not None:
+        raise DataError(f"{parts.folder}: the test images are there already: leave out --validation")
+    opener = parts.train if train or validation is not None else parts.test
+    assert opener is not None
+    return opener()
 
 
 def open_sources(parts: Parts, validation: float | None = None, seed: int = 0) -> Sources:
@@ -155,17 +155,14 @@ def open_sources(parts: Parts, validation: float | None = None, seed: int = 0) -
         DataError: images that are not there or cannot be listed; labels of no class; fewer than two classes; a ``validation``
             where there are test images, or where a class has one image.
     """
-    train: Source
-    test: Source
+    whole = _open(parts, validation, train=True)
+    classes = _name_classes(whole, parts)
+    train: Source = whole
     if validation is None:
-        if parts.train is None:
-            raise DataError(f"{parts.folder}: no training images in it")
-        train, test = parts.train(), _open_test(parts)
-        classes = _name_classes(train, parts)
-        _check_classes(test, classes, parts.folder)
+        test = open_test(parts, classes)
     else:
-        whole, train, test = _open_halves(parts, validation, seed)
-        classes = _name_classes(whole, parts)
+        rest, held = hold_out(whole, validation, seed, parts.folder)
+        train, test = whole.subset(rest), whole.subset(held)
     return Sources(train, test, classes, parts.folder, parts.folder.resolve().name)
 
 
@@ -175,10 +172,6 @@ def open_test(parts: Parts, classes: tuple[str, ...], validation: float | None =
     Raises:
         DataError: as :func:`open_sources`, and where the images are not of these classes.
     """
-    if validation is None:
-        test = _open_test(parts)
-        _check_classes(test, classes, parts.folder)
-        return test
-    whole, _, held = _open_halves(parts, validation, seed)
-    _check_classes(whole, classes, parts.folder)
-    return held
+    found = _open(parts, validation, train=False)
+    _check_classes(found, classes, parts.folder)
+    return found if validation is None else found.subset(hold_out(found, validation, seed, parts.folder)[1])

@@ -129,6 +129,9 @@ def test_a_test_set_without_labels(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path)
     with pytest.raises(DataError, match=r"/test: image 1: its label is -1: there are 2 classes, from 0 on$"):
         open_sources(find_saved_dataset(tmp_path))
+    test.save_to_disk(tmp_path / "alone")
+    with pytest.raises(DataError, match=r"/alone: image 1: its label is -1: there are 2 classes, from 0 on$"):
+        open_sources(find_saved_dataset(tmp_path / "alone"), 0.5)
 
 
 def test_an_image_that_is_not_there_or_damaged(tmp_path: Path) -> None:

@@ -396,6 +396,8 @@ def test_validation_of_few_images(tmp_path: Path) -> None:
 def test_shards_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for data, message in (
         (tmp_path / "a-*.tar", "no shards there"),
+        ("a-{0..3.tar", "names no shards: Unbalanced braces: 'a-{0..3.tar'"),
+        ("a-${NO_SUCH}.tar", "names no shards: missing environment variable wds_WDS_NO_SUCH"),
         ("https://example.org/a-{0..3}.tar", "shards are read from a disk: download them first"),
         ("pipe:cat a.tar", "shards are read from a disk: download them first"),
     ):
