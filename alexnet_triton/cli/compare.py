@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.augment import NOTHING
 from ..data.dataset import Dataset
+from ..data.shards import BUFFER
 from ..training.checkpoint import Checkpoint, CheckpointError, from_file, read_checkpoint, training_state
 from ..training.distributed import Processes
 from ..training.files import write_atomically
@@ -52,6 +53,7 @@ from .options import (
     RecipeOption,
     ScheduleOption,
     SeedOption,
+    ShuffleBufferOption,
     SkipDamagedOption,
     StreamOption,
     TensorboardOption,
@@ -192,6 +194,7 @@ def compare_command(
     skip_damaged: SkipDamagedOption = False,
     channels: ChannelsOption = None,
     stream: StreamOption = None,
+    shuffle_buffer: ShuffleBufferOption = BUFFER,
     workers: WorkersOption = None,
     epochs: EpochsOption = None,
     batch_size: TotalBatchOption = None,

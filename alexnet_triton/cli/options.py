@@ -197,6 +197,14 @@ StreamOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+ShuffleBufferOption = Annotated[
+    int,
+    number(
+        1,
+        help="Of tar shards, which come in another order in each epoch, draw the order of images among so many.",
+        rich_help_panel=DATA,
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     number(

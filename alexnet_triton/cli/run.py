@@ -22,7 +22,7 @@ import kernels
 
 from ..data.augment import EVERYTHING, Augment
 from ..data.dataset import DataError, Dataset
-from ..data.image_folder import default_channels, is_image_folder, load_data
+from ..data.image_folder import default_channels, is_own, load_data
 from ..data.stream import StreamedSplit
 from ..precompile import precompile
 from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, frozen_of
@@ -339,11 +339,12 @@ def _load(run: Run) -> Dataset:
             seed=recipe.seed,
             skip_damaged=run.options.skip_damaged,
             stream=run.options.stream,
+            buffer=recipe.shuffle_buffer,
             on_note=functools.partial(console.print, markup=False),
         )
         return data.normalized() if recipe.normalize else data
 
-    if is_image_folder(recipe.data, recipe.validation):
+    if is_own(recipe.data, recipe.validation):
         console.print(f"reading the images of {recipe.data}")  # which can take minutes
         return load()
     return run.where.processes.first_on_each_machine(load)  # of which one may download

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..data.shards import BUFFER
 from ..training.checkpoint import Checkpoint, CheckpointError, from_file, read_checkpoint, training_state
 from ..training.distributed import Processes
 from ..training.metrics import history_of, is_finished
@@ -48,6 +49,7 @@ from .options import (
     RecipeOption,
     ScheduleOption,
     SeedOption,
+    ShuffleBufferOption,
     SkipDamagedOption,
     StreamOption,
     TensorboardOption,
@@ -87,6 +89,7 @@ def train_command(
     skip_damaged: SkipDamagedOption = False,
     channels: ChannelsOption = None,
     stream: StreamOption = None,
+    shuffle_buffer: ShuffleBufferOption = BUFFER,
     workers: WorkersOption = None,
     epochs: EpochsOption = None,
     batch_size: TotalBatchOption = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -84,11 +84,13 @@ class Split:
         images: uint8, (N, H, W) of one channel or (N, 3, H, W) of three.
         labels: int64 (N,).
         normalization: what a network sees of the images; None: pixels in [0, 1].
+        order: draws the order of an epoch, int64 (N,), from a generator, on its device; None: :func:`torch.randperm` does.
     """
 
     images: Tensor
     labels: Tensor
     normalization: Normalization | None = None
+    order: Callable[[torch.Generator], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,7 +107,9 @@ class Split:
 
     def limited(self, limit: int | None) -> Split:
         """The first ``limit`` images, or all."""
-        return self if limit is None else dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit])
+        if limit is None:
+            return self
+        return dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit], order=None)
 
     def parts(self) -> Iterator[Tensor]:
         """All images, some thousand at a time."""

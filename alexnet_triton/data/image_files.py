@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def _formats() -> list[str]:
 
 
 @functools.cache
-def _suffixes() -> frozenset[str]:
+def suffixes() -> frozenset[str]:
+    """Of the files that :func:`read_image` reads, in small letters."""
     from PIL import Image
 
     formats = {*_formats(), "MPO"}  # which are JPEG files, with no entry of their own among those that are opened
@@ -90,20 +92,22 @@ def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | Non
         DataError: a folder that cannot be read, unless ``on_unreadable`` takes it as in :func:`walk`, or that is none.
     """
     paths = [parent / name for parent, _, files in walk(folder, on_unreadable) for name in files]
-    others = [path for path in paths if path.suffix.lower() not in _suffixes()]
-    return [path for path in paths if path.suffix.lower() in _suffixes()], others
+    others = [path for path in paths if path.suffix.lower() not in suffixes()]
+    return [path for path in paths if path.suffix.lower() in suffixes()], others
 
 
-def _j2k_bits(path: Path) -> int:
+def _j2k_bits(file: BinaryIO) -> int:
     """Bits of a JPEG 2000's deepest channel, from the SIZ segment that opens its codestream."""
-    data = path.read_bytes()
+    file.seek(0)
+    data = file.read()
+    file.seek(0)
     begin = data.index(b"\xff\x4f\xff\x51") + 40
     channels = int.from_bytes(data[begin : begin + 2], "big")
     return max((bits & 0x7F) + 1 for bits in data[begin + 2 : begin + 2 + 3 * channels : 3])
 
 
-def _is_deep(image: Image, path: Path) -> bool:
-    """Whether the file has more than 8 bits a channel, of which Pillow may hand over 8 without a word."""
+def _is_deep(image: Image, file: BinaryIO) -> bool:
+    """Whether ``file``, opened as ``image``, has more than 8 bits a channel, of which Pillow may hand over 8 without a word."""
     from PIL import Jpeg2KImagePlugin, TiffImagePlugin
 
     if image.mode[0] in "IF":
@@ -111,7 +115,7 @@ def _is_deep(image: Image, path: Path) -> bool:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
     if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
-        return _j2k_bits(path) > 8
+        return _j2k_bits(file) > 8
     for decoder, _, _, arguments in getattr(image, "tile", ()):
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         if any(isinstance(each, str) and _DEEP_DECODER.search(each) for each in (decoder, *arguments)):
@@ -161,14 +165,14 @@ def _square(image: Tensor, size: int) -> Tensor:
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 
-def _decode(path: Path, channels: int, size: int) -> Tensor:
+def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with Image.open(path, formats=_formats()) as image:
-        if _is_deep(image, path):
+    with Image.open(file, formats=_formats()) as image:
+        if _is_deep(image, file):
             raise DataError(
-                f"{path}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8"
+                f"{name}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8"
             )
         image.load()
         turn = _turn(image)
@@ -177,6 +181,43 @@ def _decode(path: Path, channels: int, size: int) -> Tensor:
             return _square(pil_to_tensor(upright.convert(_MODES[channels])), size)
         except RuntimeError as error:  # as PyTorch says that memory is short
             raise MemoryError from error
+
+
+def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Tensor:
+    """:func:`read_image` of a file or of its bytes, which errors call ``name``.
+
+    Pillow gets no path: it would map an uncompressed file into memory, and it maps a TIFF whose EXIF turns it with the sides
+    exchanged, so that its rows are sheared.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if isinstance(image_file, Path):
+            if image_file.exists() and not (image_file.is_file() or image_file.is_dir()):
+                raise DataError(f"{name}: no regular file")  # to open a pipe would wait for a writer
+            file: BinaryIO = image_file.open("rb")
+        else:
+            file = io.BytesIO(image_file)
+        with file, warnings.catch_warnings():
+            # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = _decode(file, name, channels, size)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image, or of a format that Pillow does not know") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(f"{name}: too large to be decoded: {str(error).rstrip('.')}") from error
+    except MemoryError as error:
+        raise DataError(f"{name}: too large to be decoded: it takes more memory than there is") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+    # What damaged bytes make a decoder raise is not documented: all of it means the same here.
+    except Exception as error:
+        raise DataError(f"{name}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    return image.squeeze(0) if channels == 1 else image
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
@@ -199,31 +240,12 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
             RGB too: what is white in them is not always 65,535; only AVIF's 10 and 12 bits are made 8, by its own decoder),
             of more pixels than Pillow takes to be safe (89 million), or too large for the memory that is left.
     """
-    from PIL import Image, UnidentifiedImageError
+    return _read(path, path, channels, size)
 
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise DataError(f"{path}: no regular file")  # to open a pipe would wait for a writer
-        with warnings.catch_warnings():
-            # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _decode(path, channels, size)
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image, or of a format that Pillow does not know") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: too large to be decoded: {str(error).rstrip('.')}") from error
-    except MemoryError as error:
-        raise DataError(f"{path}: too large to be decoded: it takes more memory than there is") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    # What damaged bytes make a decoder raise is not documented: all of it means the same here.
-    except Exception as error:
-        raise DataError(f"{path}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return image.squeeze(0) if channels == 1 else image
+
+def decode_image(data: bytes, name: Path, channels: int, size: int) -> Tensor:
+    """:func:`read_image` of a file's bytes ``data``, which errors call ``name``."""
+    return _read(data, name, channels, size)
 
 
 def read_images(paths: list[Path], channels: int, size: int) -> tuple[Tensor, list[Path], list[DataError]]:

@@ -18,16 +18,28 @@ import torch
 
 from .dataset import DataError, Dataset, Split, expand
 from .fashion_mnist import CLASSES, check_folder, holds_idx, load_fashion_mnist
+from .hub import find_saved_dataset, is_saved_dataset
 from .image_files import find_images, is_hidden, walk
 from .image_workers import default_workers
 from .reading import Note, Reader, some
+from .shards import BUFFER, find_shards, is_shards
 from .sources import Arrays, Files
+from .splits import TESTS, TRAIN, Parts, open_sources, open_test
 from .stream import AnySplit, StreamedSplit
 
-#: Folders of the training images, and of the test images: the first of these that is there.
-TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
-
 _CPU = torch.device("cpu")
+
+
+def _parts(data: str | Path | None, buffer: int) -> Parts | None:
+    """What there is of tar shards or of a saved data set; None: ``data`` is neither."""
+    if is_shards(data):
+        return find_shards(str(data), buffer)
+    return find_saved_dataset(str(data)) if is_saved_dataset(data) else None
+
+
+def is_own(data: str | Path | None, validation: float | None = None) -> bool:
+    """Whether ``data`` holds images of one's own, in whatever form, and not Fashion-MNIST."""
+    return is_shards(data) or is_saved_dataset(data) or is_image_folder(data, validation)
 
 
 def is_image_folder(data: str | Path | None, validation: float | None = None) -> bool:
@@ -44,12 +56,14 @@ def is_image_folder(data: str | Path | None, validation: float | None = None) ->
 
 
 def default_channels(data: str | Path | None, validation: float | None = None) -> int:
-    """Of the images of ``data``, where nobody says how many: 1 for Fashion-MNIST, 3 for a folder of images."""
-    return 3 if is_image_folder(data, validation) else 1
+    """Of the images of ``data``, where nobody says how many: 1 for Fashion-MNIST, 3 for one's own images."""
+    return 3 if is_own(data, validation) else 1
 
 
 def lacks_test(data: str | Path | None) -> bool:
-    """Whether ``data`` is there and can be a folder of images of which none are for the test: ``validation`` divides it."""
+    """Whether ``data`` is there and can be images of which none are for the test: ``validation`` divides it."""
+    if (parts := _parts(data, BUFFER)) is not None:
+        return parts.test is None
     return data is not None and is_image_folder(data, 0.5) and _test_folder(expand(data)) is None
 
 
@@ -217,13 +231,15 @@ def load_data(
     seed: int = 0,
     skip_damaged: bool = False,
     stream: bool | None = None,
+    buffer: int = BUFFER,
     on_note: Note = _say_nothing,
 ) -> Dataset[Any]:
     """What to train on: a folder of images, or Fashion-MNIST.
 
     Args:
         data: a folder of ``train`` and ``test`` (or the next of :data:`TESTS`), each of a folder for every class with its
-            images, and no links out of it; anything else as in :func:`.fashion_mnist.load_fashion_mnist`. An image is what
+            images, and no links out of it; tar shards (:func:`.shards.find_shards`); a saved data set
+            (:func:`.hub.find_saved_dataset`); anything else as in :func:`.fashion_mnist.load_fashion_mnist`. An image is what
             has the suffix of a format that :func:`.image_files.read_image` reads; hidden files and folders are no part of it.
         size: side of a folder's images. Fashion-MNIST's are 28 x 28.
         channels: 1 or 3; Fashion-MNIST has one.
@@ -237,6 +253,7 @@ def load_data(
         skip_damaged: leave out what cannot be read: :attr:`.dataset.Dataset.skipped`; of streamed images see
             :class:`.stream.StreamedSplit`.
         stream: whether images are read while one trains, not all before; None: where they do not fit ``device``.
+        buffer: of tar shards, among how many images that follow each other an epoch's order is drawn.
         on_note: is called with a line about files that were passed over since they are no images, and one about skipped ones.
 
     Returns:
@@ -247,15 +264,19 @@ def load_data(
             test image of a class without training images, a class of one image for ``validation``, more than ``device``
             holds, a process that dies while it decodes.
     """
+    reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
+    if (parts := _parts(data, buffer)) is not None:
+        found = open_sources(parts, validation, seed)
+        train, test = (reader.read(source, found.classes, str(found.folder)) for source in (found.train, found.test))
+        return Dataset(train, test, found.folder, found.classes, found.name, tuple(reader.skipped))
     if not is_image_folder(data, validation):
         _check_fashion_mnist(data, validation)
         if channels != 1:
             raise DataError(f"Fashion-MNIST's images have one channel, not {channels}")
-        found = load_fashion_mnist(data)
-        train, test = (
-            _fashion_mnist(split.limited(limit), found.source, stream, workers) for split in (found.train, found.test)
-        )
-        return Dataset(train, test, found.source, found.classes, found.name)
+        whole = load_fashion_mnist(data)
+        splits = (split.limited(limit) for split in (whole.train, whole.test))
+        train, test = (_fashion_mnist(split, whole.source, stream, workers) for split in splits)
+        return Dataset(train, test, whole.source, whole.classes, whole.name)
     folder = expand(str(data))
     # All is listed before anything is decoded, which can take minutes.
     if validation is not None:
@@ -265,7 +286,6 @@ def load_data(
         tests = _list_test(folder, training.classes, on_note)
     else:
         raise DataError(f"{folder}: no folder {TRAIN} in it")
-    reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
     train, test = (reader.read(part.source(), part.classes, str(part.folder)) for part in (training, tests))
     return Dataset(train, test, folder, training.classes, folder.resolve().name, tuple(reader.skipped))
 
@@ -291,6 +311,7 @@ def load_test(
     seed: int = 0,
     skip_damaged: bool = False,
     stream: bool | None = None,
+    buffer: int = BUFFER,
     on_note: Note = _say_nothing,
 ) -> AnySplit:
     """The test images of ``data`` for a network that tells ``classes`` apart; the other arguments are :func:`load_data`'s.
@@ -298,13 +319,15 @@ def load_test(
     Raises:
         DataError: as :func:`load_data`, and where the images are not of these classes.
     """
+    reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
+    if (parts := _parts(data, buffer)) is not None:
+        return reader.read(open_test(parts, tuple(classes), validation, seed), classes, str(parts.folder))
     if is_image_folder(data, validation):
         folder = expand(str(data))
         if validation is None:
             listing = _list_test(folder, classes, on_note)
         else:
             _, listing = _list_halves(folder, classes, validation, seed, on_note)
-        reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
         return reader.read(listing.source(), classes, str(listing.folder))
     _check_fashion_mnist(data, validation)
     if tuple(classes) != CLASSES:

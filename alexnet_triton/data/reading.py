@@ -122,7 +122,8 @@ class Reader:
             damaged = "1 damaged image" if len(skipped) == 1 else f"{len(skipped)} damaged images"
             reasons = [f"{str(name).removeprefix(f'{what}/')} ({reason})" for name, reason in skipped]
             self.note(f"{what}: skipped {damaged}: {some(reasons, '; ')}")
-        return Split(images[:good], labels.to(self.device))
+            source = source.subset(torch.cat(kept))
+        return Split(images[:good], labels.to(self.device), order=source.order)
 
     @staticmethod
     def _first_of(source: Source, label: int, skipped: dict[Path, str]) -> tuple[Path, str]:

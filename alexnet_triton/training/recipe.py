@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from ..data.augment import Augment, Crop
+from ..data.shards import BUFFER
 from ..models import IMAGE_SIZE
 from .distributed import ALONE, Processes
 from .schedule import Schedule, ScheduleName
@@ -135,6 +136,8 @@ class Recipe:
         validation: part of the training images that are the test images; None: the data has its own.
         init: file or run's folder of the weights that the network began with, see :func:`.initial.read_weights`; None: random.
         freeze: what keeps its weights: ``"features"``, all convolutions but those that ``init`` did not have, or ``"none"``.
+        shuffle_buffer: of tar shards, which come in another order in each epoch, among how many images that of the images is
+            drawn.
         early_stop: end after so many epochs without a better test loss; None: never; may change.
 
     Raises:
@@ -166,6 +169,7 @@ class Recipe:
     init: str | None = field(None)
     freeze: str = field("none", among=("none", "features"))
     early_stop: int | None = field(None, least=1, most=MOST, may_change=True)
+    shuffle_buffer: int = field(BUFFER, least=1, most=MOST)
 
     def __post_init__(self) -> None:
         check_fields(self)

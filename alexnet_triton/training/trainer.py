@@ -161,6 +161,8 @@ class Trainer:
         """All images in the order of an epoch: on the device, or where a stream's are asked for."""
         if isinstance(self.given, StreamedSplit):
             return self.given.source.order(generator).cpu()
+        if self.given.order is not None:
+            return self.given.order(generator).to(self.device)
         return torch.randperm(self.total, generator=generator, device=generator.device).to(self.device)
 
     def learning_rate(self, epoch: int, step: int = -1) -> float:

@@ -24,17 +24,18 @@ PIXELS = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.G
 PICTURE = Image.fromarray(PIXELS.permute(1, 2, 0).numpy())
 SQUARE = PIXELS[:, :, 10:50]
 
-#: What EXIF's orientation stands for.
-UPRIGHT = {
-    1: SQUARE,
-    2: SQUARE.flip(2),
-    3: SQUARE.rot90(2, (1, 2)),
-    4: SQUARE.flip(1),
-    5: SQUARE.transpose(1, 2),
-    6: SQUARE.rot90(-1, (1, 2)),
-    7: SQUARE.rot90(2, (1, 2)).transpose(1, 2),
-    8: SQUARE.rot90(1, (1, 2)),
-}
+
+def _turned(square: torch.Tensor, orientation: int) -> torch.Tensor:
+    """What EXIF's orientation stands for; the others stand for nothing."""
+    return {
+        2: square.flip(2),
+        3: square.rot90(2, (1, 2)),
+        4: square.flip(1),
+        5: square.transpose(1, 2),
+        6: square.rot90(-1, (1, 2)),
+        7: square.rot90(2, (1, 2)).transpose(1, 2),
+        8: square.rot90(1, (1, 2)),
+    }.get(orientation, square)
 
 
 def _exif(kind: int, value: bytes, count: int = 1, more: bytes = b"", entries: int = 1) -> bytes:
@@ -61,7 +62,19 @@ def test_all_orientations(orientation: int, suffix: str, tmp_path: Path) -> None
     exif = Image.Exif()
     exif[0x0112] = orientation
     found = read_image(_save(tmp_path / f"a{suffix}", exif if suffix == ".tif" else exif.tobytes()), 3, 40)  # type: ignore[arg-type]
-    assert torch.equal(found, UPRIGHT.get(orientation, SQUARE))
+    assert torch.equal(found, _turned(SQUARE, orientation))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_whose_bytes_are_its_pixels(orientation: int, mode: str, tmp_path: Path) -> None:
+    """Pillow, given its path, maps it into memory, and takes its rows for columns."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = PICTURE.convert(mode)
+    picture.save(tmp_path / "a.tif", exif=exif)
+    square = pil_to_tensor(picture.convert("RGB"))[:, :, 10:50]
+    assert torch.equal(read_image(tmp_path / "a.tif", 3, 40), _turned(square, orientation))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
@@ -69,7 +82,7 @@ def test_all_orientations(orientation: int, suffix: str, tmp_path: Path) -> None
 def test_a_tag_that_cannot_be_written_back_does_not_damage_an_image(orientation: int, suffix: str, tmp_path: Path) -> None:
     path = _save(tmp_path / f"a{suffix}", _negative_latitude(orientation))
     assert Image.open(path).getexif().get_ifd(0x8825)[2] == -1
-    assert torch.equal(read_image(path, 3, 40), UPRIGHT[orientation])
+    assert torch.equal(read_image(path, 3, 40), _turned(SQUARE, orientation))
 
 
 def test_the_same_of_a_jpeg(tmp_path: Path) -> None:
@@ -99,7 +112,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_odd_and_broken_exif(name: str, tmp_path: Path) -> None:
     exif, orientation = ODD[name]
-    assert torch.equal(read_image(_save(tmp_path / "a.png", exif), 3, 40), UPRIGHT[orientation])
+    assert torch.equal(read_image(_save(tmp_path / "a.png", exif), 3, 40), _turned(SQUARE, orientation))
 
 
 # ----------------------------------------------------------------------------------------------------------- narrow images
