@@ -31,6 +31,7 @@ from ...conftest import DEVICE
 from ..command import run_here
 from ..training.listeners import Asked
 from .test_image_folder import write_folder
+from .test_shards import shards_of
 
 CPU = torch.device("cpu")
 
@@ -100,6 +101,31 @@ def test_what_does_not_fit_is_streamed_and_it_is_said(folder: Path, monkeypatch:
     assert isinstance(data.test, Split)  # 21 images are 49 kB
     need, has = "60 images of 3 x 28 x 28 take 0.0 GB", "cpu has 0.0 GB for them"
     assert said == [f"{folder}/train: {need}, {has}: they are streamed (--no-stream forbids it)"]
+
+
+def test_shards_are_read_as_the_folder_that_they_were_made_of(folder: Path, tmp_path: Path) -> None:
+    """By their own order, in memory too, of which none is that of the folder."""
+    shards = tmp_path / "shards"
+    for part in ("train", "test"):
+        shards_of(folder / part, shards, 4)
+    data, held = load(shards, buffer=5), load(shards, stream=False, buffer=5)
+    assert isinstance(data.train, StreamedSplit)
+    assert data.classes == load(folder).classes
+    order = data.train.source.order(torch.Generator().manual_seed(3))
+    assert torch.equal(order, held.train.order(torch.Generator().manual_seed(3)))
+    assert sorted(order.tolist()) == list(range(60))
+    for images, batch in zip(fed(data.train, [*order.split(9)]), order.split(9), strict=True):
+        assert torch.equal(images[0], held.train.images[batch])
+    losses, tensors = epochs(data)
+    expected, others = epochs(held)
+    assert losses == expected
+    assert all(torch.equal(*pair) for pair in zip(tensors, others, strict=True))
+    assert losses != epochs(load(shards, buffer=60))[0]
+
+
+def test_the_order_in_memory_is_of_the_images_that_are_left(damaged: Path) -> None:
+    held = load(damaged, stream=False, skip_damaged=True).train
+    assert sorted(held.order(torch.Generator().manual_seed(0)).tolist()) == list(range(16)) == list(range(len(held)))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
