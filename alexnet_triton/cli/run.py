@@ -319,7 +319,7 @@ def _load(run: Run) -> Dataset:
     def load() -> Dataset:
         data = load_data(
             recipe.data,
-            size=recipe.image_size,
+            size=recipe.image_side,
             channels=recipe.channels,
             limit=recipe.limit,
             workers=run.options.workers,
@@ -329,6 +329,7 @@ def _load(run: Run) -> Dataset:
             skip_damaged=run.options.skip_damaged,
             on_note=functools.partial(console.print, markup=False),
         )
+        recipe.check_side(data.train.size)
         return data.normalized() if recipe.normalize else data
 
     if is_image_folder(recipe.data, recipe.validation):
