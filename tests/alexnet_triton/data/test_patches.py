@@ -21,6 +21,7 @@ from alexnet_triton.data.dataset import DataError, Normalization
 from alexnet_triton.training.recipe import RECIPES, Recipe
 
 from ...conftest import DEVICE
+from .test_data import NOT_CAPTURABLE, Operations
 
 PATCH = Augment(crop="patch")
 
@@ -101,3 +102,13 @@ def test_ten_crops_are_the_papers(backend: str, channels: int) -> None:
     assert len(found) == 10
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [PATCH, NOTHING], ids=str)
+def test_no_patch_waits_for_the_device_or_copies_to_it(augment: Augment, channels: int) -> None:
+    images, index = held(3, channels).cpu(), torch.tensor([2, 0])
+    with Operations() as seen, kernels.use_backend("torch"):
+        augmented_input(images, index, SIZE, augment)
+    assert ("randint" in seen.names) == (augment == PATCH)
+    assert not seen.names & NOT_CAPTURABLE

@@ -473,7 +473,7 @@ def test_replays_draw_anew(random: str) -> None:
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize("crop", ["pad", "resized", "patch"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_the_same_seed_gives_the_same_bits_on_the_gpu(graph: bool, crop: str) -> None:
     runs = []
@@ -486,7 +486,7 @@ def test_the_same_seed_gives_the_same_bits_on_the_gpu(graph: bool, crop: str) ->
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize("crop", ["pad", "resized", "patch"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_no_step_waits_for_the_gpu(graph: bool, crop: str) -> None:
     augment = Augment(flip=True, crop=crop, colour=True)  # type: ignore[arg-type]
