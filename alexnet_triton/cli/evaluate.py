@@ -6,6 +6,7 @@ import dataclasses
 
 import kernels
 
+from ..data.augment import patch_side
 from ..data.dataset import DataError
 from ..data.image_folder import lacks_test, load_test
 from ..models import IMAGE_SIZE
@@ -22,6 +23,7 @@ from .options import (
     LimitOption,
     SkipDamagedOption,
     StreamOption,
+    TenCropOption,
     ValidationOption,
     WorkersOption,
     console,
@@ -43,15 +45,16 @@ def evaluate_command(
     stream: StreamOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    ten_crop: TenCropOption = False,
 ) -> None:
-    """Print accuracy and loss on the test images.
+    """Print accuracy and loss on the test images, of more than ten classes also how often the true one is among five.
 
     They are those that the run was tested with, unless --data says otherwise.
     """
     where = usable_device(device)
     try:
         net, kept = load_run(run, where)
-        model = kept.model
+        model, side = kept.model, IMAGE_SIZE[kept.model]
         seed = 0
         if kept.training is not None:
             state = training_state(kept)
@@ -64,7 +67,7 @@ def evaluate_command(
         test = load_test(
             data,
             classes=kept.classes,
-            size=kept.size,
+            size=patch_side(side) if ten_crop else kept.size,
             channels=kept.channels,
             limit=limit,
             workers=workers,
@@ -75,11 +78,14 @@ def evaluate_command(
             stream=stream,
             on_note=lambda line: console.print(line, markup=False),
         )
+        if ten_crop and test.size <= side:
+            raise DataError(f"--ten-crop cuts {side} x {side} from larger images, these are {test.size} x {test.size}")
         test = dataclasses.replace(test, normalization=kept.normalization)
         batch_size = min(batch_size, len(test))
         with kernels.use_backend(backend.value):
             console.print(f"{model} on {runs_on(where)}, {len(test)} test images")
-            loss, accuracy = evaluate(net, test, batch_size=batch_size, image_size=IMAGE_SIZE[model], device=where)
+            loss, accuracy, top5 = evaluate(net, test, batch_size=batch_size, image_size=side, device=where, ten_crop=ten_crop)
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise fail(error) from error
-    console.print(f"test accuracy {accuracy:.4f}  test loss {loss:.4f}")
+    among_five = "" if top5 is None else f"top-5 {top5:.4f}  "
+    console.print(f"test accuracy {accuracy:.4f}  {among_five}test loss {loss:.4f}")

@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ..data.augment import patch_side
 from ..fused import unfuse
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import Checkpoint, CheckpointError
@@ -138,7 +139,11 @@ def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
     """What a reader of an exported file has to know, by name: lists and numbers as JSON."""
     side = IMAGE_SIZE[kept.model]
     colours = "grey" if kept.channels == 1 else "red, green and blue"
-    enlarged = "" if kept.size == side else f", resized bilinearly to {side} x {side} (align_corners=False)"
+    if kept.size == patch_side(side):
+        cut = f"the {side} x {side} in the middle cut out"
+    else:
+        cut = "the middle cut out"
+        cut += "" if kept.size == side else f", resized bilinearly to {side} x {side} (align_corners=False)"
     by, normalized, statistics = kept.normalization, "", {}
     if by is not None:
         normalized = f"; then the mean {list(by.mean)} subtracted from each channel, and divided by {list(by.std)}"
@@ -150,7 +155,7 @@ def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
         "size": str(kept.size),
         "input_size": str(side),
         "dtype": str(dtype).removeprefix("torch."),
-        "preprocessing": f"{colours} in [0, 1]; the shorter side made {kept.size}, the middle cut out{enlarged}{normalized}",
+        "preprocessing": f"{colours} in [0, 1]; the shorter side made {kept.size}, {cut}{normalized}",
         **statistics,
     }
 

@@ -84,6 +84,7 @@ class CropChoice(StrEnum):
     none = "none"
     pad = "pad"
     resized = "resized"
+    patch = "patch"
 
 
 class RecipeChoice(StrEnum):
@@ -91,6 +92,7 @@ class RecipeChoice(StrEnum):
 
     d2l = "d2l"
     modern = "modern"
+    paper = "paper"
 
 
 class ScheduleChoice(StrEnum):
@@ -136,11 +138,12 @@ def _shown(value: object) -> str:
 
 def _by_recipe(name: str, *flags: str, **arguments: Any) -> Any:
     """An option, None where it is not given, for a field of a :class:`Recipe` that its ``--recipe`` decides then."""
-    ours, theirs = (_shown(RECIPES[recipe][name]) for recipe in RecipeChoice)
+    usual = _shown(RECIPES[RecipeChoice.d2l][name])
+    others = {recipe: _shown(RECIPES[recipe][name]) for recipe in RecipeChoice}
     return _bounded(
         name,
         *flags,
-        show_default=ours if ours == theirs else f"{ours}; {RecipeChoice.modern} {theirs}",
+        show_default="; ".join((usual, *(f"{recipe} {value}" for recipe, value in others.items() if value != usual))),
         **{"rich_help_panel": "Recipe"} | arguments,
     )
 
@@ -232,7 +235,8 @@ RecipeOption = Annotated[
     RecipeChoice,
     typer.Option(
         help="Take the values of the options that are not given from this recipe: d2l is that of Dive into Deep Learning, "
-        "modern trains with one cycle of the learning rate on normalized and augmented images.",
+        "modern trains with one cycle of the learning rate on normalized and augmented images, paper is AlexNet's own for "
+        "ImageNet.",
         rich_help_panel="Recipe",
     ),
 ]
@@ -351,15 +355,17 @@ FlipOption = Annotated[
     typer.Option(
         "--flip/--no-flip",
         help="Mirror each image with probability 1/2.",
-        show_default=_AUGMENTED,
+        show_default=f"{_AUGMENTED} or paper",
         rich_help_panel=AUGMENTATION,
     ),
 ]
 CropOption = Annotated[
     CropChoice | None,
     typer.Option(
-        help="Move each image by up to a fourteenth of its side (pad), or enlarge a random box of it to its size (resized).",
-        show_default=f"none; {_AUGMENTED} pad",
+        help="Move each image by up to a fourteenth of its side (pad), enlarge a random box of it to its size (resized), or "
+        "read a folder's images with a side of 256 in place of 224 and cut a random patch of 224 x 224, the middle one of a "
+        "test image (patch).",
+        show_default=f"none; {_AUGMENTED} pad; paper patch",
         rich_help_panel=AUGMENTATION,
     ),
 ]
@@ -368,8 +374,17 @@ ColourOption = Annotated[
     typer.Option(
         "--colour/--no-colour",
         help="Change brightness and contrast of images of one channel, the light of those of three.",
-        show_default="with --augment",
+        show_default="with --augment or --recipe paper",
         rich_help_panel=AUGMENTATION,
+    ),
+]
+TenCropOption = Annotated[
+    bool,
+    typer.Option(
+        "--ten-crop",
+        help="Average the probabilities over ten patches of each image, which is read larger: at the corners, in the middle, "
+        "and all of them mirrored.",
+        rich_help_panel="Recipe",
     ),
 ]
 TensorboardOption = Annotated[

@@ -330,7 +330,7 @@ def _load(run: Run) -> Dataset:
     def load() -> Dataset:
         data = load_data(
             recipe.data,
-            size=recipe.image_size,
+            size=recipe.image_side,
             channels=recipe.channels,
             limit=recipe.limit,
             workers=run.options.workers,
@@ -342,6 +342,7 @@ def _load(run: Run) -> Dataset:
             buffer=recipe.shuffle_buffer,
             on_note=functools.partial(console.print, markup=False),
         )
+        recipe.check_side(data.train.size)
         return data.normalized() if recipe.normalize else data
 
     if is_own(recipe.data, recipe.validation):

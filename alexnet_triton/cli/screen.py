@@ -98,9 +98,10 @@ class Screen(Listener):
         )
 
     def epoch_ends(self, metrics: EpochMetrics) -> None:
+        top5 = "" if metrics.test_top5 is None else f"top-5 {metrics.test_top5:.4f}  "
         console.print(
             f"epoch {metrics.epoch:3d}  loss {metrics.loss:.4f}  train acc {metrics.train_acc:.4f}  "
-            f"test acc {metrics.test_acc:.4f}  test loss {metrics.test_loss:.4f}  lr {metrics.lr:.3g}  "
+            f"test acc {metrics.test_acc:.4f}  {top5}test loss {metrics.test_loss:.4f}  lr {metrics.lr:.3g}  "
             f"{metrics.images_per_s:.1f} images/s  {metrics.seconds:.1f} s"
         )
         if self.events is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,17 @@ def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32
     return network_input(images, torch.arange(len(images), device=images.device), image_size, dtype=dtype)
 
 
-Crop = Literal["none", "pad", "resized"]
+Crop = Literal["none", "pad", "resized", "patch"]
+
+
+def patch_side(size: int) -> int:
+    """Side that images are held at for patches of side ``size`` to be cut from: the paper's 256 for 224, in proportion."""
+    return round(size * 256 / 224)
+
+
+def _patch(images: Tensor, size: int, top: int, left: int) -> Tensor:
+    """A view of ``images`` (..., side, side): (..., size, size)."""
+    return images[..., top : top + size, left : left + size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,9 @@ class Augment:
     Attributes:
         flip: an image is mirrored with probability 1/2.
         crop: ``"pad"``: the image is moved by up to :data:`SHIFT` pixels of 28 along each axis, black coming in from outside.
-            ``"resized"``: a box of it takes its place, enlarged: :func:`draw_boxes`. ``"none"``: all of it, as it stands.
+            ``"resized"``: a box of it takes its place, enlarged: :func:`draw_boxes`. ``"patch"``, the paper's: a box of the
+            network's own size, anywhere in an image that is held larger (:func:`patch_side`), pixel for pixel. ``"none"``: all
+            of it, as it stands, or of an image held so the patch in its middle.
         colour: of images of one channel brightness and contrast (:data:`FACTORS`), of three the light (:func:`draw_light`).
 
     Raises:
@@ -148,8 +161,12 @@ def draw_boxes(n: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]
     return corner.int(), box.int()
 
 
-def draw_augmentation(n: int, device: torch.device, size: int = _SIDE, augment: Augment = EVERYTHING) -> kernels.Augmentation:
+def draw_augmentation(
+    n: int, device: torch.device, size: int = _SIDE, augment: Augment = EVERYTHING, patch: int | None = None
+) -> kernels.Augmentation:
     """The parts of ``augment`` for ``n`` images of side ``size`` and one channel; nothing is drawn for a part that is off.
+
+    The crop ``"patch"`` needs the side of its patches, at most ``size``.
 
     From torch's generator on ``device``, without waiting for it; in a captured CUDA graph anew at every replay.
     """
@@ -159,6 +176,10 @@ def draw_augmentation(n: int, device: torch.device, size: int = _SIDE, augment: 
         offset = torch.randint(-shift, shift + 1, (n, 2), dtype=torch.int32, device=device)
     elif augment.crop == "resized":
         offset, box = draw_boxes(n, device, size)
+    elif augment.crop == "patch":
+        assert patch is not None
+        offset = torch.randint(0, size - patch + 1, (n, 2), dtype=torch.int32, device=device)
+        box = torch.full((n, 2), patch, dtype=torch.int32, device=device)
     return kernels.Augmentation(
         offset=offset,
         size=box,
@@ -187,11 +208,17 @@ def augmented_input(
     cells: kernels.Cells | None = None,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """:func:`network_input` of images changed at random as ``augment`` says; the same numbers for all channels of an image."""
+    """:func:`network_input` of images changed at random as ``augment`` says; the same numbers for all channels of an image.
+
+    Of images that are held for patches (:func:`patch_side`), without a crop the middle ones.
+    """
+    if augment.crop == "none" and images.shape[-1] == patch_side(size) > size:
+        margin = (images.shape[-1] - size) // 2
+        images = _patch(images, size, margin, margin)
     grey, n = images.ndim == 3, len(index)
     # Light is added to what the kernel makes, whose changes of colour are one channel's.
     drawn = augment if grey else dataclasses.replace(augment, colour=False)
-    augmentation = draw_augmentation(n, index.device, images.shape[-1], drawn)
+    augmentation = draw_augmentation(n, index.device, images.shape[-1], drawn, size)
     lit = drawn.colour != augment.colour
     by = None if lit else normalization
     inputs = network_input(images, index, size, dtype=dtype, augmentation=augmentation, cells=cells, normalization=by)
@@ -221,3 +248,35 @@ def input_for(
     cells = first_layer_cells(net, size, dtype=dtype, device=images.device) if images.ndim == 3 else None
     inputs = augmented_input(images, index, size, augment, dtype, cells, normalization)
     return inputs if cells is None else CellImages(inputs, cells)
+
+
+def ten_crops(
+    net: nn.Module,
+    images: Tensor,
+    index: Tensor,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    normalization: Normalization | None = None,
+) -> Iterator[Tensor | CellImages]:
+    """The ten inputs that the paper averages a network over: patches at the corners and in the middle, then each mirrored.
+
+    Args:
+        net, normalization: as of :func:`input_for`.
+        images: uint8, (D, side, side) or (D, 3, side, side), ``side`` above ``size``: :func:`patch_side` of it is the paper's.
+        index: (N,) int64 on their device.
+        size: side of a patch.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        Ten times (N, C, size, size), or its cells where ``net`` reads those.
+    """
+    cells = first_layer_cells(net, size, dtype=dtype, device=images.device) if images.ndim == 3 else None
+    far = images.shape[-1] - size
+    mirrored = kernels.Augmentation(flip=torch.ones(len(index), dtype=torch.bool, device=index.device))
+    for top, left in ((0, 0), (0, far), (far, 0), (far, far), (far // 2, far // 2)):
+        patch = _patch(images, size, top, left)
+        for augmentation in (None, mirrored):
+            changed: dict[str, Any] = {"augmentation": augmentation, "cells": cells, "normalization": normalization}
+            inputs = network_input(patch, index, size, dtype=dtype, **changed)
+            yield inputs if cells is None else CellImages(inputs, cells)

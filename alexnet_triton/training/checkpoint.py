@@ -50,7 +50,8 @@ class Checkpoint:
         training: what training needs besides to go on as if it had never stopped; None where the file is for evaluation only.
         path: the file that it was read from.
         channels: of the images, 1 or 3.
-        size: side of the images as they are kept, which is smaller than the network's input where that is enlarged.
+        size: side of the images as they are kept: smaller than the network's input where that is enlarged, larger where that
+            is a patch of them (:func:`alexnet_triton.data.augment.patch_side`).
         normalization: what the network sees of them; None: pixels in [0, 1].
     """
 

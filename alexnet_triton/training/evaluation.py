@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.advanced import add_cross_entropy
 
-from ..data.augment import input_for
+from ..data.augment import input_for, ten_crops
 from ..data.dataset import Normalization, Split
 from ..data.stream import AnySplit, Feed
 from .distributed import ALONE, Processes
@@ -26,6 +27,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+#: Of more classes than this an evaluation counts how often the true one is among five.
+_FEW_CLASSES = 10
+
+
+class Evaluation(NamedTuple):
+    """What :func:`evaluate` finds.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        accuracy: fraction of images whose class has the largest logit.
+        top5: fraction of images whose class has one of the five largest logits; None of ten classes or fewer.
+    """
+
+    loss: float
+    accuracy: float
+    top5: float | None
+
+
+def top5_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of how many rows of ``logits`` (N, 5 classes or more) the label (N,) is one of ``topk(5)``; int64, without waiting.
+
+    A row with a NaN is no hit.
+    """
+    among = (logits.topk(5).indices == labels[:, None]).any(1)
+    return (among & ~logits.isnan().any(1)).sum()
+
+
+def _ten_crop_logits(net: nn.Module, images: Tensor, index: Tensor, size: int, options: dict[str, Any]) -> Tensor:
+    """(N, classes) float32: the logarithms of the mean of the probabilities for :func:`ten_crops`."""
+    found = [net(inputs).float().log_softmax(1) for inputs in ten_crops(net, images, index, size, **options)]
+    return torch.stack(found).logsumexp(0) - math.log(len(found))
+
+
 @torch.no_grad()
 def evaluate(
     net: nn.Module,
@@ -36,15 +70,23 @@ def evaluate(
     device: torch.device,
     stop: Stop | None = None,
     processes: Processes = ALONE,
-) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on ``split``, in eval mode and the network's dtype.
+    ten_crop: bool = False,
+) -> Evaluation:
+    """Loss and accuracy on ``split``, in eval mode and the network's dtype.
+
+    With ``ten_crop`` of the mean of the probabilities for :func:`.augment.ten_crops` of each image, which is held larger than
+    ``image_size``.
 
     Raises:
+        ValueError: ``ten_crop`` of images that are not.
         Stopped: ``stop`` said so, in any process; all of them are given one, or none.
     """
+    if ten_crop and split.size <= image_size:
+        raise ValueError(f"ten crops of side {image_size} need larger images, got side {split.size}")
     net.eval()
-    dtype = next(net.parameters()).dtype
-    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    options: dict[str, Any] = {"dtype": next(net.parameters()).dtype, "normalization": split.normalization}
+    loss_sum, correct, top5 = (torch.zeros((), device=device) for _ in range(3))
+    few_classes = True
     shares = [processes.share(index) for index in torch.arange(len(split), device=device).split(batch_size)]
     with contextlib.closing(Feed(split.to(device), shares, device)) as feed:
         parts = iter(feed)
@@ -52,10 +94,17 @@ def evaluate(
             if stop is not None and processes.any(stop()):
                 raise Stopped("before its evaluation")
             part, index = next(parts)
-            logits = net(input_for(net, part.images, index, image_size, dtype=dtype, normalization=part.normalization))
-            add_cross_entropy(logits, part.labels[index], loss_sum, correct)
-    loss, hits = processes.add_up(torch.stack([loss_sum, correct])).tolist()
-    return loss / len(split), hits / len(split)
+            labels = part.labels[index]
+            if ten_crop:
+                logits = _ten_crop_logits(net, part.images, index, image_size, options)
+            else:
+                logits = net(input_for(net, part.images, index, image_size, **options))
+            add_cross_entropy(logits, labels, loss_sum, correct)
+            few_classes = logits.shape[1] <= _FEW_CLASSES
+            if not few_classes:
+                top5 += top5_hits(logits, labels)
+    loss, hits, among = (total / len(split) for total in processes.add_up(torch.stack([loss_sum, correct, top5])).tolist())
+    return Evaluation(loss, hits, None if few_classes else among)
 
 
 @torch.no_grad()

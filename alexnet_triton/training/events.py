@@ -94,6 +94,7 @@ class EpochEvents:
             "loss/test": metrics.test_loss,
             "accuracy/train": metrics.train_acc,
             "accuracy/test": metrics.test_acc,
+            "accuracy/test_top5": metrics.test_top5,
             "images_per_s": metrics.images_per_s,
             "learning_rate": metrics.lr,
         }

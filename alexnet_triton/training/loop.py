@@ -72,8 +72,8 @@ def train(
         The metrics of all epochs, those before ``resume`` too.
 
     Raises:
-        ValueError: ``net`` is of another dtype than ``recipe``'s, other layers of it are frozen, or one of ``data`` and
-            ``recipe`` is normalized.
+        ValueError: ``net`` is of another dtype than ``recipe``'s, other layers of it are frozen, one of ``data`` and
+            ``recipe`` is normalized, or the images are not of :attr:`.recipe.Recipe.image_side` where patches are cut.
         CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
             written.
         FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
@@ -86,6 +86,7 @@ def train(
         raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
     if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
         raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
+    recipe.check_side(data.train.size)
     # After an init some may be new, and not frozen: the checkpoint of a run that is resumed says which.
     all_or_none = recipe.init is None or recipe.freeze == "none" or (resume is not None and frozen_of(resume) is None)
     if all_or_none and frozen_layers(net) != (list(features(net)) if recipe.freeze == "features" else []):
@@ -190,7 +191,7 @@ class _Run:
                 self.listener.epoch_begins(epoch)
             while self.trained is None:
                 self._train(epoch)
-            test_loss, test_acc = evaluate(
+            tested = evaluate(
                 self.net,
                 self.data.test,
                 batch_size=self.recipe.batch_size,
@@ -207,7 +208,7 @@ class _Run:
             raise Stopped(f"in epoch {epoch} {stopped}") from None
         loss, train_acc, seconds = self.trained
         speed, lr = len(self.data.train) / seconds, self.trainer.learning_rate(epoch)
-        self._keep(EpochMetrics(epoch, loss, train_acc, test_acc, speed, seconds, test_loss, lr))
+        self._keep(EpochMetrics(epoch, loss, train_acc, tested.accuracy, speed, seconds, tested.loss, lr, tested.top5))
 
     def _train(self, epoch: int) -> None:
         """Train the epoch to its end, or to where a checkpoint is asked for, and save that."""

@@ -36,6 +36,8 @@ class EpochMetrics:
         test_loss: mean cross-entropy over the test images, neither smoothed nor weighted; None in files from before it was
             kept.
         lr: learning rate of the epoch's last step; None as ``test_loss``.
+        test_top5: fraction of test images whose class is one of the five of the largest logits; None where there are ten
+            classes or fewer, and as ``test_loss``.
     """
 
     epoch: int
@@ -46,12 +48,13 @@ class EpochMetrics:
     seconds: float
     test_loss: float | None = None
     lr: float | None = None
+    test_top5: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.epoch) is not int:
             raise TypeError(f"epoch is a {type(self.epoch).__name__}")
         for name, value in dataclasses.asdict(self).items():
-            if value is not None or name not in ("test_loss", "lr"):
+            if value is not None or name not in ("test_loss", "lr", "test_top5"):
                 check_number(name, value)
 
     def as_dict(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from alexnet_triton import (
     reference_alexnet,
     reference_lenet,
 )
-from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, augmented_input, input_for, network_input
+from alexnet_triton.data.augment import EVERYTHING, NOTHING, Augment, augmented_input, input_for, network_input, patch_side
 from alexnet_triton.data.dataset import Split
 from alexnet_triton.data.fashion_mnist import load_fashion_mnist
 from alexnet_triton.models import IMAGE_SIZE
@@ -41,7 +41,9 @@ pytestmark = [
     pytest.mark.skipif(not (INTERPRETED or has_copy_engine(DEVICE_)), reason="reads cells on Hopper and later only"),
 ]
 
+#: Side of the network's images, and of those that patches are cut from.
 SIZE = 27
+HELD = patch_side(SIZE)
 CONV1 = kernels.Cells((11, 11), 4, (1, 1))
 HALF_DTYPES = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 
@@ -59,6 +61,12 @@ def network(dtype: torch.dtype, dropout: float = 0.5) -> FusedSequential:
 
 def split(images: int = 10) -> Split:
     return load_fashion_mnist("sample").train.limited(images).to(DEVICE_)
+
+
+def held_for_patches(images: int) -> Split:
+    """:func:`split` with a black border, as large as images are held for patches."""
+    small = split(images)
+    return dataclasses.replace(small, images=nn.functional.pad(small.images, (0, HELD - small.size) * 2))
 
 
 def cells_for(net: nn.Module, dtype: torch.dtype, size: int = SIZE, channels: int = 1) -> kernels.Cells | None:
@@ -286,7 +294,8 @@ def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
 def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
     """Two epochs of 4 and 3 images."""
     recipe = Recipe(batch_size=4, lr=0.1, **dataclasses.asdict(augment))
-    trainer = Trainer(network(dtype), split(7), recipe, Where(DEVICE_))
+    images = held_for_patches(7) if augment.crop == "patch" else split(7)
+    trainer = Trainer(network(dtype), images, recipe, Where(DEVICE_))
     torch.manual_seed(1)
     for seed in range(2):
         trainer.epoch(torch.Generator(DEVICE).manual_seed(seed))
@@ -295,7 +304,9 @@ def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
 
 @HALF_DTYPES
 @pytest.mark.parametrize(
-    "augment", [NOTHING, EVERYTHING, Augment(flip=True, crop="resized")], ids=["plain", "augmented", "resized"]
+    "augment",
+    [NOTHING, EVERYTHING, Augment(flip=True, crop="resized"), Augment(flip=True, crop="patch")],
+    ids=["plain", "augmented", "resized", "patch"],
 )
 def test_training_computes_the_same_bits(
     augment: Augment, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
@@ -314,15 +325,20 @@ def test_training_computes_the_same_bits(
 
 
 @HALF_DTYPES
-def test_evaluation_computes_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
-    net, test = network(dtype), split(7)
+@pytest.mark.parametrize("images", ["resized", "patches", "ten crops"])
+def test_evaluation_computes_the_same_bits(
+    images: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]
+) -> None:
+    net, test = network(dtype), split(7) if images == "resized" else held_for_patches(7)
     arguments = {"batch_size": 3, "image_size": SIZE, "device": DEVICE_}
     results = []
+    batches = 33 if images == "ten crops" else 6
     for on_cells in (True, False):
         launches.clear()
-        results.append((evaluate(net, test, **arguments), predict_split(net, test, **arguments)))
-        assert launches.count("_gather_resize_kernel") == launches.count("_conv2d_stem_pool_kernel") == 6
-        assert launches.count("_space_to_depth_kernel") == (0 if on_cells else 6)
+        found = evaluate(net, test, **arguments, ten_crop=images == "ten crops")
+        results.append((found, predict_split(net, test, **arguments)))
+        assert launches.count("_gather_resize_kernel") == launches.count("_conv2d_stem_pool_kernel") == batches
+        assert launches.count("_space_to_depth_kernel") == (0 if on_cells else batches)
         given_images(monkeypatch)
     (ours, predicted), (theirs, expected) = results
     assert ours == theirs

@@ -27,6 +27,8 @@ from benchmarks.gpu import Session, Setting
 from benchmarks.gpu_stages import Stage, stages
 from kernels.configs import tables
 
+from .. import made_images
+
 SETTING = Setting("c" * 40, None, "NVIDIA Test", torch.__version__, "3.6.0", fake=False)
 
 #: A module that works for so many seconds, in a child too, and ends with a status.
@@ -296,6 +298,7 @@ def test_every_command_takes_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(host, "run", _parsed)
     monkeypatch.setattr(host.backend, "INTERPRETED", False)
     monkeypatch.setattr(kernelbench, "run", _parsed)
+    monkeypatch.setattr(made_images, "make", _parsed)
     everything = stages("/somewhere")
     for each in everything:
         _accepts(each.argv, monkeypatch)
@@ -309,7 +312,8 @@ def test_the_stages_are_the_issues_in_order() -> None:
     names = [each.name for each in everything]
     assert len(set(names)) == len(names)
     kinds = list(dict.fromkeys(each.kind for each in everything))
-    assert kinds == ["tests", "sanitize", "tune", "report", "host", "profile", "kernelbench", "train", "cold", "experiment"]
+    trained = ["train", "cold", "made", "imagenet"]
+    assert kinds == ["tests", "sanitize", "tune", "report", "host", "profile", "kernelbench", *trained, "experiment"]
     files = [argument for each in everything if each.kind in ("tests", "suite") for argument in each.argv if ".py" in argument]
     assert sorted(files) == sorted(stale.all_tests())
     assert names.index("report bfloat16 128 steps") < names.index("report bfloat16 128 tuned")
@@ -444,7 +448,7 @@ def test_a_dry_run_walks_every_kind_of_stage(tmp_path: Path) -> None:
     records = json.loads((out / "state.json").read_text())["records"]
     found = {r["stage"].split()[0]: r["outcome"] for r in records}
     parsed = dict.fromkeys(("sanitize", "tune", "profile", "experiment"), "parsed")
-    ran = dict.fromkeys(("tests", "report", "host", "kernelbench", "train", "cold"), "done")
+    ran = dict.fromkeys(("tests", "report", "host", "kernelbench", "train", "cold", "made", "imagenet"), "done")
     assert parsed | ran == {kind: outcome for kind, outcome in found.items() if kind != "suite"}
     assert all(r["fake"] and r["gpu"].startswith("no GPU") for r in records)
     assert "FAKE: nothing was timed" in printed

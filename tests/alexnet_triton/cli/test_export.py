@@ -132,6 +132,13 @@ def test_alexnet(tmp_path: Path) -> None:
     assert metadata["preprocessing"].endswith("the middle cut out, resized bilinearly to 224 x 224 (align_corners=False)")
 
 
+def test_a_reader_is_told_of_patches() -> None:
+    """The images are larger than the input, which is cut out of them."""
+    found = command.metadata_of(Checkpoint("alexnet", ["a", "b"], [], {}, channels=3, size=256), torch.float32)
+    assert (found["size"], found["input_size"]) == ("256", "224")
+    assert found["preprocessing"].endswith("; the shorter side made 256, the 224 x 224 in the middle cut out")
+
+
 def test_what_is_missing_is_named(run: tuple[Path, nn.Sequential], monkeypatch: pytest.MonkeyPatch) -> None:
     for package, kind in (("onnxscript", "onnx"), ("safetensors", "safetensors")):
         monkeypatch.setitem(sys.modules, package, None)

@@ -70,7 +70,7 @@ def test_probabilities_agree_with_the_evaluation(tmp_path: Path) -> None:
     test = load_fashion_mnist("sample").test.limited(30)
     with kernels.use_backend("torch"):
         probabilities = classify(net.train(), test.images, batch_size=7, image_size=28, device=CPU)
-        loss, accuracy = evaluate(net, test, batch_size=30, image_size=28, device=CPU)
+        loss, accuracy, _ = evaluate(net, test, batch_size=30, image_size=28, device=CPU)
     assert probabilities.shape == (30, 10)
     assert (probabilities.argmax(1) == test.labels).double().mean().item() == pytest.approx(accuracy)
     assert -probabilities[torch.arange(30), test.labels].log().mean().item() == pytest.approx(loss, rel=1e-5)

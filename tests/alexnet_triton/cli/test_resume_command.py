@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from alexnet_triton.cli import app as cli
 from alexnet_triton.data.augment import EVERYTHING, Augment
 from alexnet_triton.training.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from alexnet_triton.training.evaluation import Evaluation
 from alexnet_triton.training.recipe import Recipe, allowed_of
 from alexnet_triton.training.trainer import Trainer
 
@@ -236,7 +237,7 @@ def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
 def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """best.pt of the first epoch, when the run has three; when it was stopped in its second; and when nothing is lost by it."""
     accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: Evaluation(1.0, next(accuracies), None))
     assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
     shutil.copytree("run", "stopped")
     assert command("train", "--resume", "run", "--epochs", "3").exit_code == 0

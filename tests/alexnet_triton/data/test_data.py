@@ -419,9 +419,9 @@ def test_an_augmentation_says_what_it_is_and_refuses_what_there_is_not() -> None
     assert str(NOTHING) == "nothing"
     assert str(EVERYTHING) == "flip, pad crop, colour"
     assert str(PARTS["resized"]) == "resized crop"
-    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, got 'centre'"):
+    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, patch, got 'centre'"):
         Augment(crop="centre")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, got True"):
+    with pytest.raises(ValueError, match="crop must be one of none, pad, resized, patch, got True"):
         Augment(crop=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="flip must be a bool, got 'pad'"):
         Augment("pad")  # type: ignore[arg-type]

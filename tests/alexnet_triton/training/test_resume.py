@@ -23,6 +23,7 @@ from alexnet_triton.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from alexnet_triton.training.evaluation import Evaluation
 from alexnet_triton.training.listener import SILENT, Listener
 from alexnet_triton.training.loop import train
 from alexnet_triton.training.metrics import EpochMetrics
@@ -223,7 +224,7 @@ def test_the_best_checkpoint_is_that_of_the_first_epoch_with_the_highest_accurac
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracies = iter([0.2, 0.5, 0.4, 0.5])
-    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: (1.0, next(accuracies)))
+    monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: Evaluation(1.0, next(accuracies), None))
     case = CASES["plain"]
     run(case, tmp_path, epochs=3)
     resume(case, tmp_path, epochs=4)
