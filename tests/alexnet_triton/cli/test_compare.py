@@ -225,11 +225,11 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     folder = tmp_path / "runs" / "compare-1"
     step, steps = Trainer.step, []
 
-    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
+    def signalling(trainer: Trainer, index: torch.Tensor, count: int | None = None) -> None:
         steps.append(index)
         if len(steps) in (1, 3):  # the first step of either run
             os.kill(os.getpid(), signal.SIGTERM)
-        step(trainer, index)
+        step(trainer, index, count)
 
     options = ("--epochs", "1", "--batch-size", "2", *SHORT, "--crop", "pad", "--dtype", "bfloat16")
     with monkeypatch.context() as patch:

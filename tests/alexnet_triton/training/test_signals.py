@@ -182,11 +182,11 @@ def signal_in_the_second_step(monkeypatch: pytest.MonkeyPatch, number: signal.Si
     step, prepare = Trainer.step, Trainer.__init__
     steps: list[torch.Tensor] = []
 
-    def signalling(trainer: Trainer, index: torch.Tensor) -> None:
+    def signalling(trainer: Trainer, index: torch.Tensor, count: int | None = None) -> None:
         steps.append(index)
         if len(steps) == 2:
             os.kill(os.getpid(), number)
-        step(trainer, index)
+        step(trainer, index, count)
 
     def with_replay(trainer: Trainer, *arguments: object, **options: object) -> None:
         prepare(trainer, *arguments, **options)  # type: ignore[arg-type]
