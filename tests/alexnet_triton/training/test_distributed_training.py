@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,17 +190,27 @@ OPTIONS = (
 )
 
 
-def state_of(out: Path) -> list[str]:
+def state_of(out: Path) -> list[Any]:
     """All that the last checkpoint of ``out`` has of what a run computes."""
     kept = read_checkpoint(out / "checkpoint.pt")
     assert kept.training is not None
     return flat([kept.metrics, kept.weights, kept.training["trainer"]])
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """:func:`state_of` such a run of two processes of a machine."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *OPTIONS, "--out", out)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return state_of(out)
+
+
 @pytest.mark.timeout(240)
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed: list[Any], tmp_path: Path) -> None:
     """torchrun ends the other one and starts both by the same command, which goes on: to the bits of an undisturbed run."""
-    script, out, whole = Path(__file__).with_name("restart_worker.py"), tmp_path / "run", tmp_path / "whole"
+    script, out = Path(__file__).with_name("restart_worker.py"), tmp_path / "run"
     command = (*OPTIONS, "--out", out, "--resume", "--checkpoint-every", 4)
     process = start(*TORCHRUN, "--max-restarts=1", script, tmp_path, "train", *command)
     output, errors = process.communicate(timeout=120)
@@ -212,29 +223,36 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path: Pa
     assert first[1] == [*range(9), *range(5)]
     assert first[0] in ([*range(9), *range(5)], [*range(9), *range(6)])
     assert second == [[*range(3, 9), *range(9)]] * 2
-
-    process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *OPTIONS, "--out", whole)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert state_of(out) == state_of(whole)
+    assert state_of(out) == undisturbed
 
 
 @pytest.mark.timeout(240)
-def test_two_machines_train_what_one_machine_trains(tmp_path: Path) -> None:
-    """As in the README, but for the ports: two of torchrun's agents, two processes each; and four processes of one agent."""
+def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Path) -> None:
+    """As in the README but for the addresses: two of torchrun's agents, of which neither knows beforehand who leads."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=alexnet")
-    train = ("-m", "alexnet_triton", "train", *OPTIONS, "--out")
-    torchrun = TORCHRUN[:2]
-    machines = [start(*torchrun, "--nnodes=2", "--nproc-per-node=2", *rendezvous, *train, tmp_path / "two") for _ in range(2)]
-    results = [machine.communicate(timeout=200) for machine in machines]
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{server.getsockname()[1]}"
+    agent = (*TORCHRUN[:2], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint, "--rdzv-id=alexnet")
+    command = (*agent, "-m", "alexnet_triton", "train", *OPTIONS, "--out", tmp_path / "run")
+    machines = [start(*command) for _ in range(2)]
+    results = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], results
     assert sorted(output.count("epoch   3 ") for output, _ in results) == [0, 1]  # the first process of all prints
-    one = start(*torchrun, "--standalone", "--nproc-per-node=4", *train, tmp_path / "one")
-    _, errors = one.communicate(timeout=120)
-    assert one.returncode == 0, errors
-    assert state_of(tmp_path / "two") == state_of(tmp_path / "one")
+    assert state_of(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.timeout(240)
+def test_four_processes_train_what_one_trains_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Sums of more than two numbers depend on their order: it must be the same in the first step after a resumption."""
+    worker = start(*TORCHRUN[:-1], "--nproc-per-node=4", Path(__file__).with_name("train_worker.py"), tmp_path, "four")
+    _, errors = worker.communicate(timeout=200)
+    assert worker.returncode == 0, errors
+    with kernels.use_backend("torch"):
+        run(tmp_path / "alone", ALONE)
+    weights = read_checkpoint(tmp_path / "partial" / "checkpoint.pt").weights
+    for key, weight in read_checkpoint(tmp_path / "alone" / "checkpoint.pt").weights.items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5)
+    whole = contents(tmp_path / "whole")
+    assert [contents(tmp_path / call) for call in ("2", "5")] == [whole, whole]
 
 
 def test_shares_are_a_batch() -> None:
@@ -289,8 +307,14 @@ def test_the_buckets_of_alexnet_overlap_its_backward_pass(group_of_one: Processe
     with kernels.use_backend("torch"):
         for _ in range(3):  # the first says in which order gradients come, the third is told of
             parallel(torch.randn(1, 1, 224, 224)).sum().backward()
-    sizes = [[net[i].weight.nbytes + net[i].bias.nbytes for i in layers] for layers in ((20, 17), (14,), (10, 8), (6, 3), (0,))]
-    assert parallel._get_ddp_logging_data()["rebuilt_bucket_sizes"] == ", ".join(str(sum(each)) for each in sizes)
+    buckets = (("20.bias", "20.weight", "17.bias", "17.weight"), ("14.bias", "14.weight"))
+    buckets += (
+        ("10.weight", "10.bias", "8.weight"),
+        ("8.bias", "6.weight", "6.bias", "3.weight"),
+        ("3.bias", "0.weight", "0.bias"),
+    )
+    sizes = [sum(net.get_parameter(name).nbytes for name in bucket) for bucket in buckets]
+    assert parallel._get_ddp_logging_data()["rebuilt_bucket_sizes"] == ", ".join(map(str, sizes))
 
 
 def test_one_launch_steps_the_views_of_buckets(group_of_one: Processes) -> None:
