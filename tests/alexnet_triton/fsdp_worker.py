@@ -94,7 +94,7 @@ if __name__ == "__main__":
     with kernels.use_backend("triton"):
         for shard in (whole, blocks, layers):
             alone, sharded = trains_as_alone(small_net, shard, mesh, side=16, steps=2)
-            # A layer that is sharded by itself has hooks of its own, and runs as it stands; all others are fused as they are alone.
+            # A layer that is sharded by itself has hooks of its own, and runs as it stands; all others are fused.
             assert (len(sharded) == len(alone)) == (shard is not layers), (shard, alone, sharded)
     with kernels.use_backend("torch"):
         trains_as_alone(alexnet, whole, mesh, side=224, steps=1)
