@@ -69,8 +69,8 @@ class SGD(Optimizer):
     A captured CUDA graph repeats what Python passed at its capture. Give ``lr`` as a tensor on the parameters' device to change
     it later (schedulers then change it in place), and take a first step before the capture: it makes masters and buffers.
 
-    Gradients must be dense tensors. One whose strides are not its parameter's is copied into them first. ``GradScaler`` and
-    ``clip_grad_norm_`` work as with ``torch.optim.SGD``.
+    Gradients must be dense tensors. One whose strides are not its parameter's, or that is not aligned to 16 bytes, is copied
+    first. ``GradScaler`` and ``clip_grad_norm_`` work as with ``torch.optim.SGD``.
 
     A parameter may be a DTensor, of FSDP2 (``fully_shard``) or of tensor parallelism: each process steps its local shard, which
     may be empty, and the state is a DTensor placed as the parameter is. A gradient that is placed otherwise (a pending sum,
@@ -595,6 +595,8 @@ def _shards(param: Any) -> tuple[Tensor, Tensor]:
     weight, grad = _local(param), _local(grad)
     if not is_dense(weight):
         raise ValueError(f"parameters must be dense in memory, got shape {tuple(weight.shape)} and strides {weight.stride()}")
-    if memory_order(grad) != memory_order(weight):
+    # One pointer that is not aligned to 16 bytes splits the kernel's accesses to all gradients into single elements. Views of
+    # DistributedDataParallel's buckets are not, behind a bias of ten classes.
+    if memory_order(grad) != memory_order(weight) or grad.data_ptr() % 16:
         grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     return weight, grad

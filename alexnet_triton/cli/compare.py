@@ -33,6 +33,7 @@ from .options import (
     BackendChoice,
     BackendOption,
     ChannelsOption,
+    CheckpointEveryOption,
     ClassWeightsOption,
     ColourOption,
     CropOption,
@@ -215,6 +216,7 @@ def compare_command(
     crop: CropOption = None,
     colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
+    checkpoint_every: CheckpointEveryOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None,
@@ -386,7 +388,7 @@ def _compare(context: typer.Context, resume: str | None, out: Path | None, proce
         else:
             recipe, options = begun
             device = local_device(options.device, processes)
-            graph = graph_of_resumed(graph, options, processes)
+            graph = graph_of_resumed(graph, options)
         first = run_on(device, processes, recipe, options, graph)
         values = dataclasses.asdict(first.recipe) | dataclasses.asdict(first.options)
         shared = {name: value for name, value in values.items() if name not in _OWN}

@@ -387,6 +387,16 @@ TenCropOption = Annotated[
         rich_help_panel="Recipe",
     ),
 ]
+CheckpointEveryOption = Annotated[
+    int | None,
+    number(
+        1,
+        metavar="STEPS",
+        help="Save after so many steps in the middle of an epoch too, counted from the run's first: so many can a crash cost.",
+        show_default="after each epoch",
+        rich_help_panel=OUTPUT,
+    ),
+]
 TensorboardOption = Annotated[
     bool,
     typer.Option(

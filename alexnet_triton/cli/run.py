@@ -69,6 +69,7 @@ class RunOptions:
     device: str = field("auto", may_change=True)
     skip_damaged: bool = field(False, may_change=True)
     stream: bool | None = field(None)
+    checkpoint_every: int | None = field(None, least=1, most=MOST, may_change=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -157,12 +158,10 @@ def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: 
         typer.Exit: torchvision, if that is the model, or a package that an option needs is missing, which is said.
     """
     if graph is None:
-        graph = device.type == "cuda" and processes.size == 1
-        if device.type == "cuda" and processes.size > 1:
-            console.print(f"no CUDA graph: it is for one process, not for {processes.size}")
+        graph = device.type == "cuda"
     options = dataclasses.replace(options, graph=graph)
     try:
-        where = Where(device, graph, processes, dataclasses.asdict(options))
+        where = Where(device, graph, processes, options.checkpoint_every, dataclasses.asdict(options))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--graph") from error
     if options.tensorboard:
@@ -172,9 +171,9 @@ def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: 
     return Run(recipe, options, where)
 
 
-def graph_of_resumed(said: bool | None, options: RunOptions, processes: Processes) -> bool | None:
+def graph_of_resumed(said: bool | None, options: RunOptions) -> bool | None:
     """``graph`` of a resumed run, for :func:`run_on`: unless it was said, where it can be, or none as the run had none."""
-    return None if said is None and (options.graph or processes.size > 1) else options.graph
+    return None if said is None and options.graph else options.graph
 
 
 def _check_tensorboard() -> None:

@@ -24,6 +24,7 @@ from .options import (
     BackendChoice,
     BackendOption,
     ChannelsOption,
+    CheckpointEveryOption,
     ClassWeightsOption,
     ColourOption,
     CropOption,
@@ -114,6 +115,7 @@ def train_command(
     crop: CropOption = None,
     colour: ColourOption = None,
     tensorboard: TensorboardOption = False,
+    checkpoint_every: CheckpointEveryOption = None,
     device: DeviceOption = "auto",
     out: Annotated[
         Path | None,
@@ -124,7 +126,8 @@ def train_command(
         typer.Option(
             metavar="[PATH]",
             help="Go on with the run of a checkpoint or folder, without a path with the newest one in runs/, to the same bits "
-            "as if it had never stopped. All options are the run's own; these may be given anew: "
+            "as if it had never stopped. Without a path and with --out, go on with the run in that folder, or begin it where "
+            "there is none yet. All options are the run's own; these may be given anew: "
             + ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
             + ".",
             show_default=False,
@@ -157,7 +160,9 @@ def _what_to_train(
     The folder is entered into ``while_training``: no other run can have it as long.
     """
     try:
-        if resume is not None:
+        if resume == "" and out is not None and not holds_run(out):
+            console.print(f"{out} holds no run yet: one begins there", markup=False)
+        elif resume is not None:
             path = checkpoint_to_resume(resume, out)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # which the checkpoint's reader tells better
                 while_training.enter_context(held(path.parent, console.print))
@@ -212,7 +217,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
         else:
             recipe, options, checkpoint = begun
             device = local_device(options.device, processes)
-            graph = graph_of_resumed(graph, options, processes)
+            graph = graph_of_resumed(graph, options)
         run = run_on(device, processes, recipe, options, graph)
         if checkpoint is not None and _needs_nothing(out, checkpoint, recipe, processes):
             return 0

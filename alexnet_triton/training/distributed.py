@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ class Processes:
         rank: of this process; 0 leads: it reads, writes and prints.
         size: how many there are.
         local_rank: of this process on its machine, and of its GPU.
+        grouped: whether ``torch.distributed`` joins them, as it does more than one; of one process, gradients go that way too.
         launched: whether a launcher (torchrun, Slurm, MPI) started them, one process too. It hands on to them the signals that
             it gets itself, and may get once more, so that one request to stop reaches a process several times.
     """
@@ -34,6 +36,10 @@ class Processes:
     size: int = 1
     local_rank: int = 0
     launched: bool = False
+    grouped: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grouped", self.grouped or self.size > 1)
 
     @property
     def leads(self) -> bool:
@@ -95,11 +101,21 @@ class Processes:
         return early if early is not None else make()
 
     def parallel(self, net: nn.Module, device: torch.device) -> nn.Module:
-        """``net`` with gradients that are the mean of all processes', and the leader's weights in all."""
-        if self.size == 1:
-            return net
-        return DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None)
+        """``net`` with gradients that are the mean of all processes', and the leader's weights in all.
 
+        A bucket's gradients are added up while the backward pass goes on. On CUDA a step can be captured on the stream on which
+        this was called.
+        """
+        if not self.grouped:
+            return net
+        device_ids = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(net, device_ids, bucket_cap_mb=_BUCKET_MIB, gradient_as_bucket_view=True)
+
+
+#: Gradients are added up whenever so many MiB are there. Of AlexNet's backward pass the weights of the two large linear layers
+#: come first and fill a bucket each. What is left when it ends, and overlaps nothing, is less than this: with PyTorch's 25 MiB
+#: it would be all convolutions, 15 MB in float32 (arithmetic).
+_BUCKET_MIB = 4
 
 #: A run of one process.
 ALONE = Processes()
@@ -128,7 +144,9 @@ def leave() -> None:
     Python has come to its end by then, the process aborts, with all its work done: "terminate called without an active
     exception" (torch 2.14). So this waits until the thread holds nothing.
     """
-    gc.collect()  # a DistributedDataParallel that is left holds the group, and the group its threads
+    # A DistributedDataParallel that is left holds the group, and the group its threads. NCCL lets no group go before each CUDA
+    # graph that holds its launches.
+    gc.collect()
     last = torch.zeros(())
     count: Callable[[], int] = last._use_count  # type: ignore[attr-defined]
     holders = count()
@@ -143,6 +161,32 @@ def leave() -> None:
 _PATIENCE = 10.0
 
 
+def _own_part(store: Any, rank: int, size: int) -> Any:
+    """The part of ``store`` that these processes use. Called by all of them alike.
+
+    torchrun keeps its store when it starts processes again, with the addresses in it of those that have gone. How many times it
+    did so no process knows: after a fault on another machine its own agent does not count. So the leader says a new name, and
+    another process believes it as soon as the leader has answered by that name.
+
+    Raises:
+        RuntimeError: the leader does not answer within the store's timeout.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", own)
+        for other in range(1, size):
+            store.set(f"{own}/heard/{other}", store.get(f"{own}/of/{other}"))
+        return dist.PrefixStore(own, store)  # type: ignore[attr-defined]
+    end = time.monotonic() + store.timeout.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("name").decode()
+        store.set(f"{name}/of/{rank}", own)
+        if store.check([heard := f"{name}/heard/{rank}"]) and store.get(heard).decode() == own:
+            return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    raise RuntimeError("the first process of this run does not answer")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none."""
@@ -151,7 +195,8 @@ def joined() -> Iterator[Processes]:
         yield Processes(launched=True) if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
         return
     global _store
-    _store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    _store = _own_part(store, rank, size)
     # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     own = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]

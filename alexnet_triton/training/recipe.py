@@ -243,20 +243,20 @@ class Where:
         device: of the network and of the images.
         graph: each step is one CUDA graph.
         processes: that train together, each on a shard of every batch.
+        checkpoint_every: in the middle of an epoch, save after so many steps, counted from the run's first; None: never.
         options: how whoever made this would make it again: numbers, strings, None. Checkpoints keep them, nothing else reads
             them.
 
     Raises:
-        ValueError: ``graph`` on a device without CUDA graphs, or with more than one process.
+        ValueError: ``graph`` on a device without CUDA graphs.
     """
 
     device: torch.device
     graph: bool = False
     processes: Processes = ALONE
+    checkpoint_every: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.graph and self.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs a CUDA device, not {self.device.type}")
-        if self.graph and self.processes.size > 1:
-            raise ValueError(f"a CUDA graph of the step is for one process, not for {self.processes.size}")

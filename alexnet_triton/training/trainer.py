@@ -57,6 +57,9 @@ def balanced_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
 #: Steps before a capture: the first compiles and makes the masters, the others settle the allocator.
 _WARM_UP_STEPS = 3
 
+#: As many as PyTorch's notes on CUDA graphs ask for where DistributedDataParallel is captured, which times its first ten.
+_GROUPED_WARM_UP_STEPS = 11
+
 
 class Trainer:
     """Plain SGD: one step at a time, or as a CUDA graph of the whole step.
@@ -106,9 +109,7 @@ class Trainer:
         self.ring: Ring | None = None
         #: Where a step's images are on the device.
         self.split = self._on_device()
-        self.evaluated, self.listener = evaluated, listener
-        #: What a step calls: it makes the gradients of all processes one.
-        self.parallel = self.processes.parallel(net, self.device)
+        self.evaluated, self.listener, self.checkpoint_every = evaluated, listener, where.checkpoint_every
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
         #: Of each class, in the training loss. The last layer is linear: its last parameter has a row for each class.
@@ -143,6 +144,21 @@ class Trainer:
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self._prepare(where.graph and self.total >= recipe.batch_size)
+        else:
+            #: What a step calls: it makes the gradients of all processes one.
+            self.parallel = self.processes.parallel(net, self.device)
+            if self.processes.grouped:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Take a backward pass of no image, after which DistributedDataParallel sums in another order than before.
+
+        So the first step of a resumed run has the bits that it has in one that never stopped.
+        """
+        images = torch.empty(0, self.split.channels, self.image_size, self.image_size, dtype=self.dtype, device=self.device)
+        with torch.random.fork_rng([]):
+            self.parallel(images).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _share(self, count: int) -> int:
         """Images of this process in a batch of ``count``."""
@@ -168,7 +184,11 @@ class Trainer:
     def learning_rate(self, epoch: int, step: int = -1) -> float:
         """Of a step, counted from 0, of an epoch, counted from 1; -1: of its last step."""
         steps = len(self.loss_sums)
-        return self.schedule.at((epoch - 1) * steps + step % steps, steps)
+        return self.schedule.at(self._steps_of_run(epoch, step % steps), steps)
+
+    def _steps_of_run(self, epoch: int, step: int) -> int:
+        """How many steps come before ``step``, counted from 0, of an epoch, counted from 1."""
+        return (epoch - 1) * len(self.loss_sums) + step
 
     def _set_learning_rate(self, lr: float) -> None:
         """Of the steps to come; nothing is launched where it is what it was."""
@@ -211,7 +231,7 @@ class Trainer:
         """The steps and evaluations of a run that launch different kernels; what processes exchange launches none."""
         parallel, self.parallel = self.parallel, self.net
         try:
-            self._steps()
+            self._steps(_WARM_UP_STEPS)
         finally:
             self.parallel = parallel
         if self.evaluated is not None:
@@ -225,11 +245,11 @@ class Trainer:
                     )
                     evaluate(self.net, few, batch_size=size, image_size=self.image_size, device=self.device)
 
-    def _steps(self) -> None:
-        """A few steps on batches of both sizes of an epoch."""
+    def _steps(self, count: int) -> None:
+        """``count`` steps on whole batches, and one on the smaller batch of an epoch."""
         self.net.train()
         whole, rest = self.batch_size, self.total % self.batch_size
-        for size in [whole] * _WARM_UP_STEPS + [rest] * (rest > 0):
+        for size in [whole] * count + [rest] * (rest > 0):
             self.step(self.index[: self._share(size)], size)
 
     def warm_up(self) -> None:
@@ -238,7 +258,7 @@ class Trainer:
             params = self.optimizer.param_groups[0]["params"]
             before = [param.detach().clone() for param in params]
             self.precompile()
-            self._steps()
+            self._steps(_GROUPED_WARM_UP_STEPS if self.processes.grouped else _WARM_UP_STEPS)
         with torch.no_grad():
             for param, value in zip(params, before, strict=True):
                 self.optimizer.set_master(param, value)
@@ -250,17 +270,35 @@ class Trainer:
         self.correct.zero_()
 
     def _prepare(self, capture: bool) -> None:
-        """:meth:`warm_up`, and the step on ``self.index`` as a CUDA graph, which computes nothing yet."""
-        # Not on the default stream, on which nothing can be captured; one stream for both, so that the allocator knows it.
+        """:meth:`warm_up`, and the step on ``self.index`` as a CUDA graph, which computes nothing yet.
+
+        The graph of several processes holds NCCL's all-reduce of each bucket, on NCCL's stream, beside the backward pass. All
+        of them replay it in the same steps, as NCCL demands: a batch is whole in all or in none.
+
+        Raises:
+            RuntimeError: several processes cannot capture. None goes on without a graph: the others might have one.
+        """
+        # Not on the default stream, on which nothing can be captured. One stream for all, so that the allocator knows it, and
+        # since DistributedDataParallel accumulates gradients on the stream that it is made on.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            self.parallel = self.processes.parallel(self.net, self.device)
             self.warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         if capture:
             graph = torch.cuda.CUDAGraph()
-            with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream):
-                self.step(self.index, self.batch_size)
+            # Threads of gloo and NCCL may call CUDA meanwhile.
+            mode = "thread_local" if self.processes.grouped else "global"
+            try:
+                with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+                    self.step(self.index, self.batch_size)
+            except RuntimeError as error:
+                if not self.processes.grouped:
+                    raise
+                reason = str(error).partition("\n")[0]
+                advice = "no CUDA graph can hold the step of several processes here (--no-graph runs it without)"
+                raise RuntimeError(f"{advice}: {reason}") from error
             self.replay = graph.replay
         synchronize(self.device)
 
@@ -275,7 +313,7 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where the listener
                 is told the loss; the message names the step.
-            SaveAsked, Stopped: the listener said so, of any process.
+            SaveAsked, Stopped: the listener said so, of any process; or it is time for one of the checkpoints of ``where``.
         """
         self.net.train()
         total = self.total
@@ -295,10 +333,11 @@ class Trainer:
         stop_waiting = self.listener.stop if self.processes.size == 1 else None
         shares = [self.processes.share(batch) for batch in rest]
         feed = Feed(self.given, shares, self.device, ring=self.ring, stop=stop_waiting)
-        parts = iter(feed)
+        parts, due = iter(feed), False
         with contextlib.closing(feed):
             for batch in rest:
                 stop, save = self.processes.any_of(self.listener.stop(), self.listener.save())
+                save = save or due
                 part = None if stop or save else next(parts, None)
                 if part is None:
                     synchronize(self.device)
@@ -315,6 +354,8 @@ class Trainer:
                     self.step(index, len(batch))
                 self.loss_sums[self.steps].copy_(self.loss_sum)
                 self.steps += 1
+                # The same in all processes, without asking them.
+                due = self.checkpoint_every is not None and self._steps_of_run(number, self.steps) % self.checkpoint_every == 0
                 seen += len(batch)
                 own += len(index)
                 now = time.perf_counter()

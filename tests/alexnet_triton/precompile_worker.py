@@ -74,8 +74,13 @@ def run() -> dict[str, Any]:
 
 
 class _Refusing(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
     def forward(self, inputs: Any) -> Any:
-        raise AssertionError("a collective operation while kernels are compiled")
+        assert len(inputs) == 0, "a collective operation while kernels are compiled"
+        return next(self.net.parameters())[:0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Second(Processes):
         self.waits.append(self.counted.compiled)
 
     def parallel(self, net: nn.Module, device: torch.device) -> nn.Module:
-        return _Refusing()
+        return _Refusing(net)
 
 
 def processes() -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""DistributedDataParallel over a fused network: two processes, half a batch each, give the whole batch's gradients.
-
-And on the cells of its first layer those of the images, bit for bit.
-"""
+"""DistributedDataParallel and FSDP2 over a fused network: two processes, half a batch each, train as one on the whole batch."""
 
 from __future__ import annotations
 
@@ -10,9 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_two_processes_give_the_whole_batchs_gradients(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("ddp_worker.py")
+
+@pytest.mark.timeout(270)
+@pytest.mark.parametrize("name", ["ddp_worker.py", "fsdp_worker.py"])
+def test_two_processes_have_what_one_has_of_the_whole_batch(name: str, tmp_path: Path) -> None:
+    """By DistributedDataParallel its gradients, and on cells those of the images bit for bit; by FSDP2 its weights."""
+    worker = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

@@ -1,25 +1,38 @@
-"""Two processes of torchrun train what one trains on the same batches; the command line among them, and its end by a signal."""
+"""Processes of torchrun train what one trains on the same batches; the command among them, its end by a signal or a kill."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from typer.testing import CliRunner
 
 import kernels
+from alexnet_triton import FusedSequential
 from alexnet_triton.cli import app as cli
+from alexnet_triton.data.fashion_mnist import load_fashion_mnist
+from alexnet_triton.optim import SGD
 from alexnet_triton.training.checkpoint import read_checkpoint
-from alexnet_triton.training.distributed import ALONE, Processes, joined
-from alexnet_triton.training.recipe import Where
+from alexnet_triton.training.distributed import ALONE, Processes, joined, leave
+from alexnet_triton.training.networks import new_model
+from alexnet_triton.training.recipe import Recipe, Where
+from alexnet_triton.training.trainer import Trainer
+from kernels.runtime import launch
 
+from ...conftest import DEVICE
 from ..data.test_image_folder import write_folder
 from .test_resume import contents, flat
 from .test_signals import read_until, start
@@ -170,6 +183,78 @@ def test_signals_that_come_again_while_it_saves_lose_nothing(tmp_path: Path) -> 
     assert states[0] == states[1]
 
 
+#: Of the command's runs in several processes: lenet on 8 batches of 8 images an epoch, and one of 3.
+OPTIONS = (
+    *("--model", "lenet", "--data", "sample", "--limit", 67, "--batch-size", 8, "--epochs", 3, "--device", "cpu"),
+    *("--lr", 0.5, "--momentum", 0.9, "--augment"),
+)
+
+
+def state_of(out: Path) -> list[Any]:
+    """All that the last checkpoint of ``out`` has of what a run computes."""
+    kept = read_checkpoint(out / "checkpoint.pt")
+    assert kept.training is not None
+    return flat([kept.metrics, kept.weights, kept.training["trainer"]])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """:func:`state_of` such a run of two processes of a machine."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *OPTIONS, "--out", out)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return state_of(out)
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed: list[Any], tmp_path: Path) -> None:
+    """torchrun ends the other one and starts both by the same command, which goes on: to the bits of an undisturbed run."""
+    script, out = Path(__file__).with_name("restart_worker.py"), tmp_path / "run"
+    command = (*OPTIONS, "--out", out, "--resume", "--checkpoint-every", 4)
+    process = start(*TORCHRUN, "--max-restarts=1", script, tmp_path, "train", *command)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[0] == f"{out} holds no run yet: one begins there"
+    assert f"resumed from {out / 'checkpoint.pt'} after 1 whole epoch(s)" in output
+    # Step 9 + 3 of the run, after which it was saved, is the first one of the second attempt.
+    lines = [(tmp_path / f"steps-{rank}").read_text().split("\n")[1:] for rank in (0, 1)]
+    first, second = [[list(map(int, line.split())) for line in attempts] for attempts in zip(*lines, strict=True)]
+    assert first[1] == [*range(9), *range(5)]
+    assert first[0] in ([*range(9), *range(5)], [*range(9), *range(6)])
+    assert second == [[*range(3, 9), *range(9)]] * 2
+    assert state_of(out) == undisturbed
+
+
+@pytest.mark.timeout(240)
+def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Path) -> None:
+    """As in the README but for the addresses: two of torchrun's agents, of which neither knows beforehand who leads."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{server.getsockname()[1]}"
+    agent = (*TORCHRUN[:2], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint, "--rdzv-id=alexnet")
+    command = (*agent, "-m", "alexnet_triton", "train", *OPTIONS, "--out", tmp_path / "run")
+    machines = [start(*command) for _ in range(2)]
+    results = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], results
+    assert sorted(output.count("epoch   3 ") for output, _ in results) == [0, 1]  # the first process of all prints
+    assert state_of(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.timeout(240)
+def test_four_processes_train_what_one_trains_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Sums of more than two numbers depend on their order: it must be the same in the first step after a resumption."""
+    worker = start(*TORCHRUN[:-1], "--nproc-per-node=4", Path(__file__).with_name("train_worker.py"), tmp_path, "four")
+    _, errors = worker.communicate(timeout=200)
+    assert worker.returncode == 0, errors
+    with kernels.use_backend("torch"):
+        run(tmp_path / "alone", ALONE)
+    weights = read_checkpoint(tmp_path / "partial" / "checkpoint.pt").weights
+    for key, weight in read_checkpoint(tmp_path / "alone" / "checkpoint.pt").weights.items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5)
+    whole = contents(tmp_path / "whole")
+    assert [contents(tmp_path / call) for call in ("2", "5")] == [whole, whole]
+
+
 def test_shares_are_a_batch() -> None:
     for size in (1, 2, 3, 5):
         for images in (0, 1, 2, 7, 15):
@@ -179,9 +264,79 @@ def test_shares_are_a_batch() -> None:
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_graph_is_for_one_process() -> None:
-    with pytest.raises(ValueError, match="a CUDA graph of the step is for one process, not for 2"):
-        Where(torch.device("cuda"), graph=True, processes=Processes(0, 2))
+@pytest.fixture
+def group_of_one() -> Iterator[Processes]:
+    """This process alone, whose gradients are added up all the same."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield Processes(grouped=True)
+    leave()
+
+
+def test_a_group_of_one_process_trains_what_it_trains_alone(group_of_one: Processes, tmp_path: Path) -> None:
+    with kernels.use_backend("torch"):
+        for processes in (ALONE, group_of_one):
+            run(tmp_path / str(processes.grouped), processes, "bfloat16", dropout=0.5)
+    assert contents(tmp_path / "True") == contents(tmp_path / "False")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_captured_step_holds_the_all_reduce(dtype: torch.dtype, group_of_one: Processes) -> None:
+    """Of NCCL, in a group of one: the bits of eager steps and of a process without a group, a smaller last batch included."""
+    cuda = torch.device("cuda", 0)
+    data = load_fashion_mnist("sample").train.limited(150)
+    recipe = Recipe("alexnet", batch_size=64, lr=0.01, momentum=0.9, schedule="cosine")
+    results = []
+    for processes, graph in ((ALONE, False), (group_of_one, False), (group_of_one, True)):
+        trainer = Trainer(new_model("alexnet", 0, cuda, dtype), data, recipe, Where(cuda, graph, processes))
+        assert (trainer.replay is not None) == graph
+        assert (trainer.parallel is not trainer.net) == processes.grouped
+        generator = torch.Generator(cuda).manual_seed(0)
+        torch.manual_seed(0)
+        epochs = [trainer.epoch(generator, number)[:2] for number in (1, 2)]
+        results.append(flat([epochs, trainer.float32_weights()]))
+        del trainer
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_buckets_of_alexnet_overlap_its_backward_pass(group_of_one: Processes) -> None:
+    """The large linear layers' go first, each by itself; after the last gradient is made, that of conv1 alone is on its way."""
+    net = new_model("alexnet", 0, torch.device("cpu"), torch.float32)
+    parallel = group_of_one.parallel(net, torch.device("cpu"))
+    with kernels.use_backend("torch"):
+        for _ in range(3):  # the first says in which order gradients come, the third is told of
+            parallel(torch.randn(1, 1, 224, 224)).sum().backward()
+    buckets = (("20.bias", "20.weight", "17.bias", "17.weight"), ("14.bias", "14.weight"))
+    buckets += (
+        ("10.weight", "10.bias", "8.weight"),
+        ("8.bias", "6.weight", "6.bias", "3.weight"),
+        ("3.bias", "0.weight", "0.bias"),
+    )
+    sizes = [sum(net.get_parameter(name).nbytes for name in bucket) for bucket in buckets]
+    assert parallel._get_ddp_logging_data()["rebuilt_bucket_sizes"] == ", ".join(map(str, sizes))
+
+
+def test_one_launch_steps_the_views_of_buckets(group_of_one: Processes) -> None:
+    net = FusedSequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    net.to(device=DEVICE, memory_format=torch.channels_last)
+    other = copy.deepcopy(net)
+    parallel, launched = group_of_one.parallel(net, torch.device(DEVICE)), []
+    ours, theirs = SGD(net.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
+    for _ in range(3):
+        x = torch.randn(4, 1, 6, 6, device=DEVICE)
+        for each, called, optimizer in ((net, parallel, ours), (other, other, theirs)):
+            each.zero_grad()
+            called(x).square().sum().backward()
+            if optimizer is ours:
+                assert len({p.grad.untyped_storage().data_ptr() for p in net.parameters()}) == 1
+                with launch.observe_launches(lambda *launch: launched.append(launch)):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert any(p.grad.data_ptr() % 16 for p in net.parameters())
+    assert len(launched) == 3
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
 def test_alone_needs_no_process_group() -> None:

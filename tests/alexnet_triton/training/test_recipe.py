@@ -68,7 +68,7 @@ def test_a_checkpoint_from_before_recipes_is_resumed_to_the_bits_of_its_version(
         crop="resized", colour=True,
     )  # fmt: skip
     options: dict[str, Any] = {"recipe": "d2l", "backend": "torch", "workers": None, "graph": False, "tensorboard": False}
-    options |= {"device": "cpu", "skip_damaged": False, "stream": False}
+    options |= {"device": "cpu", "skip_damaged": False, "stream": False, "checkpoint_every": None}
     assert kept.training["options"] == options
     assert [metrics["lr"] for metrics in kept.metrics] == [0.25] * 3
     assert ["test_loss" in metrics for metrics in kept.metrics] == [False, True, True]

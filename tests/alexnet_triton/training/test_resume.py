@@ -77,6 +77,7 @@ def run(
     stop: Callable[[], bool] | None = None,
     resume: Checkpoint | None = None,
     listener: Listener = SILENT,
+    checkpoint_every: int | None = None,
     **fields: Any,
 ) -> list[EpochMetrics]:
     """The training of a small network; the recipe is the case's but for ``fields``."""
@@ -85,9 +86,35 @@ def run(
     net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
     recipe = small_recipe(**{"augment": case.augment, "momentum": case.momentum, "seed": 5, "epochs": epochs} | fields)
     recipe = dataclasses.replace(recipe, dtype=str(case.dtype).removeprefix("torch."))
-    where, listener = Where(case.device, case.graph), listener if stop is None else Asked(stop)
+    where = Where(case.device, case.graph, checkpoint_every=checkpoint_every)
+    listener = listener if stop is None else Asked(stop)
     with kernels.use_backend("auto" if HAS_GPU else "torch"):
         return train(net, sample(40, 20), recipe, where, out, listener, resume)
+
+
+class Saved(Listener):
+    """Keeps where it was told of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+
+    def saved(self, line: str) -> None:
+        self.places.append(line.split(":")[0])
+
+
+@cases
+def test_checkpoints_in_the_middle_of_an_epoch_change_no_bit(case: Case, tmp_path: Path) -> None:
+    """Every so many steps of the run, each once; the end of an epoch has its own."""
+    run(case, tmp_path / "whole")
+    for every, places in (
+        (2, ["saved in epoch 1 after step 2 of 3", "saved in epoch 2 after step 1 of 3"]),
+        (3, []),
+        (4, ["saved in epoch 2 after step 1 of 3"]),
+    ):
+        listener = Saved()
+        run(case, tmp_path / str(every), listener=listener, checkpoint_every=every)
+        assert listener.places == places
+        assert contents(tmp_path / str(every)) == contents(tmp_path / "whole")
 
 
 def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[EpochMetrics]:

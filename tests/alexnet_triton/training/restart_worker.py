@@ -1,0 +1,46 @@
+"""``alexnet-triton`` in a process of torchrun, one of which ends by SIGKILL in the middle of its first attempt.
+
+Each process notes into ``FOLDER/steps-RANK`` the number of each step of its epoch, a line for each attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from alexnet_triton.__main__ import main
+from alexnet_triton.cli import run as run_of_a_command
+from alexnet_triton.training.trainer import Trainer
+
+#: Of the second process, in all its epochs.
+LAST_STEP = 14
+
+
+def noting(file: Path, real_step: object, kills: bool) -> None:
+    """Let a trainer's steps be noted, and the process be killed before a step."""
+    done = 0
+
+    def step(self: Trainer, index: torch.Tensor) -> None:
+        nonlocal done
+        if kills and done == LAST_STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        with file.open("a") as notes:
+            notes.write(f"{self.steps} ")
+        real_step(self, index)  # type: ignore[operator]
+
+    Trainer.step = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_of_a_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
+    notes = Path(sys.argv.pop(1)) / f"steps-{os.environ['RANK']}"
+    with notes.open("a") as file:
+        file.write("\n")
+    noting(notes, Trainer.step, os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+    main()
