@@ -24,14 +24,14 @@ def noting(file: Path, real_step: object, kills: bool) -> None:
     """Let a trainer's steps be noted, and the process be killed before a step."""
     done = 0
 
-    def step(self: Trainer, index: torch.Tensor) -> None:
+    def step(self: Trainer, index: torch.Tensor, count: int | None = None) -> None:
         nonlocal done
         if kills and done == LAST_STEP:
             os.kill(os.getpid(), signal.SIGKILL)
         done += 1
         with file.open("a") as notes:
             notes.write(f"{self.steps} ")
-        real_step(self, index)  # type: ignore[operator]
+        real_step(self, index, count)  # type: ignore[operator]
 
     Trainer.step = step  # type: ignore[method-assign]
 
