@@ -159,6 +159,29 @@ def test_training_gives_the_bits_of_images_in_memory(options: dict[str, Any], fo
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, results[0][1], strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("graph", [True, False])
+def test_captured_steps_read_what_is_streamed(graph: bool, folder: Path) -> None:
+    """From the places of the ring, which are fewer than batches; the last, smaller batch eagerly."""
+    cuda = torch.device("cuda")
+    results = []
+    for stream, workers in ((False, 0), (True, 2), (True, 5)):
+        data = load(folder, stream=stream, workers=workers, device=cuda)
+        torch.manual_seed(0)
+        net = new_model("lenet", 0, cuda, torch.bfloat16, len(data.classes), 3)
+        trainer = Trainer(net, data.train, dataclasses.replace(RECIPE, dtype="bfloat16"), Where(cuda, graph=graph))
+        assert (trainer.replay is not None) == graph
+        generator = torch.Generator(cuda).manual_seed(0)
+        found: list[object] = [trainer.epoch(generator, i + 1)[:2] for i in range(3)]
+        found.append(evaluate(net, data.test, batch_size=8, image_size=28, device=cuda))
+        results.append(
+            (found, [*net.parameters(), predict_split(net, data.test, batch_size=8, image_size=28, device=cuda).true])
+        )
+    for found, tensors in results[1:]:
+        assert found == results[0][0]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, results[0][1], strict=True))
+
+
 def run(folder: Path, out: Path, workers: int, stream: bool = True, listener: Any = None, resume: Any = None) -> list[Tensor]:
     torch.manual_seed(0)
     out.mkdir(exist_ok=True)
