@@ -9,6 +9,7 @@ import kernels
 from ..data.augment import patch_side
 from ..data.dataset import DataError
 from ..data.image_folder import lacks_test, load_test
+from ..data.stream import StreamedSplit
 from ..models import IMAGE_SIZE
 from ..training.checkpoint import CheckpointError, from_file, training_state
 from ..training.evaluation import evaluate
@@ -87,5 +88,7 @@ def evaluate_command(
             loss, accuracy, top5 = evaluate(net, test, batch_size=batch_size, image_size=side, device=where, ten_crop=ten_crop)
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise fail(error) from error
+    if isinstance(test, StreamedSplit) and test.skipped:
+        console.print(f"{len(test.skipped)} of the images cannot be read: for each another one counted twice")
     among_five = "" if top5 is None else f"top-5 {top5:.4f}  "
     console.print(f"test accuracy {accuracy:.4f}  {among_five}test loss {loss:.4f}")

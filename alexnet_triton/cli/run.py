@@ -29,22 +29,19 @@ from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, froze
 from ..training.distributed import Processes
 from ..training.evaluation import measure_speed, predict_split
 from ..training.events import EpochEvents, summary_writer
-from ..training.files import write_atomically
 from ..training.initial import Kept, read_weights, take_weights
 from ..training.loop import train
 from ..training.metrics import METRICS, EpochMetrics, best_test_loss, history_of, is_finished, metrics_file
 from ..training.networks import default_precision, features, float32_products, freeze, new_model, torchvision_alexnet
 from ..training.plot import plot_confusion, plot_curves, plot_most_wrong
 from ..training.recipe import LEARNING_RATES, MOST, RECIPES, Recipe, Where, allowed_of, check_fields, field
+from ..training.run_folder import list_skipped
 from ..training.signals import Stopped, StopSignals
 from .options import BackendChoice, PrecisionChoice, console, fail, runs_on
 from .screen import Bar, Screen
 
 #: The pictures that a run writes.
 CURVES, CONFUSION, MOST_WRONG = "curves.png", "confusion.png", "most_wrong.png"
-
-#: In a run's folder, where damaged images were left out: a line for each, its file and what is wrong with it.
-SKIPPED = "skipped.txt"
 
 #: The fields of a recipe that are parts of the augmentation.
 PARTS = tuple(each.name for each in dataclasses.fields(Augment))
@@ -259,9 +256,11 @@ def run_training(
         finished = checkpoint is not None and is_finished(history_of(checkpoint), recipe.epochs, recipe.early_stop)
         writes = where.processes.leads and not (checkpoint is not None and finished and is_complete(out, checkpoint))
         weights = read_weights(Path(recipe.init)) if recipe.init is not None and checkpoint is None else None
-        dataset = _load(run)
-        # A run that is resumed does not decide anew what is streamed.
-        where = dataclasses.replace(where, options={**where.options, "stream": isinstance(dataset.train, StreamedSplit)})
+        dataset = _load(run, checkpoint)
+        streams, tests_stream = (isinstance(split, StreamedSplit) for split in (dataset.train, dataset.test))
+        # A run that is resumed does not decide anew what is streamed, unless that differs.
+        stream = streams if streams or not tests_stream else None
+        where = dataclasses.replace(where, options={**where.options, "stream": stream})
         with kernels.use_backend(run.options.backend), float32_products(recipe.dtype), contextlib.ExitStack() as block:  # type: ignore[arg-type]
             setup_begin = time.perf_counter()
             place = f"{runs_on(where.device)}, {recipe.dtype}"
@@ -279,19 +278,15 @@ def run_training(
                 console.print(f"resumed from {checkpoint.path} after {len(checkpoint.metrics)} whole epoch(s)")
 
             def begins() -> None:
-                if where.processes.leads:
-                    _list_skipped(dataset, out / SKIPPED)
+                if where.processes.leads and (checkpoint is None or not streams):
+                    list_skipped(out, {str(image): reason for image, reason in dataset.skipped})
                 if on_ready is not None:
                     on_ready(dataset, place)
 
             bar = Bar(len(dataset.train), recipe.epochs)
             screen = Screen(bar, stops, _events(run, out, checkpoint), block, on_ready=begins, restart=restart)
             with bar.progress:
-                try:
-                    history = train(net, dataset, recipe, where, out, screen, checkpoint, kept.weights if kept else None)
-                finally:
-                    if where.processes.leads:
-                        _list_skipped(dataset, out / SKIPPED)
+                history = train(net, dataset, recipe, where, out, screen, checkpoint, kept.weights if kept else None)
             if writes:
                 said = predict_split(
                     net, dataset.test, batch_size=recipe.batch_size, image_size=recipe.image_size, device=where.device
@@ -299,7 +294,7 @@ def run_training(
         if writes:
             title = f"{recipe.model} on {dataset.name}, {place}"
             _draw(lambda path: plot_curves(history, path, title), out / CURVES)
-            _draw(lambda path: plot_confusion(dataset.test, said, dataset.classes, path, title), out / CONFUSION)
+            _draw(lambda path: plot_confusion(said, dataset.classes, path, title), out / CONFUSION)
             _draw(lambda path: plot_most_wrong(dataset.test, said, dataset.classes, path, title), out / MOST_WRONG)
     except (CheckpointError, DataError, FloatingPointError, OSError, RuntimeError) as error:
         raise fail(error) from error
@@ -310,19 +305,7 @@ def run_training(
     return FinishedRun(net, history, images_per_s, dataset.name, place)
 
 
-def _list_skipped(dataset: Dataset, path: Path) -> None:
-    """Write into ``path`` what was left out; where nothing was, no list of an earlier part of the run stays."""
-    skipped = [*dataset.skipped]
-    for split in (dataset.train, dataset.test):
-        skipped += split.skipped.items() if isinstance(split, StreamedSplit) else ()
-    if not skipped:
-        path.unlink(missing_ok=True)
-        return
-    lines = "".join(f"{image}: {reason}\n" for image, reason in skipped)
-    write_atomically(path, lines.encode(errors="surrogateescape"))
-
-
-def _load(run: Run) -> Dataset:
+def _load(run: Run, checkpoint: Checkpoint | None) -> Dataset:
     """The data of a run, limited; a folder's images, which each process decodes for itself, on its device."""
     recipe = run.recipe
 
@@ -342,7 +325,8 @@ def _load(run: Run) -> Dataset:
             on_note=functools.partial(console.print, markup=False),
         )
         recipe.check_side(data.train.size)
-        return data.normalized() if recipe.normalize else data
+        # A checkpoint knows by what; else all training images are read for it.
+        return data.normalized(None if checkpoint is None else checkpoint.normalization) if recipe.normalize else data
 
     if is_own(recipe.data, recipe.validation):
         console.print(f"reading the images of {recipe.data}")  # which can take minutes

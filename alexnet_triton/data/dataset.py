@@ -138,8 +138,8 @@ class Dataset(Generic[AnySplitT]):
     name: str
     skipped: tuple[tuple[Path, str], ...] = ()
 
-    def normalized(self) -> Dataset[AnySplitT]:
-        """With the :meth:`Normalization.of` the training images for both splits."""
-        by = Normalization.of(self.train.parts())
+    def normalized(self, by: Normalization | None = None) -> Dataset[AnySplitT]:
+        """With ``by`` for both splits; None: with the :meth:`Normalization.of` the training images, which reads all of them."""
+        by = by or Normalization.of(self.train.parts())
         train, test = (dataclasses.replace(split, normalization=by) for split in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)

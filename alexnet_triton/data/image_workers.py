@@ -6,7 +6,10 @@ where it is full nothing comes any more. Memory that a process shares with those
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
+import gc
 import math
 import mmap
 import multiprocessing
@@ -61,11 +64,22 @@ def read_into(room: Tensor, source: Source, index: Sequence[int], channels: int)
     return errors
 
 
-def _work(pipe: Connection, theirs: Connection, source: Source, room: Tensor, channels: int) -> None:
+def _end_with(parent: int) -> None:
+    """Let this process be killed when the one that forked it ends, however that is."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+def _work(pipe: Connection, theirs: Connection, parent: int, source: Source, room: Tensor, channels: int) -> None:
     """One process: reads what it is told to read into the places that it is told, and says what it could not."""
     theirs.close()  # a copy of which the fork made: with it the pipe would not end where the other process does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal, a batch system or `timeout` may send these to all processes; the first one heeds them, and ends the others.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+    _end_with(parent)
+    gc.disable()  # what the other process has left is none of this one's business
     torch.set_num_threads(1)  # after a fork there are no others
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody wants any more
         while True:
@@ -80,7 +94,7 @@ class _Worker:
         context = multiprocessing.get_context("fork")
         try:
             self.pipe, theirs = context.Pipe()
-            given = (theirs, self.pipe, source, room, channels)
+            given = (theirs, self.pipe, os.getpid(), source, room, channels)
             self.process: BaseProcess = context.Process(target=_work, args=given, daemon=True)
             self.process.start()
         except OSError as error:
@@ -166,9 +180,11 @@ class Decoders:
         try:
             for i in range(workers):
                 self._workers.append(_Worker(i, workers, source, self.room, channels))
-        except DataError:
+        except BaseException:
             self.close()
             raise
+        # Before multiprocessing's own, which asks by SIGTERM and waits.
+        atexit.register(self.close)
 
     def put(self, slot: int, index: Sequence[int]) -> None:
         """Let the images ``index`` be read into ``slot``, which nobody reads any more."""
@@ -186,6 +202,8 @@ class Decoders:
         """
         slot = self._put[0]
         if not self._workers:
+            if stop is not None and stop():
+                return None
             self._errors[slot] = read_into(self.room[slot], self._source, self._index[slot], self._channels)
             self._missing[slot] = 0
         while self._missing[slot]:
@@ -230,6 +248,7 @@ class Decoders:
 
     def close(self) -> None:
         """End the processes."""
+        atexit.unregister(self.close)
         for worker in self._workers:
             worker.close()
         self._workers = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,9 +36,11 @@ def _free_bytes(device: torch.device) -> int:
     """What a set may take of the memory that ``device`` has free: a network and its step need some, too."""
     if device.type == "cuda":
         return int(_PART * torch.cuda.mem_get_info(device)[0])
+    # Of several processes of a machine each has a part: all read at the same time.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     assert available is not None  # Linux has it since 3.14
-    return int(_PART * 1024 * int(available[1]))
+    return int(_PART * 1024 * int(available[1])) // processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,9 @@ from .dataset import DataError, Normalization, Split
 from .image_workers import Decoders, Errors, image_shape
 from .sources import Source
 
+#: Images one after the other that cannot be read, before it is given up to look for one that can.
+_TRIES = 1000
+
 #: Batches on a GPU: one that a step reads, one that is ready, one that is on its way.
 _ON_DEVICE = 3
 
@@ -35,7 +38,7 @@ class StreamedSplit:
         workers: processes that read; 0: it is done between two steps.
         normalization: as in :class:`.dataset.Split`.
         skip_damaged: whether an image that cannot be read is no error: the one before it in its batch takes its place, or the
-            first that can be read.
+            first that can be read; where none can, the next image of the set that can.
         skipped: images that could not be read so far, each with what is wrong with it.
     """
 
@@ -84,7 +87,7 @@ class StreamedSplit:
         """Which images are where those of ``index`` were asked for, once what ``errors`` says has been replaced.
 
         Raises:
-            DataError: one cannot be read, and such are not skipped, or all of a batch cannot.
+            DataError: one cannot be read, and such are not skipped, or none of very many can.
         """
         if not errors:
             return index
@@ -94,14 +97,26 @@ class StreamedSplit:
         for place, error in errors.items():
             name = self.source.name(int(index[place]))
             self.skipped[name] = str(error).removeprefix(f"{name}: ")
-        if not good:
-            raise DataError(f"none of {len(index)} images can be read: {errors[0]}")
         index = index.clone()
+        if not good:
+            index[0] = self._next_after(int(index[0]), images)
+            good, errors = [0], {place: error for place, error in errors.items() if place}
         for place in errors:
             before = max((other for other in good if other < place), default=good[0])
             images[place] = images[before]
             index[place] = index[before]
         return index
+
+    def _next_after(self, index: int, images: Tensor) -> int:
+        """The next image that can be read, and is then the first of ``images``."""
+        for ahead in range(1, min(len(self), _TRIES)):
+            number = (index + ahead) % len(self)
+            try:
+                images[0] = self.image(number)
+                return number
+            except DataError as error:
+                last = error
+        raise DataError(f"{min(len(self), _TRIES)} images one after the other cannot be read: {last}")
 
 
 #: What a network trains on or is tested with.
@@ -121,7 +136,7 @@ class Ring:
     """
 
     def __init__(self, split: StreamedSplit, batch: int, device: torch.device) -> None:
-        self.batch = batch
+        self.batch, self.device = batch, device
         shape = (_ON_DEVICE * batch, *image_shape(split.channels, split.size))
         images = torch.zeros(shape, dtype=torch.uint8, device=device)
         labels = torch.zeros(_ON_DEVICE * batch, dtype=torch.int64, device=device)
@@ -129,8 +144,9 @@ class Ring:
         places = torch.arange(_ON_DEVICE * batch, device=device)
         self.places = places.split(batch)
         self.copies = torch.cuda.Stream(device)
+        self.copies.wait_stream(torch.cuda.current_stream(device))  # for the zeros
         #: Of each place, when it was last filled, and when a step had last read it.
-        self.filled = [torch.cuda.Event() for _ in range(_ON_DEVICE)]
+        self.filled = [torch.cuda.Event(blocking=True) for _ in range(_ON_DEVICE)]
         self.read = [torch.cuda.Event() for _ in range(_ON_DEVICE)]
 
     def fill(self, place: int, images: Tensor, labels: Tensor) -> Tensor:
@@ -140,21 +156,24 @@ class Ring:
         with torch.cuda.stream(self.copies):
             for to, value in ((self.split.images, images), (self.split.labels, labels)):
                 to[begin : begin + len(value)].copy_(value, non_blocking=True)
-            self.filled[place].record()
-        torch.cuda.current_stream().wait_event(self.filled[place])
+        self.filled[place].record(self.copies)
+        torch.cuda.current_stream(self.device).wait_event(self.filled[place])
         return self.places[place][: len(images)]
 
 
 @contextlib.contextmanager
-def _pinned(room: Tensor) -> Iterator[None]:
+def _pinned(room: Tensor, device: torch.device) -> Iterator[None]:
     """Let the GPU copy from ``room`` by itself. After the fork of the processes that write it: they need no part in it."""
     runtime = torch.cuda.cudart()
     pinned = int(runtime.cudaHostRegister(room.data_ptr(), room.numel(), 0)) == 0
+    if not pinned:  # so copies wait. CUDA keeps the error for whoever asks next: nobody else may get it
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)
     try:
-        yield  # where it may not be pinned, copies wait
+        yield
     finally:
         if pinned:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
             runtime.cudaHostUnregister(room.data_ptr())
 
 
@@ -172,6 +191,7 @@ class Feed:
 
     Attributes:
         waited: seconds in which there was nothing to compute for want of images.
+        replaced: images that could not be read, and those that were there in their place.
     """
 
     def __init__(
@@ -184,6 +204,7 @@ class Feed:
         stop: Callable[[], bool] | None = None,
     ) -> None:
         self.waited = 0.0
+        self.replaced: dict[int, int] = {}
         self._batches, self._device, self._stop = batches, device, stop
         if isinstance(split, Split):
             self._parts = ((split, batch) for batch in batches)
@@ -207,7 +228,7 @@ class Feed:
         if on_gpu and ring is None:
             ring = Ring(split, most, self._device)
         decoders = Decoders(split.source, split.channels, split.size, most, split.workers)
-        with contextlib.closing(decoders), _pinned(decoders.room) if on_gpu else contextlib.nullcontext():
+        with contextlib.closing(decoders), _pinned(decoders.room, self._device) if on_gpu else contextlib.nullcontext():
             ahead = min(decoders.slots, len(batches))
             for slot in range(ahead):
                 decoders.put(slot, batches[slot].tolist())
@@ -217,21 +238,30 @@ class Feed:
                     return
                 slot, errors = found
                 images = decoders.room[slot, : len(batch)]
-                labels = split.labels[split.mend(images, batch, errors)]
+                there = split.mend(images, batch, errors)
+                self.replaced |= {int(batch[place]): int(there[place]) for place in errors}
+                labels = split.labels[there]
                 if ring is None:
                     yield Split(images, labels, split.normalization), torch.arange(len(batch))
                 else:
                     place = number % _ON_DEVICE
                     yield ring.split, ring.fill(place, images, labels.pin_memory())
-                    ring.read[place].record()
+                    ring.read[place].record(torch.cuda.current_stream(self._device))
                     ring.filled[place].synchronize()  # a copy that began before the step did
                 if number + ahead < len(batches):
                     decoders.put(slot, batches[number + ahead].tolist())
 
     def _get(self, decoders: Decoders, ring: Ring | None, number: int) -> tuple[int, Errors] | None:
-        begin = time.perf_counter()
-        found = decoders.get(self._stop)
-        # A GPU that still computes the step before has not waited.
-        if number and (ring is None or ring.read[(number - 1) % _ON_DEVICE].query()):
-            self.waited += time.perf_counter() - begin
+        """The next batch, and the time from when there was nothing more to compute: a GPU may still be at the step before."""
+        idle: float | None = None
+
+        def glance() -> bool:
+            nonlocal idle
+            if idle is None and number and (ring is None or ring.read[(number - 1) % _ON_DEVICE].query()):
+                idle = time.perf_counter()
+            return self._stop is not None and self._stop()
+
+        found = decoders.get(glance)
+        if idle is not None:
+            self.waited += time.perf_counter() - idle
         return found

@@ -88,12 +88,14 @@ def evaluate(
     loss_sum, correct, top5 = (torch.zeros((), device=device) for _ in range(3))
     few_classes = True
     shares = [processes.share(index) for index in torch.arange(len(split), device=device).split(batch_size)]
-    with contextlib.closing(Feed(split.to(device), shares, device)) as feed:
+    stop_waiting = stop if processes.size == 1 else None  # several would wait for one that turned back
+    with contextlib.closing(Feed(split.to(device), shares, device, stop=stop_waiting)) as feed:
         parts = iter(feed)
         for _ in shares:
-            if stop is not None and processes.any(stop()):
+            found = None if stop is not None and processes.any(stop()) else next(parts, None)
+            if found is None:
                 raise Stopped("before its evaluation")
-            part, index = next(parts)
+            part, index = found
             labels = part.labels[index]
             if ten_crop:
                 logits = _ten_crop_logits(net, part.images, index, image_size, options)
@@ -135,11 +137,15 @@ class Predictions:
 
     Attributes:
         classes: the most probable class, int64 (N,).
-        true: the probability of the true one, float32 (N,).
+        labels: the true one, int64 (N,).
+        true: its probability, float32 (N,).
+        index: which images these are, int64 (N,): all in their order, but another where one could not be read.
     """
 
     classes: Tensor
+    labels: Tensor
     true: Tensor
+    index: Tensor
 
 
 def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
@@ -150,8 +156,9 @@ def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_siz
         probabilities = torch.cat(
             [classify(net, part.images[index], **options, normalization=part.normalization) for part, index in feed]
         )
-    true = probabilities.gather(1, split.labels.cpu()[:, None])[:, 0]
-    return Predictions(probabilities.argmax(1), true)
+    index = torch.tensor([feed.replaced.get(i, i) for i in range(len(split))])
+    labels = split.labels.cpu()[index]
+    return Predictions(probabilities.argmax(1), labels, probabilities.gather(1, labels[:, None])[:, 0], index)
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.dataset import Dataset
+from ..data.dataset import DataError, Dataset
 from ..data.stream import AnySplit, StreamedSplit
 from .checkpoint import (
     BEST,
@@ -32,7 +32,7 @@ from .listener import SILENT, Listener
 from .metrics import METRICS, EpochMetrics, check_number, history_of, is_finished, metrics_file
 from .networks import features, frozen_layers
 from .recipe import Recipe, Where
-from .run_folder import holds_run
+from .run_folder import holds_run, list_skipped
 from .signals import SaveAsked, Stopped
 from .trainer import Trainer
 
@@ -76,6 +76,7 @@ def train(
             ``recipe`` is normalized, or the images are not of :attr:`.recipe.Recipe.image_side` where patches are cut.
         CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
             written.
+        DataError: an image of a stream cannot be read, or nothing reads them any more; of one process all is saved.
         FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
             last good checkpoint and what to try.
         Stopped: ``listener`` said so; all is saved.
@@ -172,6 +173,7 @@ class _Run:
             "generator": self.generator.get_state(),
             "trained": self.trained,
         }
+        self._list_skipped()
         if not self.where.processes.leads:
             return
         metrics = [m.as_dict() for m in self.history]
@@ -179,6 +181,16 @@ class _Run:
         seen: dict[str, Any] = {"channels": images.channels, "size": images.size, "normalization": images.normalization}
         content = Checkpoint(self.recipe.model, list(self.data.classes), metrics, weights, state)
         save_checkpoint(path, dataclasses.replace(content, **seen))
+
+    def _list_skipped(self) -> None:
+        """Add to the run's list the streamed images that could not be read so far; called by all processes."""
+        streams = [split for split in (self.data.train, self.data.test) if isinstance(split, StreamedSplit)]
+        if not any(split.skip_damaged for split in streams):
+            return
+        own = {str(path): reason for split in streams for path, reason in split.skipped.items()}
+        found = {path: reason for each in self.where.processes.gather(own) for path, reason in each.items()}
+        if found:  # of the process that leads
+            list_skipped(self.folder, found, more=True)
 
     def epoch(self, epoch: int) -> None:
         """Train the epoch, or what is left of it, evaluate and save it.
@@ -206,6 +218,10 @@ class _Run:
             self._save(self.folder / LAST)
             self.where.processes.wait()  # torchrun ends all when the first has gone
             raise Stopped(f"in epoch {epoch} {stopped}") from None
+        except DataError as error:
+            if self.trained is None:
+                raise
+            raise self._saved_all_the_same(error, epoch) from error
         loss, train_acc, seconds = self.trained
         speed, lr = len(self.data.train) / seconds, self.trainer.learning_rate(epoch)
         self._keep(EpochMetrics(epoch, loss, train_acc, tested.accuracy, speed, seconds, tested.loss, lr, tested.top5))
@@ -220,6 +236,17 @@ class _Run:
                 self.trainer.check_finite()
             self._save(self.folder / LAST)
             self.listener.saved(f"saved in epoch {epoch} {asked}: {self.folder / LAST}")
+        except DataError as error:
+            raise self._saved_all_the_same(error, epoch) from error
+
+    def _saved_all_the_same(self, error: DataError, epoch: int) -> DataError:
+        """What to raise for ``error``. The steps so far are saved, if this process is the only one."""
+        if self.where.processes.size > 1:
+            return error
+        with self._advice(epoch):
+            self.trainer.check_finite()
+        self._save(self.folder / LAST)
+        return DataError(f"{error}; what epoch {epoch} came to is saved: --resume {self.folder} goes on with it")
 
     def _keep(self, metrics: EpochMetrics) -> None:
         """Write the files of an epoch."""

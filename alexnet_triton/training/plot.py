@@ -95,12 +95,12 @@ def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int
 
 
 @_names_as_they_stand
-def plot_confusion(split: AnySplit, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
+def plot_confusion(predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the confusion matrix as a PNG: counts, coloured by their share of the true class.
 
     The picture's side grows with the classes up to :data:`MOST_NAMED`; more than these are numbered in the order of ``names``.
     """
-    counts = confusion_matrix(split.labels.cpu(), predictions.classes, len(names))
+    counts = confusion_matrix(predictions.labels, predictions.classes, len(names))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = 2.5 + 0.5 * min(len(names), MOST_NAMED)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -122,9 +122,9 @@ def plot_confusion(split: AnySplit, predictions: Predictions, names: Sequence[st
     figure.savefig(path, dpi=120)
 
 
-def most_wrong(split: AnySplit, predictions: Predictions, most: int) -> torch.Tensor:
-    """Indices of wrongly classified images, those first whose true class is least probable."""
-    wrong = (predictions.classes != split.labels.cpu()).nonzero()[:, 0]
+def most_wrong(predictions: Predictions, most: int) -> torch.Tensor:
+    """Places of wrongly classified images among the predictions, those first whose true class is least probable."""
+    wrong = (predictions.classes != predictions.labels).nonzero()[:, 0]
     return wrong[predictions.true[wrong].argsort(stable=True)][:most]
 
 
@@ -132,13 +132,13 @@ def most_wrong(split: AnySplit, predictions: Predictions, most: int) -> torch.Te
 def plot_most_wrong(split: AnySplit, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
     figure = Figure(figsize=(10, 11), layout="constrained")
-    indices = most_wrong(split, predictions, 25).tolist()
+    indices = most_wrong(predictions, 25).tolist()
     for place, i in enumerate(indices, start=1):
         axes = figure.add_subplot(5, 5, place)
-        image = split.image(i)
+        image = split.image(int(predictions.index[i]))
         axes.imshow(image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
-        true, predicted = (_drawable(names[int(label)]) for label in (split.labels[i], predictions.classes[i]))
+        true, predicted = (_drawable(names[int(label)]) for label in (predictions.labels[i], predictions.classes[i]))
         axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
     figure.suptitle(_drawable(title) + (": nothing is wrong" if not indices else ""), fontsize=10)
     figure.savefig(path, dpi=120)

@@ -7,14 +7,33 @@ import errno
 import fcntl
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from .checkpoint import BEST, LAST, CheckpointError
+from .files import write_atomically
 from .metrics import METRICS
+
+#: In a run's folder, where damaged images were left out: a line for each, its file and what is wrong with it.
+SKIPPED = "skipped.txt"
 
 #: What a file system answers that has no such locks, or none on folders (NFS: EBADF).
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def list_skipped(folder: Path, found: Mapping[str, str], *, more: bool = False) -> None:
+    """Write :data:`SKIPPED`: images and what is wrong with each; ``more``: beside what is there. Without any there is no file.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path = folder / SKIPPED
+    before = path.read_text(errors="surrogateescape").splitlines() if more and path.exists() else []
+    lines = dict.fromkeys([*before, *(f"{image}: {reason}" for image, reason in found.items())])
+    if lines:
+        write_atomically(path, "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+    else:
+        path.unlink(missing_ok=True)
 
 
 #: Descriptors of the folders that this process has locked.

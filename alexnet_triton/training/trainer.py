@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -139,8 +139,8 @@ class Trainer:
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
-        #: Of the epoch: steps done, and the seconds that they took up to the last stop.
-        self.steps, self.seconds = 0, 0.0
+        #: Of the epoch: steps done, the seconds that they took up to the last stop, and those without images to compute on.
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self._prepare(where.graph and self.total >= recipe.batch_size)
@@ -313,6 +313,7 @@ class Trainer:
         Raises:
             FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where the listener
                 is told the loss; the message names the step.
+            DataError: an image of a stream cannot be read, or nothing reads them any more.
             SaveAsked, Stopped: the listener said so, of any process; or it is time for one of the checkpoints of ``where``.
         """
         self.net.train()
@@ -321,7 +322,7 @@ class Trainer:
         begin = time.perf_counter()
         if self.order is None:
             self.order = self._new_order(generator)
-            self.steps, self.seconds = 0, 0.0
+            self.steps, self.seconds, self.waited = 0, 0.0, 0.0
             self.loss_sum.zero_()
             self.correct.zero_()
         start = begin - self.seconds
@@ -334,14 +335,12 @@ class Trainer:
         shares = [self.processes.share(batch) for batch in rest]
         feed = Feed(self.given, shares, self.device, ring=self.ring, stop=stop_waiting)
         parts, due = iter(feed), False
-        with contextlib.closing(feed):
+        with contextlib.closing(feed), self._timed(start, feed):
             for batch in rest:
                 stop, save = self.processes.any_of(self.listener.stop(), self.listener.save())
                 save = save or due
                 part = None if stop or save else next(parts, None)
                 if part is None:
-                    synchronize(self.device)
-                    self.seconds = time.perf_counter() - start
                     raise (SaveAsked if save and not stop else Stopped)(
                         f"after step {self.steps} of {-(-total // self.batch_size)}"
                     )
@@ -365,14 +364,23 @@ class Trainer:
                     if not math.isfinite(loss) and self.processes.size == 1:
                         break
                     shown = now
-        synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds = self.seconds
         self.check_finite()
         self.order = None
-        if feed.waited > _MOST_WAITED * seconds:
-            self.listener.waited(feed.waited, seconds)
+        if self.waited > _MOST_WAITED * seconds:
+            self.listener.waited(self.waited, seconds)
         loss_sum, correct = self.processes.add_up(torch.stack([self.loss_sum, self.correct])).tolist()
         return loss_sum / total, correct / total, seconds
+
+    @contextlib.contextmanager
+    def _timed(self, start: float, feed: Feed) -> Iterator[None]:
+        """Note, however the block ends, the seconds of the epoch, which began at ``start``."""
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.seconds = time.perf_counter() - start
+            self.waited += feed.waited
 
     def check_finite(self) -> None:
         """Wait for the steps of the epoch so far, and look at their losses and at the weights.

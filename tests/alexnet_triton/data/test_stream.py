@@ -6,6 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -243,7 +248,12 @@ def test_a_damaged_image_is_an_error_or_the_one_before_it_again(workers: int, da
     assert labels[0] == 0
     assert torch.equal(last[0], split.image(16))  # 15, sky/03, is the first of its batch
     assert {str(path.relative_to(damaged)) for path in split.skipped} == {"train/brick/00.png", "train/sky/03.png"}
-    with pytest.raises(DataError, match=r"none of 1 images can be read: .*sky/03\.png: not an image"):
+    ((only, label),) = fed(split, [torch.tensor([15])])  # no other in the batch: the next of the set
+    assert torch.equal(only[0], split.image(16))
+    assert label == 2
+    for path in (damaged / "train").glob("*/*"):
+        path.write_bytes(b"?")
+    with pytest.raises(DataError, match=r"18 images one after the other cannot be read: .*not an image"):
         fed(split, [torch.tensor([15])])
 
 
@@ -306,3 +316,48 @@ def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: p
     run(folder, tmp_path / "b", 2, listener=Told(lambda: False))
     assert len(waits) == 2
     assert all(0.3 < seconds < of for seconds, of in waits)
+
+
+def test_what_an_epoch_came_to_is_saved_when_an_image_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    """And it goes on from there to the bits of a run that was never disturbed, once the image is whole again."""
+    from alexnet_triton.training.checkpoint import read_checkpoint
+
+    whole = run(folder, tmp_path / "whole", 2)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    order = streamed(copy).source.order(torch.Generator().manual_seed(RECIPE.seed))
+    late = streamed(copy).source.name(int(order[45]))
+    content = late.read_bytes()
+    late.write_bytes(b"?")
+    with pytest.raises(DataError, match=rf"{late.name}: not an image.*; what epoch 1 came to is saved: --resume"):
+        run(copy, tmp_path / "parts", 2)
+    kept = read_checkpoint(tmp_path / "parts" / "checkpoint.pt")
+    assert kept.training is not None
+    assert kept.training["trainer"]["steps"] == 5
+    late.write_bytes(content)
+    assert all(torch.equal(*pair) for pair in zip(whole, run(copy, tmp_path / "parts", 3, resume=kept), strict=True))
+
+
+def test_predictions_are_of_the_images_that_were_there(damaged: Path) -> None:
+    """The pictures of a run show those, not the ones that cannot be read."""
+    (damaged / "test" / "grass" / "01.png").write_bytes(b"?")
+    data = load(damaged, skip_damaged=True)
+    with kernels.use_backend("torch"):
+        net = new_model("lenet", 0, CPU, torch.float32, len(data.classes), 3)
+        said = predict_split(net, data.test, batch_size=4, image_size=28, device=CPU)
+    assert said.index.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8]  # 4, the first of its batch, cannot be read
+    assert torch.equal(said.labels, data.test.labels[said.index])
+    assert said.true[4] == said.true[5]
+
+
+def test_signals_to_all_processes_stop_a_run_as_one_does(folder: Path, tmp_path: Path) -> None:
+    """As `timeout` and batch systems send them."""
+    how = ("--stream", "--model", "lenet", "--epochs", "1000", "--backend", "torch", "--device", "cpu", "--workers", "3")
+    command = [sys.executable, "-m", "alexnet_triton", "train", *how, "--data", str(folder), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert any(line.startswith("epoch   1") for line in process.stdout)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert (process.returncode, error) == (143, "")
+    assert (tmp_path / "out" / "checkpoint.pt").exists()

@@ -27,7 +27,9 @@ from alexnet_triton.training.plot import (
 )
 
 LABELS = torch.tensor([0, 0, 1, 2, 2, 2])
-PREDICTIONS = Predictions(classes=torch.tensor([0, 1, 1, 0, 2, 1]), true=torch.tensor([0.9, 0.2, 0.8, 0.05, 0.7, 0.3]))
+PREDICTIONS = Predictions(
+    torch.tensor([0, 1, 1, 0, 2, 1]), LABELS, torch.tensor([0.9, 0.2, 0.8, 0.05, 0.7, 0.3]), torch.arange(6)
+)
 
 
 def split(channels: int) -> Split:
@@ -40,16 +42,16 @@ def test_confusion_counts_true_by_predicted() -> None:
 
 
 def test_the_most_wrong_come_first_and_the_right_ones_never() -> None:
-    assert most_wrong(split(1), PREDICTIONS, 25).tolist() == [3, 1, 5]
-    assert most_wrong(split(1), PREDICTIONS, 2).tolist() == [3, 1]
+    assert most_wrong(PREDICTIONS, 25).tolist() == [3, 1, 5]
+    assert most_wrong(PREDICTIONS, 2).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_are_written(channels: int, tmp_path: Path) -> None:
     names = ["a", "b", "c"]
-    plot_confusion(split(channels), PREDICTIONS, names, tmp_path / "confusion.png", "title")
+    plot_confusion(PREDICTIONS, names, tmp_path / "confusion.png", "title")
     plot_most_wrong(split(channels), PREDICTIONS, names, tmp_path / "wrong.png", "title")
-    right = Predictions(LABELS, torch.ones(6))
+    right = Predictions(LABELS, LABELS, torch.ones(6), torch.arange(6))
     plot_most_wrong(split(channels), right, names, tmp_path / "nothing.png", "title")
     pictures = {name: imread(tmp_path / f"{name}.png") for name in ("confusion", "wrong", "nothing")}
     assert all(p.ndim == 3 and p.std() > 0.01 for p in pictures.values())
@@ -60,9 +62,8 @@ def confusion_of(classes: int, path: Path) -> None:
     """A test image of each class, one in seven taken for the next class."""
     labels = torch.arange(classes)
     predicted = torch.where(labels % 7 == 0, (labels + 1) % classes, labels)
-    images = Split(torch.zeros(classes, 2, 2, dtype=torch.uint8), labels)
     names = [f"class {i}" for i in range(classes)]
-    plot_confusion(images, Predictions(predicted, torch.ones(classes)), names, path, "title")
+    plot_confusion(Predictions(predicted, labels, torch.ones(classes), labels), names, path, "title")
 
 
 def test_many_classes_are_a_picture_of_bounded_size(tmp_path: Path) -> None:
@@ -90,8 +91,8 @@ def test_any_name_can_be_drawn(kind: str, tmp_path: Path) -> None:
     history = [EpochMetrics(1, 1.0, 0.5, 0.5, 10.0, 1.0)]
     plot_curves(history, tmp_path / "curves.png", name)
     plot_comparison({name: history, "b": history}, tmp_path / "comparison.png", name)
-    plot_confusion(split(1), PREDICTIONS, names, tmp_path / "confusion.png", name)
-    plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", name)
+    plot_confusion(PREDICTIONS, names, tmp_path / "confusion.png", name)
+    plot_most_wrong(PREDICTIONS, names, tmp_path / "wrong.png", name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "confusion.png", "curves.png", "wrong.png"]
     assert matplotlib.rcParams["text.parse_math"] == before  # another's pictures in this process
 
