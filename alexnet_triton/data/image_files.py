@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -62,39 +63,92 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _LEFT_BEHIND
 
 
-def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[tuple[Path, list[str], list[str]]]:
-    """:func:`os.walk`, sorted by folder: each with the names of its folders and files, without those that :func:`is_hidden`.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one or a link to one; what a link leads to may be out of reach."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
-    Links to folders are named, not followed. A folder that cannot be read is left out if ``on_unreadable`` takes the error.
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """What a folder holds that is not hidden, by sorted names.
+
+    Attributes:
+        path: of the folder.
+        folders: in it, links to folders included.
+        files: in it, links to files and to nothing included.
+        links: those of both that are links.
+    """
+
+    path: str
+    folders: list[str]
+    files: list[str]
+    links: list[str]
+
+
+def list_folder(path: str) -> Listed:
+    """What is in one folder. It is looked at once, since of a million names each look counts.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    found = Listed(path, [], [], [])
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_symlink():
+                    found.links.append(entry.name)
+                (found.folders if _is_folder(entry) else found.files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for names in (found.folders, found.files, found.links):
+        names.sort()
+    return found
+
+
+def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[Listed]:
+    """``folder`` and all folders below it, sorted by path; links to folders are named, not followed.
+
+    A folder that cannot be read is left out if ``on_unreadable`` takes the error.
 
     Raises:
         DataError: a folder that cannot be read.
     """
-
-    def unreadable(error: OSError) -> None:
-        said = DataError(f"{error.filename}: cannot be read: {error.strerror}")
-        if on_unreadable is None:
-            raise said from error
-        on_unreadable(said)
-
     found = []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found.append((parent, sorted(folders), sorted(name for name in files if not is_hidden(name))))
-    return [(Path(parent), folders, files) for parent, folders, files in sorted(found)]
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            listed = list_folder(waiting.pop())
+        except DataError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
+            continue
+        found.append(listed)
+        links = set(listed.links)
+        waiting += [os.path.join(listed.path, name) for name in reversed(listed.folders) if name not in links]
+    return sorted(found, key=lambda listed: listed.path)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name has the suffix of a format that :func:`read_image` reads."""
+    return name[name.rfind(".") :].lower() in _suffixes()
 
 
 def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> tuple[list[Path], list[Path]]:
     """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
 
-    An image is what has the suffix of a format that :func:`read_image` reads. Hidden files and folders are neither.
+    An image is what :func:`is_image` says. Hidden files and folders are neither.
 
     Raises:
         DataError: a folder that cannot be read, unless ``on_unreadable`` takes it as in :func:`walk`, or that is none.
     """
-    paths = [parent / name for parent, _, files in walk(folder, on_unreadable) for name in files]
-    others = [path for path in paths if path.suffix.lower() not in _suffixes()]
-    return [path for path in paths if path.suffix.lower() in _suffixes()], others
+    paths = [Path(listed.path, name) for listed in walk(folder, on_unreadable) for name in listed.files]
+    return [path for path in paths if is_image(path.name)], [path for path in paths if not is_image(path.name)]
 
 
 def _j2k_bits(path: Path) -> int:
@@ -198,7 +252,7 @@ def _plain_jpeg(file: BinaryIO) -> Tensor | None:
             from torchvision.io import decode_jpeg
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a tensor of these bytes may not be written: nobody does
+                warnings.simplefilter("ignore")  # bytes that a tensor may not write, and that TorchCodec will do this one day
                 return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
     except (IndexError, RuntimeError):
         pass  # Pillow says what is wrong

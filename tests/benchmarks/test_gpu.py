@@ -309,7 +309,19 @@ def test_the_stages_are_the_issues_in_order() -> None:
     names = [each.name for each in everything]
     assert len(set(names)) == len(names)
     kinds = list(dict.fromkeys(each.kind for each in everything))
-    assert kinds == ["tests", "sanitize", "tune", "report", "host", "profile", "kernelbench", "train", "cold", "experiment"]
+    assert kinds == [
+        "tests",
+        "sanitize",
+        "tune",
+        "report",
+        "host",
+        "stream",
+        "profile",
+        "kernelbench",
+        "train",
+        "cold",
+        "experiment",
+    ]
     files = [argument for each in everything if each.kind in ("tests", "suite") for argument in each.argv if ".py" in argument]
     assert sorted(files) == sorted(stale.all_tests())
     assert names.index("report bfloat16 128 steps") < names.index("report bfloat16 128 tuned")
