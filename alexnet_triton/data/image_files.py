@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -36,6 +37,9 @@ _MOST_RESIZED = 1 << 22
 
 #: Markers of a JPEG's segments: what a frame begins with, baseline, extended or progressive; the first that may come before it.
 _FRAMES, _FIRST_OTHER = (0xC0, 0xC1, 0xC2), 0xC3
+
+#: Marker of a JPEG's segments of EXIF and of XMP.
+_APP1 = 0xE1
 
 #: Folders that file systems and archives leave behind; hidden ones begin with a dot.
 _LEFT_BEHIND = ("__MACOSX", "lost+found")
@@ -218,8 +222,17 @@ def _square(image: Tensor, size: int) -> Tensor:
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """PyTorch's error where memory is short is Python's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MemoryError from error
+
+
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether ``data`` is a JPEG of three channels of 8 bits, not too large, whose EXIF says nothing since it has none."""
+    """Whether ``data`` is a JPEG of three channels of 8 bits, not too large, without EXIF and XMP, which could turn it."""
     from PIL import Image
 
     begin = 2
@@ -229,7 +242,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
         if marker in _FRAMES:
             height, width = (int.from_bytes(segment[i : i + 2], "big") for i in (1, 3))
             return segment[0] == 8 and segment[5] == 3 and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
-        if marker < _FIRST_OTHER or segment.startswith(b"Exif"):
+        if marker < _FIRST_OTHER or marker == _APP1:
             return False
         begin += 2 + length
     return False
@@ -238,8 +251,8 @@ def _is_plain_jpeg(data: bytes) -> bool:
 def _plain_jpeg(file: BinaryIO) -> Tensor | None:
     """The pixels of a JPEG as most are, uint8 (3, H, W), the same as Pillow's; None: it is no such file, or is damaged.
 
-    torchvision decodes in two thirds of the time, by the same library, and has no copy to make. Of damage that leaves an image
-    this library writes a line to stderr.
+    torchvision decodes by the same library, and has no copy to make: benchmarks/NOTES.md, "Streams". Of damage that leaves an
+    image this library writes a line to stderr.
     """
     if file.read(3) != b"\xff\xd8\xff":
         file.seek(0)
@@ -267,7 +280,8 @@ def _decode(path: Path, channels: int, size: int) -> Tensor:
         with path.open("rb") as file:
             pixels = _plain_jpeg(file)
         if pixels is not None:
-            return _square(pixels, size)
+            with _memory_errors():
+                return _square(pixels, size)
     with Image.open(path, formats=_formats()) as image:
         if _is_deep(image, path):
             raise DataError(
@@ -276,10 +290,8 @@ def _decode(path: Path, channels: int, size: int) -> Tensor:
         image.load()
         turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
-        try:
+        with _memory_errors():
             return _square(pil_to_tensor(upright.convert(_MODES[channels])), size)
-        except RuntimeError as error:  # as PyTorch says that memory is short
-            raise MemoryError from error
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:

@@ -142,7 +142,16 @@ def test_a_plain_jpeg_has_pillows_pixels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [_jpeg("L"), _jpeg("CMYK"), _jpeg(exif=_exif(3, struct.pack("<H", 6))), _jpeg()[:-600], b"\xff\xd8\xff", b""]
+    "data",
+    [
+        _jpeg("L"),
+        _jpeg("CMYK"),
+        _jpeg(exif=_exif(3, struct.pack("<H", 6))),
+        _jpeg(xmp=b"<x>"),
+        _jpeg()[:-600],
+        b"\xff\xd8\xff",
+        b"",
+    ],
 )
 def test_other_jpegs_are_pillows(data: bytes) -> None:
     file = io.BytesIO(data)
@@ -233,15 +242,19 @@ def test_an_ordinary_image_keeps_its_bytes(shape: tuple[int, int], tmp_path: Pat
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 9 bytes")], ids=repr
 )
-def test_memory_that_is_short_is_that_files_error(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PICTURE.save(tmp_path / "a.png")
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_memory_that_is_short_is_that_files_error(
+    suffix: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    PICTURE.save(path)
 
     def short(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(image_files, "_square", short)
-    _, readable, (only,) = read_images([tmp_path / "a.png"], 3, 28)
-    assert (readable, str(only)) == ([], f"{tmp_path}/a.png: too large to be decoded: it takes more memory than there is")
+    _, readable, (only,) = read_images([path], 3, 28)
+    assert (readable, str(only)) == ([], f"{path}: too large to be decoded: it takes more memory than there is")
 
 
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
