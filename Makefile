@@ -14,7 +14,7 @@ NEWEST_VENV ?= .venv-newest
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report \
-	profile host kernelbench gpu stale render bench clean
+	profile host stream kernelbench gpu stale render bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
@@ -30,6 +30,7 @@ help:
 	@echo "make report  measure everything against every peer (needs a CUDA GPU, under nine minutes)"
 	@echo "make profile  every kernel of a training step beside its floor (needs a CUDA GPU)"
 	@echo "make host    how long Python works on a training step and on each operation, beside PyTorch (a GPU need not be there)"
+	@echo "make stream  how fast images are read while one trains, beside torchvision's loader (ARGS=--memory, --listing, --cuda)"
 	@echo "make kernelbench  KernelBench's AlexNet and LeNet-5, fused: verified, on a CUDA GPU also timed beside PyTorch"
 	@echo "make gpu     everything that a CUDA GPU has to settle, in order of worth, resumable (ARGS='--minutes N', without a GPU ARGS=--dry)"
 	@echo "make stale   which kernels and configurations have changed since what is recorded was measured"
@@ -125,6 +126,9 @@ host: $(INSTALLED)
 
 kernelbench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernelbench $(ARGS)
+
+stream: $(INSTALLED)
+	$(BIN)/python -m benchmarks.stream $(ARGS)
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

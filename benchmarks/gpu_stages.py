@@ -172,6 +172,10 @@ def stages(data: str | None = None, since: str | None = None) -> list[Stage]:
     host = ("benchmarks.host", "--json", "{out}/host/{gpu}.json")
     one_case = (*host, "--case", "linear", "--rounds", "1", "--batch", "1")
     found.append(Stage("host", host, 180, ("host/{gpu}.json",), one_case))
+    streaming = ("benchmarks.stream", "--cuda", "--json", "{out}/stream/{gpu}.json")
+    tiny = (*streaming, "--dry", "--backend", "torch")
+    feeding = "Sixteen workers and the GPU's JPEG decoder together feed more than 20,000 images/s of 256 x 256."
+    found.append(Stage("stream", streaming, 90, ("stream/{gpu}.json",), tiny, prediction=feeding))
     for options in (("bfloat16", "train"), ("bfloat16", "infer"), ("float32", "train")):
         argv = ("benchmarks.profile", "--dtype", options[0], "--mode", options[1], "--out", "{out}")
         found.append(Stage(f"profile {' '.join(options)}", argv, 45, ("profile/{gpu}.json",)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import io
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -33,6 +35,12 @@ _DEEP_DECODER = re.compile(r"(?<!BGR);16|^SGI16$|^BC6H")
 
 #: An image is cut before it is resized if it would have more pixels than these, and more than it has, once it is resized.
 _MOST_RESIZED = 1 << 22
+
+#: Markers of a JPEG's segments: what a frame begins with, baseline, extended or progressive; the first that may come before it.
+_FRAMES, _FIRST_OTHER = (0xC0, 0xC1, 0xC2), 0xC3
+
+#: Marker of a JPEG's segments of EXIF and of XMP.
+_APP1 = 0xE1
 
 #: Folders that file systems and archives leave behind; hidden ones begin with a dot.
 _LEFT_BEHIND = ("__MACOSX", "lost+found")
@@ -61,39 +69,92 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _LEFT_BEHIND
 
 
-def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[tuple[Path, list[str], list[str]]]:
-    """:func:`os.walk`, sorted by folder: each with the names of its folders and files, without those that :func:`is_hidden`.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one or a link to one; what a link leads to may be out of reach."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
-    Links to folders are named, not followed. A folder that cannot be read is left out if ``on_unreadable`` takes the error.
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """What a folder holds that is not hidden, by sorted names.
+
+    Attributes:
+        path: of the folder.
+        folders: in it, links to folders included.
+        files: in it, links to files and to nothing included.
+        links: those of both that are links.
+    """
+
+    path: str
+    folders: list[str]
+    files: list[str]
+    links: list[str]
+
+
+def list_folder(path: str) -> Listed:
+    """What is in one folder. It is looked at once, since of a million names each look counts.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    found = Listed(path, [], [], [])
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_symlink():
+                    found.links.append(entry.name)
+                (found.folders if _is_folder(entry) else found.files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for names in (found.folders, found.files, found.links):
+        names.sort()
+    return found
+
+
+def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[Listed]:
+    """``folder`` and all folders below it, sorted by path; links to folders are named, not followed.
+
+    A folder that cannot be read is left out if ``on_unreadable`` takes the error.
 
     Raises:
         DataError: a folder that cannot be read.
     """
-
-    def unreadable(error: OSError) -> None:
-        said = DataError(f"{error.filename}: cannot be read: {error.strerror}")
-        if on_unreadable is None:
-            raise said from error
-        on_unreadable(said)
-
     found = []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found.append((parent, sorted(folders), sorted(name for name in files if not is_hidden(name))))
-    return [(Path(parent), folders, files) for parent, folders, files in sorted(found)]
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            listed = list_folder(waiting.pop())
+        except DataError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(error)
+            continue
+        found.append(listed)
+        links = set(listed.links)
+        waiting += [os.path.join(listed.path, name) for name in reversed(listed.folders) if name not in links]
+    return sorted(found, key=lambda listed: listed.path)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name has the suffix of a format that :func:`read_image` reads."""
+    return name[name.rfind(".") :].lower() in suffixes()
 
 
 def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> tuple[list[Path], list[Path]]:
     """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
 
-    An image is what has the suffix of a format that :func:`read_image` reads. Hidden files and folders are neither.
+    An image is what :func:`is_image` says. Hidden files and folders are neither.
 
     Raises:
         DataError: a folder that cannot be read, unless ``on_unreadable`` takes it as in :func:`walk`, or that is none.
     """
-    paths = [parent / name for parent, _, files in walk(folder, on_unreadable) for name in files]
-    others = [path for path in paths if path.suffix.lower() not in suffixes()]
-    return [path for path in paths if path.suffix.lower() in suffixes()], others
+    paths = [Path(listed.path, name) for listed in walk(folder, on_unreadable) for name in listed.files]
+    return [path for path in paths if is_image(path.name)], [path for path in paths if not is_image(path.name)]
 
 
 def _j2k_bits(file: BinaryIO) -> int:
@@ -165,10 +226,63 @@ def _square(image: Tensor, size: int) -> Tensor:
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """PyTorch's error where memory is short is Python's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MemoryError from error
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether ``data`` is a JPEG of three channels of 8 bits, not too large, without EXIF and XMP, which could turn it."""
+    from PIL import Image
+
+    begin = 2
+    while data[begin : begin + 1] == b"\xff":
+        marker, length = data[begin + 1], int.from_bytes(data[begin + 2 : begin + 4], "big")
+        segment = data[begin + 4 : begin + 2 + length]
+        if marker in _FRAMES:
+            height, width = (int.from_bytes(segment[i : i + 2], "big") for i in (1, 3))
+            return segment[0] == 8 and segment[5] == 3 and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+        if marker < _FIRST_OTHER or marker == _APP1:
+            return False
+        begin += 2 + length
+    return False
+
+
+def _plain_jpeg(file: BinaryIO) -> Tensor | None:
+    """The pixels of a JPEG as most are, uint8 (3, H, W), the same as Pillow's; None: it is no such file, or is damaged.
+
+    torchvision decodes by the same library, and has no copy to make: benchmarks/NOTES.md, "Streams". Of damage that leaves an
+    image this library writes a line to stderr.
+    """
+    if file.read(3) != b"\xff\xd8\xff":
+        file.seek(0)
+        return None
+    file.seek(0)
+    data = file.read()
+    file.seek(0)
+    try:
+        if _is_plain_jpeg(data):
+            from torchvision.io import decode_jpeg
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # bytes that a tensor may not write, and that TorchCodec will do this one day
+                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
+    except (IndexError, RuntimeError):
+        pass  # Pillow says what is wrong
+    return None
+
+
 def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
+    if channels == 3 and (pixels := _plain_jpeg(file)) is not None:
+        with _memory_errors():
+            return _square(pixels, size)
     with Image.open(file, formats=_formats()) as image:
         if _is_deep(image, file):
             raise DataError(
@@ -177,10 +291,8 @@ def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
         image.load()
         turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
-        try:
+        with _memory_errors():
             return _square(pil_to_tensor(upright.convert(_MODES[channels])), size)
-        except RuntimeError as error:  # as PyTorch says that memory is short
-            raise MemoryError from error
 
 
 def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from .dataset import DataError, Dataset, Split, expand
 from .fashion_mnist import CLASSES, check_folder, holds_idx, load_fashion_mnist
 from .hub import find_saved_dataset, is_saved_dataset
-from .image_files import find_images, is_hidden, walk
+from .image_files import Listed, is_image, list_folder, walk
 from .image_workers import default_workers
 from .reading import Note, Reader, some
 from .shards import BUFFER, find_shards, is_shards
@@ -79,19 +80,18 @@ def _check_fashion_mnist(data: str | Path | None, validation: float | None) -> N
         raise DataError(f"{data or 'data'}: Fashion-MNIST has test images of its own: leave out --validation")
 
 
-def _check_links(data: Path, folder: Path) -> None:
-    """That all of ``folder``, one of ``data``'s, can be listed, and that what is in it is in ``data``.
+def _check_links(data: Path, folder: Path, walked: Sequence[Listed]) -> None:
+    """That what is in ``folder``, one of ``data``'s, is in ``data``; ``walked``: all below it.
 
     Else a data set from elsewhere could show any file of this machine. Nor may a link lead to a folder: one that leads to its
     own would be read again and again.
 
     Raises:
-        DataError: a folder that cannot be read; a link that leads out of ``data``, to a folder, or nowhere.
+        DataError: a link that leads out of ``data``, to a folder, or nowhere.
     """
     root = os.path.realpath(data)
     links = [folder] if folder.is_symlink() else []
-    for parent, folders, files in walk(folder):
-        links += [path for name in (*folders, *files) if (path := parent / name).is_symlink()]
+    links += [Path(listed.path, name) for listed in walked for name in listed.links]
     for link in links:
         target = Path(os.path.realpath(link))
         if not target.is_relative_to(root):
@@ -102,19 +102,22 @@ def _check_links(data: Path, folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Listing:
-    """The image files of ``folder``, sorted by class and name; the label of each is its class's place in ``classes``."""
+    """The image files of ``folder``, sorted by class and name; the label of each is its class's place in ``classes``.
+
+    ``names`` are paths below ``folder``.
+    """
 
     folder: Path
     classes: tuple[str, ...]
-    paths: list[Path]
+    names: list[str]
     labels: list[int]
 
     def subset(self, keep: Sequence[int]) -> _Listing:
-        return dataclasses.replace(self, paths=[self.paths[i] for i in keep], labels=[self.labels[i] for i in keep])
+        return dataclasses.replace(self, names=[self.names[i] for i in keep], labels=[self.labels[i] for i in keep])
 
     def source(self) -> Files:
         """The images, to be read."""
-        return Files(self.folder, self.paths, torch.tensor(self.labels))
+        return Files(self.folder, self.names, torch.tensor(self.labels))
 
     def halves(self, validation: float, seed: int) -> tuple[_Listing, _Listing]:
         """Of each class the part ``validation`` by itself, one image at least, and the rest before it.
@@ -122,43 +125,51 @@ class _Listing:
         Which ones is decided by a hash of seed and name: the same on every machine, and another file changes little.
         """
         held: set[int] = set()
-        for label, name in enumerate(self.classes):
-            own = [i for i, each in enumerate(self.labels) if each == label]
+        for label, images in itertools.groupby(range(len(self.labels)), key=self.labels.__getitem__):
+            own = list(images)
             if len(own) == 1:
-                raise DataError(f"{self.folder / name}: holds one image: --validation needs two or more of each class")
+                path = self.folder / self.classes[label]
+                raise DataError(f"{path}: holds one image: --validation needs two or more of each class")
             count = min(max(1, round(len(own) * validation)), len(own) - 1)
-            held |= set(sorted(own, key=lambda i: self._hash(self.paths[i], seed))[:count])
-        rest = [i for i in range(len(self.paths)) if i not in held]
+            held |= set(sorted(own, key=lambda i: self._hash(self.names[i], seed))[:count])
+        rest = [i for i in range(len(self.names)) if i not in held]
         return self.subset(rest), self.subset(sorted(held))
 
-    def _hash(self, path: Path, seed: int) -> bytes:
-        return hashlib.sha256(b"%d/%s" % (seed, os.fsencode(path.relative_to(self.folder)))).digest()
+    def _hash(self, name: str, seed: int) -> bytes:
+        return hashlib.sha256(b"%d/%s" % (seed, os.fsencode(name))).digest()
 
 
-def _list_images(folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
-    """The images of a folder of class folders, whose names, sorted, are the classes unless ``classes`` are given."""
-    with os.scandir(folder) as entries:
-        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
-    found = [name for name, is_folder in visible if is_folder]
-    passed_over = [folder / name for name, is_folder in visible if not is_folder]
-    if not found:
+def _list_images(data: Path, folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
+    """The images of ``data``'s ``folder`` of class folders, whose sorted names are the classes unless ``classes`` are given."""
+    top, *below = walk(folder)
+    _check_links(data, folder, (top, *below))
+    if not top.folders:
         raise DataError(f"{folder}: no folder of a class in it")
-    names = tuple(found if classes is None else classes)
-    if unknown := [name for name in found if name not in names]:
+    names = tuple(top.folders if classes is None else classes)
+    if unknown := [name for name in top.folders if name not in names]:
         raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {some(names)}")
-    paths: list[Path] = []
+    # The folders of each class, each with the part of its path that its files' names begin with.
+    parts: dict[str, list[tuple[str, Listed]]] = {name: [] for name in top.folders}
+    for listed in below:
+        prefix = os.path.relpath(listed.path, folder) + "/"
+        parts[prefix[: prefix.index("/")]].append((prefix, listed))
+    images: list[str] = []
     labels: list[int] = []
-    for name in found:
-        images, others = find_images(folder / name)
-        if not images:
-            raise DataError(f"{folder / name}: no image in it" + (f", only {some([p.name for p in others])}" if others else ""))
-        paths += images
-        labels += [names.index(name)] * len(images)
+    passed_over = list(top.files)
+    for name in top.folders:
+        own = [prefix + file for prefix, listed in parts[name] for file in listed.files]
+        found = list(filter(is_image, own))
+        others = [path for path in own if not is_image(path)] if len(found) < len(own) else []
+        if not found:
+            only = f", only {some([os.path.basename(path) for path in others])}" if others else ""
+            raise DataError(f"{folder / name}: no image in it{only}")
+        images += found
+        labels += [names.index(name)] * len(found)
         passed_over += others
     if passed_over:
         files = "1 file that is no image" if len(passed_over) == 1 else f"{len(passed_over)} files that are no images"
-        note(f"{folder}: passed over {files} of a class: {some([path.relative_to(folder) for path in passed_over])}")
-    return _Listing(folder, names, paths, labels)
+        note(f"{folder}: passed over {files} of a class: {some(passed_over)}")
+    return _Listing(folder, names, images, labels)
 
 
 def _test_folder(folder: Path) -> Path | None:
@@ -170,13 +181,11 @@ def _list_test(folder: Path, classes: Sequence[str] | None, note: Note) -> _List
     if test is None:
         names = f"{', '.join(TESTS[:-1])} or {TESTS[-1]}"
         raise DataError(f"{folder}: no folder {names} in it; --validation 0.2 takes a fifth of the training images")
-    _check_links(folder, test)
-    return _list_images(test, classes, note)
+    return _list_images(folder, test, classes, note)
 
 
 def _list_training(data: Path, folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
-    _check_links(data, folder)
-    listing = _list_images(folder, classes, note)
+    listing = _list_images(data, folder, classes, note)
     if len(listing.classes) < 2:
         raise DataError(f"{folder}: holds one class only, {listing.classes[0]}: there must be two or more to tell apart")
     return listing
@@ -190,11 +199,11 @@ def _holds_classes(train: Path) -> bool:
     """
     if not train.is_dir():
         return False
-    _, folders, _ = walk(train)[0]
-    images = [path for path in find_images(train)[0] if path.parent == train]
-    if folders and images:
+    listed = list_folder(str(train))
+    images = list(filter(is_image, listed.files))
+    if listed.folders and images:
         raise DataError(
-            f"{train}: holds folders, as training images do, and images, such as {images[0].name}, as a class does: move these "
+            f"{train}: holds folders, as training images do, and images, such as {images[0]}, as a class does: move these "
             f"away, or, if {train.name} is a class, give its folder another name"
         )
     return not images

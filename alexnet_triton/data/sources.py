@@ -58,9 +58,10 @@ class Names:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self._text = b"".join(encoded)
+        text = os.fsencode("".join(f"{name}\0" for name in names))  # a path has no NUL
+        ends = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == 0)
+        self._ends = ends - np.arange(len(ends))
+        self._text = text.replace(b"\0", b"")
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -79,14 +80,13 @@ class Files:
 
     Args:
         folder: in which they are.
-        paths: of the files, below ``folder``.
+        names: of the files, below ``folder``.
         labels: int64 (N,).
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path], labels: Tensor) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], labels: Tensor) -> None:
         self.folder, self.labels = folder, labels
-        begin = len(str(folder)) + 1
-        self._names = Names([str(path)[begin:] for path in paths])
+        self._names = Names(names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,7 +109,7 @@ class Files:
 
     def subset(self, keep: Tensor) -> Files:
         """As :meth:`Source.subset`."""
-        return Files(self.folder, [self.name(i) for i in keep.tolist()], self.labels[keep])
+        return Files(self.folder, [self._names[i] for i in keep.tolist()], self.labels[keep])
 
 
 class Arrays:

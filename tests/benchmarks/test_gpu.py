@@ -313,7 +313,7 @@ def test_the_stages_are_the_issues_in_order() -> None:
     assert len(set(names)) == len(names)
     kinds = list(dict.fromkeys(each.kind for each in everything))
     trained = ["train", "cold", "made", "imagenet"]
-    assert kinds == ["tests", "sanitize", "tune", "report", "host", "profile", "kernelbench", *trained, "experiment"]
+    assert kinds == ["tests", "sanitize", "tune", "report", "host", "stream", "profile", "kernelbench", *trained, "experiment"]
     files = [argument for each in everything if each.kind in ("tests", "suite") for argument in each.argv if ".py" in argument]
     assert sorted(files) == sorted(stale.all_tests())
     assert names.index("report bfloat16 128 steps") < names.index("report bfloat16 128 tuned")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +117,86 @@ def test_odd_and_broken_exif(name: str, tmp_path: Path) -> None:
     assert torch.equal(read_image(_save(tmp_path / "a.png", exif), 3, 40), _turned(SQUARE, orientation))
 
 
+# ------------------------------------------------------------------------------------------------------------------ JPEGs
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "no_subsampling": {"subsampling": 0},
+    "half": {"subsampling": 1},
+    "quarter": {"subsampling": 2},
+    "rgb": {"keep_rgb": True},
+    "comment": {"comment": b"a"},
+    "profile": {"icc_profile": bytes(70_000)},
+}
+
+
+def _jpeg(mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    PICTURE.convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def _by_pillow(data: bytes) -> torch.Tensor | None:
+    try:
+        return pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_plain_jpeg_has_pillows_pixels(name: str) -> None:
+    data = _jpeg(**JPEGS[name])
+    found, expected = image_files._plain_jpeg(io.BytesIO(data)), _by_pillow(data)
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _jpeg("L"),
+        _jpeg("CMYK"),
+        _jpeg(exif=_exif(3, struct.pack("<H", 6))),
+        _jpeg(xmp=b"<x>"),
+        _jpeg()[:-600],
+        b"\xff\xd8\xff",
+        b"",
+    ],
+)
+def test_other_jpegs_are_pillows(data: bytes) -> None:
+    file = io.BytesIO(data)
+    assert image_files._plain_jpeg(file) is None
+    assert file.tell() == 0
+
+
+def test_a_large_jpeg_is_pillows_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 40 - 1)
+    (tmp_path / "a.jpg").write_bytes(_jpeg())
+    with pytest.raises(DataError, match=r"a\.jpg: too large to be decoded"):
+        read_image(tmp_path / "a.jpg", 3, 28)
+
+
+def test_damaged_jpegs_are_as_pillow_has_them() -> None:
+    """Bytes changed, cut off, put in: what torchvision decodes, Pillow decodes to the same."""
+    random = Random(0)
+    seen = 0
+    for _ in range(400):
+        data = bytearray(_jpeg(**random.choice(list(JPEGS.values()))))
+        for _ in range(random.choice([1, 3])):
+            data[random.randrange(len(data))] = random.randrange(256)
+        data = data[: random.randrange(len(data))] if random.random() < 0.2 else data
+        found = image_files._plain_jpeg(io.BytesIO(bytes(data)))
+        if found is not None:
+            expected = _by_pillow(bytes(data))
+            assert expected is not None
+            assert torch.equal(found, expected)
+            seen += 1
+    assert seen > 50
+
+
 # ----------------------------------------------------------------------------------------------------------- narrow images
 
 
@@ -173,15 +255,19 @@ def test_an_ordinary_image_keeps_its_bytes(shape: tuple[int, int], tmp_path: Pat
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 9 bytes")], ids=repr
 )
-def test_memory_that_is_short_is_that_files_error(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PICTURE.save(tmp_path / "a.png")
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_memory_that_is_short_is_that_files_error(
+    suffix: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    PICTURE.save(path)
 
     def short(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(image_files, "_square", short)
-    _, readable, (only,) = read_images([tmp_path / "a.png"], 3, 28)
-    assert (readable, str(only)) == ([], f"{tmp_path}/a.png: too large to be decoded: it takes more memory than there is")
+    _, readable, (only,) = read_images([path], 3, 28)
+    assert (readable, str(only)) == ([], f"{path}: too large to be decoded: it takes more memory than there is")
 
 
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:

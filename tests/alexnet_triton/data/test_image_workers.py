@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> Files:
     """70 images of 20 x 20, of which the 41st is damaged."""
     write_images(tmp_path, {"a": 70})
     (tmp_path / "a" / "40.png").write_text("?")
-    return Files(tmp_path, sorted((tmp_path / "a").iterdir()), torch.zeros(70, dtype=torch.int64))
+    return Files(tmp_path, sorted(f"a/{path.name}" for path in (tmp_path / "a").iterdir()), torch.zeros(70, dtype=torch.int64))
 
 
 def batches(count: int, size: int) -> list[list[int]]:
@@ -172,7 +172,7 @@ from alexnet_triton.data.image_workers import Decoders
 from alexnet_triton.data.sources import Files
 from pathlib import Path
 import torch
-files = Files(Path({str(tmp_path)!r}), [Path({str(tmp_path / "a" / "00.png")!r})], torch.zeros(1, dtype=torch.int64))
+files = Files(Path({str(tmp_path)!r}), ["a/00.png"], torch.zeros(1, dtype=torch.int64))
 decoders = Decoders(files, 3, 20, 1, 3)
 print(*(worker.process.pid for worker in decoders._workers), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

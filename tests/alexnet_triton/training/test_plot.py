@@ -92,7 +92,7 @@ def test_any_name_can_be_drawn(kind: str, tmp_path: Path) -> None:
     plot_curves(history, tmp_path / "curves.png", name)
     plot_comparison({name: history, "b": history}, tmp_path / "comparison.png", name)
     plot_confusion(PREDICTIONS, names, tmp_path / "confusion.png", name)
-    plot_most_wrong(PREDICTIONS, names, tmp_path / "wrong.png", name)
+    plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "confusion.png", "curves.png", "wrong.png"]
     assert matplotlib.rcParams["text.parse_math"] == before  # another's pictures in this process
 
