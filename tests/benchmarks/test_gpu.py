@@ -448,7 +448,7 @@ def test_a_dry_run_walks_every_kind_of_stage(tmp_path: Path) -> None:
     records = json.loads((out / "state.json").read_text())["records"]
     found = {r["stage"].split()[0]: r["outcome"] for r in records}
     parsed = dict.fromkeys(("sanitize", "tune", "profile", "experiment"), "parsed")
-    ran = dict.fromkeys(("tests", "report", "host", "kernelbench", "train", "cold", "made", "imagenet"), "done")
+    ran = dict.fromkeys(("tests", "report", "host", "stream", "kernelbench", "train", "cold", "made", "imagenet"), "done")
     assert parsed | ran == {kind: outcome for kind, outcome in found.items() if kind != "suite"}
     assert all(r["fake"] and r["gpu"].startswith("no GPU") for r in records)
     assert "FAKE: nothing was timed" in printed
