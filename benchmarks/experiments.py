@@ -47,12 +47,6 @@ def variant(layer: str, pass_: str, *configurations: str) -> tuple[str, ...]:
 
 EXPERIMENTS = (
     Experiment(
-        "no programmatic dependent launch",
-        "Without it the graph of the bfloat16 step at batch 128 takes 30 us longer than in the report's steps.",
-        (*report("bfloat16", 128, "steps")[:-1], "{out}/without-dependent-launch"),
-        environment=(("ALEXNET_TRITON_PDL", "0"),),
-    ),
-    Experiment(
         "fc1 input gradient in equal shares",
         "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice; then the table's tiles.",
         variant("fc1", "dgrad", "--untuned", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language import target_info
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from .runtime.gpu import INTERPRETED as _INTERPRETED
 from .runtime.gpu import PROGRAMMATIC_DEPENDENT_LAUNCH
@@ -16,16 +16,16 @@ _PDL = tl.constexpr(PROGRAMMATIC_DEPENDENT_LAUNCH)
 
 @triton.jit
 def wait_for_the_kernel_before():
-    """From Hopper on, let the next kernel begin and wait for the one before: "programmatic dependent launch".
+    """From Hopper on, wait for the kernel before: "programmatic dependent launch".
 
     Every kernel calls it, through :func:`program_id` as a rule, before it reads or writes memory. The start of a kernel so runs
-    beside the end of the one before. Afterwards all that the kernels before it wrote is visible, and they no longer read what
-    this one writes: each of them waited too before it ended. Without the launch's ``launch_pdl`` neither instruction does
-    anything.
+    beside the end of the one before, as soon as all programs of that end. None says earlier that the next kernel may begin: its
+    programs would wait on the few multiprocessors that are free, and stay there (``benchmarks/NOTES.md``). Afterwards all that
+    the kernels before it wrote is visible, and they no longer read what this one writes: each of them waited too before it
+    ended. Without the launch's ``launch_pdl`` the instruction does nothing.
     """
     if _PDL:
         if target_info.cuda_capability_geq(9, 0):
-            gdc_launch_dependents()
             gdc_wait()
 
 

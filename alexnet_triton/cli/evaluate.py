@@ -89,6 +89,7 @@ def evaluate_command(
     except (CheckpointError, DataError, OSError, RuntimeError) as error:
         raise fail(error) from error
     if isinstance(test, StreamedSplit) and test.skipped:
-        console.print(f"{len(test.skipped)} of the images cannot be read: for each another one counted twice")
+        first, reason = next(iter(test.skipped.items()))
+        console.print(f"left out {len(test.skipped)} images that cannot be read, such as {first}: {reason}", markup=False)
     among_five = "" if top5 is None else f"top-5 {top5:.4f}  "
     console.print(f"test accuracy {accuracy:.4f}  {among_five}test loss {loss:.4f}")

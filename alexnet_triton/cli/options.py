@@ -159,9 +159,10 @@ PANELS = DATA, RECIPE, AUGMENTATION, HARDWARE, OUTPUT = "Data", "Recipe", "Augme
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="Read a folder of images: train and test (or val, valid, validation), in each a folder for every class. Or a "
-        "folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the package. By default Fashion-MNIST is "
-        "looked for in the usual places, else downloaded by torchvision.",
+        help="Read a folder of images: train and test (or val, valid, validation), in each a folder for every class. Or tar "
+        "shards as WebDataset writes them, a folder of such or 'DIR/train-{0000..0127}.tar'. Or a folder that save_to_disk of "
+        "Hugging Face's datasets wrote. Or a folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the "
+        "package. By default Fashion-MNIST is looked for in the usual places, else downloaded by torchvision.",
         show_default=False,
         rich_help_panel=DATA,
     ),

@@ -23,6 +23,7 @@ import kernels
 from ..data.augment import EVERYTHING, Augment
 from ..data.dataset import DataError, Dataset
 from ..data.image_folder import default_channels, is_own, load_data
+from ..data.shards import BUFFER, is_shards
 from ..data.stream import StreamedSplit
 from ..precompile import precompile
 from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, frozen_of
@@ -136,6 +137,8 @@ def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
     if found["lr"] is None:
         found["lr"] = LEARNING_RATES[found["recipe"]][found["model"]]
     with refused_values():
+        if found["shuffle_buffer"] != BUFFER and not is_shards(parameters["data"]):
+            raise ValueError("--shuffle-buffer is for tar shards: all other images are shuffled over the whole set")
         found["channels"] = found["channels"] or default_channels(parameters["data"], found["validation"])
         return Recipe(**{name: found[name] for name in allowed_of(Recipe) if name in found})
 

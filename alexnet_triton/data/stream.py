@@ -37,8 +37,8 @@ class StreamedSplit:
         channels: 1 or 3.
         workers: processes that read; 0: it is done between two steps.
         normalization: as in :class:`.dataset.Split`.
-        skip_damaged: whether an image that cannot be read is no error: the one before it in its batch takes its place, or the
-            first that can be read; where none can, the next image of the set that can.
+        skip_damaged: whether an image that cannot be read is no error. In training the one before it in its batch takes its
+            place, or the first that can be read; where none can, the next image of the set that can. Else it is left out.
         skipped: images that could not be read so far, each with what is wrong with it.
     """
 
@@ -83,20 +83,27 @@ class StreamedSplit:
             for part, _ in feed:
                 yield part.images
 
-    def mend(self, images: Tensor, index: Tensor, errors: Errors) -> Tensor:
-        """Which images are where those of ``index`` were asked for, once what ``errors`` says has been replaced.
+    def note(self, index: Tensor, errors: Errors) -> None:
+        """Add to :attr:`skipped` those of the images ``index`` that cannot be read.
 
         Raises:
-            DataError: one cannot be read, and such are not skipped, or none of very many can.
+            DataError: there is one, and such are not skipped.
         """
-        if not errors:
-            return index
-        if not self.skip_damaged:
+        if errors and not self.skip_damaged:
             raise errors[min(errors)]
-        good = [place for place in range(len(index)) if place not in errors]
         for place, error in errors.items():
             name = self.source.name(int(index[place]))
             self.skipped[name] = str(error).removeprefix(f"{name}: ")
+
+    def mend(self, images: Tensor, index: Tensor, errors: Errors) -> Tensor:
+        """Which images are where those of ``index`` were asked for, once those of ``errors`` have been replaced.
+
+        Raises:
+            DataError: none of very many can be read.
+        """
+        if not errors:
+            return index
+        good = [place for place in range(len(index)) if place not in errors]
         index = index.clone()
         if not good:
             index[0] = self._next_after(int(index[0]), images)
@@ -188,10 +195,11 @@ class Feed:
         device: where they are wanted.
         ring: of a GPU, for a streamed split; None: one for these batches.
         stop: asked while the next batch is waited for; where it says yes, the iterator ends.
+        replace: whether other images take the places of those that cannot be read; if not, these are left out.
 
     Attributes:
         waited: seconds in which there was nothing to compute for want of images.
-        replaced: images that could not be read, and those that were there in their place.
+        missing: images that were left out.
     """
 
     def __init__(
@@ -202,10 +210,11 @@ class Feed:
         *,
         ring: Ring | None = None,
         stop: Callable[[], bool] | None = None,
+        replace: bool = True,
     ) -> None:
         self.waited = 0.0
-        self.replaced: dict[int, int] = {}
-        self._batches, self._device, self._stop = batches, device, stop
+        self.missing: set[int] = set()
+        self._batches, self._device, self._stop, self._replace = batches, device, stop, replace
         if isinstance(split, Split):
             self._parts = ((split, batch) for batch in batches)
         else:
@@ -238,14 +247,19 @@ class Feed:
                     return
                 slot, errors = found
                 images = decoders.room[slot, : len(batch)]
-                there = split.mend(images, batch, errors)
-                self.replaced |= {int(batch[place]): int(there[place]) for place in errors}
-                labels = split.labels[there]
+                split.note(batch, errors)
+                keep: Tensor | slice = slice(None)
+                if self._replace:
+                    batch = split.mend(images, batch, errors)
+                elif errors:
+                    self.missing |= {int(batch[place]) for place in errors}
+                    keep = torch.tensor([place for place in range(len(batch)) if place not in errors], dtype=torch.int64)
+                labels = split.labels[batch]
                 if ring is None:
-                    yield Split(images, labels, split.normalization), torch.arange(len(batch))
+                    yield Split(images, labels, split.normalization), torch.arange(len(batch))[keep]
                 else:
                     place = number % _ON_DEVICE
-                    yield ring.split, ring.fill(place, images, labels.pin_memory())
+                    yield ring.split, ring.fill(place, images, labels.pin_memory())[keep]
                     ring.read[place].record(torch.cuda.current_stream(self._device))
                     ring.filled[place].synchronize()  # a copy that began before the step did
                 if number + ahead < len(batches):
@@ -257,7 +271,7 @@ class Feed:
 
         def glance() -> bool:
             nonlocal idle
-            if idle is None and number and (ring is None or ring.read[(number - 1) % _ON_DEVICE].query()):
+            if idle is None and (ring is None or ring.read[(number - 1) % _ON_DEVICE].query()):
                 idle = time.perf_counter()
             return self._stop is not None and self._stop()
 

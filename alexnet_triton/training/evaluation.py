@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.advanced import add_cross_entropy
 
 from ..data.augment import input_for, ten_crops
-from ..data.dataset import Normalization, Split
+from ..data.dataset import DataError, Normalization, Split
 from ..data.stream import AnySplit, Feed
 from .distributed import ALONE, Processes
 from .signals import Stop, Stopped
@@ -78,6 +78,7 @@ def evaluate(
     ``image_size``.
 
     Raises:
+        DataError: an image cannot be read, or none can.
         ValueError: ``ten_crop`` of images that are not.
         Stopped: ``stop`` said so, in any process; all of them are given one, or none.
     """
@@ -89,13 +90,15 @@ def evaluate(
     few_classes = True
     shares = [processes.share(index) for index in torch.arange(len(split), device=device).split(batch_size)]
     stop_waiting = stop if processes.size == 1 else None  # several would wait for one that turned back
-    with contextlib.closing(Feed(split.to(device), shares, device, stop=stop_waiting)) as feed:
+    seen = 0
+    with contextlib.closing(Feed(split.to(device), shares, device, stop=stop_waiting, replace=False)) as feed:
         parts = iter(feed)
         for _ in shares:
             found = None if stop is not None and processes.any(stop()) else next(parts, None)
             if found is None:
                 raise Stopped("before its evaluation")
             part, index = found
+            seen += len(index)
             labels = part.labels[index]
             if ten_crop:
                 logits = _ten_crop_logits(net, part.images, index, image_size, options)
@@ -105,7 +108,10 @@ def evaluate(
             few_classes = logits.shape[1] <= _FEW_CLASSES
             if not few_classes:
                 top5 += top5_hits(logits, labels)
-    loss, hits, among = (total / len(split) for total in processes.add_up(torch.stack([loss_sum, correct, top5])).tolist())
+    count = processes.add_up(torch.tensor(seen)).item()
+    if count == 0:
+        raise DataError(f"none of {len(split)} images can be read")
+    loss, hits, among = (total / count for total in processes.add_up(torch.stack([loss_sum, correct, top5])).tolist())
     return Evaluation(loss, hits, None if few_classes else among)
 
 
@@ -139,7 +145,7 @@ class Predictions:
         classes: the most probable class, int64 (N,).
         labels: the true one, int64 (N,).
         true: its probability, float32 (N,).
-        index: which images these are, int64 (N,): all in their order, but another where one could not be read.
+        index: which images of the set these are, int64 (N,): all that can be read, in their order.
     """
 
     classes: Tensor
@@ -152,11 +158,11 @@ def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_siz
     """The predictions for ``split``, in eval mode."""
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "device": device}
     batches = torch.arange(len(split)).split(batch_size)
-    with contextlib.closing(Feed(split, batches, torch.device("cpu"))) as feed:
+    with contextlib.closing(Feed(split, batches, torch.device("cpu"), replace=False)) as feed:
         probabilities = torch.cat(
             [classify(net, part.images[index], **options, normalization=part.normalization) for part, index in feed]
         )
-    index = torch.tensor([feed.replaced.get(i, i) for i in range(len(split))])
+    index = torch.tensor([i for i in range(len(split)) if i not in feed.missing])
     labels = split.labels.cpu()[index]
     return Predictions(probabilities.argmax(1), labels, probabilities.gather(1, labels[:, None])[:, 0], index)
 

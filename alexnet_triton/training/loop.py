@@ -32,7 +32,7 @@ from .listener import SILENT, Listener
 from .metrics import METRICS, EpochMetrics, check_number, history_of, is_finished, metrics_file
 from .networks import features, frozen_layers
 from .recipe import Recipe, Where
-from .run_folder import holds_run, list_skipped
+from .run_folder import SKIPPED, holds_run, list_skipped
 from .signals import SaveAsked, Stopped
 from .trainer import Trainer
 
@@ -127,6 +127,8 @@ class _Run:
         }
         if recipe.freeze != "none":
             self.configuration[FROZEN] = frozen_layers(net)
+        #: How many streamed images could not be read when it was last said.
+        self.skipped = 0
         self.history: list[EpochMetrics] = []
         #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
         self.trained: tuple[float, float, float] | None = None
@@ -189,8 +191,12 @@ class _Run:
             return
         own = {str(path): reason for split in streams for path, reason in split.skipped.items()}
         found = {path: reason for each in self.where.processes.gather(own) for path, reason in each.items()}
-        if found:  # of the process that leads
+        if len(found) > self.skipped:  # in the process that leads
             list_skipped(self.folder, found, more=True)
+            first, reason = next(iter(found.items()))
+            rest = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            self.listener.saved(f"images that cannot be read: {first}: {reason}{rest}; {self.folder / SKIPPED} lists them")
+            self.skipped = len(found)
 
     def epoch(self, epoch: int) -> None:
         """Train the epoch, or what is left of it, evaluate and save it.

@@ -37,7 +37,7 @@ def _copy(into: torch.Tensor, value: object, name: str) -> None:
 #: constant: a scale that adapts reads on the host whether a gradient overflowed, which no captured step can do.
 _FLOAT16_SCALE = 1024.0
 
-#: Of an epoch's time, what it may wait for images without a word.
+#: Of an epoch's time, what it may wait for images without a word; a second too.
 _MOST_WAITED = 0.05
 
 #: To tell of a batch its loss is read, for which the host waits: not more often than this, in seconds.
@@ -367,7 +367,7 @@ class Trainer:
         seconds = self.seconds
         self.check_finite()
         self.order = None
-        if self.waited > _MOST_WAITED * seconds:
+        if self.waited > max(1.0, _MOST_WAITED * seconds):
             self.listener.waited(self.waited, seconds)
         loss_sum, correct = self.processes.add_up(torch.stack([self.loss_sum, self.correct])).tolist()
         return loss_sum / total, correct / total, seconds

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from webdataset.writer import TarWriter
 
 from alexnet_triton.data import splits
 from alexnet_triton.data.dataset import DataError
@@ -58,12 +57,13 @@ def write_plain(path: Path, labels: Sequence[int], first: int = 0) -> Path:
 
 def shards_of(folder: Path, out: Path, count: int = 3) -> list[Path]:
     """The images of a folder of classes, as WebDataset writes them: image i of the sorted ones is in shard i % ``count``."""
+    webdataset = pytest.importorskip("webdataset")
     paths = sorted(folder.glob("*/*"))
     classes = sorted(COLOURS)
     out.mkdir(exist_ok=True)
     shards = [out / f"{folder.name}-{i:03}.tar" for i in range(count)]
     for i, shard in enumerate(shards):
-        with TarWriter(str(shard)) as writer:
+        with webdataset.TarWriter(str(shard)) as writer:
             for path in paths[i::count]:
                 key = f"{path.parent.name}/{path.stem}"
                 writer.write({"__key__": key, "png": path.read_bytes(), "cls": classes.index(path.parent.name)})
