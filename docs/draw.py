@@ -8,6 +8,7 @@ FOLDER = Path(__file__).parent / "tutorial"
 
 INK, LINE, PAPER, PADDING = "#24292f", "#8c959f", "#ffffff", "#eaeef2"
 BLUE, ORANGE, GREEN, RED = "#9ecbff", "#ffc680", "#a6e3a1", "#ff9d9d"
+ZERO = "#d3dfee"  # padding under a filter
 
 
 def number(value: float) -> str:
@@ -63,7 +64,7 @@ def tile() -> Drawing:
     at_edge = {0, whole - 1}
     colors = {(i, k): PADDING for i in range(whole) for k in range(whole) if at_edge & {i, k}}
     p, q, r, s = m // size, m % size, j // 3, j % 3
-    colors |= {(p + i, q + k): BLUE for i in range(3) for k in range(3)}
+    colors |= {(p + i, q + k): ZERO if at_edge & {p + i, q + k} else BLUE for i in range(3) for k in range(3)}
     colors[p + r, q + s] = ORANGE
     d.text(30, 26, "the input, with its padding (grey)", "start", bold=True)
     d.grid(30, 40, whole, whole, cell, colors)
@@ -71,7 +72,7 @@ def tile() -> Drawing:
     d.text(30, 262, f"Row m = {m} is output pixel p = {p}, q = {q}.", "start")
     d.text(30, 282, f"Column j = {j} is filter position r = {r}, s = {s}.", "start")
     d.text(30, 302, f"It reads h = p - 1 + r = {p - 1 + r}, w = q - 1 + s = {q - 1 + s}.", "start")
-    left, top, small = 310, 60, 16
+    left, top, small = 340, 60, 16
     marked = {(i, k): GREEN for i in rows for k in range(9)} | {(m, k): BLUE for k in range(9)} | {(m, j): ORANGE}
     d.text(left + 72, 26, "patches, never stored", bold=True)
     d.text(left + 72, 46, "j = (r, s, c)")
@@ -86,14 +87,14 @@ def tile() -> Drawing:
     d.text(left + 340, 26, "output", bold=True)
     d.text(left + 340, 46, "k")
     d.grid(left + 308, top, 12, 4, small, {(i, k): GREEN for i in rows for k in range(2)})
-    d.text(left, 302, "Green: the tile of one program, and what it reads.", "start")
+    d.text(left + 40, 302, "Green: the tile of one program, and what it reads.", "start")
     return d
 
 
 def passes() -> Drawing:
     """The shapes of the three products."""
     d = Drawing(760, 250, "The three passes as products")
-    m, j, k, top = 110, 60, 36, 70
+    m, j, k, top = 90, 60, 36, 70
 
     def product(left: float, name: str, shapes: tuple[tuple[str, int, int, str], ...]) -> None:
         d.text(left, 26, name, "start", bold=True)
@@ -107,14 +108,14 @@ def passes() -> Drawing:
             x += width
 
     product(20, "forward", (("patch(x)", m, j, BLUE), ("w", j, k, GREEN), ("y", m, k, ORANGE)))
-    product(270, "gradient of the input", (("patch(dz)", m, j, ORANGE), ("w turned", j, k, GREEN), ("dx", m, k, BLUE)))
-    product(520, "gradient of the weight", (("dz", k, m, ORANGE), ("patch(x)", m, j, BLUE), ("dw", k, j, GREEN)))
+    product(245, "gradient of the input", (("patch(dz)", m, j, ORANGE), ("w turned", j, k, GREEN), ("dx", m, k, BLUE)))
+    product(480, "gradient of the weight", (("dz", k, m, ORANGE), ("patch(x)", m, j, BLUE), ("dw", k, j, GREEN)))
     d.text(20, 205, "rows: output pixels", "start", 12)
     d.text(20, 223, "sum: (r, s, c)", "start", 12)
-    d.text(270, 205, "rows: input pixels", "start", 12)
-    d.text(270, 223, "sum: (r, s, k)", "start", 12)
-    d.text(520, 205, "rows: filters", "start", 12)
-    d.text(520, 223, "sum: all output pixels, so it is long", "start", 12)
+    d.text(245, 205, "rows: input pixels", "start", 12)
+    d.text(245, 223, "sum: (r, s, k)", "start", 12)
+    d.text(480, 205, "rows: filters", "start", 12)
+    d.text(480, 223, "sum: all output pixels, so it is long", "start", 12)
     return d
 
 
@@ -141,31 +142,29 @@ def images() -> Drawing:
     d.text(400, 182, "All are at the same corner: with padding 1 the", "start")
     d.text(400, 200, "filter positions r = 0 and s = 0 lie outside for", "start")
     d.text(400, 218, "each of them, and the loop leaves them out.", "start")
-    for r in range(3):
-        for s in range(3):
-            d.box(690 + s * 16, 150 + r * 16, 16, 16, GREEN if r and s else PADDING)
+    d.grid(400, 228, 3, 3, 11, {(r, s): GREEN if r and s else PADDING for r in range(3) for s in range(3)})
     return d
 
 
 def split() -> Drawing:
     """A long sum in three parts."""
     d = Drawing(760, 260, "Parts of a sum in a workspace, added in order")
-    colors = (BLUE, GREEN, ORANGE)
-    d.text(30, 26, "dz x patches: a sum over all pixels", "start", bold=True)
-    d.text(420, 26, "workspace", "middle", bold=True)
-    d.text(640, 26, "gradient", "middle", bold=True)
-    for part, color in enumerate(colors):
-        d.box(30 + part * 80, 60, 80, 30, color)
-        d.text(70 + part * 80, 80, f"pixels, part {part}", size=11)
-        y = 50 + part * 62
-        d.box(380, y, 80, 46, color)
-        d.text(420, y + 28, f"part {part}", size=12)
-        d.arrow(70 + part * 80, 92, 376, y + 30)
-        d.arrow(462, y + 23, 594, 136)
-    d.box(600, 113, 80, 46, PAPER, INK)
-    d.text(640, 141, "dw", size=12)
-    d.text(30, 240, "Three programs, in any order, each with a place of its own.", "start", 12)
-    d.text(480, 240, "Always (part 0 + part 1) + part 2.", "start", 12)
+    d.text(110, 26, "dz x patches, all pixels", bold=True)
+    d.text(420, 26, "workspace", bold=True)
+    d.text(640, 26, "gradient", bold=True)
+    for part, color in enumerate((BLUE, GREEN, ORANGE)):
+        y = 44 + part * 60
+        d.box(30, y, 160, 60, color)
+        d.text(110, y + 34, f"pixels of part {part}", size=12)
+        d.arrow(194, y + 30, 374, y + 30)
+        d.text(284, y + 23, f"program {part}", size=12)
+        d.box(380, y + 6, 80, 48, color)
+        d.text(420, y + 34, f"part {part}", size=12)
+        d.arrow(464, y + 30, 594, 124 + part * 10)
+    d.box(600, 110, 80, 48, PAPER, INK)
+    d.text(640, 138, "dw", size=12)
+    d.text(30, 246, "Programs run in any order. Each has a place of its own.", "start", 12)
+    d.text(500, 246, "Always (part 0 + part 1) + part 2.", "start", 12)
     return d
 
 
@@ -190,7 +189,7 @@ def pool() -> Drawing:
     for i, (p, q) in enumerate(windows):
         r, s = shared[0] - 2 * p, shared[1] - 2 * q
         d.text(450, 80 + 18 * i, f"position {r * 3 + s} of window ({p}, {q})", "start", 12)
-    d.text(320, 190, "a key: the bits of a float32 that holds a half-precision number", "start", bold=True)
+    d.text(320, 190, "a key: 32 bits, ordered like the numbers", "start", bold=True)
     for x, width, words, color in (
         (320, 30, "0", PADDING),
         (350, 270, "exponent, mantissa", BLUE),

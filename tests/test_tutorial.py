@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ import pytest
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from benchmarks.offline import CompiledLaunch
 from kernels.runtime import launch
 from kernels.runtime.backend import INTERPRETED
 
@@ -117,3 +119,10 @@ def test_the_files_that_the_page_names_are_there() -> None:
     named = re.findall(r"`((?:kernels|benchmarks|tests|docs)/[\w/]+\.\w+)`", PAGE.read_text(encoding="utf-8"))
     assert len(named) > 20
     assert not [file for file in named if not (ROOT / file).is_file()]
+
+
+def test_the_fields_of_a_compiled_launch_are_there() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    named = set(re.findall(r"\w+", " ".join(rows)))
+    assert len(named) == 9
+    assert named <= {field.name for field in dataclasses.fields(CompiledLaunch)}
