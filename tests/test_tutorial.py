@@ -45,7 +45,7 @@ with offline_target(90):
 """
 
 
-def block_of(name: str, fence: str, folder: Path) -> Path:
+def extract(name: str, fence: str, folder: Path) -> Path:
     """A file with the lines of all blocks of ``fence``, each where it stands in the page: tracebacks name the page's lines."""
     lines, inside = [], False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
@@ -82,14 +82,15 @@ def _guarded_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(InterpretedFunction, "run", watched_run)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # in the interpreter of Triton 3.6
 @pytest.mark.usefixtures("_guarded_launches")
 def test_the_blocks_run(tmp_path: Path) -> None:
-    runpy.run_path(str(block_of("tutorial.py", "```python", tmp_path)))
+    runpy.run_path(str(extract("tutorial.py", "```python", tmp_path)))
 
 
 def test_the_kernels_compile_without_spills(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    printed = run_compiling("-O", "-c", _COMPILE, str(block_of("tutorial.py", "```python", tmp_path)))
+    printed = run_compiling("-O", "-c", _COMPILE, str(extract("tutorial.py", "```python", tmp_path)))
     launches = [line.split() for line in printed.splitlines()]
     assert {name for name, *_ in launches} == set(re.findall(r"^def (\w+_kernel)\(", page, re.MULTILINE))
     assert all(spills == "0" for _, spills, *_ in launches)
@@ -97,8 +98,8 @@ def test_the_kernels_compile_without_spills(tmp_path: Path) -> None:
 
 
 def test_the_compiled_launches_are_as_printed(tmp_path: Path) -> None:
-    program = block_of("compiled.py", '```python title="compiled.py"', tmp_path)
-    assert run_compiling(str(program)) == block_of("out", "```text", tmp_path).read_text(encoding="utf-8").strip("\n") + "\n"
+    program = extract("compiled.py", '```python title="compiled.py"', tmp_path)
+    assert run_compiling(str(program)) == extract("out", "```text", tmp_path).read_text(encoding="utf-8").strip("\n") + "\n"
 
 
 def test_the_pictures_are_drawn_by_the_script() -> None:
