@@ -137,7 +137,7 @@ stale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.stale
 
 render: $(INSTALLED)
-	$(BIN)/python -m benchmarks.render --readme $(ARGS)
+	$(BIN)/python -m benchmarks.render --pages $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
