@@ -11,10 +11,11 @@ IR_PYTHON ?= $(firstword $(foreach python,$(PYTHONS_FOR_IR),$(shell $(python) -c
 IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
 NEWEST_VENV ?= .venv-newest
+DOCS_VENV ?= .venv-docs
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report \
-	profile host stream kernelbench gpu stale render bench clean
+	profile host stream kernelbench gpu stale render docs bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
@@ -34,6 +35,8 @@ help:
 	@echo "make kernelbench  KernelBench's AlexNet and LeNet-5, fused: verified, on a CUDA GPU also timed beside PyTorch"
 	@echo "make gpu     everything that a CUDA GPU has to settle, in order of worth, resumable (ARGS='--minutes N', without a GPU ARGS=--dry)"
 	@echo "make stale   which kernels and configurations have changed since what is recorded was measured"
+	@echo "make render  the tables and pictures of the README and the pages, from what is recorded"
+	@echo "make docs    the pages, into build/site"
 	@echo "make bench   time every operation against PyTorch by pytest-benchmark (without a CUDA GPU: host time alone)"
 
 $(INSTALLED): pyproject.toml
@@ -137,10 +140,21 @@ stale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.stale
 
 render: $(INSTALLED)
-	$(BIN)/python -m benchmarks.render --readme $(ARGS)
+	$(BIN)/python -m benchmarks.render --pages $(ARGS)
+
+docs: $(DOCS_VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build $(ARGS)
+
+# What the extra names and no more: the pages are made without torch.
+$(DOCS_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(DOCS_VENV)/requirements.txt
+	@touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) $(NEWEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) $(NEWEST_VENV) $(DOCS_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

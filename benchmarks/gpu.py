@@ -5,7 +5,7 @@ and begins none that the minutes cannot hold. Each stage is a process. Its outpu
 ``DIR/state.json`` as soon as it ends, so that a call that is killed loses only the stage that ran. The next call goes on with
 what is open: a stage is done for one commit (and the same uncommitted changes) on one GPU. A stage that failed is tried again
 once a call, after the others. At the end the command prints what is recorded and what is open and why, and renders the report
-and the README's tables in DIR.
+and the page on performance in DIR.
 
 ``--dry`` needs no GPU: it walks the first piece of each kind of stage on something tiny. Its records and times say that they
 are fake. Where a command refuses to run without a GPU, its options have been parsed by then, and the record says ``parsed``.
@@ -47,7 +47,7 @@ from .report import commit, gpu_name, printed_by
 _LAST_SECONDS = 15.0
 
 #: What may change without making a result another one: tuning and rendering write it.
-_RESULTS = ("kernels/configs/*.json", "benchmarks/results", "README.md", "*.md")
+_RESULTS = ("kernels/configs/*.json", "benchmarks/results", "docs", "*.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Session:
         return "\n".join([*lines, f"Open: {len(open_stages)}", *open_stages])
 
     def render(self, todo: Sequence[Stage]) -> list[Path]:
-        """The report's pieces of this commit as one, its tables, and (of real times) the README with its tables rebuilt.
+        """The report's pieces of this commit as one, its tables, and (of real times) docs/performance.md with its tables.
 
         What has no time because it is wrong is said.
         """
@@ -285,8 +285,8 @@ class Session:
             if kind == "report":
                 written += render.render_results(path, self.out)
                 if not self.setting.fake:
-                    page = self.out / "README.md"
-                    page.write_text(render.readme(render.README.read_text(), [path]))
+                    page = self.out / "performance.md"
+                    page.write_text(render.performance(render.PERFORMANCE.read_text(), [path]))
                     written.append(page)
         return written
 

@@ -1,8 +1,8 @@
 """Tables and plots from stored results alone.
 
 ``python -m benchmarks.render [--results FILE ...] [--out DIR]`` writes, for each ``<gpu>.json`` of ``benchmarks.report``, a
-Markdown table, a bar plot and a roofline; ``--readme`` rewrites what stands between the markers in README.md from the
-committed audit and the stored results.
+Markdown table, a bar plot and a roofline. ``--pages`` also rewrites what stands between the markers in README.md and
+docs/performance.md, and the README's picture, from the committed audit and the stored results.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kernels.configs.tables import TABLES
@@ -22,7 +23,17 @@ from .audit import COMMITTED, total_rows
 from .networks import OURS
 from .report import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs/performance.md"
+PICTURE = ROOT / "docs/pictures/images-per-second.svg"
+
+#: What the README's picture and its numbers are made from: the report, the eager and captured steps of ``benchmarks.host``,
+#: which are newer, and a training run.
+FIRST_REPORT = RESULTS / "h100-80gb-hbm3.json"
+FIRST_HOST = RESULTS / "host/h100-80gb-hbm3.json"
+FIRST_RUN = RESULTS / "fashion-mnist-h100-seed0.jsonl"
+KERNELBENCH = RESULTS / "kernelbench/h200.json"
 
 Row = dict[str, Any]
 
@@ -241,7 +252,9 @@ def audit_markdown(committed: dict[str, Any]) -> str:
     parts = []
     for key, totals in committed.items():
         parts.append(f"`{key}`\n\n" + markdown_table(("a step", "ours", "`nn.Sequential`", "ratio"), total_rows(totals)))
-        parts.append(f"<details><summary>by layer and pass</summary>\n\n{_layer_table(totals['layers'])}\n\n</details>")
+        parts.append(
+            f'<details markdown="1"><summary>by layer and pass</summary>\n\n{_layer_table(totals["layers"])}\n\n</details>'
+        )
     return "\n\n".join(parts)
 
 
@@ -275,7 +288,7 @@ def replace_between(text: str, name: str, content: str) -> str:
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"no {begin} ... {end} in the text")
     head, rest = text.split(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
 def tuned_markdown(table: dict[str, Any]) -> str:
@@ -304,8 +317,8 @@ def tuned_markdown(table: dict[str, Any]) -> str:
     return f"{title}\n\n{markdown_table(('layer', *columns.values()), lines)}"
 
 
-#: The audit's cases that the README shows.
-README_AUDIT = (
+#: The audit's cases that the page on performance shows.
+SHOWN_AUDIT = (
     "sm_90-bfloat16-N128-train",
     "sm_90-float32-N128-train",
     "sm_90-bfloat16-N128-trainer",
@@ -313,26 +326,191 @@ README_AUDIT = (
 )
 
 
-#: A GPU's report is named for the GPU. Those of other days have the date behind the name; the README's text links to them.
+#: A GPU's report is named for the GPU. Those of other days have the date behind the name; the page's text links to them.
 _DATED = re.compile(r"-\d{4}-\d{2}-\d{2}")
 
 
-def readme(text: str, results: Iterable[Path]) -> str:
-    """The README with its tables rebuilt: the audit's, whole networks of each real undated result, each GPU's tuned passes."""
+def performance(text: str, results: Iterable[Path]) -> str:
+    """docs/performance.md with its tables rebuilt.
+
+    They are the audit's, whole networks of each real undated report of ``results``, each GPU's tuned passes, the stored eager
+    steps, KernelBench's networks and training runs.
+    """
     committed = json.loads(COMMITTED.read_text())
-    text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in README_AUDIT}))
+    text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in SHOWN_AUDIT}))
     tables = []
     for path in results:
         content = json.loads(path.read_text())
         if is_fake(content):
-            raise ValueError(f"{path}: its times are fake and belong into no README")
+            raise ValueError(f"{path}: its times are fake and belong on no page")
         if _DATED.search(path.stem):
             continue
         tables.append(f"{_title(content)}, {commit_text(content['environment'])} (`{path.name}`):\n\n{step_table(content)}")
     nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
     text = replace_between(text, "results", "\n\n".join(tables) or nothing)
     tuned = [tuned_markdown(json.loads(path.read_text())) for path in sorted(TABLES.glob("*.json"))]
-    return replace_between(text, "tuned", "\n\n".join(tuned) or "No GPU has been tuned for yet.")
+    text = replace_between(text, "tuned", "\n\n".join(tuned) or "No GPU has been tuned for yet.")
+    text = replace_between(text, "eager", eager_table(host_steps(json.loads(FIRST_HOST.read_text()))))
+    text = replace_between(text, "kernelbench", kernelbench_table(json.loads(KERNELBENCH.read_text())))
+    return replace_between(text, "runs", runs_table(sorted(RESULTS.glob("fashion-mnist-*.jsonl"))))
+
+
+def host_steps(content: dict[str, Any]) -> dict[tuple[str, int, bool], tuple[float, float]]:
+    """Whole steps that ``benchmarks.host`` timed: (train or infer, batch, as a graph) to milliseconds of ours and PyTorch's."""
+    return {
+        (row["case"], row["batch"], row["mode"] == "graph"): (row["ours_us"] / 1e3, row["peer_us"] / 1e3)
+        for row in content["rows"]
+        if row["mode"] in ("eager", "graph")
+    }
+
+
+def eager_table(steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
+    """Whole steps beside PyTorch's, without a CUDA graph and with one, in milliseconds."""
+    lines = [
+        (mode, batch, *(f"{time:.2f}" for graph in (False, True) for time in steps[mode, batch, graph]))
+        for mode, batch in dict.fromkeys(key[:2] for key in sorted(steps, key=lambda key: (key[0] != "train", key[1])))
+    ]
+    return markdown_table(("mode", "batch", "ours, eager", "PyTorch, eager", "ours, graph", "PyTorch, graph"), lines)
+
+
+def kernelbench_table(content: dict[str, Any]) -> str:
+    """KernelBench's networks beside PyTorch, in milliseconds."""
+    times = {(row["case"], row["dtype"], row["batch"], row["impl"]): row["ms"] for row in content["rows"]}
+    lines = [
+        (*kind, *(f"{times[*kind, impl]:.2f}" for impl in ("ours", "eager", "compile_default")))
+        for kind in dict.fromkeys(key[:3] for key in times)
+    ]
+    return markdown_table(("network", "precision", "batch", "ours, eager", "PyTorch, eager", "`torch.compile`"), lines)
+
+
+class Run(NamedTuple):
+    """A training run's last epoch, and over all epochs the seconds of training and images a second: 0 where none were kept."""
+
+    epochs: int
+    last: Row
+    seconds: float
+    images_per_s: float
+
+
+def training_run(path: Path) -> Run:
+    """The run whose ``metrics.jsonl`` was stored as ``path``."""
+    epochs = [json.loads(line) for line in path.read_text().splitlines()]
+    timed = [epoch for epoch in epochs if "seconds" in epoch]
+    seconds = sum(float(epoch["seconds"]) for epoch in timed)
+    images = sum(epoch["seconds"] * epoch["images_per_s"] for epoch in timed)
+    return Run(len(epochs), epochs[-1], seconds, images / seconds if timed else 0.0)
+
+
+def runs_table(paths: Iterable[Path]) -> str:
+    """Training runs: what the last epoch reached, and how long the training took."""
+    lines = []
+    for path in paths:
+        run = training_run(path)
+        lines.append(
+            (
+                f"[{path.stem.removeprefix('fashion-mnist-')}](../benchmarks/results/{path.name})",
+                run.epochs,
+                f"{run.last['loss']:.3f}",
+                f"{run.last['train_acc']:.1%}",
+                f"{run.last['test_acc']:.1%}",
+                f"{run.images_per_s:,.0f}" if run.seconds else None,
+                f"{run.seconds:.1f}" if run.seconds else None,
+            )
+        )
+    return markdown_table(
+        ("run", "epochs", "training loss", "training accuracy", "test accuracy", "images/s", "training, s"), lines
+    )
+
+
+#: The peers of the report in words, as the README calls them.
+_PEERS = {
+    "compile_default": "torch.compile",
+    "eager_channels_last": "eager, channels-last",
+    "eager_channels_last_autocast": "eager, channels-last, autocast",
+    "eager_nchw": "eager, NCHW",
+}
+
+
+def _steps(content: dict[str, Any], mode: str) -> dict[int, list[Row]]:
+    """The report's bfloat16 rows of whole steps, by batch."""
+    groups = _groups(row for row in content["rows"] if row["section"] == "step")
+    return {key[3]: rows for key, rows in sorted(groups.items()) if key[2] == "bfloat16" and key[4] == mode}
+
+
+def _graph_and_eager(rows: Iterable[Row], impl: str) -> tuple[float, float]:
+    rates = {row["impl"]: float(row["images_per_s"]) for row in rows if row["ms"] is not None}
+    return rates[f"{impl}_graph"], rates[impl]
+
+
+def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]], path: Path) -> None:
+    """Images a second of a step of 128 images, ours and each peer's, as a CUDA graph and without one.
+
+    Ours stand twice: as ``benchmarks.host`` timed them with plans, and as the report did before there were plans.
+    """
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "alexnet-triton"}):
+        figure = Figure(figsize=(9, 7), layout="constrained")
+        for axis, mode, title in zip(figure.subplots(2, 1), ("train", "infer"), ("training step", "inference"), strict=True):
+            with_plans = tuple(128e3 / steps[mode, 128, graph][0] for graph in (True, False))
+            rows = _steps(content, mode)[128]
+            bars = {"alexnet-triton": with_plans, "alexnet-triton, before plans": _graph_and_eager(rows, OURS)}
+            bars |= {name: _graph_and_eager(rows, impl) for impl, name in _PEERS.items()}
+            for which, (label, ours, peer) in enumerate(
+                (("CUDA graph", "tab:green", "dimgray"), ("without a graph", "lightgreen", "silver"))
+            ):
+                colours = [ours if name.startswith("alexnet") else peer for name in bars]
+                places = [place + 0.4 * which for place in range(len(bars))]
+                drawn = axis.barh(places, [rates[which] for rates in bars.values()], 0.4, color=colours, label=label)
+                axis.bar_label(drawn, [f"{rates[which]:,.0f}" for rates in bars.values()], padding=3, fontsize=8)
+            axis.set(title=f"{title}, batch 128, bfloat16", xlabel="images/s")
+            axis.set_yticks([place + 0.2 for place in range(len(bars))], list(bars))
+            axis.invert_yaxis()
+            axis.margins(x=0.1)
+            axis.legend(loc="lower right")
+        figure.suptitle(_title(content))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def claim(content: dict[str, Any], run: Run) -> str:
+    """The README's numbers in two sentences: the captured training step beside the best peer, and a training run."""
+    rows = _steps(content, "train")[128]
+    ours, peer = best(rows, ours=True), best(rows, ours=False)
+    assert ours is not None
+    assert peer is not None
+    return (
+        f"On an {content['environment']['gpu']} a bfloat16 training step of 128 images takes {ours['ms']:.2f} ms "
+        f"(**{ours['images_per_s']:,.0f} images/s**),\n"
+        f"{peer['ms'] / ours['ms']:.1f} times as fast as the best peer ({_named(peer)}, {peer['ms']:.2f} ms).\n"
+        f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 take {run.seconds:.1f} s "
+        f"and classify {run.last['test_acc']:.1%} of the test images rightly."
+    )
+
+
+def _named(row: Row) -> str:
+    name = str(row["impl"])
+    return _PEERS[name.removesuffix("_graph")] + " in a CUDA graph" * name.endswith("_graph")
+
+
+def speed_table(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
+    """The README's table: images a second as a graph beside the best peer, and eagerly beside eager PyTorch."""
+    lines = []
+    for mode in ("train", "infer"):
+        for batch, rows in _steps(content, mode).items():
+            ours, peer = best((r for r in rows if r["impl"] == f"{OURS}_graph"), ours=True), best(rows, ours=False)
+            assert ours is not None
+            assert peer is not None
+            eager = steps[mode, batch, False]
+            rates = (f"{ours['images_per_s']:,.0f}", f"{peer['images_per_s']:,.0f}", _ratio(peer, ours))
+            lines.append((mode, batch, *rates, *(f"{batch * 1e3 / time:,.0f}" for time in eager), f"{eager[1] / eager[0]:.2f}"))
+    header = ("step", "batch", "ours, graph", "best peer", "ratio", "ours, eager", "PyTorch, eager", "ratio")
+    return markdown_table(header, lines)
+
+
+def readme(text: str) -> str:
+    """The README with its claim and its table rebuilt."""
+    content, steps = json.loads(FIRST_REPORT.read_text()), host_steps(json.loads(FIRST_HOST.read_text()))
+    text = replace_between(text, "claim", claim(content, training_run(FIRST_RUN)))
+    return replace_between(text, "speed", speed_table(content, steps))
 
 
 def stored_results() -> list[Path]:
@@ -345,15 +523,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--results", type=Path, nargs="*", help="JSON files of the report; all stored ones by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="rebuild README.md's tables too")
+    parser.add_argument("--pages", action="store_true", help="rebuild the tables of README.md and docs/performance.md too")
     arguments = parser.parse_args()
     paths = stored_results() if arguments.results is None else arguments.results
     for path in paths:
         for written in render_results(path, arguments.out):
             print(written)
-    if arguments.readme:
-        README.write_text(readme(README.read_text(), paths))
-        print(README)
+    if arguments.pages:
+        README.write_text(readme(README.read_text()))
+        PERFORMANCE.write_text(performance(PERFORMANCE.read_text(), paths))
+        plot_peers(json.loads(FIRST_REPORT.read_text()), host_steps(json.loads(FIRST_HOST.read_text())), PICTURE)
+        print(README, PERFORMANCE, PICTURE, sep="\n")
 
 
 if __name__ == "__main__":

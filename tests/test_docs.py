@@ -1,4 +1,4 @@
-"""The code in README.md and the guide runs as it is printed, and the guide prints what explain prints."""
+"""The code on the pages runs as it is printed, they print what explain prints, and the README is short."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def test_snippets_run(name: str) -> None:
     for line, code in snippets:
         # Padded with empty lines, so that a traceback names the page's own line.
         exec(compile("\n" * line + code, str(ROOT / name), "exec"), namespace)
-        for explained in re.findall(r"print\(explain\((\w+)\)\)", code):
+        for explained in re.findall(r"print\((?:alexnet_triton\.)?explain\((\w+)\)\)", code):
             printed = next(text for text_line, text in blocks(ROOT / name, "text") if text_line > line)
             assert printed.rstrip("\n") == str(explain(namespace[explained]))  # type: ignore[arg-type]
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160
+    for paragraph in re.split(r"\n{2,}|\n(?=- )", text):
+        assert paragraph.startswith("|") or len(paragraph.split()) <= 120, paragraph

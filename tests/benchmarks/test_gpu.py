@@ -237,7 +237,7 @@ def content(commit: str, impl: str, timer: str = "a clock") -> dict[str, Any]:
 WRONG = content("", "ours")["rows"][0] | {"verified": False, "ms": None, "note": "WRONG: it is"}
 
 
-def test_the_reports_pieces_of_this_commit_become_one_and_the_readmes_tables(tmp_path: Path) -> None:
+def test_the_reports_pieces_of_this_commit_become_one_and_the_pages_tables(tmp_path: Path) -> None:
     pieces = [Stage(f"report {name}", (), 1, (f"report/{name}/{{gpu}}.json",)) for name in ("a", "b", "old", "missing")]
     one = session(tmp_path)
     for piece, commit, impl in zip(
@@ -249,13 +249,13 @@ def test_the_reports_pieces_of_this_commit_become_one_and_the_readmes_tables(tmp
     written = one.render(pieces)
     combined = json.loads((tmp_path / "out/report-test.json").read_text())
     assert [r["impl"] for r in combined["rows"]] == ["ours", "eager_nchw"]
-    assert tmp_path / "out/README.md" in written
-    page = (tmp_path / "out/README.md").read_text()
+    assert tmp_path / "out/performance.md" in written
+    page = (tmp_path / "out/performance.md").read_text()
     assert f"NVIDIA Test, torch 2.11, Triton 3.6, commit {'c' * 10}" in page
     assert "| **ours** | 2.000 |" in page
 
 
-def test_fake_times_reach_no_readme(tmp_path: Path) -> None:
+def test_fake_times_reach_no_page(tmp_path: Path) -> None:
     fake = session(tmp_path, dataclasses.replace(SETTING, fake=True))
     path = tmp_path / "out/report/a/test.json"
     path.parent.mkdir(parents=True)
@@ -265,7 +265,7 @@ def test_fake_times_reach_no_readme(tmp_path: Path) -> None:
     fake.render([Stage("report a", (), 1, ("report/a/{gpu}.json",))])
     assert said == ["step network train bfloat16 128 ours: WRONG: it is"]
     assert "FAKE" in (tmp_path / "out/report-test.md").read_text()
-    assert not (tmp_path / "out/README.md").exists()
+    assert not (tmp_path / "out/performance.md").exists()
     assert "FAKE" in fake.summary([], {})
 
 
@@ -455,6 +455,6 @@ def test_a_dry_run_walks_every_kind_of_stage(tmp_path: Path) -> None:
     assert "Open: 0" in printed
     (combined,) = out.glob("report-*.json")
     assert render.is_fake(json.loads(combined.read_text()))
-    assert not (out / "README.md").exists()
+    assert not (out / "performance.md").exists()
     assert not list(out.rglob("*.pt"))
     assert before == {path: path.read_bytes() for path in gpu.TABLES.glob("*.json")}

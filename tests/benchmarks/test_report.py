@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -300,19 +301,26 @@ def test_roofline_points(content: dict) -> None:
     assert render.roofline_points(changed, ours=False) == [(intensity, row["flops"] / 2.0 / 1e9)]
 
 
-def test_the_readme_is_what_the_stored_results_give() -> None:
-    """After a change of audit.json or of results/: python -m benchmarks.render --readme."""
+def test_the_pages_are_what_the_stored_results_give(tmp_path: Path) -> None:
+    """After a change of audit.json or of results/: make render."""
+    text = render.PERFORMANCE.read_text()
+    assert render.performance(text, render.stored_results()) == text
     text = render.README.read_text()
-    assert render.readme(text, render.stored_results()) == text
+    assert render.readme(text) == text
+    report, host = (json.loads(path.read_text()) for path in (render.FIRST_REPORT, render.FIRST_HOST))
+    render.plot_peers(report, render.host_steps(host), tmp_path / "again.svg")
+    drawn, stored = (re.findall(r">([^<>]+)</text>", path.read_text()) for path in (tmp_path / "again.svg", render.PICTURE))
+    assert drawn == stored
+    assert "76,371" in drawn
 
 
-def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path: Path) -> None:
-    text = (
-        "a\n<!-- audit -->\nold\n<!-- /audit -->\nb\n<!-- results -->\n<!-- /results -->\nc\n<!-- tuned -->\n<!-- /tuned -->\n"
+def test_the_page_takes_real_results_and_no_fake_ones(content: dict, tmp_path: Path) -> None:
+    text = "".join(
+        f"a\n<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("audit", "results", "tuned", "eager", "kernelbench", "runs")
     )
     path = tmp_path / "some-gpu.json"
     path.write_text(json.dumps(real(content, ours=2.0, eager_nchw=4.0)))
-    result = render.readme(text, [path])
+    result = render.performance(text, [path])
     assert "Some GPU" in result
     assert "2.00" in result
     assert "old" not in result
@@ -320,9 +328,9 @@ def test_the_readme_takes_real_results_and_no_fake_ones(content: dict, tmp_path:
     assert "| conv2, bfloat16, batch 128 |" in result
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="fake"):
-        render.readme(text, [path])
+        render.performance(text, [path])
     with pytest.raises(ValueError, match="no <!-- audit -->"):
-        render.readme("nothing", [])
+        render.performance("nothing", [])
 
 
 def test_flops_and_bytes_of_cases() -> None:
