@@ -243,7 +243,7 @@ def load_data(
     buffer: int = BUFFER,
     on_note: Note = _say_nothing,
 ) -> Dataset[Any]:
-    """What to train on: a folder of images, or Fashion-MNIST.
+    """What to train on: images of one's own, or Fashion-MNIST.
 
     Args:
         data: a folder of ``train`` and ``test`` (or the next of :data:`TESTS`), each of a folder for every class with its
@@ -255,7 +255,7 @@ def load_data(
         limit: take so many images of each split at most, spread evenly over the sorted files, so that every class has its
             share; of Fashion-MNIST the first ones.
         workers: processes that decode; 0 decodes in this one; None: :func:`.image_workers.default_workers`.
-        device: where the images go, a batch at a time, from pinned memory if it is a GPU.
+        device: where the images go, some at a time.
         validation: part of each class's images, between 0 and 1, that are the test images. Then ``data`` has none itself: it
             holds ``train`` alone, or the folders of the classes themselves.
         seed: which images ``validation`` takes. The same ones in every run, and nearly so if files are added.

@@ -17,7 +17,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Sized
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -46,6 +46,11 @@ Errors = dict[int, DataError]
 def default_workers() -> int:
     """Processes that decode: one for each core that may be used, torchrun's processes sharing them."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def useful_workers(batches: Sequence[Sized], workers: int) -> int:
+    """Of ``workers`` processes as many as ``batches`` have chunks: more would have nothing to read."""
+    return min(workers, sum(math.ceil(len(batch) / CHUNK) for batch in batches))
 
 
 def image_shape(channels: int, size: int) -> tuple[int, ...]:
@@ -268,8 +273,7 @@ def decode(
     if not batches:
         return
     most = max(map(len, batches))
-    workers = min(workers, sum(math.ceil(len(batch) / CHUNK) for batch in batches))
-    with contextlib.closing(Decoders(source, channels, size, most, workers)) as decoders:
+    with contextlib.closing(Decoders(source, channels, size, most, useful_workers(batches, workers))) as decoders:
         for i, batch in enumerate(batches[: decoders.slots]):
             decoders.put(i, batch)
         for i, batch in enumerate(batches):

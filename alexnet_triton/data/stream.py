@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dataset import DataError, Normalization, Split
-from .image_workers import Decoders, Errors, image_shape
+from .image_workers import Decoders, Errors, image_shape, useful_workers
 from .sources import Source
 
 #: Images one after the other that cannot be read, before it is given up to look for one that can.
@@ -78,10 +78,11 @@ class StreamedSplit:
         return self.source.read(index, self.channels, self.size)
 
     def parts(self) -> Iterator[Tensor]:
-        """All images, some hundred at a time, on the CPU; each holds until the next is asked for."""
-        with contextlib.closing(Feed(self, torch.arange(len(self)).split(256), torch.device("cpu"))) as feed:
-            for part, _ in feed:
-                yield part.images
+        """All images that can be read, some hundred at a time, on the CPU."""
+        batches = torch.arange(len(self)).split(256)
+        with contextlib.closing(Feed(self, batches, torch.device("cpu"), replace=False)) as feed:
+            for part, index in feed:
+                yield part.images[index]
 
     def note(self, index: Tensor, errors: Errors) -> None:
         """Add to :attr:`skipped` those of the images ``index`` that cannot be read.
@@ -106,7 +107,7 @@ class StreamedSplit:
         good = [place for place in range(len(index)) if place not in errors]
         index = index.clone()
         if not good:
-            index[0] = self._next_after(int(index[0]), images)
+            index[0] = self._next_after(int(index[0]), images, errors[0])
             good, errors = [0], {place: error for place, error in errors.items() if place}
         for place in errors:
             before = max((other for other in good if other < place), default=good[0])
@@ -114,8 +115,8 @@ class StreamedSplit:
             index[place] = index[before]
         return index
 
-    def _next_after(self, index: int, images: Tensor) -> int:
-        """The next image that can be read, and is then the first of ``images``."""
+    def _next_after(self, index: int, images: Tensor, last: DataError) -> int:
+        """The next image that can be read after ``index``, which cannot; it is then the first of ``images``."""
         for ahead in range(1, min(len(self), _TRIES)):
             number = (index + ahead) % len(self)
             try:
@@ -236,7 +237,8 @@ class Feed:
         on_gpu = self._device.type == "cuda"
         if on_gpu and ring is None:
             ring = Ring(split, most, self._device)
-        decoders = Decoders(split.source, split.channels, split.size, most, split.workers)
+        workers = useful_workers(batches, split.workers)
+        decoders = Decoders(split.source, split.channels, split.size, most, workers)
         with contextlib.closing(decoders), _pinned(decoders.room, self._device) if on_gpu else contextlib.nullcontext():
             ahead = min(decoders.slots, len(batches))
             for slot in range(ahead):

@@ -423,7 +423,7 @@ def _header(name: str, length: int) -> bytes:
 
 
 def test_large_sets_are_listed_in_seconds(tmp_path: Path) -> None:
-    """200,000 members of 100,000 images, and the order of 1,300,000: both took one to two seconds where this was written."""
+    """200,000 members of 100,000 images, and the order of 1,300,000."""
     paths = []
     for shard in range(10):
         blocks = []

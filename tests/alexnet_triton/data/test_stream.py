@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from alexnet_triton.data import reading
+from alexnet_triton.data import image_workers, reading
 from alexnet_triton.data.dataset import DataError, Dataset, Split
 from alexnet_triton.data.image_folder import load_data, load_test
+from alexnet_triton.data.sources import Files
 from alexnet_triton.data.stream import Feed, StreamedSplit
+from alexnet_triton.training.checkpoint import read_checkpoint
 from alexnet_triton.training.distributed import Processes
 from alexnet_triton.training.evaluation import evaluate, predict_split
 from alexnet_triton.training.loop import train
@@ -91,8 +93,16 @@ def test_fashion_mnist_streams_too() -> None:
     assert (isinstance(test, StreamedSplit), len(test)) == (True, 5)
 
 
-def test_normalization_is_that_of_images_in_memory(folder: Path) -> None:
-    assert load(folder).normalized().train.normalization == load(folder, stream=False).normalized().train.normalization
+def test_normalization_is_that_of_images_in_memory(folder: Path, damaged: Path) -> None:
+    """Of those that can be read."""
+    for images in (folder, damaged):
+        found = [load(images, stream, skip_damaged=True).normalized().train.normalization for stream in (True, False)]
+        assert found[0] == found[1]
+
+
+def test_a_set_of_one_image_that_cannot_be_read(damaged: Path) -> None:
+    with pytest.raises(DataError, match=r"1 images one after the other cannot be read: .*brick/00\.png: not an image"):
+        fed(streamed(damaged, skip_damaged=True).limited(1), [torch.tensor([0])])
 
 
 def test_what_does_not_fit_is_streamed_and_it_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +210,6 @@ def run(folder: Path, out: Path, workers: int, stream: bool = True, listener: An
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(stop_at: int, folder: Path, tmp_path: Path) -> None:
     """In the middle of an epoch too, and with another number of workers."""
-    from alexnet_triton.training.checkpoint import read_checkpoint
-
     whole = run(folder, tmp_path / "whole", 2)
     calls = iter(range(1, 1000))
     with pytest.raises(Stopped):
@@ -287,8 +295,6 @@ def test_the_list_of_damaged_images(damaged: Path, tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that hangs: what asks to stop is heard while a step waits for its images, and no process stays."""
-    from alexnet_triton.data import image_workers
-
     monkeypatch.setattr(image_workers, "read_into", lambda *_: time.sleep(60))
     data = load(folder, workers=2)
     begin = time.monotonic()
@@ -302,8 +308,6 @@ def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alexnet_triton.data.sources import Files
-
     waits: list[tuple[float, float]] = []
     read = Files.read
 
@@ -321,8 +325,6 @@ def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: p
 
 def test_what_an_epoch_came_to_is_saved_when_an_image_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     """And it goes on from there to the bits of a run that was never disturbed, once the image is whole again."""
-    from alexnet_triton.training.checkpoint import read_checkpoint
-
     whole = run(folder, tmp_path / "whole", 2)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
