@@ -27,3 +27,10 @@ def run_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """What ``alexnet-triton ARGUMENTS`` prints, which must not fail."""
+    result = run_here(*arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

@@ -17,13 +17,14 @@ from alexnet_triton.training.networks import load_checkpoint
 from alexnet_triton.training.recipe import LEARNING_RATES, RECIPES
 
 from ...made_images import make
-from ..command import run_here
+from ..command import run, run_here
 from ..training.test_resume import contents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 ON_PYTORCH = ("--workers", "0", "--device", "cpu", "--backend", "torch")
+OF_SAMPLE = ("--model", "lenet", "--data", "sample", "--limit", "8", "--epochs", "1", *ON_PYTORCH)
 CLASSES = 12
 EPOCHS = ("--lr", "0.2", "--batch-size", "8", "--schedule", "constant")
 
@@ -31,12 +32,6 @@ EPOCHS = ("--lr", "0.2", "--batch-size", "8", "--schedule", "constant")
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
-
-
-def run(*arguments: str, cwd: Path) -> str:
-    result = run_here(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def train(*options: str, cwd: Path) -> str:
@@ -98,21 +93,7 @@ def test_an_epochs_line_says_it_of_many_classes(folder: Path) -> None:
     printed = train(*EPOCHS, "--epochs", "1", "--crop", "none", "--out", "none", cwd=folder)
     (metrics,) = read_checkpoint(folder / "none" / "checkpoint.pt").metrics
     assert f"test acc {metrics['test_acc']:.4f}  top-5 {metrics['test_top5']:.4f}  test loss " in printed
-    few = run(
-        "train",
-        "--model",
-        "lenet",
-        "--data",
-        "sample",
-        "--limit",
-        "8",
-        "--epochs",
-        "1",
-        *ON_PYTORCH,
-        "--out",
-        "few",
-        cwd=folder,
-    )
+    few = run("train", *OF_SAMPLE, "--out", "few", cwd=folder)
     assert "top-5" not in few
     assert "test_top5" not in json.loads((folder / "few" / "metrics.jsonl").read_text())
 
@@ -153,21 +134,7 @@ def test_fashion_mnist_has_no_patches(crop: tuple[str, ...], tmp_path: Path) -> 
 
 
 def test_ten_crops_need_larger_images(folder: Path, tmp_path: Path) -> None:
-    run(
-        "train",
-        "--model",
-        "lenet",
-        "--data",
-        "sample",
-        "--limit",
-        "8",
-        "--epochs",
-        "1",
-        *ON_PYTORCH,
-        "--out",
-        "run",
-        cwd=tmp_path,
-    )
+    run("train", *OF_SAMPLE, "--out", "run", cwd=tmp_path)
     refused = run_here("evaluate", "run", "--ten-crop", *ON_PYTORCH, cwd=tmp_path)
     assert refused.returncode == 1
     assert "--ten-crop cuts 28 x 28 from larger images, these are 28 x 28" in refused.stderr

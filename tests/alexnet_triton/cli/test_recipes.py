@@ -12,7 +12,7 @@ import torch
 from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
 from alexnet_triton.training.recipe import LEARNING_RATES, RECIPES
 
-from ..command import run_here
+from ..command import run, run_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,12 +23,6 @@ TRAIN = ("train", "--model", "lenet", *SHORT)
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
-
-
-def run(*arguments: str, cwd: Path) -> str:
-    result = run_here(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def kept(folder: Path) -> dict[str, Any]:

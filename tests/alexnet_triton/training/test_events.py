@@ -14,7 +14,7 @@ from alexnet_triton.training.checkpoint import read_checkpoint, save_checkpoint
 from alexnet_triton.training.events import EVENTS, EpochEvents
 from alexnet_triton.training.metrics import EpochMetrics
 
-from ..command import run_here
+from ..command import run, run_here
 from .test_checkpoint import file_size_limit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,12 +26,6 @@ TRAIN = ("train", "--model", "lenet", *SHORT)
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
-
-
-def run(*arguments: str, cwd: Path) -> str:
-    result = run_here(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture
