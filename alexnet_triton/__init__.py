@@ -16,7 +16,7 @@ from .fused import CellImages, FusedSequential, first_layer_cells, fuse, unfuse
 from .models import AlexNet, reference_alexnet, reference_lenet
 from .precompile import precompile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlexNet",

@@ -252,13 +252,24 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return False
 
 
+@functools.cache
+def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
+    """torchvision's JPEG decoder, which 0.29 announces to remove; None where it is gone: Pillow decodes the same pixels."""
+    try:
+        from torchvision.io import decode_jpeg
+    except ImportError:
+        return None
+    return decode_jpeg
+
+
 def _plain_jpeg(file: BinaryIO) -> Tensor | None:
     """The pixels of a JPEG as most are, uint8 (3, H, W), the same as Pillow's; None: it is no such file, or is damaged.
 
     torchvision decodes by the same library, and has no copy to make: benchmarks/NOTES.md, "Streams". Of damage that leaves an
     image this library writes a line to stderr.
     """
-    if file.read(3) != b"\xff\xd8\xff":
+    decoder = _jpeg_decoder()
+    if file.read(3) != b"\xff\xd8\xff" or decoder is None:
         file.seek(0)
         return None
     file.seek(0)
@@ -266,11 +277,9 @@ def _plain_jpeg(file: BinaryIO) -> Tensor | None:
     file.seek(0)
     try:
         if _is_plain_jpeg(data):
-            from torchvision.io import decode_jpeg
-
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # bytes that a tensor may not write, and that TorchCodec will do this one day
-                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
+                return decoder(torch.frombuffer(data, dtype=torch.uint8))
     except (IndexError, RuntimeError):
         pass  # Pillow says what is wrong
     return None

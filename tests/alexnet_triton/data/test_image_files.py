@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision.io
 from PIL import Image
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
@@ -170,6 +171,19 @@ def test_other_jpegs_are_pillows(data: bytes) -> None:
     file = io.BytesIO(data)
     assert image_files._plain_jpeg(file) is None
     assert file.tell() == 0
+
+
+def test_a_torchvision_without_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes what torchvision did, to the same pixels: torchvision 0.29 announces to remove its decoders."""
+    (tmp_path / "a.jpg").write_bytes(_jpeg())
+    expected = read_image(tmp_path / "a.jpg", 3, 28)
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    image_files._jpeg_decoder.cache_clear()
+    try:
+        assert image_files._plain_jpeg(io.BytesIO(_jpeg())) is None
+        assert torch.equal(read_image(tmp_path / "a.jpg", 3, 28), expected)
+    finally:
+        image_files._jpeg_decoder.cache_clear()
 
 
 def test_a_large_jpeg_is_pillows_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
