@@ -1,4 +1,4 @@
-"""Importing needs few packages, has no side effects, and names a foreign package ``kernels``. Calls that no code may contain."""
+"""Importing needs few packages, has no side effects and reports a foreign package ``kernels``. Calls that no code may make."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def outputs(net: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def assert_same(name: str, ours: Tensor, theirs: Tensor, floor: float = 0.0) -> None:
-    """Assert equal shapes, dtypes and strides, and an error in norm within ``OWN`` of the norm of ``theirs``, plus ``floor``."""
+    """Assert equal shape, dtype and strides, and an error in norm of at most ``OWN`` times that of ``theirs`` + ``floor``."""
     assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride()), name
     error, allowed = (ours.double() - theirs.double()).norm().item(), OWN * theirs.double().norm().item() + floor
     assert error <= allowed, f"{name}: error {error:.3e} in norm, allowed {allowed:.3e}"
