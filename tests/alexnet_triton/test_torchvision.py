@@ -66,7 +66,7 @@ def _gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_training(pair: Pair) -> None:
-    """With dropout, against the fused network on PyTorch's operations; without dropout, against torchvision's network."""
+    """Gradients with dropout equal those on PyTorch's operations; gradients without dropout equal torchvision's network's."""
     net, fused, x, _ = pair
     net.train()
     fused.train()

@@ -49,7 +49,7 @@ def test_it_shows_images_loss_speed_and_the_time_left(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["no terminal", "quiet"])
 def test_nothing_is_shown_and_no_loss_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = console(kind == "quiet", [0.0])
-    silent.quiet = kind == "quiet"  # as in all processes but the leader
+    silent.quiet = kind == "quiet"  # the console is quiet in all processes but the leader
     monkeypatch.setattr("alexnet_triton.cli.screen.console", silent)
     bar = Bar(600, epochs=3)
     with bar.progress:

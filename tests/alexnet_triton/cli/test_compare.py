@@ -70,7 +70,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
         "training loss": [f"{m['loss']:.4f}" for m in measured],
         "train accuracy": [f"{m['train_acc']:.4f}" for m in measured],
         "test accuracy": [f"{m['test_acc']:.4f}" for m in measured],
-        "images/s": [f"{m['images_per_s']:,.1f}" for m in measured],  # of one epoch, so that the mean equals it
+        "images/s": [f"{m['images_per_s']:,.1f}" for m in measured],  # the mean over one epoch
     }
     written = json.loads((out / "comparison.json").read_text())
     assert list(written["models"]) == ["lenet", "alexnet"]

@@ -1,4 +1,4 @@
-"""After SIGTERM, SIGHUP or Ctrl-C the step is finished, saved, and the command to resume printed; a second signal kills."""
+"""On SIGTERM, SIGHUP or Ctrl-C a run finishes its step, saves and prints how to resume; a second signal ends it at once."""
 
 from __future__ import annotations
 
