@@ -582,7 +582,7 @@ def test_a_captured_step_follows_learning_rate_and_loaded_weights() -> None:
     assert torch.equal(param, torch.full_like(param, 1.875))
 
 
-#: Compiles AlexNet's optimizer step for sm_90; prints per launch: tensors, grid, BLOCK, warps, 16-byte loads and stores, spills.
+#: Compiles AlexNet's optimizer step for sm_90; prints per launch tensors, grid, BLOCK, warps, 16-byte loads and stores, spills.
 COMPILE = """
 import json, re, torch
 from benchmarks.offline import _resource_usage, offline_target
