@@ -1,4 +1,4 @@
-"""A layer runs fused only if it is what it seems: whoever changes what it computes, on whatever way, is obeyed."""
+"""A layer runs fused only if it computes what its class computes: any change (patch, hook, subclass, ...) takes effect."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def images() -> Tensor:
 
 
 class Counted(Tensor):
-    """A subclass that computes something else: twice of everything that a layer does."""
+    """A tensor subclass that doubles the results of all layers' functions."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +94,7 @@ def function(name: str) -> Callable[[Any], None]:
 
 
 class Doubled(nn.Module):
-    """A parametrization."""
+    """A parametrization that doubles the weight."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
@@ -107,7 +107,7 @@ def parametrized(net: Any) -> None:
 
 
 def hooked_weights(net: Any) -> None:
-    """The older way of weight_norm, and pruning: the weight is an attribute that a hook computes."""
+    """The old ``weight_norm`` and pruning: a hook computes the weight, which is a plain attribute."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.nn.utils.weight_norm(net[3])
@@ -115,7 +115,7 @@ def hooked_weights(net: Any) -> None:
 
 
 def weights_that_are_attributes(net: Any) -> None:
-    """As some libraries put a view of one flat tensor there."""
+    """Weights as plain tensor attributes, as in libraries that put views of one flat tensor there."""
     for i in (0, 7):
         weight = net[i].weight.detach() * 2
         del net[i].weight
@@ -128,7 +128,7 @@ def subclass_weights(net: Any) -> None:
 
 
 def int8_weights(net: Any) -> None:
-    """torchao's, which replace the weights of linear layers."""
+    """torchao replaces the weights of linear layers by int8 tensor subclasses."""
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
 
@@ -137,7 +137,7 @@ def circular_padding(net: Any) -> None:
     net[3].padding_mode = "circular"
 
 
-#: The monkeypatch of the running test: what is changed for all layers is put back after it.
+#: The monkeypatch of the running test, which undoes changes of classes and functions after the test.
 _patches: pytest.MonkeyPatch
 
 
@@ -173,7 +173,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-#: Changes of all layers at once.
+#: Changes that affect all layers in the process.
 EVERYWHERE = [name for name in CHANGES if "." in name and "instance" not in name]
 
 
@@ -218,7 +218,7 @@ def test_explain_says_why() -> None:
 
 
 class Quantizable(nn.Module):
-    """As eager static quantization wants a network: between a QuantStub and a DeQuantStub."""
+    """A network between a QuantStub and a DeQuantStub, as eager static quantization requires."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_eager_static_quantization(when: str) -> None:
         torch.ao.quantization.convert(net, inplace=True)
         if net is fused and when == "after":
             fuse(net)
-    # By steps of the quantized output: what is fused while it is observed rounds otherwise.
+    # In steps of the quantized output: layers that are fused while they are observed round differently.
     assert (fused(x) - plain(x)).abs().max() <= 2 * plain.net[10].scale
 
 
@@ -263,7 +263,7 @@ def test_eager_static_quantization(when: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", NETS)
 def test_fx_quantization_quantizes(form: str) -> None:
-    """And does not silently stay float."""
+    """FX quantization of a fused network gives quantized modules; the network does not silently stay in float."""
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -304,7 +304,7 @@ def test_integers_and_other_dtypes() -> None:
 
 
 @own_devices
-@pytest.mark.skipif(DEVICE != "cpu", reason="one process of gloo")
+@pytest.mark.skipif(DEVICE != "cpu", reason="gloo's process group is on the CPU")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("form", NETS)
 def test_dtensors(form: str, when: str, tmp_path: Any) -> None:

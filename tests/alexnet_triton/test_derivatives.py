@@ -1,6 +1,6 @@
-"""Derivatives beyond the first, and forward mode, of a network: each use held to the same one of PyTorch's layers.
+"""Higher derivatives and forward-mode derivatives of a network, compared with the same use of PyTorch's operations.
 
-In training mode, with the same random numbers: those that PyTorch's operations draw under ``kernels.use_backend("torch")``.
+The reference is the same network in training mode under ``kernels.use_backend("torch")``, with the same random numbers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from alexnet_triton import FusedSequential
 from ..conftest import DEVICE
 from .test_fused import images, small_layers
 
-#: What runs here in a kernel, other tests run in it too.
+#: The kernels launched here are also launched by other tests, which do run under ttsem.
 pytestmark = pytest.mark.slow_under_ttsem
 
-#: float64 kernels only run in the interpreter. There, two orders of a sum; on a GPU, what float32 leaves of third derivatives.
+#: float64 kernels run in the interpreter only; 1e-10 allows for the order of sums. On a GPU, float32 leaves 1e-3 of third
+#: derivatives.
 DTYPE, TOLERANCE = (torch.float64, 1e-10) if DEVICE == "cpu" else (torch.float32, 1e-3)
 
 Parameters = dict[str, Tensor]
@@ -31,7 +32,7 @@ Use = Callable[[nn.Module, Tensor], Any]
 
 
 def parameters(net: nn.Module) -> list[Tensor]:
-    """Those that learn."""
+    """The parameters that require a gradient."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
@@ -83,7 +84,7 @@ def meta_learning(net: nn.Module, x: Tensor) -> Any:
 
 
 def weights_made_of_the_input(net: nn.Module, x: Tensor) -> Any:
-    """A tensor of a sequence that another one was made of, and one that is there twice."""
+    """One bias is computed from the input, and the same tensor is the bias of two layers."""
     given = detached(net)
     bias = given["3.bias"] + x.mean()
     (grad,) = torch.autograd.grad(loss(call(net, {**given, "3.bias": bias, "5.bias": bias}, x)), x, create_graph=True)
@@ -179,7 +180,7 @@ def functional_jvp(net: nn.Module, x: Tensor) -> Any:
 
 
 def functional_hessian_at_once(net: nn.Module, x: Tensor) -> Any:
-    """A vmap over the backward passes of one graph."""
+    """``vectorize=True``: a vmap over the backward passes of one graph."""
     of = loss_of_bias(net, x.detach(), "5.bias")
     return torch.autograd.functional.hessian(of, net[5].bias.detach(), vectorize=True)
 
@@ -204,12 +205,12 @@ def a_dual_first_weight(net: nn.Module, x: Tensor) -> Any:
 
 
 def a_dual_last_weight(net: nn.Module, x: Tensor) -> Any:
-    """Whatever comes before runs the kernels, and takes a gradient with a tangent."""
+    """The layers before the last run on kernels and receive a gradient with a tangent."""
     return dual_weight(net, x, "14.weight")
 
 
 def a_dual_gradient(net: nn.Module, x: Tensor) -> Any:
-    """Of a graph that was made before."""
+    """A dual output gradient, given to a graph that was recorded before the dual level."""
     y = net(x)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones_like(y), y.detach().cos())
@@ -218,7 +219,7 @@ def a_dual_gradient(net: nn.Module, x: Tensor) -> Any:
 
 
 def exported(net: nn.Module, x: Tensor) -> Any:
-    """Its graph holds operators: their registered gradients."""
+    """An exported graph holds operators, so this tests the operators' registered gradients."""
     module = torch.export.export(net, (x.detach(),)).module()
     return gradient_penalty(module, x)
 
@@ -274,7 +275,7 @@ def test_as_the_layers(use: Use) -> None:
 
 
 def test_as_a_plain_sequential() -> None:
-    """Without dropout, whose random numbers are PyTorch's own there."""
+    """Against nn.Sequential, in eval mode: its dropout would draw other random numbers."""
     layers = small_layers()
     plain, fused = (kind(*layers).to(DEVICE, DTYPE).eval() for kind in (nn.Sequential, FusedSequential))
     x = images(3).to(DTYPE).requires_grad_()
@@ -284,7 +285,7 @@ def test_as_a_plain_sequential() -> None:
 
 
 def test_the_gradients_are_those_of_the_kernels() -> None:
-    """To the bit, whether they are to be differentiated or not."""
+    """First gradients are bit-identical with and without ``create_graph``."""
     net = FusedSequential(*small_layers()).to(DEVICE)
     x = images().requires_grad_()
     found = []
@@ -298,7 +299,7 @@ def test_the_gradients_are_those_of_the_kernels() -> None:
 
 
 def test_a_bias_may_change_before_its_gradient_is_asked_for() -> None:
-    """Nothing depends on its value, so PyTorch's layers let it."""
+    """No gradient depends on a bias's value, so PyTorch's layers allow the change."""
     net = FusedSequential(*small_layers()).to(DEVICE).eval()
     x = images()
     y = loss(net(x))

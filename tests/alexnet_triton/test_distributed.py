@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 over a fused network: two processes, half a batch each, train as one on the whole batch."""
+"""DistributedDataParallel and FSDP2 over a fused network: two processes with half a batch each train as one with all of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.timeout(270)
 @pytest.mark.parametrize("name", ["ddp_worker.py", "fsdp_worker.py"])
 def test_two_processes_have_what_one_has_of_the_whole_batch(name: str, tmp_path: Path) -> None:
-    """By DistributedDataParallel its gradients, and on cells those of the images bit for bit; by FSDP2 its weights."""
+    """DistributedDataParallel: equal gradients, bit-identical for cells and images. FSDP2: equal weights."""
     worker = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""What people do with a network of these layers: each use once, held to the same use of the layers by themselves."""
+"""Common uses of an nn.Sequential (compile, export, transforms, autocast): FusedSequential gives the plain layers' results."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ KERNELS_OF_A_FORWARD_PASS = [
 
 @pytest.fixture
 def net() -> FusedSequential:
-    """Every kind of run, with dropout; in training mode."""
+    """A FusedSequential with every kind of fused run, with dropout, in training mode."""
     return FusedSequential(*small_layers()).to(DEVICE)
 
 
 def gradients(net: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-    """Of a loss, for every parameter, with the random numbers of seed 3; ``forward`` in place of the network itself."""
+    """Gradients of a loss by every parameter of ``net``, from seed 3; ``forward`` is called in place of ``net`` if given."""
     torch.manual_seed(3)
     return list(torch.autograd.grad((forward or net)(x).square().sum(), list(net.parameters())))
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Bit for bit."""
+    """Assert that two lists of tensors are bit-identical."""
     for got, wanted in zip(ours, theirs, strict=True):
         assert torch.equal(got, wanted)
 
@@ -56,7 +56,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_of_forward_and_backward_as_one_graph(net: FusedSequential, dynamic: bool, launches: list[str]) -> None:
-    """By TorchInductor, which checks the strides that the fake implementations promise; one graph for any batch."""
+    """TorchInductor checks the strides that the fake implementations promise; with ``dynamic``, one graph serves any batch."""
     torch._dynamo.reset()
     net[10].p = net[13].p = 0.0
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
@@ -123,7 +123,7 @@ def test_export_for_any_batch_and_image_size(net: FusedSequential) -> None:
 
 
 def test_an_exported_network_trains(net: FusedSequential) -> None:
-    """Its graph holds operators, not autograd Functions: their registered gradients are the same kernels."""
+    """The exported graph holds operators, not autograd Functions; the operators' registered gradients run the same kernels."""
     x = images()
     module = torch.export.export(net, (x,)).module()
     torch.manual_seed(3)
@@ -191,7 +191,7 @@ def test_tensor_subclasses_and_modes_see_the_operations() -> None:
     seen = []
 
     class Mode(torch.overrides.TorchFunctionMode):
-        """Notes every function."""
+        """Records every function called."""
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(func)
@@ -234,13 +234,13 @@ def test_func_grad_and_the_gradient_of_each_sample(net: FusedSequential) -> None
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors(device: str, launches: list[str]) -> None:
-    """Shapes, strides and gradients of a step on a GPU that need not be there; nothing is launched."""
+    """Fake tensors have a step's shapes, strides and gradients, also on an absent GPU; no kernel is launched."""
     if device != DEVICE and device == "cpu":
         pytest.skip("fake CPU tensors run the reference where kernels run on CUDA")
     with FakeTensorMode(), torch.device(device):
         net = FusedSequential(*small_layers())
         y = net(torch.randn(4, 3, 18, 18))
-        if device == DEVICE:  # PyTorch's autograd engine asks for the device itself
+        if device == DEVICE:  # PyTorch's autograd engine needs the real device
             y.sum().backward()
         assert net[:1](torch.randn(4, 3, 18, 18)).is_contiguous()
     assert (y.shape, y.device.type) == ((4, 5), device)
@@ -249,7 +249,7 @@ def test_fake_tensors(device: str, launches: list[str]) -> None:
 
 
 def test_torchscript(net: FusedSequential) -> None:
-    """A trace records PyTorch's own layers; a script is refused in one line."""
+    """torch.jit.trace records PyTorch's own layers; torch.jit.script is refused with a one-line error."""
     net.eval()
     x = images()
     traced = torch.jit.trace(net, x)
@@ -261,7 +261,7 @@ def test_torchscript(net: FusedSequential) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
-    """``add_graph`` traces the network; of the layers it shows PyTorch's own."""
+    """``add_graph`` traces the network and shows PyTorch's own layers."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(tmp_path) as writer:
@@ -271,7 +271,7 @@ def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
 
 
 def test_flops_are_counted_as_pytorchs() -> None:
-    """But for groups, whose weight gradient PyTorch counts as if there were none."""
+    """Only a grouped convolution differs: PyTorch counts its weight gradient as if it were not grouped."""
     x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 6, 9, 9), (4, 3, 3, 3)))
     rows, matrix = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((5, 7), (3, 7)))
 
@@ -311,7 +311,7 @@ def test_checkpoint_sequential(net: FusedSequential) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_is_that_of_the_layers(dtype: torch.dtype) -> None:
-    """Dtypes inside, nested, in a disabled region, and of gradients; a float64 tensor is left alone."""
+    """Same dtypes of outputs and gradients in a region, a nested one and a disabled one; a float64 tensor is not cast."""
     layers = small_layers(dropout=0.0)
     plain, fused = nn.Sequential(*layers).to(DEVICE), FusedSequential(*layers).to(DEVICE)
     other = torch.bfloat16 if dtype == torch.float16 else torch.float16
@@ -320,12 +320,12 @@ def test_autocast_is_that_of_the_layers(dtype: torch.dtype) -> None:
     for net in (plain, fused):
         with torch.autocast(DEVICE, dtype):
             y = net(x)
-            # Without the cache: from it, PyTorch's layers would take weights in the outer region's dtype and fail.
+            # cache_enabled=False: PyTorch's layers would take cached weights in the outer region's dtype and fail.
             with torch.autocast(DEVICE, other, cache_enabled=False):
                 nested = net[:2](x)
             with torch.autocast(DEVICE, enabled=False):
                 off = net(x)
-            # A first layer that is no convolution or linear hands its input's dtype on.
+            # A pooling layer does not cast: its output has the dtype of its input.
             pooled = (kernels.max_pool2d if net is fused else F.max_pool2d)(x, 2)
         grads = torch.autograd.grad(y.float().square().sum(), list(net.parameters()))
         found.append(([t.dtype for t in (y, nested, off, pooled, *grads)], y, off))
@@ -371,13 +371,13 @@ def test_gradients_accumulate(net: FusedSequential) -> None:
 
 
 def test_frozen_layers_launch_nothing_for_themselves(net: FusedSequential, launches: list[str]) -> None:
-    """Features frozen, as in fine-tuning: the backward pass stops at the first layer that learns."""
+    """With frozen features, as in fine-tuning, the backward pass stops at the first layer that is trained."""
     net[:8].requires_grad_(False)
     y = net(images())
     launches.clear()
     y.sum().backward()
     assert not [name for name in launches if "conv2d" in name or "pool" in name]
-    assert launches == ["_linear_narrow_backward_kernel"] * 3  # all gradients of a layer
+    assert launches == ["_linear_narrow_backward_kernel"] * 3  # each computes all gradients of a layer
     assert all(p.grad is None for p in net[:8].parameters())
     assert all(p.grad is not None for p in net[8:].parameters())
 
@@ -389,8 +389,8 @@ def test_only_the_bias_learns(net: FusedSequential, launches: list[str]) -> None
     launches.clear()
     y.sum().backward()
     assert "_conv2d_wgrad_kernel" not in launches
-    assert launches.count("_conv2d_dgrad_kernel") == 2  # of the two later convolutions
-    assert launches.count("_linear_narrow_backward_kernel") == 3  # input gradients alone
+    assert launches.count("_conv2d_dgrad_kernel") == 2  # the input gradients of the two later convolutions
+    assert launches.count("_linear_narrow_backward_kernel") == 3  # input gradients only
 
 
 def test_nothing_is_saved_without_gradients(net: FusedSequential) -> None:
@@ -438,7 +438,7 @@ def test_whole_networks_are_saved_averaged_and_cast(net: FusedSequential) -> Non
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_an_optimizer_made_before_or_after_fuse(before: bool) -> None:
-    """The d2l recipe unchanged: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, the loop that prints shapes."""
+    """The d2l recipe runs unchanged: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, the loop that prints shapes."""
     plain = nn.Sequential(*small_layers(dropout=0.0)).to(DEVICE)
 
     def init_weights(m: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The assembled AlexNet at 224 x 224 against the nn.Sequential."""
+"""AlexNet at 224 x 224 against the reference nn.Sequential."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_lenet_is_d2ls() -> None:
 
 @dataclasses.dataclass
 class Step:
-    """What one training step of a network gives, and the loss after its update."""
+    """Results of one training step of a network, and the loss after the update (``next_loss``)."""
 
     logits: Tensor
     input_grad: Tensor
@@ -100,7 +100,7 @@ def _step(net: nn.Sequential, x: Tensor, labels: Tensor) -> Step:
 
 @pytest.fixture(scope="module")
 def steps() -> tuple[Step, Step, Step]:
-    """The same step of AlexNet on the kernels, nn.Sequential in float32, nn.Sequential in float64; batch 2, no dropout."""
+    """The same step (batch 2, no dropout) of AlexNet on the kernels and of nn.Sequential in float32 and in float64."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"

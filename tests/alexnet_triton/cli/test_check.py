@@ -1,4 +1,4 @@
-"""``alexnet-triton check``: the kernels beside PyTorch on a trained network, here a small one."""
+"""``alexnet-triton check`` compares the kernels with PyTorch on a trained network, here lenet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHORT = ("--data", "sample", "--limit", "16", "--batch-size", "8", "--epochs", "
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run."""
+    """The folder of a finished run of lenet."""
     out = tmp_path_factory.mktemp("runs") / "run"
     result = run_here("train", "--model", "lenet", *SHORT, "--backend", "torch", "--out", str(out))
     assert result.returncode == 0, result.stderr
@@ -51,7 +51,7 @@ def test_the_kernels_are_within_the_rule(run: Path, launches: list[str]) -> None
 
 @needs_the_interpreter
 def test_a_wrong_gradient_is_named_and_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off by one part in a hundred thousand, where the kernels ran: PyTorch's own error is some in ten million."""
+    """A gradient of the kernels is wrong by one part in 100,000; PyTorch's own error is a few parts in ten million."""
     right, calls = check.results_of, iter(range(3))
 
     def wrong(*arguments: object) -> dict[str, torch.Tensor]:
@@ -66,9 +66,9 @@ def test_a_wrong_gradient_is_named_and_an_error(run: Path, monkeypatch: pytest.M
     assert result.stderr.splitlines()[-1].endswith("more than twice PyTorch's: 7.weight")
 
 
-@pytest.mark.skipif("ttsem" in sys.modules, reason="a process that would not run under it")
+@pytest.mark.skipif("ttsem" in sys.modules, reason="the process started here would not run under ttsem")
 def test_without_the_interpreter_it_starts_itself_anew_in_it(run: Path, tmp_path: Path) -> None:
-    """At the end of a training, as ``make train`` does it."""
+    """The check runs at the end of a training, as in ``make train``."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "alexnet_triton", "train", "--model", "lenet", *SHORT, "--check", "--out", "run"]

@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's ``datasets`` has saved: the images of a folder, read from one; each fault made to happen."""
+"""Data sets saved by Hugging Face's ``datasets``: a folder's images, read from a saved data set; all errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = sorted(COLOURS)
 
 
 def of_folder(folder: Path) -> datasets.Dataset:
-    """The images of a folder of classes, in the order of the sorted paths."""
+    """A data set of the images of a folder of classes, in the order of their sorted paths."""
     paths = sorted(folder.glob("*/*"))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     columns = {"image": list(map(str, paths)), "label": [path.parent.name for path in paths]}

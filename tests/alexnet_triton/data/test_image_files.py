@@ -1,4 +1,4 @@
-"""Image files as cameras and programs write them: orientation, narrow and deep images, what is an image at all."""
+"""Image files as cameras and programs write them: orientation, JPEGs, narrow and deep images, names of image files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SQUARE = PIXELS[:, :, 10:50]
 
 
 def _turned(square: torch.Tensor, orientation: int) -> torch.Tensor:
-    """What EXIF's orientation stands for; the others stand for nothing."""
+    """``square`` in EXIF's ``orientation`` 2 to 8; other values change nothing."""
     return {
         2: square.flip(2),
         3: square.rot90(2, (1, 2)),
@@ -42,13 +42,13 @@ def _turned(square: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _exif(kind: int, value: bytes, count: int = 1, more: bytes = b"", entries: int = 1) -> bytes:
-    """EXIF of an orientation of this TIFF type, and more tags of 12 bytes each; the tags' values behind them."""
+    """EXIF data with an orientation of TIFF type ``kind``; ``more`` holds further tags of 12 bytes each."""
     tag = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", entries) + tag + more + bytes(4)
 
 
 def _negative_latitude(orientation: int) -> bytes:
-    """A GPS latitude of -1/1 as a signed fraction, which Pillow reads, and refuses to write as the unsigned one of its tag."""
+    """EXIF with a GPS latitude of -1/1, a signed fraction: Pillow reads it, but cannot write it as an unsigned fraction."""
     gps = struct.pack("<HHII", 0x8825, 4, 1, 38) + bytes(4)
     entry = struct.pack("<HHHII", 1, 2, 10, 1, 56) + bytes(4) + struct.pack("<ii", -1, 1)
     return _exif(3, struct.pack("<H", orientation), more=gps[:12], entries=2) + entry
@@ -71,7 +71,7 @@ def test_all_orientations(orientation: int, suffix: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_tiff_whose_bytes_are_its_pixels(orientation: int, mode: str, tmp_path: Path) -> None:
-    """Pillow, given its path, maps it into memory, and takes its rows for columns."""
+    """If Pillow gets the file's path, it maps the file into memory and confuses its rows with columns."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = PICTURE.convert(mode)
@@ -194,7 +194,7 @@ def test_a_large_jpeg_is_pillows_to_refuse(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_damaged_jpegs_are_as_pillow_has_them() -> None:
-    """Bytes changed, cut off, put in: what torchvision decodes, Pillow decodes to the same."""
+    """Bytes are changed or cut off: if torchvision decodes the file, Pillow decodes it to the same pixels."""
     random = Random(0)
     seen = 0
     for _ in range(400):
@@ -215,7 +215,7 @@ def test_damaged_jpegs_are_as_pillow_has_them() -> None:
 
 
 def _narrow(path: Path, long: int, short: int, upright: bool) -> np.ndarray:
-    """A colour that goes from black to white along the longer side."""
+    """Save an image with a ramp from black to white along the longer side; returns its pixels."""
     ramp = np.linspace(0, 255, long).astype(np.uint8)
     pixels = np.repeat(np.repeat(ramp[None, :, None], short, 0), 3, 2)
     pixels = pixels.transpose(1, 0, 2) if upright else pixels
@@ -249,7 +249,7 @@ def test_a_narrow_image_costs_no_more_than_its_middle(
 def test_a_cut_image_is_what_the_whole_one_would_be(
     shape: tuple[int, int], upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for half a pixel of the output, which the ends of a long side decide."""
+    """A narrow image that is cut before resizing has the pixels of the uncut one, within one grey level."""
     _narrow(tmp_path / "a.png", *shape, upright=upright)
     monkeypatch.setattr(image_files, "_MOST_RESIZED", 1 << 40)
     whole = read_image(tmp_path / "a.png", 3, 64)
@@ -285,7 +285,7 @@ def test_memory_that_is_short_is_that_files_error(
 
 
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
-    """A process that may have little more than it has: one line for the large file, the small one is read."""
+    """In a process with a memory limit, the large file gives one line of error and the small file is read."""
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
     PICTURE.save(tmp_path / "small.png")
     script = f"""
@@ -366,7 +366,7 @@ SHALLOW = {
     "ppm_text": b"P3 8 8 255\n" + b"9 " * 192,
     "sgi": _sgi(8, 3),
     "jpeg_2000": _jpeg_2000(8, 3),
-    # Five and six bits a channel.
+    # Five or six bits per channel.
     "bmp_of_16_bits_a_pixel": b"BM"
     + struct.pack("<IIIIiiHHIIiiII", 194, 0, 66, 40, 8, 8, 1, 16, 3, 128, 0, 0, 0, 0)
     + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
@@ -410,7 +410,7 @@ def test_more_than_8_bits_a_channel_are_refused(name: str, tmp_path: Path) -> No
 
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
-    """Of every kind that is read and none that is not, sorted by folder; hidden ones are not there."""
+    """All files whose format is read, and no others, sorted by folder; hidden files are left out."""
     images = [
         "B.JPG",
         "a.avif",

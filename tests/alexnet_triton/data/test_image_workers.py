@@ -1,4 +1,4 @@
-"""Processes that decode: without shared memory, and when one of them dies or stops."""
+"""Worker processes that decode images: without shared memory, and when a worker dies or hangs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAIN = ("train", "--model", "lenet", "--device", "cpu", "--backend", "torch", "
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """70 images of 20 x 20, of which the 41st is damaged."""
+    """70 images, of which the 41st is damaged."""
     write_images(tmp_path, {"a": 70})
     (tmp_path / "a" / "40.png").write_text("?")
     return Files(tmp_path, sorted(f"a/{path.name}" for path in (tmp_path / "a").iterdir()), torch.zeros(70, dtype=torch.int64))
@@ -62,9 +62,9 @@ def _can_mount() -> bool:
 
 @pytest.mark.parametrize("room", ["size=64m", "size=4k", "ro"])
 def test_no_shared_memory_is_needed(room: str, tmp_path: Path) -> None:
-    """200 MB of images through what containers give, through one page, and where nothing can be written."""
+    """200 MB of images are decoded with 64 MB of /dev/shm, as in containers, with one page, and with a read-only one."""
     if not _can_mount():
-        pytest.skip("a file system of one's own may not be mounted here")
+        pytest.skip("mounting a file system is not permitted here")
     folder = write_folder(tmp_path / "a", train=60, tests=1)
     script = f"""
 from alexnet_triton.data.image_folder import load_data
@@ -101,7 +101,7 @@ def test_a_process_that_dies_is_one_line(
     folder = write_folder(tmp_path / "a", train=8, tests=1)
     monkeypatch.setattr(image_workers, "read_into", _end(how))
     result = run_here(*TRAIN, stream, "--data", str(folder), "--out", str(tmp_path / "out"))
-    some = result.stderr.removeprefix("alexnet-triton: ").split(": the process")[0]  # of whichever ended first
+    some = result.stderr.removeprefix("alexnet-triton: ").split(": the process")[0]  # the chunk of the worker that ended first
     assert some.count(str(folder / "train")) == 2
     message = f"{some}: the process that decodes them {said}: take fewer with --workers N, or none with --workers 0"
     if stream == "--stream":
@@ -130,7 +130,7 @@ def test_a_process_that_sends_nothing_is_given_up(files: Files, monkeypatch: pyt
 
 
 def test_a_slow_disk_is_waited_for(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each chunk takes longer than a glance, none as long as the patience."""
+    """Every chunk takes long (0.7 s), but none takes as long as ``PATIENCE``."""
     monkeypatch.setattr(image_workers, "PATIENCE", 2.0)
     read_into = image_workers.read_into
     monkeypatch.setattr(image_workers, "read_into", lambda *given: (time.sleep(0.7), read_into(*given))[1])
@@ -165,7 +165,7 @@ def test_memory_that_there_is_not(files: Files) -> None:
 
 
 def test_processes_end_with_the_one_that_forked_them(files: Files, tmp_path: Path) -> None:
-    """However it ends: SIGKILL lets it say nothing."""
+    """Workers end even if their parent is killed by SIGKILL, which it cannot announce."""
     script = f"""
 import os, signal
 from alexnet_triton.data.image_workers import Decoders

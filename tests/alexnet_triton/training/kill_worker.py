@@ -1,6 +1,6 @@
-"""What a process of test_kills runs: ``alexnet-triton train``, killed at random moments and resumed until it ends by itself.
+"""Run by test_kills: ``alexnet-triton train`` is killed at random moments and resumed until it ends by itself.
 
-Children are forked from a process that has imported torch: each begins at once.
+The children are forked from a process that has imported torch, so that each starts at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPTIONS = (
 
 
 def start(*arguments: str) -> tuple[int, TextIO]:
-    """A child that runs the command: its number, and what it prints."""
+    """Start a child that runs the command; returns its process id and its output (stdout and stderr)."""
     hear, tell = os.pipe()
     child = os.fork()
     if child:
         os.close(tell)
         return child, os.fdopen(hear)
-    code = 70  # of a traceback
+    code = 70  # the exit code after an unhandled error
     try:
         os.dup2(tell, 1)
         os.dup2(tell, 2)
@@ -49,31 +49,31 @@ def start(*arguments: str) -> tuple[int, TextIO]:
 
 
 def read_until_it_trains(lines: TextIO) -> None:
-    """Up to the line that is printed just before."""
+    """Read the output up to the line ``data ...``, which is printed just before training begins."""
     for line in lines:
         if line.startswith("data "):
             return
-    raise AssertionError("it ended before it trained")
+    raise AssertionError("the process ended before training began")
 
 
 def end_of(child: int, lines: TextIO) -> None:
-    """Wait until it ends by itself."""
+    """Wait until the child ends by itself, which must be with exit code 0."""
     output = lines.read()
     _, status = os.waitpid(child, 0)
     assert status == 0, output
 
 
 def position(out: Path) -> tuple[int, bool, int]:
-    """How far the run in ``out`` has come, by its last checkpoint, which is whole."""
+    """Progress of the run in ``out`` by its last checkpoint, which must be readable; see ``checkpoint.position``."""
     files = [path for path in (out / LAST, out / BEST) if path.exists()]
     return checkpoint.position(read_checkpoint(files[0])) if files else (0, False, 0)
 
 
 def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
-    """Kill it up to ``seconds`` after none to two lines of its epochs, until it ends before that, or ``most`` times.
+    """Kill the run up to ``seconds`` after 0 to 2 lines of output, until it ends before a kill, or ``most`` times.
 
     Returns:
-        How many kills there were; how many found it in its training, with a checkpoint.
+        Number of kills; number of kills during training after which there was a checkpoint.
     """
     kills, while_training, before = 0, 0, (0, False, 0)
     while True:
@@ -88,11 +88,11 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
                 lines.readline()
             time.sleep(random.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:  # it was faster
+            if os.waitpid(child, 0)[1] == 0:  # the run ended before the kill
                 return kills, while_training
         kills += 1
         now = position(out)
-        assert now >= before  # no kill takes away what was saved
+        assert now >= before  # a kill never loses saved progress
         before = now
         while_training += 0 < now[0] < EPOCHS
 
@@ -100,7 +100,7 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     random.seed(0)
-    run_of_a_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
+    run_of_a_command.measure_speed = lambda *_: 1.0  # measuring would take as long as an epoch
     place = Path(sys.argv[1])
     process, printed = start("train", *OPTIONS, "--out", str(place / "whole"))
     with printed:

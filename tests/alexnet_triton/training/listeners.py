@@ -1,4 +1,4 @@
-"""Listeners of the tests' runs."""
+"""Listeners for training runs in tests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from alexnet_triton.training.listener import Listener
 
 
 class Asked(Listener):
-    """Asks to stop when ``stop`` says so."""
+    """Asks the run to stop when ``stop()`` is true."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self.stop = stop  # type: ignore[method-assign]
 
 
 class Watching(Listener):
-    """Keeps, or hands on, what it is told of each batch: images so far, their loss, their speed."""
+    """Calls ``batch(images so far, their loss, images/s)`` for each batch."""
 
     wants_batches = True
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, refused if they are not ours."""
+"""Checkpoints: written atomically; damaged, foreign and hostile files are refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """As on a disk that fills up while a file is written: what goes beyond ``limit`` bytes is an error."""
+    """Simulate a disk that fills up during a write: writing beyond ``limit`` bytes of a file is an error."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -157,7 +157,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_changed_byte_is_noticed_or_means_nothing(tmp_path: Path) -> None:
-    """torch.load alone would return other weights: it does not look at the archive's checksums."""
+    """torch.load does not check the archive's checksums; by itself it would return changed weights."""
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, tiny())
     whole = path.read_bytes()
@@ -200,7 +200,7 @@ def _write_foreign(path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)  # to open which would wait for ever
+        os.mkfifo(path)  # opening a pipe would block forever
 
 
 @pytest.mark.parametrize("kind", ["text", "state_dict", "object", "zip", "numpy", "old torch format", "folder", "pipe"])
@@ -213,7 +213,7 @@ def test_a_foreign_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> Non
 
 
 class _Runs:
-    """An object whose pickle runs a command where it is loaded without care."""
+    """An object whose pickle creates a folder when it is loaded with ``weights_only=False``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -229,11 +229,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
         read_checkpoint(path)
     assert not ran.exists()
     torch.load(path, weights_only=False)
-    assert ran.exists()  # it would have
+    assert ran.exists()  # unrestricted loading does run the code
 
 
 def _repacked(path: Path, compression: int, change: Callable[[str, bytes], bytes]) -> Path:
-    """A checkpoint with other records under right checksums."""
+    """A copy of a checkpoint in which ``change`` has replaced records, with valid checksums."""
     target = path.with_name("hostile.pt")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", compression) as archive:
         for name in source.namelist():

@@ -1,4 +1,4 @@
-"""A folder belongs to one run at a time: two processes never write into the same one."""
+"""A run's folder is locked: two runs never write into the same folder at the same time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_lock_keeps_others_out_and_goes_with_its_block(tmp_path: Path) -> None
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """As a DataLoader's worker, which lives a little longer than a parent that was killed."""
+    """A DataLoader worker may outlive a killed parent for a moment."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from alexnet_triton.training.run_folder import locked\n"
@@ -113,7 +113,7 @@ def test_a_default_name_gets_the_first_free_number(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process leaves its empty folder just then."""
+    """Another process removes its empty folder between creation and lock."""
     real, gone = run_folder.held, 0
 
     @contextlib.contextmanager
@@ -123,7 +123,7 @@ def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, mo
         if gone == 1:
             folder.rmdir()
         with real(folder, warn):
-            if gone == 2:  # opened, and no longer what the name means
+            if gone == 2:  # the folder is open, but its name refers to nothing any more
                 folder.rmdir()
             yield
 
@@ -175,7 +175,7 @@ def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_pa
 
 
 def test_nobody_else_gets_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:
-    """Neither a new run nor a resumed one nor a comparison, from before its first file on; a killed run lets go of it."""
+    """New runs, resumed runs and comparisons are refused even before the first file is written; a kill releases the lock."""
     out = tmp_path / "lenet"
     process = start("-m", "alexnet_triton", "train", *SHORT, "--epochs", "100000", "--out", out)
     commands = {

@@ -29,7 +29,7 @@ def rates(make: Callable[[torch.optim.Optimizer], LRScheduler], lr: float = 0.4)
     scheduler = make(optimizer)
     found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that of SequentialLR about its own use of an argument
+        warnings.simplefilter("ignore")  # SequentialLR warns about its own use of an argument
         for _ in range(TOTAL):
             found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()

@@ -1,4 +1,4 @@
-"""What each process of test_distributed_training runs, alone or with others: some trainings, whose results the leader keeps."""
+"""Run by each process of test_distributed_training, alone or with others: several trainings; the leader saves the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from tests.alexnet_triton.training.listeners import Asked, Watching
 
 CPU = torch.device("cpu")
 
-#: name -> (training images, batch, dtype, momentum). Last batches: 9 (5 and 4 of two processes), 1 (one of which has none), 2.
+#: name -> (training images, batch size, dtype, momentum). The last batches have 9 images (5 and 4 in two processes), 1 (one
+#: process has none), and 2.
 RUNS: dict[str, tuple[int, int, torch.dtype, float]] = {
     "partial": (41, 16, torch.float32, 0.9),
     "empty_share": (33, 16, torch.float32, 0.0),
@@ -45,7 +46,7 @@ def run(
     resume: checkpoint.Checkpoint | None = None,
     epochs: int = 2,
 ) -> Any:
-    """A training of two epochs, tested on 21 images, another number that two do not divide."""
+    """Train for ``epochs`` epochs; the test set has 21 images, which two processes cannot share evenly."""
     images, batch_size, dtype, momentum = RUNS[name]
     torch.manual_seed(5)
     net = FusedSequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
@@ -60,7 +61,7 @@ def run(
 
 
 def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
-    """With dropout and augmentation, whose draws differ between processes; one process alone is asked to stop."""
+    """Dropout and augmentation draw different numbers in each process; only one process is asked to stop."""
     every = {"dropout": 0.5, "augment": Augment(flip=True, crop="resized", colour=True)}
     run(folder / "whole", processes, **every)
     for call in (2, 5):  # in the middle of the first epoch, in its evaluation
@@ -79,7 +80,7 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
 
 
 def a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder: Path, processes: Processes) -> None:
-    """After the same step, in the middle of an epoch; the run goes on."""
+    """All processes save after the same step, within an epoch, and the run continues."""
 
     class Saves(Listener):
         asked = 0
@@ -95,7 +96,7 @@ def a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder: Path, pro
 
 
 def progress_is_shown(folder: Path, processes: Processes) -> None:
-    """What each process's bar would show: images seen, loss; and of how many images the loss is."""
+    """Write (images seen, loss) at each update of a process's progress bar, and its own number of images."""
     shown: list[tuple[int, float]] = []
     trainers._PROGRESS_INTERVAL, before = -1.0, trainers._PROGRESS_INTERVAL
     images, batch_size, _, _ = RUNS["unequal_shares"]
@@ -110,7 +111,7 @@ def progress_is_shown(folder: Path, processes: Processes) -> None:
 
 
 def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
-    """The labels of all but the leader's shares give a loss of infinity in the second step."""
+    """In the second step, the loss becomes infinite in all processes but the leader; returns the error's message."""
     steps = 0
     real = trainers.add_cross_entropy
 
@@ -129,11 +130,11 @@ def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: 
         return str(error)
     finally:
         trainers.add_cross_entropy = real
-    raise AssertionError("not noticed")
+    raise AssertionError("the infinite loss was not noticed")
 
 
 def main(folder: Path, few: bool) -> None:
-    """All of it, or a few. Under Triton's interpreter a step of the kernels would take seconds: PyTorch computes."""
+    """Run all trainings, or with ``few`` only some; on PyTorch, since a step in Triton's interpreter would take seconds."""
     torch.set_num_threads(1)
     with joined() as processes, kernels.use_backend("torch"):
         for name in RUNS if not few else ["partial"]:
