@@ -259,7 +259,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if input.shape[-1] != weight.shape[-1]:
         raise ArgumentValueError(
-            f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} wants "
+            f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} expects "
             f"{weight.shape[-1]}"
         )
     if bias is None:
