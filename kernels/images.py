@@ -198,7 +198,7 @@ def _gather_resize_kernel(
     b_out = (1.0 - b_down) * b_upper + b_down * b_lower
     # Correctly rounded division, so that an image that keeps its size is bit-identical to PyTorch's ``image / 255``.
     b_out = tl.div_rn(tl.div_rn(b_out, 255.0) - mean, std)
-    # A kernel cannot raise an error, so an image with an invalid index is NaN and not plausible pixels.
+    # A kernel cannot raise an error, so an image with an invalid index or window is NaN and not plausible pixels.
     b_out = tl.where(inside, b_out, float("nan"))
     b_out = tl.where(m_image, b_out, 0.0)
     tl.store(y_ptr + i_n * (ROWS * COLUMNS * CELL) + o_p, cast(b_out, y_ptr.dtype.element_ty), mask=m_p)
@@ -393,7 +393,7 @@ def gather_resize(
     Args:
         images: (D, H, W) uint8, any strides.
         index: (N,) int64 on the device of ``images``, from 0 to D - 1. A kernel cannot raise an error: it returns an image of
-            NaN for any other index. The PyTorch reference indexes ``images[index]``: a negative index counts from the end.
+            NaN for any other index. The PyTorch reference raises an error, or counts a negative index from the end.
         size: height and width of the output images.
         mean, std: pixels in [0, 1] become (pixel - mean) / std.
         dtype: dtype of the output: float32, float16 or bfloat16.
@@ -407,8 +407,8 @@ def gather_resize(
 
     Raises:
         TypeError: other dtypes, or ``size`` or ``cells`` of another type.
-        ValueError: other shapes or devices, images without pixels, ``size`` below 1, ``std`` not above 0, or images smaller
-            than a filter of ``cells``.
+        ValueError: other shapes or devices, images without pixels, ``size`` below 1, ``mean`` or ``std`` not finite, ``std``
+            not above 0, or images smaller than a filter of ``cells``.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")

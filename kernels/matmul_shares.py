@@ -54,7 +54,7 @@ def _matmul_shares_kernel(
     share,  # units of each program
     longer,  # the first ``longer`` programs have one unit more
     CUT: tl.constexpr,
-    FIRST_BY_TILE: tl.constexpr,  # whether a cut tile's first part is stored at the tile's index, else at its program's
+    FIRST_BY_TILE: tl.constexpr,  # a cut tile's first part is stored at the tile's index, else at its program's
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     B_PANEL: tl.constexpr,

@@ -171,8 +171,8 @@ def linear_narrow_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients of a layer with few outputs, in one launch unless it is too large; unwanted gradients are empty.
 
-    The rule that decides this needs the batch size. It is asked here, inside the operator, since traced code may have a
-    dynamic batch size.
+    The rule that decides this needs the batch size. It runs here, inside the operator, since traced code may have a dynamic
+    batch size.
     """
     gradients = narrow_backward(grad_output, input, weight, output, seed, p, wanted)
     if gradients is not None:

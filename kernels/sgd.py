@@ -165,7 +165,7 @@ def _sgd_kernel(
     p_tie += start
     p_buffer += start
     # Eight contiguous offsets are 16 bytes of bfloat16. With 16, the compiler would give every thread 16 contiguous elements
-    # to suit the ties, which are bytes, and the accesses to wider tensors would not be coalesced.
+    # to suit the ties, which are bytes, and a warp's accesses to the wider tensors would be spread out.
     o = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 8), 8)
     # A mask whose bound is not a multiple of 4 splits every access into single elements, so only the last block is masked.
     if start + BLOCK <= size:
