@@ -1,9 +1,9 @@
 """Triton kernels for convolutional networks, as differentiable PyTorch operations.
 
-Each operation has the meaning of its PyTorch counterpart, one file or folder with its kernels, launch functions, autograd
-Function and public function, and a ``*_reference`` beside it in PyTorch's own operations. What is for whoever builds a pipeline
-is in :mod:`kernels.advanced` too. What an operation refuses is a ValueError or a TypeError, and also what PyTorch's counterpart
-raises for it, mostly a RuntimeError.
+Each operation computes the same function as its PyTorch counterpart. One file or folder holds its kernels, launch functions,
+autograd Function and public function, and a ``*_reference`` in PyTorch's own operations. :mod:`kernels.advanced` lists the
+functions for building a pipeline of operations. Invalid arguments raise a ValueError or a TypeError that is also an instance of
+the exception that the PyTorch counterpart raises, mostly a RuntimeError.
 """
 
 from . import flops as _flops  # noqa: F401 (registers with PyTorch's FLOP counter)
@@ -17,7 +17,7 @@ from .matrix_product import linear, linear_relu_dropout
 from .pooling.autograd import max_pool2d
 from .runtime.backend import use_backend
 
-#: Tells this package from the other one on PyPI that imports as ``kernels`` (Hugging Face's).
+#: Distinguishes this package from Hugging Face's on PyPI, which is also imported as ``kernels``.
 DISTRIBUTION = "alexnet-triton"
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Links, rearranged images and running totals: for whoever builds a pipeline of operations, not for a single one.
+"""Links, space-to-depth images and running totals: functions for a pipeline of operations rather than a single one.
 
-A link lets a convolution take over a part of the backward pass of the one before it. A strided first layer can read images
-whose pixels were rearranged into cells when they were made. A training loop gets the loss, its gradient and the hits of a batch
-from one launch.
+A link lets a convolution take over a part of the previous convolution's backward pass. A strided first convolution can read
+images that were written in space-to-depth order (cells). In one launch :func:`add_cross_entropy` returns the gradient of a
+batch's logits and adds the batch's loss and number of correct predictions to running totals.
 """
 
 from .convolution.autograd import linked_conv2d

@@ -1,4 +1,4 @@
-"""Where older pickles look for :class:`kernels.Cells`."""
+"""The module path under which older pickles look up :class:`kernels.Cells`."""
 
 from .convolution.cells import Cells
 

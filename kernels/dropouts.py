@@ -1,8 +1,8 @@
-"""Dropout from a counter-based random stream: no mask is stored, the backward pass draws the same numbers again.
+"""Dropout from a counter-based random stream. No mask is stored; the backward pass draws the same numbers again.
 
 Element i (row-major) of a call with seed s is kept when u(s, i) >= p, where u is the first word of Philox4x32-10 (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key s and counter i, as a float32 in [0, 1). The stream is a
-function of seed and index alone: the same on every device, in the kernels and in the PyTorch reference.
+al., "Parallel random numbers: as easy as 1, 2, 3", 2011) with key s and counter i, as a float32 in [0, 1). The stream depends
+on seed and index alone, so every device, the kernels and the PyTorch reference draw the same numbers.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def _dropout_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = x * (scale or 0), or the keep-mask itself. One program owns BLOCK elements. Its own backward pass, with x = dy."""
+    """y = x * (scale or 0), or the keep-mask. One program owns BLOCK elements. With x = dy it is also the backward pass."""
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     b_factor = dropout_factor(tl.load(seed_ptr), o_e, p, scale)
     if MASK_ONLY:
         b_y = b_factor != 0.0
     else:
-        # A product, not a selection: a dropped NaN or infinity stays NaN, as in PyTorch.
+        # A product instead of a tl.where: a dropped NaN or infinity gives NaN, as in PyTorch.
         b_y = tl.load(x_ptr + o_e, mask=m_e, other=0.0).to(ACC) * b_factor
     tl.store(y_ptr + o_e, cast(b_y, y_ptr.dtype.element_ty), mask=m_e)
 
@@ -64,9 +64,9 @@ def _dropout_kernel(
 
 
 def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
-    """The seed as an int64 scalar on ``device``: drawn from torch's generator there unless given.
+    """The seed as an int64 scalar on ``device``; without a ``seed``, drawn from that device's torch generator.
 
-    Drawing never synchronises with the host; in a captured CUDA graph it draws anew at every replay.
+    Drawing does not synchronise with the host. A captured CUDA graph draws a new seed at every replay.
     """
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
@@ -84,12 +84,12 @@ def draw_seed(device: torch.device, seed: int | Tensor | None) -> Tensor:
 
 
 class Dropout(NamedTuple):
-    """What the operator is told beside its tensors: the probability of dropping an element."""
+    """The dropout operator's problem, its arguments besides tensors: the probability of dropping an element."""
 
     p: float
 
     def flat(self) -> tuple[float]:
-        """As the operator's schema lists it."""
+        """The fields in the order of the operator's schema."""
         return (self.p,)
 
 
@@ -102,7 +102,7 @@ def _run_dropout(input: Tensor, seed: Tensor, problem: Dropout) -> Tensor:
 
 @torch.library.custom_op("alexnet_triton::dropout_apply", mutates_args=())
 def dropout_apply(input: Tensor, seed: Tensor, p: float) -> Tensor:
-    """``input`` times 1 / (1 - p) where kept, times 0 where dropped; contiguous."""
+    """``input`` times 1 / (1 - p) where kept and times 0 where dropped, as a contiguous tensor."""
     return _run_dropout(input, seed, Dropout(p))
 
 
@@ -113,7 +113,7 @@ def _(input, seed, p):
 
 @torch.library.custom_op("alexnet_triton::dropout_keep_mask", mutates_args=())
 def dropout_keep_mask(size: list[int], seed: Tensor, p: float) -> Tensor:
-    """The keep-mask alone, bool."""
+    """The keep-mask as a bool tensor of shape ``size``."""
     mask = new_output(size, torch.bool, seed.device)
     _launch_dropout(mask, seed, mask, p, mask_only=True)
     return mask
@@ -154,7 +154,7 @@ def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor], grad_output
 
 @over(_operator)
 class DropoutFunction(OperatorFunction):
-    """Dropout. Saves its seed; the gradient is the same product again."""
+    """Dropout. Saves only the seed; the backward pass applies the same product to the output's gradient."""
 
     @staticmethod
     def forward(input, seed, problem):
@@ -179,9 +179,9 @@ _operator.register_autograd(DropoutFunction, Dropout, tensors=2)
 
 
 def philox_uniform_reference(seed: Tensor, count: int, first: int = 0) -> Tensor:
-    """``count`` uniform float32 numbers of the stream of ``seed``, from number ``first`` on, in PyTorch's integer operations.
+    """Numbers ``first`` to ``first + count - 1`` of the float32 stream of ``seed``, computed by PyTorch's integer operations.
 
-    Words are kept as int64 in [0, 2^32), since PyTorch has no full set of uint32 operations.
+    Words are kept as int64 in [0, 2^32), since PyTorch lacks a full set of uint32 operations.
     """
     low = 0xFFFFFFFF
     counter = torch.arange(first, first + count, dtype=torch.int64, device=seed.device)
@@ -193,26 +193,26 @@ def philox_uniform_reference(seed: Tensor, count: int, first: int = 0) -> Tensor
         high_b, low_b = _multiply_32(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    # As tl.rand: the word as int32, mirrored to be non-negative, over 2^31.
+    # Like tl.rand: take the word as int32, mirror negative values to non-negative ones, divide by 2^31.
     signed = torch.where(c0 > 0x7FFFFFFF, low - c0, c0)
     return signed.to(torch.float32) * 4.6566127342e-10
 
 
 def _multiply_32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product; formed in 16-bit halves because int64 is signed."""
+    """High and low 32 bits of the 64-bit product, formed from 16-bit halves because int64 is signed."""
     product_low = a * (b & 0xFFFF)  # < 2^48
     product_high = a * (b >> 16) + (product_low >> 16)  # < 2^49
     return product_high >> 16, ((product_high & 0xFFFF) << 16) | (product_low & 0xFFFF)
 
 
 def dropout_mask_reference(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
-    """What :func:`dropout_mask` means, in PyTorch's own operations."""
+    """:func:`dropout_mask` in PyTorch's own operations."""
     size = torch.Size(shape)
     return (philox_uniform_reference(seed, size.numel()) >= torch.tensor(p, dtype=torch.float32)).view(size)
 
 
 def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """What :func:`dropout` in training means, in PyTorch's own operations; without a seed PyTorch's own, of another stream."""
+    """:func:`dropout` in training, in PyTorch's own operations; without a seed, ``F.dropout`` with PyTorch's own stream."""
     if seed is None:
         return F.dropout(input, p)
     keep = dropout_mask_reference(input.shape, p, seed)
@@ -220,15 +220,16 @@ def dropout_reference(input: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def seed_of_reference(input: Tensor, seed: int | Tensor | None) -> Tensor | None:
-    """The seed for :func:`dropout_reference`; None where nobody gave one, and no kernel could draw the same elements.
+    """The seed for :func:`dropout_reference`; None if none was given and no kernel could run on ``input``.
 
-    Philox in PyTorch's integer operations takes many times as long as PyTorch's own dropout.
+    In that case no kernel's mask has to be matched, and Philox in PyTorch's integer operations takes many times as long as
+    PyTorch's own dropout.
     """
     return draw_seed(input.device, seed) if seed is not None or can_run_triton(input) else None
 
 
 def prepare_dropout(tensors: Sequence[Tensor | None], options: float, needs_grad: bool) -> Dropout:
-    """The problem of :class:`DropoutFunction` in a sequence; the option is the probability."""
+    """The problem of :class:`DropoutFunction` for a stage of a sequence; ``options`` is the probability."""
     check_tensors(input=tensors[0])
     return Dropout(options)
 
@@ -237,16 +238,17 @@ def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: 
     """The keep-mask that :func:`dropout` and :func:`linear_relu_dropout` use for an output of ``shape``.
 
     Args:
-        shape: of the dropped-out tensor; elements are counted row-major whatever its strides.
+        shape: shape of the tensor that dropout is applied to. Elements are counted row-major whatever the tensor's strides.
         p: probability of dropping an element, in [0, 1].
         seed: int, or int64 tensor of one element.
-        device: of the mask; the seed tensor's, or the CPU.
+        device: device of the mask; by default the seed tensor's device, or the CPU for an int seed.
 
     Returns:
         A bool tensor, True where the element is kept.
 
     Raises:
-        ValueError: p outside [0, 1], or a seed that is no int64.
+        TypeError: ``shape`` is not a sequence of ints, or ``p`` is not a number.
+        ValueError: ``p`` is outside [0, 1], or ``seed`` is neither an int64 integer nor an int64 tensor of one element.
     """
     p = check_probability(p)
     if not isinstance(shape, Sequence):
@@ -262,22 +264,22 @@ def dropout_mask(shape: Sequence[int], p: float, seed: int | Tensor, *, device: 
 
 @overridable
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None) -> Tensor:
-    """Dropout with the mask ``dropout_mask(input.shape, p, seed)``; the meaning of :func:`torch.nn.functional.dropout`.
+    """Dropout, as :func:`torch.nn.functional.dropout`, with the mask ``dropout_mask(input.shape, p, seed)``.
 
     Args:
         input: any shape and strides; float32, float16 or bfloat16 (float64 on the CPU).
         p: probability of dropping an element, in [0, 1].
-        training: False returns ``input`` itself, and so does a ``p`` of 0, for which nothing is drawn.
-        seed: int, or int64 tensor of one element; by default drawn from torch's generator on ``input``'s device, so
-            ``torch.manual_seed`` governs it. Without one, where no kernel can run, PyTorch's own dropout drops.
+        training: False returns ``input`` itself. So does a ``p`` of 0, which draws no seed.
+        seed: int, or int64 tensor of one element. By default drawn from torch's generator on ``input``'s device, so that
+            ``torch.manual_seed`` determines it. Without a seed, and where no kernel can run, PyTorch's own dropout runs.
 
     Returns:
-        ``input`` / (1 - p) where kept, 0 where dropped, contiguous, in ``input``'s dtype. The kernels take 1 / (1 - p) as a
-        float32, also for float64.
+        ``input`` / (1 - p) where kept and 0 where dropped, contiguous, in ``input``'s dtype. The kernels round 1 / (1 - p) to
+        float32, for float64 inputs too.
 
     Raises:
-        TypeError: a dtype that the kernels do not run.
-        ValueError: p outside [0, 1], or a seed that is no int64.
+        TypeError: a dtype that the kernels do not support.
+        ValueError: ``p`` is outside [0, 1], or ``seed`` is neither an int64 integer nor an int64 tensor of one element.
     """
     check_tensors(input=input)
     p = check_probability(p)

@@ -1,7 +1,7 @@
-"""FLOPs of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`, counted as it counts PyTorch's own.
+"""FLOP formulas of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`, by PyTorch's own conventions.
 
-A multiply and an add are two; bias, activation and pool count nothing. One difference: the weight gradient of a grouped
-convolution, which PyTorch counts as if there were no groups.
+A multiply-add counts as two FLOPs; bias, activation and pooling count as none. One formula differs from PyTorch's: PyTorch
+counts the weight gradient of a grouped convolution as if there were no groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _operators: Any = torch.ops.alexnet_triton
 
 
 def _conv2d_flops(weight: Sequence[int], conv_output: Sequence[int]) -> int:
-    """``weight`` (K, C / groups, R, S), ``conv_output`` (N, K, P, Q): every output element is a sum of C / groups * R * S."""
+    """FLOPs for ``weight`` (K, C / groups, R, S) and ``conv_output`` (N, K, P, Q): C / groups * R * S products per output."""
     return 2 * math.prod(conv_output) * math.prod(weight[1:])
 
 

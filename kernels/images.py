@@ -1,8 +1,8 @@
-"""From a set of uint8 images in memory to a network's input, in one pass: gather, augment, resize, scale, normalise, cast.
+"""Make a network's input from uint8 images in memory in one pass: gather, augment, resize, scale, normalise, cast.
 
-A training set of small grey images fits a GPU many times over (Fashion-MNIST: 47 MB), so a batch is an index and nothing is
-copied from the host. A program needs no more than a few hundred bytes of one image, which its cache holds: what the pass costs
-is writing the input: to the network's first convolution as it reads it, if that is in cells (:mod:`kernels.convolution.stem`).
+A training set of small grey images fits a GPU many times over (Fashion-MNIST: 47 MB). A batch is then a tensor of indices, and
+no pixels are copied from the host. A program reads a few hundred bytes of one image, which the cache holds, so the cost of the
+pass is writing its output. If the first convolution reads cells (:mod:`kernels.convolution.stem`), the pass writes cells.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Augmentation(NamedTuple):
-    """What :func:`gather_resize` changes in each of N images before it resizes them, in this order; None: not that.
+    """Changes that :func:`gather_resize` makes to each of N images before resizing, in this order; None omits a change.
 
     Attributes:
-        offset: (N, 2) int32: row and column of the image where the window begins that takes its place; what lies outside of the
-            image is black. None: 0 and 0.
-        flip: (N,) bool: left and right of the window are swapped.
-        brightness: (N,) float32: factor of the pixels, then limited to [0, 1].
-        contrast: (N,) float32, of the distance of the pixels from their mean over the window, then limited to [0, 1].
-        size: (N, 2) int32, 1 or more: height and width of the window. None: those of the image, so that the window is a crop
-            from the image with a border. (The last field; it is a part of the first change.)
+        offset: (N, 2) int32: row and column in the image of the top left corner of the window that replaces the image. Pixels
+            of the window outside of the image are black. None: (0, 0).
+        flip: (N,) bool: swap left and right of the window.
+        brightness: (N,) float32: factor of the pixels; the products are clamped to [0, 1].
+        contrast: (N,) float32: factor of each pixel's distance from the window's mean; the results are clamped to [0, 1].
+        size: (N, 2) int32, at least 1: height and width of the window. None: height and width of the image, so that the window
+            is a crop from the image with a border. (The last field, but applied first, together with ``offset``.)
     """
 
     offset: Tensor | None = None
@@ -46,7 +46,7 @@ class Augmentation(NamedTuple):
     size: Tensor | None = None
 
 
-Augmentation.__module__ = "kernels"  # where pickles look for it, wherever it is defined
+Augmentation.__module__ = "kernels"  # pickles store this path, so the class may move between files
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -70,7 +70,7 @@ def _window_pixel(
     AUGMENT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The pixels (y, x) of a window ``width`` wide, in [0, 255], before contrast; 0 where masked."""
+    """Pixels (y, x) of a window of width ``width``, in [0, 255], before the change of contrast; 0 where masked out."""
     if AUGMENT:
         x = tl.where(flip, width - 1 - x, x) + left
         y = y + top
@@ -85,7 +85,7 @@ def _window_pixel(
 
 @triton.jit
 def _contrasted(b_pixel, contrast, mean, CONTRAST: tl.constexpr):
-    """Pixels in [0, 255] moved away from ``mean``, or towards it."""
+    """Pixels in [0, 255] with their distance from ``mean`` multiplied by ``contrast``."""
     if CONTRAST:
         b_pixel = tl.minimum(tl.maximum(contrast * b_pixel + (1.0 - contrast) * mean, 0.0), 255.0)
     return b_pixel
@@ -95,7 +95,7 @@ def _contrasted(b_pixel, contrast, mean, CONTRAST: tl.constexpr):
 def _gather_resize_kernel(
     images_ptr,  # [D, H, W] uint8, any strides
     index_ptr,  # [N] int64, contiguous
-    offset_ptr,  # [N, 2] int32, contiguous; or None, as the next four. AUGMENT says whether any is there
+    offset_ptr,  # [N, 2] int32, contiguous; this and the next four may be None. AUGMENT: not all of them are
     flip_ptr,  # [N] bool, contiguous
     brightness_ptr,  # [N] float32, contiguous
     contrast_ptr,  # [N] float32, contiguous
@@ -119,9 +119,9 @@ def _gather_resize_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y[n] = (resized(images[index[n]]) / 255 - mean) / std, in cells of STRIDE x STRIDE pixels; images are cells of one pixel.
+    """y[n] = (resized(images[index[n]]) / 255 - mean) / std, in cells of STRIDE x STRIDE pixels (STRIDE 1: plain images).
 
-    One program owns BLOCK pixels of one image of the output.
+    One program owns BLOCK pixels of one output image.
     """
     CELL: tl.constexpr = STRIDE * STRIDE
     blocks = tl.cdiv(ROWS * COLUMNS * CELL, BLOCK)
@@ -131,13 +131,13 @@ def _gather_resize_kernel(
     m_p = o_p < ROWS * COLUMNS * CELL
     o_y = o_p // CELL // COLUMNS * STRIDE + o_p // STRIDE % STRIDE - PAD_H
     o_x = o_p // CELL % COLUMNS * STRIDE + o_p % STRIDE - PAD_W
-    # What is not in it is the convolution's padding.
+    # Pixels of cells outside of the image are the convolution's padding.
     m_image = m_p & (o_y >= 0) & (o_y < SIZE) & (o_x >= 0) & (o_x < SIZE)
 
     i_d = tl.load(index_ptr + i_n)
     inside = (i_d >= 0) & (i_d < D)
     p_image = images_ptr + i_d * stride_id
-    # The window in pixels of the image, and how many of them a step of one pixel in the output is.
+    # The window, in pixels of the image, and the step in those pixels for one output pixel.
     top, left, height, width = 0, 0, H, W
     step_y, step_x = H / SIZE, W / SIZE
     flip, brightness, contrast, window_mean = False, 1.0, 1.0, 0.0
@@ -147,7 +147,7 @@ def _gather_resize_kernel(
     if size_ptr is not None:
         height, width = tl.load(size_ptr + 2 * i_n), tl.load(size_ptr + 2 * i_n + 1)
         inside = inside & (height > 0) & (width > 0)
-        # In int64, so that no window is so large or so far away that a sum wraps around and is inside of the image.
+        # In int64, so that the coordinates of a huge or distant window cannot wrap around into the image.
         height, width = tl.maximum(height, 1).to(tl.int64), tl.maximum(width, 1).to(tl.int64)
         step_y, step_x = tl.div_rn(height.to(tl.float32), SIZE * 1.0), tl.div_rn(width.to(tl.float32), SIZE * 1.0)
         if offset_ptr is not None:
@@ -158,18 +158,18 @@ def _gather_resize_kernel(
         brightness = tl.load(brightness_ptr + i_n)
     if CONTRAST:
         contrast = tl.load(contrast_ptr + i_n)
-        # Each program sums the whole window: it is as small as the block, and no second launch is needed.
-        # In float64, which adds up pixels exactly: in which order the compiler adds depends on how the output is stored.
+        # Each program sums the whole window, which is as small as its block; this saves a second launch.
+        # float64 sums pixels exactly. The compiler's order of addition depends on the layout in which the output is stored.
         b_sum = tl.zeros([BLOCK], tl.float64)
         pixels, flip_s = H * W, flip
         if size_ptr is not None:
-            pixels, flip_s = height.to(tl.float32) * width.to(tl.float32), False  # the sum is the same
+            pixels, flip_s = height.to(tl.float32) * width.to(tl.float32), False  # a flip does not change the sum
         for start in range(0, H * W, BLOCK):
             o_s = start + tl.arange(0, BLOCK)
             m_s = only_if(inside, o_s < H * W)
             y_s, x_s = o_s // W, o_s % W
             if size_ptr is not None:
-                # Over the image, not over the window: however large that is, the rest of it is black.
+                # Loop over the image, not over the window, which may be larger: outside of the image it is black.
                 y_s, x_s = y_s - top, x_s - left
                 m_s = m_s & (y_s >= 0) & (y_s < height) & (x_s >= 0) & (x_s < width)
             b_pixel = _window_pixel(
@@ -178,7 +178,7 @@ def _gather_resize_kernel(
             b_sum += b_pixel.to(tl.float64)
         window_mean = (tl.sum(b_sum) / pixels).to(tl.float32)
 
-    # Centres of pixels lie on centres (align_corners=False); beyond the outermost ones the edge goes on.
+    # Bilinear interpolation between pixel centres (align_corners=False); beyond the outermost centres the edge is repeated.
     b_y = tl.maximum((o_y.to(tl.float32) + 0.5) * step_y - 0.5, 0.0)
     b_x = tl.maximum((o_x.to(tl.float32) + 0.5) * step_x - 0.5, 0.0)
     y0, x0 = b_y.to(tl.int32), b_x.to(tl.int32)
@@ -196,9 +196,9 @@ def _gather_resize_kernel(
     b_upper = (1.0 - b_right) * b_00 + b_right * b_01
     b_lower = (1.0 - b_right) * b_10 + b_right * b_11
     b_out = (1.0 - b_down) * b_upper + b_down * b_lower
-    # Divided exactly, so that an image that keeps its size is PyTorch's ``image / 255`` bit for bit.
+    # Correctly rounded division, so that an image that keeps its size is bit-identical to PyTorch's ``image / 255``.
     b_out = tl.div_rn(tl.div_rn(b_out, 255.0) - mean, std)
-    # Nobody can raise an error here: an image that is not there must not look like one.
+    # A kernel cannot raise an error, so an image with an invalid index or window is NaN and not plausible pixels.
     b_out = tl.where(inside, b_out, float("nan"))
     b_out = tl.where(m_image, b_out, 0.0)
     tl.store(y_ptr + i_n * (ROWS * COLUMNS * CELL) + o_p, cast(b_out, y_ptr.dtype.element_ty), mask=m_p)
@@ -206,7 +206,7 @@ def _gather_resize_kernel(
 
 # ------------------------------------------------------------------------------------------------- launch functions
 
-#: Images themselves: the cells of a convolution that leaves them as they are.
+#: Cells of one pixel: plain images.
 _PIXELS = Cells(kernel_size=1, stride=1)
 
 
@@ -225,10 +225,11 @@ def _launch_gather_resize(
     _, stride, (pad_h, pad_w) = cells.pairs()
     rows, columns = cells.size((size, size))
     elements = rows * columns * stride * stride
-    # Of images, also where cells have more pixels: the block is the order in which a window is summed, and cells the same bits.
+    # From the size of images even where cells have more pixels: the block decides the order in which a window is summed, and
+    # cells must hold bit-identical pixels.
     config = elementwise_config(size * size)
     if not INTERPRETED and capability(output.device) >= 100:
-        config["num_warps"] = 8  # with four, Blackwell's compiler spills
+        config["num_warps"] = 8  # with four, the kernel spills registers as compiled for Blackwell
     given = augmentation or Augmentation()
     launch(
         _gather_resize_kernel,
@@ -251,7 +252,7 @@ def _launch_gather_resize(
         PAD_W=pad_w,
         AUGMENT=augmentation is not None,
         WIDE=needs_int64(images, output),
-        # Which products the compiler would fuse with a sum depends on the kernel's constants; without, cells are the same bits.
+        # Which products the compiler fuses into FMAs depends on the constexprs; without fusion cells and images agree bitwise.
         enable_fp_fusion=False,
         **config,
     )
@@ -261,7 +262,7 @@ def _launch_gather_resize(
 
 
 def _augmented(pixels: Tensor, augmentation: Augmentation) -> Tensor:
-    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` whose windows are of the size of the image."""
+    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` without ``size``: windows as large as the images."""
     n, height, width = pixels.shape
     offset, flip, brightness, contrast, _ = augmentation
     device = pixels.device
@@ -279,7 +280,7 @@ def _augmented(pixels: Tensor, augmentation: Augmentation) -> Tensor:
 
 
 def _at(pixels: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The pixels of each image in its rows ``y`` (N, P) and columns ``x`` (N, Q), 0 where it has none: (N, P, Q)."""
+    """Pixels (N, P, Q) of each image at its rows ``y`` (N, P) and columns ``x`` (N, Q); 0 outside of the image."""
     n, height, width = pixels.shape
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
     image = torch.arange(n, device=pixels.device)[:, None, None]
@@ -288,15 +289,15 @@ def _at(pixels: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _contrasted_reference(pixels: Tensor, contrast: Tensor, mean: Tensor) -> Tensor:
-    """``pixels`` (N, P, Q) in [0, 1] moved away from the ``mean`` (N,) of each image, or towards it."""
+    """``pixels`` (N, P, Q) in [0, 1] with their distance from each image's ``mean`` (N,) multiplied by ``contrast`` (N,)."""
     contrast = contrast[:, None, None]
     return (contrast * pixels + (1 - contrast) * mean[:, None, None]).clamp(0, 1)
 
 
 def _resized_window(pixels: Tensor, augmentation: Augmentation, size: int) -> Tensor:
-    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` with windows of their own sizes, resized: (N, size, size).
+    """``pixels`` (N, H, W) in [0, 1] after an :class:`Augmentation` with ``size``, resized to (N, size, size).
 
-    F.interpolate cannot: each image is enlarged by another factor. And to know the factors, the host would have to wait.
+    F.interpolate does not apply: each image has its own scale factor, and reading the factors would synchronise the host.
     """
     offset, flip, brightness, contrast, window = augmentation
     assert window is not None
@@ -335,7 +336,7 @@ def gather_resize_reference(
     augmentation: Augmentation | None = None,
     cells: Cells | None = None,
 ) -> Tensor:
-    """What :func:`gather_resize` means, in PyTorch's own operations; dtype may be float64, which it then computes in."""
+    """:func:`gather_resize` in PyTorch's own operations; ``dtype`` may also be float64, which is then the dtype computed in."""
     pixels = images[index].to(torch.promote_types(dtype, torch.float32)) / 255
     if augmentation is not None and augmentation.size is not None:
         pixels = _resized_window(pixels, augmentation, size)
@@ -381,32 +382,33 @@ def gather_resize(
     augmentation: Augmentation | None = None,
     cells: Cells | None = None,
 ) -> Tensor:
-    """The images of ``index`` as a network's input: resized bilinearly, scaled to [0, 1], normalised.
+    """Gather the images of ``index``, resize them bilinearly, scale them to [0, 1] and normalise them.
 
-    Resizing has the meaning of ``F.interpolate(..., mode="bilinear", align_corners=False)``; where it enlarges that is
-    ``torchvision.transforms.v2.functional.resize`` too (which smooths before it shrinks). A window of ``augmentation`` is
-    resized as if it were the whole image: as ``resized_crop`` there does where the window is no larger than the output, and
-    without smoothing where it is. Computed in float32. Never waits for the GPU, and can be captured in a CUDA graph.
+    Resizing follows ``F.interpolate(..., mode="bilinear", align_corners=False)``. For enlarging, this is also what
+    ``torchvision.transforms.v2.functional.resize`` computes; for shrinking, torchvision smooths first. A window of
+    ``augmentation`` is resized as if it were the whole image. This is torchvision's ``resized_crop`` where the window is no
+    larger than the output; a larger window is not smoothed. Pixels are computed in float32. The call does not synchronise with
+    the GPU and can be captured in a CUDA graph.
 
     Args:
         images: (D, H, W) uint8, any strides.
-        index: (N,) int64 on the device of ``images``; from 0 to D - 1. The kernel cannot raise: for any other value it returns
-            an image of NaN. In PyTorch's operations it is an error, or counts from the end, as in ``images[index]``.
-        size: side of the images returned.
-        mean, std: subtracted from pixels in [0, 1]; what they are divided by then.
-        dtype: of the result: float32, float16 or bfloat16.
-        augmentation: changes of each image before it is resized. A window whose height or width is below 1 gives an image of
-            NaN: to raise an error one would have to wait for the GPU.
-        cells: write what :func:`kernels.space_to_depth` would make of the images, the same bits, and no images before it.
+        index: (N,) int64 on the device of ``images``, from 0 to D - 1. A kernel cannot raise an error: it returns an image of
+            NaN for any other index. The PyTorch reference raises an error, or counts a negative index from the end.
+        size: height and width of the output images.
+        mean, std: pixels in [0, 1] become (pixel - mean) / std.
+        dtype: dtype of the output: float32, float16 or bfloat16.
+        augmentation: changes to each image before it is resized. A window whose height or width is below 1 gives an image of
+            NaN; raising an error would synchronise with the GPU.
+        cells: write the images directly in the layout of :func:`kernels.space_to_depth`, bit-identical to its result.
 
     Returns:
-        (N, 1, size, size) contiguous; with one channel that is channels-last in memory too. Without a gradient. With ``cells``
-        (N, rows, columns, stride * stride) contiguous; the padding around an image is 0, whatever ``mean``.
+        (N, 1, size, size), contiguous; with one channel this is also channels-last. It has no gradient. With ``cells``:
+        (N, rows, columns, stride * stride), contiguous; the padding around an image is 0 whatever ``mean``.
 
     Raises:
-        TypeError: dtypes other than these, ``size`` or ``cells`` of another type.
-        ValueError: shapes or devices other than these, an image without pixels, ``size`` below 1, ``std`` not above 0, images
-            smaller than a filter of ``cells``.
+        TypeError: other dtypes, or ``size`` or ``cells`` of another type.
+        ValueError: other shapes or devices, images without pixels, ``size`` below 1, ``mean`` or ``std`` not finite, ``std``
+            not above 0, or images smaller than a filter of ``cells``.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
@@ -441,7 +443,7 @@ def gather_resize(
             images, index, size, mean=mean, std=std, dtype=dtype, augmentation=augmentation, cells=cells
         )
     if augmentation is not None:
-        # resolve_neg: a kernel sees memory, not the minus that PyTorch still owes it.
+        # resolve_neg: a kernel reads memory, in which a lazy negation has not been applied yet.
         augmentation = Augmentation(*(t if t is None else t.contiguous().resolve_neg() for t in augmentation))
     output = new_output((len(index), *shape), dtype, images.device)
     _launch_gather_resize(

@@ -1,12 +1,12 @@
-"""A linear layer with few outputs, a classifier, in one launch forward and one backward.
+"""A linear layer with few outputs, such as a classifier, in one launch forward and one backward.
 
-Its matrix products are too small to be worth dividing. Forward, a program computes all outputs of a row or two over the whole
-of K, by products and sums of its threads: at 10 outputs of 4096 features it reads 88 kB from the L2 cache, and 128 rows are 128
-programs. Tiles of 16 rows would be 8 programs, of 208 kB each. Backward, a program owns a block of the features, and walks down
-the rows for its columns of both gradients; the gradient of the bias, a sum of so few numbers, is the first program's.
+Its matrix products are too small to be worth splitting. In the forward pass a program computes all outputs of one or two rows
+over all of K, by FMAs and sums of its threads. With 10 outputs of 4096 features it reads 88 kB from the L2 cache, and 128 rows
+make 128 programs. Tiles of 16 rows would make 8 programs that read 208 kB each. In the backward pass a program owns a block of
+features and loops over the rows for its columns of both gradients. The first program also sums the small bias gradient.
 
-For many rows or a large weight the programs would be too few or too long: :func:`kernels.linear_rules.linear_narrow_config`
-says where the matrix products of :mod:`kernels.matmul` are better.
+For many rows or a large weight the programs would be too few or too long. :func:`kernels.linear_rules.linear_narrow_config`
+decides where the matrix products of :mod:`kernels.matmul` are used instead.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _linear_narrow_fprop_kernel(
         o_k = o_k.to(tl.int64)
     m_m = o_m < M
     m_n = o_n < N
-    # The sums of each k of a block are added up once, after the loop.
+    # Each k of a block has its own sum; they are added once, after the loop.
     b_sums = tl.zeros((ROWS, BLOCK_N, BLOCK_K), dtype=ACC)
     for _ in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
         m_k = o_k < K
@@ -76,7 +76,7 @@ def _linear_narrow_fprop_kernel(
     acc = bias_relu(tl.sum(b_sums, axis=2), bias_ptr, o_n[None, :], m_n[None, :], HAS_BIAS, RELU)
     o_y = o_m[:, None] * N + o_n[None, :]
     if DROPOUT:
-        # Rounded to the output's type first, as the layer before the dropout would store it.
+        # Rounded to the output's dtype first, as a separate layer before the dropout would store it.
         acc = cast(acc, y_ptr.dtype.element_ty).to(ACC)
         acc *= dropout_factor(tl.load(seed_ptr), o_y, p, scale)
     tl.store(y_ptr + o_y, cast(acc, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
@@ -117,9 +117,9 @@ def _linear_narrow_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx = dz @ w, dw = dz^T @ x and db, the sum of dz's rows, where dz = dy through dropout and ReLU.
+    """dx = dz @ w, dw = dz^T @ x and db, the sum of dz's rows, where dz is the gradient before ReLU and dropout.
 
-    One program owns BLOCK_K columns of dx and dw and walks down the rows; the first one writes db.
+    One program owns BLOCK_K columns of dx and dw and loops over the rows; the first program also writes db.
     """
     pid = program_id(0, WIDE)
     o_k = pid * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -143,14 +143,14 @@ def _linear_narrow_backward_kernel(
         b_dz = through_epilogue(b_dz, y_ptr, seed_ptr, o_m[:, None] * N + o_n[None, :], mask, p, scale, RELU, DROPOUT)
         if BIAS:
             b_sum, b_lost = compensated_add(b_sum, b_lost, b_dz)
-        # Rounded as a kernel of its own would store it.
+        # Rounded as a separate epilogue kernel would store dz.
         b_dz = cast(b_dz, x_ptr.dtype.element_ty)
         m_mk = m_m[:, None] & m_k[None, :]
         if WEIGHT:
             b_x = tl.load(x_ptr + o_m[:, None] * stride_xm + o_k[None, :] * stride_xk, mask=m_mk, other=0.0)
             b_dw = dot(tl.trans(b_dz), b_x, b_dw, INPUT_PRECISION)
         if INPUT:
-            # Transposed: of less than 64 rows, it is a product of which no operand is still read after it.
+            # Transposed: a product of less than 64 rows, which leaves no asynchronous reads of its operands behind.
             b_dx = dot(tl.trans(b_w), tl.trans(b_dz), tl.zeros((BLOCK_K, BLOCK_M), dtype=ACC), INPUT_PRECISION)
             p_dx = dx_ptr + o_m[:, None] * K + o_k[None, :]
             tl.store(p_dx, cast(tl.trans(b_dx), dx_ptr.dtype.element_ty), mask=m_mk)
@@ -160,7 +160,7 @@ def _linear_narrow_backward_kernel(
         tl.store(p_dw, cast(b_dw, dw_ptr.dtype.element_ty), mask=m_nk)
     if BIAS:
         if pid == 0:
-            if INTERPRETED:  # NumPy adds one row after the other, where a GPU halves them
+            if INTERPRETED:  # NumPy adds row after row, with a larger rounding error than a GPU's pairwise reduction
                 b_sum = b_sum.to(tl.float64)
             tl.store(db_ptr + o_n, cast(tl.sum(b_sum, axis=0).to(ACC), db_ptr.dtype.element_ty), mask=m_n)
 
@@ -169,10 +169,10 @@ def _linear_narrow_backward_kernel(
 
 
 def narrow_fprop(input: Tensor, weight: Tensor, output: Tensor, epilogue: Epilogue) -> bool:
-    """``output`` (M, N), contiguous, = the linear layer of ``input`` (M, K) and ``weight`` (N, K), any strides.
+    """Write the linear layer of ``input`` (M, K) and ``weight`` (N, K), any strides, to ``output`` (M, N), contiguous.
 
     Returns:
-        Whether it was this kernel's to do; where not, nothing was written.
+        Whether this kernel ran; if not, ``output`` was not written.
     """
     (m, k), n = input.shape, weight.shape[0]
     config = linear_narrow_config(input.device, "narrow_fprop", m, n, k, input.dtype, matmul_input_precision(input.dtype))
@@ -214,17 +214,17 @@ def narrow_backward(
     p: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of input (M, K), weight (N, K), in its strides, and bias (N,); what is not wanted comes back empty.
+    """Gradients of input (M, K), weight (N, K), in the weight's strides, and bias (N,); unwanted gradients are empty.
 
     Args:
         grad_output: (M, N), any strides.
-        output: what the ReLU (and the dropout after it) gave; None for no activation.
-        seed: of the dropout after the activation; None for no dropout.
+        output: the layer's output, after ReLU and dropout; None for no activation.
+        seed: seed of the dropout after the activation; None for no dropout.
         p: the dropout's probability of dropping an element.
-        wanted: of input, weight and bias; one of the first two is.
+        wanted: whether the gradients of input, weight and bias are wanted; at least one of the first two is.
 
     Returns:
-        None where it is not this kernel's to do.
+        The gradients, or None where this kernel does not run.
     """
     (m, k), n = input.shape, weight.shape[0]
     precision = matmul_input_precision(input.dtype)
@@ -233,13 +233,13 @@ def narrow_backward(
     if not config.pop("NARROW"):
         return None
     needs_input, needs_weight, needs_bias = wanted
-    output = None if output is None else output.contiguous()  # saved tensors come back in other strides from some hooks
+    output = None if output is None else output.contiguous()  # some saved-tensor hooks return tensors with other strides
     dx = new_output((m, k), input.dtype, input.device) if needs_input else nothing(grad_output)
     dw = new_output_like(weight) if needs_weight else nothing(grad_output)
     db = new_output((n,), input.dtype, input.device) if needs_bias else nothing(grad_output)
     launch(
         _linear_narrow_backward_kernel,
-        (max(1, cdiv(k, config["BLOCK_K"])),),  # of no features the bias has a gradient all the same
+        (max(1, cdiv(k, config["BLOCK_K"])),),  # the bias has a gradient even if there are no features
         dy_ptr=grad_output,
         y_ptr=grad_output if output is None else output,
         seed_ptr=grad_output if seed is None else seed,
@@ -269,7 +269,7 @@ def narrow_backward(
         WIDE=wide,
         ACC=triton_accumulator(input.dtype),
         INPUT_PRECISION=dot_precision(input.device, precision),
-        BLOCK_N=max(16, next_power_of_2(n)),  # what a matrix product reduces over, at least
+        BLOCK_N=max(16, next_power_of_2(n)),  # tl.dot sums over at least 16
         **config,
     )
     return dx, dw, db

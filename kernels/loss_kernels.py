@@ -1,4 +1,4 @@
-"""The kernels of :mod:`.losses`, and their tiles."""
+"""The kernels of :mod:`.losses` and their tile sizes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .primitives import cast, program_id, wait_for_the_kernel_before
 from .runtime.backend import INTERPRETED, capability
 from .runtime.launch import cdiv
 
-#: Logits that one program reads alone: a second launch would take longer than the programs beside it save.
+#: At most this many logits are left to a single program: the second launch would cost more than further programs save.
 _FEW_LOGITS = 2**14
 
 
 def cross_entropy_config(rows: int, classes: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits a thread; and the programs of the forward kernel.
+    """BLOCK_ROWS, BLOCK_COLUMNS (classes) and num_warps, 2 logits per thread; and the number of forward programs.
 
-    What is kept of a row takes as many registers as a logit where classes are few. On NVIDIA's GPUs maxnreg lets a thread have
-    all that there are for 16 warps: ptxas would rather spill a few than keep a program from sharing its multiprocessor.
+    With few classes, the values kept per row take as many registers as the logits. On NVIDIA GPUs maxnreg grants each thread
+    the most registers that 16 warps can have: ptxas would rather spill a few than keep a second program off the SM.
     """
     columns = tile_size(classes, 16, 2**15 if INTERPRETED else 2048)
     block_rows = tile_size(rows, 1, max(1, (2**17 if INTERPRETED else 1024) // columns))
     config = apply_overrides({"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": columns, "num_warps": 16})
     if capability(device) > 0:
         config["maxnreg"] = 128
-    # Never more than one program can add up at once afterwards.
+    # At most as many programs as the single program of the second launch can sum in one block.
     programs = 1 if rows * columns <= _FEW_LOGITS else 8 * MULTIPROCESSORS
     programs = apply_overrides({"SPLIT": programs})["SPLIT"]
     return config, max(1, min(programs, cdiv(rows, config["BLOCK_ROWS"])))
@@ -37,7 +37,7 @@ def cross_entropy_config(rows: int, classes: int, device: torch.device) -> tuple
 
 @triton.jit
 def _store_sums(loss, weights, hits, loss_ptr, weights_ptr, hits_ptr, REDUCTION: tl.constexpr):
-    """What the reduction makes of the sums over all rows: a scalar, or an addition to running totals."""
+    """Store the reduced loss of the sums over all rows, or add the sums to running totals ("accumulate")."""
     if REDUCTION == "accumulate":
         tl.store(loss_ptr, tl.load(loss_ptr) + loss)
         tl.store(hits_ptr, tl.load(hits_ptr) + hits)
@@ -55,7 +55,7 @@ def _cross_entropy_kernel(
     weight_ptr,  # [C], contiguous, or None
     loss_ptr,  # out: [N, D] contiguous for "none"; else a scalar, which "accumulate" adds to
     weights_ptr,  # out: for "mean" the sum of the rows' weights, a scalar
-    hits_ptr,  # in and out: for "accumulate" how often the largest logit was the label's, a scalar
+    hits_ptr,  # in and out: for "accumulate" the number of rows whose largest logit is the label's, a scalar
     gradient_ptr,  # out: [N, C, D] contiguous, of each row's own loss times grad_scale, or None
     partial_ptr,  # out: [3, programs] sums of losses, weights and hits, or None where one program sums all
     rows,  # N * D
@@ -75,7 +75,7 @@ def _cross_entropy_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Losses, gradients and hits of rows. One program owns BLOCK_ROWS rows, and then those as many programs further on."""
+    """Losses, gradients and hits of rows. One program owns blocks of BLOCK_ROWS rows, ``programs`` blocks apart."""
     pid = program_id(0, WIDE)
     programs = tl.num_programs(0)
     o_c = tl.arange(0, BLOCK_COLUMNS)
@@ -85,7 +85,7 @@ def _cross_entropy_kernel(
     b_losses = tl.zeros([BLOCK_ROWS], ACC)
     b_weights = tl.zeros([BLOCK_ROWS], ACC)
     b_hits = tl.zeros([BLOCK_ROWS], ACC)
-    # Of the label's class, and of every class beside it.
+    # Weights in the smoothed target: of the label's class, and added to every class.
     keep = tl.full([], 1.0 - SMOOTHING, ACC)
     spread = tl.full([], SMOOTHING, ACC) / C
     class_weights = tl.full([], 1.0, ACC) * C
@@ -107,7 +107,7 @@ def _cross_entropy_kernel(
         b_max = tl.full([BLOCK_ROWS], -infinity, ACC)
         b_sum = tl.zeros([BLOCK_ROWS], ACC)
         b_best = tl.zeros([BLOCK_ROWS], o_c.dtype)  # the first class with the largest logit
-        b_nan = tl.zeros([BLOCK_ROWS], o_c.dtype) + C  # the first one whose logit is NaN, which PyTorch's argmax prefers
+        b_nan = tl.zeros([BLOCK_ROWS], o_c.dtype) + C  # the first class whose logit is NaN: PyTorch's argmax returns that
         for start in range(0, C, BLOCK_COLUMNS):
             i_c = start + o_c
             mask = m_r[:, None] & (i_c < C)[None, :]
@@ -119,14 +119,14 @@ def _cross_entropy_kernel(
                 b_best = tl.where(b_top > b_max, b_here, b_best)
                 b_nan = tl.minimum(b_nan, tl.min(tl.where(b_x != b_x, i_c[None, :], C), 1))
             b_top = tl.maximum(b_max, b_top)
-            # A row's first classes may all be -inf: from that its exponentials are 0, and not NaN.
+            # All of a row's classes so far may be -inf: a shift of 0 makes their exponentials 0 and not NaN.
             b_shift = tl.where(b_top == -infinity, 0.0, b_top)
             b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
             b_max = b_top
 
         b_log_sum = tl.log(b_sum)
         b_target = tl.load(p_row + b_label * stride_xc, mask=m_label, other=0.0).to(ACC)
-        b_weight = tl.where(m_label, 1.0, float("nan")).to(ACC)  # a label that is no class makes its row NaN
+        b_weight = tl.where(m_label, 1.0, float("nan")).to(ACC)  # a label that is not a class makes its row NaN
         if weight_ptr is not None:
             b_weight *= tl.load(weight_ptr + b_label, mask=m_label, other=0.0).to(ACC)
         b_weight = tl.where(b_ignored, 0.0, b_weight)
@@ -178,14 +178,14 @@ def _cross_entropy_kernel(
 @triton.jit
 def _cross_entropy_sum_kernel(
     partial_ptr,  # [3, parts] sums of losses, weights and hits
-    loss_ptr,  # as in _cross_entropy_kernel, as the next two
+    loss_ptr,  # this and the next two: as in _cross_entropy_kernel
     weights_ptr,
     hits_ptr,
     parts,
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums over all rows, from those of at most BLOCK programs. One program owns all of it."""
+    """The sums over all rows, from the partial sums of at most BLOCK programs. A single program computes them."""
     wait_for_the_kernel_before()
     o_p = tl.arange(0, BLOCK)
     m_p = o_p < parts
@@ -200,7 +200,7 @@ def _cross_entropy_dgrad_kernel(
     dy_ptr,  # gradient of the losses, [N, D] through its strides; a scalar has strides of 0
     gradient_ptr,  # [N, C, D] contiguous: of each row's own loss
     labels_ptr,  # [N, D] int64 or uint8, through its strides
-    weights_ptr,  # what a mean was divided by, a scalar, or None
+    weights_ptr,  # the divisor of a mean, a scalar, or None
     dx_ptr,  # out: [N, C, D] contiguous
     rows,  # N * D
     C,
@@ -229,6 +229,6 @@ def _cross_entropy_dgrad_kernel(
     b_dx = tl.load(gradient_ptr + o_x, mask=mask, other=0.0).to(ACC) * b_dy[:, None]
     if weights_ptr is not None:
         b_dx = b_dx / tl.load(weights_ptr)
-    # Not 0 times a factor that is not finite, where all rows are ignored.
+    # Selected, not multiplied: where all rows are ignored, the factor is not finite and 0 times it would be NaN.
     b_dx = tl.where((b_label == IGNORED)[:, None], 0.0, b_dx)
     tl.store(dx_ptr + o_x, cast(b_dx, dx_ptr.dtype.element_ty), mask=mask)

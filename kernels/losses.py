@@ -1,9 +1,9 @@
-"""Cross-entropy of class labels: the loss and the gradient of its logits in one pass over them.
+"""Cross-entropy with class labels: the loss and the gradient of the logits from one forward kernel.
 
-The forward kernel finds each row's maximum and sum of exponentials block by block of classes (Milakov and Gimelshein, "Online
-normalizer calculation for softmax", 2018), and then writes the row's loss and gradient. That gradient is the one of the row's
-own loss: what the reduction and whoever reads the loss multiply it by, the backward kernel does. Rows are added up in a fixed
-order.
+The forward kernel computes each row's maximum and sum of exponentials block by block of classes (Milakov and Gimelshein,
+"Online normalizer calculation for softmax", 2018), and then writes the row's loss and the gradient of that row's own loss. The
+backward kernel multiplies this gradient by the output's gradient and divides a mean's by the sum of weights. Losses of rows are
+added in a fixed order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .runtime.torch_interop import (
 )
 from .sums import accumulator_dtype, triton_accumulator
 
-#: The label of a row that counts for nothing: ``F.cross_entropy``'s default.
+#: The label of ignored rows: the default ``ignore_index`` of ``F.cross_entropy``.
 IGNORED = -100
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -48,13 +48,13 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class CrossEntropy(NamedTuple):
-    """What the operator is told beside its tensors.
+    """The forward operator's problem: its arguments besides tensors.
 
     Attributes:
         label_smoothing: in [0, 1].
         reduction: "none", "mean" or "sum".
         float32_loss: whether the loss of half-precision logits is float32, as under autocast.
-        write_gradient: whether the backward pass's gradient is wanted.
+        write_gradient: whether to write the gradient for the backward pass.
     """
 
     label_smoothing: float
@@ -63,17 +63,17 @@ class CrossEntropy(NamedTuple):
     write_gradient: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The fields in the order of the operator's schema."""
         return tuple(self)
 
 
 class CrossEntropyGradient(NamedTuple):
-    """What the operator of the gradient is told: the reduction."""
+    """The backward operator's problem: the reduction."""
 
     reduction: str
 
     def flat(self) -> tuple[str]:
-        """As the operator's schema lists it."""
+        """The fields in the order of the operator's schema."""
         return (self.reduction,)
 
 
@@ -86,7 +86,7 @@ def _launch_cross_entropy(
     sums: dict[str, Tensor | None],
     **constants: Any,
 ) -> None:
-    """Launch the forward kernel, and where there are many rows the sum over its programs; ``sums``: weights_ptr, hits_ptr."""
+    """Launch the forward kernel and, where it has several programs, the sum over them; ``sums``: weights_ptr, hits_ptr."""
     n, c = logits.shape[:2]
     rows = labels.numel()
     x, y = logits.reshape(n, c, rows // max(n, 1)), labels.reshape(n, rows // max(n, 1))
@@ -132,7 +132,7 @@ def _launch_cross_entropy(
 
 
 def _new_results(logits: Tensor, labels: Tensor, problem: CrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised loss, gradient of each row's loss, and sum of the rows' weights; empty what is not wanted."""
+    """Uninitialised loss, gradient of each row's loss, and sum of the rows' weights; unwanted results are empty."""
     accumulator = accumulator_dtype(logits.dtype)
     dtype = accumulator if problem.float32_loss else logits.dtype
     loss = new_output(labels.shape if problem.reduction == "none" else (), dtype, logits.device)
@@ -169,9 +169,9 @@ def cross_entropy_fprop(
     float32_loss: bool,
     write_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of ``logits`` (N, C, ...), gradient of each row's own loss, and the sum of the rows' weights that a mean divides by.
+    """Loss of ``logits`` (N, C, ...), gradient of each row's own loss, and the sum of the rows' weights, a mean's divisor.
 
-    Empty what is not wanted.
+    A result that was not asked for is empty.
     """
     return _run_cross_entropy(logits, labels, weight, CrossEntropy(label_smoothing, reduction, float32_loss, write_gradient))
 
@@ -185,7 +185,7 @@ def _(logits, labels, weight, label_smoothing, reduction, float32_loss, write_gr
 def cross_entropy_dgrad(
     grad_output: Tensor, gradient: Tensor, labels: Tensor, weights: Tensor | None, reduction: str
 ) -> Tensor:
-    """Gradient of the logits, of the loss's and of what :func:`cross_entropy_fprop` returned; contiguous."""
+    """Gradient of the logits, contiguous, from the loss's gradient and the results of :func:`cross_entropy_fprop`."""
     return _run_dgrad(grad_output, gradient, labels, weights, CrossEntropyGradient(reduction))
 
 
@@ -252,7 +252,7 @@ def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_outp
 
 @over(_fprop_operator)
 class CrossEntropyFunction(OperatorFunction):
-    """Cross-entropy. Saves the gradient of each row's own loss, and the logits for a derivative of the gradient."""
+    """Cross-entropy. Saves the gradient of each row's own loss, and the logits for second derivatives."""
 
     internal = (1, 2)
 
@@ -265,7 +265,7 @@ class CrossEntropyFunction(OperatorFunction):
         logits, labels, weight, ctx.problem = inputs
         _, gradient, weights = output
         ctx.mark_non_differentiable(*[made for made in (gradient, weights) if made is not None])
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)  # no tensors of zeros for outputs without a gradient
         ctx.save_for_backward(gradient, weights, logits, labels, weight)
 
     @staticmethod
@@ -274,7 +274,7 @@ class CrossEntropyFunction(OperatorFunction):
         if not ctx.problem.write_gradient:
             raise RuntimeError(
                 "this cross_entropy was recorded without its gradient: its graph was made under torch.no_grad() or from "
-                "tensors that require no gradient"
+                "tensors that do not require a gradient"
             )
         gradient, weights, labels = saved[0], saved[1], saved[3]
         problem = CrossEntropyGradient(ctx.problem.reduction)
@@ -288,7 +288,7 @@ _fprop_operator.register_autograd(CrossEntropyFunction, CrossEntropy, tensors=3)
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Labels of classes, one for each row of ``logits`` (C,) or (N, C, ...)."""
+    """Check that ``labels`` holds one class label for each row of ``logits``, (C,) or (N, C, ...)."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.is_floating_point():
@@ -314,17 +314,17 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
 
 
 def _check_weight(logits: Tensor, weight: Tensor, any_dtype: bool) -> None:
-    """A weight for each class, without a gradient; in the dtype of ``logits`` unless autocast makes both float32."""
+    """Check that ``weight`` is (C,), requires no gradient, and has the dtype of ``logits`` unless ``any_dtype``."""
     if any_dtype and isinstance(weight, Tensor):
         check_tensors(weight=weight)
-        check_tensors(logits=logits, weight=weight.new_empty(0, dtype=logits.dtype))  # of a cast copy nothing but this is asked
+        check_tensors(logits=logits, weight=weight.new_empty(0, dtype=logits.dtype))  # an empty tensor stands for a cast copy
     else:
         check_tensors(logits=logits, weight=weight)
     classes = logits.shape[min(1, logits.dim() - 1)]
     if weight.shape != (classes,):
         raise ArgumentValueError(f"weight must have shape ({classes},), one for each class, got {tuple(weight.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ArgumentValueError("weight must not require a gradient: there is none")
+        raise ArgumentValueError("weight must not require a gradient: cross_entropy computes none for it")
 
 
 def _checked_smoothing(label_smoothing: float) -> float:
@@ -343,26 +343,26 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """The meaning of :func:`torch.nn.functional.cross_entropy` for class labels. Computed in float32.
+    """Cross-entropy as :func:`torch.nn.functional.cross_entropy` for class labels, computed in float32.
 
-    A row with the label -100 (PyTorch's default ``ignore_index``) is ignored: its loss and its gradient are 0, and a mean does
-    not count it. Kernels cannot raise: any other label that is no class makes its row's loss and gradient NaN, and no memory
-    outside of ``logits`` is read. In PyTorch's operations it is an error.
+    A row with the label -100 (PyTorch's default ``ignore_index``) is ignored: its loss and gradient are 0, and a mean does not
+    count it. A kernel cannot raise an error: any other label that is not a class makes its row's loss and gradient NaN, and the
+    kernel reads no memory outside of ``logits``. The PyTorch reference raises an error for such a label.
 
     Args:
         logits: (N, C), (N, C, d1, ...) or (C,); any strides; float32, float16 or bfloat16 (float64 on the CPU).
         labels: (N,), (N, d1, ...) or (): the class of each row, int64 or uint8.
-        weight: (C,), what the loss of each class counts, in the dtype of ``logits``; without a gradient.
+        weight: (C,), the weight of each class's loss, in the dtype of ``logits``; it must not require a gradient.
         label_smoothing: in [0, 1], the part of a label that is spread over all classes.
-        reduction: ``"mean"`` (over the rows' weights), ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (weighted by the rows' weights), ``"sum"`` or ``"none"``.
 
     Returns:
-        The loss in the dtype of ``logits``, under autocast in float32 as in PyTorch: a scalar, for ``"none"`` of the shape of
-        ``labels``.
+        The loss in the dtype of ``logits`` (under autocast in float32, as in PyTorch): a scalar, or for ``"none"`` a tensor of
+        the shape of ``labels``.
 
     Raises:
-        TypeError: dtypes other than these; floating-point labels, which stand for probabilities of classes.
-        ValueError: shapes or devices that do not fit, ``label_smoothing`` or ``reduction`` other than these, a weight that
+        TypeError: other dtypes; floating-point labels, which PyTorch takes for probabilities of classes.
+        ValueError: shapes or devices that do not match, an invalid ``label_smoothing`` or ``reduction``, or a weight that
             requires a gradient.
     """
     check_tensors(logits=logits)
@@ -388,7 +388,7 @@ def cross_entropy(
 
 
 def _run_add_cross_entropy(*arguments: Any) -> Tensor:
-    """The tensors of :func:`add_cross_entropy`, whether a gradient is wanted, the label smoothing, the gradient's factor."""
+    """Run :func:`add_cross_entropy`: its tensors, then (whether a gradient is wanted, label smoothing), then ``grad_scale``."""
     logits, labels, loss_sum, hits, weight, (write_gradient, label_smoothing), grad_scale = arguments
     gradient = new_output(logits.shape, logits.dtype, logits.device) if write_gradient else nothing(logits)
     _launch_cross_entropy(
@@ -415,7 +415,7 @@ def add_cross_entropy_reference(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """What :func:`add_cross_entropy` means, in PyTorch's own operations."""
+    """:func:`add_cross_entropy` in PyTorch's own operations."""
     with torch.enable_grad():
         values = logits.detach().float().requires_grad_(grad_scale is not None)
         weight = None if weight is None else weight.float()
@@ -437,25 +437,25 @@ def add_cross_entropy(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """Add the losses and the hits of a batch to running totals, and return the gradient of its logits: one launch.
+    """Add a batch's losses and number of correct predictions to running totals; return the logits' gradient. One launch.
 
-    For a training loop: ``logits.backward(add_cross_entropy(logits, labels, loss_sum, hits, 1 / len(logits)))``. Of more than a
-    few rows or classes it is two launches. Nothing waits for the device, and a CUDA graph can capture it.
+    For a training loop: ``logits.backward(add_cross_entropy(logits, labels, loss_sum, hits, 1 / len(logits)))``. Many rows or
+    classes take two launches. The call does not synchronise with the device and can be captured in a CUDA graph.
 
     Args:
         logits: (N, C), any strides; float32, float16 or bfloat16.
-        labels: (N,) int64 or uint8. What is no class counts as in :func:`kernels.cross_entropy`, and is no hit.
-        loss_sum: float32 scalar on the device of ``logits``; becomes the sum of it and the rows' losses, computed in float32.
-        hits: as ``loss_sum``; becomes the sum of it and the number of rows whose ``argmax`` is the label.
-        grad_scale: what the gradient of the sum of losses is multiplied by; None for no gradient.
-        weight, label_smoothing: as in :func:`kernels.cross_entropy`; the weight of any floating-point dtype. The sum is not
-            divided by the weights of its rows.
+        labels: (N,) int64 or uint8. A label that is not a class is treated as in :func:`kernels.cross_entropy`; it is no hit.
+        loss_sum: float32 scalar on the device of ``logits``; the sum of the rows' losses is added to it in float32.
+        hits: float32 scalar on the device of ``logits``; the number of rows whose ``argmax`` is the label is added to it.
+        grad_scale: factor of the gradient of the summed losses; None for no gradient.
+        weight, label_smoothing: as in :func:`kernels.cross_entropy`, but ``weight`` may have any floating-point dtype. The sum
+            is not divided by the weights of its rows.
 
     Returns:
         The gradient (N, C), contiguous, in the dtype of ``logits``; None without ``grad_scale``.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices other than these.
+        TypeError, ValueError: other dtypes, shapes or devices.
     """
     check_tensors(logits=logits)
     if logits.dim() != 2:

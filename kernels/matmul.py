@@ -1,16 +1,16 @@
-"""Matrix products of a linear layer: the kernels, and :func:`matmul`, which chooses one and launches it.
+"""Matrix products of a linear layer: the pointer kernel, and :func:`matmul`, which chooses a kernel and launches it.
 
-A small batch has few tiles, and the time goes into reading the weights. So K is split among as many programs as keep all
-multiprocessors reading; each stores its part of the sum in float32, and a second kernel adds the parts in order and applies the
-epilogue. Without a split bias and ReLU are applied to the accumulators before they leave the registers. Dropout is the second
-kernel's in any case: beside the accumulators of a large tile, the ten rounds of its random numbers do not fit the registers.
+A small batch has few tiles, and most of the time goes into reading the weights. K is therefore split among enough programs to
+keep all SMs reading. Each program stores its part of the sum in float32; a second kernel adds the parts in order and applies
+the epilogue. Without a split, bias and ReLU are applied to the accumulators in registers. Dropout always runs in the second
+kernel: beside the accumulators of a large tile, the ten Philox rounds do not fit in the registers.
 
-Where the number of tiles does not fit that of multiprocessors, programs take equal shares (:mod:`kernels.matmul_shares`).
+Where the tiles would leave SMs idle in the last round, programs take equal shares (:mod:`kernels.matmul_shares`).
 
-In TF32 the tensor cores read shared memory only with K along the rows. The weight gradient gets copies of both operands in that
-order; the input gradient transposes each block of the weights on its way (:class:`kernels.matmul_descriptor.Operand`). An exact
-float32 product is FMAs on registers, where the second operand's neighbours should lie along N: the forward pass computes the
-transposed product (SWAP in :func:`kernels.linear_rules.linear_config`).
+In TF32 the tensor cores read shared memory only with K along the rows. The weight gradient copies both operands to that order;
+the input gradient transposes each block of the weights after loading it (:class:`kernels.matmul_descriptor.Operand`). An exact
+float32 product consists of FMAs on registers and wants the second operand contiguous along N. The forward pass therefore
+computes the transposed product (SWAP in :func:`kernels.linear_rules.linear_config`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _matmul_kernel(
     a_ptr,  # [M, K] through its strides
     b_ptr,  # [K, N] through its strides
     bias_ptr,  # [N], BIAS_OF_ROWS: [M]; or unused
-    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the split's partial sums
     M,
     N,
     K,
@@ -45,7 +45,7 @@ def _matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
-    stride_cs,  # from one split's part to the next
+    stride_cs,  # from one part to the next
     stride_cm,
     stride_cn,
     blocks_per_split,
@@ -59,14 +59,14 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = relu(a @ b + bias). One program computes a BLOCK_M x BLOCK_N tile of c over one split's share of K.
+    """c = relu(a @ b + bias). One program computes a BLOCK_M x BLOCK_N tile of c over one part of K.
 
-    Through pointers: any strides, any GPU.
+    It loads through pointers: any strides, any GPU.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
-    pid_m = pid % blocks_m  # neighbours share the columns of b, the weights, which are what a small batch has to read
+    pid_m = pid % blocks_m  # consecutive programs share columns of b, the weights, which dominate a small batch's reads
     pid_n = pid // blocks_m
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,9 +96,9 @@ def _matmul_kernel(
 
 
 def matmul(pass_: str, a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue = PLAIN) -> None:
-    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides; ``pass_`` names it in the tables.
+    """out = dropout(relu(a @ b + bias)) for 2-D tensors of any strides; ``pass_`` is the product's name in the tables.
 
-    With dropout ``out`` is contiguous.
+    With dropout ``out`` must be contiguous.
     """
     (m, k), n = a.shape, b.shape[1]
     precision = dot_precision(a.device, matmul_input_precision(a.dtype))
@@ -112,7 +112,7 @@ def matmul(pass_: str, a: Tensor, b: Tensor, out: Tensor, epilogue: Epilogue = P
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     blocks = max(1, cdiv(k, block_k))
     blocks_per_split = cdiv(blocks, config.pop("SPLIT"))
-    split = cdiv(blocks, blocks_per_split)  # none of them is empty
+    split = cdiv(blocks, blocks_per_split)  # so that no part is empty
     parts = new_output((split, m, n), accumulator_dtype(a.dtype), a.device) if split > 1 else None
     target = out if parts is None else parts[0]
     if swap:

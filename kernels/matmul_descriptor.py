@@ -1,4 +1,4 @@
-"""Matrix products of operands that TMA can read: Hopper and later."""
+"""Matrix products of operands that TMA can load, on Hopper and later."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _row_major_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = source. One program copies a BLOCK_R x BLOCK_C tile, read and written along the rows of either."""
+    """out = source. One program copies a BLOCK_R x BLOCK_C tile, reading source and writing out each along its own rows."""
     pid = program_id(0, WIDE)
     blocks_r = tl.cdiv(R, BLOCK_R)
     o_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -43,7 +43,7 @@ def _row_major_kernel(
 
 @triton.jit
 def load_a(a_desc, m0, k0, TRANSPOSED: tl.constexpr):
-    """[BLOCK_M, BLOCK_K] of the first operand."""
+    """Load a block of the first operand, [BLOCK_M, BLOCK_K]."""
     if TRANSPOSED:
         return a_desc.load([k0, m0]).T
     else:
@@ -52,7 +52,7 @@ def load_a(a_desc, m0, k0, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def load_b(b_desc, n0, k0, TRANSPOSED: tl.constexpr, PANEL: tl.constexpr):
-    """[BLOCK_K, BLOCK_N] of the second operand."""
+    """Load a block of the second operand, [BLOCK_K, BLOCK_N]."""
     if TRANSPOSED:
         return b_desc.load([n0, k0]).T
     elif PANEL > 0:
@@ -67,11 +67,11 @@ def _matmul_descriptor_kernel(
     a_desc,  # [M, K], blocks [BLOCK_M, BLOCK_K]; A_TRANSPOSED: [K, M], blocks [BLOCK_K, BLOCK_M]
     b_desc,  # [K, N], blocks [BLOCK_K, BLOCK_N]; B_TRANSPOSED: [N, K], blocks [BLOCK_N, BLOCK_K]; B_PANEL: see Operand
     bias_ptr,  # [N], or unused
-    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the parts of each split
+    c_ptr,  # out: [M, N] through its strides; or [SPLIT, M, N], the split's partial sums
     M,
     N,
     K,
-    stride_cs,  # from one split's part to the next
+    stride_cs,  # from one part to the next
     stride_cm,
     stride_cn,
     blocks_per_split,
@@ -86,10 +86,10 @@ def _matmul_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """As :func:`kernels.matmul._matmul_kernel`, for matrices that TMA can read: Hopper and later.
+    """c = relu(a @ b + bias). One program computes a BLOCK_M x BLOCK_N tile of c over one part of K, loading by TMA.
 
-    Blocks go from memory to shared memory to the tensor cores. No register sees them, but for a block of TF32 that is
-    transposed on its way. What lies outside of a matrix comes as zeros, so that nothing is masked but the store.
+    Blocks go from memory to shared memory to the tensor cores without passing through registers; only a transposed block of
+    TF32 passes through them. TMA fills zeros outside of a matrix, so only the store needs a mask.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
@@ -124,16 +124,16 @@ class Operand(NamedTuple):
     """An operand of :func:`_matmul_descriptor_kernel`.
 
     Attributes:
-        matrix: rows that a tensor descriptor can describe.
-        transposed: whether they are the operand's columns.
-        panel: 0; or the columns of a panel: the descriptor then describes [columns / panel, rows, panel].
+        matrix: a matrix whose rows a tensor descriptor can describe: the operand or its transpose.
+        transposed: whether ``matrix`` is the operand's transpose.
+        panel: 0, or the columns of a panel: the descriptor then describes [columns / panel, rows, panel].
 
-    Panels are for TF32's second operand with K along the columns, which the compiler reads from shared memory into registers
-    and writes back in the other order. With a block of two dimensions the 32 lanes of a warp hold 2 rows x 16 groups of 4
-    columns, and a store has 8 lanes to a bank; with panels of 16 they hold 8 x 4, and it has 2. (Panels of 8: 1, but TMA would
-    fetch rows of 32 bytes, where these are of 64.) By arithmetic, fc1's input gradient: a multiprocessor's share of the weights
-    is 0.8 MB, 6,200 cycles of shared memory at 128 bytes each, 3.5 us at 1.76 GHz. So these stores take 7 us (28 without
-    panels), and memory 35 us.
+    Panels are for TF32's second operand with K along the columns. The compiler reads such a block from shared memory into
+    registers and writes it back in the other order. With a two-dimensional block, the 32 lanes of a warp hold 2 rows x 16
+    groups of 4 columns, and 8 lanes of a store hit the same bank. With panels of 16 columns, the lanes hold 8 x 4, and 2 lanes
+    hit the same bank. (With panels of 8 it would be 1, but TMA would fetch rows of 32 bytes instead of 64.) By arithmetic, for
+    fc1's input gradient: an SM's share of the weights is 0.8 MB, which is 6,200 cycles of shared memory at 128 bytes each, or
+    3.5 us at 1.76 GHz. These stores then take 7 us (28 us without panels), and reading memory takes 35 us.
     """
 
     matrix: Tensor
@@ -141,7 +141,7 @@ class Operand(NamedTuple):
     panel: int = 0
 
     def descriptor(self, block_rows: int, block_columns: int) -> TensorDescriptor:
-        """For blocks of so many rows and columns of the operand."""
+        """The tensor descriptor for blocks of ``block_rows`` x ``block_columns`` of the operand."""
         matrix, block = self.matrix, [block_rows, block_columns]
         if self.transposed:
             block.reverse()
@@ -153,9 +153,9 @@ class Operand(NamedTuple):
 
 
 def _dense_side(matrix: Tensor) -> Operand | None:
-    """``matrix`` or its transpose, whichever a tensor descriptor can describe; else None.
+    """``matrix`` or its transpose, whichever a tensor descriptor can describe; None if neither.
 
-    TMA wants neighbours in a row, and rows that start at multiples of 16 bytes.
+    TMA needs contiguous rows that start at multiples of 16 bytes.
     """
     for candidate, transposed in ((matrix, False), (matrix.t(), True)):
         row, column = candidate.stride()
@@ -166,9 +166,9 @@ def _dense_side(matrix: Tensor) -> Operand | None:
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """A copy of ``matrix``, (R, C), with neighbours in a row, and rows that start at multiples of 16 elements.
+    """A copy of ``matrix``, (R, C), with contiguous rows that start at multiples of 16 elements.
 
-    Of a stride Triton knows whether 16 divides it, and only then are pointers to 4 neighbours read at once.
+    Triton specialises on whether 16 divides a stride, and vectorises loads of 4 neighbours only if so.
     """
     rows, columns = matrix.shape
     out = new_output((rows, cdiv(columns, 16) * 16), matrix.dtype, matrix.device)
@@ -190,7 +190,7 @@ def row_major(matrix: Tensor) -> Tensor:
 
 
 def operands(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[Operand, Operand] | None:
-    """Both operands for :func:`_matmul_descriptor_kernel`; None where it does not run: then the pointers do."""
+    """Both operands for :func:`_matmul_descriptor_kernel`; None where the pointer kernel has to run instead."""
     half = a.dtype in HALF
     if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_copy_engine(a.device):
         return None
@@ -201,8 +201,8 @@ def operands(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[Operand,
     if a_rows.transposed:
         a_rows = Operand(row_major(a), False)
     if not b_rows.transposed:
-        # Each row of tiles transposes all of b anew. A weight gradient has many rows of tiles, and b is the input: a copy is
-        # cheaper. An input gradient has few, and b are the weights: a copy moves twice the bytes that the product does.
+        # Each row of tiles transposes all of b again. A weight gradient has many rows of tiles and b is the input, so a copy
+        # is cheaper. An input gradient has few and b is the weight, so a copy would move twice the bytes of the product.
         if pass_ == "wgrad":
             b_rows = Operand(row_major(b.t()), True)
         elif b.shape[1] % _PANEL == 0:
@@ -211,7 +211,7 @@ def operands(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[Operand,
 
 
 def operand_arguments(rows: tuple[Operand, Operand], config: dict[str, int]) -> dict[str, Any]:
-    """Both operands' arguments of a descriptor kernel."""
+    """A descriptor kernel's arguments for both operands."""
     a, b = rows
     return {
         "a_desc": a.descriptor(config["BLOCK_M"], config["BLOCK_K"]),

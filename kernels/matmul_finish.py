@@ -1,4 +1,4 @@
-"""What comes after a matrix product: bias, ReLU and dropout, and the sum of its parts where programs shared a tile's K."""
+"""A matrix product's epilogue (bias, ReLU, dropout), and the sum of its parts where K was split among programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sums import dropout_scale, triton_accumulator
 
 @triton.jit
 def bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """relu(acc + bias); ``o_n`` are the columns of ``acc``, in a shape that broadcasts to its."""
+    """relu(acc + bias); ``o_n`` holds the column indices of ``acc``, in a shape that broadcasts to that of ``acc``."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(acc.dtype)
     if RELU:
@@ -28,7 +28,7 @@ def bias_relu(acc, bias_ptr, o_n, m_n, HAS_BIAS: tl.constexpr, RELU: tl.constexp
 
 @triton.jit
 def _matmul_finish_kernel(
-    part_ptr,  # [SPLIT, M, N]: sums in the accumulator's type, contiguous; or with a SPLIT of 1 the output so far, c itself
+    part_ptr,  # [SPLIT, M, N] partial sums in the accumulator's dtype, contiguous; with a SPLIT of 1 it may be c itself
     bias_ptr,  # [N], or unused
     seed_ptr,  # int64 scalar, or unused
     c_ptr,  # out: [M, N] through its strides
@@ -50,13 +50,13 @@ def _matmul_finish_kernel(
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
     acc = tl.load(part_ptr + o_e, mask=m_e, other=0.0).to(ACC)
-    for _ in tl.static_range(1, SPLIT):  # unrolled: all loads are under way before the first addition
+    for _ in tl.static_range(1, SPLIT):  # unrolled, so that all loads are issued before the first addition
         part_ptr += elements
         acc += tl.load(part_ptr + o_e, mask=m_e, other=0.0)
     o_n = o_e % N
     acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     if DROPOUT:
-        # Rounded to the output's type first, as the layer before the dropout would store it.
+        # Rounded to the output's dtype first, as a separate layer before the dropout would store it.
         acc = cast(acc, c_ptr.dtype.element_ty).to(ACC)
         acc *= dropout_factor(tl.load(seed_ptr), o_e, p, scale)
     tl.store(c_ptr + o_e // N * stride_cm + o_n * stride_cn, cast(acc, c_ptr.dtype.element_ty), mask=m_e)
@@ -66,13 +66,13 @@ def _matmul_finish_kernel(
 
 
 class Epilogue(NamedTuple):
-    """What comes after a product: dropout(relu(product + bias)), each where it is asked for.
+    """The epilogue of a product: dropout(relu(product + bias)), each of the three optional.
 
     Attributes:
         bias: (N,), or None.
-        relu: whether there is a ReLU.
-        seed: int64 scalar of the dropout, or None.
-        p: its probability of dropping an output.
+        relu: whether to apply a ReLU.
+        seed: seed of the dropout, an int64 scalar; None for no dropout.
+        p: the dropout's probability of dropping an output.
     """
 
     bias: Tensor | None = None
@@ -81,7 +81,7 @@ class Epilogue(NamedTuple):
     p: float = 0.0
 
     def bias_relu(self, applied: bool, unused: Tensor) -> dict[str, Any]:
-        """A kernel's arguments: bias and ReLU, if it is the one that applies them; ``unused`` is the pointer of no bias."""
+        """A kernel's arguments for bias and ReLU if ``applied`` by it; ``unused`` is passed in place of a missing bias."""
         bias = self.bias if applied else None
         return {
             "bias_ptr": unused if bias is None else bias.contiguous(),
@@ -94,7 +94,7 @@ PLAIN = Epilogue()
 
 
 def finish(out: Tensor, parts: Tensor | None, epilogue: Epilogue) -> None:
-    """The sum of ``parts`` (SPLIT, M, N) and its epilogue into ``out``; without parts, the dropout of what ``out`` holds."""
+    """Write the epilogue of the sum of ``parts`` (SPLIT, M, N) to ``out``; without parts, apply dropout to ``out`` itself."""
     config = matmul_finish_config(out.numel())
     launch(
         _matmul_finish_kernel,

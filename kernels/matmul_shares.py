@@ -1,12 +1,12 @@
-"""Matrix products by programs that take equal shares of the work, whatever the number of tiles: Hopper and later.
+"""Matrix products by programs that take equal shares of the work ("stream-K"), on Hopper and later.
 
-With a program a tile, 200 tiles keep 132 multiprocessors busy for two rounds, the second half empty. Here each of PROGRAMS
-programs takes the same number of units, to within one. A unit is a whole tile, or with CUT a step of K of a tile. A share then
-begins and ends inside of tiles. The sums of these tiles go to memory as float32 parts, which a second kernel adds in the order
-of the programs. Shares and order follow from the shape and the configuration alone.
+With one program per tile, 200 tiles keep 132 SMs busy for two rounds, the second of them half empty. Here each of PROGRAMS
+programs takes the same number of units, to within one. A unit is a whole tile, or with CUT a step of K of a tile. With CUT a
+share may begin and end inside a tile. Sums of such tiles go to memory as float32 parts, which a second kernel adds in the order
+of the programs. Shares and order depend on the shape and the configuration alone.
 
-Whole tiles are for products with few steps of K, such as the gradient of a weight at a small batch: the loop goes over the
-steps of all tiles, so that the blocks of the next tiles are on their way while a tile is stored.
+Whole tiles are for products with few steps of K, such as the weight gradient of a small batch. The loop runs over the steps of
+all of a program's tiles, so that the next tile's blocks are loading while a tile is stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sums import dropout_scale
 
 @triton.jit
 def _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BIAS: tl.constexpr, RELU: tl.constexpr):
-    """The epilogue of a whole tile, and its store."""
+    """Apply bias and ReLU to a whole tile and store it."""
     o_m = m0 + tl.arange(0, acc.shape[0])
     o_n = n0 + tl.arange(0, acc.shape[1])
     m_n = (o_n < N)[None, :]
@@ -41,20 +41,20 @@ def _store_tile(acc, bias_ptr, c_ptr, m0, n0, M, N, stride_cm, stride_cn, HAS_BI
 
 @triton.jit
 def _matmul_shares_kernel(
-    a_desc,  # as those of _matmul_descriptor_kernel
+    a_desc,  # both descriptors: as in _matmul_descriptor_kernel
     b_desc,
     bias_ptr,  # [N], or unused
     c_ptr,  # out: [M, N] through its strides
-    part_ptr,  # out: [parts, BLOCK_M, BLOCK_N] float32: of the tile that each share begins inside of, then the others
+    part_ptr,  # out: [parts, BLOCK_M, BLOCK_N] float32: a part per share that begins inside a tile, then tiles' first parts
     M,
     N,
     stride_cm,
     stride_cn,
-    steps,  # of K, in a tile
+    steps,  # steps of K in a tile
     share,  # units of each program
-    longer,  # so many first programs have one more
+    longer,  # the first ``longer`` programs have one unit more
     CUT: tl.constexpr,
-    FIRST_BY_TILE: tl.constexpr,  # the first part of each cut tile by the tile's number, else by its program's
+    FIRST_BY_TILE: tl.constexpr,  # a cut tile's first part is stored at the tile's index, else at its program's
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     B_PANEL: tl.constexpr,
@@ -66,7 +66,7 @@ def _matmul_shares_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """c = relu(a @ b + bias). One program computes its share of the BLOCK_M x BLOCK_N tiles, or of their steps of K."""
+    """c = relu(a @ b + bias). One program computes a share of the BLOCK_M x BLOCK_N tiles or, with CUT, of their K steps."""
     pid = program_id(0, WIDE)
     blocks_m = tl.cdiv(M, BLOCK_M)
     first = pid * share + tl.minimum(pid, longer)
@@ -105,7 +105,7 @@ def _matmul_shares_kernel(
 
 @triton.jit
 def _owner(step, share, longer):
-    """The program whose share a step is in."""
+    """The program whose share contains ``step``."""
     return tl.where(step < longer * (share + 1), step // (share + 1), (step - longer) // share)
 
 
@@ -114,7 +114,7 @@ def _matmul_shares_finish_kernel(
     part_ptr,  # as _matmul_shares_kernel stores them
     bias_ptr,  # [N], or unused
     seed_ptr,  # int64 scalar, or unused
-    c_ptr,  # out: [M, N] through its strides, where the whole tiles are
+    c_ptr,  # out: [M, N] through its strides; it already holds the whole tiles
     M,
     N,
     stride_cm,
@@ -126,7 +126,7 @@ def _matmul_shares_finish_kernel(
     longer,
     programs,  # of _matmul_shares_kernel
     FIRST_BY_TILE: tl.constexpr,
-    PARTS: tl.constexpr,  # at most so many programs have parts of a tile
+    PARTS: tl.constexpr,  # the most programs that share one tile
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     DROPOUT: tl.constexpr,  # only with EVERY_TILE
@@ -138,7 +138,8 @@ def _matmul_shares_finish_kernel(
 ):
     """c = dropout(relu(the sum of a tile's parts, first to last, + bias)). One program owns BLOCK elements of one tile.
 
-    Of every tile; or of the tile that a share ends in, if it begins in the same share: so each cut tile is owned once.
+    With EVERY_TILE the programs cover all tiles. Otherwise each share's programs own the tile in which that share ends, if the
+    tile also begins in that share, so that each cut tile is owned once.
     """
     pid = program_id(0, WIDE)
     TILE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -158,14 +159,14 @@ def _matmul_shares_finish_kernel(
     if not EVERY_TILE:
         is_cut = is_cut & (first == program)
     m_c = m_e & is_cut
-    # The first program's share ends in this tile, the others' begin in it.
+    # The first program's share ends inside this tile; the other programs' shares begin inside it.
     acc = tl.load(part_ptr + (programs + (tile if FIRST_BY_TILE else first)) * TILE + o_e, mask=m_c, other=0.0)
-    for i in tl.static_range(1, PARTS):  # unrolled: all loads are under way before the first addition
+    for i in tl.static_range(1, PARTS):  # unrolled, so that all loads are issued before the first addition
         acc += tl.load(part_ptr + (first + i) * TILE + o_e, mask=m_c & (first + i <= last), other=0.0)
     acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
     if DROPOUT:
-        # Rounded to the output's type first, as the layer before the dropout would store it: so whole tiles are.
+        # Rounded to the output's dtype first, as a separate layer before the dropout would store it and as whole tiles are.
         whole = tl.load(p_c, mask=only_if(first == last, m_e), other=0.0).to(tl.float32)
         acc = tl.where(is_cut, cast(acc, c_ptr.dtype.element_ty).to(tl.float32), whole)
         acc *= dropout_factor(tl.load(seed_ptr), o_m * N + o_n, p, scale)
@@ -179,9 +180,11 @@ def _matmul_shares_finish_kernel(
 def shares_matmul(
     rows: tuple[Operand, Operand], out: Tensor, products: int, precision: str, config: dict[str, int], epilogue: Epilogue
 ) -> None:
-    """out = dropout(relu(a @ b + bias)) of ``rows``, a and b, with ``products`` summed for each element.
+    """out = dropout(relu(a @ b + bias)) by equal shares.
 
     Args:
+        rows: the operands a and b.
+        products: products that are summed for each element, K.
         config: PROGRAMS, CUT, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
     (m, n), block_m, block_n, cut = out.shape, config["BLOCK_M"], config["BLOCK_N"], config["CUT"]
@@ -189,7 +192,8 @@ def shares_matmul(
     units = tiles * steps if cut else tiles
     programs = min(config.pop("PROGRAMS"), units)
     share, longer = divmod(units, programs)
-    # One for each share's beginning, and one for each tile's: a share begins at most one tile that it does not end.
+    # One part for each share that begins inside a tile, and one for each cut tile's first part: a share contains the beginning
+    # of at most one tile whose end it does not contain.
     parts = new_output((programs + min(tiles, programs), block_m, block_n), torch.float32, out.device) if cut else None
     shared: dict[str, Any] = {
         "c_ptr": out,

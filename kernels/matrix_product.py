@@ -1,13 +1,13 @@
 """Linear layer with fused bias, ReLU and dropout: forward, input gradient, weight gradient.
 
-The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet; the name ``linear_relu_dropout`` says it. All three passes are
+The order is Linear -> ReLU -> Dropout, as in d2l's AlexNet and as the name ``linear_relu_dropout`` says. All three passes are
 one matrix product over different strides:
 
     forward          y[m, n]  = sum over k  x[m, k] w[n, k]      M = batch  N = out  K = in
     input gradient   dx[m, n] = sum over k  dz[m, k] w[k, n]     M = batch  N = in   K = out
     weight gradient  dw[m, n] = sum over k  dz[k, m] x[k, n]     M = out    N = in   K = batch
 
-:mod:`kernels.matmul` multiplies.
+:mod:`kernels.matmul` computes the product.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from .sums import epilogue_backward, sum_vectors
 
 
 class Linear(NamedTuple):
-    """What a linear layer's operator is told beside its tensors.
+    """The forward operator's problem: its arguments besides tensors.
 
     Attributes:
-        p: probability of dropping an output, where there is a seed.
-        relu: whether a ReLU comes before that.
+        p: probability of dropping an output; used only with a seed.
+        relu: whether a ReLU is applied before the dropout.
     """
 
     p: float
     relu: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The fields in the order of the operator's schema."""
         return tuple(self)
 
 
 class LinearGradients(NamedTuple):
-    """What its backward pass is told: the dropout's probability, and which gradients (input, weight, bias) are wanted."""
+    """The backward pass's problem: the dropout's probability, and which gradients (input, weight, bias) are wanted."""
 
     p: float
     wanted: Sequence[bool]
@@ -70,7 +70,7 @@ def _run_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor 
 
 @torch.library.custom_op("alexnet_triton::linear_fprop", mutates_args=())
 def linear_fprop(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool) -> Tensor:
-    """(M, in) and (out, in) to (M, out): product, bias, ReLU, then dropout where a seed is given."""
+    """Output (M, out) of ``input`` (M, in) and ``weight`` (out, in): product, bias, ReLU, then dropout if a seed is given."""
     return _run_fprop(input, weight, bias, seed, Linear(p, relu))
 
 
@@ -81,7 +81,7 @@ def _(input, weight, bias, seed, p, relu):
 
 @torch.library.custom_op("alexnet_triton::linear_dgrad", mutates_args=())
 def linear_dgrad(dz: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the input, (M, in)."""
+    """Input gradient, (M, in)."""
     dx = new_output((dz.shape[0], weight.shape[1]), dz.dtype, dz.device)
     matmul("dgrad", dz, weight, dx)
     return dx
@@ -94,7 +94,7 @@ def _(dz, weight):
 
 @torch.library.custom_op("alexnet_triton::linear_wgrad", mutates_args=())
 def linear_wgrad(dz: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the weight, in the weight's own shape and strides (its values are not read)."""
+    """Weight gradient, in the shape and strides of ``weight`` (whose values are not read)."""
     dw = new_output_like(weight)
     matmul("wgrad", dz.t(), input, dw)
     return dw
@@ -109,7 +109,7 @@ def _(dz, input, weight):
 def linear_epilogue_backward(
     grad_output: Tensor, output: Tensor | None, seed: Tensor | None, p: float, write_dz: bool, sum_columns: bool
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.sums.epilogue_backward` of a linear layer: (M, out) gradient before the epilogue, bias gradient."""
+    """Gradient before the epilogue, (M, out), and bias gradient, by :func:`kernels.sums.epilogue_backward`."""
     m, n = grad_output.shape
     grad_output = grad_output.view(m, n, 1, 1)
     output = None if output is None else output.view(m, n, 1, 1)
@@ -127,7 +127,7 @@ def _backward(
     seed: Tensor | None,
     problem: LinearGradients,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias; None what is not wanted."""
+    """Gradients of input, weight and bias; None for those that are not wanted."""
     p, (needs_input, needs_weight, needs_bias) = problem
     dz, dx, dw, d_bias = grad_output, None, None, None
     if operators.narrow is not None and weight.shape[0] <= NARROW_OUTPUTS and (needs_input or needs_weight):
@@ -169,9 +169,10 @@ def linear_narrow_backward(
     p: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All gradients of a layer with few outputs, in one launch where it is not too large; what is not wanted is empty.
+    """All gradients of a layer with few outputs, in one launch unless it is too large; unwanted gradients are empty.
 
-    Whether it is too large, a rule asks that needs to know the batch; traced code, whose batch may be any, need not.
+    The rule that decides this needs the batch size. It runs here, inside the operator, since traced code may have a dynamic
+    batch size.
     """
     gradients = narrow_backward(grad_output, input, weight, output, seed, p, wanted)
     if gradients is not None:
@@ -211,7 +212,7 @@ def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Any, ...], grad_outp
 
 @over(_fprop_operator)
 class LinearFunction(OperatorFunction):
-    """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output of a ReLU and the seed of a dropout."""
+    """Linear (+bias, +ReLU, +dropout). Saves input, weight, the output if there is a ReLU, and the seed of a dropout."""
 
     @staticmethod
     def forward(input, weight, bias, seed, problem):
@@ -238,13 +239,13 @@ _fprop_operator.register_autograd(LinearFunction, Linear, tensors=4)
 
 
 def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """What :func:`linear` means, in PyTorch's own operations."""
+    """:func:`linear` in PyTorch's own operations."""
     output = F.linear(input, weight, bias)
     return F.relu(output) if activation == "relu" else output
 
 
 def linear_relu_dropout_reference(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    """What :func:`linear_relu_dropout` in training means, in PyTorch's own operations."""
+    """:func:`linear_relu_dropout` in training, in PyTorch's own operations."""
     return dropout_reference(linear_reference(input, weight, bias, activation="relu"), p, seed)
 
 
@@ -258,7 +259,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if input.shape[-1] != weight.shape[-1]:
         raise ArgumentValueError(
-            f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} wants "
+            f"input has {input.shape[-1]} features in its last dimension, but weight of shape {tuple(weight.shape)} expects "
             f"{weight.shape[-1]}"
         )
     if bias is None:
@@ -271,7 +272,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def prepare_linear(tensors: Sequence[Tensor | None], options: tuple[float, bool], needs_grad: bool) -> Linear:
-    """The problem of :class:`LinearFunction` in a sequence; options: the dropout's probability, whether there is a ReLU."""
+    """The problem of :class:`LinearFunction` for a stage of a sequence; ``options``: (dropout probability, ReLU or not)."""
     input, weight, bias, _ = tensors
     _check_linear(input, weight, bias)  # type: ignore[arg-type]
     return Linear(*options)
@@ -285,7 +286,7 @@ def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tens
     problem = Linear(p, fuse_relu)
     if input.dim() == 2:
         return apply_function(LinearFunction, (input, weight, bias, seed), problem)
-    # math.prod, not Size.numel(): that would pin a dynamic batch size to what it was while tracing.
+    # math.prod, because Size.numel() would specialise a dynamic batch size to its value while tracing.
     rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     output = apply_function(LinearFunction, (rows, weight, bias, seed), problem)
     return output.view(*input.shape[:-1], weight.shape[0])
@@ -293,7 +294,7 @@ def _apply_linear(input: Tensor, weight: Tensor, bias: Tensor | None, seed: Tens
 
 @overridable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """Linear layer, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.linear`.
+    """Linear layer, as :func:`torch.nn.functional.linear`, with bias and activation fused into it.
 
     Args:
         input: (..., in_features); float32, float16 or bfloat16 (float64 on the CPU), any strides.
@@ -307,8 +308,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         autocast, inputs are cast as ``F.linear`` casts them.
 
     Raises:
-        TypeError: a dtype that the kernels do not run, or dtypes that differ.
-        ValueError: ranks, features, devices or options that do not fit.
+        TypeError: a dtype that the kernels do not support, or dtypes that differ.
+        ValueError: ranks, numbers of features or devices that do not match, or an unknown ``activation``.
     """
     fuse_relu = check_activation(activation)
     input, weight, bias = autocast_inputs(input, weight, bias)
@@ -328,15 +329,15 @@ def linear_relu_dropout(
     *,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Linear layer, bias, ReLU and dropout, in this order, in one kernel.
+    """Fused linear layer, bias, ReLU and dropout, in this order.
 
     Args:
-        input, weight, bias: as :func:`kernels.linear`.
-        p, training, seed: as :func:`kernels.dropout`; the mask is that of ``dropout_mask(output.shape, p, seed)``.
+        input, weight, bias: as in :func:`kernels.linear`.
+        p, training, seed: as in :func:`kernels.dropout`; the mask is ``dropout_mask(output.shape, p, seed)``.
 
     Returns:
-        (..., out_features) in ``input``'s dtype. Without ``training``, or with a ``p`` of 0, it is ``linear(...,
-        activation="relu")``, and nothing is drawn.
+        (..., out_features) in ``input``'s dtype. Without ``training``, or with a ``p`` of 0, the result is ``linear(...,
+        activation="relu")``, and no seed is drawn.
 
     Raises:
         TypeError, ValueError: as :func:`kernels.linear` and :func:`kernels.dropout`.

@@ -1,12 +1,12 @@
-"""Operations one after another as one: one plan, one autograd node, one call's worth of the host's time.
+"""A sequence of operations run as one: one plan, one autograd node, the host time of a single call.
 
-A network's layers are nearly always called in the same order. Run one by one, each looks its plan up, makes its outputs and its
-autograd node. Here the operations' own launch functions, saved tensors and backward passes are composed inside one function,
-which is planned as a whole. What lies between them and is not saved shares one workspace.
+A network's layers are nearly always called in the same order. Called separately, each layer looks up its plan, allocates its
+outputs and creates an autograd node. Here the operations' launch functions, saved tensors and backward passes are composed in
+one function, which is planned as a whole. Intermediate tensors that are not saved share one workspace.
 
-The composition is that of autograd: :class:`_Context` stands for the ``ctx`` of each operation's Function, and a :class:`Tape`
-remembers, of all contexts, everything but tensors. Where the gradients are to be differentiated in turn, a graph with a node
-for each operation is made of it.
+The composition mirrors autograd: a :class:`_Context` stands for the ``ctx`` of each operation's Function, and a :class:`Tape`
+stores the contexts' attributes without the tensors. To differentiate the gradients again, a graph with a node for each
+operation is built from the tape.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Stage(NamedTuple):
     """One operation of a sequence.
 
     Attributes:
-        function: its autograd Function.
-        prepare: ``(tensors, options, needs_grad) -> problem``; checks the arguments. ``tensors`` are those of the Function.
-        options: what else the operation is told.
-        tensors: indices into the sequence's tensors of those that the Function takes after its input; None for one that is
-            not there; a link is none of them.
-        makes_link: whether the next stage takes this one's link.
+        function: the operation's autograd Function.
+        prepare: ``(tensors, options, needs_grad) -> problem``; checks the arguments. ``tensors`` are the Function's tensors.
+        options: the operation's further arguments, passed to ``prepare``.
+        tensors: for each tensor that the Function takes after its input, its index among the sequence's tensors, or None if it
+            is absent. The link is not included.
+        makes_link: whether the next stage takes this stage's link.
     """
 
     function: type[OperatorFunction]
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
 
 class Hashed:
-    """A value whose hash is worked out once."""
+    """A value whose hash is computed once."""
 
     def __init__(self, value: Hashable) -> None:
         self.value = value
@@ -66,21 +66,21 @@ class _Context:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
-        """There are no gradients to materialize: those that are not there are None."""
+        """Ignored: a missing gradient is always None here."""
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        """Nobody asks: where the operations are differentiated one by one, each has a node of its own."""
+        """Ignored: operations that are differentiated one by one have an autograd node each."""
 
 
 class _Record(NamedTuple):
-    """A stage as its forward pass left it.
+    """What a stage's forward pass recorded for its backward pass.
 
     Attributes:
-        attributes: of the context.
-        saved: indices of the tensors that were saved, among the sequence's saved ones.
+        attributes: names and values of the context's attributes, without the saved tensors.
+        saved: indices of the stage's saved tensors among those of the sequence.
         needs: for each tensor of the Function, whether its gradient is wanted.
-        output: index of its output among the sequence's saved tensors, None where that was not saved.
-        output_size: of its output.
+        output: index of the stage's output among the sequence's saved tensors; None if it was not saved.
+        output_size: shape of the stage's output.
     """
 
     stage: Stage
@@ -92,12 +92,12 @@ class _Record(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What a backward pass needs beside tensors.
+    """What a sequence's backward pass needs besides tensors.
 
     Attributes:
-        saved_inputs: indices of the sequence's own tensors that are saved; what was made on the way is saved after them.
-        unsaved_inputs: indices of those whose gradients are wanted, but whose values are not: biases, what a pool or a dropout
-            is given.
+        saved_inputs: indices of those of the sequence's tensors that are saved. Saved intermediate tensors come after them.
+        unsaved_inputs: indices of the sequence's tensors whose gradients are wanted but whose values are not saved: biases, the
+            input of a pool or a dropout.
     """
 
     records: tuple[_Record, ...]
@@ -106,14 +106,14 @@ class Tape(NamedTuple):
 
 
 class Sequenced(NamedTuple):
-    """What a sequence is told beside its tensors: its stages, and whether a backward pass may come."""
+    """A sequence's problem: its stages, and whether its forward pass records for a backward pass."""
 
     stages: tuple[Stage, ...]
     records: bool
 
 
 def _run_forward(*arguments: Any) -> tuple[Any, ...]:
-    """Output, tape, and what was made and is to be saved; the tensors, the first of them the input, then the problem."""
+    """Run the stages. Arguments: the tensors (the input first), then the problem. Returns output, tape, tensors to save."""
     *tensors, problem = arguments
     stages, recorded = problem.value
     x, link = tensors[0], None
@@ -143,7 +143,7 @@ def _run_forward(*arguments: Any) -> tuple[Any, ...]:
 def _tape_of(
     steps: Sequence[tuple[Stage, _Context, tuple[bool, ...], Tensor]], tensors: Sequence[Tensor | None]
 ) -> tuple[Hashed, list[Tensor]]:
-    """The tape of a forward pass, and the tensors made in it that are saved, each once."""
+    """The tape of a forward pass, and the intermediate tensors to save, without duplicates."""
     of_inputs = {id(tensor): i for i, tensor in enumerate(tensors)}
     wanted = [t for _, context, needs, _ in steps if any(needs) for t in context.saved_tensors if t is not None]
     unique = list({id(t): t for t in wanted}.values())
@@ -163,7 +163,7 @@ def _tape_of(
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of a sequence's tensors: of its output's gradient and what was saved, and then the tape."""
+    """Gradients of a sequence's tensors. Arguments: the output's gradient, the saved tensors, (tape, number of tensors)."""
     grad, *saved, (tape, count) = arguments
     gradients: list[Tensor | None] = [None] * count
     grad_link = None
@@ -188,10 +188,10 @@ def _run_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
 
 
 class _RecordedFunction(torch.autograd.Function):
-    """An operation of a sequence as a node of its own, made of what the sequence saved of it.
+    """Autograd node of a single operation, rebuilt from what its sequence saved.
 
-    Inputs: those of the operation's Function (None for a tensor that takes no gradient), but in place of the problem the record
-    and the sequence's saved tensors.
+    Inputs: the tensors of the operation's Function (None for a tensor without a gradient), then (record, the sequence's saved
+    tensors) in place of the problem.
     """
 
     @staticmethod
@@ -206,7 +206,7 @@ class _RecordedFunction(torch.autograd.Function):
         ctx.save_for_backward(*own)
         ctx.set_materialize_grads(False)
         ctx.function = function
-        # Nobody reads an output that was not saved: neither a link.
+        # The values of an output that was not saved, and of a link, are never read.
         nothing = next(t for t in given if t is not None).new_zeros(())
         output = nothing.expand(record.output_size) if record.output is None else saved[record.output].detach()
         return (output, nothing.expand(record.output_size[1])) if function.gives_link else output
@@ -217,14 +217,14 @@ class _RecordedFunction(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx: Any, saved: Sequence[Tensor], grad_output: Tensor) -> list[Tensor | None]:
-    """As :func:`_run_backward` of the :class:`SequenceFunction` of ``ctx``, by a graph with a node for each operation."""
+    """The gradients of :func:`_run_backward`, computed through a graph with a node for each operation."""
     tape = ctx.tape.value
     needs = ctx.needs_input_grad[1:]
     create_graph = torch.is_grad_enabled()
     gradients: list[Tensor | None] = [None] * len(needs)
     with torch.enable_grad():
         known = dict(zip(tape.saved_inputs, saved, strict=False)) | dict(zip(tape.unsaved_inputs, ctx.unsaved, strict=True))
-        # Views of them: one may be made of another, whose gradient is not to hold this one's share.
+        # Views, because one tensor may be computed from another, whose gradient must not include the first one's share.
         own = {i: tensor.view_as(tensor) for i, tensor in known.items() if needs[i]}
         values = [own.get(i, value) for i, value in zip(tape.saved_inputs, saved, strict=False)]
         values += saved[len(values) :]
@@ -246,7 +246,7 @@ def _differentiable_gradients(ctx: Any, saved: Sequence[Tensor], grad_output: Te
 
 
 class SequenceFunction(torch.autograd.Function):
-    """A sequence of operations. Its first input is what :func:`run` knows of the call, the others are tensors or None."""
+    """A sequence of operations. Its first input is (problem, number of seeds, plan found by :func:`run`), then the tensors."""
 
     @staticmethod
     def forward(ctx: Any, known: tuple[Hashed, int, Any], *tensors: Tensor | None) -> Tensor:
@@ -266,12 +266,12 @@ class SequenceFunction(torch.autograd.Function):
         problem = (ctx.tape, len(ctx.needs_input_grad) - 1)
         found = plans.find(_run_backward, tensors, problem)
         if found is None and not is_plain(tensors):
-            # As autograd would: each operation's backward pass for itself, through PyTorch's dispatcher.
+            # As in autograd: each operation's backward pass separately, through PyTorch's dispatcher.
             return None, *_run_backward(*tensors, problem)
         return None, *_run(_run_backward, tensors, problem, found)
 
 
-# What Function.apply itself ends in, where no transform is to see it.
+# The C function that Function.apply calls where no functorch transform is active.
 _apply = super(torch.autograd.Function, SequenceFunction).apply
 _apply_recorded = super(torch.autograd.Function, _RecordedFunction).apply
 
@@ -284,12 +284,12 @@ def _run(function: Callable[..., Any], tensors: Sequence[Tensor | None], problem
 
 
 def run(recorded: Hashed, unrecorded: Hashed, tensors: list[Tensor | None], seeds: int) -> Tensor | None:
-    """The output of a sequence, or None where its operations are to be called one by one.
+    """The output of a sequence, or None where its operations have to be called one by one.
 
     Args:
-        recorded, unrecorded: the sequence's stages with and without a backward pass, :class:`Sequenced`.
-        tensors: its input and then what the stages take, but for seeds.
-        seeds: how many of those they take: the last of their tensors.
+        recorded, unrecorded: the sequence's problem, a :class:`Sequenced`, with and without recording for a backward pass.
+        tensors: the input, then the stages' tensors without seeds.
+        seeds: number of seeds that the stages take; they are drawn here and become the last tensors.
     """
     problem = unrecorded
     if torch.is_grad_enabled():

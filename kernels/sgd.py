@@ -1,14 +1,14 @@
 """One step of stochastic gradient descent over many tensors in one launch, with float32 masters for half-precision weights.
 
-The formulas are those of :class:`torch.optim.SGD`, operation by operation and rounding by rounding: where PyTorch writes
-``a.add(b, alpha=c)`` both its CPU and its CUDA code round once, so the kernel says ``fma``; where it multiplies first
-(``buffer.mul_(momentum)``) the kernel rounds twice. Nothing is left for a compiler to contract, so float32 results are
-PyTorch's bits on a GPU and on a CPU.
+The formulas follow :class:`torch.optim.SGD` operation by operation and rounding by rounding. Where PyTorch writes
+``a.add(b, alpha=c)``, its CPU and CUDA code both round once, so the kernel uses ``fma``. Where PyTorch multiplies first
+(``buffer.mul_(momentum)``), the kernel rounds twice. No multiply-add is left for a compiler to contract, so float32 results are
+bit-identical to PyTorch's on GPU and CPU.
 
-A bfloat16 parameter is its float32 master, rounded to the upper half. The lower half, 16 bits, tells whether the rounding went
-up, so parameter and lower half together are the master again. One case is open: a lower half of 0x8000 is a tie, and goes to
-the even neighbor from above and from below. One byte more, accessed only where there is a tie, says from which side. So a step
-moves 10 bytes a parameter (parameter and missing bits twice, gradient once); with a float32 master it moves 14.
+A bfloat16 parameter is its float32 master rounded to the upper 16 bits. The lower 16 bits tell whether the rounding went up, so
+parameter and lower half together give the master. One case is ambiguous: a lower half of 0x8000 is a tie, which rounds to the
+even neighbor from above or from below. One more byte, accessed only for a tie, stores which. A step therefore moves 10 bytes
+per parameter (parameter and lower half twice, gradient once); with a float32 master it moves 14.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .runtime.backend import INTERPRETED, runs_triton
 from .runtime.launch import cdiv, launch, needs_int64
 from .runtime.torch_interop import is_plain
 
-#: Tensors in one launch. Every program walks the list of tensors to find its own, and CUDA's arguments end at 4 KiB.
+#: Most tensors in one launch. Every program searches the list for its tensor, and CUDA limits kernel arguments to 4 KiB.
 MAX_TENSORS = 32
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def sgd_config(elements: int) -> dict[str, int]:
-    """BLOCK and num_warps of the optimizer's kernel; ``elements``: of the largest tensor.
+    """BLOCK and num_warps of the optimizer's kernel; ``elements``: number of elements of the largest tensor.
 
-    Sixteen elements a thread: enough loads under way at once, and few programs that look for their tensor.
+    Sixteen elements per thread keep enough loads in flight and the number of programs that search for their tensor small.
     """
     return apply_overrides({"BLOCK": tile_size(elements, 16, 2**17) if INTERPRETED else 4096, "num_warps": 8})
 
@@ -68,7 +68,7 @@ def _sgd_update(
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
 ):
-    """The step for one block of one tensor."""
+    """Apply the step to one block of one tensor."""
     b_param = tl.load(p_param + o, mask=mask)
     b_weight = b_param.to(tl.float32)
     if HAS_MASTER:
@@ -80,12 +80,12 @@ def _sgd_update(
             b_upper = (b_weight.to(tl.int32, bitcast=True) >> 16) - went_up
             b_master = (b_upper << 16 | (b_master.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
             b_master = tl.where(b_master == b_master, b_master, b_weight)
-        # A weight that is no longer its rounded master was set by somebody else (loaded, clipped, pruned): it counts.
+        # A weight that differs from its rounded master was changed outside of this kernel (loaded, clipped, pruned): use it.
         rounded = cast(b_master, p_param.dtype.element_ty).to(tl.float32)
         b_weight = tl.where(rounded == b_weight, b_master, b_weight)
     b_grad = tl.load(p_grad + o, mask=mask).to(tl.float32)
     if MAXIMIZE:
-        b_grad *= -1.0  # Triton's minus is 0 - x, which makes 0 of 0 where PyTorch has -0
+        b_grad *= -1.0  # Triton's unary minus is 0 - x, which gives 0 for 0 where PyTorch gives -0
     if WEIGHT_DECAY:
         b_grad = fma(weight_decay, b_weight, b_grad)
     if MOMENTUM:
@@ -114,7 +114,7 @@ def _sgd_update(
 def _sgd_kernel(
     param_ptrs,  # in and out: a tuple of pointers, one for each tensor
     grad_ptrs,  # as many
-    master_ptrs,  # in and out: as many, float32; or int16, the bits that params lack; or None
+    master_ptrs,  # in and out: as many, float32; or int16, the masters' lower halves; or None
     tie_ptrs,  # in and out: as many, int8, whether a tie was rounded up; only with int16 masters, else None
     buffer_ptrs,  # in and out (out at FIRST_STEP): as many, float32; or None
     elements,  # as many ints: elements of each tensor
@@ -134,15 +134,15 @@ def _sgd_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """SGD on a list of tensors. One program owns BLOCK elements, in memory order, of the one tensor that its id falls into."""
+    """SGD on a list of tensors. One program owns BLOCK elements, in memory order, of the tensor that its id falls into."""
     pid = program_id(0, WIDE)
     p_param, p_grad = param_ptrs[0], grad_ptrs[0]
-    # A pointer that is not used stands for one that is not there.
+    # p_param stands in for absent pointers, which are never dereferenced.
     p_master = master_ptrs[0] if HAS_MASTER else p_param
     p_tie = tie_ptrs[0] if HAS_TIES else p_param
     p_buffer = buffer_ptrs[0] if MOMENTUM else p_param
     size, first_block = elements[0], first_blocks[0]
-    # Selected rather than branched to: one piece of code for all tensors, and the compiler still knows that each is aligned.
+    # Selected instead of branched: all tensors share one piece of code, and the compiler still knows the pointers' alignment.
     for i in tl.static_range(1, len(param_ptrs)):
         reached = pid >= first_blocks[i]
         p_param = tl.where(reached, param_ptrs[i], p_param)
@@ -164,10 +164,10 @@ def _sgd_kernel(
     p_master += start
     p_tie += start
     p_buffer += start
-    # Eight offsets in a row are 16 bytes of bfloat16. If the compiler knew of 16, it would give every thread 16 elements in a
-    # row for the sake of the ties, which are bytes, and spread the accesses to wider tensors.
+    # Eight contiguous offsets are 16 bytes of bfloat16. With 16, the compiler would give every thread 16 contiguous elements
+    # to suit the ties, which are bytes, and a warp's accesses to the wider tensors would be spread out.
     o = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), 8), 8)
-    # A mask of a size that is no multiple of 4 would split every access into single elements: only the last block has one.
+    # A mask whose bound is not a multiple of 4 splits every access into single elements, so only the last block is masked.
     if start + BLOCK <= size:
         _sgd_update(
             p_param, p_grad, p_master, p_tie, p_buffer, o, None, lr, momentum, grad_factor, weight_decay,
@@ -184,22 +184,21 @@ def _sgd_kernel(
 
 
 def _as_float32(value: float) -> float:
-    """``value`` rounded to float32: what a kernel gets of a Python float, in the interpreter too."""
+    """``value`` rounded to float32: compiled kernels receive Python floats in this precision, and the interpreter is to too."""
     return ctypes.c_float(value).value
 
 
 class SGDProblem(NamedTuple):
-    """What a step is told beside its tensors and numbers. The tensors are params, gradients, masters, ties, buffers,
-    learning rate.
+    """A step's arguments besides tensors and numbers. The tensors are params, grads, masters, ties, buffers, learning rate.
 
     Attributes:
-        params: how many, and so how many gradients.
+        params: number of params, and of tensors in each other list.
         masters: whether there are masters.
-        ties: whether the masters are the bits that the params lack.
+        ties: whether the masters are int16 lower halves with ties.
         buffers: whether there are momentum buffers.
         lr_in_memory: whether the learning rate is a tensor.
         first_step: whether the buffers are only written.
-        weight_decay: whether there is one.
+        weight_decay: whether the weight decay is not 0.
     """
 
     params: int
@@ -214,7 +213,7 @@ class SGDProblem(NamedTuple):
 
 
 def _run_step(*arguments: Any) -> None:
-    """Launch a step: the tensors, the problem, and the numbers of :func:`step_numbers`."""
+    """Launch a step. Arguments: the tensors, the problem, the numbers of :func:`step_numbers`."""
     *tensors, problem, lr, momentum, grad_factor, weight_decay = arguments
     if problem.lr_in_memory:
         lr = tensors.pop()
@@ -256,14 +255,14 @@ def _run_step(*arguments: Any) -> None:
 
 
 def step_numbers(lr: float, momentum: float, dampening: float, weight_decay: float) -> tuple[float, float, float, float]:
-    """A step's numbers as the kernel takes them, of Python's numbers or NumPy's."""
+    """(lr, momentum, 1 - dampening, weight_decay) rounded to float32, from Python or NumPy numbers."""
     return _as_float32(lr), _as_float32(momentum), _as_float32(1 - float(dampening)), _as_float32(weight_decay)
 
 
 def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequence[float]) -> bool:
-    """Make a step like one that :func:`sgd_step` made before, on tensors of the same kinds; False if there was none.
+    """Repeat a step by the plan of an earlier :func:`sgd_step` on tensors of the same kinds; False if there is no such plan.
 
-    Nothing is checked but that: what passed :func:`sgd_step`'s checks passes them again.
+    The arguments are not checked again: tensors of the same kinds passed :func:`sgd_step`'s checks before.
     """
     found = plans.find(_run_step, tensors, problem)
     if found is None:
@@ -278,19 +277,19 @@ def repeat_step(tensors: Sequence[Tensor], problem: SGDProblem, numbers: Sequenc
 
 
 def has_own_dispatch(tensor: Tensor) -> bool:
-    """Whether operations on ``tensor`` are another class's affair (``__torch_dispatch__``), and its memory may be too."""
+    """Whether a ``__torch_dispatch__`` handles operations on ``tensor``, so that its memory may not be directly accessible."""
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
-    """The strides that matter: equal for two dense tensors of one shape exactly if their elements lie in the same order."""
+    """Strides of the dimensions longer than 1. Dense tensors of one shape have equal ones exactly if their order is equal."""
     if tensor.numel() == 0:
         return ()
     return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements lie in memory without gaps and without overlap, in any order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     if tensor.numel() == 0:
         return True
     expected = 1
@@ -302,12 +301,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def join_master(param: Tensor, bits: Tensor, ties: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 ``param``, or ``param`` itself where no master of these bits rounds to it.
+    """The float32 master of a bfloat16 ``param``, or ``param`` itself where no master with these bits rounds to it.
 
     Args:
         param: bfloat16.
-        bits: int16, of its shape: the lower halves of the masters.
-        ties: int8, of its shape: the lowest bits of the masters' upper halves. Read only where the lower half is 0x8000.
+        bits: int16, in the shape of ``param``: the lower halves of the masters.
+        ties: int8, in the shape of ``param``: the lowest bits of the masters' upper halves. Used only where the lower half is
+            0x8000.
     """
     wide = param.float()
     went_up = torch.where(bits == -0x8000, ties, bits < 0)
@@ -317,12 +317,12 @@ def join_master(param: Tensor, bits: Tensor, ties: Tensor) -> Tensor:
 
 
 def split_master(master: Tensor, bits: Tensor, ties: Tensor) -> None:
-    """Write what :func:`join_master` needs beside ``master.bfloat16()``. Of a NaN the payload is lost.
+    """Write the ``bits`` and ``ties`` that :func:`join_master` needs besides ``master.bfloat16()``. A NaN loses its payload.
 
     Args:
         master: float32.
-        bits: int16, of its shape; becomes the lower halves.
-        ties: int8, of its shape; becomes the lowest bits of the upper halves.
+        bits: int16, in the shape of ``master``; overwritten with the lower halves.
+        ties: int8, in the shape of ``master``; overwritten with the lowest bits of the upper halves.
     """
     wide = master.view(torch.int32)
     bits.copy_(wide)
@@ -344,9 +344,9 @@ def sgd_step_reference(
     maximize: bool,
     first_step: bool,
 ) -> None:
-    """What :func:`sgd_step` does to each tensor, in PyTorch's own operations; of any floating-point dtype and strides.
+    """The step of :func:`sgd_step` on one tensor in PyTorch's own operations, for any floating-point dtype and strides.
 
-    Numbers and flags are Python's.
+    Numbers and flags must be Python's own.
     """
     weight, bits = param, master
     if master is not None:
@@ -368,7 +368,7 @@ def sgd_step_reference(
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         weight.addcmul_(
             grad, lr.to(weight.dtype).reshape(()), value=-1
-        )  # read on the device: no waiting, and graphs see a change
+        )  # read on the device: no synchronisation, and CUDA graphs see later changes of lr
     else:
         weight.add_(grad, alpha=-float(lr))
     if master is not None:
@@ -379,7 +379,7 @@ def sgd_step_reference(
 
 def _check(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype) -> None:
     if len(tensors) != len(params):
-        raise ValueError(f"{name} must be one for each of the {len(params)} params, got {len(tensors)}")
+        raise ValueError(f"{name} must have one tensor for each of the {len(params)} params, got {len(tensors)}")
     for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
         if name != "grads" and tensor.is_neg():
             raise ValueError(f"{name}[{i}] must not be lazily negated: it is changed in place")
@@ -403,14 +403,14 @@ def _check_all(
     momentum_buffers: Sequence[Tensor] | None,
     ties: Sequence[Tensor] | None,
 ) -> None:
-    """Refuse tensors that :func:`sgd_step` does not take."""
+    """Raise a TypeError or ValueError for tensors that :func:`sgd_step` does not accept."""
     dtype = params[0].dtype
     if dtype not in _DTYPES:
         raise TypeError(f"params must be float32, float16 or bfloat16, got {dtype}")
     if grads and grads[0].dtype not in _DTYPES:
         raise TypeError(f"grads must be float32, float16 or bfloat16, got {grads[0].dtype}")
     if (masters is None) != (dtype == torch.float32):
-        raise TypeError("masters must be given exactly for half-precision params")
+        raise TypeError("masters must be given if and only if params are float16 or bfloat16")
     _check("params", params, params, dtype)
     _check("grads", grads, params, grads[0].dtype if grads else dtype)
     if ties is not None:
@@ -460,29 +460,29 @@ def sgd_step(
     first_step: bool = False,
     ties: Sequence[Tensor] | None = None,
 ) -> None:
-    """Change ``params`` in place by one step of SGD, up to :data:`MAX_TENSORS` of them in each launch.
+    """Update ``params`` in place by one step of SGD, up to :data:`MAX_TENSORS` of them per launch.
 
     Args:
-        params: of any shapes, all of one dtype (float32, float16, bfloat16) on one device, dense in memory in any order of
-            dimensions.
-        grads: one for each, of its shape and strides, all of one of these dtypes.
-        masters: float32 weights for half-precision ``params``, of the same shapes and strides, changed in place; ``params``
-            become them, rounded. Where a parameter is not its rounded master when the step begins, the parameter counts. With
-            ``ties``: int16, the bits that bfloat16 ``params`` lack.
-        momentum_buffers: float32, of the same shapes and strides, changed in place; None for no momentum.
-        lr: a number, or a tensor of one element on the device of ``params``, which the kernel reads: in a CUDA graph a later
-            change of it counts. A tensor on the CPU counts as a number.
-        momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`. NumPy's numbers are as good.
-        first_step: the buffers are not read but become the gradient.
-        ties: int8, of the same shapes and strides, changed in place: ``masters`` are then the lower halves of float32 masters,
-            as :func:`split_master` writes both. The results are those of float32 ``masters``, but that a parameter changed in
-            between keeps its missing bits: its master is within half a unit in its last place.
+        params: tensors of any shapes, all of one dtype (float32, float16, bfloat16) and on one device, dense in memory in any
+            order of dimensions.
+        grads: one gradient for each param, with its shape and strides; all of one of these dtypes.
+        masters: float32 weights for half-precision ``params``, with the same shapes and strides, updated in place; ``params``
+            become the rounded masters. Where a param differs from its rounded master at the beginning of the step, the param's
+            value is used. With ``ties``: int16, the lower halves of bfloat16 ``params``' masters.
+        momentum_buffers: float32, with the same shapes and strides, updated in place; None for no momentum.
+        lr: a number, or a tensor of one element on the device of ``params``. The kernel reads the tensor, so a CUDA graph uses
+            later changes of it. A CPU tensor beside GPU ``params`` is read as a number.
+        momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`; NumPy numbers are accepted.
+        first_step: the buffers are overwritten with the gradient instead of being read.
+        ties: int8, with the same shapes and strides, updated in place. ``masters`` then holds the lower halves of float32
+            masters; :func:`split_master` writes both. The results are those of float32 ``masters``, except that a param changed
+            between steps keeps its lower half: its master is then within half a unit in the param's last place.
 
     Raises:
-        TypeError: a dtype other than these; tensors of a class with ``__torch_dispatch__`` of its own; what should be a number
-            and is none.
-        ValueError: lists of different lengths; a device, shape or strides other than those of ``params``; gaps in memory;
-            anything but ``grads`` and ``lr`` lazily negated (``Tensor.is_neg``).
+        TypeError: other dtypes; tensors of a class with its own ``__torch_dispatch__``; arguments that are not numbers where
+            numbers are expected.
+        ValueError: lists of different lengths; device, shape or strides other than those of ``params``; gaps in memory; a
+            lazily negated tensor (``Tensor.is_neg``) other than ``grads`` and ``lr``.
     """
     if not params:
         return
@@ -490,9 +490,9 @@ def sgd_step(
     weight_decay = number("weight_decay", weight_decay)
     nesterov, maximize, first_step = bool(nesterov), bool(maximize), bool(first_step)
     if (momentum_buffers is None) != (momentum == 0):
-        raise ValueError("momentum_buffers must be given exactly for a momentum other than 0")
+        raise ValueError("momentum_buffers must be given if and only if momentum is not 0")
     _check_all(params, grads, masters, momentum_buffers, ties)
-    # A kernel sees memory, not the minus that PyTorch still owes it.
+    # A kernel reads memory, in which a lazy negation has not been applied yet.
     grads = [grad.resolve_neg() for grad in grads]
     lr = _checked_lr(lr, params[0].device)
     if not runs_triton(params[0]):
@@ -522,5 +522,5 @@ def sgd_step(
         plans.call(_run_step, tensors, problem, numbers)
     else:
         _run_step(*tensors, problem, *numbers)
-    # As an in-place operation of PyTorch's does: a backward pass that saved a parameter's old value is an error.
+    # As PyTorch's in-place operations do: a backward pass that saved a param's old value then raises an error.
     torch.autograd.graph.increment_version(params)

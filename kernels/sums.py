@@ -1,6 +1,6 @@
-"""What backward passes share: the gradient of an epilogue (dropout, ReLU, bias) and sums over split parts.
+"""Kernels shared by backward passes: the gradient of an epilogue (dropout, ReLU, bias) and sums over split parts.
 
-Every sum has a fixed order (within a program, then over the parts in order), so two runs give the same bits.
+Every sum has a fixed order (within a program, then over the parts in order), so repeated runs are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from .primitives import cast, compensated_add, dropout_factor, program_id, relu_
 from .runtime.backend import INTERPRETED
 from .runtime.launch import cdiv, launch, needs_int64, new_output, nothing, strides
 
-#: Rows that one program walks down at once: a second launch would take longer than the steps that it saves.
+#: At most this many rows are summed by a single program: a second launch would cost more than splitting the rows saves.
 _FEW_ROWS = 512
 
 
 def column_sum_split(rows: int, programs: int, blocks: int) -> int:
-    """Parts into which the ``blocks`` blocks of rows are split where ``programs`` programs would walk down all of them."""
+    """Number of parts into which ``blocks`` blocks of rows are split; unsplit, ``programs`` programs loop over all of them."""
     if rows <= _FEW_ROWS:
         return apply_overrides({"SPLIT": 1})["SPLIT"]
-    return split_count(programs, max(blocks, 1), programs_per_multiprocessor=7)  # as many as fit by registers, at once
+    return split_count(programs, max(blocks, 1), programs_per_multiprocessor=7)  # as many as fit in an SM's registers
 
 
 def column_sum_config(rows: int, columns: int) -> dict[str, int]:
-    """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that walks down rows and sums each column."""
+    """BLOCK_ROWS, BLOCK_COLUMNS and num_warps of a kernel that loops over rows and sums each column."""
     if INTERPRETED:
-        # NumPy sums the rows of a tile one after the other, where a GPU halves them: few rows, so that it errs no more.
+        # NumPy sums the rows of a tile one after the other, a GPU pairwise. Few rows keep NumPy's error as small.
         config = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": tile_size(columns, 16, 512), "num_warps": 4}
     elif rows <= _FEW_ROWS:
-        # One program for all rows of its columns, so narrow ones, of 64 bytes and more, for many programs.
+        # A program sums all rows of its columns. Narrow blocks (64 bytes or more) give many programs.
         config = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 32, "num_warps": 4}
     else:
-        # Columns that a block divides evenly where there is one of 32 or more; 16 elements for each thread.
+        # A block that divides the columns evenly, if that has 32 or more; 16 elements per thread.
         exact = largest_divisor(columns, 128)
         block = exact if exact >= 32 else tile_size(columns, 16, 128)
         config = {"BLOCK_ROWS": 2048 // block, "BLOCK_COLUMNS": block, "num_warps": 4}
@@ -49,8 +49,8 @@ def column_sum_config(rows: int, columns: int) -> dict[str, int]:
 def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
     """BLOCK, BLOCK_PARTS and num_warps of the sum over ``parts`` parts of ``elements`` elements.
 
-    Few elements of many parts (the gradient of a bias) leave few programs: each takes few elements and reads many parts at
-    once, so that it does not wait for one after the other.
+    Few elements in many parts (a bias gradient) make few programs. Each then takes few elements and loads many parts at once,
+    to overlap their latencies.
     """
     if INTERPRETED:
         config = {"BLOCK": tile_size(elements, 16, 2**17), "BLOCK_PARTS": tile_size(parts, 1, 4), "num_warps": 4}
@@ -63,9 +63,9 @@ def sum_parts_config(parts: int, elements: int) -> dict[str, int]:
 
 
 def sum_columns_config(parts: int) -> dict[str, int]:
-    """BLOCK_COLUMNS and BLOCK_COLUMN_PARTS of vectors summed over at most ``parts`` parts beside another sum.
+    """BLOCK_COLUMNS and BLOCK_COLUMN_PARTS for vectors summed over at most ``parts`` parts beside another kernel's work.
 
-    As in :func:`sum_parts_config` few columns a program, and many parts at once.
+    As in :func:`sum_parts_config`, a program takes few columns and loads many parts at once.
     """
     if INTERPRETED:
         return apply_overrides({"BLOCK_COLUMNS": 512, "BLOCK_COLUMN_PARTS": tile_size(parts, 1, 4)})
@@ -73,26 +73,26 @@ def sum_columns_config(parts: int) -> dict[str, int]:
 
 
 def dropout_scale(p: float) -> float:
-    """What dropout multiplies kept elements by, 1 / (1 - p); 0 where p = 1 keeps none."""
+    """Dropout's factor for kept elements, 1 / (1 - p); 0 for p = 1, which keeps none."""
     return 0.0 if p >= 1.0 else 1.0 / (1.0 - p)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over elements of ``dtype`` are kept in: float64 for float64, else float32."""
+    """The dtype in which elements of ``dtype`` are accumulated: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """:func:`accumulator_dtype` as Triton's type."""
+    """:func:`accumulator_dtype` as a Triton dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @triton.jit
 def through_epilogue(
-    b_dz,  # gradient of the epilogue's output, in the accumulator's type
-    y_ptr,  # that output, or unused
+    b_dz,  # gradient of the epilogue's output, in the accumulator's dtype
+    y_ptr,  # the epilogue's output, or unused
     seed_ptr,
-    o_flat,  # of each element in the output
+    o_flat,  # offset of each element in the output
     mask,
     p,
     scale,
@@ -107,8 +107,8 @@ def through_epilogue(
         b_y = tl.load(y_ptr + o_flat, mask=mask, other=0.0).to(b_dz.dtype)
         b_masked = relu_grad(b_dz, b_y)
         if DROPOUT:
-            # A dropped output is 0 whatever the ReLU gave, so it is no mask. The gradient there is 0 already, or NaN
-            # where infinity came in, which must not be hidden.
+            # A dropped output is 0 whatever the ReLU returned, so it tells nothing of the ReLU's mask. The gradient there is
+            # already 0, or NaN if the incoming gradient was infinite or NaN, which must not be hidden.
             b_masked = tl.where(b_factor == 0, b_dz, b_masked)
         b_dz = b_masked
     return b_dz
@@ -141,9 +141,9 @@ def _epilogue_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """dz = dy through dropout and ReLU, and its sum over pixels.
+    """dz, the gradient before dropout and ReLU of dy, and the sum of dz over pixels.
 
-    One program owns BLOCK_COLUMNS channels and walks down one split's share of the rows (pixels).
+    One program owns BLOCK_COLUMNS channels and loops over one part of the rows (pixels).
     """
     pid_column = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
@@ -166,15 +166,15 @@ def _epilogue_backward_kernel(
         if SUM_COLUMNS:
             b_sum, b_lost = compensated_add(b_sum, b_lost, b_dz)
     if SUM_COLUMNS:
-        # Rows are only added up across threads once, after the loop.
+        # Rows are added across threads only once, after the loop.
         b_total = tl.sum(b_sum, axis=0)
         tl.store(partial_ptr + pid_split * C + o_c, cast(b_total, partial_ptr.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
 def sum_over_parts(
-    p_partial,  # [BLOCK], of the first part
-    elements,  # from one part to the next
+    p_partial,  # [BLOCK] pointers into the first part
+    elements,  # distance from one part to the next
     SPLIT,
     m_e,  # [BLOCK]
     WIDE: tl.constexpr,
@@ -182,7 +182,7 @@ def sum_over_parts(
     BLOCK: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """The sum of BLOCK elements over SPLIT parts, of which BLOCK_PARTS are read at a time."""
+    """The sum of BLOCK elements over SPLIT parts, loading BLOCK_PARTS parts at a time."""
     b_sum = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
     b_lost = tl.zeros((BLOCK_PARTS, BLOCK), dtype=ACC)
     for first_part in range(0, SPLIT, BLOCK_PARTS):
@@ -202,12 +202,12 @@ def sum_columns(
     out_ptrs,  # out: as many [columns]
     parts,  # as many ints
     columns,  # as many ints
-    first_blocks,  # as many ints: the first of the programs that work on each, ascending
+    first_blocks,  # as many ints: the first program that works on each vector, ascending
     ACC: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """Program ``pid``'s share of one or more vectors' sums: BLOCK_COLUMNS elements of the vector that its id falls into."""
+    """Sums of vectors over their parts. Program ``pid`` owns BLOCK_COLUMNS elements of the vector that its id falls into."""
     for i in tl.static_range(len(partial_ptrs)):
         block = pid - first_blocks[i]
         if (block >= 0) & (block * BLOCK_COLUMNS < columns[i]):
@@ -244,7 +244,7 @@ def _sum_parts_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """out = partial summed over the parts. One program owns BLOCK elements; those after the last element own vectors'."""
+    """out = partial summed over the parts. One program owns BLOCK elements; programs beyond the last element sum vectors."""
     pid = program_id(0, WIDE)
     if pid < tl.cdiv(elements, BLOCK):
         o_e = pid * BLOCK + tl.arange(0, BLOCK)
@@ -264,11 +264,11 @@ def _sum_parts_kernel(
 
 
 class ColumnSums(NamedTuple):
-    """A vector whose sum over parts is still to be taken, by whichever launch comes next.
+    """A pending sum: a vector whose sum over parts a later launch computes.
 
     Attributes:
         partial: (parts, columns), in the accumulator's dtype, contiguous.
-        out: (columns,), uninitialised, where the sum belongs.
+        out: (columns,), uninitialised; the sum is written here.
     """
 
     partial: Tensor
@@ -276,7 +276,7 @@ class ColumnSums(NamedTuple):
 
 
 def vector_arguments(vectors: Sequence[ColumnSums], first_block: int) -> tuple[dict[str, Any], int]:
-    """A kernel's arguments for ``vectors``, and how many programs it has with them: ``first_block`` are its own work's."""
+    """A kernel's arguments for ``vectors``, and its total number of programs; ``first_block`` programs do its own work."""
     config = sum_columns_config(max((v.partial.shape[0] for v in vectors), default=1))
     blocks = [cdiv(v.out.numel(), config["BLOCK_COLUMNS"]) for v in vectors]
     values: dict[str, list[Any]] = {
@@ -291,9 +291,9 @@ def vector_arguments(vectors: Sequence[ColumnSums], first_block: int) -> tuple[d
 
 
 def sum_parts(partial: Tensor, out: Tensor, vectors: Sequence[ColumnSums] = ()) -> None:
-    """``out`` (K, C, R, S), any dense strides, = the sum over the parts of ``partial`` (parts, K*R*S*C), in a fixed order.
+    """Sum ``partial`` (parts, K*R*S*C) over its parts, in a fixed order, into ``out`` (K, C, R, S) of any dense strides.
 
-    And in the same launch those of ``vectors``, whose dtypes are the same.
+    The same launch computes the pending sums ``vectors``, which must have the same dtypes.
     """
     elements = out.numel()
     config = sum_parts_config(partial.shape[0], elements)
@@ -317,7 +317,7 @@ def sum_parts(partial: Tensor, out: Tensor, vectors: Sequence[ColumnSums] = ()) 
 
 
 def sum_vectors(vectors: Sequence[ColumnSums]) -> None:
-    """The sums that no other launch takes along."""
+    """Compute pending sums in a launch of their own."""
     if vectors:
         first, *others = vectors
         sum_parts(first.partial, first.out.view(-1, 1, 1, 1), others)
@@ -332,28 +332,28 @@ def epilogue_backward(
     write_dz: bool,
     sum_columns: bool,
 ) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """Gradient before the epilogue, and its sum over everything but the channels (the bias gradient), in one pass.
+    """Gradient before the epilogue and its sum over all dimensions but the channels (the bias gradient), in one pass.
 
     Args:
         grad_output: (N, C, P, Q), any strides.
-        output: what the ReLU (and the dropout after it) gave, channels-last; None for no activation.
-        seed: of the dropout after the activation, an int64 scalar; None for no dropout.
+        output: the epilogue's output, after ReLU and dropout, channels-last; None for no activation.
+        seed: seed of the dropout after the activation, an int64 scalar; None for no dropout.
         p: the dropout's probability of dropping an element.
-        write_dz: whether the first result is wanted.
-        sum_columns: whether the second is.
+        write_dz: whether dz is wanted.
+        sum_columns: whether the column sums are wanted.
 
     Returns:
-        dz, channels-last (N, C, P, Q), and the column sums (C,), both in ``grad_output``'s dtype; what is not wanted comes
-        back empty. And what is still to be summed for the second: nothing, or that vector, where there were too many rows for
-        one program to walk down.
+        dz, channels-last (N, C, P, Q), and the column sums (C,), both in ``grad_output``'s dtype and empty if not wanted; and a
+        list of pending sums. Where there are too many rows for one program, the list holds the column sums; they are valid only
+        after :func:`sum_vectors` or another launch has computed them.
     """
-    if output is not None:  # saved tensors come back in other strides from some hooks
+    if output is not None:  # some saved-tensor hooks return tensors with other strides
         output = output.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     n, c, height, width = grad_output.shape
     rows, dtype, device = n * height * width, grad_output.dtype, grad_output.device
     step_n, step_c, step_p, step_q = grad_output.stride()
     if step_p == width * step_q and step_n == height * step_p:
-        # Pixels at equal distances, whatever image or row: nothing to divide a pixel's number by.
+        # All pixels are equally far apart across rows and images, so a pixel's index needs no division.
         height, width, step_n = 1, 1, step_q
     size = tuple(grad_output.shape) if write_dz else (0, *grad_output.shape[1:])
     dz = new_output(size, dtype, device, channels_last=True)

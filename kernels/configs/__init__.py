@@ -1,1 +1,1 @@
-"""Tables of measured configurations, ``<gpu>.json``, and how they are read, checked and overridden."""
+"""Tables of measured configurations, ``<gpu>.json``, and the code that reads, checks and overrides them."""

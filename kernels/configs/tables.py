@@ -1,8 +1,8 @@
-"""Tables of measured configurations, how they are read, checked and overridden, and what the rules share.
+"""Tables of measured configurations: reading, checking and overriding them, and helpers that the rules share.
 
 Tile sizes, warps and stages of each kernel are a deterministic function of operation, shape and dtype. Nothing is tuned at run
-time. On a GPU the tables hold, and where they say nothing the rules beside the kernels; in the interpreter a launch's cost is
-almost all Python overhead per operation, so tiles are as large as the problem, up to a cap.
+time. On a GPU the table's entry is used, or the rule beside the kernel where there is none. In the interpreter a launch's cost
+is almost all Python overhead per operation, so tiles are as large as the problem, up to a cap.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _overrides: Switch[dict[str, int]] = Switch({}, combine=lambda blocks: {k: v for
 def override(**values: int) -> Iterator[None]:
     """Force configuration values, e.g. ``override(BLOCK_M=16, num_warps=8)``, for every launch in the block.
 
-    For tests and tuning: with small tiles a small shape already spans several programs with ragged edges. A value that a
-    kernel does not have is ignored by it.
+    For tests and tuning: with small tiles, even a small shape spans several programs with ragged edges. A kernel ignores values
+    that it does not have.
     """
     with _overrides.set(values):
         yield
@@ -37,7 +37,7 @@ def override(**values: int) -> Iterator[None]:
 
 @plans.decided_by
 def _decisions() -> Hashable:
-    """All that may change what configuration a launch of one shape gets: two calls with equal ones get the same."""
+    """All state that configurations depend on besides a launch's shape; equal values give equal configurations."""
     overrides = _overrides.value
     return (tuple(sorted(overrides.items())) if overrides else None, _use_tables.value, _tables_forgotten)
 
@@ -47,12 +47,12 @@ def apply_overrides(config: dict[str, int]) -> dict[str, int]:
     return {key: overrides.get(key, value) for key, value in config.items()}
 
 
-#: Where ``alexnet-triton tune`` writes ``<gpu>.json``.
+#: The folder to which ``alexnet-triton tune`` writes ``<gpu>.json``.
 TABLES = Path(__file__).parent
 
 
 def gpu_slug(name: str) -> str:
-    """A GPU's name as a file name: ``h100-80gb-hbm3``."""
+    """A GPU's name as a file name, such as ``h100-80gb-hbm3``."""
     return name.lower().replace("nvidia ", "").replace(" ", "-").replace("/", "-")
 
 
@@ -62,11 +62,11 @@ def _table_name(index: int) -> str:
 
 
 _POWERS_OF_2 = frozenset(1 << i for i in range(11))
-_BLOCKS = _POWERS_OF_2 - {1, 2, 4, 8}  # a product's tiles
+_BLOCKS = _POWERS_OF_2 - {1, 2, 4, 8}  # sides of a product's tile
 _FLAG = frozenset((0, 1))
-_COUNT = range(1, 2**16)  # as many programs as CUDA takes along a grid's second axis
+_COUNT = range(1, 2**16)  # CUDA's limit on a grid's second axis
 
-#: What a table may say: the values that a kernel can be compiled for, if not for every shape.
+#: Values that a table may contain: those that a kernel can be compiled for, though not for every shape.
 _ALLOWED: dict[str, Container[int]] = {
     **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _BLOCKS),
     **dict.fromkeys(("BLOCK_N2", "BLOCK_K2"), _BLOCKS | {0}),
@@ -80,32 +80,32 @@ _ALLOWED: dict[str, Container[int]] = {
     "num_stages": range(1, 11),
 }
 
-#: Far above what tuning writes: a hundred entries take 60 kB.
+#: In bytes; far above what tuning writes: a hundred entries take 60 kB.
 _LARGEST_TABLE = 2**24
 
 
 def check_table(content: object) -> None:
-    """That ``content`` is a table as JSON has it.
+    """Check that ``content``, parsed from JSON, is a table.
 
     Raises:
-        ValueError: not what ``alexnet-triton tune`` writes, or a value that no kernel can have.
+        ValueError: the structure is not that of ``alexnet-triton tune``, or a value is one that no kernel can have.
     """
     configs = content.get("configs") if isinstance(content, dict) else None
     if not isinstance(configs, dict) or not all(isinstance(config, dict) for config in configs.values()):
-        raise ValueError("it has no 'configs' by operation and shape")
+        raise ValueError("it has no 'configs' object with an entry for each operation and shape")
     for key, config in configs.items():
         for name, value in config.items():
-            # A row of few outputs is a row of a program's block.
+            # ROWS of this kernel is a side of a program's block, not a count.
             block = name == "ROWS" and key.startswith("linear_narrow_fprop")
             if type(value) is not int or value not in (_POWERS_OF_2 if block else _ALLOWED.get(name, ())):
                 raise ValueError(f"no kernel has {name!r} = {str(value)[:50]} ({key!r})")
 
 
 def load_table(path: Path) -> dict[str, Any]:
-    """The JSON of a table, checked by :func:`check_table`; no more than read, whatever it says.
+    """The content of a table's JSON file, checked by :func:`check_table`. The content is only parsed, never executed.
 
     Raises:
-        ValueError: as :func:`check_table`, or no JSON; the message names the file.
+        ValueError: as :func:`check_table`, or the file is too large or not JSON; the message names the file.
     """
     try:
         if path.stat().st_size > _LARGEST_TABLE:
@@ -119,7 +119,7 @@ def load_table(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def read_table(name: str) -> dict[str, dict[str, int]]:
-    """The tuned configurations of a GPU, operation and shape -> values; empty if there is no file.
+    """The tuned configurations of a GPU, keyed by operation and shape; empty if there is no file.
 
     Raises:
         ValueError: as :func:`load_table`.
@@ -128,12 +128,12 @@ def read_table(name: str) -> dict[str, dict[str, int]]:
     return load_table(path)["configs"] if path.is_file() else {}
 
 
-#: How often :func:`forget_tables` was called.
+#: Number of calls of :func:`forget_tables`.
 _tables_forgotten = 0
 
 
 def forget_tables() -> None:
-    """Read the tables anew from now on: one was written."""
+    """Clear the cache of tables after one was written, so that they are read again."""
     global _tables_forgotten
     read_table.cache_clear()
     _tables_forgotten += 1
@@ -145,7 +145,7 @@ _use_tables = Switch(True)
 
 @contextlib.contextmanager
 def untuned() -> Iterator[None]:
-    """Follow the rules alone inside the block, whatever was measured: for tuning and its tests."""
+    """Use the rules alone inside the block and ignore the tables, for tuning and its tests."""
     with _use_tables.set(_tables_kept.value):
         yield
 
@@ -155,15 +155,15 @@ _tables_kept = Switch(False)
 
 @contextlib.contextmanager
 def keep_tables() -> Iterator[None]:
-    """Let no :func:`untuned` inside the block turn the tables off: for experiments beside them."""
+    """Keep the tables on inside the block, even in an inner :func:`untuned` block, for experiments."""
     with _tables_kept.set(True):
         yield
 
 
 def tuned(device: torch.device, key: str) -> dict[str, int]:
-    """What was measured to be fastest on this GPU for an operation and shape; nothing where nothing was measured.
+    """The configuration measured to be fastest on this GPU for ``key`` (operation and shape); empty if none was measured.
 
-    While launches are recorded for a Hopper GPU that is not there, it is an H100.
+    While launches are recorded for a Hopper GPU without such a GPU, the H100's table is used.
     """
     if INTERPRETED or not _use_tables.value:
         return {}
@@ -174,7 +174,7 @@ def tuned(device: torch.device, key: str) -> dict[str, int]:
     return read_table(name).get(key, {})
 
 
-#: Of an H100 SXM.
+#: Number of SMs of an H100 SXM.
 MULTIPROCESSORS = 132
 
 
@@ -191,20 +191,20 @@ def known(config: dict[str, int], values: dict[str, int]) -> dict[str, int]:
     return {key: value for key, value in values.items() if key in config}
 
 
-#: Of one H100 multiprocessor: bytes of shared memory that programs may use.
+#: Bytes of shared memory that programs may use on one H100 SM.
 SHARED_BYTES = 227 * 1024
 
 
 def elementwise_config(elements: int, wide: bool = False) -> dict[str, int]:
-    """BLOCK and num_warps of a kernel over a flat range of elements; ``wide``: with int64 offsets, twice the registers."""
+    """BLOCK and num_warps of an elementwise kernel; ``wide``: int64 offsets, which take twice the registers."""
     block = 512 if wide else 1024
     return apply_overrides({"BLOCK": tile_size(elements, 16, 2**17) if INTERPRETED else block, "num_warps": 4})
 
 
 def split_count(programs: int, blocks: int, *, programs_per_multiprocessor: int = 4) -> int:
-    """Into how many parts to split a reduction of ``blocks`` blocks that ``programs`` programs would walk whole.
+    """Number of parts into which to split a reduction over ``blocks`` blocks that has ``programs`` programs when unsplit.
 
-    A function of the shape alone, never of the device or its load, so that the order of summation is the same everywhere.
+    Depends on the shape alone, not on the device or its load, so that the order of summation is the same everywhere.
     """
     wanted = 2 if INTERPRETED else max(1, programs_per_multiprocessor * MULTIPROCESSORS // max(programs, 1))
     return apply_overrides({"SPLIT": max(1, min(wanted, blocks))})["SPLIT"]

@@ -1,1 +1,1 @@
-"""What all operations stand on: launches, the choice of a backend, switches, PyTorch's protocols, argument checks."""
+"""The base of all operations: launches and plans, backend choice, switches, PyTorch's protocols, argument checks."""

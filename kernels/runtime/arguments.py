@@ -1,8 +1,8 @@
-"""Argument checks, and how float32 products are formed.
+"""Argument checks, and the precision of float32 products.
 
-A check raises before any kernel is launched, names the argument, says what was given and what is allowed. Numbers and flags
-may be NumPy's; what a check returns is Python's, and that is what goes on to problems and launches: Triton does not compile for
-others. float32 products follow PyTorch's own TF32 switches, convolution and matrix product each by its own.
+A check raises before any kernel is launched. Its message names the argument, the given value and the allowed values. Numbers
+and flags may be NumPy's. A check returns Python's types, which problems and launches need because Triton does not compile for
+others. float32 products follow PyTorch's own TF32 switches, one for convolutions and one for matrix products.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class ArgumentValueError(ValueError, RuntimeError):
-    """A shape, size, device or number that does not fit. PyTorch's operations raise a RuntimeError for most of these."""
+    """An invalid shape, size, device or number. PyTorch's operations raise a RuntimeError for most of these."""
 
 
 class ArgumentTypeError(TypeError, NotImplementedError):
-    """A dtype, a layout or a number of values that does not fit. PyTorch's operations raise a RuntimeError for these too.
+    """An invalid dtype, layout or number of values. PyTorch's operations raise a RuntimeError for these too.
 
-    NotImplementedError is one, and what some of them raise. What is no tensor or no int is a TypeError alone, as in PyTorch.
+    Some raise NotImplementedError, a subclass of RuntimeError. A value that is not a tensor or not an int raises a plain
+    TypeError, as in PyTorch.
     """
 
 
@@ -38,9 +39,14 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """All strided floating-point tensors of one dtype on one device, of a dtype that the kernels run."""
+    """Check that all are strided tensors on one device, of one dtype that the kernels support; ``bias`` may be None.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or layout, or dtypes that differ.
+        ValueError: devices that differ.
+    """
     dtype, device = None, None
-    for name, tensor in tensors.items():  # what nearly always holds, with few questions
+    for name, tensor in tensors.items():  # fast path for valid arguments
         if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
@@ -80,15 +86,15 @@ def _check_each(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-#: Answers of :func:`checked`, each with the types of its arguments.
+#: Cached results of :func:`checked`, each with the types of its arguments.
 _checked: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 _MOST_CHECKED = 4096
 
 
 def checked(check: Callable[..., T], *arguments: Any) -> T:
-    """``check(*arguments)``, a function of sizes and options alone, asked once for equal arguments of equal types.
+    """``check(*arguments)``, cached by the arguments' values and types; ``check`` must depend on sizes and options alone.
 
-    Arguments without a hash (lists) are checked anew.
+    Calls with unhashable arguments (lists) are not cached.
     """
     if torch.compiler.is_compiling():
         return check(*arguments)
@@ -96,7 +102,7 @@ def checked(check: Callable[..., T], *arguments: Any) -> T:
         known = _checked.get((check, arguments))
     except TypeError:
         return check(*arguments)
-    # A float, a boolean or a number of NumPy's may equal an int, and be refused.
+    # Types are compared too: a float, bool or NumPy number may equal an int and yet be invalid.
     types = tuple(map(type, arguments))
     if tuple in types:
         types += tuple([type(inner) for argument in arguments if type(argument) is tuple for inner in argument])
@@ -110,10 +116,10 @@ def checked(check: Callable[..., T], *arguments: Any) -> T:
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """``value`` as two ints, each at least ``minimum``."""
+    """``value``, one or two ints, as two ints, each at least ``minimum``."""
     given = tuple(value) if isinstance(value, Sequence) else (value,)
     try:
-        # Of a pair, PyTorch looks at the first only for Python's bool. NumPy's is an index before NumPy 2.
+        # PyTorch rejects a Python bool only as the first of a pair. Before NumPy 2, operator.index accepts NumPy's bool.
         if isinstance(given[0] if given else None, bool) or any(isinstance(each, np.bool_) for each in given):
             raise TypeError
         values = [operator.index(v) for v in given]
@@ -129,27 +135,27 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
 
 
 def integer(name: str, value: object) -> int:
-    """``value`` as an int; NumPy's are as good, booleans are not."""
+    """``value`` as an int. NumPy's integers are accepted; booleans raise a TypeError."""
     try:
-        if isinstance(value, (bool, np.bool_)):  # which before NumPy 2 is an index
+        if isinstance(value, (bool, np.bool_)):  # before NumPy 2, operator.index accepts NumPy's bool
             raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]  # which is what is asked
+        return operator.index(value)  # type: ignore[arg-type]  # raises a TypeError for other types
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
 def flag(name: str, value: object) -> bool:
-    """``value`` as a bool; NumPy's are as good, numbers are not."""
+    """``value`` as a bool. NumPy's booleans are accepted; numbers raise a TypeError."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {value!r}")
     return bool(value)
 
 
 def number(name: str, value: object) -> float:
-    """``value`` as a Python int or float; NumPy's numbers are as good, but Triton and safe unpickling know Python's alone.
+    """``value`` as a Python int or float. NumPy's numbers are converted: Triton and safe unpickling accept Python's only.
 
     Raises:
-        TypeError: it is no real number; the message begins with ``name``.
+        TypeError: ``value`` is not a real number; the message begins with ``name``.
     """
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         value = float(value) if isinstance(value, np.longdouble) else value.item()
@@ -159,21 +165,21 @@ def number(name: str, value: object) -> float:
 
 
 def check_activation(activation: str | None) -> bool:
-    """Whether the activation is ReLU; raises on any but None and "relu"."""
+    """Whether the activation is ReLU; raises a ValueError for anything but None and "relu"."""
     if activation not in (None, "relu"):
         raise ValueError(f'activation must be None or "relu", got {activation!r}')
     return activation == "relu"
 
 
 def check_output_format(output_format: torch.memory_format) -> bool:
-    """Whether the output is to be NHWC in memory; raises on any format but that and NCHW."""
+    """Whether the output is channels-last (NHWC); raises a ValueError for formats other than channels-last and contiguous."""
     if output_format not in (torch.channels_last, torch.contiguous_format):
         raise ValueError(f"output_format must be None, torch.channels_last or torch.contiguous_format, got {output_format!r}")
     return output_format == torch.channels_last
 
 
 def check_probability(p: float) -> float:
-    """``p`` as a float in [0, 1]."""
+    """``p`` as a float; raises a ValueError outside of [0, 1]."""
     if type(p) is not float:
         p = float(number("p (the probability of dropping an element)", p))
     if not 0.0 <= p <= 1.0:
@@ -182,7 +188,7 @@ def check_probability(p: float) -> float:
 
 
 def _resolve(*settings: str) -> str:
-    """The first setting that is not "none" (inherit); IEEE when all are."""
+    """The first setting that is not "none" (inherit); "ieee" if all are."""
     chosen = next((s for s in settings if s != "none"), "ieee")
     return "tf32" if chosen == "tf32" else "ieee"
 
@@ -191,7 +197,7 @@ def conv_input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` in a convolution: "tf32" or "ieee"; only float32 depends on the switch."""
     if dtype != torch.float32:
         return "ieee"
-    backends: Any = torch.backends  # some of its attributes are made at run time
+    backends: Any = torch.backends  # Any, since some of its attributes are created at run time
     return _resolve(backends.cudnn.conv.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)
 
 
@@ -199,5 +205,5 @@ def matmul_input_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot`` in a linear layer: "tf32" or "ieee"; only float32 depends on the switch."""
     if dtype != torch.float32:
         return "ieee"
-    backends: Any = torch.backends  # some of its attributes are made at run time
+    backends: Any = torch.backends  # Any, since some of its attributes are created at run time
     return _resolve(backends.cuda.matmul.fp32_precision, backends.cudnn.fp32_precision, backends.fp32_precision)

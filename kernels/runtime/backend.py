@@ -1,4 +1,4 @@
-"""Which implementation runs: the Triton kernels or the PyTorch reference."""
+"""The choice of implementation: the Triton kernels or the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
             ``"triton"``: the Triton kernels, or a ``RuntimeError`` where they cannot run.
             ``"torch"``: the PyTorch reference, on any device.
 
-    The choice is the process's, not the thread's, and holds for the forward call; a backward pass runs what its forward
-    recorded. In forward mode every operation runs the reference, and so do derivatives of gradients, whatever was chosen. Where
-    blocks of several threads overlap, that one holds which was entered last and has not ended.
+    The choice applies to the whole process, not to one thread, and to the forward call: a backward pass runs the implementation
+    that its forward pass recorded. Forward-mode differentiation and derivatives of gradients always run the reference. Where
+    blocks of several threads overlap, the open block that was entered last decides.
 
     Raises:
-        ValueError: ``backend`` is none of the three.
+        ValueError: ``backend`` is not one of these three names.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _BACKENDS))}, got {backend!r}")
@@ -46,12 +46,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The name that the innermost :func:`use_backend` gave, ``"auto"`` outside of any."""
+    """The name given to the innermost :func:`use_backend` block; ``"auto"`` outside of any block."""
     return _current.value
 
 
 def can_run_triton(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels can run on ``tensor`` at all: on a GPU, and on the CPU in Triton's interpreter."""
+    """Whether the Triton kernels can run on ``tensor``: on a GPU, or on the CPU in Triton's interpreter."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and (INTERPRETED or launch.cpu_counts_as_gpu()))
 
 
@@ -59,7 +59,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether an operation on ``tensor`` runs the Triton kernels under the current backend.
 
     Raises:
-        RuntimeError: the backend is ``"triton"`` and the tensor is where no Triton kernel can run.
+        RuntimeError: the backend is ``"triton"`` and no Triton kernel can run on the tensor's device.
     """
     if _current.value == "torch":
         return False

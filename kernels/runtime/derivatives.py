@@ -1,11 +1,11 @@
-"""Derivatives that no kernel computes: of gradients (``create_graph``, ``torch.func``), and forward mode.
+"""Derivatives without kernels: second and higher derivatives (``create_graph``, ``torch.func``), and forward mode.
 
-A backward pass returns the kernels' gradients. Where they are to be differentiated in turn, their derivatives are those of a
-formula of the same gradients in PyTorch's own operations, and so are those of any higher order. The formula takes a ReLU's
-mask, a pool's positions and a dropout's seed from the forward pass, as constants.
+A backward pass returns the kernels' gradients. Derivatives of these gradients, of any order, are those of a formula that
+computes the same gradients in PyTorch's own operations. The formula takes a ReLU's mask, a pool's positions and a dropout's
+seed from the forward pass as constants.
 
-In forward mode the public functions run their references, in PyTorch's own operations, from the start. A backward pass of a
-graph of plain tensors that is handed a gradient with a tangent returns what the formula gives.
+In forward mode the public functions run their references in PyTorch's own operations from the start. If the backward pass of a
+graph of plain tensors receives a gradient with a tangent, it returns the formula's result.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-#: ``(ctx, wanted, saved, *grads)``: what a ``backward(ctx, saved, *grads)`` returns, in PyTorch's own operations. ``wanted``:
-#: of which inputs of the Function the gradient is; None, or nothing at the end, stands for another.
+#: ``(ctx, wanted, saved, *grads)``: the results of ``backward(ctx, saved, *grads)`` in PyTorch's own operations. ``wanted``
+#: says which of the Function's inputs need a gradient; the result holds None for the others and may omit them at the end.
 Formula = Callable[..., tuple[Tensor | None, ...]]
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether an operation on ``tensors`` is differentiated in forward mode; to be asked where ``forward_ad`` has a level."""
-    # Inside a transform a tensor does not say whether there is a tangent below; there the reference is right in any case.
+    """Whether an operation on ``tensors`` is differentiated in forward mode; call it only inside a ``forward_ad`` level."""
+    # Inside a transform a tensor does not reveal a tangent of a wrapped tensor; there the reference is always right.
     return torch._C._are_functorch_transforms_active() or any(map(is_dual, tensors))
 
 
 def is_dual(tensor: Tensor | None) -> bool:
-    """Whether ``tensor`` itself has a tangent, not one that it wraps."""
+    """Whether ``tensor`` itself, not a tensor that it wraps, has a tangent."""
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _is_mapped(grad: Tensor | None) -> bool:
-    """Whether ``grad`` is a batch of ``torch.autograd.grad(..., is_grads_batched=True)``, to which a Function adds no graph."""
+    """Whether ``grad`` is a batch of ``torch.autograd.grad(..., is_grads_batched=True)``; a Function adds no graph to it."""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiable_by(
     formula: Formula, *, of: Sequence[int] = (), takes_link: bool = False
 ) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
-    """For the ``backward(ctx, saved_tensors, *grads)`` of an autograd Function: what it returns can be differentiated.
+    """Decorate an autograd Function's ``backward(ctx, saved_tensors, *grads)`` so that its results are differentiable.
 
-    The saved tensors are handed over because a checkpointed graph lets each be unpacked only once.
+    The saved tensors are an argument because a checkpointed graph lets each be unpacked only once.
 
     Args:
-        formula: of the same gradients.
-        of: indices of the saved tensors whose values the gradients depend on; the others are constants.
-        takes_link: whether the first saved tensor is the link of the second, or None.
+        formula: computes the same gradients in PyTorch's own operations.
+        of: indices of the saved tensors that the gradients are differentiated with respect to; the others are constants.
+        takes_link: whether the first saved tensor is the second one's link (or None).
     """
 
     def decorate(backward: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -84,10 +84,10 @@ def differentiable_by(
 
 
 class _GradientsFunction(torch.autograd.Function):
-    """Hands on gradients that kernels computed. Its own backward pass differentiates a formula of them.
+    """Returns gradients that kernels computed. Its backward pass differentiates the formula of these gradients.
 
-    Inputs: the formula, which of its results there are, how many gradients it takes; then the results, those gradients and the
-    saved tensors.
+    Inputs: the formula, flags of its results that are not None, the number of gradients that it takes; then the results, those
+    gradients and the saved tensors.
     """
 
     generate_vmap_rule = True
@@ -129,10 +129,10 @@ class _GradientsFunction(torch.autograd.Function):
 def _pull_back(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: tuple[Tensor, ...]
 ) -> Sequence[Tensor | None]:
-    """Gradients of ``inputs`` from those of what ``function`` makes of them; differentiable if gradients are enabled."""
+    """Vector-Jacobian product: ``grads`` of ``function(*inputs)`` to gradients of ``inputs``, differentiable in grad mode."""
     if torch._C._are_functorch_transforms_active():
         return torch.func.vjp(function, *inputs)[1](grads)
-    # Not by torch.func here too: it refuses hooks on saved tensors.
+    # torch.func.vjp is not used here, because it does not allow hooks on saved tensors.
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         own = [tensor.view_as(tensor) for tensor in inputs]
@@ -144,10 +144,11 @@ def _pull_back(
 
 
 class _LinkedInputFunction(torch.autograd.Function):
-    """The input of an operation that takes its link, for whatever depends on its value.
+    """The linked input of an operation, as an identity whose backward pass applies the ReLU's mask and sums the gradient.
 
-    What comes back through a linked input is the gradient before the ReLU that made it, and through its link that gradient's
-    sum (:class:`kernels.convolution.autograd.Conv2dFunction`): of every derivative, or a later one would be taken for masked.
+    A linked input's gradient is the one before the ReLU that produced it, and its link's gradient is the sum of that
+    (:class:`kernels.convolution.autograd.Conv2dFunction`). Higher derivatives must follow this rule too, or an unmasked
+    gradient would be taken for a masked one.
     """
 
     generate_vmap_rule = True

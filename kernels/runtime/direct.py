@@ -1,16 +1,16 @@
-"""Launching a compiled kernel without going through ``kernel[grid](...)``: the one module that knows Triton's launchers.
+"""Launching a compiled kernel without ``kernel[grid](...)``: the only module that knows the arguments of Triton's launchers.
 
-``kernel[grid](...)`` binds arguments, makes a key of what they are specialised on, looks the compiled kernel up and describes
-tensors to TMA, at every launch. Where all of that is known from an earlier launch of the same kind, the call into Triton's own
-C launcher is what is left. Its arguments differ between versions:
+At every launch, ``kernel[grid](...)`` binds arguments, builds a key of their specialisations, looks up the compiled kernel and
+encodes tensor maps for TMA. Where all of this is known from an earlier launch of the same kind, only the call of Triton's own C
+launcher is left. The launcher's arguments differ between versions:
 
-- 3.6 compiles a launcher for each signature. It takes the kernel's arguments one by one, tuples as tuples, anything in the
-  place of a constant.
-- 3.7 to 3.9 have one launcher. It takes the kernel's arguments as one tuple, and beside it which of them are constants or
-  tuples: here it gets none of either.
+- 3.6 compiles a launcher for each signature. The launcher takes the kernel's arguments one by one, a tuple as a tuple, and any
+  value in the place of a constant.
+- 3.7 to 3.9 have one launcher. It takes the kernel's arguments as one tuple, and annotations that mark constants and nested
+  tuples. This module passes a flat tuple that contains neither.
 
-Where the version is another one, or the launch asks for what is not written here (scratch memory, another back end),
-:func:`bind` says so by returning None, and the launch goes through ``kernel[grid](...)``.
+For another version, or a launch that this module does not support (scratch memory, another back end), :func:`bind` returns None
+and the launch goes through ``kernel[grid](...)``.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 VERSION = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
-#: ``(stream, values) -> None``: launches with the values that :func:`leaves` lists, tensors as addresses.
+#: ``(stream, values) -> None``: launches with the values of :func:`leaves`, with tensors replaced by their addresses.
 Launcher = Callable[[int, tuple[Any, ...]], None]
 
 _SUPPORTED = ((3, 6), (3, 7), (3, 8), (3, 9))
 
 _runtime, _compilation = knobs.runtime, knobs.compilation
-#: None if a tool has put one of its own in its place.
+#: None if a tool has replaced ``JITFunction.run`` by its own function.
 _run = JITFunction.run if JITFunction.run.__module__ == "triton.runtime.jit" else None
 
 
 class Described(NamedTuple):
-    """A tensor as TMA sees it: what stays the same wherever the tensor lies.
+    """A tensor descriptor's properties that do not depend on the tensor's address.
 
     Attributes:
-        base: the tensor that it was made for.
-        encode: the address of a tensor to its tensor map.
+        base: the tensor that the descriptor was made for.
+        encode: makes the tensor map for a tensor's address.
     """
 
     base: torch.Tensor
@@ -51,7 +51,7 @@ class Described(NamedTuple):
 
 
 def is_possible() -> bool:
-    """Whether a launch may leave out what ``kernel[grid](...)`` does beside launching: nobody listens, nothing is debugged."""
+    """Whether launches may bypass ``kernel[grid](...)``: no launch hooks, debugging or instrumentation are active."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return (
         JITFunction.run is _run
@@ -64,10 +64,10 @@ def is_possible() -> bool:
 
 
 def leaves(compiled: Any, arguments: dict[str, Any]) -> list[Any] | None:
-    """The values that a launcher of :func:`bind` takes, as they are in ``arguments``; None where it takes none of these.
+    """The values from ``arguments`` that a launcher of :func:`bind` takes; None if the launch is not supported.
 
-    Numbers stand for themselves, None for what is not read. Of a tensor the launcher wants the address, of a
-    :class:`Described` the tensor map.
+    Numbers are passed as they are, and None in place of values that are not read. The caller replaces a tensor by its address
+    and a :class:`Described` by its tensor map.
     """
     metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     found: list[Any] = []
@@ -80,11 +80,11 @@ def leaves(compiled: Any, arguments: dict[str, Any]) -> list[Any] | None:
 
 
 class _NotKnown(Exception):
-    """This launch has something that is not written here."""
+    """The launch has an argument that this module does not support."""
 
 
 def _signature(compiled: Any) -> dict[str, Any]:
-    """The type of each of the kernel's arguments, in order; ``"constexpr"`` of what is compiled in."""
+    """The type of each of the kernel's arguments, in order; ``"constexpr"`` for compile-time constants."""
     return dict(compiled.src.signature)
 
 
@@ -107,7 +107,7 @@ def _leaves(kind: Any, value: Any, metadata: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Address(NamedTuple):
-    """Stands for a tensor where only its address is asked for."""
+    """Stands in for a tensor where only ``data_ptr()`` is called."""
 
     address: int
 
@@ -141,9 +141,9 @@ def _encoder(descriptor: TensorDescriptor, metadata: Any) -> Callable[[int], Any
 
 
 def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
-    """What launches ``compiled`` over ``grid`` with the values of :func:`leaves`; None where it cannot.
+    """A function that launches ``compiled`` over ``grid`` with the values of :func:`leaves`; None if that is not supported.
 
-    It keeps ``compiled`` alive, whose end would unload the machine code.
+    The function keeps ``compiled`` alive, since the machine code is unloaded when ``compiled`` is freed.
     """
     launcher = compiled.run
     if (
@@ -175,7 +175,7 @@ def bind(kernel: Any, compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
 
 
 def _count(kind: Any) -> int:
-    """How many of :func:`leaves` an argument of type ``kind`` is: a descriptor is its address, sizes and strides."""
+    """Number of :func:`leaves` of an argument of type ``kind``; a descriptor has its tensor map, sizes and strides."""
     if isinstance(kind, tuple):
         return sum(map(_count, kind))
     if not kind.startswith("tensordesc"):
@@ -185,7 +185,7 @@ def _count(kind: Any) -> int:
 
 def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...]) -> Launcher:
     launch = compiled.run.launch
-    if getattr(launch, "__closure__", None):  # what describes tensors to TMA stands before the C function
+    if getattr(launch, "__closure__", None):  # a Python wrapper that encodes tensor maps encloses the C function
         launch = launch.__closure__[launch.__code__.co_freevars.index("launcher")].cell_contents
     kinds = tuple(_signature(compiled).values())
     if not any(isinstance(kind, tuple) for kind in kinds):
@@ -195,7 +195,7 @@ def _bind_3_6(compiled: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...])
 
         return launch_direct
 
-    # The values of a tuple are one of the C function's, those of a tensor descriptor as many as there are.
+    # A tuple is a single argument of the C function; a tensor descriptor's values are separate arguments.
     places: list[int | slice] = []
     end = 0
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""A plan: what a call of an operation allocates, copies and launches, with the addresses left open."""
+"""A plan: the allocations, copies and launches of an operation's call, with the addresses left open."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch._C._dynamo import guards
 
 from . import direct, launch
 
-# As Inductor's own code allocates, on the current device: half the way through PyTorch's dispatcher.
+# The allocation functions of Inductor's generated code, for the current device: half the cost of PyTorch's dispatcher.
 _empty_strided_cpu: Callable[..., Tensor] = guards._empty_strided_cpu  # type: ignore[attr-defined]
 _empty_strided_cuda: Callable[..., Tensor] = guards._empty_strided_cuda  # type: ignore[attr-defined]
 
-#: Addresses of one tensor argument whose tensor maps are remembered.
+#: The most tensor maps (one per address) that are cached for one tensor argument.
 _MOST_MAPS = 64
 
 
 class Geometry(NamedTuple):
-    """Where a tensor's elements lie in memory that begins at a plan's ``source``; the offset is in elements.
+    """The layout of a tensor relative to the tensor with index ``source`` in a plan; the offset is in elements.
 
-    ``whole``: just as the source's own do.
+    ``whole``: the layout is that of the source itself.
     """
 
     source: int
@@ -33,13 +33,13 @@ class Geometry(NamedTuple):
 
 
 class Number(float):
-    """A number that a function hands to its kernels as it is: it may be another one at each call of a kind."""
+    """A number that a function passes to its kernels unchanged; it may differ between calls of one kind."""
 
     index: int
 
 
 class Allocation(NamedTuple):
-    """A tensor that is made anew at each call."""
+    """A tensor that each call allocates."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -54,7 +54,7 @@ class Copy(NamedTuple):
 
 
 class Described(NamedTuple):
-    """An address in the pool, and its tensor maps by address."""
+    """A tensor map argument: its address's slot in the pool, the function that encodes it, and maps cached by address."""
 
     slot: int
     encode: Callable[[int], Any]
@@ -62,7 +62,7 @@ class Described(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A copy, or a launch with the values that it picks out of the pool."""
+    """A copy, or a launch and the function that picks its arguments from the pool."""
 
     copy: Copy | None
     run: direct.Launcher
@@ -70,10 +70,10 @@ class Step(NamedTuple):
 
 
 class Plan:
-    """One kind of call, ready to be repeated. It holds no tensor.
+    """The allocations, copies and launches of one kind of call. A plan holds no tensor.
 
-    A pool of values is built at each call: the inputs' addresses, those of what is allocated, addresses with an offset to
-    one of these, tensor maps, and then the numbers that are always the same. Each launch picks its arguments out of it.
+    Each call builds a pool of values: the addresses of the inputs and of the allocations, addresses at an offset from one of
+    these, tensor maps, constants, and the call's numbers. Each launch picks its arguments from the pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,20 +86,22 @@ class Plan:
         self.constants: list[Any] = []
         self.steps: list[Step] = []
         self.hooks: tuple[list[Any], ...] = ()
-        self.results: list[Any] = []  # where each tensor lies; what is no tensor, as it was
-        self.whole: list[tuple[int, Any]] | None = None  # of results that are whole allocations: which one, or -1 and a value
+        self.results: list[Any] = []  # the geometry of each result that is a tensor; other results as recorded
+        # If all tensors among the results are whole allocations: (allocation's index, None), or (-1, value) for other results.
+        self.whole: list[tuple[int, Any]] | None = None
         self.is_tuple = True
 
     def can_run(self) -> bool:
-        """Whether all that is to be done for a launch is to launch it."""
+        """Whether launches may bypass Python's launch code: no recorder, observers, hooks or debugging are active."""
         return not launch.is_watched() and direct.is_possible() and not any(self.hooks)
 
     def run(self, inputs: Sequence[Tensor], pool: list[Any], numbers: Sequence[float] = ()) -> Any:
-        """What the operator returned at the recorded call, for other tensors of the same kind.
+        """Repeat the recorded call on other tensors of the same kind and return its results.
 
         Args:
-            pool: the inputs' addresses; it is used up.
-            numbers: in place of those of the recorded call.
+            inputs: the tensors, without those that are None.
+            pool: the inputs' addresses; this list is modified.
+            numbers: the numbers that replace those of the recorded call.
         """
         if self.on_gpu and torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.index):

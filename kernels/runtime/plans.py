@@ -1,13 +1,13 @@
-"""What an operation allocates and launches, worked out once for each kind of call and then only repeated.
+"""Plans: the allocations and launches of an operation, recorded once for each kind of call and then repeated.
 
-The first call of a kind runs the operation's launch functions as they are written. A :class:`.recording.Recording` notes
-what they do: which memory they ask PyTorch for, which kernels they launch on what, which tensors PyTorch copies. From the
-notes comes a :class:`.plan.Plan`: the addresses are left open, all else is decided. A later call of the same kind looks the
-plan up, asks for memory, fills in the addresses and calls Triton's C launcher (:mod:`kernels.runtime.direct`).
+The first call of a kind runs the operation's launch functions as written. A :class:`.recording.Recording` notes the memory that
+they allocate, the kernels that they launch with their arguments, and the tensors that PyTorch copies. A :class:`.plan.Plan` is
+made of these notes; only the addresses are left open. A later call of the same kind looks up the plan, allocates the memory,
+fills in the addresses and calls Triton's C launcher (:mod:`kernels.runtime.direct`).
 
-Two calls are of one kind if all is equal that launch functions decide by: the operator, the problem, each tensor's shape,
-strides, dtype and alignment, the device, and the switches of :func:`_switches`. Launch functions do not read tensors' values. A
-recording that sees something it cannot repeat makes no plan: calls of that kind go on running launch functions.
+Two calls are of one kind if everything is equal on which launch functions depend: the operator, the problem, each tensor's
+shape, strides, dtype and alignment, the device, and the switches of :func:`_switches`. Launch functions do not read tensors'
+values. If a recording contains something that cannot be repeated, there is no plan: calls of that kind run launch functions.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .arguments import conv_input_precision, matmul_input_precision
 from .plan import Number, Plan
 from .recording import Recording, Unrepeatable, plan_of
 
-#: Kinds of calls that are remembered; of more the oldest are forgotten.
+#: The most kinds of calls that are cached; beyond that the oldest are dropped.
 MOST_PLANS = 4096
 
-#: Plans made so far: for tests and benchmarks.
+#: Number of recordings made so far, for tests and benchmarks.
 made = 0
 
 _plans: dict[Hashable, Plan | None] = {}
@@ -44,22 +44,22 @@ def _renew_lock() -> None:
     _lock = threading.Lock()
 
 
-# The thread that held it is not in the child.
+# A thread that held the lock does not exist in the child process.
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-#: Functions whose values are part of every kind.
+#: Functions whose return values are part of every kind.
 _deciders: list[Callable[[], Hashable]] = []
 
 
 def decided_by(function: Callable[[], Hashable]) -> Callable[[], Hashable]:
-    """Say that launch functions ask what ``function`` returns: calls with different values are of different kinds."""
+    """Register ``function``, whose value launch functions depend on: calls with different values are of different kinds."""
     _deciders.append(function)
     return function
 
 
 def _switches(first: Tensor) -> Hashable:
-    """All that launch functions ask beside their arguments."""
+    """Everything besides their arguments that launch functions depend on."""
     return (
         *[decider() for decider in _deciders],
         launch.force_int64,
@@ -69,25 +69,25 @@ def _switches(first: Tensor) -> Hashable:
 
 
 def _precision(dtype: torch.dtype) -> tuple[str, str] | None:
-    """How products of ``dtype`` are formed, where PyTorch's switches say."""
+    """Input precision of (convolutions, matrix products) for float32; None for dtypes that PyTorch's switches do not affect."""
     return (conv_input_precision(dtype), matmul_input_precision(dtype)) if dtype == torch.float32 else None
 
 
 class _Recent:
-    """A kind of call with a plan, to be recognised in a microsecond."""
+    """A recent kind of call and its plan, recognised within about a microsecond."""
 
     def __init__(self, plan: Plan, tensors: Sequence[Tensor | None], inputs: Sequence[Tensor], changes: int) -> None:
         self.plan = plan
         self.missing = [tensor is None for tensor in tensors] if len(inputs) < len(tensors) else None
-        # What Dynamo's compiled code asks of its inputs: type, dtype, device, sizes, strides, and the dispatch keys, in which
-        # any mode, transform, subclass or lazy negation shows. One call for all; it holds no tensor.
+        # Dynamo's guards on inputs: type, dtype, device, sizes, strides, and the dispatch keys, which reveal any mode,
+        # transform, subclass or lazy negation. One call checks all inputs. The guards hold no tensor.
         self.check = guards.TensorGuards(*inputs, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         self.changes = changes
         self.force_int64 = launch.force_int64
         self.precision = _precision(inputs[0].dtype)
 
 
-#: By function, problem and the first tensor's shape the last few: as many as layers of a network may share all three.
+#: The last few kinds by function, problem and the first tensor's shape. A few layers of a network may share all three.
 _recent: dict[Hashable, list[_Recent]] = {}
 _MOST_RECENT = 4
 
@@ -95,9 +95,9 @@ _MOST_RECENT = 4
 def find(
     function: Callable[..., Any], tensors: Sequence[Tensor | None], problem: Hashable
 ) -> tuple[Plan, list[Tensor], list[int]] | None:
-    """The plan of a call like one of the last of this function and problem, and what to run it with; None if it is another.
+    """(plan, inputs, their addresses) if a recent call of this function and problem was of the same kind; else None.
 
-    Where there is an answer, all tensors are plain ones, and no mode or transform is active.
+    A result other than None implies that all tensors are plain and that no mode or transform is active.
     """
     first = tensors[0]
     candidates = _recent.get((function, problem, None if first is None else first.shape))
@@ -127,7 +127,7 @@ def _remember(key: Hashable, new: _Recent) -> None:
         if len(_recent) >= MOST_PLANS:
             _recent.clear()
         others = [recent for recent in _recent.get(key, ()) if recent.changes == switch.changes]
-        # A list of its own: another thread may be looking through the one that was there.
+        # A new list, because another thread may be iterating over the old one.
         _recent[key] = [new, *others[: _MOST_RECENT - 1]]
 
 
@@ -139,16 +139,16 @@ def call(
     *,
     fresh: int = 0,
 ) -> Any:
-    """``function(*tensors, problem, *numbers)``, by its plan where there is one.
+    """``function(*tensors, problem, *numbers)``, through its plan if there is one.
 
     Args:
-        function: allocates and launches, and returns new tensors, views of them or None: one or a tuple.
-        tensors: plain ones on one device, at least one.
-        problem: all else that the function is told.
-        numbers: that it hands to its kernels, and does nothing else with.
-        fresh: how many of the tensors, the last ones, were made for this call: :func:`find` is not asked about these.
+        function: allocates and launches; returns new tensors, views of them or None, as a single value or a tuple.
+        tensors: at least one plain tensor, all on one device.
+        problem: the function's other arguments, as one hashable value.
+        numbers: numbers that the function only passes to its kernels.
+        fresh: the last ``fresh`` tensors were made for this call, and :func:`find` is called without them.
     """
-    changes = switch.changes  # before any switch is asked: another thread may set one meanwhile
+    changes = switch.changes  # read before any switch, since another thread may set one in the meantime
     inputs = [tensor for tensor in tensors if tensor is not None]
     first = inputs[0]
     if not launch.has_plans(first):
@@ -178,7 +178,7 @@ _UNKNOWN: Any = object()
 
 
 def is_recording() -> bool:
-    """Whether a plan is being made in this thread: then what is called inside runs its launch functions."""
+    """Whether this thread is recording a plan, so that calls inside must run their launch functions."""
     return launch.is_noted()
 
 
@@ -204,7 +204,7 @@ def _record(kind: Hashable, inputs: list[Tensor], function: functools.partial, n
     return result
 
 
-#: Why the last call of a function that has no plan has none: for tests and whoever looks for lost time.
+#: By function, the reason why its last recording could not become a plan; for tests and for finding lost host time.
 unrepeatable: dict[str, str] = {}
 
 

@@ -1,4 +1,4 @@
-"""Making a plan of what an operation's launch functions do."""
+"""Recording an operation's launch functions, and making a plan of the recording."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import direct, launch
 from .plan import Allocation, Copy, Described, Geometry, Number, Plan, Step
 
-#: Workspace begins at multiples of so many bytes, as PyTorch's CUDA allocator's memory does.
+#: Alignment in bytes of tensors in the workspace, the same as that of PyTorch's CUDA allocator.
 _ALIGNMENT = 512
 
 
 class Unrepeatable(Exception):
-    """A recording has something that a plan cannot repeat."""
+    """A recording contains something that a plan cannot repeat."""
 
 
 _ALLOCATES = frozenset(("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"))
 
 
 class Recording(TorchDispatchMode):
-    """Notes what an operator does on ``inputs``: memory, copies, launches."""
+    """Dispatch mode that notes an operator's allocations, copies and launches on ``inputs``."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.inputs = inputs
         self.obstacle: str | None = None
-        self.kept: list[Tensor] = []  # so that no two of a recording have one address
-        self.sources: dict[int, int] = {}  # by storage: an index into inputs, and then kept
-        self.shared: dict[int, list[int]] = {}  # by storage: the inputs that lie in it, if there are several
+        self.kept: list[Tensor] = []  # allocations, kept alive so that no two of them get the same address
+        self.sources: dict[int, int] = {}  # by storage: an index into the list of inputs followed by kept
+        self.shared: dict[int, list[int]] = {}  # by storage: indices of the inputs in it, if there are several
         for i, tensor in enumerate(inputs):
             storage = tensor.untyped_storage()._cdata
             first = self.sources.setdefault(storage, i)
@@ -79,24 +79,24 @@ class Recording(TorchDispatchMode):
 
     @staticmethod
     def _overlap(tensors: list[Tensor]) -> bool:
-        """Whether any two reach into each other's memory, from first to last element."""
+        """Whether the memory of any two tensors overlaps, from first to last element."""
         spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t.shape, t.stride()) * t.itemsize) for t in tensors)
         return any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
     def source_of(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()._cdata
-        if storage in self.shared:  # gradients in a bucket of DistributedDataParallel: which of them it is, its address says
+        if storage in self.shared:  # such as gradients in a bucket of DistributedDataParallel: told apart by address
             for i in self.shared[storage]:
                 if self.inputs[i].data_ptr() == tensor.data_ptr():
                     return i
-            raise Unrepeatable("a part of an input that shares its memory with another")
+            raise Unrepeatable("a part of an input that shares memory with another input")
         source = self.sources.get(storage)
         if source is None:
-            raise Unrepeatable("memory that is neither an input's nor was made here")
+            raise Unrepeatable("a tensor that is neither an input nor allocated by the call")
         return source
 
     def result(self, value: Any) -> Any:
-        """Where a result lies; what is no tensor is the same each time."""
+        """A result's geometry; None for an unwanted result; a value that is not a tensor stays as it is."""
         if not isinstance(value, Tensor):
             return value
         return None if hasattr(value, "not_asked_for") else self.geometry(value)
@@ -113,7 +113,7 @@ class Recording(TorchDispatchMode):
 
 
 class _Address(NamedTuple):
-    """An offset in bytes to what a slot of the pool holds."""
+    """A slot of the pool and an offset in bytes to the address that it holds."""
 
     slot: int
     offset: int
@@ -123,7 +123,7 @@ def plan_of(recording: Recording, result: Any, device: torch.device) -> Plan:
     """The plan that repeats ``recording``.
 
     Raises:
-        Unrepeatable: it cannot be repeated.
+        Unrepeatable: the recording cannot be repeated.
     """
     if recording.obstacle is not None:
         raise Unrepeatable(recording.obstacle)
@@ -139,7 +139,7 @@ def plan_of(recording: Recording, result: Any, device: torch.device) -> Plan:
         kernel, grid, arguments, compiled = step
         run, values = direct.bind(kernel, compiled, grid), direct.leaves(compiled, arguments)
         if run is None or values is None:
-            raise Unrepeatable(f"{kernel.fn.__name__} is not launched directly")
+            raise Unrepeatable(f"{kernel.fn.__name__} cannot be launched without Triton's own launch code")
         plan.steps.append(Step(None, run, pool.getter(values)))
     plan.hooks = tuple({id(step[0]): step[0].pre_run_hooks for step in recording.steps if not isinstance(step, Copy)}.values())
     pool.finish()
@@ -155,7 +155,7 @@ def _placed(geometry: Geometry, places: dict[int, _Address]) -> Geometry:
 
 
 def _seen(geometry: Geometry, plan: Plan, recording: Recording) -> Geometry:
-    """``geometry``, which says whether it is all of its tensor."""
+    """``geometry`` with its ``whole`` field set."""
     count = len(recording.inputs)
     if geometry.source < count:
         tensor = recording.inputs[geometry.source]
@@ -166,7 +166,7 @@ def _seen(geometry: Geometry, plan: Plan, recording: Recording) -> Geometry:
 
 
 def _place_memory(plan: Plan, recording: Recording, result: Any) -> dict[int, _Address]:
-    """Where each of the recording's sources is: results, and what PyTorch copies, are tensors; the rest is in the workspace."""
+    """The address of each source. Results, and tensors that PyTorch copies, become allocations; others lie in the workspace."""
     plan.is_tuple = isinstance(result, tuple)
     results = [recording.result(r) for r in (result if plan.is_tuple else (result,))]
     geometries = [r for r in results if isinstance(r, Geometry)]
@@ -178,7 +178,7 @@ def _place_memory(plan: Plan, recording: Recording, result: Any) -> dict[int, _A
     of_tensors = [(source, t) for source, t in enumerate(recording.kept, start=count) if source in tensors]
     for source, tensor in of_tensors:
         places[source] = _Address(count + len(plan.allocations), 0)
-        # A view as the only result is allocated as it is.
+        # If a single view is a source's only result, it is allocated with the view's shape and strides.
         views = list({g for g in geometries if g.source == source})
         whole = len(views) == 1 and views[0].offset == 0 and _is_dense(views[0], tensor.numel())
         size, stride = (views[0].size, views[0].stride) if whole else (tuple(tensor.shape), tensor.stride())
@@ -200,9 +200,10 @@ def _place_memory(plan: Plan, recording: Recording, result: Any) -> dict[int, _A
 
 
 def lay_out(recording: Recording, elsewhere: set[int]) -> tuple[dict[int, int], int]:
-    """Offsets of what is in the workspace, and how large that is: who is never needed at the same time may lie in one place.
+    """Offsets of tensors in the workspace, and its size in bytes; tensors whose lifetimes do not overlap may share memory.
 
-    The largest first, each at the lowest offset that is free for all of its life, from its first to its last launch.
+    Tensors are placed from the largest to the smallest, each at the lowest offset that is free from its first launch to its
+    last.
     """
     lives: dict[int, tuple[int, int]] = {}
     for i, step in enumerate(recording.steps):
@@ -234,12 +235,12 @@ def _is_dense(geometry: Geometry, elements: int) -> bool:
 
 
 def _extent(size: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from the first to the last, both counted."""
+    """Number of elements from the first to the last in memory, inclusive."""
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 class _Pool:
-    """What launches pick their arguments from, while it grows: addresses, tensor maps and constants by their slots."""
+    """The pool from which launches pick their arguments, while it is built: slots of addresses, tensor maps and constants."""
 
     def __init__(self, plan: Plan, recording: Recording, places: dict[int, _Address]) -> None:
         self.plan, self.recording, self.places = plan, recording, places
@@ -250,7 +251,7 @@ class _Pool:
         self.picked: list[list[tuple[str, Any]]] = []
 
     def address(self, tensor: Tensor) -> _Address | None:
-        """None for memory of no bytes, which has no address."""
+        """The address of ``tensor``; None for an empty tensor, which has none."""
         source = self.recording.source_of(tensor)
         place = self.places.get(source)
         if place is None:
@@ -258,7 +259,7 @@ class _Pool:
         return _Address(place.slot, place.offset + tensor.data_ptr() - self.recording.tensor(source).data_ptr())
 
     def getter(self, values: list[Any]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-        """To be called with the finished pool. Its indices are known when all launches are."""
+        """Register a launch's argument values. Returns a placeholder; :meth:`finish` makes the function that picks them."""
         picked: list[tuple[str, Any]] = []
         for value in values:
             if isinstance(value, direct.Described):
@@ -289,7 +290,7 @@ class _Pool:
         return self.constants.setdefault((type(value), value), len(self.constants))
 
     def finish(self) -> None:
-        """Give the plan its pool, and its launches their places in it."""
+        """Store the pool's contents in the plan, and give each step the function that picks its arguments."""
         maps = self.begins + len(self.derived)
         constants = maps + len(self.maps)
         numbers = constants + len(self.constants)

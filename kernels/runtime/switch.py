@@ -1,4 +1,4 @@
-"""A setting of the process that ``with`` blocks change."""
+"""Process-wide settings that ``with`` blocks change."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import torch
 
 T = TypeVar("T")
 
-#: How often any switch changed: who has asked once need not ask again while this stands still.
+#: Number of changes of any switch. Values derived from switches may be cached while this number stays the same.
 changes = 0
 
 
 def note_change() -> None:
-    """Say that something changed which those that remember answers should ask for again."""
+    """Invalidate values that were cached under the current number of :data:`changes`."""
     global changes
     changes += 1
 
 
 class _Block(Generic[T]):
-    """A block's own value, told apart from an equal one of another block by its identity."""
+    """A block's value, distinguished by identity from an equal value of another block."""
 
     def __init__(self, value: T) -> None:
         self.value = value
 
 
 class Switch(Generic[T]):
-    """A value that holds outside of all blocks, and another one in :meth:`set`'s.
+    """A setting with a default value and with other values inside :meth:`set` blocks.
 
-    Plain global state, as torch.backends' switches are, not a context variable: torch.compile can guard on it, and autograd
-    runs CUDA backward passes and checkpointed forward passes in threads of its own, which must see it. Blocks in several
-    threads may overlap, and end in another order than they began: each takes its own value away and leaves the others'.
+    A switch is plain global state like torch.backends' switches, not a context variable: torch.compile can guard on it, and
+    autograd's own threads, which run CUDA backward passes and checkpointed forward passes, must see it. Blocks of several
+    threads may overlap and end in any order; each block removes only its own value.
 
     Args:
-        outside: the value where no block is open.
-        combine: what the values of the open blocks come to, ``outside`` first; without it the last one of them.
+        outside: the value while no block is open.
+        combine: computes the current value from ``outside`` and the open blocks' values, in this order. By default the value of
+            the last open block is used.
 
     Attributes:
-        value: what holds now.
+        value: the current value.
     """
 
     def __init__(self, outside: T, combine: Callable[[list[T]], T] | None = None) -> None:
@@ -49,9 +50,9 @@ class Switch(Generic[T]):
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[None]:
-        """Let ``value`` hold inside the block."""
+        """Set the switch to ``value`` inside the block."""
         if torch.compiler.is_compiling():
-            # The graph is guarded by the value alone, not by the blocks that it is called in, which are new ones at every call.
+            # The graph must be guarded by the value alone, not by the list of open blocks, which are new objects at every call.
             before, self.value = self.value, value
             try:
                 yield
@@ -64,12 +65,12 @@ class Switch(Generic[T]):
         try:
             yield
         finally:
-            self._open.remove(block)  # by its identity, for blocks have no other equality
+            self._open.remove(block)  # by identity, since _Block defines no other equality
             self._update()
 
     def _update(self) -> None:
-        # No lock, which a fork could take along. A list's own operations are atomic, and whoever wrote last has looked
-        # afterwards whether what it wrote still holds.
+        # No lock, since a fork could copy it while it is held. List operations are atomic, and every thread checks after
+        # writing the value that the open blocks have not changed, so the last write is correct.
         while True:
             blocks = list(self._open)
             self.value = blocks[-1].value if self._combine is None else self._combine([block.value for block in blocks])

@@ -1,6 +1,6 @@
-"""What PyTorch asks of operations of our own: autocast, ``__torch_function__``, and differentiation.
+"""PyTorch's protocols for custom operations: autocast, ``__torch_function__``, differentiation, dispatch.
 
-The autograd Functions share a registration with their operator. Of their gradients' derivatives: :mod:`.derivatives`.
+An autograd Function also provides the registered gradient of its operator. Second derivatives are in :mod:`.derivatives`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .derivatives import is_dual
 
 
 class Operator:
-    """An operation below autograd: for PyTorch's dispatcher a registered operator, for plain calls a function.
+    """An operation below autograd: a registered operator for PyTorch's dispatcher, a Python function for plain calls.
 
     Args:
-        registered: takes the tensors, and then the problem as a flat list; a result that was not asked for is an empty tensor.
-        run: takes the tensors, and then the problem; a result that was not asked for may be None or a vector of no elements.
-            Where launches go to a GPU its calls are planned (:mod:`kernels.runtime.plans`).
+        registered: takes the tensors, then the fields of the problem as a flat list. An unwanted result is an empty tensor.
+        run: takes the tensors, then the problem. An unwanted result may be None or an empty vector. Calls that launch on a GPU
+            are planned (:mod:`kernels.runtime.plans`).
     """
 
     def __init__(self, registered: CustomOpDef, run: Callable[..., Any]) -> None:
         self.registered, self.run = registered, run
 
     def __call__(self, tensors: tuple[Tensor | None, ...], problem: Any) -> Any:
-        """Run it, from inside an autograd Function; through PyTorch's dispatcher unless there is nothing for it to do."""
+        """Run the operation from inside an autograd Function, through PyTorch's dispatcher unless the call is plain."""
         return call_planned(self.run, tensors, problem, self._dispatch)
 
     def _dispatch(self, *arguments: Any) -> Any:
@@ -44,15 +44,16 @@ class Operator:
         return self.registered(*tensors, *problem.flat())
 
     def register_autograd(self, function: type[OperatorFunction], problem_of: Callable[..., Any], tensors: int) -> None:
-        """Give the registered operator the gradient of ``function``.
+        """Register the gradient of ``function`` for the operator.
 
-        Eager and compiled code go through the Function and never need it. A graph of operators does, when it is differentiated
-        later: what ``torch.export`` wrote can be trained. In forward mode an operator is an error: PyTorch would leave out the
-        tangents.
+        Eager and compiled code call the Function and do not use this gradient. A graph of operators uses it when it is
+        differentiated later, so that a graph from ``torch.export`` can be trained. In forward mode the operator raises an
+        error, because PyTorch would silently drop the tangents.
 
         Args:
-            problem_of: makes the problem of a flat list.
-            tensors: how many the operator takes before.
+            function: the operator's autograd Function.
+            problem_of: makes the problem from the operator's arguments after the tensors.
+            tensors: number of the operator's tensor arguments, which come first.
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -72,11 +73,11 @@ class Operator:
             if forward_ad._current_level >= 0 and any(map(is_dual, inputs[:tensors])):
                 raise NotImplementedError(
                     f"{registered._qualname} has no forward-mode derivative (jvp): differentiate the network that the graph "
-                    'was made of, or make the graph under kernels.use_backend("torch")'
+                    'was made from, or make the graph under kernels.use_backend("torch")'
                 )
             return differentiated(keyset, *inputs)
 
-        with warnings.catch_warnings():  # PyTorch 2.11 warns whoever imports this package that the operator had another one
+        with warnings.catch_warnings():  # PyTorch 2.11 warns at import that this replaces the operator's Autograd kernel
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             registered._lib.impl(registered._name, autograd, "Autograd", with_keyset=True, allow_override=True)
 
@@ -84,7 +85,7 @@ class Operator:
 def call_planned(
     run: Callable[..., Any], tensors: tuple[Tensor | None, ...], problem: Any, otherwise: Callable[..., Any]
 ) -> Any:
-    """``run(*tensors, problem)`` by its plan, or ``otherwise`` with the same arguments where the tensors are not plain ones."""
+    """``run(*tensors, problem)`` through its plan, or ``otherwise(*tensors, problem)`` if the call is not plain."""
     if torch.compiler.is_compiling():
         return otherwise(*tensors, problem)
     if plans.is_recording():
@@ -100,25 +101,25 @@ def call_planned(
 
 
 class OperatorFunction(torch.autograd.Function):
-    """An autograd Function over one :class:`Operator`: its tensors and then its problem, and its outputs.
+    """An autograd Function over one :class:`Operator`; its inputs are the operator's tensors, then the problem.
 
-    Being in the form with ``setup_context``, it works under ``torch.func``; where ``vmap`` meets an operator, PyTorch calls the
-    operator once for each entry. An application in this form takes Python much longer than one in the older
-    form, though, so plain calls have a Function of that form, made of the same parts.
+    Having a ``setup_context``, it works under ``torch.func``; under ``vmap`` PyTorch calls the operator once for each entry.
+    Applying a Function of this form takes much more host time than the older form without ``setup_context``. Plain calls
+    therefore use a second Function in the older form, made of the same methods.
     """
 
     generate_vmap_rule = True
-    #: Whether its last tensor is the link of the operation before, and whether its second output is a link for the next.
+    #: Whether the last tensor is the previous operation's link, and whether the second output is a link for the next operation.
     takes_link: ClassVar[bool] = False
     gives_link: ClassVar[bool] = False
-    #: Which of three outputs are for the backward pass alone.
+    #: Indices of those of three outputs that are used by the backward pass alone.
     internal: ClassVar[tuple[int, ...]] = ()
     operator: ClassVar[Operator]
     apply_plain: ClassVar[Callable[..., Any]]
 
 
 def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[OperatorFunction]]:
-    """Give an :class:`OperatorFunction` its operator, and with that the form for plain calls."""
+    """Class decorator that gives an :class:`OperatorFunction` its operator and its second form for plain calls."""
 
     def complete(cls: type[OperatorFunction]) -> type[OperatorFunction]:
         def forward_and_save(ctx: Any, *inputs: Any) -> Any:
@@ -129,14 +130,14 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
                 plan, given, addresses = found
                 output = plan.run(given, addresses)
             setup_context(ctx, (*tensors, problem), output)
-            # What is only saved need not become an output of the node.
+            # Tensors that are only saved need not become outputs of the autograd node.
             return without_internal((*output, None)) if cls.internal else output
 
         setup_context = cls.setup_context
         without_internal = itemgetter(*[-1 if i in cls.internal else i for i in range(3)])
         parts = {"forward": staticmethod(forward_and_save), "backward": staticmethod(cls.backward)}
         plain = type(cls.__name__, (torch.autograd.Function,), parts | {"__module__": cls.__module__, "__doc__": cls.__doc__})
-        # What Function.apply itself ends in, with all arguments given in their order.
+        # The C function that Function.apply calls in the end; it takes positional arguments only.
         cls.apply_plain = super(torch.autograd.Function, plain).apply  # type: ignore[misc]
         cls.operator = operator
         return cls
@@ -145,7 +146,7 @@ def over(operator: Operator) -> Callable[[type[OperatorFunction]], type[Operator
 
 
 def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | None, ...], problem: Any) -> Any:
-    """``function.apply(*tensors, problem)``; without autograd where no gradient can be asked for."""
+    """``function.apply(*tensors, problem)``; a plain call without gradients skips autograd."""
     if torch.compiler.is_compiling() or is_observed():
         return function.apply(*tensors, problem)
     found = plans.find(function.operator.run, tensors, problem)
@@ -162,7 +163,7 @@ def apply_function(function: type[OperatorFunction], tensors: tuple[Tensor | Non
 
 
 def is_observed() -> bool:
-    """Whether somebody wants to see operators: a dispatch mode, a transform, forward-mode AD, a tracer, a profiler."""
+    """Whether operators must go through PyTorch: a dispatch mode, transform, forward-mode AD, tracer or profiler is active."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0  # a dual tensor has no dispatch key of its own
@@ -173,10 +174,10 @@ def is_observed() -> bool:
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call on ``tensors`` is one of plain tensors in plain code: nothing for PyTorch's dispatcher to do.
+    """Whether a call on ``tensors`` is plain, so that it may skip PyTorch's dispatcher.
 
-    The way through the dispatcher takes more of the host than a launch does. Whatever a dispatch key stands for, of a tensor
-    (lazy negation, a batch of vmap, a subclass) or of the thread (modes, transforms), belongs to the dispatcher.
+    The dispatcher takes more host time than a launch. It is needed for everything that has a dispatch key, of a tensor (lazy
+    negation, a batch of vmap, a subclass) or of the thread (modes, transforms).
     """
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() & ~_THREAD_KEYS:
         return False
@@ -191,7 +192,7 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
-#: The dispatch keys that a thread which does nothing special includes.
+#: The dispatch keys that a thread includes without any mode or transform.
 _THREAD_KEYS: int = (
     torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
@@ -199,24 +200,24 @@ _THREAD_KEYS: int = (
 
 @functools.cache
 def _tensor_keys(device: torch.device) -> int:
-    """The dispatch keys of a dense tensor of memory of its own."""
+    """The dispatch keys of an ordinary dense tensor on ``device``."""
     with torch.inference_mode(False):
         return int(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether an operation on ``tensors`` may be asked for a gradient later."""
+    """Whether a gradient of an operation on ``tensors`` may be computed later."""
     if not torch.is_grad_enabled():
         return False
-    # Inside vmap a tensor does not say that an outer torch.func.grad watches it.
+    # Inside vmap, a tensor that an outer torch.func.grad differentiates does not have requires_grad set.
     return any(t is not None and t.requires_grad for t in tensors) or torch._C._are_functorch_transforms_active()
 
 
 def autocast_inputs(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors as autocast hands them to a convolution or linear layer.
+    """The tensors, cast as autocast casts them for a convolution or linear layer.
 
-    Inside an enabled autocast region of the input's device, floating-point tensors (but float64, as in PyTorch) become its
-    dtype; elsewhere they come back as they are.
+    If autocast is enabled for the input's device, floating-point tensors other than float64 (as in PyTorch) are cast to
+    autocast's dtype. Otherwise the tensors are returned unchanged.
     """
     if not isinstance(input, Tensor):
         return input, weight, bias
@@ -237,10 +238,10 @@ R = TypeVar("R")
 
 
 def overridable(function: Callable[P, R]) -> Callable[P, R]:
-    """Let arguments that define ``__torch_function__``, and active modes, take over a call of ``function``.
+    """Decorate ``function`` so that arguments with ``__torch_function__`` and active modes can override its calls.
 
-    So a ``torch.fx`` trace records one call of the operation instead of failing in its argument checks, and tensor subclasses
-    and modes see it as they see ``F.conv2d``.
+    A ``torch.fx`` trace then records one call of the operation instead of failing in its argument checks. Tensor subclasses and
+    modes can handle the operation as they handle ``F.conv2d``.
     """
 
     @functools.wraps(function)
