@@ -12,10 +12,11 @@ IR_VENV ?= .venv-sanitize
 LOWEST_VENV ?= .venv-lowest
 NEWEST_VENV ?= .venv-newest
 DOCS_VENV ?= .venv-docs
+DIST_VENV ?= .venv-dist
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report \
-	profile host stream kernelbench gpu stale render docs bench clean
+	profile host stream kernelbench gpu stale render docs dist test-dist bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
@@ -37,6 +38,8 @@ help:
 	@echo "make stale   which kernels and configurations have changed since what is recorded was measured"
 	@echo "make render  the tables and pictures of the README and the pages, from what is recorded"
 	@echo "make docs    the pages, into build/site"
+	@echo "make dist    the sdist and the wheel that it builds, into build/dist"
+	@echo "make test-dist  trains from the wheel, installed into an empty environment"
 	@echo "make bench   time every operation against PyTorch by pytest-benchmark (without a CUDA GPU: host time alone)"
 
 $(INSTALLED): pyproject.toml
@@ -127,7 +130,21 @@ profile: $(INSTALLED)
 host: $(INSTALLED)
 	$(BIN)/python -m benchmarks.host $(ARGS)
 
-kernelbench: $(INSTALLED)
+kerneldist: $(INSTALLED)
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+
+# Away from the tree, so that nothing is imported from it.
+test-dist: $(DIST_VENV)/installed
+	cd $$(mktemp -d) && export PATH="$(abspath $(DIST_VENV))/bin:$$PATH" && \
+		alexnet-triton train --data sample --model lenet --out run && TRITON_INTERPRET=1 alexnet-triton check run
+
+$(DIST_VENV)/installed: dist
+	$(PYTHON) -m venv --clear $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo build/dist/*.whl)[train]"
+	@touch $@
+
+bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernelbench $(ARGS)
 
 stream: $(INSTALLED)
@@ -153,8 +170,22 @@ $(DOCS_VENV)/installed: pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(DOCS_VENV)/requirements.txt
 	@touch $@
 
+dist: $(INSTALLED)
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+
+# Away from the tree, so that nothing is imported from it.
+test-dist: $(DIST_VENV)/installed
+	cd $$(mktemp -d) && export PATH="$(abspath $(DIST_VENV))/bin:$$PATH" && \
+		alexnet-triton train --data sample --model lenet --out run && TRITON_INTERPRET=1 alexnet-triton check run
+
+$(DIST_VENV)/installed: dist
+	$(PYTHON) -m venv --clear $(DIST_VENV)
+	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo build/dist/*.whl)[train]"
+	@touch $@
+
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) $(NEWEST_VENV) $(DOCS_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IR_VENV) $(LOWEST_VENV) $(NEWEST_VENV) $(DOCS_VENV) $(DIST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
