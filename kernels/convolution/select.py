@@ -1,7 +1,7 @@
 """Chooses the kernels of a convolution's passes; no other module makes this choice.
 
 Which function computes the weight gradient of conv1 (stride 4, one channel) on an H100? Ask :func:`wgrad_kernels`: in half
-precision the answer is ``Kernels.STEM``, so :func:`.stem.wgrad`; in TF32 ``Kernels.ROW_STEM``, so :func:`.row_stem_wgrad.wgrad`.
+precision it answers ``Kernels.STEM``, so :func:`.stem.wgrad`; in TF32 ``Kernels.ROW_STEM``, so :func:`.row_stem_wgrad.wgrad`.
 The functions under "passes" call the launch functions of the chosen file.
 """
 
@@ -63,7 +63,7 @@ def dgrad_kernels(problem: Problem) -> Kernels:
 
 
 def wgrad_kernels(problem: Problem) -> Kernels:
-    """The kernels of the weight gradient. All but the general ones sum one pixel of many images a step: few images waste that."""
+    """The kernels of the weight gradient: general ones for few images, since the others sum a pixel of many images a step."""
     return fprop_kernels(problem) if conv2d_wgrad_by_images(problem.n) else Kernels.GENERAL
 
 
@@ -101,7 +101,7 @@ def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
 def _pools_whole_windows(problem: Problem, window: Window) -> bool:
     """Whether the windows are 3 x 3 of stride 2, none of them partial, and the GPU can fuse a pool into a convolution.
 
-    Only Hopper can: for Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, and then generates empty code.
+    Only Hopper can: for Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
     """
     kernel_size, stride, padding, _, (p, q) = window
     return (
@@ -229,7 +229,7 @@ def wgrad_by_batch(problem: Problem) -> bool:
 
 
 def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
-    """The copies with the batch innermost that the caller must write: of the input, and of ``dz`` unless the kernel turns it."""
+    """Copies with the batch innermost, not written yet: of the input, and of ``dz`` unless the kernel turns ``dz`` itself."""
     turns = conv2d_wgrad_turns(problem.device, *_sizes(problem))
     sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
     return [Copy(source, new_by_batch(source.shape, source)) for source in sources]
