@@ -179,7 +179,7 @@ def gradients_reference(
             dz.shape[2:], stride, dilation, weight.shape[2:], input.shape[2:], padding, strict=True
         )
     ]
-    below, right = (max(0, rows) for rows in needed)  # padding="same" may pad one more row below than above
+    below, right = (max(0, rows) for rows in needed)  # padding="same" may pad one more below and right
     padded = F.pad(input, (0, right, 0, below)) if below or right else input
     mask = [wanted[0] or wanted[3], wanted[1], wanted[2]]
     dx, dw, d_bias = torch.ops.aten.convolution_backward(

@@ -2,8 +2,8 @@
 
 The kernels of :mod:`.general` gather each element through a pointer of its own. In the kernels here TMA copies whole tiles into
 shared memory (``cp.async.bulk.tensor``), where the tensor cores read them (``wgmma``, ``tcgen05``). They need stride 1,
-dilation 1, one group and channels in multiples of 16 (in TF32: 8). :mod:`kernels.convolution.stem` runs a strided first layer
-of few channels.
+dilation 1, one group and channels in multiples of 16 (in TF32 of 8, from Triton 3.8 on). :mod:`kernels.convolution.stem` runs a
+strided first layer of few channels.
 
 Hopper's tensor cores read half types from shared memory in either order, but TF32 only if the reduction dimension is
 contiguous. So in TF32 the input gradient reads a copy of the filters, [R, S, C, K], and the weight gradient

@@ -90,7 +90,7 @@ class Convolution(NamedTuple):
 class ConvolutionGradients(NamedTuple):
     """Parameters of the convolution's backward operator.
 
-    ``wanted``: whether the gradients of input, weight and bias are. ``linked``: whether the input has a link.
+    ``wanted``: which of the gradients of input, weight and bias to compute. ``linked``: whether the input has a link.
     """
 
     geometry: Geometry

@@ -1,7 +1,7 @@
 """Convolution, bias, ReLU and max-pool as one operation that saves no unpooled activation for its backward pass.
 
 The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and frees the unpooled
-output. For a strided first layer one kernel does both (:mod:`.stem_pool`, :mod:`.row_stem`). The forward pass saves its input
+output. For a strided first layer one kernel can do both (:mod:`.stem_pool`, :mod:`.row_stem`). The forward pass saves its input
 and a one-byte window position for each output. That is enough for the backward pass: the gradient only reaches the element that
 a window points at, and a special position marks a window whose gradient the ReLU stops.
 """

@@ -233,7 +233,7 @@ def _conv2d_rows_pool_kernel(
         i = step % 3
         q = step // 3
         s = 2 - q % 2
-        complete = q > left  # whether this column is the last of a window
+        complete = q > left  # the strip's first column completes no window
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)

@@ -310,7 +310,7 @@ def check_positions_written(written: bool) -> None:
     """Raise RuntimeError if the forward pass of a pool did not write the positions that its backward pass needs."""
     if not written:
         raise RuntimeError(
-            "this max-pool was recorded without the window positions that its gradient needs: its graph was built under "
+            "this max-pool was recorded without the window positions that its gradient needs: its graph was made under "
             "torch.no_grad() or from tensors that require no gradient"
         )
 

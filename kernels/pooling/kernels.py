@@ -86,7 +86,7 @@ def _max_pool2d_fprop_kernel(
             h = o_h + r * DILATION_H
             w = o_w + s * DILATION_W
             inside = mask & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
-            # Elements outside the image are -inf, which is larger than nothing, so they are never taken.
+            # Elements outside the image are -inf, never larger than the best so far, so they are never taken.
             b_x = tl.load(p_x + (h * stride_xh + w * stride_xw), mask=inside, other=float("-inf")).to(ACC)
             takes = (b_x > b_best) | (b_x != b_x)
             b_best = tl.where(takes, b_x, b_best)
@@ -168,9 +168,9 @@ def _max_pool2d_dgrad_kernel(
 ):
     """One program owns BLOCK_CHANNELS channels and iterates over one split's cells, BLOCK_PIXELS of them at a time.
 
-    Cell (p, q) is the STRIDE_H x STRIDE_W inputs at which window (p, q) begins. The windows that reach a cell have the same
-    offsets from window (p, q) for every cell, and an input has the same position in each of them: all these numbers are
-    compile-time constants. A window's gradient is loaded once for all inputs of the cell.
+    Cell (p, q) is the STRIDE_H x STRIDE_W inputs at which window (p, q) begins. Which windows reach a cell, relative to window
+    (p, q), and at which positions they contain the cell's inputs, is the same for every cell. So these numbers are compile-time
+    constants. A window's gradient is loaded once for all inputs of the cell.
     """
     CELLS_H: tl.constexpr = (H - 1 + PAD_H) // STRIDE_H + 1
     CELLS_W: tl.constexpr = (W - 1 + PAD_W) // STRIDE_W + 1
@@ -226,7 +226,7 @@ def _max_pool2d_dgrad_kernel(
                     mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W)) & m_c
                     tl.store(p_dx + (h * stride_dxh + w * stride_dxw), cast(acc, dx_ptr.dtype.element_ty), mask=mask)
         if SUM_CHANNELS:
-            # The gradient of a window reaches exactly one input, so the sum over the windows is the sum of dx.
+            # A gradient that a window passes on reaches exactly one input, so the sum over the windows is the sum of dx.
             OWN: tl.constexpr = WINDOWS_H * WINDOWS_W - 1
             b_own = tl.where(positions[OWN] == NO_GRADIENT, 0.0, grads[OWN])
             b_sum, b_lost = compensated_add(b_sum, b_lost, b_own)
