@@ -1,1 +1,1 @@
-"""2-D convolution: general kernels, and those for what tensor descriptors can bring."""
+"""2-D convolution: general kernels, and kernels that load through tensor descriptors."""

@@ -1,4 +1,4 @@
-"""2-D convolution with fused bias and ReLU: the operators, the autograd Function over them and the public functions."""
+"""2-D convolution with fused bias and ReLU: the registered operators, their autograd Function and the public functions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def conv2d_fprop(
     make_link: bool,
     channels_last: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`.select.fprop`, and the link of its ReLU if wanted (see :class:`Conv2dFunction`); ``link``: of the ReLU before."""
+    """The output of :func:`.select.fprop`, and with ``make_link`` the link of its ReLU (:class:`Conv2dFunction`), else empty.
+
+    ``link``: the link of the ReLU that produced ``input``, or None.
+    """
     problem = Convolution.of(stride, padding, dilation, groups, output_size, relu, make_link, channels_last)
     return _run_fprop(input, weight, bias, link, problem)
 
@@ -81,9 +84,10 @@ def conv2d_backward(
     wanted: list[bool],
     linked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
+    """Gradients of input, weight and bias, each empty unless ``wanted``, and of the input's link, empty unless ``linked``.
 
-    ``output`` is the convolution's own where a ReLU gave it, and the gradient does not come through its link.
+    ``output``: the forward output if this pass must apply the ReLU's mask; None without a ReLU, or if the consumer of the
+    output's link has applied the mask already.
     """
     problem = ConvolutionGradients(Geometry(stride, padding, dilation, groups), wanted, linked)
     return _run_backward(grad_output, input, weight, output, problem)
@@ -112,7 +116,7 @@ def _(grad_output, input, weight, output, stride, padding, dilation, groups, wan
 def new_gradients(
     grad_output: Tensor, input_size: Sequence[int], weight: Tensor, wanted: Sequence[bool], linked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised results of a convolution's backward operator."""
+    """Allocate the four results of :func:`conv2d_backward`, uninitialised; a result that is not wanted is empty."""
     dtype, device = grad_output.dtype, grad_output.device
     needs_input, needs_weight, needs_bias = wanted
     dx = new_output(input_size, dtype, device, channels_last=True) if needs_input else nothing(grad_output)
@@ -132,18 +136,19 @@ def gradients(
     unsummed: Sequence[ColumnSums],
     cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and the input's link from that before the activation; only what is needed is launched.
+    """Gradients of the input, the weight and the input's link. Only the kernels of the gradients that are needed are launched.
 
     Args:
-        input: None where its ``cells`` are all that is wanted of it.
-        linked: whether the input comes with a link.
-        unsummed: what is to be summed before all is done.
+        dz: gradient before the activation, (N, K, P, Q).
+        input: the input; None if ``cells`` replaces it.
+        linked: whether the input has a link.
+        unsummed: pending sums, which this function's last launch adds up.
         cells: :func:`.cells.cells_of` the input.
     """
     dx, dw, d_link = (nothing(dz) for _ in range(3))
     copies: Sequence[Copy] = ()
     if needs_input and needs_weight and cells is None and wgrad_by_batch(problem):
-        # The gradient of the input reads what is to be copied, and so copies it.
+        # The input gradient's launch reads ``dz`` anyway, so that launch writes the copies too.
         assert input is not None
         dz = dense_nhwc(dz).permute(0, 3, 1, 2)
         copies = copies_by_batch(dz, input, problem)
@@ -160,12 +165,12 @@ def gradients(
 def gradients_reference(
     dz: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool], link: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """What :func:`gradients` means, and the gradient of the bias, in PyTorch's own operations.
+    """Reference for :func:`gradients` in PyTorch operations: gradients of input, weight, bias and link, None if not wanted.
 
     Args:
         dz: gradient before the activation.
-        wanted: of input, weight, bias and link, whether the gradient is; None what is not.
-        link: of ``input``, if it comes with one.
+        wanted: which gradients to compute, in the order input, weight, bias, link.
+        link: the link of ``input``, or None.
     """
     stride, padding, dilation, groups = geometry
     needed = [
@@ -174,7 +179,7 @@ def gradients_reference(
             dz.shape[2:], stride, dilation, weight.shape[2:], input.shape[2:], padding, strict=True
         )
     ]
-    below, right = (max(0, rows) for rows in needed)  # more padding than above: of "same"
+    below, right = (max(0, rows) for rows in needed)  # padding="same" may pad one more below and right
     padded = F.pad(input, (0, right, 0, below)) if below or right else input
     mask = [wanted[0] or wanted[3], wanted[1], wanted[2]]
     dx, dw, d_bias = torch.ops.aten.convolution_backward(
@@ -212,11 +217,11 @@ def _formula(
 
 @over(conv2d_fprop_operator)
 class Conv2dFunction(OperatorFunction):
-    """Convolution (+bias, +ReLU). Saves its input and weight, for a ReLU its output, whose sign is the mask, and its link.
+    """Convolution (+bias, +ReLU). Saves its input, weight and link, and with a ReLU its output, whose sign is the mask.
 
     The second output, the link, carries no data. The convolution that takes the link must be the output's only reader: its
     backward pass applies this ReLU's mask and sums this bias's gradient, which saves two passes over memory. So the gradient
-    that comes through a linked output is the one before this ReLU, and the link's gradient is that of this bias.
+    of a linked output is already the gradient before this ReLU, and the link's gradient is this bias's gradient.
     """
 
     takes_link = gives_link = True
@@ -230,7 +235,7 @@ class Conv2dFunction(OperatorFunction):
         input, weight, _, link, problem = inputs
         y, new_link = output
         ctx.save_for_backward(link, input, weight, y if problem.relu else None)
-        ctx.set_materialize_grads(False)  # no gradient of the link: nobody took it
+        ctx.set_materialize_grads(False)  # the gradient of a link that no convolution took is None
         if not problem.make_link and new_link is not None:
             ctx.mark_non_differentiable(new_link)
         ctx.problem = problem
@@ -249,7 +254,7 @@ class Conv2dFunction(OperatorFunction):
         problem = ConvolutionGradients(ctx.problem.geometry, wanted, ctx.linked)
         dx, dw, d_bias, d_link = conv2d_backward_operator((grad_output, input, weight, masks), problem)
         return (
-            (dx.contiguous() if ctx.input_is_nchw else dx) if needs_input else None,  # whoever views it gets PyTorch's order
+            (dx.contiguous() if ctx.input_is_nchw else dx) if needs_input else None,  # NCHW like the input
             dw if needs_weight else None,
             (grad_link if handed_over else d_bias) if needs_bias else None,
             d_link if needs_input and ctx.linked else None,
@@ -274,7 +279,7 @@ def conv2d_reference(
     activation: str | None = None,
     output_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """What :func:`conv2d` means, in PyTorch's own operations; in their memory format where none is asked for."""
+    """Reference for :func:`conv2d` in PyTorch operations. Without ``output_format`` PyTorch chooses the memory format."""
     output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return in_format(F.relu(output) if activation == "relu" else output, output_format)
 
@@ -288,7 +293,11 @@ def conv2d_arguments(
     dilation: int | Sequence[int],
     groups: int,
 ) -> tuple[Geometry, tuple[int, int]]:
-    """Check the arguments of a convolution, the tensors' by their sizes; its geometry and output size as plain ints."""
+    """Check a convolution's arguments; return its geometry and its output size (P, Q) as plain ints.
+
+    Raises:
+        ArgumentValueError: an argument that does not fit the others.
+    """
     if len(input_size) != 4:
         raise ArgumentValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")
     if len(weight_size) != 4:
@@ -330,7 +339,7 @@ def conv2d_arguments(
 def _padding(
     padding: int | Sequence[int] | str, stride: tuple[int, int], dilation: tuple[int, int], filter_size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Total padding of each axis, and the part of it before the first element."""
+    """Total padding of (height, width), and the part before the first element of each."""
     if not isinstance(padding, str):
         before = pair("padding", padding, 0)
         return (2 * before[0], 2 * before[1]), before
@@ -358,7 +367,7 @@ def conv2d(
     output_format: torch.memory_format | None = None,
     link: Tensor | None = None,
 ) -> Tensor:
-    """2-D convolution, bias and activation in one kernel; the meaning of :func:`torch.nn.functional.conv2d`.
+    """2-D convolution, bias and activation in one kernel, with the semantics of :func:`torch.nn.functional.conv2d`.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides.
@@ -369,9 +378,9 @@ def conv2d(
         dilation: distance of filter elements, int or (vertical, horizontal), in pixels.
         groups: number of groups that input and output channels are cut into.
         activation: None or ``"relu"``.
-        output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, which the kernel writes itself;
+        output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, which the kernel writes directly;
             ``torch.channels_last`` or None for NHWC.
-        link: of ``input``, where :func:`linked_conv2d` gave both and nothing else reads ``input``.
+        link: the link that :func:`linked_conv2d` returned beside ``input``, if this call is the only reader of ``input``.
 
     Returns:
         (N, K, P, Q) or (K, P, Q) with P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, in ``input``'s dtype,
@@ -399,22 +408,22 @@ def linked_conv2d(
     *,
     link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``conv2d(..., activation="relu")`` right before another convolution, which then takes the ReLU's gradient on its way.
+    """``conv2d(..., activation="relu")`` whose ReLU gradient is computed by the next convolution's backward pass.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as :func:`conv2d`.
-        link: what this function returned beside ``input``, if it did.
+        link: the link that this function returned beside ``input``, or None.
 
     Returns:
-        The output, and its link: (K,) without a meaning of its own, or None where no Triton kernel ran, and in compiled code,
-        which does not know whether anything takes it. Both are to be handed
-        to one more convolution (this function, :func:`conv2d` or :func:`kernels.conv2d_relu_max_pool2d`), and nothing else may
-        read the output: its gradient, if anybody should look at it, is the one before the ReLU.
+        The output and its link, a (K,) tensor without data. The link is None if no Triton kernel ran, and in compiled code,
+        where the backward pass cannot see whether a convolution took the link. Pass both to exactly one more convolution
+        (this function, :func:`conv2d` or :func:`kernels.conv2d_relu_max_pool2d`). Nothing else may read the output: the
+        output's gradient is the gradient before the ReLU.
 
     Raises:
-        TypeError, ValueError: as :func:`conv2d`; ValueError for a link of another number of channels than ``input``'s.
+        TypeError, ValueError: as :func:`conv2d`; ValueError if the link and ``input`` differ in the number of channels.
     """
-    # Of compiled code the gradient of a link that nothing took would be zeros, not None, and so say that it was taken.
+    # In compiled code the gradient of an unused link is zeros, not None, as if a convolution had taken the link.
     make_link = not torch.compiler.is_compiling()
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, "relu", None, link, make_link=make_link)
 
@@ -450,9 +459,9 @@ def _conv2d(
 
 
 def prepare_conv2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> Convolution:
-    """The problem of :class:`Conv2dFunction` in a sequence.
+    """The problem that :class:`Conv2dFunction` takes when it runs as part of a sequence (:mod:`kernels.sequence`).
 
-    Options: stride to groups, whether there is a ReLU, whether to make a link, whether the output is NHWC.
+    Options: stride, padding, dilation, groups, whether to apply a ReLU, whether to make a link, whether the output is NHWC.
     """
     *geometry, fuse_relu, make_link, channels_last = options
     convolution, size = _checked_arguments(*tensors[:3], *geometry)  # type: ignore[arg-type]
@@ -474,6 +483,6 @@ def _checked_arguments(
 
 
 def check_link(link: Tensor | None, input: Tensor) -> None:
-    """Refuse a link that belongs to another tensor than ``input`` (N, C, H, W)."""
+    """Raise ValueError unless ``link`` is None or has one element for each channel of ``input`` (N, C, H, W)."""
     if link is not None and link.shape != input.shape[1:2]:
         raise ValueError(f"link must be the one that was returned beside input, ({input.shape[1]},), got {tuple(link.shape)}")

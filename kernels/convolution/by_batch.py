@@ -1,9 +1,9 @@
-"""Copies of channels-last tensors whose innermost dimension is the batch: what a TF32 weight gradient reads.
+"""Copies of channels-last tensors with the batch as innermost dimension, which a TF32 weight gradient reads.
 
-A weight's gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, TF32 only
-where neighbours in memory are neighbours in the sum. So the gradient and the input of a float32 convolution are copied from
-[N, H, W, C] to [H, W, C, N]. The copy costs least in a launch that reads the tensor anyway: that reads it once. Or a kernel
-turns blocks of the product's second operand on their way through registers (:func:`turned`).
+A weight gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, but TF32 only
+if the reduction dimension is contiguous. So the output's gradient and the input of a float32 convolution are copied from
+[N, H, W, C] to [H, W, C, N]. The copy is cheapest in a launch that reads the tensor anyway. Instead of a copy, a kernel can
+transpose ("turn") blocks of the product's second operand in registers (:func:`turned`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def copy_by_batch(
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
 ):
-    """This program's share of all copies: every ``num_programs``-th tile of COPY_IMAGES x COPY_CHANNELS."""
+    """Write this program's share of all copies: every ``num_programs``-th tile of COPY_IMAGES x COPY_CHANNELS."""
     pid = program_id(0, WIDE)
     programs = tl.num_programs(0).to(pid.dtype)
     row = tl.cdiv(N, 4) * 4
@@ -50,14 +50,14 @@ def copy_by_batch(
             mask = (o_n < N)[:, None] & (o_c < channels)[None, :]
             p_in = copy_ptrs[j] + ((o_n * copy_pixels[j] + pixel) * channels)[:, None] + o_c[None, :]
             p_out = copy_out_ptrs[j] + ((pixel * channels + o_c) * row)[None, :] + o_n[:, None]
-            # Beyond the last image zeros.
+            # Zeros fill the elements beyond the last image.
             m_out = (o_n < row)[:, None] & (o_c < channels)[None, :]
             tl.store(p_out, tl.load(p_in, mask=mask, other=0.0), mask=m_out)
 
 
 @triton.jit
 def copy_cells_by_batch(
-    x_ptr,  # [N, H, ROW] contiguous, W*C numbers of a row the images'
+    x_ptr,  # [N, H, ROW] contiguous; the first W*C elements of a row are pixels
     out_ptr,  # out: [HS, WS*DEPTH, N rounded up to a multiple of 4]
     N,
     H,
@@ -73,7 +73,7 @@ def copy_cells_by_batch(
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
 ):
-    """This program's share of the cells (:mod:`.cells`) of the images, as :func:`copy_by_batch` would copy them."""
+    """Write this program's share of the images' cells (:mod:`.cells`), in the layout that :func:`copy_by_batch` writes."""
     DEPTH: tl.constexpr = STRIDE * STRIDE * C
     pid = program_id(0, WIDE)
     row = tl.cdiv(N, 4) * 4
@@ -109,7 +109,7 @@ def _cells_by_batch_kernel(
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
 ):
-    """The cells alone: one program, one tile."""
+    """Only the cells, in a launch of their own: one program writes one tile."""
     copy_cells_by_batch(
         x_ptr, cells_ptr, N, H, W, HS, pad_h, pad_w, ROW, C, STRIDE, WS, WIDE, COPY_IMAGES, COPY_CHANNELS
     )  # fmt: skip
@@ -126,24 +126,24 @@ def _by_batch_kernel(
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
 ):
-    """The copies alone: one program, one tile of the largest."""
+    """Only the copies, in a launch of their own: one program writes one tile of the largest copy."""
     copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
 
 
-#: A block that is to be turned is loaded as [images / 8, others / 16, 4, 8, 4]: four numbers a thread, eight images and four
-#: times four neighbours a warp. So it reads 64 bytes of each image at once, and writes eight images beside each other.
+#: A block to be transposed is loaded as [images / 8, others / 16, 4, 8, 4]: four elements a thread; eight images x 16 adjacent
+#: elements a warp. So a warp reads 64 bytes of each image at once, and writes eight images side by side.
 
 
 @triton.jit
 def images_5d(n0, IMAGES: tl.constexpr):
-    """Numbers of images, for a block that is to be turned."""
+    """Image indices of a block to be transposed, in its five dimensions."""
     o_high = tl.arange(0, IMAGES // 8)[:, None, None, None, None]
     return n0 + o_high * 8 + tl.arange(0, 8)[None, None, None, :, None]
 
 
 @triton.jit
 def others_5d(first, COUNT: tl.constexpr):
-    """Numbers of the other dimension, for a block that is to be turned."""
+    """Indices of the other dimension of a block to be transposed, in its five dimensions."""
     o_high = tl.arange(0, COUNT // 16)[None, :, None, None, None]
     o_middle = tl.arange(0, 4)[None, None, :, None, None]
     return first + o_high * 16 + o_middle * 4 + tl.arange(0, 4)[None, None, None, None, :]
@@ -151,15 +151,15 @@ def others_5d(first, COUNT: tl.constexpr):
 
 @triton.jit
 def turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
-    """Such a block as [COUNT, IMAGES]."""
+    """The block of five dimensions, transposed to [COUNT, IMAGES]."""
     return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
 
 
 @triton.jit
 def sum_of_images(block, COUNT: tl.constexpr):
-    """The sums over such a block's images, [COUNT].
+    """Sums over the images of a block of five dimensions, [COUNT].
 
-    Not of the turned block: its layout is one of any bases, and Triton 3.6 adds up wrong elements of some of those.
+    Sum the block before transposing it: Triton 3.6 adds up wrong elements in some of the layouts that a transposed block has.
     """
     return tl.sum(tl.sum(block, axis=3), axis=0).reshape(COUNT)
 
@@ -168,11 +168,11 @@ def sum_of_images(block, COUNT: tl.constexpr):
 
 
 class Copy(NamedTuple):
-    """One copy that is wanted.
+    """One copy to be written.
 
     Attributes:
         source: (N, H, W, C), contiguous.
-        out: :func:`new_by_batch` for it.
+        out: the result of :func:`new_by_batch` for ``source``.
     """
 
     source: Tensor
@@ -180,7 +180,7 @@ class Copy(NamedTuple):
 
 
 def new_by_batch(nhwc: Sequence[int], like: Tensor) -> Tensor:
-    """Uninitialised (H, W, C, N rounded up to a multiple of 4): rows of whole 16 bytes, as TMA wants them."""
+    """Allocate (H, W, C, N rounded up to a multiple of 4), uninitialised: TMA needs rows of whole 16 bytes."""
     n, h, w, c = nhwc
     return new_output((h, w, c, cdiv(n, 4) * 4), like.dtype, like.device)
 
@@ -191,13 +191,13 @@ def images_of(by_batch: Tensor, n: int) -> Tensor:
 
 
 def rows_by_batch(by_batch: Tensor, n: int, block: Sequence[int]) -> TensorDescriptor:
-    """[H, W*C, N] over such a copy; what lies beyond the ``n`` images comes as zeros."""
+    """Descriptor [H, W*C, N] over a copy of ``n`` images; TMA fills elements beyond them with zeros."""
     h, w, c, row = by_batch.shape
     return TensorDescriptor(by_batch, [h, w * c, n], [w * c * row, row, 1], list(block))
 
 
 def copy_arguments(copies: Sequence[Copy], beside: bool = True) -> dict[str, Any]:
-    """What a kernel is told for :func:`copy_by_batch`, which it does ``beside`` other work."""
+    """Kernel arguments for :func:`copy_by_batch`; ``beside``: whether the kernel has other work too."""
     values: dict[str, list[Any]] = {
         "copy_ptrs": [copy.source for copy in copies],
         "copy_out_ptrs": [copy.out for copy in copies],
@@ -210,7 +210,7 @@ def copy_arguments(copies: Sequence[Copy], beside: bool = True) -> dict[str, Any
 
 
 def _tile(n: int, beside: bool) -> dict[str, int]:
-    # Beside other work one program may have a multiprocessor for itself: then it must have many loads under way.
+    # A kernel with other work may run one program per SM: that program needs many loads in flight.
     images, channels = (128 if n > 64 else 64, 64) if beside else (64, 32)
     if INTERPRETED:
         images, channels = tile_size(n, 16, 64), 128
@@ -218,7 +218,7 @@ def _tile(n: int, beside: bool) -> dict[str, int]:
 
 
 def copy(copies: Sequence[Copy]) -> None:
-    """Make the copies, in a launch of their own."""
+    """Write the copies in a launch of their own."""
     if not copies:
         return
     arguments = copy_arguments(copies, beside=False)
@@ -233,14 +233,14 @@ def copy(copies: Sequence[Copy]) -> None:
 
 
 class CellsCopy(NamedTuple):
-    """Cells of images with the batch innermost: one copy that is wanted.
+    """The cells of images with the batch innermost: one copy to be written.
 
     Attributes:
         rows: the images (N, H, W*C or more), contiguous.
-        size: rows and columns of cells.
+        size: (rows, columns) of cells.
         out: (rows of cells, columns * depth, N rounded up to a multiple of 4), uninitialised.
-        images: C and W of the images.
-        stride, padding: of the convolution.
+        images: (C, W) of the images.
+        stride, padding: the convolution's stride and padding, in pixels.
     """
 
     rows: Tensor
@@ -251,7 +251,7 @@ class CellsCopy(NamedTuple):
     padding: tuple[int, int]
 
     def arguments(self, beside: bool = True) -> dict[str, Any]:
-        """What a kernel is told for :func:`copy_cells_by_batch`, which it does ``beside`` other work."""
+        """Kernel arguments for :func:`copy_cells_by_batch`; ``beside``: whether the kernel has other work too."""
         n, h, row = self.rows.shape
         c, w = self.images
         values = {"x_ptr": self.rows, "cells_ptr": self.out, "H": h, "W": w, "HS": self.size[0], "ROW": row}
@@ -259,7 +259,7 @@ class CellsCopy(NamedTuple):
         return values | _tile(n, beside)
 
     def make(self) -> None:
-        """In a launch of its own."""
+        """Write the copy in a launch of its own."""
         arguments = self.arguments(beside=False)
         n, columns = self.rows.shape[0], self.out.shape[1]
         tiles = self.size[0] * cdiv(n, arguments["COPY_IMAGES"]) * cdiv(columns, arguments["COPY_CHANNELS"])
@@ -269,5 +269,5 @@ class CellsCopy(NamedTuple):
 
 
 def new_cells_by_batch(size: Sequence[int], depth: int, n: int, like: Tensor) -> Tensor:
-    """Uninitialised :attr:`CellsCopy.out`."""
+    """Allocate :attr:`CellsCopy.out`, uninitialised."""
     return new_output((size[0], size[1] * depth, cdiv(n, 4) * 4), like.dtype, like.device)

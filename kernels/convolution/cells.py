@@ -1,4 +1,4 @@
-"""Cells: images whose stride x stride pixels are one pixel of more channels (space to depth), for a strided first layer."""
+"""Cells (space-to-depth) for a strided first layer: each block of stride x stride pixels becomes one pixel of more channels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def _space_to_depth_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n, i, j, (a * STRIDE + b) * C + c] = x[n, c, i * STRIDE + a - pad, j * STRIDE + b - pad]; one program: one (n, i)."""
+    """One program writes row ``i`` of the cells of image ``n``.
+
+    out[n, i, j, (a * STRIDE + b) * C + c] = x[n, c, i * STRIDE + a - pad_h, j * STRIDE + b - pad_w]
+    """
     DEPTH: tl.constexpr = STRIDE * STRIDE * C
     pid = program_id(0, WIDE)
     n = pid // HS
@@ -57,12 +60,13 @@ def _space_to_depth_kernel(
 
 
 class Cells(NamedTuple):
-    """How images are rearranged for a convolution that reads cells: what :func:`space_to_depth` takes beside them.
+    """The convolution for which :func:`space_to_depth` rearranges images into cells.
 
     Attributes:
-        kernel_size: of the filters, int or (rows, columns), in pixels.
-        stride: of the convolution, both ways, in pixels: the side of a cell.
-        padding: zeros on each side, below and to the right as many as filters reach; int or (vertical, horizontal).
+        kernel_size: size of the filters, int or (rows, columns), in pixels.
+        stride: stride of the convolution in both directions, in pixels: the side of a cell.
+        padding: zeros on each side of the convolution's input, int or (vertical, horizontal). Below and to the right the cells
+            hold only as many of them as the filters reach.
     """
 
     kernel_size: int | Sequence[int]
@@ -73,7 +77,7 @@ class Cells(NamedTuple):
         """``kernel_size`` and ``padding`` as pairs, ``stride`` between them.
 
         Raises:
-            TypeError, ValueError: one of them is not what the attributes say.
+            TypeError, ValueError: an attribute has the wrong type or value, or the two strides differ.
         """
         step, other = pair("stride", self.stride, 1)
         if step != other:
@@ -81,10 +85,10 @@ class Cells(NamedTuple):
         return pair("kernel_size", self.kernel_size, 1), step, pair("padding", self.padding, 0)
 
     def output_size(self, input_size: Sequence[int]) -> list[int]:
-        """Rows and columns that the convolution makes of images of so many.
+        """(rows, columns) of the convolution's output for images of ``input_size`` (rows, columns).
 
         Raises:
-            ValueError: they are smaller than a filter.
+            ValueError: the padded images are smaller than a filter.
         """
         filter_size, step, pads = self.pairs()
         output_size = [(i + 2 * p - f) // step + 1 for i, p, f in zip(input_size, pads, filter_size, strict=True)]
@@ -93,21 +97,21 @@ class Cells(NamedTuple):
         return output_size
 
     def size(self, input_size: Sequence[int]) -> list[int]:
-        """Rows and columns of cells that images of so many become; errors as :meth:`output_size`."""
+        """(rows, columns) of the cells of images of ``input_size`` (rows, columns); raises as :meth:`output_size`."""
         filter_size, step, _ = self.pairs()
         return cells_size(step, self.output_size(input_size), filter_size)
 
 
-Cells.__module__ = "kernels"  # where pickles look for it, wherever it is defined
+Cells.__module__ = "kernels"  # pickles name the public module, not this file
 
 
 # ------------------------------------------------------------------------------------------------- launch functions
 
 
 def _space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Sequence[int]) -> Tensor:
-    """(N, C, H, W), any strides, to dense (N, *size, stride * stride * C): each cell of stride x stride pixels one pixel.
+    """(N, C, H, W), any strides, to dense (N, *size, stride * stride * C): each cell of stride x stride pixels is one pixel.
 
-    A convolution of this stride over ``input`` is one of stride 1 over the result, with a filter ``stride`` times smaller.
+    A convolution of this stride over ``input`` equals one of stride 1 over the result, with a filter ``stride`` times smaller.
     """
     n, c, h, w = input.shape
     out = new_cells(input, stride, size)
@@ -134,7 +138,7 @@ def _space_to_depth(input: Tensor, stride: int, padding: Sequence[int], size: Se
 
 
 def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
-    """What :func:`space_to_depth` writes, uninitialised."""
+    """Allocate the result of :func:`space_to_depth`, uninitialised."""
     n, c = input.shape[:2]
     return new_output((n, *size, stride * stride * c), input.dtype, input.device)
 
@@ -143,7 +147,7 @@ def new_cells(input: Tensor, stride: int, size: Sequence[int]) -> Tensor:
 def space_to_depth_cells(
     input: Tensor, stride: int, padding: list[int], output_size: list[int], filter_size: list[int]
 ) -> Tensor:
-    """:func:`cells_of`."""
+    """:func:`cells_of` as a registered operator."""
     return cells_of(input, stride, padding, output_size, filter_size)
 
 
@@ -154,13 +158,14 @@ def _(input, stride, padding, output_size, filter_size):
 
 @overridable
 def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int, padding: int | Sequence[int] = 0) -> Tensor:
-    """The cells of images that a strided convolution's filters see: what ``conv2d_relu_max_pool2d(..., cells=True)`` takes.
+    """The cells (space-to-depth) of images for a strided convolution: the input of ``conv2d_relu_max_pool2d(..., cells=True)``.
 
     Args:
-        input: (N, C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides. It takes no gradient.
-        kernel_size: of the filters, int or (rows, columns), in pixels.
-        stride: of the convolution, both ways, in pixels: the side of a cell.
-        padding: zeros on each side, below and to the right as many as filters reach; int or (vertical, horizontal).
+        input: (N, C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides. It must not require a gradient.
+        kernel_size: size of the filters, int or (rows, columns), in pixels.
+        stride: stride of the convolution in both directions, in pixels: the side of a cell.
+        padding: zeros on each side of the convolution's input, int or (vertical, horizontal). Below and to the right the cells
+            hold only as many of them as the filters reach.
 
     Returns:
         (N, rows, columns, stride * stride * C), contiguous: element ``(a * stride + b) * C + c`` of cell (i, j) is the pixel
@@ -168,13 +173,13 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
 
     Raises:
         TypeError: a dtype that the kernels do not run.
-        ValueError: an input that is not (N, C, H, W), that wants a gradient, or that is smaller than a filter.
+        ValueError: an input that is not (N, C, H, W), that requires a gradient, or that is smaller than a filter.
     """
     check_tensors(input=input)
     if input.dim() != 4:
         raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
     if input.requires_grad:
-        raise ValueError("space_to_depth takes no gradient; give the images to the convolution where theirs is wanted")
+        raise ValueError("space_to_depth takes no gradient: pass the images to the convolution if you need their gradient")
     cells = Cells(kernel_size, stride, padding)
     filter_size, step, pads = cells.pairs()
     output_size = cells.output_size(input.shape[2:])
@@ -184,7 +189,7 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
 
 
 def space_to_depth_reference(input: Tensor, cells: Cells) -> Tensor:
-    """What :func:`space_to_depth` means, in PyTorch's own operations."""
+    """Reference for :func:`space_to_depth` in PyTorch operations."""
     _, step, pads = cells.pairs()
     rows, columns = cells.size(input.shape[2:])
     below, right = (n * step - p - i for n, p, i in zip((rows, columns), pads, input.shape[2:], strict=True))
@@ -195,7 +200,7 @@ def space_to_depth_reference(input: Tensor, cells: Cells) -> Tensor:
 
 
 def depth_to_space(cells: Tensor, channels: int, stride: int) -> Tensor:
-    """The images (N, C, H, W), their padding in them, that :func:`space_to_depth` made ``cells`` of."""
+    """The images (N, C, H, W), with their padding, that :func:`space_to_depth` rearranged into ``cells``."""
     n, rows, columns, _ = cells.shape
     pixels = cells.view(n, rows, columns, stride, stride, channels).permute(0, 5, 1, 3, 2, 4)
     return pixels.reshape(n, channels, rows * stride, columns * stride)
@@ -204,10 +209,10 @@ def depth_to_space(cells: Tensor, channels: int, stride: int) -> Tensor:
 def cells_of(
     input: Tensor, stride: int, padding: Sequence[int], output_size: Sequence[int], filter_size: Sequence[int]
 ) -> Tensor:
-    """All the cells that a convolution's filters see: its input for both passes here."""
+    """All the cells that a convolution's filters read, (N, rows, columns, stride * stride * C)."""
     return _space_to_depth(input, stride, padding, cells_size(stride, output_size, filter_size))
 
 
 def cells_size(stride: int, output_size: Sequence[int], filter_size: Sequence[int]) -> list[int]:
-    """Rows and columns of cells."""
+    """[rows, columns] of the cells that filters of ``filter_size`` pixels read for an output of ``output_size``."""
     return [o + cdiv(f, stride) - 1 for o, f in zip(output_size, filter_size, strict=True)]

@@ -1,30 +1,30 @@
-"""Convolution of channels-last tensors through tensor descriptors, in half precision and TF32: for Hopper and later.
+"""Convolution of channels-last tensors through tensor descriptors, in half precision and TF32, for Hopper and later.
 
-The general kernels of :mod:`.general` gather each element through a pointer of its own. These let TMA bring
-whole tiles into shared memory (``cp.async.bulk.tensor``), from where the tensor cores read them (``wgmma``, ``tcgen05``). They
-take stride 1, dilation 1, one group and channels in multiples of 16, in TF32 of 8. A strided first layer of few channels is
-:mod:`kernels.convolution.stem`'s.
+The kernels of :mod:`.general` gather each element through a pointer of its own. In the kernels here TMA copies whole tiles into
+shared memory (``cp.async.bulk.tensor``), where the tensor cores read them (``wgmma``, ``tcgen05``). They need stride 1,
+dilation 1, one group and channels in multiples of 16 (in TF32 of 8, from Triton 3.8 on). :mod:`kernels.convolution.stem` runs a
+strided first layer of few channels.
 
-From shared memory Hopper's tensor cores read half types in either order, TF32 only where neighbours in memory are neighbours in
-the sum. So in TF32 the input gradient reads a copy of the filters, [R, S, C, K]. The weight gradient
-(:mod:`.descriptor_wgrad`) reads copies of its operands, [H, W, C, N] (:mod:`.by_batch`): the input gradient's launch writes
-them, and where there is none they have a launch of their own.
+Hopper's tensor cores read half types from shared memory in either order, but TF32 only if the reduction dimension is
+contiguous. So in TF32 the input gradient reads a copy of the filters, [R, S, C, K], and the weight gradient
+(:mod:`.descriptor_wgrad`) reads copies of its operands, [H, W, C, N] (:mod:`.by_batch`). The input gradient's launch writes the
+latter; without an input gradient a separate launch does.
 
-What is a tile? A product's rows are output pixels, and for each filter position (r, s) they must be shifted together.
+What is a tile? A product's rows are output pixels, and each filter position (r, s) must shift them together.
 
 - *Images*: a tile is one pixel of BLOCK_M images. Seen as [H, N, W*C], the shifted tile is a plain block [1, BLOCK_M, BLOCK_K],
-  and rows and columns outside of the image come back as zeros. Filter positions that lie outside for the whole tile are left
-  out altogether: 11% of conv3's products are with padding, and are never formed. No tile has a wasted row, whatever P and Q.
-- *Rows of taps* (:mod:`.taps`): the same tile, with a sum over the columns of a filter row, forward alone.
+  and TMA fills rows and columns outside the image with zeros. Filter positions that lie outside for the whole tile are skipped:
+  11% of conv3's products are with padding and are never computed. No tile has a wasted row, whatever P and Q are.
+- *Rows of taps* (:mod:`.taps`): the same tile, reduced over the columns of a filter row. Forward only.
 - *Box*: a tile is a box of images x rows x columns, loaded as [NB, TH, TW, BLOCK_K] and flattened. For few images.
 
-With WARP_SPECIALIZE one group of warps does nothing but ask for the next tiles. fprop and dgrad can be configured to do so.
+With WARP_SPECIALIZE one group of warps only issues the loads of the next tiles. fprop and dgrad can be configured to do so.
 
-On Hopper an operand of the product stays in shared memory only if it comes straight from a load, or is the second one. A
-flattened box as first operand would go through registers, where Triton 3.6 was seen to let it be overwritten while the tensor
-cores still read it (wrong values on an H100). So the box kernel's first operand is the filters. With REGISTERS the images
-kernel's first operand goes through registers on purpose: two blocks of filters then read it from shared memory once, not twice.
-No rule chooses it, and before ptxas 13.3 it is refused.
+On Hopper an operand of a product stays in shared memory only if it comes straight from a load, or if it is the second operand.
+A flattened box as first operand would go through registers; Triton 3.6 let it be overwritten there while the tensor cores still
+read it (wrong values on an H100). So the box kernel's first operand is the filters. With REGISTERS the first operand of the
+images kernel goes through registers on purpose: two blocks of filters then read it from shared memory once, not twice. No rule
+sets REGISTERS, and before ptxas 13.3 :func:`_check_register_operands` refuses it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from .rules import conv2d_box_config, conv2d_images_config, conv2d_tile
 
 @triton.jit
 def pixel_offset(n, p, q, K, P, Q, CHANNELS_LAST: tl.constexpr):
-    """Where pixel (p, q) of image n has its first filter, in [N, P, Q, K] or [N, K, P, Q]."""
+    """Offset of filter 0 of pixel (p, q) of image n, in [N, P, Q, K] or [N, K, P, Q]."""
     if CHANNELS_LAST:
         return ((n * P + p) * Q + q) * K
     else:
@@ -62,7 +62,7 @@ def pixel_offset(n, p, q, K, P, Q, CHANNELS_LAST: tl.constexpr):
 def store_pixels(
     y_ptr, bias_ptr, acc, o_row, m_row, o_k, K, pixels, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """The epilogue: bias, ReLU, cast, store of [rows, filters]; ``pixels``: of an image, the distance of filters in NCHW."""
+    """Epilogue of [rows, filters]: bias, ReLU, cast, store; ``pixels``: pixels of an image, the stride of filters in NCHW."""
     m_k = o_k < K
     if HAS_BIAS:
         acc += tl.load(bias_ptr + o_k, mask=m_k, other=0.0).to(acc.dtype)[None, :]
@@ -75,9 +75,9 @@ def store_pixels(
 
 @triton.jit
 def mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_row, o_k, K):
-    """The epilogue of a gradient: through the ReLU whose output is at ``relu_ptr``, and the sum over the rows to ``p_sums``.
+    """Epilogue of a gradient: applies the mask of the ReLU output at ``relu_ptr``, and stores the sum over rows at ``p_sums``.
 
-    Rounded to the output's type first, which takes half the registers.
+    The gradient is rounded to the output's type first, which halves its registers.
     """
     m_k = o_k < K
     b_relu = tl.load(relu_ptr + o_row[:, None] + o_k[None, :], mask=m_row[:, None] & m_k[None, :], other=0.0)
@@ -89,9 +89,9 @@ def mask_and_sum_pixels(acc, relu_ptr, p_sums, o_row, m_row, o_k, K):
 
 @triton.jit
 def inner_first(i, rows, columns, edge_h, edge_w):
-    """Row and column of pixel ``i`` of an image whose edges, ``edge_h`` rows and ``edge_w`` columns each side, come last.
+    """Row and column of the ``i``-th pixel in an order that puts the edges (``edge_h`` rows, ``edge_w`` columns) last.
 
-    Pixels at the edges meet fewer filter positions: short programs that fill the gaps which the last long ones leave.
+    Pixels at the edges meet fewer filter positions. Their short programs run last and fill the SMs that finish early.
     """
     inner_rows = tl.maximum(rows - 2 * edge_h, 0)
     inner_columns = tl.maximum(columns - 2 * edge_w, 0)
@@ -108,13 +108,13 @@ def inner_first(i, rows, columns, edge_h, edge_w):
     else:
         row = inner_rows + below // columns
         column = below % columns
-    # The edge at the top comes after the one at the bottom.
+    # Rotate, so that the top edge comes after the bottom edge, and the left one after the right one.
     return (row + edge_h) % rows, (column + edge_w) % columns
 
 
 @triton.jit
 def _load_filters(w_desc, rs, c0, k0, C: tl.constexpr, K, DGRAD: tl.constexpr, FILTERS_BY_SUM: tl.constexpr):
-    """[BLOCK_K, BLOCK_N] of filter position ``rs``: reduced channels from ``c0``, written ones from ``k0`` on."""
+    """[BLOCK_K, BLOCK_N] of filter position ``rs``: reduced channels from ``c0`` on, output channels from ``k0`` on."""
     if FILTERS_BY_SUM:
         return w_desc.load([rs * K + k0, c0]).T
     elif DGRAD:
@@ -125,10 +125,10 @@ def _load_filters(w_desc, rs, c0, k0, C: tl.constexpr, K, DGRAD: tl.constexpr, F
 
 @triton.jit
 def _add_products(a, b, acc, INPUT_PRECISION: tl.constexpr, REGISTERS: tl.constexpr):
-    """``acc + a @ b``; with REGISTERS ``a`` goes through registers, once for all products that take it.
+    """``acc + a @ b``. With REGISTERS ``a`` is loaded into registers once for all products that read it.
 
-    The sum has to be in registers too, so that the step waits for its products. Without that wait ptxas 13.4 waits for each
-    wgmma instruction by itself.
+    The sum is forced into registers too, so that the step waits for all its products at once. Otherwise ptxas 13.4 waits after
+    each wgmma instruction.
     """
     if REGISTERS:
         return in_registers(dot(in_registers(a), b, acc, INPUT_PRECISION))
@@ -142,7 +142,7 @@ def _conv2d_images_kernel(
     w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     w2_desc,  # the same with BLOCK_N2 for BLOCK_N
     bias_ptr,  # [K], or unused
-    relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: the ReLU output whose mask y gets; or unused
     sums_ptr,  # out: [tiles of PIXELS, PIXELS, K] float32, the sums of y over each tile's images; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     copy_ptrs,  # see copy_by_batch; or None
@@ -181,9 +181,9 @@ def _conv2d_images_kernel(
 ):
     """One program computes PIXELS (1 or 2) neighbouring pixels of BLOCK_M images x BLOCK_N + BLOCK_N2 filters.
 
-    Input row h meets output row p in filter row r where h = p - pad + r. With DGRAD, the input is the output's gradient, C its
-    channels, and the same pixels meet where h = p + pad - r. Two blocks of filters, since a block is a power of 2 and 96 is
-    not; two pixels, since both read the same filters.
+    Input row h meets output row p in filter row r where h = p - pad + r. With DGRAD x is the output's gradient with C channels,
+    and h = p + pad - r. There are two blocks of filters because a block is a power of 2 and 96 is not; two pixels share the
+    filters that they read.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
@@ -196,7 +196,7 @@ def _conv2d_images_kernel(
     edge_w = tl.cdiv(tl.maximum(S - 1 - pad_w if DGRAD else pad_w, 0), PIXELS)
     p, strip = inner_first((pid_pixels // blocks_n).to(tl.int32), P, strips, edge_h, edge_w)
     q = strip * PIXELS
-    # The filter positions that meet the image in any of the pixels.
+    # Filter positions that meet the image in at least one of the pixels.
     if DGRAD:
         r_low = tl.maximum(0, p + pad_h - H + 1)
         r_high = tl.minimum(R, p + pad_h + 1)
@@ -272,7 +272,7 @@ def _conv2d_box_kernel(
     x_desc,  # input [N, H, W, C], blocks [NB, TH, TW, BLOCK_K]
     w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     bias_ptr,  # [K], or unused
-    relu_ptr,  # [N, P, Q, K] contiguous: a ReLU's output whose gradient is wanted, not its input's; or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: the ReLU output whose mask y gets; or unused
     sums_ptr,  # out: [tiles, K] float32, the sums of y over each tile's pixels; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     copy_ptrs,  # see copy_by_batch; or None
@@ -306,9 +306,9 @@ def _conv2d_box_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program computes NB images x TH rows x TW columns x BLOCK_N filters, transposed until it stores them.
+    """One program computes NB images x TH rows x TW columns x BLOCK_N filters; the accumulator is [filters, pixels].
 
-    With DGRAD, the input is the output's gradient, C its channels, and the filter is read from its last position to its first.
+    With DGRAD x is the output's gradient with C channels, and filter positions are read from the last to the first.
     """
     BLOCK_M: tl.constexpr = NB * TH * TW
     pid = program_id(0, WIDE)
@@ -349,53 +349,53 @@ def _conv2d_box_kernel(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Descriptors want 16-byte aligned memory; what is not is copied."""
+    """``tensor``, or a copy if its memory is not aligned to 16 bytes, as descriptors require."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def dense_nhwc(tensor: Tensor) -> Tensor:
-    """(N, C, H, W) as a dense (N, H, W, C) tensor, copied only if it is not so in memory."""
+    """(N, C, H, W) as a dense (N, H, W, C) tensor, copied only if it is not channels-last or not aligned."""
     return aligned(tensor.permute(0, 2, 3, 1).contiguous())
 
 
 def input_rows(nhwc: Tensor, images: int, columns: int) -> TensorDescriptor:
-    """[H, N, W*C] over (N, H, W, C): a block is one pixel of ``images`` images."""
+    """Descriptor [H, N, W*C] over (N, H, W, C): a block is one pixel of ``images`` images."""
     n, h, w, c = nhwc.shape
     return TensorDescriptor(nhwc, [h, n, w * c], [w * c, h * w * c, 1], [1, images, columns])
 
 
 def matrix(tensor: Tensor, rows: int, block: Sequence[int]) -> TensorDescriptor:
-    """[rows, whatever is left] over a dense tensor."""
+    """Descriptor [rows, elements / rows] over a dense tensor."""
     columns = tensor.numel() // rows
     return TensorDescriptor(tensor, [rows, columns], [columns, 1], list(block))
 
 
 @functools.cache
 def ptxas_version(arch: int) -> tuple[int, ...]:
-    """Of the assembler that Triton runs for ``sm_<arch>``: (13, 4)."""
+    """Version of the ptxas that Triton runs for ``sm_<arch>``, such as (13, 4)."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     return tuple(int(part) for part in get_ptxas(arch).version.split("."))
 
 
 def _check_register_operands(device: torch.device) -> None:
-    """That products on ``device`` may take their first operand from registers.
+    """Check that products on ``device`` can read their first operand from registers.
 
     Raises:
-        RuntimeError: the GPU is no Hopper, or Triton's assembler for it is older than ptxas 13.3.
+        RuntimeError: the GPU is not a Hopper, or Triton's ptxas for it is older than 13.3.
     """
     arch = capability(device)
     version = ptxas_version(arch)
     if arch != 90 or version < (13, 3):
         raise RuntimeError(
-            "REGISTERS, a first operand from registers, needs a Hopper GPU (sm_90) and ptxas 13.3 or newer: older ones let it "
-            f"be overwritten while the tensor cores read it. Triton {triton.__version__} has ptxas "
+            "REGISTERS (a first operand in registers) needs a Hopper GPU (sm_90) and ptxas 13.3 or newer: an older ptxas lets "
+            f"the operand be overwritten while the tensor cores read it. Triton {triton.__version__} has ptxas "
             f"{'.'.join(map(str, version))} for sm_{arch}"
         )
 
 
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
-    """As :func:`.select.fprop`."""
+    """Arguments and result as :func:`.select.fprop`."""
     x, filters = dense_nhwc(input), dense_nhwc(weight)
     return _convolve(x, filters, bias, problem, relu, None, (), dgrad=False, channels_last=channels_last)[0]
 
@@ -403,7 +403,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
 def dgrad(
     dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None, copies: Sequence[Copy] = ()
 ) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """As :func:`.select.dgrad`; the gradient of the ReLU and the sums of each tile cost no pass of their own."""
+    """Arguments and results as :func:`.select.dgrad`. The launch applies the ReLU's mask and sums each tile in its epilogue."""
     filters = dense_nhwc(weight)
     if problem.precision == "tf32":
         by_sum = new_by_batch(filters.shape, filters)
@@ -428,14 +428,14 @@ def _convolve(
     dgrad: bool,
     channels_last: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both directions: what is input, output, C and K here is the gradient's, the other way round, with ``dgrad``.
+    """Launch fprop or, with ``dgrad``, the input gradient: then ``x`` is the output's gradient, and C and K are swapped.
 
-    With ``relu_output`` the second result are the sums of each tile of the first, (tiles, K) float32.
+    With ``relu_output`` the second result is the sums of each tile of the first, (tiles, K) float32; else None.
 
     Args:
         x: (N, H, W, C).
-        filters: (K, R, S, C); of TF32's ``dgrad`` :func:`.by_batch.new_by_batch` of that.
-        copies: that the launch makes beside its own work.
+        filters: (K, R, S, C); for ``dgrad`` in TF32 the copy [R, S, C, K] of them (:mod:`.by_batch`).
+        copies: copies that the launch writes beside its own work.
     """
     n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
     by_sum = dgrad and precision == "tf32"

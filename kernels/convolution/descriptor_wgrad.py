@@ -1,4 +1,4 @@
-"""The gradient of a convolution's weight through tensor descriptors: see :mod:`kernels.convolution.descriptor`."""
+"""The weight gradient of a convolution through tensor descriptors: see :mod:`kernels.convolution.descriptor`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .rules import conv2d_by_batch_wgrad_config, conv2d_images_wgrad_config
 
 @triton.jit
 def load_images(x_desc, h, n0, o_x, BY_BATCH: tl.constexpr):
-    """[images, columns] of row ``h``, from image ``n0`` and column ``o_x`` on."""
+    """Load [images, columns] of row ``h``, from image ``n0`` and column ``o_x`` on."""
     if BY_BATCH:
         block = x_desc.load([h, o_x, n0])
         return block.reshape(block.shape[1], block.shape[2]).T
@@ -51,8 +51,8 @@ def _conv2d_images_wgrad_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     BY_BATCH: tl.constexpr,
-    X_CHANNELS: tl.constexpr,  # of the input
-    FOLDED: tl.constexpr,  # C is S times as many, and S is 1: the columns of a filter are neighbours in a row of the input
+    X_CHANNELS: tl.constexpr,  # the input's C
+    FOLDED: tl.constexpr,  # C is filter width * X_CHANNELS, and S is 1: a filter row is contiguous in a row of the input
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -63,7 +63,7 @@ def _conv2d_images_wgrad_kernel(
 ):
     """One program sums BLOCK_M filters x BLOCK_N + BLOCK_N2 channels of POSITIONS (1 or 2) filter positions over its split.
 
-    A step of the sum is one pixel of BLOCK_K images. Pixels whose input lies in the padding are left out. Two positions share
+    A step of the sum is one pixel of BLOCK_K images. Pixels whose input lies in the padding are skipped. Two positions share
     the gradient's tile.
     """
     pid = program_id(0, WIDE)
@@ -80,7 +80,7 @@ def _conv2d_images_wgrad_kernel(
     p_high = tl.minimum(P, H + pad_h - r)
     q_low = tl.maximum(0, pad_w - s)
     q_high = tl.minimum(Q, W + pad_w - s)
-    if FOLDED:  # columns outside of the image come as zeros
+    if FOLDED:  # TMA fills columns outside the image with zeros
         q_low = q_low * 0
         q_high = Q
     if POSITIONS == 2:
@@ -144,7 +144,7 @@ def _conv2d_images_wgrad_kernel(
 def operands(
     dz: Tensor, input: Tensor, problem: Problem, by_batch: bool, images: int, filters: int, columns: Sequence[int]
 ) -> tuple[TensorDescriptor, list[TensorDescriptor]]:
-    """Descriptors of the gradient, in blocks of ``images`` x ``filters``, and of the input for each width of ``columns``."""
+    """Descriptors of the gradient, in blocks of ``images`` x ``filters``, and of the input for each width in ``columns``."""
     n, p, q, k = problem.n, problem.p, problem.q, problem.k
     if by_batch:
         z_desc = TensorDescriptor(dz, [p * q * k, n], [dz.shape[3], 1], [filters, images])
@@ -154,10 +154,10 @@ def operands(
 
 
 def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
+    """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and add up the pending sums ``vectors``.
 
     Args:
-        by_batch: whether ``dz`` and ``input`` are copies of :func:`.by_batch.new_by_batch`, which TF32 needs.
+        by_batch: whether ``dz`` and ``input`` are copies with the batch innermost (:mod:`.by_batch`), which TF32 needs.
     """
     n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
     sizes = (n, p, q, c, k, r, s)
@@ -171,8 +171,8 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
     partial = new_output((split, dw.numel()), torch.float32, device)
     wide = needs_int64(partial)
     if wide:
-        config["POSITIONS"] = 1  # beside two positions' accumulators int64 offsets do not fit the registers
-    folded = s if config["FOLDED"] else 1  # filter columns that are taken for channels
+        config["POSITIONS"] = 1  # int64 offsets and the accumulators of two positions exceed the registers
+    folded = s if config["FOLDED"] else 1  # filter columns that are treated as channels
     positions = cdiv(r * s // folded, config["POSITIONS"]) * cdiv(c * folded, config["BLOCK_N"] + n2)
     z_desc, (x_desc, x2_desc) = operands(dz, input, problem, by_batch, images, m, [config["BLOCK_N"], n2 or config["BLOCK_N"]])
     launch(

@@ -1,13 +1,13 @@
 """2-D convolution with fused bias and ReLU: forward, input gradient, weight gradient.
 
-All three are implicit matrix products: the patches that a matrix-product convolution would copy out (im2col) are gathered
-through pointers, tile by tile, and never stored.
+All three are implicit matrix products: the kernels gather the patches that im2col would copy, tile by tile through pointers,
+and never store them.
 
     forward          y[m, k]  = sum over j  x_patch[m, j] w[k, j]       m = (n, p, q)  j = (r, s, c)
     input gradient   dx[m, c] = sum over j  dz_patch[m, j] w[j, c]      m = (n, h, w)  j = (r, s, k)
     weight gradient  dw[k, j] = sum over m  dz[m, k] x_patch[m, j]      m = (n, p, q)  j = (r, s, c)
 
-N, C, H, W: input; K, R, S: filters; P, Q: output; a C or K per group ends in G. These general kernels take any stride,
+N, C, H, W: input; K, R, S: filters; P, Q: output; CG and KG are C and K of one group. These general kernels take any stride,
 padding, dilation, groups and memory layout.
 """
 
@@ -73,7 +73,7 @@ def _conv2d_fprop_kernel(
 ):
     """One program computes BLOCK_M output pixels x BLOCK_N filters of one group.
 
-    Neighbouring programs share the pixels and differ in the filters, so that the input tile is still in L2.
+    Neighbouring programs read the same pixels for different filters, so that the input tile is still in L2.
     """
     pid = program_id(0, WIDE)
     blocks_n = tl.cdiv(KG, BLOCK_N)
@@ -176,7 +176,7 @@ def _conv2d_dgrad_kernel(
     pid_n = pid % blocks_n
     pid_m = (pid // blocks_n) % blocks_m
     group = pid // (blocks_n * blocks_m) % G
-    # First pixel of the phase and how many it has: h = h_first, h_first + stride, ...
+    # First row of the phase and the number of its rows: h = h_first, h_first + stride, ... Columns likewise.
     phases_w = tl.minimum(STRIDE_W, W)
     h_first = pid // (blocks_n * blocks_m * G) // phases_w
     w_first = pid // (blocks_n * blocks_m * G) % phases_w
@@ -184,7 +184,7 @@ def _conv2d_dgrad_kernel(
     columns = tl.cdiv(W - w_first, STRIDE_W)
     phase_h = (h_first + pad_h) % STRIDE_H
     phase_w = (w_first + pad_w) % STRIDE_W
-    # First filter row that meets the phase and how many do: r = r_first, r_first + STEP_R, ...; none if gcd does not divide.
+    # First filter row that meets the phase, and their number: r = r_first, r_first + STEP_R, ...; 0 if gcd does not divide.
     GCD_R: tl.constexpr = STRIDE_H // STEP_R
     GCD_S: tl.constexpr = STRIDE_W // STEP_S
     r_first = (phase_h // GCD_R) * INVERSE_R % STEP_R
@@ -194,7 +194,7 @@ def _conv2d_dgrad_kernel(
 
     o_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows * columns * N
-    o_w = o_m % columns  # of the phase's own
+    o_w = o_m % columns  # index within the phase
     o_h = o_m // columns % rows
     o_n = o_m // (rows * columns)
     o_zn = o_n * stride_zn + group * KG * stride_zk
@@ -208,7 +208,7 @@ def _conv2d_dgrad_kernel(
         o_k = o_j % KG
         o_s = s_first + (o_j // KG) % tl.maximum(s_count, 1) * STEP_S
         o_r = r_first + o_j // (KG * tl.maximum(s_count, 1)) * STEP_R
-        # The phase's first pixel is a multiple of the stride away from where these filter positions begin: exact divisions.
+        # The divisions are exact: these filter positions are a multiple of the stride away from the phase's first pixel.
         p = o_h[:, None] + ((h_first + pad_h - o_r * DILATION_H) // STRIDE_H)[None, :]  # [BLOCK_M, BLOCK_K]
         q = o_w[:, None] + ((w_first + pad_w - o_s * DILATION_W) // STRIDE_W)[None, :]
         m_z = m_m[:, None] & m_j[None, :] & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
@@ -306,11 +306,11 @@ def _conv2d_wgrad_kernel(
 
 
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
-    """As :func:`.select.fprop`."""
+    """Arguments and result as :func:`.select.fprop`."""
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device, precision = problem
     cg = c // groups
     y = new_output((n, k, p, q), dtype, device, channels_last=channels_last)
-    # Channels that are no neighbours in memory have a pointer each.
+    # If channels are not contiguous, each element needs a pointer of its own.
     irregular = problem.is_irregular or input.stride(1) != 1 or (not channels_last and dtype in HALF)
     wide = needs_int64(input, weight, y)
     sizes = n * p * q, k // groups, cg * r * s
@@ -353,7 +353,7 @@ def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
 
 
 def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """The first result of :func:`.select.dgrad`."""
+    """Gradient of the input, the first result of :func:`.select.dgrad`."""
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), dtype, device, precision = problem
     cg = c // groups
     dx = new_output((n, c, h, w), dtype, device, channels_last=True)
@@ -405,7 +405,7 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
 
 
 def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
-    """Gradient of the weight into ``dw`` (K, C / groups, R, S), any dense strides; and the sums of ``vectors``."""
+    """Write the weight gradient to ``dw`` (K, C / groups, R, S), any dense strides, and add up the pending sums ``vectors``."""
     n, c, h, w, k, r, s, p, q, (stride, padding, dilation, groups), *_, precision = problem
     cg = c // groups
     pixels = n * p * q
@@ -452,7 +452,7 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
 
 
 def _filter_step(stride: int, dilation: int) -> tuple[int, int]:
-    """Distance of the filter rows that meet one phase of the input, and the inverse that finds the first of them."""
+    """Distance of the filter rows that meet one phase of the input, and the modular inverse that gives the first of them."""
     common = math.gcd(stride, dilation)
     step = stride // common
     return step, pow(dilation // common, -1, step) if step > 1 else 0

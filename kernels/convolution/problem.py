@@ -1,4 +1,4 @@
-"""What a convolution is asked to do, as values that can be compared and hashed: plans are looked up by them."""
+"""The parameters of a convolution and of its gradients as hashable values, which are the keys of the plan cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..runtime.backend import dot_precision
 
 
 class Geometry(NamedTuple):
-    """How filters move over the input: ints, pairs are (vertical, horizontal).
+    """How filters move over the input. All values are ints; pairs are (vertical, horizontal).
 
     Attributes:
-        stride: in pixels.
-        padding: zeros above and to the left; below and to the right it is whatever the output's size reaches.
+        stride: distance of neighbouring filter applications, in pixels.
+        padding: zeros above and to the left. Below and to the right, the output's size determines the number of zeros.
         dilation: distance of filter elements, in pixels.
-        groups: that input and output channels are cut into.
+        groups: number of groups that input and output channels are cut into.
     """
 
     stride: Sequence[int]
@@ -30,9 +30,9 @@ class Geometry(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One convolution: N x C x H x W inputs, K filters of R x S, N x K x P x Q outputs. Of its tensors only what they are.
+    """One convolution: N x C x H x W inputs, K filters of R x S, N x K x P x Q outputs. Holds no tensors.
 
-    ``precision``: of its products, ``input_precision`` of ``tl.dot``: "tf32" or "ieee".
+    ``precision``: the ``input_precision`` of its ``tl.dot``, "tf32" or "ieee".
     """
 
     n: int
@@ -51,9 +51,9 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, input_size: Sequence[int], weight: Tensor, geometry: Geometry, output_size: Sequence[int]) -> Problem:
-        """The convolution of (N, C, H, W) by (K, C / groups, R, S) to (P, Q) rows and columns.
+        """The convolution of inputs (N, C, H, W) by filters (K, C / groups, R, S) to outputs of (P, Q) rows and columns.
 
-        Of an input that is there as cells, H and W are not the images'; nothing that reads cells asks.
+        For an input of cells, H and W are not the images' sizes. No kernel that reads cells uses H or W.
         """
         n, _, h, w = input_size
         k, cg, r, s = weight.shape
@@ -63,13 +63,13 @@ class Problem(NamedTuple):
 
     @property
     def is_irregular(self) -> bool:
-        """Whether pixels that a filter sees side by side may be apart, or channels left out."""
+        """Whether neighbouring pixels of a gather are apart (stride or dilation), or channels are skipped (groups)."""
         stride, _, dilation, groups = self.geometry
         return groups > 1 or max(*stride, *dilation) > 1
 
 
 class Convolution(NamedTuple):
-    """What :func:`kernels.conv2d`'s operator is told beside its tensors."""
+    """Parameters of the operator of :func:`kernels.conv2d`: everything but its tensors."""
 
     geometry: Geometry
     output_size: Sequence[int]
@@ -78,31 +78,34 @@ class Convolution(NamedTuple):
     channels_last: bool = True
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         return (*self.geometry, *self[1:])
 
     @classmethod
     def of(cls, *flat: Any) -> Convolution:
-        """From what :meth:`flat` returns."""
+        """The inverse of :meth:`flat`."""
         return cls(Geometry(*flat[:4]), *flat[4:])
 
 
 class ConvolutionGradients(NamedTuple):
-    """What the operator of its gradients is told: of which of input, weight and bias, and whether the input has a link."""
+    """Parameters of the convolution's backward operator.
+
+    ``wanted``: which of the gradients of input, weight and bias to compute. ``linked``: whether the input has a link.
+    """
 
     geometry: Geometry
     wanted: Sequence[bool]
     linked: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         return (*self.geometry, *self[1:])
 
 
 class PooledConvolution(NamedTuple):
-    """What :func:`kernels.conv2d_relu_max_pool2d`'s operator is told beside its tensors.
+    """Parameters of the operator of :func:`kernels.conv2d_relu_max_pool2d`: everything but its tensors.
 
-    ``keeps_cells_by_batch``: whether the backward pass is to read cells with the batch innermost in place of the images.
+    ``keeps_cells_by_batch``: whether the backward pass will read cells with the batch innermost in place of the images.
     """
 
     geometry: Geometry
@@ -114,21 +117,21 @@ class PooledConvolution(NamedTuple):
     keeps_cells_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         kernel_size, stride, padding, _, output_size = self.window
         return (*self.geometry, self.conv_size, kernel_size, stride, padding, output_size, *self[3:])
 
     @classmethod
     def of(cls, *flat: Any) -> PooledConvolution:
-        """From what :meth:`flat` returns."""
+        """The inverse of :meth:`flat`."""
         kernel_size, stride, padding, output_size = flat[5:9]
         return cls(Geometry(*flat[:4]), flat[4], Window(kernel_size, stride, padding, (1, 1), output_size), *flat[9:])
 
 
 class PooledConvolutionGradients(NamedTuple):
-    """What the operator of its gradients is told: as :class:`ConvolutionGradients`, and the size of the images.
+    """Parameters of the pooled convolution's backward operator: as :class:`ConvolutionGradients`, plus sizes and windows.
 
-    ``kept_by_batch``: whether the cells that are there in place of the images have the batch innermost.
+    ``kept_by_batch``: whether the cells that replace the images have the batch innermost.
     """
 
     input_size: Sequence[int]
@@ -140,6 +143,6 @@ class PooledConvolutionGradients(NamedTuple):
     kept_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         kernel_size, stride, padding, *_ = self.window
         return (self.input_size, *self.geometry, self.conv_size, kernel_size, stride, padding, *self[4:])

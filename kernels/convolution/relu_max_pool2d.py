@@ -1,9 +1,9 @@
-"""Convolution, bias, ReLU and max-pool as one operation that keeps no unpooled activation for its backward pass.
+"""Convolution, bias, ReLU and max-pool as one operation that saves no unpooled activation for its backward pass.
 
-The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and lets the unpooled
-output go; of a strided first layer both are one kernel, :mod:`.stem_pool`. What it saves is its input and one
-byte of window position an output. That is enough: the gradient only reaches the element that a window points at, and where
-the ReLU stopped that element too the position says so.
+The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and frees the unpooled
+output. For a strided first layer one kernel can do both (:mod:`.stem_pool`, :mod:`.row_stem`). The forward pass saves its input
+and a one-byte window position for each output. That is enough for the backward pass: the gradient only reaches the element that
+a window points at, and a special position marks a window whose gradient the ReLU stops.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def _run_fprop(
 def _run_keeping_cells(
     input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Problem, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_run_fprop`; the third result are the cells with the batch innermost."""
+    """As :func:`_run_fprop`. The third result is the cells with the batch innermost."""
     x = row_stem.dense_rows(input)
     kept = row_stem.cells_copy(x, convolution)
     if select.fuses_pool(convolution, problem.window):
         options = (convolution, problem.window, problem.channels_last, problem.write_position, kept)
         pooled, position = row_stem.pooled_fprop(x, weight, bias, *options)
-    else:  # PyTorch's switch was another when the call was prepared
+    else:  # a precision setting of PyTorch changed since the call was prepared
         pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_cells_by_batch=False))
         kept.make()
     return pooled, position, kept.out
@@ -105,11 +105,11 @@ def conv2d_relu_max_pool2d_fprop(
     input_is_cells: bool,
     keeps_cells_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; positions empty where not wanted.
+    """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; the positions are empty if not wanted.
 
-    The third result, empty where there is no such thing, is what the backward pass of a strided first layer reads in place of
-    ``input``: its cells, with ``keeps_cells_by_batch`` such with the batch innermost. ``link``: of ``input``, see
-    :class:`kernels.conv2d.Conv2dFunction`.
+    The third result is what the backward pass of a strided first layer reads in place of ``input``: the cells of ``input``,
+    with the batch innermost if ``keeps_cells_by_batch``. It is empty for other layers.
+    ``link``: the link of ``input``, see :class:`.autograd.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
     problem = PooledConvolution.of(
@@ -154,7 +154,7 @@ def _run_backward(
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight, pooled_bias = nothing(weight), None
-    # In half precision the gradient of the input reads the unpooled one, which that of the weight then reads as well.
+    # In half precision the input gradient reads the unpooled gradient, so the weight gradient reads it too.
     apart = needs_input and select.reads_cells(convolution)
     if needs_weight and not apart and select.fuses_pool_wgrad(convolution, window):
         d_weight, pooled_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
@@ -165,7 +165,7 @@ def _run_backward(
         assert cells is not None
         of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
         input, cells = _images_of(of_cells, input_size, geometry), None
-    # One pass: the gradient before the ReLU, which the positions know of too, and its sums, the bias's gradient.
+    # One pass writes the gradient before the ReLU (positions carry the ReLU's mask) and sums it to the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
     dx, dw, d_link = gradients(dz, input, weight, convolution, needs_input, needs_weight, linked, unsummed, cells)
@@ -181,10 +181,10 @@ def _pooled_wgrad(
     convolution: Problem,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias (empty if not wanted) from that of the pooled output, the unpooled one never written.
+    """Gradients of weight and bias (empty if not wanted) from the pooled output's gradient; writes no unpooled gradient.
 
     Args:
-        input, cells: the images, or their cells, in TF32 with the batch innermost.
+        input, cells: the images, or their cells. In TF32 the cells have the batch innermost.
     """
     by_batch = not select.reads_cells(convolution)
     if cells is None:
@@ -203,7 +203,7 @@ def _pooled_wgrad(
 
 
 def _images_of(cells: Tensor, input_size: Sequence[int], geometry: Geometry) -> Tensor:
-    """The images (N, C, H, W) whose cells these are; zeros where no filter sees them."""
+    """The images (N, C, H, W) that ``cells`` were made from, with zeros in the pixels that no filter reads."""
     (step, _), (above, left), *_ = geometry
     padded = depth_to_space(cells, input_size[1], step)
     seen = padded[:, :, above : above + input_size[2], left : left + input_size[3]]
@@ -230,9 +230,9 @@ def conv2d_relu_max_pool2d_backward(
     linked: bool,
     kept_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias (``wanted``), and of the input's link where it is ``linked``; empty what is not.
+    """Gradients of input, weight and bias, each empty unless ``wanted``, and of the input's link, empty unless ``linked``.
 
-    Either ``input`` is there or its ``cells``, with ``kept_by_batch`` its copy with the batch innermost.
+    Pass either ``input`` or its ``cells``. With ``kept_by_batch`` the cells have the batch innermost.
     """
     window = Window(kernel_size, pool_stride, pool_padding, (1, 1), grad_output.shape[2:])
     geometry = Geometry(stride, padding, dilation, groups)
@@ -262,7 +262,7 @@ def _formula(
         if ctx.problem.keeps_cells_by_batch:
             cells = row_stem.cells_of_copy(cells, ctx.input_size[0], geometry.stride[0] ** 2 * weight.shape[1])
         input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
-        geometry = geometry._replace(padding=(0, 0))  # which is in the cells
+        geometry = geometry._replace(padding=(0, 0))  # the cells contain the padding
     unpooled_size = (grad_output.shape[0], weight.shape[0], *conv_size)
     dz = pool_backward_reference(grad_output, position, unpooled_size, window)
     return gradients_reference(dz, input, weight, geometry, wanted, link)
@@ -270,7 +270,7 @@ def _formula(
 
 @over(_fprop_operator)
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
-    """Convolution (+bias), ReLU, max-pool. Saves input (of a strided first layer its cells), weight, positions and link."""
+    """Convolution (+bias), ReLU, max-pool. Saves the input (a strided first layer: its cells), weight, positions and link."""
 
     takes_link = True
     internal = (1, 2)
@@ -286,11 +286,11 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
         has_cells = cells is not None and (problem.keeps_cells_by_batch or cells.dim() == 4)
-        # A gradient that is differentiated in turn leads to the images, not to cells that were made of them here.
+        # A double backward differentiates with respect to the images, not to the cells that this pass made of them.
         leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
         saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
         ctx.save_for_backward(link, saved, cells if has_cells else None, weight, position)
-        ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
+        ctx.set_materialize_grads(False)  # allocate no zeros as the gradient of the positions
         ctx.input_size = input.shape
         ctx.problem = problem
         ctx.input_is_nchw = not is_channels_last(input)
@@ -335,7 +335,7 @@ def conv2d_relu_max_pool2d_reference(
     ceil_mode: bool = False,
     output_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """What :func:`conv2d_relu_max_pool2d` means, in PyTorch's own operations."""
+    """Reference for :func:`conv2d_relu_max_pool2d` in PyTorch operations."""
     activation = conv2d_reference(input, weight, bias, stride, padding, dilation, groups, activation="relu")
     pooled = max_pool2d_reference(activation, pool_kernel_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
     assert isinstance(pooled, Tensor)
@@ -360,22 +360,23 @@ def conv2d_relu_max_pool2d(
     link: Tensor | None = None,
     cells: bool = False,
 ) -> Tensor:
-    """``max_pool2d(relu(conv2d(...)))`` that keeps only its input and one byte an output.
+    """``max_pool2d(relu(conv2d(...)))`` that saves only its input and one byte for each output for the backward pass.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as :func:`kernels.conv2d`.
         pool_kernel_size, pool_stride, pool_padding, ceil_mode: as :func:`kernels.max_pool2d`.
         output_format: ``torch.contiguous_format`` for an output that is NCHW in memory, so that flattening it is a view;
             ``torch.channels_last`` or None for NHWC.
-        link: of ``input``, where :func:`kernels.linked_conv2d` gave both and nothing else reads ``input``.
-        cells: whether ``input`` is what :func:`kernels.space_to_depth` makes of the images, with the padding in it: (N, rows,
-            columns, stride * stride * C). ``padding`` is 0 then. It takes no gradient.
+        link: the link that :func:`kernels.linked_conv2d` returned beside ``input``, if this call is the only reader of
+            ``input``.
+        cells: whether ``input`` is the result of :func:`kernels.space_to_depth`, (N, rows, columns, stride * stride * C),
+            which contains the padding. Then ``padding`` must be 0, and ``input`` gets no gradient.
 
     Returns:
-        (N, K, P, Q) or (K, P, Q), pooled, in ``input``'s dtype, channels-last in memory unless ``output_format`` says NCHW.
+        Pooled values (N, K, P, Q) or (K, P, Q) in ``input``'s dtype, channels-last in memory unless ``output_format`` is NCHW.
 
     Raises:
-        TypeError, ValueError: as :func:`kernels.linked_conv2d` and :func:`kernels.max_pool2d`; ValueError for another
+        TypeError, ValueError: as :func:`kernels.linked_conv2d` and :func:`kernels.max_pool2d`; ValueError for any other
             ``output_format``.
     """
     channels_last = output_format is None or check_output_format(output_format)
@@ -422,10 +423,10 @@ def conv2d_relu_max_pool2d(
 def prepare_conv2d_relu_max_pool2d(
     tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool
 ) -> PooledConvolution:
-    """The problem of :class:`Conv2dReLUMaxPool2dFunction` in a sequence.
+    """The problem that :class:`Conv2dReLUMaxPool2dFunction` takes when it runs as part of a sequence (:mod:`kernels.sequence`).
 
-    Options: stride to groups, the pool's window, stride, padding and ceil_mode, whether the output is NHWC, whether the input
-    are cells.
+    Options: stride, padding, dilation, groups; the pool's kernel_size, stride, padding and ceil_mode; whether the output is
+    NHWC; whether the input is cells.
     """
     *geometry, kernel_size, pool_stride, pool_padding, ceil_mode, channels_last, cells = options
     input, weight, bias, link = tensors
@@ -448,7 +449,7 @@ def prepare_conv2d_relu_max_pool2d(
 def _keeps_cells(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
     if weight.dtype is not torch.float32 or not weight.requires_grad:
         return False
-    if torch.compiler.is_compiling():  # Dynamo cannot ask PyTorch's switches
+    if torch.compiler.is_compiling():  # Dynamo cannot read PyTorch's precision settings
         return False
     return select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
 
@@ -460,13 +461,13 @@ def reads_cells(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether :func:`conv2d_relu_max_pool2d` makes cells of ``input`` first, and so is spared that by ``cells=True``.
+    """Whether :func:`conv2d_relu_max_pool2d` first rearranges ``input`` into cells, a step that ``cells=True`` skips.
 
-    It is where a strided first layer of few channels runs through tensor descriptors: under the current backend, in half
-    precision, on Hopper and data-centre Blackwell.
+    True if a strided first layer of few channels runs through tensor descriptors with the current backend: in half precision,
+    on Hopper and data-centre Blackwell.
 
     Args:
-        input: the images (N, C, H, W) or their cells; only dtype, device and whether it is empty matter.
+        input: the images (N, C, H, W) or their cells; only the dtype, the device and whether the tensor is empty matter.
         weight, stride, dilation, groups: as :func:`kernels.conv2d`.
     """
     if not runs_triton(input):
@@ -484,15 +485,19 @@ def _check_cells(
     groups: int,
     link: Tensor | None,
 ) -> tuple[int, int, int, int]:
-    """Refuse what :func:`kernels.space_to_depth` cannot have made; the size of the images whose cells ``input`` are."""
+    """The size (N, C, H, W) of the padded images that the cells ``input`` contain.
+
+    Raises:
+        ValueError: ``input`` cannot be a result of :func:`kernels.space_to_depth`, or an option does not fit cells.
+    """
     check_tensors(input=input, weight=weight)
     if weight.dim() != 4 or groups != 1:
-        raise ValueError(f"cells are for one group of filters (K, C, R, S), got weight {tuple(weight.shape)}, groups={groups}")
+        raise ValueError(f"cells need one group of filters (K, C, R, S), got weight {tuple(weight.shape)}, groups={groups}")
     step, other = pair("stride", stride, 1)
     if step != other or padding not in (0, (0, 0), [0, 0], "valid") or link is not None:
-        raise ValueError(f"cells have one stride, their padding in them, and no link; got stride {stride}, padding {padding}")
+        raise ValueError(f"cells have one stride, need padding 0 and take no link; got stride {stride}, padding {padding}")
     if input.requires_grad:
-        raise ValueError("cells take no gradient: give the images themselves where theirs is wanted")
+        raise ValueError("cells take no gradient: pass the images themselves if you need their gradient")
     depth = step * step * weight.shape[1]
     if input.dim() != 4 or input.shape[3] != depth or not input.is_contiguous():
         raise ValueError(f"cells must be contiguous (N, rows, columns, {depth}), got {tuple(input.shape)}")

@@ -1,12 +1,12 @@
-"""A strided first layer of few channels in TF32, row by row of its filters, from the images as they are.
+"""A strided first layer of few channels in TF32, one filter row at a time, reading the images without rearranging them.
 
-Under one filter row the pixels of an image are one piece of memory, S * C numbers of [N, H, W*C]. They are the reduction, and a
-tile is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. Four numbers of float32 are the 16 bytes at whose
-multiples TMA begins a block: with a stride of 4 the cells of :mod:`kernels.convolution.stem` are not needed, which would be
-written and read beside the images.
+The pixels under one filter row are S * C contiguous elements of an image row, [N, H, W*C]. The kernels reduce over them, and a
+tile is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. TMA blocks begin at multiples of 16 bytes, which
+are four float32 elements. So a layer of stride 4 does not need the cells of :mod:`kernels.convolution.stem`, and saves writing
+and reading them.
 
-With its ReLU and 3 x 3 max-pool of stride 2 it is one kernel, as in :mod:`kernels.convolution.stem_pool`: nothing unpooled is
-written.
+A second kernel also computes the ReLU and a 3 x 3 max-pool of stride 2, as in :mod:`kernels.convolution.stem_pool`, and writes
+no unpooled output.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def _conv2d_rows_kernel(
     Q,
     K,
     pad_h,
-    first,  # numbers that the first pixel's positions begin before its row
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
+    first,  # elements by which the first pixel's positions begin before the row
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: used to count FLOPs
     R: tl.constexpr,
     POSITIONS: tl.constexpr,
     STRIDE_H: tl.constexpr,
-    STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
+    STEP: tl.constexpr,  # elements from one pixel's positions to the next pixel's
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -95,17 +95,17 @@ def _conv2d_rows_kernel(
         store_pixels(y_ptr, bias_ptr, acc2, o_row, m_n, o_k2, K, P * Q, HAS_BIAS, RELU, CHANNELS_LAST)
 
 
-#: The bits of a float32 that is not negative, as an integer, order numbers by value. With 31 - position in five bits below,
-#: of equal values the first in the window is the largest. NaN is above infinity, and of NaNs the last in the window counts, as
-#: in PyTorch: their last bits are the position.
+#: The bits of a non-negative float32, as an integer, are ordered by value. With 31 - position in five bits below them, the
+#: first of equal values in the window has the largest key. NaN is above infinity. Of several NaNs PyTorch takes the last in the
+#: window, so the last bits of their keys are the position.
 _NAN_KEY = tl.constexpr(0x7FC00000 << 5)
 
 
 @triton.jit
 def _key(value, position, KEYS: tl.constexpr):
-    """With KEYS an int64, the largest of which is what the window points at; else the value."""
+    """With KEYS int64 keys, of which a window points at the largest; otherwise the value itself."""
     if KEYS:
-        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign, and a zero
+        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # clears the sign that a NaN or a zero may have
         place = position.to(tl.int64)
         return tl.minimum((bits.to(tl.int64) << 5) | (31 - place), place | _NAN_KEY)
     else:
@@ -117,7 +117,7 @@ def _pooled_pixel(
     window, column, acc, b_bias, i, s, complete, y_ptr, position_ptr, o_y, m_y,
     HAS_BIAS: tl.constexpr, KEYS: tl.constexpr, NO_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The maxima of a window and of its column with pixel (i, s) of it; stores the window that it completes."""
+    """Update the maxima of a window and of its column with the window's pixel (i, s); store the window that it completes."""
     if HAS_BIAS:
         acc += b_bias[None, :]
     if KEYS:
@@ -136,7 +136,7 @@ def _pooled_pixel(
                     tl.store(y_ptr + o_y, (best >> 5).to(tl.int32).to(tl.float32, bitcast=True), mask=m_y)
                 else:
                     tl.store(y_ptr + o_y, relu(best), mask=m_y)
-            # A window's last column is the next one's first: at place 0 of it.
+            # A window's last column is the next window's first: its index changes from 2 to 0.
             window = column
             if KEYS:
                 window += tl.where(column < _NAN_KEY, 2, -2)
@@ -159,7 +159,7 @@ def _conv2d_rows_pool_kernel(
     K,
     P,  # of the pool's output
     Q,
-    columns,  # of windows, that a program walks past
+    columns,  # columns of windows of a program
     stride_yn,
     stride_yk,
     stride_yp,
@@ -170,12 +170,12 @@ def _conv2d_rows_pool_kernel(
     pad_h,
     pad_w,
     ROW,
-    first,  # numbers that the first pixel's positions begin before its row
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
-    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
+    first,  # elements by which the first pixel's positions begin before the row
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: used to count FLOPs
+    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: used to count FLOPs
     R: tl.constexpr,
     POSITIONS: tl.constexpr,
-    STEP: tl.constexpr,  # numbers from one pixel's positions to the next one's
+    STEP: tl.constexpr,  # elements from one pixel's positions to the next pixel's
     HAS_BIAS: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
@@ -194,8 +194,8 @@ def _conv2d_rows_pool_kernel(
 ):
     """One program computes BLOCK_M images x one row of windows x some columns of them x BLOCK_N + BLOCK_N2 filters.
 
-    The filters wait in shared memory. A step is one pixel of the convolution, down the three rows that the windows see, then to
-    the next column.
+    The filters stay in shared memory. A step is one pixel of the convolution. The steps go down the three rows that the windows
+    read, then to the next column.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
@@ -228,12 +228,12 @@ def _conv2d_rows_pool_kernel(
         b_bias2 = tl.load(bias_ptr + o_k2, mask=o_k2 < K, other=0.0) if HAS_BIAS else o_k2
         window2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
         column2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=KEY)
-    # The compiler keeps each product's addresses in registers, beside the maxima, if it may.
+    # Without disable_licm the compiler keeps the addresses of all products in registers, beside the maxima.
     for step in tl.range(3 * left, 3 * right + 3, disable_licm=True):
         i = step % 3
         q = step // 3
         s = 2 - q % 2
-        complete = q > left  # the window whose last column this is
+        complete = q > left  # the strip's first column completes no window
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if BLOCK_N2 > 0:
             acc2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
@@ -264,14 +264,14 @@ def _conv2d_rows_pool_kernel(
 
 
 class Rows(NamedTuple):
-    """How a problem is seen row by row.
+    """Where the positions of a pixel, which the kernels reduce over, lie in a row of the images.
 
     Attributes:
-        step: numbers from one pixel's positions to the next one's in a row of the images: a multiple of 4.
-        first: numbers that the first pixel's positions begin before its row: a multiple of 4 as well, so that TMA and vectors
-            read from multiples of 16 bytes.
-        shift: positions before the first useful one.
-        useful: numbers under one filter row.
+        step: elements from one pixel's positions to the next pixel's; a multiple of 4 in problems that these kernels run.
+        first: elements by which the first pixel's positions begin before the row; a multiple of 4, so that TMA and vector loads
+            begin at multiples of 16 bytes.
+        shift: unused positions before the first useful one.
+        useful: elements under one filter row, S * C.
     """
 
     step: int
@@ -287,12 +287,12 @@ class Rows(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Of a filter row: in multiples of 16, the fewest that the tensor cores reduce at once on every Triton."""
+        """Number of positions of a filter row, rounded up to 16, the smallest reduction that every Triton version accepts."""
         return cdiv(self.shift + self.useful, 16) * 16
 
 
 def dense_rows(input: Tensor) -> Tensor:
-    """(N, C, H, W) as a dense (N, H, W*C rounded up to a multiple of 4): rows of whole 16 bytes, the last filled with zeros."""
+    """(N, C, H, W) as a dense (N, H, W*C rounded up to a multiple of 4): rows are padded with zeros to whole 16 bytes."""
     n, c, h, w = input.shape
     nhwc = dense_nhwc(input)
     if w * c % 4 == 0:
@@ -304,7 +304,7 @@ def dense_rows(input: Tensor) -> Tensor:
 
 
 def cells_copy(rows: Tensor, problem: Problem) -> CellsCopy:
-    """The images' cells with the batch innermost, which the gradient of the weight reads: to be made."""
+    """The copy of the images' cells with the batch innermost that the weight gradient reads; not written yet."""
     n, c, _, w, _, r, s, p, q, ((stride, _), (pad_h, pad_w), *_), *_ = problem
     height, width = cells_size(stride, (p, q), (r, s))
     out = new_cells_by_batch((height, width), stride * stride * c, n, rows)
@@ -312,31 +312,31 @@ def cells_copy(rows: Tensor, problem: Problem) -> CellsCopy:
 
 
 def cells_of_copy(by_batch: Tensor, n: int, depth: int) -> Tensor:
-    """The cells (N, rows, columns, depth) that were copied so, as a view."""
+    """The cells (N, rows, columns, depth) of a :class:`CellsCopy`'s ``out``, as a view."""
     height, columns, _ = by_batch.shape
     return by_batch[..., :n].view(height, columns // depth, depth, n).permute(3, 0, 1, 2)
 
 
 def row_blocks(rows: Tensor, images: int, positions: int) -> TensorDescriptor:
-    """[H, N, numbers of a row] over :func:`dense_rows`: a block is one piece of a row of ``images`` images."""
+    """Descriptor [H, N, elements of a row] over :func:`dense_rows`: a block is one piece of a row of ``images`` images."""
     n, h, row = rows.shape
     return TensorDescriptor(rows, [h, n, row], [row, h * row, 1], [1, images, positions])
 
 
 def filter_rows(weight: Tensor, problem: Problem) -> Tensor:
-    """(R, K, positions), dense: filter rows, with zeros where they are longer than S * C."""
+    """Filter rows (R, K, positions), dense, with zeros in the positions that are not under the filter."""
     rows = Rows.of(problem)
     return fold_filter(weight, 1, problem.r, rows.positions, rows.shift)
 
 
 def filter_blocks(filters: Tensor, columns: int, step: int) -> TensorDescriptor:
-    """[R*K, positions] over :func:`filter_rows`."""
+    """Descriptor [R*K, positions] over :func:`filter_rows`."""
     r, k, positions = filters.shape
     return TensorDescriptor(filters, [r * k, positions], [positions, 1], [columns, step])
 
 
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
-    """As :func:`.select.fprop`."""
+    """Arguments and result as :func:`.select.fprop`."""
     n, c, h, _, k, r, s, p, q, (stride, padding, *_), dtype, device, precision = problem
     rows = Rows.of(problem)
     x, filters = dense_rows(input), filter_rows(weight, problem)
@@ -383,11 +383,11 @@ def pooled_fprop(
     write_position: bool,
     kept: CellsCopy | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`.stem_pool.fprop`.
+    """Results and further arguments as :func:`.stem_pool.fprop`.
 
     Args:
         x: :func:`dense_rows` of the images.
-        kept: :func:`cells_copy` of it, to be made by the launch.
+        kept: :func:`cells_copy` of ``x``, which the launch writes; None for no copy.
     """
     n, c, _, w, k, r, s, *conv_size, (stride, padding, *_), dtype, device, precision = problem
     p, q = window.output_size

@@ -1,9 +1,9 @@
-"""The gradient of the weight of a strided first layer of few channels in TF32: see :mod:`kernels.convolution.row_stem`.
+"""The weight gradient of a strided first layer of few channels in TF32: see :mod:`kernels.convolution.row_stem`.
 
-The sum runs over images, which must be neighbours in shared memory in TF32. So the images' cells are read from a copy
-(:mod:`.by_batch`), and the gradient is turned on its way through registers: the second operand may take that way. Small as a
-first layer's products are, memory decides: so the pool's gradient is taken on the same way, from its windows' positions; the
-unpooled gradient, four and a half times as large, is never written.
+The sum runs over images, which TF32 needs to be contiguous in shared memory. So the kernel reads the images' cells from a copy
+(:mod:`.by_batch`), and transposes the gradient in registers, which is possible for the second operand. A first layer has few
+products, so it is bound by memory. Therefore the kernel computes the pool's gradient too, from the window positions, and never
+writes the unpooled gradient, which is four and a half times as large.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def _gradient(
     stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq,
     POOLED: tl.constexpr, NO_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of pixel (p, q) before the activation, and POOLED what window (p // 2, q // 2) passes on to any pixel.
+    """Gradient of pixel (p, q) before the activation; with POOLED also the gradient that window (p // 2, q // 2) passes on.
 
-    POOLED it is the sum over the windows that point at the pixel, in the order of :mod:`kernels.pooling`.
+    With POOLED the pixel's gradient is the sum over the windows that point at it, in the order of :mod:`kernels.pooling`.
     """
     inside = (o_n < N) & (o_k < K)
     if POOLED:
         total = tl.zeros(inside.shape, dtype=tl.float32)
         own = total
-        for u in tl.static_range(2):  # windows that begin two rows above, which see even rows alone, and in the pixel's rows
+        for u in tl.static_range(2):  # windows that begin two rows above (they reach even rows only) or in the pixel's rows
             for v in tl.static_range(2):
                 i = p // 2 - 1 + u
                 j = q // 2 - 1 + v
@@ -69,7 +69,7 @@ def _gradient(
 @triton.jit
 def _conv2d_rows_wgrad_kernel(
     x_desc,  # cells of the input [HS, WS*DEPTH, N], blocks [1, BLOCK_M, BLOCK_K]
-    dy_ptr,  # POOLED: gradient of the pooled output; else that before the activation; [N, K, P, Q] through its strides
+    dy_ptr,  # gradient before the activation, POOLED: of the pooled output; [N, K, P, Q] through its strides
     position_ptr,  # window positions, [N, K, POOL_P, POOL_Q] through its strides; or unused
     partial_ptr,  # out: [SPLIT, FOLD_BLOCKS, 3, BLOCK_M, K] float32
     sums_ptr,  # POOLED: out: [SPLIT, K] float32, the sums of the gradient before the activation
@@ -88,7 +88,7 @@ def _conv2d_rows_wgrad_kernel(
     stride_pp,
     stride_pq,
     SPLIT,
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: for whoever counts FLOPs
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S: used to count FLOPs
     DEPTH: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
     POOLED: tl.constexpr,
@@ -102,7 +102,7 @@ def _conv2d_rows_wgrad_kernel(
 ):
     """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
 
-    A step is one pixel of BLOCK_K images.
+    A step of the sum is one pixel of BLOCK_K images.
     """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
@@ -130,7 +130,7 @@ def _conv2d_rows_wgrad_kernel(
         acc2_2 = tl.zeros((BLOCK_M, BLOCK_N2), dtype=tl.float32)
         b_sum2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
         b_lost2 = tl.zeros((BLOCK_K // 8, BLOCK_N2 // 16, 4, 8, 4), dtype=tl.float32)
-    # The compiler keeps each product's addresses in registers, beside the accumulators, if it may.
+    # Without disable_licm the compiler keeps the addresses of all products in registers, beside the accumulators.
     for step in tl.range(begin, tl.minimum(begin + steps_per_split, steps), disable_licm=True):
         n0 = step % blocks_n * BLOCK_K
         p = step // blocks_n // Q
@@ -142,7 +142,7 @@ def _conv2d_rows_wgrad_kernel(
         x_0 = x_desc.load([p, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
         x_1 = x_desc.load([p + 1, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
         x_2 = x_desc.load([p + 2, q * DEPTH + f0, n0]).reshape(BLOCK_M, BLOCK_K)
-        first = (p % 2 == 0) & (q % 2 == 0)  # of its window: the sum over windows is that over pixels
+        first = (p % 2 == 0) & (q % 2 == 0)  # the pixel at which a window begins: each window is summed once
         b_z, own = _gradient(
             *(dy_ptr, position_ptr, o_n, o_k, o_p, o_q, N, K, POOL_P, POOL_Q),
             *(stride_dyn, stride_dyk, stride_dyp, stride_dyq, stride_pn, stride_pk, stride_pp, stride_pq, POOLED, NO_GRADIENT),
@@ -210,13 +210,13 @@ def wgrad(
     position: Tensor | None = None,
     d_bias: Tensor | None = None,
 ) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
+    """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and add up the pending sums ``vectors``.
 
     Args:
-        dy: gradient before the activation (N, K, P, Q); with ``position`` that of the output's pool, 3 x 3 of stride 2.
-        cells: the input's, with the batch innermost (:class:`.by_batch.CellsCopy`).
-        position: the pool's, uint8.
-        d_bias: out: with ``position`` the gradient of the bias (K,), if wanted.
+        dy: gradient before the activation (N, K, P, Q); with ``position`` the gradient of the pooled output (3 x 3, stride 2).
+        cells: the input's cells with the batch innermost (:attr:`.by_batch.CellsCopy.out`).
+        position: the pool's window positions, uint8; None without a pool.
+        d_bias: out: the gradient of the bias (K,), with ``position`` only; None if not wanted.
     """
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), _, device, precision = problem
     folded = fold(c, s, stride)

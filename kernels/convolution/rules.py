@@ -1,6 +1,6 @@
-"""Tile sizes, warps and stages of the convolutions' kernels, and of matrix products of any strides: the rules.
+"""Rules for tile sizes, warps and stages of the convolution kernels, and of matrix products of any strides.
 
-What was measured for a GPU (:mod:`kernels.configs.tables`) comes before them.
+Measured entries of a GPU's table (:mod:`kernels.configs.tables`) override the rules.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..runtime.launch import cdiv
 def conv2d_key(
     operation: str, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """Name of a convolution pass in the tables; sizes as the pass sees them: c is reduced (or read), k written.
+    """Key of a convolution pass in the tables. Sizes are as the pass sees them: c is reduced (or read), k is written.
 
     bfloat16 and float16 share their entries.
     """
@@ -26,41 +26,41 @@ def conv2d_key(
 
 
 def _row(dtype: torch.dtype) -> int:
-    """Elements of 128 bytes: the row of a block that shared memory holds without bank conflicts, and TMA brings at once."""
+    """Number of elements in 128 bytes, the widest block row that TMA loads at once and that has no bank conflicts."""
     return 128 // dtype.itemsize
 
 
 #: Tiles of the pointer kernels: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. Accumulators and pointers fit the registers
-#: (``benchmarks.offline --check`` compiles them), the stages fit 99 KiB, a consumer GPU's shared memory, and an MI300's 64.
+#: (``benchmarks.offline --check`` compiles them). The stages fit a consumer GPU's 99 KiB of shared memory and an MI300's 64.
 _HALF_TILES = ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 128, 32, 4, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _TF32_TILES = ((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _FMA_TILES = ((128, 128, 16, 8, 2), (64, 64, 16, 4, 3), (64, 32, 16, 8, 2))
 _FMA_SPLIT_TILES = ((128, 128, 16, 8, 2), (64, 32, 16, 8, 2))
-#: A linear layer's, and a convolution's with offsets in int64, which take twice the registers.
+#: For a linear layer, and for a convolution with int64 offsets, which take twice the registers.
 _FMA_SMALL_TILES = ((64, 64, 16, 8, 3),)
-#: Where every element has a pointer of its own.
+#: For gathers in which every element has a pointer of its own.
 _SCATTERED_HALF_TILES = ((64, 64, 32, 8, 3), (64, 32, 32, 8, 3))
 _SCATTERED_TF32_TILES = ((64, 32, 16, 8, 2),)
 _SCATTERED_FMA_TILES = ((64, 32, 16, 4, 3),)
 
-#: Of one multiprocessor, a clock cycle: multiply-adds of half precision, of TF32 (both an A100's) and of exact float32 on
+#: Throughput of one SM per clock cycle: multiply-adds in half precision and in TF32 (both an A100's) and in exact float32 on
 #: registers; 32-bit words from shared memory to a warp's lanes; bytes from the L2 cache (assumed).
 _HALF_PRODUCTS, _TF32_PRODUCTS, _FMA_PRODUCTS, _SHARED_WORDS, _L2_BYTES = 1024, 512, 128, 64, 32
 
 
 def _tile_cycles(m: int, n: int, tile: tuple[int, ...], itemsize: int, products: int, whole: bool | None) -> float:
-    """Estimated cycles of M x N outputs in such tiles, per product of an output. It ranks tiles and says no more."""
+    """Estimated cycles of M x N outputs in tiles of ``tile``, per product of an output. Only good for ranking tiles."""
     block_m, block_n, _, warps, _ = tile
     block_n = tile_size(n, 16, block_n)
     accumulators = block_m * block_n // (32 * warps)
     math = block_m * block_n / products
-    # A thread reads four rows and a quarter as many columns as it has accumulators: what Triton's layout gives it.
+    # In Triton's layout a thread reads four rows, and a quarter as many columns as it has accumulators.
     shared = 32 * warps * (4 + accumulators / 4) / _SHARED_WORDS if products == _FMA_PRODUCTS else 0.0
     l2 = (block_m + block_n) * itemsize / _L2_BYTES
     programs = cdiv(m, block_m) * cdiv(n, block_n)
     rounds = cdiv(programs, MULTIPROCESSORS) if whole else programs / MULTIPROCESSORS
     slowest = max(math, shared, l2)
-    # They go on at once, not quite.
+    # The three overlap, but not completely: a quarter of the shorter ones is added.
     return rounds * (slowest + (math + shared + l2 - slowest) / 4)
 
 
@@ -87,12 +87,12 @@ def matmul_config(
     irregular_gather: bool = False,
     whole: bool | None = None,
 ) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a pointer kernel of M x N outputs and K products each.
+    """BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of a pointer kernel of M x N outputs with K products each.
 
-    ``tl.dot`` wants at least 16 in every dimension. With ``irregular_gather`` (a strided, dilated or grouped convolution, whose
-    pointers are recomputed element by element; one from or to NCHW) tiles are small, so that all fits the registers.
-    ``whole``: of a convolution whose programs sum all K products, so that only smaller tiles keep more multiprocessors busy;
-    False: parts of the sum keep them busy. None: another product, or one with offsets in int64.
+    ``tl.dot`` needs at least 16 in every dimension. With ``irregular_gather`` (a convolution that is strided, dilated or
+    grouped, whose pointers are recomputed for each element, or one from or to NCHW) tiles are small, so that all fits the
+    registers. ``whole``: True for a convolution whose programs sum all K products, so that only smaller tiles occupy more SMs;
+    False if splitting the sum occupies them; None for other products, and for convolutions with int64 offsets.
     """
     if INTERPRETED:
         config = {
@@ -112,7 +112,7 @@ def matmul_config(
 
 @functools.lru_cache(maxsize=4096)
 def two_blocks(n: int, high: int) -> tuple[int, int]:
-    """Powers of 2 whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96; the second may be 0."""
+    """Two powers of 2, at most ``high``, whose sum tiles ``n`` with the least waste: (128, 0) for 256, (64, 32) for 96."""
     candidates = [(high, 0)] if n >= high else [(tile_size(n, 16, high), 0)]
     if n % 96 == 0 and n % high:
         candidates.append((64, 32))
@@ -123,7 +123,7 @@ def two_blocks(n: int, high: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def conv2d_box(pixels: int, n: int, p: int, q: int) -> tuple[int, int, int]:
-    """Images x rows x columns, powers of 2 with the product ``pixels``, that waste the least; of these the squarest."""
+    """(images, rows, columns), powers of 2 with the product ``pixels``, that waste the least; of these the most square."""
     shapes = [(pixels // th // tw, th, tw) for th in _powers(pixels) for tw in _powers(pixels // th)]
 
     def cost(shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -153,11 +153,11 @@ def conv2d_tile(
     channels_last: bool,
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """``"images"`` (a tile is one pixel of many images) or ``"box"`` (a few images x rows x columns) for a convolution pass.
+    """The tile of a convolution pass: ``"images"`` (one pixel of many images) or ``"box"`` (a few images x rows x columns).
 
-    One pixel of 64 or more images wastes nothing and leaves out the padding. Channels that are no multiple of 128 bytes make
-    its loads narrow, of 64 bytes an image, where a box still reads neighbours in memory: measured faster for conv2 on an H100.
-    What is written as NCHW goes by boxes, whose pixels are neighbours in memory then; one pixel of each image never is.
+    One pixel of 64 or more images wastes nothing and skips the padding. If the channels are not a multiple of 128 bytes, its
+    loads are narrow, 64 bytes an image, while a box still reads contiguous memory: measured faster for conv2 on an H100.
+    NCHW outputs are written by boxes, whose pixels are contiguous in NCHW; one pixel of each image is not.
     """
     few_images = n < (3 if INTERPRETED else 48)
     narrow = c % _row(dtype) != 0 and k % 256 == 0 and not INTERPRETED
@@ -168,7 +168,7 @@ def conv2d_tile(
 
 
 def conv2d_wgrad_by_images(n: int) -> bool:
-    """Whether ``n`` images are enough for a weight gradient whose steps are one pixel of 64 images."""
+    """Whether ``n`` images are enough for a weight gradient whose step is one pixel of 64 images."""
     return bool(apply_overrides({"IMAGES_WGRAD": int(n >= (1 if INTERPRETED else 32))})["IMAGES_WGRAD"])
 
 
@@ -184,8 +184,8 @@ def conv2d_images_config(
     s: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
-    """Tiles of the images kernel: ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
-    # Blackwell's compiler spills with 256 columns of float32.
+    """Tiles of the images kernel for ``n`` images of p x q output pixels, c channels reduced, k written, r x s filters."""
+    # On Blackwell, 256 columns of float32 spill registers.
     wide = dtype == torch.float32 and k % 256 == 0 and not INTERPRETED and capability(device) < 100
     block_n, block_n2 = two_blocks(k, 256 if wide else 128)
     if INTERPRETED:
@@ -193,11 +193,11 @@ def conv2d_images_config(
         config |= {"num_warps": 4, "num_stages": 1}
     else:
         block_m = 128 if n > 64 else 64
-        # A narrow block of filters is read for two pixels at once: else TMA brings too little work.
+        # Two pixels share a narrow block of filters. Otherwise there are too few products for each TMA load.
         pixels = 2 if block_n + block_n2 <= 96 and block_m == 128 and q > 1 else 1
         area = block_m * (block_n + block_n2) * pixels
         warps = 8 if area > 128 * 128 or (dtype == torch.float32 and area == 128 * 128) else 4
-        # Three stages of float32 leave room for a second program, whose products run while this one stores.
+        # With three stages of float32 two programs fit an SM: one computes products while the other stores.
         stages = 3 if dtype == torch.float32 and area <= 128 * 128 else 4
         config = {"PIXELS": pixels, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": _row(dtype)}
         config |= {"num_warps": warps, "num_stages": stages}
@@ -220,9 +220,9 @@ def conv2d_box_config(
     narrow: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, int]:
-    """Tiles of the box kernel, as :func:`conv2d_images_config`: so small that every multiprocessor has some.
+    """Tiles of the box kernel, so small that every SM gets some. Arguments as :func:`conv2d_images_config`.
 
-    ``narrow``: with filters that are no neighbours in memory, whose offsets take registers.
+    ``narrow``: the output's filters are not contiguous (NCHW), so that their offsets take registers.
     """
     if INTERPRETED:
         pixels, config = 64, {"BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
@@ -244,15 +244,15 @@ def conv2d_box_config(
     return config | {"BLOCK_K": largest_divisor(c, config["BLOCK_K"])}
 
 
-#: Estimates for an H100: clock cycles and bytes of memory a microsecond, microseconds of starting and ending a program.
+#: Estimates for an H100: clock cycles a microsecond, bytes of memory a microsecond, microseconds to start and end a program.
 _CYCLES_US, _MEMORY_BYTES_US, _PROGRAM_US = 1700, 3.0e6, 2.0
 
 
 def _row_cycles(block_m: int, block_n: int) -> float:
-    """Cycles that one multiprocessor takes for block_m x block_n sums of 128 bytes of products, at least.
+    """Fewest cycles in which one SM computes block_m x block_n sums of 128 bytes of products (TF32: 32, half precision: 64).
 
-    32 products of TF32, 64 of half precision. The tensor cores take n / 2 cycles for 64 x n sums of 32 bytes. Shared memory
-    moves 128 bytes a cycle: both operands of each such product on their way out, and the blocks on their way in.
+    The tensor cores take n / 2 cycles for 64 x n sums of 32 bytes. Shared memory moves 128 bytes a cycle: both operands of each
+    such product are read from it, and the loaded blocks are written to it.
     """
     products = block_m * block_n / 32
     moved = block_m / 64 * (64 + block_n) + block_m + block_n
@@ -261,7 +261,7 @@ def _row_cycles(block_m: int, block_n: int) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
-    """Tiles and SPLIT of a weight gradient in TF32: within 5% of the least estimated time, the fewest parts."""
+    """Tiles and SPLIT of a weight gradient in TF32: the fewest parts within 5% of the shortest estimated time."""
     steps = p * q * cdiv(n, 32)
 
     def microseconds(config: dict[str, int]) -> float:
@@ -269,7 +269,7 @@ def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int)
         blocks = r * cdiv(s * c, columns) if config["FOLDED"] else r * s * (c // columns)
         rounds = cdiv(cdiv(k, config["BLOCK_M"]) * blocks * config["SPLIT"], MULTIPROCESSORS)
         step = _row_cycles(config["BLOCK_M"], columns) / _CYCLES_US
-        parts = (2 * config["SPLIT"] + 1) * 4 * k * c * r * s  # written, read, and added up
+        parts = (2 * config["SPLIT"] + 1) * 4 * k * c * r * s  # parts are written and read; the sum is written
         return rounds * (cdiv(steps, config["SPLIT"]) * step + _PROGRAM_US) + parts / _MEMORY_BYTES_US
 
     candidates = []
@@ -295,9 +295,9 @@ def _by_batch_wgrad_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int)
 def conv2d_by_batch_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int
 ) -> dict[str, int]:
-    """As :func:`conv2d_images_wgrad_config`, in TF32, and FOLDED: whether a block's columns may be of several filter columns.
+    """As :func:`conv2d_images_wgrad_config` for TF32, plus FOLDED: whether a block may span several columns of a filter row.
 
-    For one filter row those of all filter columns are neighbours in a row of the images.
+    The channels of all columns of a filter row are contiguous in a row of the images.
     """
     if INTERPRETED:
         config = conv2d_images_wgrad_config(device, n, p, q, c, k, r, s, torch.float32)
@@ -313,20 +313,20 @@ def conv2d_by_batch_wgrad_config(
     return config
 
 
-#: Bytes of the largest output's gradient of which a copy is made for a weight gradient in TF32. A larger one is turned in
-#: registers: the tensor cores wait longer, but the copy's memory, and its reading and writing, are spared.
+#: The largest output gradient, in bytes, that is copied for a weight gradient in TF32. A larger one is transposed in registers:
+#: the tensor cores wait longer, but no memory is needed for a copy, and none is read and written.
 _LARGEST_COPY = 64 * 2**20
 
 
 def conv2d_wgrad_turns(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> bool:
-    """Whether a weight gradient in TF32 turns the output's gradient in registers, and makes no copy of it."""
+    """Whether a weight gradient in TF32 transposes the output's gradient in registers instead of copying it."""
     config = {"TURNED": int(n * p * q * k * 4 > _LARGEST_COPY)}
     config |= known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
     return bool(apply_overrides(config)["TURNED"])
 
 
 def conv2d_turned_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
-    """Its tiles: BLOCK_M columns of a filter row x BLOCK_N filters, BLOCK_K images a step."""
+    """Tiles of :mod:`.turned_wgrad`: BLOCK_M columns of a filter row x BLOCK_N filters, BLOCK_K images a step."""
     columns = s * c
     if INTERPRETED:
         config = {"BLOCK_M": tile_size(columns, 16, 128), "BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": tile_size(n, 16, 32)}
@@ -343,9 +343,9 @@ def conv2d_turned_wgrad_config(device: torch.device, n: int, p: int, q: int, c: 
 
 
 def _half_step(config: dict[str, int], blocks: Sequence[int]) -> float:
-    """Estimated microseconds of one step of a weight gradient in half precision, of columns in ``blocks``.
+    """Estimated microseconds of one step of a weight gradient in half precision, with columns in ``blocks``.
 
-    As :func:`_row_cycles`, but each block of columns reads the first operand anew: under 64 columns that takes longest.
+    As :func:`_row_cycles`, but each block of columns reads the first operand again, which dominates below 64 columns.
     """
     block_m, rows = config["BLOCK_M"], config["BLOCK_M"] / 16
     products = rows * sum(max(n / 2, 16 + n / 4) for n in blocks)
@@ -355,13 +355,13 @@ def _half_step(config: dict[str, int], blocks: Sequence[int]) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
-    """Tiles of a weight gradient in equal shares: those of the shortest estimated time in half precision."""
+    """Tiles of a weight gradient in equal shares: the ones with the shortest estimated time in half precision."""
 
     def microseconds(config: dict[str, int]) -> float:
         block_m, programs, blocks = config["BLOCK_M"], config["PROGRAMS"], _blocks(config)
         columns = sum(blocks)
         tiles = cdiv(k, block_m) * (r * cdiv(s * c, columns) if config["FOLDED"] else r * s * cdiv(c, columns))
-        # Rows that meet no input are left out, and columns if not FOLDED: r / 4 a row on average where a layer keeps its size.
+        # Rows without input are skipped, and columns unless FOLDED: r / 4 a filter row on average if a layer keeps its size.
         inside = max(1 - r / 4 / p, 1 / r) * (1 if config["FOLDED"] else max(1 - s / 4 / q, 1 / s))
         busy = tiles * inside * p * q * cdiv(n, config["BLOCK_K"]) * _half_step(config, blocks) / MULTIPROCESSORS
         parts = 8 * (programs + tiles) * block_m * columns + 4 * k * c * r * s
@@ -379,17 +379,17 @@ def _stream_k_rule(n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> di
 
 
 def _blocks(config: dict[str, int]) -> list[int]:
-    """The widths of a program's blocks of columns."""
+    """Widths of a program's blocks of columns."""
     return [config[name] for name in ("BLOCK_N", "BLOCK_N2") if config[name]]
 
 
 def conv2d_wgrad_streams(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, *, dtype: torch.dtype
 ) -> bool:
-    """Whether a weight gradient runs in equal shares (:mod:`.stream_k_wgrad`), not in parts of equal size.
+    """Whether a weight gradient runs in equal shares (:mod:`.stream_k_wgrad`), not in the same number of parts for each tile.
 
-    Only where a table says so: on an H100 at batch 128 equal shares took 5% less time for conv2 and 11 to 22% more for conv3,
-    conv4 and conv5 (``benchmarks/NOTES.md``).
+    Only a table's entry turns this on: on an H100 at batch 128 equal shares took 5% less time for conv2 and 11 to 22% more for
+    conv3, conv4 and conv5 (``benchmarks/NOTES.md``).
     """
     measured = tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, dtype))
     return bool(apply_overrides({"STREAM_K": measured.get("STREAM_K", 0)})["STREAM_K"])
@@ -398,7 +398,10 @@ def conv2d_wgrad_streams(
 def conv2d_stream_k_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """PROGRAMS, FOLDED and tiles: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, FOLDED columns of a row, BLOCK_K images."""
+    """PROGRAMS, FOLDED and tiles of :mod:`.stream_k_wgrad`: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels.
+
+    A step is BLOCK_K images. With FOLDED a tile spans the columns of a filter row, not only channels of one filter position.
+    """
     config = dict(_stream_k_rule(n, p, q, c, k, r, s))
     if dtype == torch.float32:
         config["BLOCK_K"] = tile_size(n, 16, 32)
@@ -409,7 +412,7 @@ def conv2d_stream_k_wgrad_config(
 
 
 def _measured_wgrad(streams: bool, device: torch.device, key: str) -> dict[str, int]:
-    """A weight gradient's entry in the table, if it is one of equal shares or is none, as ``streams`` says."""
+    """A weight gradient's entry in the table if the entry's STREAM_K equals ``streams``, else no values."""
     measured = tuned(device, key)
     return measured if bool(measured.get("STREAM_K")) == streams else {}
 
@@ -417,7 +420,7 @@ def _measured_wgrad(streams: bool, device: torch.device, key: str) -> dict[str, 
 def conv2d_images_wgrad_config(
     device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, int]:
-    """Tiles of the images kernel's weight gradient: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
+    """Tiles of :mod:`.descriptor_wgrad`: BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, BLOCK_K images a step."""
     block_m, positions = 128, 1
     block_n, block_n2 = largest_divisor(c, 256 if k % 128 == 0 else 128), 0
     if c % 96 == 0 and block_n < 64:
@@ -456,17 +459,17 @@ def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: 
 
 
 def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
-    """Whether such a layer and its 3 x 3 pool run as one kernel: where two stages of a pixel's rows and the filters fit."""
+    """Whether a TF32 first layer and its 3 x 3 pool run as one kernel: if two stages of rows and the filters fit an SM."""
     return (2 * 64 + sum(two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
 
 
 def conv2d_rows_pool_config(
     device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, narrow: bool = False
 ) -> dict[str, int]:
-    """Tiles of such a layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
+    """Tiles of a TF32 first layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
-    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory beside
-    positions).
+    There are p x q windows. ``narrow``: offsets take registers, because they are int64, or because positions are written and
+    filters are not contiguous.
     """
     block_n, block_n2 = two_blocks(k, 64)
     if narrow and not INTERPRETED:
@@ -483,9 +486,9 @@ def conv2d_rows_pool_config(
 
 
 def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
-    """Into how many strips to cut ``q`` columns of windows, so that the busiest multiprocessor walks past the fewest.
+    """Number of strips for ``q`` columns of windows, chosen so that the busiest SM computes the fewest columns.
 
-    Neighbouring strips share a column of the convolution.
+    Neighbouring strips both compute the column of the convolution that they share.
     """
 
     def columns_one_after_another(strips: int) -> int:
@@ -497,10 +500,10 @@ def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
 def conv2d_rows_wgrad_config(
     device: torch.device, n: int, p: int, q: int, fold: int, k: int, pooled: bool, narrow: bool = False
 ) -> dict[str, int]:
-    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
+    """Tiles of a TF32 first layer's weight gradient: BLOCK_M positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
 
-    ``pooled``: with the gradient of the pool, p x q pixels before it. ``narrow``: of which, or of whose
-    positions, filters are no neighbours in memory: their offsets take registers.
+    The convolution's output has p x q pixels. ``pooled``: the kernel computes the pool's gradient too. ``narrow``: filters are
+    not contiguous in the pool's output gradient or in its positions, so that offsets take registers.
     """
     block_n, block_n2 = two_blocks(k, 64)
     if narrow and not INTERPRETED:

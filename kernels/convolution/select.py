@@ -1,8 +1,8 @@
-"""Which kernels run a convolution's passes: the one place where that is decided.
+"""Chooses the kernels of a convolution's passes; no other module makes this choice.
 
-Where is the gradient of conv1's weight computed on an H100? :func:`wgrad_kernels` says: in half precision, of stride 4 and one
-channel, by ``Kernels.STEM``, which is :func:`.stem.wgrad`; in TF32 by ``Kernels.ROW_STEM``, :func:`.row_stem_wgrad.wgrad`. The
-launch functions of each file run what is chosen here.
+Which function computes the weight gradient of conv1 (stride 4, one channel) on an H100? Ask :func:`wgrad_kernels`: in half
+precision it answers ``Kernels.STEM``, so :func:`.stem.wgrad`; in TF32 ``Kernels.ROW_STEM``, so :func:`.row_stem_wgrad.wgrad`.
+The functions under "passes" call the launch functions of the chosen file.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .rules import (
 from .stem_rules import conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_fused
 from .taps_rules import conv2d_by_taps
 
-#: Whether ``tl.dot`` takes sums of 8 products of float32: before Triton 3.8 it wants 16.
+#: Whether ``tl.dot`` accepts a reduction of 8 in TF32: Triton before 3.8 needs at least 16.
 _SUMS_OF_8 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 class Kernels(enum.Enum):
-    """A file of kernels, by its name."""
+    """A file of kernels; the value is the module's name."""
 
     GENERAL = "general"
     DESCRIPTOR = "descriptor"
@@ -45,7 +45,7 @@ class Kernels(enum.Enum):
 
 
 def fprop_kernels(problem: Problem) -> Kernels:
-    """The forward pass's."""
+    """The kernels of the forward pass."""
     if _takes_descriptors(problem):
         return Kernels.DESCRIPTOR
     if _is_row_stem(problem):
@@ -54,26 +54,26 @@ def fprop_kernels(problem: Problem) -> Kernels:
 
 
 def dgrad_kernels(problem: Problem) -> Kernels:
-    """The gradient of the input's."""
+    """The kernels of the input gradient."""
     if _takes_descriptors(problem):
         return Kernels.DESCRIPTOR
-    # The cells' gradient is a convolution by descriptors, of the cells' channels.
+    # The gradient of the cells is a convolution of the cells' channels through descriptors.
     cells = problem.c * problem.geometry.stride[0] ** 2
     return Kernels.STEM if _has_cells(problem) and problem.k % 16 == 0 and cells % 16 == 0 else Kernels.GENERAL
 
 
 def wgrad_kernels(problem: Problem) -> Kernels:
-    """The gradient of the weight's. A step of the fast ones' sum is one pixel of many images."""
+    """The kernels of the weight gradient: general ones for few images, since the others sum a pixel of many images a step."""
     return fprop_kernels(problem) if conv2d_wgrad_by_images(problem.n) else Kernels.GENERAL
 
 
 def reads_cells(problem: Problem) -> bool:
-    """Whether the forward pass reads its input's cells, and so may the gradient of the weight, whatever the batch."""
+    """Whether the forward pass reads the input's cells. Then the weight gradient can read them too, for any batch size."""
     return problem.dtype in HALF and _has_cells(problem)
 
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
-    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` runs convolution, ReLU and pool."""
+    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` computes convolution, ReLU and pool."""
     if not _pools_whole_windows(problem, window):
         return False
     if _is_row_stem(problem):
@@ -82,10 +82,10 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
 
 
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
-    """Whether the gradient of the weight takes the pool's on the way.
+    """Whether the weight gradient's kernel also computes the pool's gradient.
 
-    In TF32 where the forward pass runs both as one. In half precision (:mod:`.stem_pool_wgrad`) where blocks of 2 x 2 pixels
-    cover the convolution's output, and for filters in multiples of 16: TMA wants 16 bytes of positions.
+    In TF32: if the forward pass fuses the pool. In half precision (:mod:`.stem_pool_wgrad`): if blocks of 2 x 2 pixels cover
+    the convolution's output and the number of filters is a multiple of 16, since TMA loads positions in units of 16 bytes.
     """
     if _is_row_stem(problem):
         return fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
@@ -99,10 +99,9 @@ def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
 
 
 def _pools_whole_windows(problem: Problem, window: Window) -> bool:
-    """Whether windows are 3 x 3, 2 apart and all whole, on a GPU that runs pools in a convolution's kernel.
+    """Whether the windows are 3 x 3 of stride 2, none of them partial, and the GPU can fuse a pool into a convolution.
 
-    That is Hopper alone: of such a loop Triton 3.8 makes a pipeline with a stage for each product for Blackwell, and then empty
-    code.
+    Only Hopper can: for Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
     """
     kernel_size, stride, padding, _, (p, q) = window
     return (
@@ -116,14 +115,17 @@ def _pools_whole_windows(problem: Problem, window: Window) -> bool:
 
 
 def _stem_sizes(problem: Problem, window: Window) -> tuple[torch.device, int, int, int, int, int]:
-    """What the rules of a strided first layer with its pool are asked with."""
+    """Arguments of the rules for a strided first layer with its pool: device, n, p, q of the pool, fold, k."""
     p, q = window.output_size
     folded = stem.fold(problem.c, problem.s, problem.geometry.stride[0])
     return problem.device, problem.n, p, q, folded, problem.k
 
 
 def _takes_descriptors(problem: Problem) -> bool:
-    """Stride and dilation 1, one group, channels and filters in multiples of 16, of 8 in TF32; sm_90 and later."""
+    """Whether the kernels of :mod:`.descriptor` can run ``problem``: stride and dilation 1, one group, sm_90 and later.
+
+    Channels and filters must be multiples of 16, in TF32 of 8 from Triton 3.8 on.
+    """
     multiple = 8 if problem.dtype == torch.float32 and _SUMS_OF_8 else 16
     return (
         _by_tensor_cores(problem)
@@ -135,17 +137,17 @@ def _takes_descriptors(problem: Problem) -> bool:
 
 
 def _by_tensor_cores(problem: Problem) -> bool:
-    """Half precision and TF32, on sm_90 and later: what kernels over tensor descriptors multiply."""
+    """Whether precision and GPU suit kernels over tensor descriptors: half precision or TF32, sm_90 and later."""
     return (problem.dtype in HALF or problem.precision == "tf32") and has_copy_engine(problem.device)
 
 
 def _is_row_stem(problem: Problem) -> bool:
-    """Whether :mod:`.row_stem` runs it: TF32, :func:`_has_cells`, and pixels a multiple of 16 bytes apart."""
+    """Whether :mod:`.row_stem` runs ``problem``: TF32, :func:`_has_cells`, and pixels a multiple of 16 bytes apart."""
     return problem.precision == "tf32" and _has_cells(problem) and row_stem.Rows.of(problem).step % 4 == 0
 
 
 def _has_cells(problem: Problem) -> bool:
-    """Whether cells make this strided convolution one of three rows of 48 or 144 positions, for descriptors."""
+    """Whether cells turn this strided convolution into one of three filter rows of 48 or 144 positions for descriptors."""
     (step, other), _, dilation, groups = problem.geometry
     return (
         _by_tensor_cores(problem)
@@ -173,11 +175,11 @@ def fprop(
     cells: Tensor | None = None,
     channels_last: bool = True,
 ) -> Tensor:
-    """Convolution, bias, ReLU: (N, C, H, W) and (K, C / groups, R, S) to (N, K, P, Q).
+    """Convolution, bias and ReLU: (N, C, H, W) and (K, C / groups, R, S) to (N, K, P, Q).
 
     Args:
-        cells: :func:`.cells.cells_of` the input, if they are there already.
-        channels_last: whether the result is NHWC in memory, or NCHW.
+        cells: :func:`.cells.cells_of` the input, if the caller has them already.
+        channels_last: whether the result is NHWC in memory; False for NCHW.
     """
     kernels = fprop_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
@@ -192,7 +194,7 @@ def fprop(
 
 
 def input_cells(input: Tensor, problem: Problem) -> Tensor:
-    """The cells that a problem of :func:`reads_cells` reads."""
+    """:func:`.cells.cells_of` the input of a problem for which :func:`reads_cells` is true."""
     stride, padding, *_ = problem.geometry
     return cells_of(input, stride[0], padding, (problem.p, problem.q), (problem.r, problem.s))
 
@@ -200,13 +202,16 @@ def input_cells(input: Tensor, problem: Problem) -> Tensor:
 def dgrad(
     dz: Tensor, weight: Tensor, problem: Problem, relu_output: Tensor | None = None, copies: Sequence[Copy] = ()
 ) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """Gradient of the input, channels-last (N, C, H, W), from that of the output before the activation.
-
-    With ``relu_output``, the input itself, channels-last: the gradient before the ReLU that gave it, its sum over everything
-    but the channels (else empty), and what is still to be summed for that.
+    """Gradient of the input, channels-last (N, C, H, W).
 
     Args:
-        copies: to be made beside it.
+        dz: gradient of the output before the activation, (N, K, P, Q).
+        relu_output: the input itself, channels-last, if it is a ReLU's output and the gradient before that ReLU is wanted.
+        copies: copies to write as well.
+
+    Returns:
+        The gradient; its sum over all dimensions but the channels (empty without ``relu_output``); the pending sums that will
+        fill that vector.
     """
     kernels = dgrad_kernels(problem)
     if kernels == Kernels.DESCRIPTOR:
@@ -219,12 +224,12 @@ def dgrad(
 
 
 def wgrad_by_batch(problem: Problem) -> bool:
-    """Whether the gradient of the weight reads :func:`copies_by_batch`."""
+    """Whether the weight gradient reads :func:`copies_by_batch`."""
     return problem.dtype == torch.float32 and wgrad_kernels(problem) == Kernels.DESCRIPTOR
 
 
 def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
-    """Copies with the batch innermost, to be made: of the input (N, C, H, W), and of ``dz`` if it is not turned."""
+    """Copies with the batch innermost, not written yet: of the input, and of ``dz`` unless the kernel turns ``dz`` itself."""
     turns = conv2d_wgrad_turns(problem.device, *_sizes(problem))
     sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
     return [Copy(source, new_by_batch(source.shape, source)) for source in sources]
@@ -244,13 +249,12 @@ def wgrad(
     cells: Tensor | None = None,
     by_batch: Sequence[Copy] = (),
 ) -> Tensor:
-    """Gradient of the weight, in the weight's own shape and strides (its values are not read).
-
-    Its last launch, which adds up parts, takes the sums of ``vectors`` along.
+    """Gradient of the weight, with the weight's shape and strides (the weight's values are not read).
 
     Args:
-        input: None where its ``cells`` are all that is there of it.
-        by_batch: :func:`copies_by_batch` that were made already; else they are made here, where they are needed.
+        input: the input; None if only its ``cells`` exist.
+        vectors: pending sums, which the last launch adds up beside the parts of the weight gradient.
+        by_batch: :func:`copies_by_batch` if they are written already. Otherwise this function writes them if it needs them.
     """
     dw = new_output_like(weight)
     kernels = Kernels.STEM if cells is not None else wgrad_kernels(problem)

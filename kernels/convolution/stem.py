@@ -1,9 +1,9 @@
-"""A strided first layer of few channels, like AlexNet's 11 x 11 with stride 4, through tensor descriptors.
+"""A strided first layer of few channels, such as AlexNet's 11 x 11 with stride 4, through tensor descriptors.
 
-One channel is too little for a matrix product's reduction: padded to 16 it would be computed sixteen times. So cells of
-stride x stride pixels become pixels of stride * stride * C channels (space to depth), and the convolution one of stride 1 with
-a filter of three cells a side. A row of such a filter is one piece of memory: the cells beside each other. Its positions are
-the reduction, 48 for one channel, 144 for three, and overlapping rows of the image are the operand, with no copy of them made.
+A reduction over one channel would have to be padded to 16, for sixteen times the work. So cells of stride x stride pixels
+become pixels of stride * stride * C channels (space-to-depth), and the convolution becomes one of stride 1 with a filter of
+three cells a side. The adjacent cells under a row of this filter are contiguous. The kernels reduce over the row's positions,
+48 for one channel, 144 for three. Their operand is overlapping rows of cells, which are not copied.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _fold_filter_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The filter over an input that :func:`.cells._space_to_depth_kernel` wrote; zeros where it is longer than R x S.
+    """One program writes BLOCK elements of the filters in the order of :func:`.cells._space_to_depth_kernel`'s output.
 
-    The first SHIFT positions of a row are zeros too.
+    Positions outside R x S are zeros, and so are the first SHIFT positions of a row.
     """
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
     m_e = o_e < elements
@@ -77,7 +77,7 @@ def _conv2d_stem_kernel(
     Q,
     K,
     columns,
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: used to count FLOPs
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -91,7 +91,7 @@ def _conv2d_stem_kernel(
 ):
     """One program computes BLOCK_M images x some columns of one output row x BLOCK_N + BLOCK_N2 filters.
 
-    The whole filter waits in shared memory while the columns pass by: three rows of FOLD positions.
+    The whole filter, three rows of FOLD positions, stays in shared memory while the program iterates over the columns.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
@@ -161,7 +161,7 @@ def _conv2d_stem_wgrad_kernel(
     Q,
     K,
     SPLIT,
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: used to count FLOPs
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     FOLD_BLOCKS: tl.constexpr,
@@ -170,7 +170,10 @@ def _conv2d_stem_wgrad_kernel(
     BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels."""
+    """One program sums three filter rows of BLOCK_M folded positions x BLOCK_N + BLOCK_N2 filters over its split's pixels.
+
+    A step of the sum is one pixel of BLOCK_K images.
+    """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     f0 = (pid % FOLD_BLOCKS * BLOCK_M).to(tl.int32)
@@ -229,7 +232,7 @@ def _unfold_filter_kernel(
     stride_wc,
     stride_wr,
     stride_ws,
-    vector_partial_ptrs,  # the vectors that are summed beside it, see sum_columns; or None
+    vector_partial_ptrs,  # pending sums that the same launch adds up, see sum_columns; or None
     vector_out_ptrs,
     vector_parts,
     vector_columns,
@@ -247,9 +250,9 @@ def _unfold_filter_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """The filter's gradient: the sum over the parts, each position taken from where folding put it.
+    """One program adds up the parts of BLOCK elements of the weight gradient, and undoes the folding of their positions.
 
-    One program owns BLOCK elements; those after the last element own vectors'.
+    The programs after the last element add up the pending sums.
     """
     pid = program_id(0, WIDE)
     if pid < tl.cdiv(elements, BLOCK):
@@ -261,7 +264,7 @@ def _unfold_filter_kernel(
         o_r = o_e // K // C // S
         o_f = (o_s // STRIDE * STRIDE * STRIDE + o_r % STRIDE * STRIDE + o_s % STRIDE) * C + o_c
         p_in = partial_ptr + ((o_f // BLOCK_M * 3 + o_r // STRIDE) * BLOCK_M + o_f % BLOCK_M) * K + o_k
-        part = FOLD_BLOCKS * 3 * BLOCK_M * K  # elements from one to the next
+        part = FOLD_BLOCKS * 3 * BLOCK_M * K  # elements from one part to the next
         b_total = sum_over_parts(p_in, part, SPLIT, m_e, WIDE, tl.float32, BLOCK, BLOCK_PARTS)
         p_dw = dw_ptr + o_k * stride_wk + o_c * stride_wc + o_r * stride_wr + o_s * stride_ws
         tl.store(p_dw, cast(b_total, dw_ptr.dtype.element_ty), mask=m_e)
@@ -272,11 +275,11 @@ def _unfold_filter_kernel(
         )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- what they can take
+# ------------------------------------------------------------------------------------------------------------- sizes
 
 
 def fold(channels: int, filter_width: int, stride: int) -> int:
-    """Positions of a filter row after folding: its cells of stride x stride x channels."""
+    """Number of positions of a filter row after folding: its cells of stride x stride x channels."""
     return cdiv(filter_width, stride) * stride * stride * channels
 
 
@@ -284,7 +287,7 @@ def fold(channels: int, filter_width: int, stride: int) -> int:
 
 
 def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -> TensorDescriptor:
-    """[HS, Q, N, positions] over dense (N, HS, WS, depth): neighbours along Q overlap."""
+    """Descriptor [HS, Q, N, positions] over dense cells (N, HS, WS, depth); neighbours along Q overlap."""
     cells = aligned(cells)
     n, rows, width, depth = cells.shape
     image, row = rows * width * depth, width * depth
@@ -292,11 +295,12 @@ def patches(cells: Tensor, positions: int, columns: int, block: Sequence[int]) -
 
 
 def fold_filter(weight: Tensor, stride: int, rows: int = 3, folded: int | None = None, shift: int = 0) -> Tensor:
-    """(K, C, R, S), any strides, to dense (rows, K, folded): the filter over what :func:`.cells.space_to_depth` gives.
+    """Filters (K, C, R, S), any strides, to dense (rows, K, folded): filters over the result of :func:`.cells.space_to_depth`.
 
     Args:
-        folded: positions of a row, the last ones zeros; if not given :func:`fold`.
-        shift: positions at the beginning of a row that are zeros.
+        rows: rows of cells in a filter.
+        folded: positions of a row, filled up with zeros; :func:`fold` by default.
+        shift: number of zeros at the beginning of a row.
     """
     k, c, r, s = weight.shape
     folded = fold(c, s, stride) if folded is None else folded
@@ -323,7 +327,7 @@ def fold_filter(weight: Tensor, stride: int, rows: int = 3, folded: int | None =
 
 
 def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
-    """As :func:`.select.fprop`, of the input's cells."""
+    """Arguments and result as :func:`.select.fprop`, with the input's cells in place of the input."""
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), *_ = problem
     folded = fold(c, s, stride)
     filters = fold_filter(weight, stride)
@@ -363,9 +367,9 @@ def fprop(cells: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, 
 
 
 def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
-    """Gradient of the input, channels-last (N, C, H, W): that of the cells, a convolution of stride 1, taken apart again.
+    """Gradient of the input, channels-last (N, C, H, W): a convolution of stride 1 to the cells' gradient, then depth-to-space.
 
-    A filter over pixels of one channel would leave fifteen of the sixteen columns of the smallest tile unused.
+    Without cells, one channel would use only one of the sixteen columns of the smallest tile.
     """
     n, c, h, w, k, r, s, p, q, ((stride, _), padding, *_), *_ = problem
     rows, columns = cells_size(stride, (p, q), (r, s))
@@ -377,14 +381,14 @@ def dgrad(dz: Tensor, weight: Tensor, problem: Problem) -> Tensor:
     padded = depth_to_space(d_cells.permute(0, 2, 3, 1), c, stride)
     seen = padded[:, :, padding[0] : padding[0] + h, padding[1] : padding[1] + w]
     dx = new_output((n, c, h, w), dz.dtype, dz.device, channels_last=True)
-    if seen.shape != dx.shape:  # the last pixels may be ones that no filter reaches
+    if seen.shape != dx.shape:  # filters may not reach the last pixels
         dx.zero_()
     dx[:, :, : seen.shape[2], : seen.shape[3]] = seen
     return dx
 
 
 def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``."""
+    """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and add up the pending sums ``vectors``."""
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), *_ = problem
     folded = fold(c, s, stride)
     config = conv2d_stem_wgrad_config(cells.device, n, p, q, folded, k)
@@ -419,9 +423,9 @@ def wgrad(dz: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
 
 
 def unfold(partial: Tensor, dw: Tensor, stride: int, vectors: Sequence[ColumnSums]) -> None:
-    """``dw`` (K, C, R, S), any dense strides, from float32 ``partial`` (parts, blocks of positions, 3, positions, K).
+    """Add up float32 ``partial`` (parts, blocks of positions, 3, positions, K) into ``dw`` (K, C, R, S), any dense strides.
 
-    And the sums of ``vectors`` in the same launch.
+    The same launch adds up the pending sums ``vectors``.
     """
     k, c, r, s = dw.shape
     split, fold_blocks, _, m, _ = partial.shape

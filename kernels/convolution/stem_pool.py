@@ -1,9 +1,9 @@
-"""The strided first layer with its ReLU and 3 x 3 max-pool of stride 2 in one kernel: nothing unpooled is written.
+"""The strided first layer with its ReLU and 3 x 3 max-pool of stride 2 in one kernel, which writes no unpooled output.
 
-AlexNet's conv1 has the largest output of the network, four and a half times what its pool leaves of it. A program
-walks along the columns of the convolution's output that ROWS rows of windows see, and keeps maxima in registers until a window
-is complete. Neighbouring windows share a row: with ROWS = 1, three rows are computed for every two of the output. The products,
-and their order, are those of :mod:`kernels.convolution.stem`.
+AlexNet's conv1 has the largest output of the network, four and a half times as large as the pooled output. A program iterates
+over the columns of the convolution's output that ROWS rows of windows read, and keeps maxima in registers until a window is
+complete. Neighbouring windows share a row: with ROWS = 1, three rows are computed for every two rows of the convolution's
+output. The products, and their order, are the same as in :mod:`kernels.convolution.stem`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .stem_rules import conv2d_stem_pool_config
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
-#: A half type's number that is not negative, as the bits of a float32, has its last five bits free: with 31 - position in them,
-#: integers are ordered by value, and of equal values the first in the window is the largest. NaN is above infinity, and of NaNs
-#: the last in the window counts, as in PyTorch: their last bits are the position.
+#: A non-negative half-precision number converted to float32 has its last five bits free. With 31 - position in these bits, the
+#: float32's bits are an integer key: keys are ordered by value, and of equal values the first in the window is the largest. NaN
+#: is above infinity. Of several NaNs PyTorch takes the last in the window, so the last bits of their keys are the position.
 _NAN_KEY = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
 def _rank(value, position):
-    """Integer keys, the largest of which is what the window points at; ``value``: float32 that a half type holds, or NaN."""
-    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # a NaN may have a sign, and a zero
+    """Integer keys; a window points at its largest key. ``value``: float32 that a half type can represent, or NaN."""
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # clears the sign that a NaN or a zero may have
     return tl.minimum(bits | (31 - position), position | _NAN_KEY)
 
 
@@ -51,7 +51,7 @@ def _pixel(
     KEYS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One pixel of the convolution with its bias; for KEYS through the ReLU too, and rounded to DTYPE, in float32."""
+    """One pixel of the convolution plus bias, in float32; with KEYS after the ReLU and rounded to DTYPE."""
     for j in tl.static_range(len(w)):
         acc = dot(x[ROW + j], w[j], acc, INPUT_PRECISION)
     for j in tl.static_range(len(w2)):
@@ -66,7 +66,7 @@ def _pixel(
 
 @triton.jit
 def larger(a, b, KEYS: tl.constexpr):
-    """The maximum of keys, or of numbers, where NaN is above all."""
+    """Elementwise maximum of keys, or of values with NaN above everything."""
     if KEYS:
         return tl.maximum(a, b)
     else:
@@ -91,8 +91,8 @@ def _add_pixel(
     w2,
     b_bias,
     zero,
-    s,  # the column's place in its window, 1 or 2
-    complete,  # whether this column is the last of windows that are to be stored
+    s,  # the column's index in its window, 1 or 2
+    complete,  # whether this column completes windows, which are then stored
     y_ptr,
     position_ptr,
     n0,  # where the block of windows begins
@@ -106,21 +106,22 @@ def _add_pixel(
     stride_yk,
     stride_yp,
     stride_yq,
-    ROW: tl.constexpr,  # of the convolution, from the first on
+    ROW: tl.constexpr,  # row of the convolution, counted from the program's first
     HAS_BIAS: tl.constexpr,
     KEYS: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """The maxima with one more pixel of the convolution. Stores the window that it completes.
+    """Update the maxima with one more pixel of the convolution, and store the window that the pixel completes.
 
-    A window's last row is the next one's first, and so is its last column: then that alone is what comes back.
+    A window's last row and last column are also the next window's first. There the maximum restarts with that row or column
+    alone.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     i: tl.constexpr = ROW // 2 - 1
     if ROW > 0:
-        # Always zero, but the compiler does not know: else it multiplies for all the pixels before it takes the first maximum,
-        # and the registers hold all the products.
+        # Always zero, but the compiler cannot know that. Otherwise it computes the products of all pixels before the first
+        # maximum, and all of them occupy registers.
         acc = (column.to(tl.int32, bitcast=True) & zero).to(tl.float32, bitcast=True)
     else:
         acc = tl.zeros(windows[0].shape, dtype=tl.float32)
@@ -147,14 +148,14 @@ def _add_pixel(
                 value = relu(best)
             tl.store(y_ptr + o_y, cast(value, DTYPE), mask=m_y)
         if KEYS:
-            column += tl.where(column < _NAN_KEY, 2, -2)  # from place 2 to place 0
-        # To the end, so that the next row's window is the first.
+            column += tl.where(column < _NAN_KEY, 2, -2)  # from index 2 to index 0
+        # Rotate, so that the next row's window comes first.
         windows = windows[1:] + (tl.where(s == 2, column, best),)  # noqa: RUF005  # Triton has no star in a tuple
         column = _key(b_pixel, s, KEYS)
     return windows, column
 
 
-@triton.jit(do_not_specialize=["N"])  # of a batch of 1 the compiler would know that N >> 31 is zero
+@triton.jit(do_not_specialize=["N"])  # for N = 1 the compiler would know that N >> 31 is zero
 def _conv2d_stem_pool_kernel(
     x_desc,  # overlapping patches [HS, Q, N, FOLD], blocks [1, 1, BLOCK_M, BLOCK_K]
     x2_desc,  # the same with BLOCK_K2 for BLOCK_K
@@ -169,13 +170,13 @@ def _conv2d_stem_pool_kernel(
     K,
     P,  # of the pool's output
     Q,
-    columns,  # of windows, that a program walks past
+    columns,  # columns of windows of a program
     stride_yn,
     stride_yk,
     stride_yp,
     stride_yq,
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
-    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: used to count FLOPs
+    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: used to count FLOPs
     HAS_BIAS: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
@@ -190,8 +191,8 @@ def _conv2d_stem_pool_kernel(
 ):
     """One program computes BLOCK_M images x ROWS rows of windows x some columns of them x BLOCK_N + BLOCK_N2 filters.
 
-    The whole filter waits in shared memory while the convolution's columns pass by. A row of cells is loaded once a column, for
-    up to three rows of the convolution.
+    The whole filter stays in shared memory while the program iterates over the convolution's columns. In each column a row of
+    cells is loaded once for up to three rows of the convolution.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N + BLOCK_N2)
@@ -237,7 +238,7 @@ def _conv2d_stem_pool_kernel(
     for column in range(first, last + 1):
         s = 2 - column % 2
         complete = (s == 2) & (column > first)
-        # Not known to be the same for every column, so that offsets do not wait in registers for the next store.
+        # The compiler cannot know that these are the same for every column, so it keeps no offsets in registers between stores.
         o_n0 = pid_n * BLOCK_M + (column & zero)
         o_k0 = pid_k * (BLOCK_N + BLOCK_N2) + (column & zero)
         x = ()
@@ -277,13 +278,13 @@ def fprop(
     channels_last: bool,
     write_position: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, bias, ReLU, pool: to pooled values and uint8 window positions, each (N, K, P, Q).
+    """Convolution, bias, ReLU and pool; returns pooled values and uint8 window positions, each (N, K, P, Q).
 
     Args:
         cells: :func:`.cells.cells_of` the input.
         problem: the convolution, whose output is not written.
-        channels_last: whether both results are NHWC in memory, or NCHW.
-        write_position: whether the second is wanted; else it is empty.
+        channels_last: whether both results are NHWC in memory; False for NCHW.
+        write_position: whether to write the positions; otherwise the second result is empty.
     """
     n, c, _, _, k, r, s, *conv_size, ((stride, _), *_), _, _, _ = problem
     p, q = window.output_size

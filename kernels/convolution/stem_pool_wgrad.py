@@ -1,11 +1,11 @@
-"""The gradient of the weight of a strided first layer with its ReLU and 3 x 3 max-pool of stride 2, in half precision.
+"""The weight gradient of a strided first layer with its ReLU and 3 x 3 max-pool of stride 2, in half precision.
 
-The kernel takes the pool's gradient along. The unpooled gradient, four and a half times as large, is neither written nor read.
-A step of a program is 2 x 2 pixels of the convolution's output: four windows reach them, with nine of their positions. The
-program walks along a row, so two of these windows are those of the step before, and what they pass on is still in registers.
+The kernel also computes the pool's gradient. The unpooled gradient, four and a half times as large, is neither written nor
+read. A step of a program is 2 x 2 pixels of the convolution's output: four windows reach them, at nine of their positions. The
+program iterates along a row, so two of these windows also belong to the previous step, and their gradients are in registers.
 
-Two neighbouring pixels read four cells of a row, three each. One tile of these four cells is multiplied with the gradients of
-both pixels, side by side. The sums of a pixel with the cell that it does not read are not stored.
+Two neighbouring pixels together read four cells of a row, each pixel three. One tile of these four cells is multiplied with the
+gradients of both pixels, side by side. A pixel's products with the cell that it does not read are not stored.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from .stem_rules import conv2d_stem_pool_wgrad_config
 
 @triton.jit
 def _load_window(dy_desc, position_desc, i, j, n0, k0, SHAPE: tl.constexpr):
-    """Gradient and position of window (i, j), [images, filters]; of one that is not there, zeros."""
+    """Load gradient and position of window (i, j), [images, filters]; zeros for a window outside the output."""
     b_dy = dy_desc.load([i, j, n0, k0]).reshape(SHAPE)
     return b_dy.to(tl.float32), position_desc.load([i, j, n0, k0]).reshape(SHAPE).to(tl.int32)
 
 
 @triton.jit
 def _passed(b_dy, b_position, PLACE: tl.constexpr):
-    """What a window passes on to the pixel at PLACE."""
+    """The gradient that a window passes on to the pixel at its position PLACE."""
     return tl.where(b_position == PLACE, b_dy, 0.0)
 
 
 @triton.jit
 def _side_by_side(first, second, DTYPE: tl.constexpr):
-    """Two [rows, columns] rounded to DTYPE as [rows, 2 * columns], a column of the one next to that of the other."""
+    """Two tensors [rows, columns], rounded to DTYPE and with interleaved columns: [rows, 2 * columns]."""
     both = tl.join(cast(first, DTYPE), cast(second, DTYPE))
     return both.reshape(first.shape[0], 2 * first.shape[1])
 
 
 @triton.jit
 def _store_part(p_part, acc, o_m, o_k, K, FOLD: tl.constexpr, DEPTH: tl.constexpr):
-    """Sums of one filter row: of the even columns, and in the next part of the odd ones, whose filters begin a cell later."""
+    """Store one filter row's sums: even columns in this part, odd columns (filters begin a cell later) in the next part."""
     even, odd = acc.reshape(acc.shape[0], acc.shape[1] // 2, 2).split()
     o_out = o_m[:, None] * K + o_k[None, :]
     m_k = (o_k < K)[None, :]
@@ -62,7 +62,7 @@ def _store_part(p_part, acc, o_m, o_k, K, FOLD: tl.constexpr, DEPTH: tl.constexp
 def _conv2d_stem_pool_wgrad_kernel(
     x_desc,  # overlapping patches [HS, columns, N, FOLD + DEPTH], blocks [1, 1, BLOCK_K, BLOCK_M]
     dy_desc,  # gradient of the pooled output [P, Q, N, K], blocks [1, 1, BLOCK_K, BLOCK_N]
-    position_desc,  # window positions, uint8, the same
+    position_desc,  # window positions, uint8, [P, Q, N, K], the same blocks
     partial_ptr,  # out: [SPLIT, 2, 3, FOLD, K] float32
     sums_ptr,  # out: [SPLIT, K] float32, the sums of the gradient before the activation
     N,
@@ -70,8 +70,8 @@ def _conv2d_stem_pool_wgrad_kernel(
     Q,
     K,
     SPLIT,
-    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: for whoever counts FLOPs
-    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: the same
+    USEFUL_POSITIONS: tl.constexpr,  # C * R * S before folding: used to count FLOPs
+    CONV_SIZE: tl.constexpr,  # rows * columns of the convolution's output: used to count FLOPs
     FOLD: tl.constexpr,
     DEPTH: tl.constexpr,  # positions of a cell
     NO_GRADIENT: tl.constexpr,
@@ -83,7 +83,7 @@ def _conv2d_stem_pool_wgrad_kernel(
 ):
     """One program sums three filter rows of BLOCK_M positions of two columns x BLOCK_N filters over its split's steps.
 
-    A step is 2 x 2 pixels of BLOCK_K images: those at which window (i, j) begins.
+    A step is the first 2 x 2 pixels of window (i, j) of BLOCK_K images.
     """
     FOLD_BLOCKS: tl.constexpr = (FOLD + DEPTH + BLOCK_M - 1) // BLOCK_M
     DTYPE: tl.constexpr = dy_desc.dtype
@@ -101,14 +101,14 @@ def _conv2d_stem_pool_wgrad_kernel(
     acc_0 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     acc_1 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     acc_2 = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-    b_sum = tl.zeros(TILE, dtype=tl.float32)  # as exact as the sums of products: as many numbers each
-    # What the windows on the left pass on, from a step to the next: nothing at the end of a row, where there are none.
+    b_sum = tl.zeros(TILE, dtype=tl.float32)  # as exact as the products' sums, which have as many terms
+    # Gradients from the windows on the left, carried from step to step. They are zeros after the end of a row.
     b_dy, b_position = _load_window(dy_desc, position_desc, i - 1, j - 1, n0, k0, TILE)
     left_8 = _passed(b_dy, b_position, 8)
     b_dy, b_position = _load_window(dy_desc, position_desc, i, j - 1, n0, k0, TILE)
     left_2 = _passed(b_dy, b_position, 2)
     left_5 = _passed(b_dy, b_position, 5)
-    # The compiler keeps each product's addresses in registers, beside the accumulators, if it may.
+    # Without disable_licm the compiler keeps the addresses of all products in registers, beside the accumulators.
     for _ in tl.range(begin.to(tl.int32), tl.minimum(begin + steps_per_split, steps).to(tl.int32), disable_licm=True):
         x_0 = x_desc.load([2 * i, 2 * j, n0, f0]).reshape(BLOCK_K, BLOCK_M).T
         x_1 = x_desc.load([2 * i + 1, 2 * j, n0, f0]).reshape(BLOCK_K, BLOCK_M).T
@@ -131,7 +131,7 @@ def _conv2d_stem_pool_wgrad_kernel(
         acc_0 = dot(x_1, z_1, acc_0, INPUT_PRECISION)
         acc_1 = dot(x_2, z_1, acc_1, INPUT_PRECISION)
         acc_2 = dot(x_3, z_1, acc_2, INPUT_PRECISION)
-        # Branches would keep the compiler from loading a step ahead.
+        # No branches here: they would keep the compiler from prefetching the next step.
         i += tl.where(j == Q, 1, 0)
         j = tl.where(j == Q, 0, j + 1)
         n0 += tl.where(i > P, BLOCK_K, 0)
@@ -150,14 +150,14 @@ def _conv2d_stem_pool_wgrad_kernel(
 
 
 def wgrad(dy: Tensor, cells: Tensor, dw: Tensor, problem: Problem, position: Tensor, d_bias: Tensor | None) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides.
+    """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and the bias's gradient to ``d_bias``.
 
     Args:
         dy: gradient of the pooled output (N, K, P, Q).
         cells: :func:`.cells.cells_of` the input.
-        problem: the convolution, whose output has 2 * P + 2 rows and 2 * Q + 2 columns: an even number.
-        position: the pool's, uint8.
-        d_bias: out: the gradient of the bias (K,), if wanted.
+        problem: the convolution, whose output has 2 * P + 2 rows and 2 * Q + 2 columns.
+        position: the pool's window positions, uint8.
+        d_bias: out: the gradient of the bias (K,); None if not wanted.
     """
     n, c, _, _, k, r, s, rows, columns, ((stride, _), *_), _, device, _ = problem
     p, q = dy.shape[2:]

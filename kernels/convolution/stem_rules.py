@@ -1,4 +1,4 @@
-"""Tile sizes, warps and stages of a strided first layer in half precision, with its pool and without: the rules."""
+"""Rules for tile sizes, warps and stages of a strided first layer in half precision, with and without its pool."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rules import conv2d_key, strips_of, two_blocks
 def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False) -> dict[str, int]:
     """Tiles of a strided first layer: BLOCK_M images x COLUMNS pixels of a row x (BLOCK_N + BLOCK_N2) filters.
 
-    ``narrow``: with filters that are no neighbours in memory, whose offsets take registers.
+    ``narrow``: the output's filters are not contiguous (NCHW), so that their offsets take registers.
     """
     block_n, block_n2 = two_blocks(k, 64 if k % 96 else 128)
     if narrow and not INTERPRETED:
@@ -30,9 +30,9 @@ def conv2d_stem_config(device: torch.device, n: int, p: int, q: int, fold: int, 
 
 
 def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
-    """Whether such a layer and its 3 x 3 pool run as one kernel; p x q windows.
+    """Whether a strided first layer and its 3 x 3 pool of p x q windows run as one kernel.
 
-    With three channels the cells of a column fill shared memory, and none are left to load the next meanwhile.
+    With three channels the cells of a column fill shared memory, so the next column cannot be loaded at the same time.
     """
     config = {"FUSED": int(fold == 48)}
     config |= known(config, tuned(device, conv2d_key("conv2d_stem_pool_fprop", n, p, q, fold, k, 3, 1)))
@@ -42,9 +42,9 @@ def conv2d_stem_pool_fused(device: torch.device, n: int, p: int, q: int, fold: i
 def conv2d_stem_pool_config(
     device: torch.device, n: int, p: int, q: int, fold: int, k: int, narrow: bool = False
 ) -> dict[str, int]:
-    """Tiles of such a layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
+    """Tiles of the layer with its pool: BLOCK_M images x ROWS rows of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
 
-    p x q windows. ``narrow``: with offsets that take registers (int64, or filters that are no neighbours in memory).
+    There are p x q windows. ``narrow``: offsets take registers, because they are int64 or filters are not contiguous.
     """
     block_n, block_n2 = two_blocks(k, 64)
     if narrow and not INTERPRETED:
@@ -60,14 +60,14 @@ def conv2d_stem_pool_config(
         config |= {"BLOCK_K": block_k, "BLOCK_K2": block_k2}
     programs = cdiv(p, config["ROWS"]) * cdiv(n, config["BLOCK_M"])
     programs *= cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    strips = strips_of(q, programs, 2)  # two programs run on a multiprocessor at once
+    strips = strips_of(q, programs, 2)  # an SM runs two programs at once
     return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
 
 
 def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
-    """Tiles of its weight gradient: BLOCK_M folded positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
+    """Tiles of the layer's weight gradient: BLOCK_M positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step."""
     block_n, block_n2 = two_blocks(k, 64 if k % 96 else 128)
-    # Blackwell's compiler spills with four warps.
+    # On Blackwell, four warps spill registers.
     warps = 4 if capability(device) < 100 else 8
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 128 if n > 64 else 64, "num_warps": warps}
     config |= {"num_stages": 3}
@@ -82,7 +82,7 @@ def conv2d_stem_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
 
 
 def conv2d_stem_pool_wgrad_fused(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> bool:
-    """Whether its weight gradient takes the pool's on the way; p x q windows."""
+    """Whether the layer's weight gradient also computes the gradient of its pool of p x q windows."""
     measured = tuned(device, conv2d_key("conv2d_stem_pool_wgrad", n, p, q, fold, k, 3, 1))
     return bool(apply_overrides({"FUSED": measured.get("FUSED", 1)})["FUSED"])
 
@@ -90,9 +90,9 @@ def conv2d_stem_pool_wgrad_fused(device: torch.device, n: int, p: int, q: int, f
 def conv2d_stem_pool_wgrad_config(
     device: torch.device, n: int, p: int, q: int, fold: int, k: int, depth: int
 ) -> dict[str, int]:
-    """Tiles of that: BLOCK_M positions x BLOCK_N filters, 2 x 2 pixels of BLOCK_K images a step; p x q windows.
+    """Tiles of the weight gradient with the pool: BLOCK_M positions x BLOCK_N filters, 2 x 2 pixels of BLOCK_K images a step.
 
-    ``depth``: positions of a cell, one more of which than a filter row has are read.
+    There are p x q windows. ``depth``: positions of a cell; the kernel reads one cell more than a filter row has.
     """
     config = {"BLOCK_M": 64, "BLOCK_N": tile_size(k, 16, 32), "BLOCK_K": tile_size(n, 16, 64)}
     config |= {"num_warps": 4, "num_stages": 1 if INTERPRETED else 2}
@@ -100,5 +100,5 @@ def conv2d_stem_pool_wgrad_config(
     config = apply_overrides(config | known(config, measured))
     programs = cdiv(fold + depth, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"])
     steps = (p + 1) * (q + 1) * cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, 2 * MULTIPROCESSORS // programs)  # two programs run on a multiprocessor at once
+    wanted = 2 if INTERPRETED else max(1, 2 * MULTIPROCESSORS // programs)  # an SM runs two programs at once
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", min(wanted, steps))})

@@ -1,10 +1,10 @@
-"""The gradient of a convolution's weight in equal shares ("stream-K"): no multiprocessor is left without work.
+"""The weight gradient of a convolution in equal shares ("stream-K"), so that no SM is idle.
 
-The tiles of a weight are few: 384 filters of 256 x 3 x 3 have 27 of 128 x 256, and an H100 has 132 multiprocessors. Splitting
-each into the same number of parts (:mod:`.descriptor_wgrad`) fills them badly. Here the steps of all tiles stand in one row,
-and each program takes an equal share of the row. Where a share ends inside a tile, the tile has one part more. A second launch
-adds up a tile's parts, first to last, so two runs give the same bits. Published as stream-K by Osama, Merrill, Cecka, Garland
-and Owens, 2023.
+A weight has few tiles: 384 filters of 256 x 3 x 3 have 27 tiles of 128 x 256, and an H100 has 132 SMs. Splitting each tile into
+the same number of parts (:mod:`.descriptor_wgrad`) leaves SMs idle. Here the steps of all tiles form one sequence, and each
+program takes an equal share of the sequence. A tile has one more part for each share that ends inside it. A second launch adds
+up a tile's parts from first to last, so results are bit-identical from run to run. Published as stream-K by Osama, Merrill,
+Cecka, Garland and Owens, 2023.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .rules import conv2d_stream_k_wgrad_config
 
 @triton.jit
 def _meeting(r, P, H, pad, ALL: tl.constexpr):
-    """The first and the number of the output rows that filter row ``r`` lets meet the input; all of them with ALL."""
+    """First output row, and number of output rows, for which filter row ``r`` meets the input; with ALL all output rows."""
     low = tl.maximum(0, pad - r)
     count = tl.maximum(tl.minimum(P, H + pad - r) - low, 0)
     if ALL:
@@ -39,7 +39,7 @@ def _meeting(r, P, H, pad, ALL: tl.constexpr):
 
 @triton.jit
 def _steps_of(rs, P, H, pad_h, Q, W, pad_w, blocks_n, S: tl.constexpr, FOLDED: tl.constexpr):
-    """Of a tile at filter position ``rs``: its first output row and column, how many columns, how many steps."""
+    """First output row, first output column, number of columns and number of steps of a tile at filter position ``rs``."""
     p_low, rows = _meeting(rs // S, P, H, pad_h, False)
     q_low, columns = _meeting(rs % S, Q, W, pad_w, FOLDED)
     return p_low, q_low, columns, rows * columns * blocks_n
@@ -47,7 +47,7 @@ def _steps_of(rs, P, H, pad_h, Q, W, pad_w, blocks_n, S: tl.constexpr, FOLDED: t
 
 @triton.jit
 def _first_step(rs_end, tiles, zero, P, H, pad_h, Q, W, pad_w, blocks_n, S: tl.constexpr, FOLDED: tl.constexpr):
-    """How many steps the tiles of the filter positions before ``rs_end`` have, ``tiles`` at each."""
+    """Number of steps of the filter positions before ``rs_end``, each with ``tiles`` tiles."""
     total = zero
     for rs in range(rs_end):
         total += _steps_of(rs, P, H, pad_h, Q, W, pad_w, blocks_n, S, FOLDED)[3] * tiles
@@ -56,7 +56,7 @@ def _first_step(rs_end, tiles, zero, P, H, pad_h, Q, W, pad_w, blocks_n, S: tl.c
 
 @triton.jit
 def _tile_at(step, tiles, zero, P, H, pad_h, Q, W, pad_w, blocks_n, R: tl.constexpr, S: tl.constexpr, FOLDED: tl.constexpr):
-    """The tile that ``step`` of the row of all steps belongs to."""
+    """Index of the tile to which ``step`` of the sequence of all steps belongs."""
     tile = zero
     start = zero
     for rs in range(R * S):
@@ -72,8 +72,8 @@ def _conv2d_stream_k_wgrad_kernel(
     z_desc,  # gradient before the activation [N, P*Q*K], blocks [BLOCK_K, BLOCK_M]; BY_BATCH: [P*Q*K, N], transposed blocks
     x_desc,  # input as rows [H, N, W*C], blocks [1, BLOCK_K, BLOCK_N]; BY_BATCH: [H, W*C, N], blocks [1, BLOCK_N, BLOCK_K]
     x2_desc,  # the same with BLOCK_N2 for BLOCK_N
-    # out: [programs + tiles - 1, BLOCK_M, BLOCK_N + BLOCK_N2] float32. A program's part of a tile is number program + tile.
-    # Along the row of all steps one of the two grows by one from one part to the next, or both do.
+    # out: [programs + tiles - 1, BLOCK_M, BLOCK_N + BLOCK_N2] float32. A program's part of a tile has index program + tile. The
+    # index is unique: from one part to the next in the sequence of steps, the program, the tile or both grow by one.
     partial_ptr,
     N,
     H,
@@ -81,16 +81,16 @@ def _conv2d_stream_k_wgrad_kernel(
     P,
     Q,
     K,
-    SHARE,  # steps of a program
-    STEPS,  # of all tiles
+    SHARE,  # steps of one program
+    STEPS,  # steps of all tiles
     pad_h,
     pad_w,
     C: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     BY_BATCH: tl.constexpr,
-    X_CHANNELS: tl.constexpr,  # of the input
-    FOLDED: tl.constexpr,  # C is S times as many, and S is 1: the columns of a filter are neighbours in a row of the input
+    X_CHANNELS: tl.constexpr,  # the input's C
+    FOLDED: tl.constexpr,  # C is filter width * X_CHANNELS, and S is 1: a filter row is contiguous in a row of the input
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,9 +98,10 @@ def _conv2d_stream_k_wgrad_kernel(
     BLOCK_N2: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program does SHARE steps: the end of a tile of BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels, whole tiles, a start.
+    """One program computes SHARE steps of tiles of BLOCK_M filters x (BLOCK_N + BLOCK_N2) channels.
 
-    A step of the sum is one pixel of BLOCK_K images. Pixels whose input lies in the padding are left out.
+    They may be the end of one tile, whole tiles and the start of another. A step of the sum is one pixel of BLOCK_K images.
+    Pixels whose input lies in the padding are skipped.
     """
     pid = program_id(0, WIDE)
     blocks_m = tl.cdiv(K, BLOCK_M)
@@ -166,7 +167,7 @@ def _sum_stream_k_kernel(
     stride_c,
     stride_r,
     stride_s,
-    vector_partial_ptrs,  # the vectors that are summed beside it, see sum_columns; or None
+    vector_partial_ptrs,  # pending sums that the same launch adds up, see sum_columns; or None
     vector_out_ptrs,
     vector_parts,
     vector_columns,
@@ -186,7 +187,7 @@ def _sum_stream_k_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_COLUMN_PARTS: tl.constexpr,
 ):
-    """One program adds up the parts of BLOCK elements of one tile; those after the last tile own vectors'."""
+    """One program adds up the parts of BLOCK elements of one tile; programs after the last tile add up the pending sums."""
     pid = program_id(0, WIDE)
     TILE: tl.constexpr = BLOCK_M * COLUMNS
     blocks_m = tl.cdiv(K, BLOCK_M)
@@ -198,7 +199,7 @@ def _sum_stream_k_kernel(
         rs = tile // tiles
         steps = _steps_of(rs, P, H, pad_h, Q, W, pad_w, blocks_n, S, FOLDED)[3]
         start = _first_step(rs, tiles, pid * 0, P, H, pad_h, Q, W, pad_w, blocks_n, S, FOLDED) + tile % tiles * steps
-        # A filter position that meets nothing but padding has no step, and no part.
+        # A filter position that only meets padding has no steps and no parts.
         parts = tl.where(steps > 0, (start + steps - 1) // SHARE - start // SHARE + 1, 0)
         o_e = pid % (TILE // BLOCK) * BLOCK + tl.arange(0, BLOCK)
         o_k = tile % blocks_m * BLOCK_M + o_e // COLUMNS
@@ -220,12 +221,12 @@ def _sum_stream_k_kernel(
 
 
 def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums], by_batch: bool) -> None:
-    """As :func:`.descriptor_wgrad.wgrad`."""
+    """Arguments as :func:`.descriptor_wgrad.wgrad`."""
     n, c, h, w, k, r, s, p, q, (_, (pad_h, pad_w), _, _), dtype, device, precision = problem
     config = conv2d_stream_k_wgrad_config(device, n, p, q, c, k, r, s, dtype)
     programs = config.pop("PROGRAMS")
     block_m, block_n, block_n2, images = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_N2"], config["BLOCK_K"]
-    folded = s if config["FOLDED"] else 1  # filter columns that are taken for channels
+    folded = s if config["FOLDED"] else 1  # filter columns that are treated as channels
     tiles = cdiv(k, block_m) * cdiv(c * folded, block_n + block_n2)  # at one filter position
     rows = [_meets(i, p, h, pad_h) for i in range(r)]
     columns = [q] if config["FOLDED"] else [_meets(i, q, w, pad_w) for i in range(s)]
@@ -284,5 +285,5 @@ def wgrad(dz: Tensor, input: Tensor, dw: Tensor, problem: Problem, vectors: Sequ
 
 
 def _meets(r: int, p: int, h: int, pad: int) -> int:
-    """How many of ``p`` output rows filter row ``r`` lets meet the ``h`` rows of the input."""
+    """Number of the ``p`` output rows for which filter row ``r`` meets one of the ``h`` rows of the input."""
     return max(0, min(p, h + pad - r) - max(0, pad - r))

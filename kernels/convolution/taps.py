@@ -1,9 +1,9 @@
-"""A convolution's forward pass that reduces over rows of taps, through tensor descriptors: for Hopper and later.
+"""A convolution's forward pass that reduces over rows of taps, through tensor descriptors, for Hopper and later.
 
-Under one filter row the S x C inputs of a pixel are neighbours in a row of the image, and the row's weights are neighbours in
-memory too. Where C is no multiple of 128 bytes, the kernels of :mod:`.descriptor` reduce in chunks that divide C: of 96
-channels in half precision 64 bytes, of 48 or 80 channels 32. This one reduces in chunks of 128 bytes whatever C is, and what is
-left of the row in smaller ones. Chunks that lie in the padding are left out.
+The S x C inputs of a pixel under one filter row are contiguous in a row of the image, and so are the row's weights. If C is not
+a multiple of 128 bytes, the kernels of :mod:`.descriptor` reduce in chunks that divide C: in half precision 64 bytes for 96
+channels, 32 bytes for 48 or 80 channels. The kernel here reduces in chunks of 128 bytes whatever C is, and reduces the rest of
+a row in smaller chunks. Chunks that lie in the padding are skipped.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _add_rows_of_taps(
     acc, x_desc, w_desc, h, o_x, n0, k0, r_low, rows, left, right,
     COLUMNS: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` and the products of CHUNKS chunks a filter row, from its column FIRST on; a row has COLUMNS.
+    """``acc`` plus the products of CHUNKS chunks of each filter row, from its column FIRST on. A row has COLUMNS columns.
 
-    Filter row 0 meets input row ``h`` from column ``o_x`` on. Of each filter row columns ``left`` to ``right`` meet the image.
-    Only chunks with some of these are added.
+    Filter row 0 meets input row ``h`` from column ``o_x`` on. Columns ``left`` to ``right`` of each filter row meet the image;
+    chunks without any of these columns are skipped.
     """
     low = tl.maximum(left - FIRST, 0) // BLOCK_K
     high = tl.minimum(tl.cdiv(tl.maximum(right - FIRST, 0), BLOCK_K), CHUNKS)
@@ -72,8 +72,8 @@ def _conv2d_taps_kernel(
 ):
     """One program computes one pixel of BLOCK_M images x BLOCK_N filters.
 
-    A chunk may reach beyond the image, where TMA fills in zeros. None reaches beyond its filter row: what lies there belongs to
-    another pixel, and an infinity times a zero would be NaN.
+    A chunk may reach beyond the image, where TMA fills in zeros. No chunk reaches beyond its filter row: the elements there
+    belong to another pixel, and an infinity among them times a zero weight would be NaN.
     """
     pid = program_id(0, WIDE)
     blocks_k = tl.cdiv(K, BLOCK_N)
@@ -109,7 +109,7 @@ def _conv2d_taps_kernel(
 
 
 def fprop(input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, relu: bool, channels_last: bool) -> Tensor:
-    """As :func:`.select.fprop`."""
+    """Arguments and result as :func:`.select.fprop`."""
     n, c, h, w, k, r, s, p, q, (_, padding, _, _), dtype, device, precision = problem
     config = conv2d_taps_config(device, n, p, q, c, k, r, s, channels_last=channels_last, dtype=dtype)
     x, filters = dense_nhwc(input), dense_nhwc(weight)

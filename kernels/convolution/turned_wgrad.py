@@ -1,8 +1,8 @@
-"""The gradient of a weight in TF32 without a copy of the output's gradient, which is turned on its way through registers.
+"""The weight gradient in TF32 without a copy of the output's gradient, whose blocks are transposed in registers.
 
-:mod:`kernels.convolution.descriptor_wgrad` reads copies of both operands with the batch innermost, this kernel one of the input
-alone. For an output's gradient so large that its copy would take memory that others want; the tensor cores wait longer for
-shared memory.
+:mod:`kernels.convolution.descriptor_wgrad` reads copies of both operands with the batch innermost; this kernel reads a copy of
+the input only. It is for output gradients whose copy would take too much memory. The tensor cores wait longer for shared
+memory here.
 """
 
 from __future__ import annotations
@@ -38,14 +38,17 @@ def _conv2d_turned_wgrad_kernel(
     pad_w,
     C: tl.constexpr,
     R: tl.constexpr,
-    COLUMNS: tl.constexpr,  # S * C, which are neighbours in a row of the input
+    COLUMNS: tl.constexpr,  # S * C, contiguous in a row of the input
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program sums BLOCK_M columns of a filter row x BLOCK_N filters over its split, a pixel of BLOCK_K images a step."""
+    """One program sums BLOCK_M columns of a filter row x BLOCK_N filters over its split.
+
+    A step of the sum is one pixel of BLOCK_K images.
+    """
     pid = program_id(0, WIDE)
     pid_split = program_id(1, WIDE)
     BLOCKS_M: tl.constexpr = (COLUMNS + BLOCK_M - 1) // BLOCK_M
@@ -78,11 +81,11 @@ def _conv2d_turned_wgrad_kernel(
 
 
 def wgrad(dz: Tensor, by_batch: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums]) -> None:
-    """Gradient of the weight into ``dw`` (K, C, R, S), any dense strides; and the sums of ``vectors``.
+    """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and add up the pending sums ``vectors``.
 
     Args:
-        dz: (N, K, P, Q).
-        by_batch: :func:`.by_batch.new_by_batch` of the input.
+        dz: gradient before the activation, (N, K, P, Q).
+        by_batch: the copy of the input with the batch innermost (:mod:`.by_batch`).
     """
     n, c, h, _, k, r, s, p, q, (_, padding, _, _), _, device, precision = problem
     config = conv2d_turned_wgrad_config(device, n, p, q, c, k, r, s)

@@ -1,7 +1,8 @@
 """2-D max-pooling: forward with a one-byte window position, backward as a gather.
 
-The forward pass stores, beside each maximum, where in its window it was found (r * S + s). The backward pass asks, for each
-input element, the few windows that hold it whether they point at it: no scatter, no atomics, a fixed order of addition.
+The forward pass stores, beside each maximum, its position in the window (r * S + s). For each input element, the backward pass
+adds the gradients of the few windows that contain the element and point at it. So the backward pass needs no scatter and no
+atomics, and its order of addition is fixed.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from .problem import MaxPool, MaxPoolGradient, Window
 def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = False, scattered: bool = False) -> dict[str, int]:
     """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
 
-    The axis that is contiguous in memory comes first: blocks of channels that divide them, where there are such, else of
-    pixels. Eight elements a thread are 16 bytes of a half type; four where pixels' offsets, or int64 ones (``wide``),
-    take the registers, two of float32 where both do: channels are no neighbours (``scattered``) in what is read.
+    The block of the axis that is contiguous in memory is chosen first. A block of channels divides the channels if it can.
+    A thread has eight elements, 16 bytes of a half type; four elements if offsets of pixels or int64 offsets (``wide``) take
+    the registers; two if both do, in float32 gradients whose channels are not contiguous (``scattered``).
     """
     if INTERPRETED:
         config = {"BLOCK_PIXELS": tile_size(pixels, 1, 512), "BLOCK_CHANNELS": tile_size(channels, 1, 128), "num_warps": 4}
@@ -57,12 +58,12 @@ def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = Fa
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor is NHWC in memory, so that what is made from it should be too.
+    """Whether a 4-D tensor is NHWC in memory, so that results computed from it should be NHWC too.
 
-    By its strides: inside ``torch.func.vmap`` a tensor does not answer for its memory format.
+    Checks the strides: inside ``torch.func.vmap`` a tensor cannot be asked for its memory format.
     """
     (n, c, h, w), (step_n, step_c, step_h, step_w) = tensor.shape, tensor.stride()
-    # A step along a dimension of size 1 says nothing.
+    # The stride of a dimension of size 1 is arbitrary.
     batch = n == 1 or step_n == c * h * w
     last = (c == 1 or step_c == 1) and (w == 1 or step_w == c) and (h == 1 or step_h == w * c)
     first = (w == 1 or step_w == 1) and (h == 1 or step_h == w) and (c == 1 or step_c == h * w)
@@ -70,7 +71,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def in_format(output: Tensor, output_format: torch.memory_format | None) -> Tensor:
-    """``output`` (N, C, H, W) or (C, H, W), copied where it is in another memory format than is asked for."""
+    """``output`` (N, C, H, W) or (C, H, W) in ``output_format``, copied if needed; None keeps the format as it is."""
     if output_format is None:
         return output
     if output.dim() == 3:
@@ -79,17 +80,17 @@ def in_format(output: Tensor, output_format: torch.memory_format | None) -> Tens
 
 
 def position_dtype(kernel_size: Sequence[int]) -> torch.dtype:
-    """uint8 where the window's positions and the mark for no gradient fit a byte (up to 255 elements), else int32."""
+    """uint8 if the window's positions and :func:`no_gradient` fit a byte (windows of up to 255 elements), else int32."""
     return torch.uint8 if kernel_size[0] * kernel_size[1] <= 255 else torch.int32
 
 
 def no_gradient(dtype: torch.dtype) -> int:
-    """In place of a position of ``dtype``: this window's maximum is a ReLU's zero, which no gradient passes."""
+    """The value stored in place of a position if the window's maximum is a ReLU's zero, which passes no gradient."""
     return torch.iinfo(dtype).max
 
 
 def run_max_pool2d_fprop(input: Tensor, problem: MaxPool) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operator ``max_pool2d_fprop``."""
+    """The implementation of the operator :func:`max_pool2d_fprop`."""
     window, channels_last, relu, write_position, write_index = problem
     n, c = input.shape[:2]
     kernel_size, _, _, _, output_size = window
@@ -137,9 +138,9 @@ def max_pool2d_fprop(
     write_position: bool,
     write_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled values, window positions, int64 indices (h * W + w), each (N, C, P, Q); empty where not wanted.
+    """Pooled values, window positions and int64 indices (h * W + w), each (N, C, P, Q); empty if not wanted.
 
-    With ``relu``, the input is a ReLU's output and positions say :func:`no_gradient` where it lets none pass.
+    With ``relu`` the input is a ReLU's output: a window whose maximum is zero gets :func:`no_gradient` as its position.
     """
     problem = MaxPool.of(kernel_size, stride, padding, dilation, output_size, channels_last, relu, write_position, write_index)
     return run_max_pool2d_fprop(input, problem)
@@ -148,7 +149,7 @@ def max_pool2d_fprop(
 def new_position_and_index(
     y: Tensor, kernel_size: Sequence[int], channels_last: bool, write_position: bool, write_index: bool
 ) -> tuple[Tensor, Tensor]:
-    """Uninitialised window positions and int64 indices for the outputs ``y``; empty where not wanted."""
+    """Allocate window positions and int64 indices for the outputs ``y``, uninitialised; empty if not wanted."""
     dtype = position_dtype(kernel_size)
     position = new_output(y.shape, dtype, y.device, channels_last=channels_last) if write_position else nothing(y, torch.uint8)
     index = new_output(y.shape, torch.int64, y.device, channels_last=channels_last) if write_index else nothing(y, torch.int64)
@@ -161,7 +162,7 @@ def _(input, kernel_size, stride, padding, dilation, output_size, channels_last,
     return y, *new_position_and_index(y, kernel_size, channels_last, write_position, write_index)
 
 
-#: The most positions of a window, or inputs of a cell, that are written out in the code of a kernel.
+#: The most positions of a window, or inputs of a cell, that a kernel unrolls.
 _WRITTEN_OUT = 16
 
 
@@ -178,10 +179,10 @@ def max_pool2d_dgrad(
     write_dx: bool,
     sum_channels: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the pool's input, or of the ReLU's input before it where the positions were made with ``relu``.
+    """Gradient of the pool's input, or of the preceding ReLU's input if the positions were written with ``relu``.
 
-    And its sum over everything but the channels, (C,), which is the gradient of a bias before that ReLU. Both in
-    ``grad_output``'s dtype; empty what is not wanted.
+    The second result is that gradient's sum over all dimensions but the channels, (C,): the gradient of a bias before the ReLU.
+    Both have ``grad_output``'s dtype; a result that is not wanted is empty.
     """
     window = Window(kernel_size, stride, padding, dilation, grad_output.shape[2:])
     return _run_dgrad(grad_output, position, MaxPoolGradient(input_size, window, channels_last, write_dx, sum_channels))
@@ -194,7 +195,7 @@ def _run_dgrad(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) 
 
 
 def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) -> tuple[Tensor, Tensor, list[ColumnSums]]:
-    """What :func:`max_pool2d_dgrad` returns, and what is still to be summed for the second result."""
+    """The results of :func:`max_pool2d_dgrad`, and the pending sums that will fill the second result."""
     input_size, window, channels_last, write_dx, sum_channels = problem
     kernel_size, stride, padding, *_ = window
     if max(kernel_size[0] * kernel_size[1], stride[0] * stride[1]) > _WRITTEN_OUT:
@@ -212,7 +213,7 @@ def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradien
     config = pool_config(cells, c, channels_last, wide, scattered)
     blocks = n * cdiv(cells, config["BLOCK_PIXELS"])
     columns = cdiv(c, config["BLOCK_CHANNELS"])
-    split = split_count(columns, max(blocks, 1), programs_per_multiprocessor=5)  # as many as fit by registers, at once
+    split = split_count(columns, max(blocks, 1), programs_per_multiprocessor=5)  # registers let five programs run at once
     partial = new_output((split if sum_channels else 0, c), accumulator_dtype(dx.dtype), dx.device)
     launch(
         _max_pool2d_dgrad_kernel,
@@ -239,7 +240,7 @@ def pool_backward(grad_output: Tensor, position: Tensor, problem: MaxPoolGradien
 
 
 def pool_backward_reference(grad_output: Tensor, position: Tensor, input_size: Sequence[int], window: Window) -> Tensor:
-    """The first result of :func:`pool_backward`, in PyTorch's own operations."""
+    """Reference for the first result of :func:`pool_backward` in PyTorch operations."""
     (_, s), stride, padding, dilation, (p, q) = window
     n, c, h, w = input_size
     place = position.long()
@@ -257,7 +258,7 @@ def pool_backward_reference(grad_output: Tensor, position: Tensor, input_size: S
 def _new_dgrad(
     grad_output: Tensor, input_size: Sequence[int], channels_last: bool, write_dx: bool, sum_channels: bool
 ) -> tuple[Tensor, Tensor]:
-    """Uninitialised results of :func:`max_pool2d_dgrad`."""
+    """Allocate the results of :func:`max_pool2d_dgrad`, uninitialised."""
     dtype, device = grad_output.dtype, grad_output.device
     dx = new_output((input_size[0] if write_dx else 0, *input_size[1:]), dtype, device, channels_last=channels_last)
     return dx, new_output((input_size[1],), dtype, device) if sum_channels else nothing(grad_output)
@@ -269,11 +270,11 @@ def _(grad_output, position, input_size, kernel_size, stride, padding, dilation,
 
 
 def _gather_dgrad(grad_output: Tensor, position: Tensor, problem: MaxPoolGradient) -> Tensor:
-    """The gradient by the kernel that takes windows of any size."""
+    """The input gradient by the kernel that takes windows of any size."""
     input_size, window, channels_last, *_ = problem
     dx, _ = _new_dgrad(grad_output, input_size, channels_last, True, False)
     wide = needs_int64(dx, grad_output, position)
-    config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, int64 or not
+    config = elementwise_config(dx.numel(), wide=True)  # each window's offsets take registers, in int32 too
     launch(
         _max_pool2d_gather_dgrad_kernel,
         (cdiv(dx.numel(), config["BLOCK"]),),
@@ -293,7 +294,7 @@ def _gather_dgrad(grad_output: Tensor, position: Tensor, problem: MaxPoolGradien
 
 
 def _geometry(input_size: Sequence[int], window: Window) -> dict[str, int]:
-    """The constants of a pool's kernels: all sizes but the batch's."""
+    """The compile-time constants of a pool's kernels: all sizes but the batch size."""
     (r, s), stride, padding, dilation, (p, q) = window
     _, c, h, w = input_size
     constants = {"C": c, "H": h, "W": w, "P": p, "Q": q, "R": r, "S": s}
@@ -306,7 +307,7 @@ def _geometry(input_size: Sequence[int], window: Window) -> dict[str, int]:
 
 
 def check_positions_written(written: bool) -> None:
-    """Refuse the backward pass of a pool whose forward pass was not asked for positions."""
+    """Raise RuntimeError if the forward pass of a pool did not write the positions that its backward pass needs."""
     if not written:
         raise RuntimeError(
             "this max-pool was recorded without the window positions that its gradient needs: its graph was made under "
@@ -324,7 +325,7 @@ def _formula(ctx: Any, wanted: Sequence[bool], saved: tuple[Tensor], grad_output
 
 @over(_fprop_operator)
 class MaxPool2dFunction(OperatorFunction):
-    """Max-pool. Saves one byte an output: the position in its window."""
+    """Max-pool. Saves one byte for each output: the maximum's position in its window."""
 
     internal = (1,)
 
@@ -341,7 +342,7 @@ class MaxPool2dFunction(OperatorFunction):
             ctx.mark_non_differentiable(position)
         else:
             ctx.mark_non_differentiable(position, index)
-        ctx.set_materialize_grads(False)  # no zeros for the gradient of the positions, which have none
+        ctx.set_materialize_grads(False)  # allocate no zeros as the gradient of the positions
         ctx.problem = problem
         ctx.input_size = input.shape
         ctx.channels_last = is_channels_last(input)
@@ -373,7 +374,7 @@ def max_pool2d_reference(
     return_indices: bool = False,
     output_format: torch.memory_format | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What :func:`max_pool2d` means, in PyTorch's own operation."""
+    """Reference for :func:`max_pool2d`: PyTorch's own operation."""
     options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     result = F.max_pool2d(input, *options)  # type: ignore[call-overload]
     if return_indices:
@@ -390,7 +391,11 @@ def pool_arguments(
     ceil_mode: bool,
     prefix: str = "",
 ) -> Window:
-    """Check the arguments of a pool over (height, width) = ``size``; its windows as plain ints."""
+    """Check the arguments of a pool over (height, width) = ``size``; return its windows as plain ints.
+
+    Raises:
+        ArgumentValueError: padding larger than half a window, or an empty output.
+    """
     window = pair(f"{prefix}kernel_size", kernel_size, 1)
     no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)
     steps = window if no_stride else pair(f"{prefix}stride", stride, 1)  # type: ignore[arg-type]
@@ -419,7 +424,10 @@ def pool_arguments(
 
 
 def prepare_max_pool2d(tensors: Sequence[Tensor | None], options: tuple[Any, ...], needs_grad: bool) -> MaxPool:
-    """The problem of :class:`MaxPool2dFunction` in a sequence; options: the pool's to ``ceil_mode``, and ``output_format``."""
+    """The problem that :class:`MaxPool2dFunction` takes when it runs as part of a sequence (:mod:`kernels.sequence`).
+
+    Options: kernel_size, stride, padding, dilation, ceil_mode, output_format.
+    """
     (input,) = tensors
     check_tensors(input=input)
     assert input is not None
@@ -441,22 +449,22 @@ def max_pool2d(
     *,
     output_format: torch.memory_format | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """2-D max-pooling; the meaning of :func:`torch.nn.functional.max_pool2d`, ties and NaN included.
+    """2-D max-pooling with the semantics of :func:`torch.nn.functional.max_pool2d`, ties and NaN included.
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float16 or bfloat16 (float64 on the CPU), any strides.
         kernel_size: int or (rows, columns) of the window, in elements.
         stride: int or two ints, in elements; ``kernel_size`` by default.
-        padding: of -inf on each side, at most half of ``kernel_size``.
-        dilation: distance of window elements.
+        padding: elements of -inf on each side, at most half of ``kernel_size``; int or two ints.
+        dilation: distance of window elements, int or two ints.
         ceil_mode: count the last, partial window too.
         return_indices: return PyTorch's int64 indices (h * W + w in the input's plane) as well.
-        output_format: ``torch.contiguous_format`` for what is returned to be NCHW in memory, ``torch.channels_last`` for NHWC;
-            None for ``input``'s own.
+        output_format: ``torch.contiguous_format`` for results that are NCHW in memory, ``torch.channels_last`` for NHWC, None
+            for ``input``'s own format.
 
     Returns:
-        (N, C, P, Q) or (C, P, Q) in ``input``'s dtype, in memory NHWC or NCHW; a pair with the indices if asked.
-        The gradient needs one byte an output (four for windows of more than 255 elements).
+        (N, C, P, Q) or (C, P, Q) in ``input``'s dtype; with ``return_indices`` a pair of the output and the indices. For the
+        backward pass one byte is kept for each output (four for windows of more than 255 elements).
 
     Raises:
         TypeError: a dtype that the kernels do not run.

@@ -1,7 +1,7 @@
-"""Max-pooling's kernels: forward with a one-byte window position, backward as a gather.
+"""Kernels of max-pooling: forward with a one-byte window position, backward as a gather.
 
-Both passes are bound by memory, so their tiles are pixels x channels with the channels of a channels-last tensor side by side:
-each thread reads and writes 16 bytes of neighbours, which all lie in windows at the same place.
+Both passes are bound by memory bandwidth. So a tile is pixels x channels, and in a channels-last tensor each thread reads and
+writes 16 contiguous bytes: channels that have the same position in their windows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..primitives import cast, compensated_add, program_id
 
 @triton.jit
 def _tile(o_pixel, o_c, CHANNELS_LAST: tl.constexpr):
-    """Pixels and channels as the two axes of a tile, neighbours in memory along the last: there threads follow each other."""
+    """Pixels and channels as the two axes of a tile. Threads follow the last axis, so it is the contiguous one."""
     if CHANNELS_LAST:
         o_pixel, o_c = o_pixel[:, None], o_c[None, :]
     else:
@@ -34,7 +34,7 @@ def _max_pool2d_fprop_kernel(
     stride_xw,
     stride_yn,
     stride_yc,
-    stride_yq,  # from a pixel to the next, from the end of a row too
+    stride_yq,  # from one pixel to the next, also across the end of a row
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -48,7 +48,7 @@ def _max_pool2d_fprop_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # of the tile: as x has it
+    CHANNELS_LAST: tl.constexpr,  # the tile's order of axes, the same as in x
     RELU: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
     WRITE_POSITION: tl.constexpr,
@@ -60,8 +60,8 @@ def _max_pool2d_fprop_kernel(
 ):
     """One program computes BLOCK_PIXELS outputs of one image in BLOCK_CHANNELS channels.
 
-    Where a window lies is worked out once for all its channels, so that little but the maxima is left to do for each element.
-    With RELU, the input is a ReLU's output: a window whose maximum is <= 0 gets NO_GRADIENT for its position.
+    A window's bounds are computed once for all channels, so that each element needs little more than the comparison.
+    With RELU the input is a ReLU's output: a window whose maximum is <= 0 gets NO_GRADIENT as its position.
     """
     PIXEL_BLOCKS: tl.constexpr = (P * Q + BLOCK_PIXELS - 1) // BLOCK_PIXELS
     CHANNEL_BLOCKS: tl.constexpr = (C + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
@@ -75,8 +75,8 @@ def _max_pool2d_fprop_kernel(
     o_w = o_pixel % Q * STRIDE_W - PAD_W
     p_x = x_ptr + n * stride_xn + o_c * stride_xc
 
-    # The first element of the window inside the image stands until something larger comes, as in PyTorch: a window of
-    # -inf points at it. After a NaN nothing is larger, but a later NaN takes over.
+    # As in PyTorch, the position starts at the window's first element inside the image, so a window of -inf points at it.
+    # No number is larger than a NaN, but a later NaN replaces an earlier one.
     first_r = tl.where(o_h < 0, (DILATION_H - 1 - o_h) // DILATION_H, 0)
     first_s = tl.where(o_w < 0, (DILATION_W - 1 - o_w) // DILATION_W, 0)
     b_position = tl.where(mask, first_r * S + first_s, 0).to(tl.int32)
@@ -86,7 +86,7 @@ def _max_pool2d_fprop_kernel(
             h = o_h + r * DILATION_H
             w = o_w + s * DILATION_W
             inside = mask & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
-            # What is not inside is never taken: -inf is larger than nothing.
+            # Elements outside the image are -inf, never larger than the best so far, so they are never taken.
             b_x = tl.load(p_x + (h * stride_xh + w * stride_xw), mask=inside, other=float("-inf")).to(ACC)
             takes = (b_x > b_best) | (b_x != b_x)
             b_best = tl.where(takes, b_x, b_best)
@@ -116,7 +116,7 @@ def _add_window(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
 ):
-    """``acc`` plus a window's gradient where it points at its input H_OFFSET below and W_OFFSET right of where it begins."""
+    """``acc`` plus a window's gradient if the window points at the input at (H_OFFSET, W_OFFSET) from the window's first."""
     r: tl.constexpr = H_OFFSET // DILATION_H
     s: tl.constexpr = W_OFFSET // DILATION_W
     if r * DILATION_H == H_OFFSET and r < R and s * DILATION_W == W_OFFSET and s < S:
@@ -158,7 +158,7 @@ def _max_pool2d_dgrad_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     NO_GRADIENT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,  # of the tile: as dx has it
+    CHANNELS_LAST: tl.constexpr,  # the tile's order of axes, the same as in dx
     WRITE_DX: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -166,11 +166,11 @@ def _max_pool2d_dgrad_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """One program owns BLOCK_CHANNELS channels and walks over one split's share of the cells, BLOCK_PIXELS of them at a time.
+    """One program owns BLOCK_CHANNELS channels and iterates over one split's cells, BLOCK_PIXELS of them at a time.
 
-    Cell (p, q) is the STRIDE_H x STRIDE_W inputs at which window (p, q) begins. The windows that reach a cell are the same few
-    for every cell, counted from its own, and so are the positions at which they see each of its inputs: constants, all of
-    them. A window's gradient is loaded once and handed to all the inputs of the cell.
+    Cell (p, q) is the STRIDE_H x STRIDE_W inputs at which window (p, q) begins. Which windows reach a cell, relative to window
+    (p, q), and at which positions they contain the cell's inputs, is the same for every cell. So these numbers are compile-time
+    constants. A window's gradient is loaded once for all inputs of the cell.
     """
     CELLS_H: tl.constexpr = (H - 1 + PAD_H) // STRIDE_H + 1
     CELLS_W: tl.constexpr = (W - 1 + PAD_W) // STRIDE_W + 1
@@ -196,7 +196,7 @@ def _max_pool2d_dgrad_kernel(
         positions = ()
         for i in tl.static_range(WINDOWS_H):
             for j in tl.static_range(WINDOWS_W):
-                p = o_p - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
+                p = o_p - (WINDOWS_H - 1 - i)  # ascending: PyTorch's CPU pool adds in this order
                 q = o_q - (WINDOWS_W - 1 - j)
                 mask = ((p >= 0) & (p < P) & (q >= 0) & (q < Q)) & m_c
                 grads += (tl.load(p_dy + (p * stride_dyp + q * stride_dyq), mask=mask, other=0.0).to(ACC),)  # type: ignore[assignment]
@@ -226,7 +226,7 @@ def _max_pool2d_dgrad_kernel(
                     mask = ((h >= 0) & (h < H) & (w >= 0) & (w < W)) & m_c
                     tl.store(p_dx + (h * stride_dxh + w * stride_dxw), cast(acc, dx_ptr.dtype.element_ty), mask=mask)
         if SUM_CHANNELS:
-            # Every gradient that a window passes on reaches exactly one input, so the sum over the windows is the sum of dx.
+            # A gradient that a window passes on reaches exactly one input, so the sum over the windows is the sum of dx.
             OWN: tl.constexpr = WINDOWS_H * WINDOWS_W - 1
             b_own = tl.where(positions[OWN] == NO_GRADIENT, 0.0, grads[OWN])
             b_sum, b_lost = compensated_add(b_sum, b_lost, b_own)
@@ -238,7 +238,7 @@ def _max_pool2d_dgrad_kernel(
 
 @triton.jit
 def _split_index(o_e, C, H, W, CHANNELS_LAST: tl.constexpr):
-    """Element number in memory order to (n, c, h, w)."""
+    """Convert an element's index in memory order to (n, c, h, w)."""
     if CHANNELS_LAST:
         o_c = o_e % C
         o_w = (o_e // C) % W
@@ -255,7 +255,7 @@ def _split_index(o_e, C, H, W, CHANNELS_LAST: tl.constexpr):
 def _max_pool2d_gather_dgrad_kernel(
     dy_ptr,  # [N, C, P, Q] through its strides
     position_ptr,  # [N, C, P, Q] through its strides
-    dx_ptr,  # out: [N, C, H, W], dense in the order CHANNELS_LAST says
+    dx_ptr,  # out: [N, C, H, W], dense, NHWC with CHANNELS_LAST, else NCHW
     elements,
     stride_dyn,
     stride_dyc,
@@ -283,7 +283,7 @@ def _max_pool2d_gather_dgrad_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Any window: one program computes BLOCK input gradients, neighbours in memory, each from the windows that hold it."""
+    """Any window size: one program computes BLOCK contiguous input gradients, each from the windows that contain the input."""
     WINDOWS_H: tl.constexpr = (DILATION_H * (R - 1)) // STRIDE_H + 1  # the most windows that hold one row
     WINDOWS_W: tl.constexpr = (DILATION_W * (S - 1)) // STRIDE_W + 1
     o_e = program_id(0, WIDE) * BLOCK + tl.arange(0, BLOCK)
@@ -294,7 +294,7 @@ def _max_pool2d_gather_dgrad_kernel(
 
     acc = tl.zeros((BLOCK,), dtype=ACC)
     for i in range(WINDOWS_H):
-        p = (o_h + PAD_H) // STRIDE_H - (WINDOWS_H - 1 - i)  # ascending, the order in which PyTorch's CPU pool adds
+        p = (o_h + PAD_H) // STRIDE_H - (WINDOWS_H - 1 - i)  # ascending: PyTorch's CPU pool adds in this order
         h_offset = o_h + PAD_H - p * STRIDE_H
         m_h = (p >= 0) & (p < P) & (h_offset % DILATION_H == 0) & (h_offset <= DILATION_H * (R - 1))
         for j in range(WINDOWS_W):

@@ -1,4 +1,4 @@
-"""What a pool is asked to do, as values that can be compared and hashed: plans are looked up by them."""
+"""The parameters of a pool and of its gradient as hashable values, which are the keys of the plan cache."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Window(NamedTuple):
 
 
 class MaxPool(NamedTuple):
-    """What :func:`kernels.max_pool2d`'s operator is told beside its input.
+    """Parameters of the operator of :func:`kernels.max_pool2d`: everything but its input.
 
     Attributes:
-        channels_last: whether the output is NHWC in memory, or NCHW.
-        relu: whether the input is a ReLU's output; then positions say where it lets no gradient pass.
-        write_position: whether the backward pass's window positions are wanted.
-        write_index: whether PyTorch's indices are.
+        channels_last: whether the output is NHWC in memory; False for NCHW.
+        relu: whether the input is a ReLU's output. Then positions mark the windows that pass no gradient.
+        write_position: whether to write the window positions that the backward pass reads.
+        write_index: whether to write PyTorch's indices.
     """
 
     window: Window
@@ -33,23 +33,23 @@ class MaxPool(NamedTuple):
     write_index: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         return (*self.window, *self[1:])
 
     @classmethod
     def of(cls, *flat: Any) -> MaxPool:
-        """From what :meth:`flat` returns."""
+        """The inverse of :meth:`flat`."""
         return cls(Window(*flat[:5]), *flat[5:])
 
 
 class MaxPoolGradient(NamedTuple):
-    """What the operator of its gradient is told.
+    """Parameters of the max-pool's backward operator.
 
     Attributes:
         input_size: (N, C, H, W).
-        channels_last: whether the gradient is NHWC in memory, or NCHW.
-        write_dx: whether the gradient is wanted.
-        sum_channels: whether its sum over everything but the channels is.
+        channels_last: whether the gradient is NHWC in memory; False for NCHW.
+        write_dx: whether to write the input gradient.
+        sum_channels: whether to sum the input gradient over all dimensions but the channels.
     """
 
     input_size: Sequence[int]
@@ -59,5 +59,5 @@ class MaxPoolGradient(NamedTuple):
     sum_channels: bool
 
     def flat(self) -> tuple[Any, ...]:
-        """As the operator's schema lists it."""
+        """The values in the order of the operator's schema."""
         return (self.input_size, *self.window[:4], *self[2:])
