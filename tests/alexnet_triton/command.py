@@ -1,4 +1,4 @@
-"""The command line in this process: what it does costs no start of Python and PyTorch, and kernels run as in the suite."""
+"""Runs the command line in this process: without starting Python and PyTorch again, and with kernels as in the suite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alexnet_triton.__main__ import main
 
 
 def run_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``alexnet-triton ARGUMENTS``, its output and exit code. What would be a traceback is raised."""
+    """Output and exit code of ``alexnet-triton ARGUMENTS``. An exception, which would print a traceback, is raised."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.ExitStack() as stack:
@@ -30,7 +30,7 @@ def run_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
 
 
 def run(*arguments: str, cwd: Path) -> str:
-    """What ``alexnet-triton ARGUMENTS`` prints, which must not fail."""
+    """The output of ``alexnet-triton ARGUMENTS``, which must succeed."""
     result = run_here(*arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout

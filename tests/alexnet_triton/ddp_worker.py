@@ -1,4 +1,4 @@
-"""What each process of test_distributed runs: its part of a batch by DistributedDataParallel, as images and as cells."""
+"""Each process of test_distributed: its part of a batch under DistributedDataParallel, as images and as cells."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from alexnet_triton.training.distributed import leave
 from kernels.runtime.backend import has_copy_engine
 
 backend = kernels.use_backend("triton")
-backend.__enter__()  # for all that follows: an error where the kernels cannot run
+backend.__enter__()  # for the whole script: raises where the kernels cannot run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 net = FusedSequential(
@@ -41,7 +41,7 @@ half = slice(2 * rank, 2 * rank + 2)
 nn.functional.cross_entropy(parallel(x[half]), labels[half]).backward()
 for ours, whole in zip(net.parameters(), alone.parameters(), strict=True):
     torch.testing.assert_close(ours.grad, whole.grad)
-# Shares of a batch as cells and as images: the same bits, of two images and one, then of one and none.
+# Shares of a batch as cells and as images have the same bits: shares of two images and one, then of one and none.
 if has_copy_engine(torch.device(device)):
     first = (nn.Conv2d(1, 8, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten())
     net = FusedSequential(*first, nn.Linear(32, 3)).to(device, torch.bfloat16)
@@ -60,6 +60,6 @@ if has_copy_engine(torch.device(device)):
         assert all(bool(grad.any()) for grad in grads[0])
 
 
-del parallel  # it holds the group
+del parallel  # it refers to the process group
 leave()
 (Path(sys.argv[1]) / str(rank)).touch()

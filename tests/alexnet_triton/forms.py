@@ -1,4 +1,4 @@
-"""The forms in which people write a network: modules whose own ``forward`` calls their layers, for images of 3 x 12 x 12."""
+"""Networks in the forms in which people write them: modules whose ``forward`` calls their layers, for 3 x 12 x 12 images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Attributes(nn.Module):
-    """Every layer an attribute."""
+    """Every layer is an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Attributes(nn.Module):
 
 
 class Functional(Attributes):
-    """Functions for whatever has no parameters."""
+    """Functions for everything without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
@@ -37,7 +37,7 @@ class Functional(Attributes):
 
 
 class TensorMethods(Attributes):
-    """ReLUs as methods and functions of torch, in place where nothing else reads."""
+    """ReLUs as tensor methods and functions of torch, in place where nothing else reads the tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
@@ -46,7 +46,7 @@ class TensorMethods(Attributes):
 
 
 class InPlace(Attributes):
-    """ReLUs in place, as statements."""
+    """ReLUs in place, as statements without a result."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
@@ -59,7 +59,7 @@ class InPlace(Attributes):
 
 
 class ReadTwice(Attributes):
-    """What comes before a ReLU is read as well: by a second path, or in a view."""
+    """The input of a ReLU is also read by a second path or through a view."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(x)
@@ -71,7 +71,7 @@ class ReadTwice(Attributes):
 
 
 class Lists(nn.Module):
-    """Layers in lists, dicts and a plain list of containers."""
+    """Layers in a list, a dict, and a plain Python list of containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Lists(nn.Module):
 
 
 class Branches(Attributes):
-    """Arguments with which ``forward`` does another thing, helper methods, several outputs."""
+    """Arguments that change what ``forward`` does, helper methods, several outputs."""
 
     def features(self, x: Tensor, *, pooled: bool) -> Tensor:
         x = F.relu(self.conv1(x))
@@ -105,7 +105,7 @@ class Branches(Attributes):
 
 
 class Looking(Attributes):
-    """A branch that depends on what its input holds: the compiler's graph breaks there."""
+    """A branch that depends on the input's values: the compiler's graph breaks there."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.relu(self.conv1(x)))
@@ -115,7 +115,7 @@ class Looking(Attributes):
 
 
 class SideEffects(Attributes):
-    """Counts its calls, keeps what it made, fills a buffer."""
+    """Counts its calls, keeps activations and shapes, fills a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class SideEffects(Attributes):
 
 
 class OwnParameters(nn.Module):
-    """Weights of its own, given to functions; one is computed."""
+    """Parameters of its own, passed to functions; one weight is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Blocks in a container, beside layers."""
+    """Residual blocks in a container, beside layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Residual(nn.Module):
 
 
 class Containers(nn.Module):
-    """As half of all AlexNets are written: two containers, and a view between them."""
+    """The form of half of all AlexNets: two containers with a view between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Containers(nn.Module):
 
 
 class Regions(Attributes):
-    """Parts without gradients, and in another precision."""
+    """Regions without gradients, and in another precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -203,7 +203,7 @@ class Regions(Attributes):
 
 
 class Shared(Attributes):
-    """One layer used twice, and a layer's weight used by another function."""
+    """One layer used twice, and a layer's weight passed to a function."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.relu(self.conv1(x)))
@@ -213,7 +213,7 @@ class Shared(Attributes):
 
 
 class Subclassed(nn.Sequential):
-    """A Sequential with a ``forward`` of its own, and a layer that is a subclass."""
+    """A Sequential with its own ``forward``, and a layer of a subclass."""
 
     class Activated(nn.Conv2d):
         """A convolution with its activation."""

@@ -1,4 +1,4 @@
-"""What each process of test_distributed runs: a fused network sharded by FSDP2 trains what one process trains."""
+"""Each process of test_distributed: a fused network sharded by FSDP2 trains as in one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sharding = Callable[[nn.Module, DeviceMesh], object]
 
 
 def small_net() -> FusedSequential:
-    """A block of convolutions and one of linear layers."""
+    """A container of convolutions and one of linear layers."""
     features = FusedSequential(
         *(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten())
     )
@@ -52,10 +52,10 @@ def layers(net: nn.Module, mesh: DeviceMesh) -> None:
 def trains_as_alone(
     make: Callable[[], nn.Module], shard: Sharding, mesh: DeviceMesh, side: int, steps: int
 ) -> tuple[list[str], list[str]]:
-    """Each process has half of every batch of four; the means of gradients are the batch's.
+    """Train with half of every batch of four in each process; check that the weights are those of one process.
 
     Returns:
-        The kernels of the passes, alone and sharded.
+        The names of the launched kernels, of one process and sharded.
     """
     launched: tuple[list[str], list[str]] = ([], [])
     nets: list[nn.Module] = []
@@ -80,7 +80,7 @@ def trains_as_alone(
 
 
 def alexnet() -> nn.Module:
-    """Without dropout, which each process draws for itself."""
+    """AlexNet without dropout, which each process would draw for itself."""
     net = AlexNet()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     with kernels.use_backend("triton"):
         for shard in (whole, blocks, layers):
             alone, sharded = trains_as_alone(small_net, shard, mesh, side=16, steps=2)
-            # A layer that is sharded by itself has hooks of its own, and runs as it stands; all others are fused.
+            # A layer that is sharded by itself has its own hooks and runs unfused; all others run fused.
             assert (len(sharded) == len(alone)) == (shard is not layers), (shard, alone, sharded)
     with kernels.use_backend("torch"):
         trains_as_alone(alexnet, whole, mesh, side=224, steps=1)

@@ -1,6 +1,6 @@
-"""A process without GPU and without the interpreter: a fused network calls the operators that PyTorch's layers call.
+"""On the CPU without the interpreter, a fused network calls the operators that PyTorch's layers call.
 
-``python -m tests.alexnet_triton.plain_cpu_worker --batch 64`` also times a training step of AlexNet beside ``nn.Sequential``'s.
+``python -m tests.alexnet_triton.plain_cpu_worker --batch 64`` also times a training step of AlexNet against ``nn.Sequential``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .forms import FORMS, tensors_of
 
 
 class Operators(TorchDispatchMode):
-    """Notes every operator."""
+    """Notes the name of every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Operators(TorchDispatchMode):
 
 
 def step(net: nn.Module, x: Tensor) -> tuple[list[Tensor], list[str]]:
-    """Outputs and gradients of a training step, with dropout, and the operators that it takes."""
+    """The outputs and gradients of a training step with dropout, and the names of its operators."""
     torch.manual_seed(5)
     net.zero_grad()
     with Operators() as operators:
@@ -47,13 +47,13 @@ def step(net: nn.Module, x: Tensor) -> tuple[list[Tensor], list[str]]:
 
 
 def same_step(net: nn.Module, x: Tensor) -> bool:
-    """Whether the fused network's step is the network's own: operators, and bits."""
+    """Whether the fused network's step has the network's operators and bits."""
     (theirs, wanted), (ours, got) = step(net, x), step(fuse(copy.deepcopy(net)), x)
     return got == wanted and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def dropouts() -> dict[str, bool]:
-    """Whether functions draw as PyTorch's do without a seed, and their own stream with one."""
+    """Whether functions draw PyTorch's numbers without a seed, and their own stream with a seed."""
     x, weight = torch.randn(50, 20), torch.randn(30, 20)
     torch.manual_seed(1)
     theirs = F.dropout(x, 0.3), F.dropout(F.relu(F.linear(x, weight)), 0.3)
@@ -67,7 +67,7 @@ def dropouts() -> dict[str, bool]:
 
 
 def ratio(batch: int, repeats: int) -> float:
-    """Time of a training step of AlexNet over that of ``nn.Sequential``: of neighbouring pairs, the median."""
+    """Time of a training step of AlexNet divided by ``nn.Sequential``'s: the median of adjacent pairs."""
     fused, net = AlexNet(), reference_alexnet()
     x, labels = torch.rand(batch, 1, 224, 224), torch.randint(0, 10, (batch,))
     ratios = []
@@ -82,15 +82,15 @@ def ratio(batch: int, repeats: int) -> float:
 
 
 def main() -> None:
-    """Print what was found as JSON."""
+    """Print the findings as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=0, help="time AlexNet with this batch")
-    parser.add_argument("--repeats", type=int, default=8, help="pairs of steps that are timed")
+    parser.add_argument("--batch", type=int, default=0, help="also time AlexNet with this batch size")
+    parser.add_argument("--repeats", type=int, default=8, help="number of timed pairs of steps")
     arguments = parser.parse_args()
     x = torch.randn(2, 3, 12, 12)
     for form in FORMS.values():
         fuse(form())(x)
-    imported = "torch._dynamo" in sys.modules  # which a dispatch mode imports later
+    imported = "torch._dynamo" in sys.modules  # a dispatch mode imports it later
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(800, 9), nn.ReLU(), nn.Dropout(0.5)]
     found: dict[str, Any] = {
         "steps": {

@@ -1,4 +1,4 @@
-"""A layer runs fused only if it is what it seems: whoever changes what it computes, on whatever way, is obeyed."""
+"""A layer runs fused only if it computes what its type says: any change to a layer's computation takes effect."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layers() -> list[nn.Module]:
 
 
 class Net(nn.Module):
-    """The same layers, called by a ``forward``."""
+    """The same layers in a class with its own ``forward``."""
 
     def __init__(self, *given: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def images() -> Tensor:
 
 
 class Counted(Tensor):
-    """A subclass that computes something else: twice of everything that a layer does."""
+    """A tensor subclass that computes something else: twice every layer's result."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +94,7 @@ def function(name: str) -> Callable[[Any], None]:
 
 
 class Doubled(nn.Module):
-    """A parametrization."""
+    """A parametrization that doubles the weight."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
@@ -107,7 +107,7 @@ def parametrized(net: Any) -> None:
 
 
 def hooked_weights(net: Any) -> None:
-    """The older way of weight_norm, and pruning: the weight is an attribute that a hook computes."""
+    """The older weight_norm, and pruning: a hook computes the weight, which is a plain attribute."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.nn.utils.weight_norm(net[3])
@@ -115,7 +115,7 @@ def hooked_weights(net: Any) -> None:
 
 
 def weights_that_are_attributes(net: Any) -> None:
-    """As some libraries put a view of one flat tensor there."""
+    """Weights that are plain tensors, as libraries with one flat parameter tensor set them."""
     for i in (0, 7):
         weight = net[i].weight.detach() * 2
         del net[i].weight
@@ -128,7 +128,7 @@ def subclass_weights(net: Any) -> None:
 
 
 def int8_weights(net: Any) -> None:
-    """torchao's, which replace the weights of linear layers."""
+    """torchao's int8 weights in linear layers."""
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
 
@@ -137,7 +137,7 @@ def circular_padding(net: Any) -> None:
     net[3].padding_mode = "circular"
 
 
-#: The monkeypatch of the running test: what is changed for all layers is put back after it.
+#: The running test's monkeypatch, which restores changes to classes and functions.
 _patches: pytest.MonkeyPatch
 
 
@@ -173,7 +173,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 }
 
 
-#: Changes of all layers at once.
+#: Changes that affect all layers.
 EVERYWHERE = [name for name in CHANGES if "." in name and "instance" not in name]
 
 
@@ -218,7 +218,7 @@ def test_explain_says_why() -> None:
 
 
 class Quantizable(nn.Module):
-    """As eager static quantization wants a network: between a QuantStub and a DeQuantStub."""
+    """A network between a QuantStub and a DeQuantStub, as eager static quantization needs it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_eager_static_quantization(when: str) -> None:
         torch.ao.quantization.convert(net, inplace=True)
         if net is fused and when == "after":
             fuse(net)
-    # By steps of the quantized output: what is fused while it is observed rounds otherwise.
+    # In steps of the quantized output: a network that runs fused during calibration rounds differently.
     assert (fused(x) - plain(x)).abs().max() <= 2 * plain.net[10].scale
 
 
@@ -263,7 +263,7 @@ def test_eager_static_quantization(when: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", NETS)
 def test_fx_quantization_quantizes(form: str) -> None:
-    """And does not silently stay float."""
+    """FX quantization does not silently leave the network in float."""
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -304,14 +304,14 @@ def test_integers_and_other_dtypes() -> None:
 
 
 @own_devices
-@pytest.mark.skipif(DEVICE != "cpu", reason="one process of gloo")
+@pytest.mark.skipif(DEVICE != "cpu", reason="a single process of gloo")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("form", NETS)
 def test_dtensors(form: str, when: str, tmp_path: Any) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = DeviceMesh("cpu", [0])
-        layers = nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 4)  # not every PyTorch convolves a padded DTensor
+        layers = nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 4)  # some PyTorch versions cannot convolve a padded DTensor
         net = nn.Sequential(*layers) if form == "Sequential" else Net(*layers)
         fused = copy.deepcopy(net)
         if when == "after":

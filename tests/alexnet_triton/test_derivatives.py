@@ -1,6 +1,6 @@
-"""Derivatives beyond the first, and forward mode, of a network: each use held to the same one of PyTorch's layers.
+"""Higher derivatives and forward mode of a network, each compared with the same use of PyTorch's layers.
 
-In training mode, with the same random numbers: those that PyTorch's operations draw under ``kernels.use_backend("torch")``.
+In training mode with the same random numbers, which PyTorch's operations draw under ``kernels.use_backend("torch")``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from alexnet_triton import FusedSequential
 from ..conftest import DEVICE
 from .test_fused import images, small_layers
 
-#: What runs here in a kernel, other tests run in it too.
+#: Other tests run the same kernels under ttsem.
 pytestmark = pytest.mark.slow_under_ttsem
 
-#: float64 kernels only run in the interpreter. There, two orders of a sum; on a GPU, what float32 leaves of third derivatives.
+#: float64 kernels only run in the interpreter. There sums differ in order; on a GPU float32 loses most in third derivatives.
 DTYPE, TOLERANCE = (torch.float64, 1e-10) if DEVICE == "cpu" else (torch.float32, 1e-3)
 
 Parameters = dict[str, Tensor]
@@ -31,7 +31,7 @@ Use = Callable[[nn.Module, Tensor], Any]
 
 
 def parameters(net: nn.Module) -> list[Tensor]:
-    """Those that learn."""
+    """The parameters that require a gradient."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
@@ -83,7 +83,7 @@ def meta_learning(net: nn.Module, x: Tensor) -> Any:
 
 
 def weights_made_of_the_input(net: nn.Module, x: Tensor) -> Any:
-    """A tensor of a sequence that another one was made of, and one that is there twice."""
+    """A weight that is computed from another tensor of the sequence, and one that is used twice."""
     given = detached(net)
     bias = given["3.bias"] + x.mean()
     (grad,) = torch.autograd.grad(loss(call(net, {**given, "3.bias": bias, "5.bias": bias}, x)), x, create_graph=True)
@@ -204,12 +204,12 @@ def a_dual_first_weight(net: nn.Module, x: Tensor) -> Any:
 
 
 def a_dual_last_weight(net: nn.Module, x: Tensor) -> Any:
-    """Whatever comes before runs the kernels, and takes a gradient with a tangent."""
+    """The layers before run the kernels and get a gradient with a tangent."""
     return dual_weight(net, x, "14.weight")
 
 
 def a_dual_gradient(net: nn.Module, x: Tensor) -> Any:
-    """Of a graph that was made before."""
+    """The output gradient has a tangent; the graph was recorded before."""
     y = net(x)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(torch.ones_like(y), y.detach().cos())
@@ -218,7 +218,7 @@ def a_dual_gradient(net: nn.Module, x: Tensor) -> Any:
 
 
 def exported(net: nn.Module, x: Tensor) -> Any:
-    """Its graph holds operators: their registered gradients."""
+    """The exported graph holds operators with registered gradients."""
     module = torch.export.export(net, (x.detach(),)).module()
     return gradient_penalty(module, x)
 
@@ -274,7 +274,7 @@ def test_as_the_layers(use: Use) -> None:
 
 
 def test_as_a_plain_sequential() -> None:
-    """Without dropout, whose random numbers are PyTorch's own there."""
+    """Without dropout, since nn.Sequential draws PyTorch's own random numbers."""
     layers = small_layers()
     plain, fused = (kind(*layers).to(DEVICE, DTYPE).eval() for kind in (nn.Sequential, FusedSequential))
     x = images(3).to(DTYPE).requires_grad_()
@@ -284,7 +284,7 @@ def test_as_a_plain_sequential() -> None:
 
 
 def test_the_gradients_are_those_of_the_kernels() -> None:
-    """To the bit, whether they are to be differentiated or not."""
+    """Gradients are bit-identical, recorded for differentiation or not."""
     net = FusedSequential(*small_layers()).to(DEVICE)
     x = images().requires_grad_()
     found = []
@@ -298,7 +298,7 @@ def test_the_gradients_are_those_of_the_kernels() -> None:
 
 
 def test_a_bias_may_change_before_its_gradient_is_asked_for() -> None:
-    """Nothing depends on its value, so PyTorch's layers let it."""
+    """No gradient depends on the bias's value, so PyTorch's layers allow it too."""
     net = FusedSequential(*small_layers()).to(DEVICE).eval()
     x = images()
     y = loss(net(x))

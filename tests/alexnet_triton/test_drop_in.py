@@ -1,4 +1,4 @@
-"""What people do with a network of these layers: each use once, held to the same use of the layers by themselves."""
+"""Common uses of a network of these layers, each compared with the same use of the plain layers."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ KERNELS_OF_A_FORWARD_PASS = [
 
 @pytest.fixture
 def net() -> FusedSequential:
-    """Every kind of run, with dropout; in training mode."""
+    """Every kind of run, with dropout, in training mode."""
     return FusedSequential(*small_layers()).to(DEVICE)
 
 
 def gradients(net: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-    """Of a loss, for every parameter, with the random numbers of seed 3; ``forward`` in place of the network itself."""
+    """Gradients of a loss for every parameter, with seed 3; ``forward`` replaces the network's own call."""
     torch.manual_seed(3)
     return list(torch.autograd.grad((forward or net)(x).square().sum(), list(net.parameters())))
 
 
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Bit for bit."""
+    """Check that tensors are equal bit for bit."""
     for got, wanted in zip(ours, theirs, strict=True):
         assert torch.equal(got, wanted)
 
@@ -56,7 +56,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_of_forward_and_backward_as_one_graph(net: FusedSequential, dynamic: bool, launches: list[str]) -> None:
-    """By TorchInductor, which checks the strides that the fake implementations promise; one graph for any batch."""
+    """By TorchInductor, which checks the strides of the fake implementations; one graph for any batch."""
     torch._dynamo.reset()
     net[10].p = net[13].p = 0.0
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
@@ -101,7 +101,7 @@ def test_compile_with_arguments_that_change() -> None:
 
 
 def operators(program: torch.export.ExportedProgram) -> list[str]:
-    """Names of this project's operators in an exported graph."""
+    """Names of this project's operators in an exported graph, in order."""
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     return [t.split(".")[1] for t in targets if t.startswith("alexnet_triton.")]
 
@@ -123,7 +123,7 @@ def test_export_for_any_batch_and_image_size(net: FusedSequential) -> None:
 
 
 def test_an_exported_network_trains(net: FusedSequential) -> None:
-    """Its graph holds operators, not autograd Functions: their registered gradients are the same kernels."""
+    """The exported graph holds operators instead of autograd Functions; their registered gradients run the same kernels."""
     x = images()
     module = torch.export.export(net, (x,)).module()
     torch.manual_seed(3)
@@ -234,7 +234,7 @@ def test_func_grad_and_the_gradient_of_each_sample(net: FusedSequential) -> None
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors(device: str, launches: list[str]) -> None:
-    """Shapes, strides and gradients of a step on a GPU that need not be there; nothing is launched."""
+    """Shapes, strides and gradients of a step on a GPU that need not be present; nothing is launched."""
     if device != DEVICE and device == "cpu":
         pytest.skip("fake CPU tensors run the reference where kernels run on CUDA")
     with FakeTensorMode(), torch.device(device):
@@ -249,7 +249,7 @@ def test_fake_tensors(device: str, launches: list[str]) -> None:
 
 
 def test_torchscript(net: FusedSequential) -> None:
-    """A trace records PyTorch's own layers; a script is refused in one line."""
+    """A trace records PyTorch's own layers; scripting raises an error that names unfuse."""
     net.eval()
     x = images()
     traced = torch.jit.trace(net, x)
@@ -261,7 +261,7 @@ def test_torchscript(net: FusedSequential) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
-    """``add_graph`` traces the network; of the layers it shows PyTorch's own."""
+    """``add_graph`` traces the network and shows PyTorch's own layers."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(tmp_path) as writer:
@@ -271,7 +271,7 @@ def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
 
 
 def test_flops_are_counted_as_pytorchs() -> None:
-    """But for groups, whose weight gradient PyTorch counts as if there were none."""
+    """Except for groups, whose weight gradient PyTorch counts as if there were none."""
     x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 6, 9, 9), (4, 3, 3, 3)))
     rows, matrix = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((5, 7), (3, 7)))
 
@@ -311,7 +311,7 @@ def test_checkpoint_sequential(net: FusedSequential) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_is_that_of_the_layers(dtype: torch.dtype) -> None:
-    """Dtypes inside, nested, in a disabled region, and of gradients; a float64 tensor is left alone."""
+    """Dtypes inside autocast, nested, in a disabled region, and of gradients; float64 tensors are left alone."""
     layers = small_layers(dropout=0.0)
     plain, fused = nn.Sequential(*layers).to(DEVICE), FusedSequential(*layers).to(DEVICE)
     other = torch.bfloat16 if dtype == torch.float16 else torch.float16
@@ -320,12 +320,12 @@ def test_autocast_is_that_of_the_layers(dtype: torch.dtype) -> None:
     for net in (plain, fused):
         with torch.autocast(DEVICE, dtype):
             y = net(x)
-            # Without the cache: from it, PyTorch's layers would take weights in the outer region's dtype and fail.
+            # Without the cache, which would give PyTorch's layers weights in the outer region's dtype and make them fail.
             with torch.autocast(DEVICE, other, cache_enabled=False):
                 nested = net[:2](x)
             with torch.autocast(DEVICE, enabled=False):
                 off = net(x)
-            # A first layer that is no convolution or linear hands its input's dtype on.
+            # A first layer that is no convolution or linear layer keeps its input's dtype.
             pooled = (kernels.max_pool2d if net is fused else F.max_pool2d)(x, 2)
         grads = torch.autograd.grad(y.float().square().sum(), list(net.parameters()))
         found.append(([t.dtype for t in (y, nested, off, pooled, *grads)], y, off))
@@ -371,13 +371,13 @@ def test_gradients_accumulate(net: FusedSequential) -> None:
 
 
 def test_frozen_layers_launch_nothing_for_themselves(net: FusedSequential, launches: list[str]) -> None:
-    """Features frozen, as in fine-tuning: the backward pass stops at the first layer that learns."""
+    """With frozen features, as in fine-tuning, the backward pass stops at the first layer that learns."""
     net[:8].requires_grad_(False)
     y = net(images())
     launches.clear()
     y.sum().backward()
     assert not [name for name in launches if "conv2d" in name or "pool" in name]
-    assert launches == ["_linear_narrow_backward_kernel"] * 3  # all gradients of a layer
+    assert launches == ["_linear_narrow_backward_kernel"] * 3  # each computes all gradients of a layer
     assert all(p.grad is None for p in net[:8].parameters())
     assert all(p.grad is not None for p in net[8:].parameters())
 
@@ -389,8 +389,8 @@ def test_only_the_bias_learns(net: FusedSequential, launches: list[str]) -> None
     launches.clear()
     y.sum().backward()
     assert "_conv2d_wgrad_kernel" not in launches
-    assert launches.count("_conv2d_dgrad_kernel") == 2  # of the two later convolutions
-    assert launches.count("_linear_narrow_backward_kernel") == 3  # input gradients alone
+    assert launches.count("_conv2d_dgrad_kernel") == 2  # for the two later convolutions
+    assert launches.count("_linear_narrow_backward_kernel") == 3  # only input gradients
 
 
 def test_nothing_is_saved_without_gradients(net: FusedSequential) -> None:
@@ -438,7 +438,7 @@ def test_whole_networks_are_saved_averaged_and_cast(net: FusedSequential) -> Non
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_an_optimizer_made_before_or_after_fuse(before: bool) -> None:
-    """The d2l recipe unchanged: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, the loop that prints shapes."""
+    """The unchanged d2l recipe: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, the loop that prints shapes."""
     plain = nn.Sequential(*small_layers(dropout=0.0)).to(DEVICE)
 
     def init_weights(m: nn.Module) -> None:

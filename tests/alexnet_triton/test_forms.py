@@ -1,4 +1,4 @@
-"""fuse on every form of network, and what people do with it: each use gives what the network itself gives."""
+"""fuse on every form of network in every common use: the results equal the unfused network's."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def images(n: int = 2) -> Tensor:
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
-    """Values and strides of all tensors of two outputs."""
+    """Check values and strides of all tensors of two outputs."""
     for got, wanted in zip(tensors_of(ours), tensors_of(theirs), strict=True):
         torch.testing.assert_close(got, wanted, rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"], check_stride=True)
 
 
-#: Of float32.
+#: Tolerances for float32.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5, "gradient": 1e-3}
 
 
 @pytest.fixture(autouse=True)
 def _tolerance_of_half_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form with a part in bfloat16: on a GPU ours and PyTorch's round sums of another order to it."""
+    """A wider tolerance for a form with a bfloat16 part: on a GPU ours and PyTorch's sums differ before rounding."""
     if DEVICE == "cuda" and request.node.callspec.params["form"] == "Regions":
         for name, value in {"rtol": 2.0**-7, "atol": 2.0**-8, "gradient": 2.0**-6}.items():
             monkeypatch.setitem(TOLERANCE, name, value)
@@ -62,7 +62,7 @@ def assert_trains_alike(fused: nn.Module, net: nn.Module, ours: Any, theirs: Any
 
 
 def train_and_evaluate(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """In turn, as a training loop does, with gradients, without, and of batches of other sizes."""
+    """In turn, as a training loop does: with gradients, without, and with other batch sizes."""
     for batch in (x, images(3), x[:1]):
         assert_trains_alike(fused.train(), net.train(), fused(batch), net(batch))
         with torch.no_grad():
@@ -72,7 +72,7 @@ def train_and_evaluate(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def channels_last(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Of the images alone and of the weights as well: what comes out has the strides that it had."""
+    """With channels-last images, then also weights: outputs keep the strides of the unfused network."""
     if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
         net.eval(), fused.eval()
     for each in (net, fused):
@@ -87,7 +87,7 @@ def channels_last(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def _safely(net: nn.Module, x: Tensor) -> Any:
-    """The output, or nothing where a view of what is channels-last is an error, as it is for the network itself."""
+    """The output, or a marker where the network raises because it views a channels-last tensor."""
     try:
         return net(x)
     except RuntimeError as error:
@@ -95,7 +95,7 @@ def _safely(net: nn.Module, x: Tensor) -> Any:
 
 
 def copies_and_pickles(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Fused, before and after the first call, and of their own parameters."""
+    """Copies before and after the first call run fused, with their own parameters."""
     before = copy.deepcopy(fused)
     expected = net.eval()(x)
     fused.eval()(x)
@@ -117,7 +117,7 @@ def saved_whole(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def state_dict(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Loaded after the first call."""
+    """Loading after the first call takes effect."""
     fused.eval()(x)
     other = type(net)().to(DEVICE).eval()
     assert list(fused.state_dict()) == list(other.state_dict())
@@ -130,7 +130,7 @@ def convolutions(net: nn.Module) -> list[nn.Module]:
 
 
 def hooks(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """On a layer, registered after the first call, and removed."""
+    """Hooks on layers, registered after the first call and removed."""
     seen: dict[nn.Module, list[Tensor]] = {net: [], fused: []}
     for each in (net, fused):
         each.eval()(x)
@@ -146,7 +146,7 @@ def hooks(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def changing_hooks(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """A hook that changes an output, and one that changes a gradient."""
+    """Hooks that change outputs and gradients."""
     for each in (net, fused):
         each(x)
         for layer in convolutions(each):
@@ -154,7 +154,7 @@ def changing_hooks(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
             layer.register_full_backward_hook(lambda _, grads, __: tuple(g if g is None else 3 * g for g in grads))
     try:
         expected = net(x)
-    except RuntimeError as error:  # of what works in place on a hooked layer's output
+    except RuntimeError as error:  # of operations in place on a hooked layer's output
         with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
             fused(x)
     else:
@@ -162,7 +162,7 @@ def changing_hooks(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def replaced_layers(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """A layer replaced after the first call, and another's forward."""
+    """A layer, and another layer's forward, replaced after the first call."""
     torch.manual_seed(1)
     new = nn.Conv2d(3, 8, 3, bias=False).to(DEVICE)
     for each in (net, fused):
@@ -184,7 +184,7 @@ def replaced_layers(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def classes_patched(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """What all convolutions and ReLUs compute is replaced after the first call, and put back."""
+    """Methods of all convolutions and ReLUs replaced after the first call, and restored."""
     fused.eval()(x)
     net.eval()(x)
     with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +200,7 @@ def classes_patched(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def weights_in_place(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Stepped by an optimizer that was made before the first call; then frozen."""
+    """Weights stepped by an optimizer made before the first call; then frozen."""
     for each in (net, fused):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9)
         for _ in range(3):
@@ -246,7 +246,7 @@ def autocast(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def traced(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """By TorchScript, torch.fx and torch.export, where the network itself can be."""
+    """Traced by TorchScript, torch.fx and torch.export, where the unfused network can be."""
     if isinstance(net, FORMS["Looking"] | FORMS["SideEffects"] | FORMS["Regions"]):
         return
     expected = net.eval()(x)
@@ -258,7 +258,7 @@ def traced(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def compiled_before(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """What was compiled goes on after fuse, and after unfuse."""
+    """Code compiled before fuse keeps working after fuse and after unfuse."""
     unfuse(fused).eval()
     compiled = torch.compile(fused, backend="aot_eager")
     expected = net.eval()(x)
@@ -270,11 +270,11 @@ def compiled_before(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def errors(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """What the network refuses, the fused one does, as what it did; before, between and after calls that it takes."""
+    """The fused network raises the unfused network's error types, before, between and after valid calls."""
     wrong = (x[:, :2], x.expand(2, 2, 3, 12, 12), x[:, :, :2], x.long(), None)
     for _ in range(2):
         for bad in wrong:
-            with pytest.raises(Exception) as theirs:  # noqa: PT011 (whatever it is)
+            with pytest.raises(Exception) as theirs:  # noqa: PT011 (of any type)
                 net(bad)
             with pytest.raises(theirs.type):
                 fused(bad)
@@ -296,7 +296,7 @@ def side_effects(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def watched(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """By a profiler, a counter of FLOPs and a dispatch mode."""
+    """Under a profiler, a FLOP counter and a dispatch mode."""
     expected = net.eval()(x)
     counts = []
     for each in (net, fused.eval()):
@@ -309,7 +309,7 @@ def watched(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def per_sample(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
-    """Gradients of each sample and a Jacobian-vector product, by torch.func."""
+    """Per-sample gradients by torch.func."""
     if isinstance(net, FORMS["Looking"] | FORMS["SideEffects"] | FORMS["Residual"] | FORMS["Branches"] | FORMS["InPlace"]):
         return
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
@@ -343,7 +343,7 @@ def test_form(form: str, use: str) -> None:
     USES[use](net, fused, images())
 
 
-#: Convolutions, pools, products that each form launches at least.
+#: The least number of convolutions, pools and products that each form launches.
 LAUNCHES = {name: {"conv2d": 2, "pool": 1, "linear": 1} for name in FORMS} | {
     "Lists": {"conv2d": 4, "pool": 1, "linear": 2},
     "OwnParameters": {"conv2d": 1, "pool": 1, "linear": 1},
@@ -355,7 +355,7 @@ LAUNCHES = {name: {"conv2d": 2, "pool": 1, "linear": 1} for name in FORMS} | {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["fuse", "backend"])
 def test_its_layers_run_on_kernels(form: str, backend: str, launches: list[str]) -> None:
-    """By fuse, and by the compiler's backend of an unfused network."""
+    """By fuse, and by the compiler's backend on an unfused network."""
     torch._dynamo.reset()
     net = FORMS[form]().to(DEVICE).eval()
     x = images()

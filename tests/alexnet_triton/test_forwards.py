@@ -1,4 +1,4 @@
-"""A fused module's own forward: what the compiler does not see, what it cannot record, and what it must not do twice."""
+"""A fused module's own forward: changes that the compiler does not see, code that it cannot record, effects that happen once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_helper_method_replaced_on_the_class(net: Net, monkeypatch: pytest.Mon
 
 
 class Holding(nn.Module):
-    """A network that it has not registered, as perceptual losses hold one."""
+    """Calls a network that it has not registered, as perceptual losses do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_hook_on_a_module_that_is_not_registered() -> None:
 
 
 def test_an_error_after_a_part_that_ran(net: Net) -> None:
-    """The part before it ran once; the error is PyTorch's, and the log has a line."""
+    """The part before the error ran once; the error is PyTorch's."""
     net.mode = "print"
     for batch in (images(), images(3)):
         net(batch)
@@ -129,7 +129,7 @@ def test_numbers_that_a_module_counts_are_not_recorded_anew(net: Net, monkeypatc
 
 
 class Checkpointing(nn.Module):
-    """Parts of its forward are checkpoints: with batch normalization, with dropout, and a module."""
+    """Parts of its forward are checkpoints: one with batch normalization, one with dropout, one a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_checkpoints_in_a_forward(reentrant: bool) -> None:
 
 def test_the_mask_of_a_checkpointed_dropout() -> None:
     class Dropped(nn.Module):
-        """Only dropout, between two linear layers that change nothing."""
+        """Only dropout, after a linear layer that changes nothing."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +186,7 @@ def test_the_mask_of_a_checkpointed_dropout() -> None:
 
 
 class Named(nn.Module):
-    """A base that wants a word of every subclass, and keeps a register of them."""
+    """A base class that takes a name from every subclass and keeps a register of the names."""
 
     register: list[str] = []  # noqa: RUF012
 
@@ -196,7 +196,7 @@ class Named(nn.Module):
 
 
 class Word(Named, name="word"):
-    """One of them."""
+    """A subclass of :class:`Named`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def test_threads(net: Net, launches: list[str]) -> None:
 
 
 class Penalised(nn.Module):
-    """Containers and layers beside each other; pools and dropout that begin a part."""
+    """Containers beside layers; a pool and dropout at the start of a part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Penalised(nn.Module):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_gradient_penalty(training: bool) -> None:
-    """Through a class that holds containers: no term is lost."""
+    """In a class that holds containers no term of the penalty's gradient is lost."""
     net = Penalised().to(DEVICE)
     net.head[0].p = 0.0
     fused = fuse(copy.deepcopy(net))

@@ -1,4 +1,4 @@
-"""Importing: light, silent, and clear about a foreign package called ``kernels``. What the code calls, and must not call."""
+"""Imports are light and silent, and a foreign package called ``kernels`` raises a clear error. Calls that code must not make."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_import_needs_only_torch_triton_and_numpy() -> None:
 
 
 def test_no_module_opens_a_socket_or_starts_a_process_when_it_is_imported() -> None:
-    """Nor does a command that needs neither. Python itself reports each attempt, whoever makes it."""
+    """Nor does a command that needs neither. Python's audit hook reports every attempt."""
     code = (
         "import importlib, pkgutil\n"
         "def refuse(event, arguments):\n"
         "    if event.startswith(('socket.', 'subprocess.', 'os.system', 'os.posix_spawn', 'os.exec', 'os.fork', 'urllib.')):\n"
         "        raise AssertionError(f'{event} {arguments}')\n"
-        "import torch, triton, torchvision\n"  # whose own imports are theirs to answer for
+        "import torch, triton, torchvision\n"  # their own imports are not tested
         "sys.addaudithook(refuse)\n"
         "import alexnet_triton, kernels\n"
         "for package in (kernels, alexnet_triton):\n"
@@ -48,10 +48,10 @@ def test_no_module_opens_a_socket_or_starts_a_process_when_it_is_imported() -> N
     )
     result = _python(code, ROOT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "refused"  # it would have been noticed
+    assert result.stdout.splitlines()[-1] == "refused"  # the hook notices attempts
 
 
-#: What runs code that is data, and what starts programs. ``alexnet-triton explain`` imports what the user names: its very use.
+#: Calls that run code from data, or start programs. ``alexnet-triton explain`` must import what the user names.
 _RUNS_CODE = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "yaml.load", "runpy.run_path", "subprocess.run"),
@@ -60,7 +60,7 @@ _RUNS_CODE = {
 
 
 def _calls(source: str) -> set[str]:
-    """The dotted names of all calls; of ``torch.load`` without ``weights_only=True`` with a question mark."""
+    """The dotted names of all calls; ``torch.load`` without ``weights_only=True`` gets a question mark."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):

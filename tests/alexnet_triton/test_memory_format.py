@@ -1,4 +1,4 @@
-"""What a fused network returns has the strides that the unfused one's has, and so does every border inside it."""
+"""A fused network's outputs have the unfused network's strides, and so do tensors between its parts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.skipif(UNDER_TTSEM, reason="its kernels are tested in t
 
 
 class View(nn.Module):
-    """As people write it who do not know Flatten."""
+    """A view, as people write it who do not know Flatten."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(x.size(0), -1)
 
 
 class Pointwise(nn.Module):
-    """A layer of one's own, which looks at strides."""
+    """A custom layer that reads strides."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.as_strided(x, x.shape, x.stride()) * (1 + x.stride(1))
@@ -58,11 +58,11 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def assert_same(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> None:
-    """Values, and strides but those of dimensions of size 1, which say nothing."""
+    """Check values, and strides except those of dimensions of size 1."""
     for got, wanted in zip(*((t,) if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True):
         if not got.is_floating_point():
             assert torch.equal(got, wanted)
-        else:  # by norm: single elements may cancel
+        else:  # by norm, since single elements may cancel
             assert (got - wanted).norm() <= 1e-5 * wanted.norm()
         strides = zip(got.shape, got.stride(), wanted.stride(), strict=True)
         assert all(size == 1 or mine == its for size, mine, its in strides), (got.shape, got.stride(), wanted.stride())
@@ -99,7 +99,7 @@ def test_a_view_after_a_container(training: bool) -> None:
 
 
 def test_no_launch_is_added() -> None:
-    """The last operation writes NCHW by itself: the launches are those of a channels-last network."""
+    """The last operation writes NCHW itself: the launches are those of a channels-last network."""
     found = []
     for memory_format in FORMATS.values():
         net = fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()).to(DEVICE))
@@ -116,7 +116,7 @@ def test_no_launch_is_added() -> None:
     "name", ["conv", "conv-relu-pool", "conv-relu-conv", "pool-conv", "strided", "containers", "own layer"]
 )
 def test_the_gradient_of_the_images(name: str, of_images: str) -> None:
-    """As a gradient penalty takes it: ``gradient.view(len(x), -1)``."""
+    """A gradient penalty views this gradient: ``gradient.view(len(x), -1)``."""
     net = nn.Sequential(*copy.deepcopy(NETWORKS[name])).to(DEVICE)
     x = torch.randn(2, 3, 9, 9, device=DEVICE).contiguous(memory_format=FORMATS[of_images])
     gradients = []
@@ -125,5 +125,5 @@ def test_the_gradient_of_the_images(name: str, of_images: str) -> None:
         gradients.append(torch.autograd.grad(each(given).square().sum(), given)[0])
     ours, theirs = gradients
     assert ours.stride() == theirs.stride()
-    # By norm: of a sum over all outputs single elements may cancel.
+    # By norm: each element is a sum over all outputs, whose terms may cancel.
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -1,4 +1,4 @@
-"""The optimizer's arguments: those of torch.optim.SGD, NumPy's numbers, and what it cannot do."""
+"""The optimizer's arguments: torch.optim.SGD's, NumPy's numbers, and options that raise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_choice_of_an_implementation_changes_no_number(choice: dict[str, Any
 
 
 def test_a_scaler_works_beside_fused() -> None:
-    """Which PyTorch's own fused optimizer unscales, and skips, by itself."""
+    """PyTorch's own fused optimizer unscales and skips steps itself; ours leaves that to the scaler."""
     net, _, other, theirs = twins(lr=0.1)
     ours = SGD(net.parameters(), lr=0.1, fused=True)
     for overflow in (False, True):
@@ -77,7 +77,7 @@ PLACES = ["constructor", "group", "added", "assigned", "loaded"]
 
 
 def with_options(params: list[nn.Parameter], options: dict[str, Any], place: str) -> SGD:
-    """An optimizer that is told ``options`` in one of the places where it can be."""
+    """An optimizer that gets ``options`` in one of the places where options can be set."""
     if place == "constructor":
         return SGD(params, **options)
     if place == "group":
@@ -116,7 +116,7 @@ def test_what_it_cannot_do_is_an_error_wherever_it_is_asked(options: dict[str, A
     param = nn.Parameter(torch.ones(3, device=DEVICE))
     param.grad = torch.ones_like(param)
     error = TypeError if "must be" in match else RuntimeError
-    with pytest.raises(error, match=match):  # noqa: PT012  # what is assigned is seen at the step
+    with pytest.raises(error, match=match):  # noqa: PT012  # assigned options are read by the step
         optimizer = with_options([param], options, place)
         optimizer.step()
     assert torch.equal(param, torch.ones_like(param))
@@ -182,7 +182,7 @@ def test_an_old_file_lacks_options() -> None:
 
 
 def pythons(value: Any) -> bool:
-    """Whether a launch gets nothing but tensors and Python's numbers."""
+    """Whether ``value`` contains only tensors and Python's numbers."""
     if isinstance(value, tuple):
         return all(map(pythons, value))
     return isinstance(value, torch.Tensor) or type(value) in (int, float, bool, type(None))
@@ -202,7 +202,7 @@ NUMPYS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", NUMPYS, ids=str)
 def test_numpys_numbers_are_pythons(options: dict[str, Any], dtype: torch.dtype, place: str) -> None:
-    """The kernel's flags would be NumPy's, which Triton cannot compile; the interpreter would not mind."""
+    """NumPy's flags would reach the kernel; Triton cannot compile them, and the interpreter would accept them."""
     python = {k: bool(v) if k in ("nesterov", "maximize") else float(v) for k, v in options.items()}
     param = nn.Parameter(torch.randn(100, device=DEVICE).to(dtype))
     twin = copy.deepcopy(param)
@@ -217,7 +217,7 @@ def test_numpys_numbers_are_pythons(options: dict[str, Any], dtype: torch.dtype,
     assert len(arguments) == 6
     assert all(map(pythons, arguments))
     assert torch.equal(param, twin)
-    if place != "assigned":  # what others put there, they read there
+    if place != "assigned":  # assigned values stay as they were assigned
         file = io.BytesIO()
         torch.save(ours.state_dict(), file)
         file.seek(0)
@@ -269,7 +269,7 @@ def test_a_schedule_in_numpys_numbers() -> None:
 
 @pytest.mark.parametrize("place", ["constructor", "group", "assigned"])
 def test_weight_decay_in_a_tensor(place: str) -> None:
-    """As ``torch.optim.SGD`` takes it: each step reads it."""
+    """As in ``torch.optim.SGD``, each step reads the tensor."""
     params = [nn.Parameter(torch.randn(100, device=DEVICE))]
     params.append(copy.deepcopy(params[0]))
     decay = torch.tensor(0.1)
@@ -297,7 +297,7 @@ def test_a_gradient_that_a_collective_is_still_to_bring(launches: list[str]) -> 
 @own_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_with_a_dispatch_of_their_own_are_stepped_by_torch(dtype: torch.dtype, launches: list[str]) -> None:
-    """Two tensors in one, without memory of its own: a kernel would follow a null pointer."""
+    """A tensor subclass of two tensors without memory of its own: a kernel would read a null pointer."""
     parts = [torch.randn(4, 5, device=DEVICE).to(dtype) for _ in range(2)]
     param = nn.Parameter(TwoTensor(*[part.clone() for part in parts]))
     plain = [nn.Parameter(part.clone()) for part in parts]

@@ -1,4 +1,4 @@
-"""On the CPU, without the interpreter, a fused network costs what PyTorch's costs: it makes the same calls."""
+"""On the CPU without the interpreter, a fused network makes the calls that PyTorch's network makes, so it costs the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
 def test_a_fused_network_calls_pytorchs_operators() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SANITIZE_IR")}
     command = [sys.executable, "-m", "tests.alexnet_triton.plain_cpu_worker"]

@@ -1,4 +1,4 @@
-"""Kernels are compiled before a run, in parallel, and by nobody a second time."""
+"""Kernels are compiled before a run, in parallel, and only once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _worker(cache: Path, *scenarios: str) -> Any:
-    """In a process of its own, since the interpreter replaces the compiler at import."""
+    """Run scenarios in a separate process, since the interpreter replaces the compiler at import."""
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SANITIZE_IR")}
     result = subprocess.run(
         [sys.executable, "-m", "tests.alexnet_triton.precompile_worker", *scenarios],
@@ -44,7 +44,7 @@ def cold(cache: Path) -> Any:
 
 
 def test_a_run_compiles_nothing_more(cold: Any) -> None:
-    """Not even from the disk: steps and evaluations find every kernel in memory."""
+    """Steps and evaluations find every kernel in memory, without reading the disk cache."""
     assert cold["compiled"] == cold["first"]["compiled"] == cold["first"]["found"] >= 16
     assert cold["run"] == cold["first"]["found"]
 
@@ -69,17 +69,17 @@ def test_another_process_finds_them_on_the_disk(cache: Path, cold: Any) -> None:
 
 
 def test_processes_of_a_machine(tmp_path: Path) -> None:
-    """The first one has compiled all when the others may begin; no collective operation of a step is called."""
+    """The first process has compiled everything when the others begin; no step's collective operation is called."""
     found = _worker(tmp_path, "processes")["processes"]
     assert found["compiled"] >= 16
     assert found["first"] == [found["compiled"]]
     after, before = found["second"]
     assert before == found["compiled"]
-    assert after < found["compiled"] / 2  # of shares of another size alone
+    assert after < found["compiled"] / 2  # only for shares of another size
 
 
 def test_a_kernel_that_does_not_compile_stops_nothing(tmp_path: Path) -> None:
-    """It is said, other kernels are compiled, and a launch of that kernel says what is wrong."""
+    """A warning names the failure, other kernels are compiled, and a launch of that kernel raises its error."""
     found = _worker(tmp_path, "failure", "interrupted")
     (warned,) = found["failure"].pop("warned")
     assert warned.startswith("1 of 2 kernels did not compile before the run: CompileTimeAssertionFailure")
@@ -87,6 +87,6 @@ def test_a_kernel_that_does_not_compile_stops_nothing(tmp_path: Path) -> None:
     assert found["interrupted"]["raised"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to compile for")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU precompile compiles")
 def test_without_a_gpu_nothing_is_called() -> None:
     assert precompile(lambda: pytest.fail("called")) == 0

@@ -1,4 +1,4 @@
-"""fuse changes a module in place: whatever refers to a part of the network goes on referring to it."""
+"""fuse changes a module in place: references to parts of the network stay valid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .test_fused import images, small_layers
 
 
 class Net(nn.Module):
-    """Containers that ``forward`` walks through a plain list, and a method that is a hook."""
+    """``forward`` walks its containers through a plain list; a bound method is a hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_handles_taken_before_are_removed_after(net: Net) -> None:
 
 
 def test_state_dict_hooks_on_a_container(net: Net) -> None:
-    """As a module renames what old checkpoints hold."""
+    """As a module renames keys of old checkpoints."""
 
     def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         assert module is net.first
@@ -142,7 +142,7 @@ def test_ddp_and_an_optimizer_made_before(process_group: None, launches: list[st
 
 
 class Normalising(nn.Sequential):
-    """A subclass with methods of its own, of those that FusedSequential has too."""
+    """A subclass that overrides methods of FusedSequential and adds one."""
 
     def __init__(self, *layers: nn.Module, scale: float = 2.0) -> None:
         super().__init__(*layers)
@@ -168,7 +168,7 @@ def test_a_subclass_keeps_its_methods(launches: list[str]) -> None:
 
 
 class Reducing(nn.Module):
-    """Says itself how it is pickled, and what of it is kept."""
+    """Defines how it is pickled, and what is kept."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_checkpoint_sequential_runs_its_segments_fused(segments: int, reentrant:
     launches.clear()
     y = checkpoint_sequential(net, segments, x, use_reentrant=reentrant)
     torch.testing.assert_close(y, expected)
-    # A run that a border cuts is two: with three segments Conv2d, ReLU | MaxPool2d are.
+    # A run that a segment's border cuts becomes two: with three segments, Conv2d, ReLU | MaxPool2d.
     assert whole <= len(launches) <= whole + 2
     grads = []
     for output in (y, expected):

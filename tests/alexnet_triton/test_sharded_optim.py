@@ -1,4 +1,4 @@
-"""The optimizer under FSDP2 and tensor parallelism: the scenarios of ``sharded_worker.py`` in two processes on the CPU."""
+"""The optimizer under FSDP2 and tensor parallelism: ``sharded_worker.py``'s scenarios in two processes on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse on networks that no one here wrote, and the ImageNet form of our own."""
+"""fuse on torchvision's networks, and the ImageNet form of this project's AlexNet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alexnet_triton import AlexNet, FusedSequential, explain, fuse, reference_al
 
 from ..conftest import DEVICE
 
-#: name: (side of a small image that it takes, layers that are fused, all layers).
+#: name -> (side of a small image that the network takes, number of fused layers, number of all layers).
 NETWORKS = {"alexnet": (63, 20, 21), "vgg11": (32, 28, 29), "vgg16": (32, 38, 39), "squeezenet1_0": (33, 56, 57)}
 
 
 class Pair(NamedTuple):
-    """torchvision's network, the same fused, images that it takes, and how many layers are fused and are there."""
+    """torchvision's network, a fused copy, images for both, and (fused layers, all layers)."""
 
     net: nn.Module
     fused: nn.Module
@@ -66,7 +66,7 @@ def _gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_training(pair: Pair) -> None:
-    """Against the same network on PyTorch's operations, with the same dropout; and without dropout, against torchvision's."""
+    """Against the fused network on PyTorch's operations with the same dropout; without dropout, against torchvision's."""
     net, fused, x, _ = pair
     net.train()
     fused.train()
@@ -85,7 +85,7 @@ def test_training(pair: Pair) -> None:
 
 
 def test_pretrained_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that torchvision downloads, saved here under its name: read by torchvision itself, and by a fused network."""
+    """A file under the name that torchvision downloads, read by torchvision itself and by a fused network."""
     weights = torchvision.models.AlexNet_Weights.DEFAULT
     file = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)

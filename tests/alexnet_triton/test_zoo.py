@@ -1,7 +1,7 @@
-"""fuse on networks that others wrote as classes of their own: each equals itself unfused.
+"""fuse on torchvision's and timm's networks, which are classes of their own: fused networks equal unfused ones.
 
-On the CPU in float64, in which a network of fifty layers and its gradients are known to 1e-8 whatever the order of a sum.
-Images are small, and so are the networks where their makers offer a size.
+On the CPU in float64, where a network of fifty layers and its gradients are accurate to 1e-8 in any order of summation. Images
+are small, and so are networks that offer a size.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from ..conftest import DEVICE, UNDER_TTSEM
 
 pytestmark = pytest.mark.skipif(UNDER_TTSEM, reason="its kernels are tested in tests/kernels")
 
-#: Kernels run float64 in the interpreter alone.
+#: Kernels run float64 only in the interpreter.
 DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
-#: Of an error, beside the result's own norm and beside that of all gradients together. In float32 what fifty layers may make of
-#: the rounding of the first.
+#: Allowed error, relative to a result's own norm and to the norm of all gradients together. In float32, what fifty layers may
+#: make of the rounding of the first layer.
 OWN, ALL = (1e-8, 1e-10) if DEVICE == "cpu" else (1e-2, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A network of somebody's.
+    """A network of torchvision or timm.
 
     Attributes:
         library: torchvision or timm.
-        name: of the function that makes it.
-        options: for that function.
+        name: the function or model name that creates the network.
+        options: keyword arguments.
     """
 
     library: str
@@ -44,9 +44,9 @@ class Model:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def make(self) -> nn.Module:
-        """The network with random weights, without dropout, whose fused form draws other numbers.
+        """The network with random weights and without dropout, which would draw other numbers when fused.
 
-        Scales and biases are random too: as initialized, some are zero and switch a block off.
+        Scales and biases are random too: some are initialized to zero and would switch a block off.
         """
         torch.manual_seed(0)
         options = {"num_classes": 5} | self.options
@@ -69,7 +69,7 @@ MODELS = (
     Model("torchvision", "resnet50"),
     Model("torchvision", "mobilenet_v2", {"width_mult": 0.25}),
     Model("torchvision", "mobilenet_v3_small", {"width_mult": 0.25}),
-    Model("torchvision", "googlenet", {"init_weights": False}),  # with its two further outputs in training
+    Model("torchvision", "googlenet", {"init_weights": False}),  # has two more outputs in training
     Model("timm", "resnet10t"),
     Model("timm", "mobilenetv3_small_050"),
     Model("timm", "test_efficientnet"),
@@ -82,7 +82,7 @@ MODELS = (
     Model("timm", "test_byobnet"),
 )
 
-#: Those of timm that end in feature maps, without their heads.
+#: timm's networks without their heads, so that they return feature maps.
 MAPS = tuple(
     dataclasses.replace(model, options=model.options | {"num_classes": 0, "global_pool": ""})
     for model in MODELS
@@ -91,32 +91,32 @@ MAPS = tuple(
 
 
 def images(memory_format: torch.memory_format = torch.contiguous_format, batch: int = 4, side: int = 32) -> Tensor:
-    """By default four, which every network makes one pixel each of, so that batch normalization has four numbers."""
+    """Four images by default: every network reduces them to one pixel each, so batch normalization averages four numbers."""
     return torch.randn(batch, 3, side, side, device=DEVICE, dtype=DTYPE).contiguous(memory_format=memory_format)
 
 
 def outputs(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """Of a network that returns a tensor or several."""
+    """The outputs of a network that returns one tensor or several."""
     result = net(x)
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def assert_same(name: str, ours: Tensor, theirs: Tensor, floor: float = 0.0) -> None:
-    """The values up to rounding, or an error of ``floor``; shape, dtype and strides exactly."""
+    """Check values up to rounding or an error of ``floor``, and shape, dtype and strides exactly."""
     assert (ours.shape, ours.dtype, ours.stride()) == (theirs.shape, theirs.dtype, theirs.stride()), name
     error, allowed = (ours.double() - theirs.double()).norm().item(), OWN * theirs.double().norm().item() + floor
     assert error <= allowed, f"{name}: error {error:.3e} in norm, allowed {allowed:.3e}"
 
 
 class Pair(NamedTuple):
-    """A network and the same fused."""
+    """A network and a fused copy."""
 
     net: nn.Module
     fused: nn.Module
 
 
 def id_of(model: Model) -> str:
-    """For test ids."""
+    """The test id of a model."""
     return f"{model.library}-{model.name}"
 
 
@@ -147,7 +147,7 @@ def test_inference(pair: Pair, memory_format: torch.memory_format, launches: lis
 @BOTH_FORMATS
 @pytest.mark.parametrize("pair", MAPS, ids=id_of, indirect=True)
 def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
-    """Four pixels of them: the strides of one pixel do not say in which format it is."""
+    """Maps of four pixels: the strides of a single pixel do not tell its format."""
     net, fused = pair.net.eval(), pair.fused.eval()
     x = images(memory_format, batch=1, side=64)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
 
 
 def test_training(pair: Pair) -> None:
-    """Outputs, the gradients of parameters and images, and what batch normalization keeps."""
+    """Outputs, gradients of parameters and images, and batch normalization's buffers."""
     x = images()
     results, gradients = [], []
     for module in pair:

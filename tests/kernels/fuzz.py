@@ -1,7 +1,6 @@
 """What the fuzz tests share: numbers of cases, tensors of every memory layout, the comparison with float64 PyTorch.
 
-Tensors hold small integers, whose sums are exact in float32, so a result must equal float64's result, rounded once, bit for
-bit.
+Tensors hold small integers, whose sums are exact in float32, so a result must equal float64's, rounded once, bit for bit.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
     if pooled and not _largest(part, "NB"):
         n = 5  # a pool has a tile for each image, and hundreds would take long
     if gathered:
-        n, p, q = (2, 5, 6) if first and part.phase == "input" else (2, 9, 8)  # conv1's 16 phases are tiles each
+        n, p, q = (2, 5, 6) if first and part.phase == "input" else (2, 9, 8)  # each of conv1's 16 phases is a tile
     else:
         p, q = (4 if first else 3, 5) if pooled else (2, 3)  # conv1's kernels with the pool take whole cells of two rows
         p, q = max(p, _largest(part, "TH") + 1), max(q, _largest(part, "TW") + 1, _largest(part, "COLUMNS") + 1)

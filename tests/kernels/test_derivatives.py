@@ -1,7 +1,6 @@
 """Higher derivatives and forward mode: every operation in every common use of such derivatives.
 
-Each result is compared with the same use of PyTorch's own operations in the same dtype and in float64, with equal dropout
-seeds.
+Each is compared with the same use of PyTorch's operations in the same dtype and in float64, with equal dropout seeds.
 """
 
 from __future__ import annotations
