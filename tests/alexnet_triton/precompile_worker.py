@@ -1,4 +1,4 @@
-"""What test_precompile runs without TRITON_INTERPRET, on an idle GPU: each scenario by its name, with what it found as JSON."""
+"""Scenarios of test_precompile, run by name without TRITON_INTERPRET on a pretended GPU; prints their findings as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(count: int) -> Split:
 
 
 def new_trainer(processes: Processes = ALONE, tell: Callable[[str], object] | None = None) -> Trainer:
-    """Of steps on 16 and 9 images, and evaluations on 16 and 5."""
+    """A trainer whose steps have 16 and 9 images, and whose evaluations have 16 and 5."""
     net = FusedSequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
     net += FusedSequential(nn.Linear(128, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
     net.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
@@ -45,7 +45,7 @@ def new_trainer(processes: Processes = ALONE, tell: Callable[[str], object] | No
 
 @dataclasses.dataclass
 class Compilations:
-    """Counts what Triton does not find in a kernel's own cache, and of that what it compiles."""
+    """Counts kernels that Triton does not find in a kernel's own cache, and how many of these it compiles."""
 
     found: int = 0
     compiled: int = 0
@@ -59,7 +59,7 @@ class Compilations:
 
 
 def run() -> dict[str, Any]:
-    """A precompiled training and evaluation."""
+    """Precompile, then train and evaluate."""
     counted, lines = Compilations(), []
     trainer = new_trainer(tell=lines.append)
     compiled = trainer.precompile()
@@ -85,7 +85,7 @@ class _Refusing(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Second(Processes):
-    """One of two processes, whose other one is not there: what they exchange is noted."""
+    """One of two processes, of which the other does not exist; notes what has been compiled at each wait."""
 
     counted: Any = None
     waits: Any = dataclasses.field(default_factory=list)
@@ -98,7 +98,7 @@ class Second(Processes):
 
 
 def processes() -> dict[str, Any]:
-    """The first process of a machine compiles before the others go on, and the second one after it."""
+    """The first process of a machine compiles before it waits for the others; the second one compiles afterwards."""
     counted = Compilations()
     first = Second(0, 2, 0, counted=counted)
     compiled = new_trainer(first).precompile()
@@ -140,7 +140,7 @@ def failure() -> dict[str, Any]:
 
 
 def interrupted() -> dict[str, Any]:
-    """The walk raises: so does its caller, and what it has launched can be launched."""
+    """The walk raises: the error reaches the caller, and kernels that were launched before still launch."""
     x = torch.zeros(16)
 
     def walk() -> None:

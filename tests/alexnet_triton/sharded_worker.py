@@ -1,6 +1,6 @@
-"""What each of two processes of test_sharded_optim runs: the optimizer on DTensor parameters.
+"""Each of the two processes of test_sharded_optim: the optimizer on DTensor parameters.
 
-Into a file of its own each writes, by scenario, what went wrong: nothing where nothing did.
+Each process writes a file with the error of each scenario, empty where the scenario passed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def scenario(function: Scenario) -> Scenario:
     return function
 
 
-#: One table for all: what is asked of the optimizer.
+#: Options of the optimizer that the scenarios share.
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
@@ -54,14 +54,14 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def small_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Of sizes that two processes share unevenly (5 filters) or that leave nothing for the second (1 output)."""
+    """Sizes that two processes share unevenly (5 filters) or that leave the second process nothing (1 output)."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4 * 4, 3), nn.ReLU(), nn.Linear(3, 1))
     return net.to(dtype)
 
 
 def backward(net: nn.Module, step: int) -> None:
-    """On a batch of each process's own."""
+    """Compute gradients for a batch that differs between the processes."""
     net.zero_grad()
     torch.manual_seed(100 * step + dist.get_rank())
     net(torch.randn(4, 2, 6, 6).to(next(net.parameters()))).float().square().sum().backward()
@@ -83,7 +83,7 @@ def assert_same(net: nn.Module, other: nn.Module) -> None:
 
 
 def assert_states(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, *keys: str) -> None:
-    """What the first saves, on DTensors: placed as their parameters, and equal to the other's."""
+    """Check that saved states are DTensors, placed as their parameters and equal to the other optimizer's."""
     assert len(optimizer.state) == len(other.state) > 0
     saved, others = (each.state_dict()["state"].values() for each in (optimizer, other))
     for param, ours, theirs in zip(optimizer.state, saved, others, strict=True):
@@ -149,7 +149,7 @@ def half_precision_is_one_process(mesh: DeviceMesh) -> None:
             assert_same(net, alone)
             assert_states(ours, single, "master", *(["momentum_buffer"] if options else []))
             masters = [whole(ours.master(p)) for p in net.parameters()]
-            assert not torch.equal(masters[0], masters[0].to(dtype).float())  # there is something that rounding would lose
+            assert not torch.equal(masters[0], masters[0].to(dtype).float())  # the masters have bits that rounding would lose
 
 
 @scenario
@@ -194,7 +194,7 @@ def a_learning_rate_that_is_a_dtensor(mesh: DeviceMesh) -> None:
 
 @scenario
 def distributed_checkpoints(mesh: DeviceMesh) -> None:
-    """Our state into a new optimizer and into PyTorch's, and PyTorch's into ours: they go on with the same bits."""
+    """Our state loads into a new optimizer and into PyTorch's, and PyTorch's into ours; training continues bit-identically."""
     for option in ("full_state_dict", "flatten_optimizer_state_dict", "cpu_offload"):
         how = StateDictOptions(**{option: True})
         for old, new in ((SGD, SGD), (SGD, torch.optim.SGD), (torch.optim.SGD, SGD)):
@@ -237,7 +237,7 @@ def given(mesh: DeviceMesh, placement: Placement, shape: tuple[int, ...] = (5, 4
 
 @scenario
 def sharded_and_plain_parameters_in_one_group(mesh: DeviceMesh) -> None:
-    """One launch for both, and none where this process has no element."""
+    """One launch for both kinds, and none where this process has no element."""
     params = [given(mesh, Shard(0)), nn.Parameter(torch.randn(3)), given(mesh, Shard(0), (1, 4))]
     others = [nn.Parameter(whole(p).detach().clone()) for p in params]
     optimizer, other = SGD(params, lr=0.1, momentum=0.9), torch.optim.SGD(others, lr=0.1, momentum=0.9)
@@ -264,7 +264,7 @@ def sharded_and_plain_parameters_in_one_group(mesh: DeviceMesh) -> None:
 
 @scenario
 def tensor_parallel_layers(mesh: DeviceMesh) -> None:
-    """The first layer's outputs are shared out, then the second's inputs: shards of rows, of columns, and a whole bias."""
+    """The first layer is split by outputs, the second by inputs: shards of rows, of columns, and a replicated bias."""
 
     def share(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for key, param in list(module.named_parameters(recurse=False)):
@@ -290,7 +290,7 @@ def tensor_parallel_layers(mesh: DeviceMesh) -> None:
 
 @scenario
 def gradients_that_are_placed_otherwise(mesh: DeviceMesh) -> None:
-    """Sums that are still to be made, other shards, and a result that a collective is still to bring."""
+    """A pending sum, other shards, and the result of a collective that is still running."""
     torch.manual_seed(5 + dist.get_rank())
     part = torch.randn(5, 4)
     pending = DTensor.from_local(part, mesh, [Partial()])
@@ -348,7 +348,7 @@ if __name__ == "__main__":
         try:
             run(mesh)
             outcomes[name] = ""
-        except BaseException:  # pytest's Failed is no Exception
+        except BaseException:  # pytest's Failed is not an Exception
             outcomes[name] = traceback.format_exc()
     (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()

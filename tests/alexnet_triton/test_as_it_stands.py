@@ -311,7 +311,7 @@ def test_dtensors(form: str, when: str, tmp_path: Any) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = DeviceMesh("cpu", [0])
-        layers = nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 4)  # some PyTorch versions cannot convolve a padded DTensor
+        layers = nn.Linear(12, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 4)  # some PyTorch cannot convolve a padded DTensor
         net = nn.Sequential(*layers) if form == "Sequential" else Net(*layers)
         fused = copy.deepcopy(net)
         if when == "after":

@@ -1,4 +1,4 @@
-"""Training and evaluation on the cells of a strided first layer: the same bits, one pass over memory fewer."""
+"""Training and evaluation on a strided first layer's cells: the same bits with one pass over memory fewer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.skipif(not (INTERPRETED or has_copy_engine(DEVICE_)), reason="reads cells on Hopper and later only"),
 ]
 
-#: Side of the network's images, and of those that patches are cut from.
+#: Side of the network's images, and of the images that patches are cut from.
 SIZE = 27
 HELD = patch_side(SIZE)
 CONV1 = kernels.Cells((11, 11), 4, (1, 1))
@@ -49,7 +49,7 @@ HALF_DTYPES = pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 
 
 def network(dtype: torch.dtype, dropout: float = 0.5) -> FusedSequential:
-    """AlexNet's layers in small, for images of 27 x 27: the first one as it is, with fewer filters."""
+    """AlexNet's layers in small for images of 27 x 27: the same first layer with fewer filters."""
     torch.manual_seed(0)
     layers = [
         *(nn.Conv2d(1, 16, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
@@ -64,7 +64,7 @@ def split(images: int = 10) -> Split:
 
 
 def held_for_patches(images: int) -> Split:
-    """:func:`split` with a black border, as large as images are held for patches."""
+    """:func:`split` with a black border, of the size in which images are held for patches."""
     small = split(images)
     return dataclasses.replace(small, images=nn.functional.pad(small.images, (0, HELD - small.size) * 2))
 
@@ -74,7 +74,7 @@ def cells_for(net: nn.Module, dtype: torch.dtype, size: int = SIZE, channels: in
 
 
 def given_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let everything after it give networks images, as if they did not read cells."""
+    """From here on networks get images, as if they did not read cells."""
     monkeypatch.setattr("alexnet_triton.data.augment.first_layer_cells", lambda *_, **__: None)
 
 
@@ -88,7 +88,7 @@ def test_alexnet_reads_cells_in_half_precision(dtype: torch.dtype) -> None:
     for channels, net in nets.items():
         net = net[:3].to_empty(device=DEVICE).to(dtype)
         assert cells_for(net, dtype, 224, channels) == CONV1
-        assert cells_for(net, dtype, 224, 4 - channels) is None  # it will say what is wrong with the images
+        assert cells_for(net, dtype, 224, 4 - channels) is None  # the network's error will name the wrong channels
         assert first_layer_cells(net, (224, 300), dtype=dtype, device=DEVICE_, channels=channels) == CONV1
         assert cells_for(net, torch.float32, 224, channels) is None
         with kernels.use_backend("torch"):
@@ -96,14 +96,14 @@ def test_alexnet_reads_cells_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_ints_for_pairs_are_pairs() -> None:
-    """As the layers' own forward passes take them."""
+    """The layers' own forward passes accept an int for a pair too."""
     net = network(torch.bfloat16)
     net[0].stride, net[0].padding, net[0].dilation = 4, "valid", [1, 1]
     assert cells_for(net, torch.bfloat16) == CONV1._replace(padding=(0, 0))
 
 
 def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer is the kernels', from where they ask themselves."""
+    """The kernels' own function decides, in the module where they call it."""
     net = network(torch.bfloat16)
     assert cells_for(net, torch.bfloat16) == CONV1
     monkeypatch.setattr("kernels.convolution.select.has_copy_engine", lambda _: False)
@@ -111,7 +111,7 @@ def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class OwnForward(FusedSequential):
-    """A subclass that looks at its input."""
+    """A subclass whose forward reads its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - x.mean())
@@ -171,7 +171,7 @@ def test_a_global_hook_sees_images_too() -> None:
 
 
 def both(net: nn.Module, dtype: torch.dtype, n: int = 3) -> tuple[Tensor, CellImages]:
-    """The same images, as they are and as cells."""
+    """The same images as a tensor and as cells."""
     images, index = split().images, torch.arange(n, device=DEVICE)
     cells = cells_for(net, dtype)
     assert cells is not None
@@ -194,7 +194,7 @@ def test_output_and_gradients_are_those_of_the_images(n: int, dtype: torch.dtype
 
 
 def test_alexnets_own_first_layer(launches: list[str]) -> None:
-    """Of a smaller image, for its 96 filters take a minute and a half of 224 x 224 in the interpreter."""
+    """On a smaller image: 96 filters on 224 x 224 take a minute and a half in the interpreter."""
     net = AlexNet()[:3].to(DEVICE, torch.bfloat16).eval()
     images, index = split(1).images, torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_alexnets_own_first_layer(launches: list[str]) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_cells_mean_the_same_where_images_would_be_faster(backend: str) -> None:
-    """In float32 and on PyTorch's operations: the images are taken out of them again."""
+    """In float32 and on PyTorch's operations, which take the images out of the cells again."""
     net = network(torch.float32).eval()
     x = network_input(split().images, torch.arange(3, device=DEVICE), SIZE)
     cells = kernels.space_to_depth(x, *CONV1)
@@ -229,8 +229,8 @@ def test_copies_pickles_and_slices_take_them() -> None:
 
 @own_devices
 def test_compiled_as_one_graph() -> None:
+    """As one graph for cells, and as another one for images."""
     torch._dynamo.reset()
-    """And again as another one where the images come."""
     net = network(torch.bfloat16, dropout=0.0)
     x, cells = both(net, torch.bfloat16)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -260,7 +260,7 @@ def test_compiled_as_one_graph() -> None:
 def test_other_cells_and_layers_that_read_none_are_refused(
     layers: slice, cells: kernels.Cells, message: str, launches: list[str]
 ) -> None:
-    """Bits of the wrong pixels would look like any others."""
+    """The bits of wrong pixels could not be noticed."""
     net = network(torch.bfloat16)
     given = both(net, torch.bfloat16)[1]._replace(cells=cells)
     launches.clear()
@@ -287,12 +287,12 @@ def _state(trainer: Trainer) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer enlarges the images to this size for its recipe's AlexNet."""
+    """The size to which a trainer enlarges images for its recipe's AlexNet."""
     monkeypatch.setitem(IMAGE_SIZE, "alexnet", SIZE)
 
 
 def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
-    """Two epochs of 4 and 3 images."""
+    """The state after two epochs, each of one batch of 4 and one of 3 images."""
     recipe = Recipe(batch_size=4, lr=0.1, **dataclasses.asdict(augment))
     images = held_for_patches(7) if augment.crop == "patch" else split(7)
     trainer = Trainer(network(dtype), images, recipe, Where(DEVICE_))
@@ -368,15 +368,15 @@ def test_float32_lenet_and_pytorchs_operations_are_given_images(launches: list[s
     assert not any("_stem_" in name or name == "_space_to_depth_kernel" for name in launches)
 
 
-#: Of convolutions in TF32: the first layer from the images, the others through descriptors.
+#: Kernels of TF32 convolutions: the first layer from images, the others through descriptors.
 TF32_KERNELS = {"_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel", "_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
 GENERAL_KERNELS = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
 
 
 @pytest.mark.parametrize("precision", ["tf32", "float32"])
 def test_float32_trains_under_the_precision_that_is_asked_for(precision: str, launches: list[str]) -> None:
-    """``train --dtype tf32`` runs the TF32 kernels, from images, and ``--dtype float32`` the exact ones."""
-    # On a GPU the constructor captures the step, after it has run it.
+    """``train --dtype tf32`` runs the TF32 kernels on images, ``--dtype float32`` the exact ones."""
+    # On a GPU the constructor runs the step and captures it.
     graph = DEVICE == "cuda"
     with float32_products(precision):
         net = network(torch.float32)

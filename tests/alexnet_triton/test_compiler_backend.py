@@ -1,4 +1,4 @@
-"""torch.compile(anything, backend=BACKEND): what is recorded, rewritten, and left as it stands."""
+"""torch.compile(anything, backend=BACKEND): what is recorded, what is rewritten, and what is left unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _reset() -> None:
 
 
 def operations(function: Callable[..., object], *inputs: object) -> list[str]:
-    """The segments that a function's graphs are given."""
+    """The names of the segments that the function's graphs get."""
     found: list[str] = []
 
     def backend(graph: fx.GraphModule, example_inputs: list) -> Callable[..., object]:
@@ -106,7 +106,7 @@ def runs(function: Callable[..., object], *inputs: object) -> list[str]:
 
 
 def test_what_is_a_run(weight: Tensor, matrix: Tensor) -> None:
-    """Functions of PyTorch, by name, by method, with arguments by position and by name."""
+    """PyTorch's functions by name and by method, with positional and keyword arguments."""
     x, rows = images(), torch.randn(2, 12, device=DEVICE)
     conv = lambda x: F.conv2d(x, weight)  # noqa: E731
     same = {
@@ -136,7 +136,7 @@ def test_what_is_a_run(weight: Tensor, matrix: Tensor) -> None:
 
 
 def check(function: Callable[[Tensor], object], x: Tensor) -> None:
-    """Outputs, the input as it is afterwards, and its gradient, if PyTorch has it."""
+    """Check the outputs, the input afterwards, and the input's gradient where it has one."""
     found = []
     for run in (function, torch.compile(function, backend=BACKEND)):
         leaf = x.clone().requires_grad_("input" not in function.__name__)
@@ -151,7 +151,7 @@ def check(function: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def test_changes_in_place(weight: Tensor) -> None:
-    """A call is fused and moved only where nobody can tell."""
+    """A call is fused and moved only where nothing can observe the difference."""
     x = images()
 
     def input_changed_between(x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def test_changes_in_place(weight: Tensor) -> None:
 
 
 def test_dropout_that_the_caller_changes(matrix: Tensor) -> None:
-    """PyTorch's dropout does not need its output; what is returned may be changed in place."""
+    """PyTorch's dropout does not need its output, so a caller may change the result in place."""
 
     def hidden(x: Tensor) -> Tensor:
         return F.dropout(F.relu(F.linear(x, matrix)), 0.5)
@@ -243,7 +243,7 @@ def test_dropout_that_the_caller_changes(matrix: Tensor) -> None:
 
 
 def test_many_instances_of_a_class_and_sizes(launches: list[str]) -> None:
-    """More than the compiler keeps of one function (eight): each module has its own."""
+    """More variants than the compiler keeps for one function (eight): each module has its own."""
     x = images(1)
     for i in range(12):
         net = fuse(FORMS["Functional"]().to(DEVICE)).train(i % 2 == 0)
@@ -258,7 +258,7 @@ def test_many_instances_of_a_class_and_sizes(launches: list[str]) -> None:
 
 
 def test_an_embedding_that_renormalizes_its_weight() -> None:
-    """It writes the weight that a linear layer has read before."""
+    """The embedding writes the weight that a linear layer has read before."""
     found = []
     for compiled in (False, True):
         torch.manual_seed(1)

@@ -83,7 +83,7 @@ def meta_learning(net: nn.Module, x: Tensor) -> Any:
 
 
 def weights_made_of_the_input(net: nn.Module, x: Tensor) -> Any:
-    """A weight that is computed from another tensor of the sequence, and one that is used twice."""
+    """A bias that is computed from the input and used in two layers."""
     given = detached(net)
     bias = given["3.bias"] + x.mean()
     (grad,) = torch.autograd.grad(loss(call(net, {**given, "3.bias": bias, "5.bias": bias}, x)), x, create_graph=True)

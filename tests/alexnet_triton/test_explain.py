@@ -1,4 +1,4 @@
-"""explain: which layers run on what, and why the others do not."""
+"""explain: which layers run on which operation, and why the others do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .command import run_here
 
 
 class Custom(nn.Conv2d):
-    """A convolution that someone changed."""
+    """A subclass of a convolution."""
 
 
 class Trunk(nn.Module):
@@ -37,7 +37,7 @@ class Trunk(nn.Module):
 
 
 class Looking(nn.Module):
-    """A ``forward`` that depends on what its input holds."""
+    """A ``forward`` that depends on its input's values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Looking(nn.Module):
 
 
 class OwnForward(nn.Sequential):
-    """A Sequential that is more than its layers in turn."""
+    """A Sequential that does more than call its layers in turn."""
 
     def forward(self, x):
         return super().forward(x) + 1
@@ -175,7 +175,7 @@ def test_layers_that_a_forward_calls() -> None:
 
 
 def test_a_forward_that_looks_at_its_input() -> None:
-    """It cannot be traced without one: what its last call ran is told."""
+    """It cannot be traced without an input; explain reports what its last call ran."""
     net = fuse(Looking()).to(DEVICE)
     for run in explain(net).runs:
         assert run.operation is None
@@ -186,7 +186,7 @@ def test_a_forward_that_looks_at_its_input() -> None:
 
 
 class Parameters(nn.Module):
-    """No layer, but weights."""
+    """A module without layers but with a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_command() -> None:
 
 
 def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
-    """One that looks at its weights, which it cannot do on the meta device."""
+    """A module that reads its weights, which fails on the meta device."""
     code = "import torch\nfrom torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(int(torch.tensor(3)), 2))\n"
     (tmp_path / "mine.py").write_text(code)
     result = _command("mine:net", cwd=tmp_path)
@@ -256,7 +256,7 @@ def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
     ],
 )
 def test_command_on_a_module_that_looks_at_its_weights(looks: str, tmp_path: Path) -> None:
-    """Whatever that raises on the meta device. What it prints is no part of the JSON."""
+    """For any error on the meta device. The module's own output is not part of the JSON."""
     name = f"looks{abs(hash(looks))}"  # a module is imported once
     code = "import io\nimport numpy as np, torch\nfrom torch import nn\n"
     code += f"def net():\n made = nn.Linear(3, 2)\n weight = made.weight.detach()\n {looks}\n return nn.Sequential(made)\n"
@@ -267,7 +267,7 @@ def test_command_on_a_module_that_looks_at_its_weights(looks: str, tmp_path: Pat
 
 
 def test_command_on_a_module_that_cannot_be_made(tmp_path: Path) -> None:
-    """The error is that of the CPU, in one line, whatever it is."""
+    """The error is the one on the CPU, in one line, whatever its type."""
     code = "def net(): raise LookupError('no weights for\\nthis')\ndef other(): raise LookupError\n"
     (tmp_path / "cannot_be_made.py").write_text(code)
     result = run_here("explain", "cannot_be_made:net", cwd=tmp_path)

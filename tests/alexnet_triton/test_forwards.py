@@ -1,4 +1,4 @@
-"""A fused module's own forward: changes that the compiler does not see, code that it cannot record, effects that happen once."""
+"""A fused module's own forward: changes the compiler does not see, code it cannot record, effects that must happen once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FusedSequential and fuse: everything done with an nn.Sequential means the same."""
+"""FusedSequential and fuse: every use of an nn.Sequential has the same result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..conftest import DEVICE
 
 
 def small_layers(dropout: float = 0.5) -> list[nn.Module]:
-    """Every kind of run, for images of 3 x 18 x 18."""
+    """Layers with every kind of run, for images of 3 x 18 x 18."""
     return [
         nn.Conv2d(3, 8, 3, padding=1),
         nn.ReLU(),
@@ -44,7 +44,7 @@ def images(n: int = 4) -> torch.Tensor:
 
 @pytest.fixture
 def pair() -> tuple[nn.Sequential, FusedSequential]:
-    """The plain network in eval mode and the fused one over the same layers."""
+    """The plain network and the fused one with the same layers, in eval mode."""
     layers = small_layers()
     return nn.Sequential(*layers).to(DEVICE).eval(), FusedSequential(*layers).to(DEVICE).eval()
 
@@ -55,14 +55,14 @@ def operations(net: FusedSequential) -> list[str]:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_flatten_after_a_block_is_a_view(grad: bool) -> None:
-    """The block's pool writes the order that Flatten wants; with another layer in between it does not."""
+    """The block's pool writes the memory order that Flatten needs, but not with another layer in between."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten(), nn.Linear(8 * 49, 5)]
     plain, fused = nn.Sequential(*layers).to(DEVICE), FusedSequential(*layers).to(DEVICE)
     assert [run.output_format for run in plan(list(fused))] == [torch.contiguous_format, None, None]
     x = images().contiguous(memory_format=torch.channels_last).requires_grad_(grad)
     pooled = fused[:4][:3](x)
-    assert pooled.is_contiguous(memory_format=torch.channels_last)  # of a network that ends there
+    assert pooled.is_contiguous(memory_format=torch.channels_last)  # because this network ends there
     flat = fused[:4](x)
     assert flat._is_view()
     torch.testing.assert_close(flat, plain[:4](x))
@@ -215,7 +215,7 @@ def test_named_layers_and_empty() -> None:
 
 
 def _losses(net: nn.Sequential, backend: str) -> list[float]:
-    """Of five SGD steps on the same images, with the same random numbers."""
+    """The losses of five SGD steps on the same images with the same random numbers."""
     torch.manual_seed(1)
     net = net.to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -240,7 +240,7 @@ def test_a_network_trains_as_its_nn_sequential() -> None:
 
 
 def test_a_network_with_dropout_trains_alike_on_both_backends() -> None:
-    """The seeds come from torch's generator, so both backends drop the same elements."""
+    """Seeds come from torch's generator, so both backends drop the same elements."""
     net = FusedSequential(*small_layers())
     copied = copy.deepcopy(net)
     ours = _losses(net, "triton")
@@ -285,7 +285,7 @@ def test_an_in_place_layer_after_dropout() -> None:
 
 @pytest.mark.parametrize("after", [[], [nn.Identity(), nn.Dropout(0.0)], [nn.Flatten(), nn.Hardtanh(inplace=True)]])
 def test_what_comes_after_dropout_may_work_in_place(after: list[nn.Module]) -> None:
-    """The caller too: PyTorch's dropout does not need its output."""
+    """So may the caller, since PyTorch's dropout does not need its output."""
     net = FusedSequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), *after).to(DEVICE)
     net(torch.randn(4, 6, device=DEVICE)).mul_(2).sum().backward()
     assert net[0].weight.grad.any()
@@ -317,7 +317,7 @@ def test_dropout_layers_and_steps_draw_their_own_masks() -> None:
 
 
 class Branching(nn.Module):
-    """Sequentials inside other modules, one of them used twice."""
+    """Sequentials inside other modules, of which one is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def test_fuse_changes_classes_and_nothing_else() -> None:
 
 
 class Features(nn.Sequential):
-    """A subclass with a method and a ``train`` of its own."""
+    """A subclass with its own method and its own ``train``."""
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         return self[0](x)
@@ -366,7 +366,7 @@ class Features(nn.Sequential):
 
 
 class OwnForward(nn.Sequential):
-    """A subclass that does something else than its layers in turn."""
+    """A subclass that does more than call its layers in turn."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 1
@@ -384,7 +384,7 @@ def test_fuse_of_a_subclass_keeps_what_it_adds(launches: list[str]) -> None:
     fused.train()
     assert not fused.training
     torch.testing.assert_close(fused.first(x), net[0](x))
-    assert type(fused[:1]) is type(fused)  # a slice of a subclass is one, as of every nn.Sequential
+    assert type(fused[:1]) is type(fused)  # a slice has the subclass's type, as for every nn.Sequential
     assert launches == []
     for same in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert type(same) is type(fused)
@@ -430,7 +430,7 @@ def test_torchvision_alexnet_trains_fused() -> None:
     x = torch.randn(1, 3, 47, 47, device=DEVICE)
     results = [torch.autograd.grad(n(x).square().sum(), list(n.parameters())) for n in (fused, small)]
     for ours, theirs in zip(*results, strict=True):
-        # By norm: where a ReLU's argument is as good as zero, rounding decides whether a gradient passes.
+        # By norm: where a ReLU's argument is almost zero, rounding decides whether a gradient passes.
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
     assert [type(m) for _, m in fuse(net).named_children()] == [FusedSequential, nn.AdaptiveAvgPool2d, FusedSequential]
 
@@ -440,5 +440,5 @@ def test_lenet_runs_its_convolutions_and_linears_on_kernels(launches: list[str])
     fused = fuse(copy.deepcopy(net))
     x = torch.randn(2, 1, 28, 28, device=DEVICE)
     torch.testing.assert_close(fused(x), net(x))
-    products = [name for name in launches if name != "_matmul_finish_kernel"]  # which follows a split, on a GPU
+    products = [name for name in launches if name != "_matmul_finish_kernel"]  # which follows a split on a GPU
     assert products == [*["_conv2d_fprop_kernel"] * 2, *["_matmul_kernel"] * 2, "_linear_narrow_fprop_kernel"]

@@ -1,4 +1,4 @@
-"""Imports are light and silent, and a foreign package called ``kernels`` raises a clear error. Calls that code must not make."""
+"""Imports are light and silent; a foreign package called ``kernels`` raises a clear error; calls that code must not make."""
 
 from __future__ import annotations
 

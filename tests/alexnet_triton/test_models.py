@@ -1,4 +1,4 @@
-"""The assembled AlexNet at 224 x 224 against the nn.Sequential."""
+"""The assembled AlexNet at 224 x 224 against the same nn.Sequential."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_lenet_is_d2ls() -> None:
 
 @dataclasses.dataclass
 class Step:
-    """What one training step of a network gives, and the loss after its update."""
+    """Logits, gradients and loss of one training step, and the loss after the update."""
 
     logits: Tensor
     input_grad: Tensor
@@ -100,7 +100,7 @@ def _step(net: nn.Sequential, x: Tensor, labels: Tensor) -> Step:
 
 @pytest.fixture(scope="module")
 def steps() -> tuple[Step, Step, Step]:
-    """The same step of AlexNet on the kernels, nn.Sequential in float32, nn.Sequential in float64; batch 2, no dropout."""
+    """The same step by AlexNet on kernels, and by nn.Sequential in float32 and in float64; batch 2, no dropout."""
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = conv.fp32_precision, matmul.fp32_precision
     conv.fp32_precision = matmul.fp32_precision = "ieee"

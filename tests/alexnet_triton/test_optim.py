@@ -1,4 +1,4 @@
-"""The optimizer as its users meet it: against torch.optim.SGD, schedulers, scalers, checkpoints, loaded weights, layouts."""
+"""The optimizer in use: against torch.optim.SGD, with schedulers, scalers, checkpoints, loaded weights, memory layouts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(net: nn.Module, other: nn.Module) -> bool:
 
 
 def twins(**options: Any) -> tuple[nn.Module, SGD, nn.Module, torch.optim.SGD]:
-    """Two equal networks, ours and PyTorch's optimizer."""
+    """Two equal networks, one with our optimizer and one with PyTorch's."""
     net = small_net()
     other = copy.deepcopy(net)
     theirs = torch.optim.SGD(other.parameters(), **options, foreach=False)
@@ -106,7 +106,7 @@ def test_parameters_without_a_gradient_stay_and_join_later() -> None:
     assert all(map(torch.equal, before, net[0].parameters()))  # type: ignore[index]
     for module in (net, other):
         module[0].requires_grad_(True)  # type: ignore[index]
-    # Now some make their first step, in which dampening does not count, and some their second.
+    # Now some parameters make their first step, in which dampening does not apply, and some their second.
     step_both(net, ours, other, theirs, steps=2)
     assert same(net, other)
 
@@ -114,7 +114,7 @@ def test_parameters_without_a_gradient_stay_and_join_later() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_master_keeps_updates_too_small_for_the_parameter(dtype: torch.dtype, backend: Any) -> None:
-    """Two steps of a third of a unit in the last place each: plain half-precision SGD loses both, together they are one."""
+    """Two steps of a third of a unit in the last place: half-precision SGD loses both; a master adds them up to a unit."""
     net = FusedSequential(nn.Linear(16, 4)).to(DEVICE, dtype)
     with torch.no_grad():
         net[0].weight.fill_(1.0)
@@ -156,7 +156,7 @@ def test_weights_loaded_later_are_not_reverted(dtype: torch.dtype, backend: Any)
     assert all(map(torch.equal, net.parameters(), expected))
     master = optimizer.master(net[0].weight)
     assert torch.equal(master.to(dtype), expected[0])
-    # A bfloat16 weight keeps the bits that it lacks.
+    # A bfloat16 weight keeps its missing bits, which the master joins to it.
     assert torch.equal(master, expected[0].float()) == (dtype == torch.float16)
 
 
@@ -182,7 +182,7 @@ def test_any_strides(change: str, dtype: torch.dtype) -> None:
 
 
 def test_a_gradient_in_the_memory_order_of_its_parameter_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AlexNet's first filters have one channel: a dimension whose stride means nothing."""
+    """AlexNet's first filters have one channel: the stride of that dimension does not matter."""
     seen: list[torch.Tensor] = []
 
     def looking(params: Any, grads: Any, *_: Any, **__: Any) -> None:
@@ -211,7 +211,7 @@ def test_schedulers(in_memory: bool) -> None:
     assert same(net, other)
     assert float(ours.param_groups[0]["lr"]) == pytest.approx(0.0125)
     if in_memory:
-        assert ours.param_groups[0]["lr"] is lr  # a captured graph reads this very tensor
+        assert ours.param_groups[0]["lr"] is lr  # a captured graph reads this tensor
 
 
 def test_a_schedule_of_momentum() -> None:
@@ -306,7 +306,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype, how
             assert key == "master_ties" or torch.equal(restored.state[q][key], value)
             assert restored.state[q][key].data_ptr() != value.data_ptr()
         assert torch.equal(restored.master(q), optimizer.master(p))
-        assert not torch.equal(optimizer.master(p), p.float())  # there is something that rounding would lose
+        assert not torch.equal(optimizer.master(p), p.float())  # the masters have bits that rounding would lose
 
 
 def test_loading_heeds_the_hooks_of_others() -> None:
@@ -399,7 +399,7 @@ def test_a_master_is_set_in_the_tensors_that_are_there(dtype: torch.dtype, steps
 
 
 def test_a_parameter_that_becomes_another_dtype_keeps_its_master() -> None:
-    """Where its value is still the master rounded: from bfloat16 to float32 and back."""
+    """Where the parameter is still its rounded master: from bfloat16 to float32 and back."""
     net, optimizer = stepped(torch.bfloat16)
     masters = [optimizer.master(p) for p in net.parameters()]
     net.float()
@@ -550,7 +550,7 @@ def test_what_no_kernel_takes() -> None:
 
 
 def test_a_first_step_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph would make the masters anew from the parameters at every replay. (On the CPU: as if in a capture on CUDA.)"""
+    """A graph would make the masters from the parameters at every replay. On the CPU the test pretends to capture on CUDA."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     param = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16, device=DEVICE))
     optimizer = SGD([param])
@@ -570,7 +570,7 @@ def test_a_captured_step_follows_learning_rate_and_loaded_weights() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    assert torch.equal(param, torch.full_like(param, 0.75))  # a capture runs nothing
+    assert torch.equal(param, torch.full_like(param, 0.75))  # a capture executes nothing
     graph.replay()
     assert torch.equal(param, torch.full_like(param, 0.5))
     lr.fill_(0.125)
@@ -582,7 +582,7 @@ def test_a_captured_step_follows_learning_rate_and_loaded_weights() -> None:
     assert torch.equal(param, torch.full_like(param, 1.875))
 
 
-#: Compiles an optimizer step over AlexNet for sm_90; prints (tensors, grid, elements, PTX's accesses to memory, spills).
+#: Compiles an optimizer step on AlexNet for sm_90; prints (tensors, grid, elements, warps, vector loads and stores, spills).
 COMPILE = """
 import json, re, torch
 from benchmarks.offline import _resource_usage, offline_target
@@ -620,8 +620,8 @@ def test_alexnet_compiled_for_a_gpu_is_one_launch_of_16_byte_accesses(dtype: str
     parameters = [p.numel() for p in alexnet_triton.AlexNet().parameters()]
     assert tensors == len(parameters) == 16
     assert grid == sum(-(-n // block) for n in parameters)
-    # Bytes that a thread moves for its elements of a whole block: gradient, weight and buffer. A bfloat16 weight is a parameter
-    # and its missing bits.
+    # Bytes that a thread moves for its elements of a whole block: gradient, weight and buffer. A bfloat16 weight is a
+    # parameter and its missing bits.
     elements = block // (32 * warps)
     half = dtype != "float32"
     read, written = (2 + 2 + 2 + 4, 2 + 2 + 4) if half else (4 + 4 + 4, 4 + 4)

@@ -1,4 +1,4 @@
-"""The tables of tuned configurations: what may be in one, who reads it, what a candidate must fit."""
+"""The tables of tuned configurations: valid contents, where they are used, and the limits that candidates must meet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of tables, read as on the H100 of the committed one."""
+    """An empty folder of tables, read as on the GPU of the committed H100 table."""
     monkeypatch.setattr(configs.tables, "TABLES", tmp_path)
     monkeypatch.setattr(configs.tables, "INTERPRETED", False)
     monkeypatch.setattr(rules, "INTERPRETED", False)
@@ -143,14 +143,14 @@ def test_a_gpus_name_leads_to_no_other_folder() -> None:
 
 
 def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
-    """What is read at each launch can only be what was verified and measured."""
+    """Launches can only read values that were verified and measured."""
     table = json.loads((configs.tables.TABLES / f"{H100}.json").read_text())
     known = {job.key: job for job in tune.jobs((128,))}
-    # The kernels with the pool and those for few outputs are younger than the table.
+    # The table is older than the kernels with the pool and those for few outputs.
     measured = {key for key, job in known.items() if job.layer != tune.POOLED and job.pass_ not in tune.NARROW_PASSES}
     assert measured <= set(table["configs"]) == set(table["measured"]) <= set(known)
     for key, values in table["configs"].items():
-        # Measured before there were equal shares and rows of taps, which an entry says nothing of then.
+        # The table is older than equal shares and rows of taps, so its entries do not mention them.
         older = {("PROGRAMS", 0), ("CUT", 0), ("STREAM_K", 0), ("TAPS", 0)}
         candidates = [c if c.get("PROGRAMS") else c.items() - older for c in known[key].candidates()]
         assert dict(values) in [dict(c) for c in candidates]
@@ -159,7 +159,7 @@ def test_every_committed_entry_is_of_a_job_and_a_candidate_of_it() -> None:
 
 
 def test_a_candidate_says_which_form_it_is_of(tables: Path) -> None:
-    """Without a table the rule may choose equal shares, or rows of taps, whatever the candidate's tiles are for."""
+    """Without a table the rule may choose equal shares or rows of taps, even for a candidate of another form."""
     device, dtype = torch.device("cpu"), torch.bfloat16
     for job in tune.jobs((128,), ("conv2", "conv3", "conv4", "conv5")):
         c, size, k, r, *_ = tune.LAYERS[job.layer]
@@ -198,14 +198,14 @@ def test_float32_follows_pytorchs_default_switches_and_tf32_is_for_both() -> Non
 
 @contextlib.contextmanager
 def _on_a_gpu(precision: str) -> Iterator[torch.dtype]:
-    """As on an H100 under the tuner's switches; no launch is run."""
+    """Choose as on an H100 under the tuner's switches; kernels do not run."""
     dtype, linear_tf32 = tune.PRECISIONS[precision]
     with pretend_gpu(90, interpreted=False), tune.float32_switches(linear_tf32):
         yield dtype
 
 
 def _empty(job: tune.Job, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tune.Maxima | None]:
-    """Uninitialised tensors of the job, and maxima where it needs them."""
+    """Uninitialised tensors of the job, and maxima if it needs them."""
     tensors = tuple(tune.channels_last(torch.empty(size, dtype=dtype)) for size in tune.sizes(job.layer, job.batch))
     unread = torch.empty(0)
     maxima = tune.Maxima(unread, unread, torch.empty_like(tensors[3], dtype=torch.uint8))
@@ -213,7 +213,7 @@ def _empty(job: tune.Job, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tune.
 
 
 def _recorded(prepare: Callable[..., Callable[[], Tensor]], *arguments: object) -> list[dict]:
-    """Grid and arguments of each launch of what ``prepare`` returns."""
+    """Grid and arguments of each launch by the function that ``prepare`` returns."""
     found: list[dict] = []
     with launch.record_launches(lambda kernel, grid, launched: found.append({"grid": grid, **launched})):
         prepare(*arguments)()
@@ -225,7 +225,7 @@ PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in
 
 @pytest.mark.parametrize(("precision", "job"), PRECISE_JOBS, ids=lambda v: v if isinstance(v, str) else f"{v.layer}-{v.pass_}")
 def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, job: tune.Job, tables: Path) -> None:
-    """The first, a middle and the last candidate of each job, written as its entry: a launch has each of its values."""
+    """Write the first, a middle and the last candidate of each job as its entry: launches then have each of its values."""
     with _on_a_gpu(precision) as dtype:
         candidates = job.candidates(dtype)
         for candidate in (candidates[0], candidates[len(candidates) // 2], candidates[-1]):
@@ -236,15 +236,15 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             boxes = wanted.pop("IMAGES", None) == 0
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
             streams, taps = wanted.pop("STREAM_K", 0), wanted.pop("TAPS", 0)
-            assert not taps  # channels of float32 are whole chunks in AlexNet
+            assert not taps  # AlexNet's float32 channels are whole chunks
             narrow = wanted.pop("NARROW", 0)
-            if streams:  # of a convolution's weight gradient in equal shares, of which the last may be empty
+            if streams:  # a convolution's weight gradient in equal shares, of which the last may be empty
                 found = [arguments for arguments in found if "STEPS" in arguments]
                 assert all(0.95 * programs < arguments["grid"][0] <= programs for arguments in found)
-            elif programs:  # of a linear layer in equal shares
+            elif programs:  # a linear layer in equal shares
                 wanted |= {"grid": (programs,), "CUT": cut}
                 del wanted["SPLIT"]
-            # A linear layer's kernel reads its parts off the grid.
+            # A linear layer's kernel reads its number of parts from the grid.
             found = [{"SPLIT": arguments["grid"][-1], **arguments} for arguments in found]
             assert any(wanted.items() <= arguments.items() for arguments in found), candidate
             assert boxes == any("NB" in arguments for arguments in found)
@@ -286,7 +286,7 @@ def _compile_candidates(dtype: str, layers: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8), reason="conv1 with its pool spills")
 def test_candidates_of_float32_compile_without_spills() -> None:
-    """Some of each convolution's; all of them were compiled once."""
+    """Some candidates of each convolution; all of them were compiled once."""
     _compile_candidates("float32", tuple(tune.LAYERS))
 
 
@@ -296,7 +296,7 @@ def test_candidates_of_the_first_layer_with_its_pool_compile_without_spills() ->
     _compile_candidates("bfloat16", (tune.POOLED,))
 
 
-#: In place of AlexNet's: channels, image size, filters, filter size, stride, padding.
+#: Layers in place of AlexNet's: channels, image size, filters, filter size, stride, padding.
 SMALL = {
     "conv1": (1, 27, 96, 11, 4, 1),
     tune.POOLED: (1, 27, 96, 11, 4, 1),
@@ -313,7 +313,7 @@ SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
     ("job", "turns"), SMALL_JOBS, ids=lambda v: f"{v.layer}-{v.pass_}" if isinstance(v, tune.Job) else str(v)
 )
 def test_values_of_float32_candidates(job: tune.Job, turns: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the last candidate of each convolution pass give PyTorch's results, of integers to the bit."""
+    """The first and the last candidate of each convolution pass give PyTorch's results on integers, bit for bit."""
     if turns:
         monkeypatch.setattr(rules, "_LARGEST_COPY", 0)
     for layer, sizes in SMALL.items():
@@ -339,7 +339,7 @@ BATCHES = range(1, 61)
 
 
 def _at_the_same_time(run: Callable[[int], None], processes: int) -> list[int | None]:
-    """``run(0)``, ``run(1)``, ... each in a process of its own, and none before all are there; their exit codes."""
+    """Call ``run(0)``, ``run(1)``, ... in processes of their own, which start together; return the exit codes."""
     fork = multiprocessing.get_context("fork")
     ready = fork.Barrier(processes)
 
@@ -381,7 +381,7 @@ def test_processes_that_tune_at_the_same_time_keep_each_others_entries(tmp_path:
 
 
 def test_without_their_lock_they_would_lose_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have read the file before one writes it: one entry is lost, or the other process trips over the first one's file."""
+    """Both processes read the file before one writes it: an entry is lost, or a process fails on the other's file."""
     path = tmp_path / "gpu.json"
     both_read = multiprocessing.get_context("fork").Barrier(2)
     read = tune._table_so_far
@@ -397,7 +397,7 @@ def test_without_their_lock_they_would_lose_some(tmp_path: Path, monkeypatch: py
     assert len(json.loads(path.read_text())["configs"]) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the command would tune")
 def test_the_command_needs_a_gpu() -> None:
     result = CliRunner().invoke(app, ["tune"])
     assert result.exit_code == 1
@@ -409,10 +409,10 @@ def test_the_command_needs_a_gpu() -> None:
 def test_the_first_layer_with_its_pool_as_one_kernel_and_as_two(
     pass_: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the job runs, on small tensors: the reference's result, by the kernels that it is to choose between."""
+    """The job's operation on small tensors gives the reference's result with each of the kernels that it chooses between."""
     monkeypatch.setitem(tune.LAYERS, tune.POOLED, (1, 39, 16, 11, 4, 1))
     job = tune.Job(tune.POOLED, pass_, 2)
-    # Integers, of which bfloat16 holds every sum: so both find the same maxima.
+    # Integers whose sums bfloat16 holds, so that ours and the reference find the same maxima.
     shapes = ((2, 1, 39, 39), (16, 1, 11, 11), (16,), (2, 16, 3, 3))
     tensors = tuple(tune.channels_last(torch.randint(-1, 2, shape).bfloat16().to(DEVICE)) for shape in shapes)
     maxima = tune.Maxima.of(job, tensors) if job.needs_maxima else None
@@ -451,7 +451,7 @@ def test_few_outputs_are_jobs_where_the_rule_takes_them_and_their_products_are_t
 
 
 def test_a_table_chooses_the_gradient_of_the_first_layer_with_its_pool(tables: Path) -> None:
-    """What the tuner writes for it, one kernel with its tiles or two, is what a backward pass runs."""
+    """The tuner's entry (one kernel with its tiles, or two kernels) decides what a backward pass runs."""
     job = tune.Job(tune.POOLED, "wgrad", 128)
     with _on_a_gpu("bfloat16") as dtype:
         for candidate in job.candidates(dtype)[:2]:

@@ -1,4 +1,4 @@
-"""The progress bar of ``train``: what it shows in a terminal, and that there is none elsewhere."""
+"""The progress bar of ``train``: its contents in a terminal, and that there is none elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def console(terminal: bool, now: list[float]) -> Console:
 
 
 def shown(of: Console) -> str:
-    """What it was sent, without the codes that move the cursor."""
+    """The text that a console got, without cursor codes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", of.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -41,7 +41,7 @@ def test_it_shows_images_loss_speed_and_the_time_left(monkeypatch: pytest.Monkey
         assert re.fullmatch(r"epoch 2/3 \S+ 300/600 loss 0\.5000  60 images/s 0:00:05", last)
 
         bar.begin(3)
-        now[0] += 1  # the time left is reckoned twice a second
+        now[0] += 1  # the time left is computed twice a second
         bar.progress.refresh()
         assert re.match(r"epoch 3/3 \S+ +0/600 loss 0\.0000  0 images/s -:--:--", shown(terminal).splitlines()[-1])
 
@@ -49,7 +49,7 @@ def test_it_shows_images_loss_speed_and_the_time_left(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["no terminal", "quiet"])
 def test_nothing_is_shown_and_no_loss_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = console(kind == "quiet", [0.0])
-    silent.quiet = kind == "quiet"  # as in all processes but the leader
+    silent.quiet = kind == "quiet"  # as in all processes except the leader
     monkeypatch.setattr("alexnet_triton.cli.screen.console", silent)
     bar = Bar(600, epochs=3)
     with bar.progress:
@@ -70,7 +70,7 @@ def test_a_run_shows_it_while_it_trains_and_leaves_the_epochs(
     update, updates = Bar.update, []
 
     def refreshing(bar: Bar, *values: float) -> None:
-        """The bar drawn at each update, not some times a second."""
+        """Draw the bar at each update instead of a few times a second."""
         update(bar, *values)  # type: ignore[arg-type]
         updates.append(values)
         bar.progress.refresh()

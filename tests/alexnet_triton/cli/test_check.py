@@ -1,4 +1,4 @@
-"""``alexnet-triton check``: the kernels beside PyTorch on a trained network, here a small one."""
+"""``alexnet-triton check`` compares the kernels with PyTorch on a trained network, here a small one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-needs_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU")
+needs_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels run without the interpreter")
 
 
 @needs_the_interpreter
@@ -51,7 +51,7 @@ def test_the_kernels_are_within_the_rule(run: Path, launches: list[str]) -> None
 
 @needs_the_interpreter
 def test_a_wrong_gradient_is_named_and_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off by one part in a hundred thousand, where the kernels ran: PyTorch's own error is some in ten million."""
+    """A gradient off by 1e-5 is an error: PyTorch's own error is a few in ten million."""
     right, calls = check.results_of, iter(range(3))
 
     def wrong(*arguments: object) -> dict[str, torch.Tensor]:
@@ -66,9 +66,9 @@ def test_a_wrong_gradient_is_named_and_an_error(run: Path, monkeypatch: pytest.M
     assert result.stderr.splitlines()[-1].endswith("more than twice PyTorch's: 7.weight")
 
 
-@pytest.mark.skipif("ttsem" in sys.modules, reason="a process that would not run under it")
+@pytest.mark.skipif("ttsem" in sys.modules, reason="the subprocess would not run under ttsem")
 def test_without_the_interpreter_it_starts_itself_anew_in_it(run: Path, tmp_path: Path) -> None:
-    """At the end of a training, as ``make train`` does it."""
+    """At the end of a training, as ``make train`` runs it."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "alexnet_triton", "train", "--model", "lenet", *SHORT, "--check", "--out", "run"]

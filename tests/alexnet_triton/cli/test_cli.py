@@ -1,4 +1,4 @@
-"""The command line, end to end: in processes of its own, and what is slow to start or to interpret in this one."""
+"""The command line end to end: in processes of its own, or in this process where starting or interpreting is slow."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_train_alexnet(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA the kernels run without the interpreter")
 def test_training_on_the_kernels_equals_training_on_pytorch(tmp_path: Path) -> None:
-    """The same run on both backends, in the interpreter: the same losses."""
+    """The same run on both backends, in the interpreter, has the same losses."""
     losses = {}
     for backend in ("triton", "torch"):
         out = tmp_path / backend
@@ -173,7 +173,7 @@ COMMANDS = ("train", "compare", "evaluate", "predict", "export", "check", "summa
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command: str) -> None:
-    """``-h`` and ``--help`` are one. In a pipe there are no boxes and no colours."""
+    """``-h`` and ``--help`` print the same. In a pipe there are no boxes and no colours."""
     arguments = [command] if command else []
     result = run_here(*arguments, "-h")
     assert result.returncode == 0
@@ -195,7 +195,7 @@ def test_options_stand_in_panels() -> None:
 
 
 def test_every_option_of_training_is_a_sentence_in_a_panel() -> None:
-    """But for --help."""
+    """All options except --help."""
     for command in ("train", "compare", "evaluate"):
         options = [p for p in get_command(app).commands[command].params if p.param_type_name == "option"]  # type: ignore[attr-defined]
         shown = [option for option in options if not option.hidden]
@@ -229,7 +229,7 @@ WITHOUT_A_HOME = {
 @pytest.mark.parametrize("command", WITHOUT_A_HOME)
 @pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
 def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:
-    """As in a container whose user is any number. Nothing is made where the command runs, such as a folder called ~."""
+    """As in a container with an arbitrary user id. Nothing is created in the working directory, such as a folder called ~."""
     code = (
         "import os, pwd, runpy, sys, tempfile\n"
         "def nobody(user): raise KeyError(f'getpwuid(): uid not found: {user}')\n"
@@ -258,7 +258,7 @@ def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, comm
 
 
 def test_caches_go_nowhere_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who takes the folder's name first does not get to say which kernels are run."""
+    """A user who creates the folder first must not decide which kernels run."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     theirs = tmp_path / f"alexnet-triton-{os.getuid()}"
     theirs.mkdir()

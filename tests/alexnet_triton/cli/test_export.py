@@ -1,4 +1,4 @@
-"""``alexnet-triton export``: files that other programs read, with the network's own logits, or nothing."""
+"""``alexnet-triton export`` writes a file that other programs read, with the network's logits, or no file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASSES = ["[red]", "grün"]
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, nn.Sequential]:
-    """The folder of a run of LeNet on colour images, and the network in it; of its two checkpoints one is another's."""
+    """The folder of a run of LeNet on colour images, and the network of its best.pt; checkpoint.pt holds another network."""
     folder = tmp_path / "run"
     folder.mkdir()
     torch.manual_seed(1)
@@ -79,7 +79,7 @@ def test_safetensors(run: tuple[Path, nn.Sequential], dtype: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     with safe_open(out, "pt") as file:
         _check_metadata(file.metadata(), dtype)
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open returns no dict
     expected = net.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], value.to(getattr(torch, dtype))) for key, value in expected.items())
@@ -118,7 +118,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_alexnet(tmp_path: Path) -> None:
-    """The images that it was trained on are smaller than its input, which a reader has to know."""
+    """The training images are smaller than the network's input; the metadata must say so."""
     net = reference_alexnet()
     save_checkpoint(tmp_path / "a.pt", Checkpoint("alexnet", [str(i) for i in range(10)], [], net.state_dict()))
     result = run_here("export", str(tmp_path / "a.pt"), "--format", "pt2")
@@ -133,7 +133,7 @@ def test_alexnet(tmp_path: Path) -> None:
 
 
 def test_a_reader_is_told_of_patches() -> None:
-    """The images are larger than the input, which is cut out of them."""
+    """The images are larger than the input, which is cut from their middle."""
     found = command.metadata_of(Checkpoint("alexnet", ["a", "b"], [], {}, channels=3, size=256), torch.float32)
     assert (found["size"], found["input_size"]) == ("256", "224")
     assert found["preprocessing"].endswith("; the shorter side made 256, the 224 x 224 in the middle cut out")
@@ -149,7 +149,7 @@ def test_what_is_missing_is_named(run: tuple[Path, nn.Sequential], monkeypatch: 
 
 
 def test_a_file_with_other_logits_is_not_written(run: tuple[Path, nn.Sequential], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is what was there lost."""
+    """A file that was there before is kept."""
     out = run[0] / "best.pt2"
     out.write_bytes(b"before")
     kind = command._KINDS[command.Format.pt2]
@@ -205,12 +205,12 @@ def test_a_normalized_runs_metadata_say_by_what(run: tuple[Path, nn.Sequential])
 
 
 def test_a_normalized_run_is_evaluated_and_predicts_normalized(run: tuple[Path, nn.Sequential], tmp_path: Path) -> None:
-    """By a network whose weights take the normalization back: both checkpoints say the same."""
+    """Against a network whose weights undo the normalization: both checkpoints have the same results."""
     _, net = run
     by = Normalization((0.5, 0.25, 0.125), (0.5, 1.0, 2.0))
     mean, std = torch.tensor(by.mean), torch.tensor(by.std)
     inverse = {key: value.clone() for key, value in net.state_dict().items()}
-    # Zeros around an image are not normalized: only weights that never meet them can be compared.
+    # Zero padding is not normalized: only filters that never read it can be compared.
     inverse["0.weight"][:, :, :2] = inverse["0.weight"][:, :, 3:] = 0
     inverse["0.weight"][:, :, :, :2] = inverse["0.weight"][:, :, :, 3:] = 0
     plain = {key: value.clone() for key, value in inverse.items()}

@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate`` on folders as they come: a part held out, damaged files left out."""
+"""``train`` and ``evaluate`` on folders of any form: a part is held out, damaged files are left out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(*options: str, cwd: Path) -> str:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """The folder that has a folder ``images`` of three classes of eight images, and nothing else."""
+    """A folder that holds ``images``, a folder with three classes of eight images each."""
     write_folder(tmp_path / "whole", train=8)
     shutil.move(tmp_path / "whole" / "train", tmp_path / "images")
     shutil.rmtree(tmp_path / "whole")
@@ -44,7 +44,7 @@ def test_a_part_is_held_out_and_is_the_same_in_a_resumed_run_and_an_evaluation(c
     resumed = run_here("train", "--resume", "parts", "--epochs", "2", cwd=classes)
     assert resumed.returncode == 0, resumed.stderr
     assert contents(classes / "parts") == contents(classes / "run")
-    # A run of another seed is tested with others.
+    # With another seed the run holds out other images.
     train("--validation", "0.25", "--seed", "5", "--epochs", "1", "--out", "other", cwd=classes)
     checksums = [read_checkpoint(classes / name / "best.pt").training for name in ("run", "other")]
     assert len({kept["configuration"]["data checksum"] for kept in checksums if kept is not None}) == 2
@@ -99,7 +99,7 @@ def test_damaged_images_are_left_out_listed_and_left_out_again(tmp_path: Path) -
 
 
 def test_the_list_goes_where_a_resumed_run_leaves_nothing_out(tmp_path: Path) -> None:
-    """The data may be elsewhere by then; the run's own images are the same."""
+    """The data may have changed since; the run's own images are the same."""
     folder = write_folder(tmp_path / "images", train=2, tests=1)
     damaged = folder / "train" / "sky" / "zz.png"
     damaged.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The form of ImageNet, in small: many classes, the paper's recipe, patches, top-5, ten crops."""
+"""ImageNet's form in small: many classes, the paper's recipe, patches, top-5 accuracy, ten crops."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EPOCHS = ("--lr", "0.2", "--batch-size", "8", "--schedule", "constant")
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # the measurement takes as long as the run
 
 
 def train(*options: str, cwd: Path) -> str:
@@ -41,7 +41,7 @@ def train(*options: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds ``images``, a set of 12 classes, and ``runs``, in it ``run``, a run of two epochs by the paper's recipe."""
+    """The folder ``runs`` with a run of two epochs by the paper's recipe, beside ``images``, a set of 12 classes."""
     folder = tmp_path_factory.mktemp("imagenet")
     make(folder / "images", images=8 * CLASSES, classes=CLASSES, side=40)
     (folder / "runs").mkdir()
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_papers_recipe_trains(folder: Path) -> None:
-    """Images are held at 32 for patches of 28. A resumed run has the same bits."""
+    """Images are held at 32 x 32 for patches of 28 x 28. A resumed run is bit-identical."""
     kept = read_checkpoint(folder / "run" / "checkpoint.pt")
     assert (kept.size, kept.channels, len(kept.classes)) == (32, 3, CLASSES)
     assert kept.training is not None
@@ -64,7 +64,7 @@ def test_the_papers_recipe_trains(folder: Path) -> None:
 
 
 def test_top5_is_written_and_printed(folder: Path) -> None:
-    """As an evaluation of the middle patches finds it."""
+    """The metrics equal an evaluation of the middle patches."""
     last = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     printed = run("evaluate", "run/checkpoint.pt", *ON_PYTORCH, cwd=folder)
     expected = f"test accuracy {last['test_acc']:.4f}  top-5 {last['test_top5']:.4f}  test loss {last['test_loss']:.4f}"
@@ -100,7 +100,7 @@ def test_an_epochs_line_says_it_of_many_classes(folder: Path) -> None:
 
 @pytest.mark.parametrize("crop", ["patch", "none"])
 def test_ten_crops_average_the_probabilities(crop: str, folder: Path) -> None:
-    """Of a network that was trained on whole images too, which then are read larger."""
+    """Also for a network trained on whole images; the crops are then cut from larger images."""
     train(*EPOCHS, "--epochs", "1", "--crop", crop, "--out", f"ten-{crop}", cwd=folder)
     path = folder / f"ten-{crop}" / "best.pt"
     net, kept = load_checkpoint(path, CPU)
@@ -146,10 +146,10 @@ def test_ten_crops_need_larger_images(folder: Path, tmp_path: Path) -> None:
 
 def test_a_row_with_a_nan_is_no_hit() -> None:
     logits = torch.arange(12.0).repeat(5, 1)
-    logits[1, 3] = torch.nan  # of another class than the label
-    logits[2, 11] = torch.nan  # of the label
+    logits[1, 3] = torch.nan  # in another class than the label
+    logits[2, 11] = torch.nan  # in the label's class
     labels = torch.tensor([7, 11, 11, 6, 9])
     assert top5_hits(logits, labels).item() == 2
     assert top5_hits(torch.full((4, 11), torch.nan), torch.arange(4)).item() == 0
     tied = torch.zeros(11, 11)
-    assert top5_hits(tied, torch.arange(11)).item() == 5  # as topk takes five of them
+    assert top5_hits(tied, torch.arange(11)).item() == 5  # topk takes five of the tied classes

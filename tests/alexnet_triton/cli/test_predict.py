@@ -1,4 +1,4 @@
-"""``alexnet-triton predict``: what it prints is what the network says, and a file that is no image is one clear line."""
+"""``alexnet-triton predict`` prints the network's probabilities; a file that is no image gives one clear line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ON_PYTORCH = ("--device", "cpu", "--backend", "torch")
 def checkpoint_of(
     folder: Path, model: str = "lenet", channels: int = 1, size: int = 28, classes: tuple[str, ...] = CLASSES
 ) -> Path:
-    """A checkpoint of a network with random weights."""
+    """The path of a checkpoint with random weights."""
     net = new_model(model, 0, CPU, classes=len(classes), channels=channels)
     path = folder / f"{model}{channels}.pt"
     save_checkpoint(path, Checkpoint(model, list(classes), [], net.state_dict(), channels=channels, size=size))
@@ -40,7 +40,7 @@ def checkpoint_of(
 
 
 def test_it_prints_what_the_network_says_of_the_test_images(tmp_path: Path) -> None:
-    """The data set's own images as files: the very probabilities of the data set's pixels, in order, in batches."""
+    """The data set's images as files have the probabilities of the data set's pixels, in order, in batches."""
     path = checkpoint_of(tmp_path)
     test = load_fashion_mnist("sample").test.limited(5)
     files = [str(tmp_path / f"{i}.png") for i in range(5)]
@@ -80,7 +80,7 @@ def test_probabilities_agree_with_the_evaluation(tmp_path: Path) -> None:
 def test_three_channels_and_classes_of_its_own(tmp_path: Path) -> None:
     path = checkpoint_of(tmp_path, channels=3, classes=("[red]", "blue"))
     pixels = torch.randint(0, 256, (28, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    file = tmp_path / "[bold] colours.png"  # nor is a name markup
+    file = tmp_path / "[bold] colours.png"  # a file's name is not markup either
     Image.fromarray(pixels.numpy()).save(file)
     net, kept = load_checkpoint(path, CPU)
     assert (kept.channels, kept.size, kept.classes) == (3, 28, ["[red]", "blue"])
@@ -101,15 +101,15 @@ def test_an_image_is_made_a_square_of_its_middle(tmp_path: Path) -> None:
     assert torch.equal(read_image(tmp_path / "a.png", 3, 40), middle)
     small = read_image(tmp_path / "a.png", 3, 20)
     assert small.shape == (3, 20, 20)
-    # At the seams of the crop a neighbour outside of it counts.
+    # At the borders of the crop the resize also reads neighbours outside of it.
     assert torch.equal(small[:, :, 2:-2], resize(middle, [20, 20], antialias=True)[:, :, 2:-2])
     grey = read_image(tmp_path / "a.png", 1, 40)
     weights = torch.tensor([0.299, 0.587, 0.114])
     assert grey.shape == (40, 40)
     assert (grey - (weights[:, None, None] * middle).sum(0)).abs().max() <= 1
-    # Upright: a camera that was turned says so in the file.
+    # Upright: EXIF says how the camera was turned.
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # the image must be turned by 90 degrees
     picture.save(tmp_path / "turned.png", exif=exif)
     assert torch.equal(read_image(tmp_path / "turned.png", 3, 40), middle.rot90(-1, (1, 2)))
     transparent = picture.copy()
@@ -125,7 +125,7 @@ def _png(side: int = 30) -> bytes:
 
 
 def _bomb(side: int) -> bytes:
-    """A picture that claims so many pixels; Pillow looks at the claim before it decodes."""
+    """A PNG that claims ``side`` x ``side`` pixels; Pillow checks the claim before it decodes."""
     raw = bytearray(_png())
     raw[16:24] = side.to_bytes(4, "big") * 2
     raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
@@ -139,7 +139,7 @@ def _deep() -> bytes:
 
 
 def _with_a_long_text() -> bytes:
-    """Two megabytes of text in a few bytes, for which Pillow has an error of no kind of its own."""
+    """A PNG with two megabytes of text in a few bytes; Pillow's error for it has no type of its own."""
     text, buffer = PngInfo(), io.BytesIO()
     text.add_text("Comment", "x" * 2_000_000, zip=True)
     Image.new("L", (30, 30)).save(buffer, "PNG", pnginfo=text)
@@ -172,9 +172,9 @@ def test_a_file_that_is_no_image_is_one_line_and_the_others_are_classified(bad: 
     elif bad == "folder":
         file.mkdir()
     elif bad == "pipe":
-        os.mkfifo(file)  # to open which would wait for ever
+        os.mkfifo(file)  # opening it would wait forever
     if bad == "postscript":
-        assert Image.open(file).format == "EPS"  # whatever the file is called
+        assert Image.open(file).format == "EPS"  # whatever its suffix
     with pytest.raises(DataError, match=message) as error:
         read_image(file, 1, 28)
     images, readable, (only,) = read_images([file, good], 1, 28)
@@ -222,7 +222,7 @@ def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
-    """Sorted by folder, then by name; hidden names, other files, PostScript and linked folders are left out."""
+    """Sorted by folder, then by name. Hidden names, other files, PostScript and linked folders are left out."""
     names = ["b.jfif", "c.gif", "d.mpo", "a/2.PNG", "a/b/1.png"]
     others = [".hidden.png", ".ipynb_checkpoints/a.png", "a/notes.txt", "a.eps", "document.pdf", "png", "a.mpg", "a.h5"]
     others.append("__MACOSX/a.png")
@@ -266,7 +266,7 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_alexnet_predicts(tmp_path: Path) -> None:
-    """An image of 28 x 28 is enlarged as in training, not as it is decoded."""
+    """A 28 x 28 image is enlarged as in training, not while it is decoded."""
     path = checkpoint_of(tmp_path, "alexnet")
     test = load_fashion_mnist("sample").test.limited(1)
     Image.fromarray(test.images[0].numpy()).save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""``--recipe`` and the options whose values it decides: what is given beside it wins, a resumed run keeps its own."""
+"""``--recipe`` and the options that it sets: explicit options win, and a resumed run keeps its recipe."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TRAIN = ("train", "--model", "lenet", *SHORT)
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # the measurement takes as long as the run
 
 
 def kept(folder: Path) -> dict[str, Any]:
-    """The fields of the recipe that a run's checkpoint keeps, and the name of where they come from."""
+    """The recipe's fields in a run's checkpoint, and under ``recipe`` the name of the recipe."""
     training = read_checkpoint(folder / "checkpoint.pt").training
     assert training is not None
     return training["recipe"] | {"recipe": training["options"]["recipe"]}
 
 
-#: Each option beside ``--recipe modern``, and the fields that it decides.
+#: Options beside ``--recipe modern`` -> the fields that they set.
 GIVEN: dict[str, dict[str, Any]] = {
     "": {},
     "--lr 0.5": {"lr": 0.5},
@@ -64,13 +64,13 @@ def test_without_a_recipe_it_is_d2ls(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
-    """To the bit, told the recipe or not; another one is refused, and so are other values of what it decides."""
+    """Bit-identical, with the recipe given again or not. Another recipe is refused, and so are other values of its fields."""
     options = (*TRAIN, "--recipe", "modern", "--epochs", "2", "--class-weights", "balanced")
     run(*options, "--out", "whole", cwd=tmp_path)
     whole = read_checkpoint(tmp_path / "whole" / "checkpoint.pt")
     for name, again in (("told", ("--recipe", "modern", "--schedule", "onecycle")), ("untold", ())):
         run(*options, "--out", name, cwd=tmp_path)
-        # Its first epoch is the best one or the last: what is resumed is made of it.
+        # Whether best.pt is of the first or of the last epoch, the run resumes from it.
         (tmp_path / name / "checkpoint.pt").unlink()
         best = read_checkpoint(tmp_path / name / "best.pt")
         printed = run("train", "--resume", name, *again, cwd=tmp_path)
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_said_before_anything_is_done(
 
 
 def test_a_comparison_by_a_recipe(tmp_path: Path) -> None:
-    """Of which each network has its own learning rate; resumed it keeps it."""
+    """Each network has the recipe's learning rate for it, and keeps it when resumed."""
     run("compare", "lenet", *SHORT, "--recipe", "modern", "--epochs", "1", "--out", "both", cwd=tmp_path)
     first = kept(tmp_path / "both" / "lenet")
     assert (first["lr"], first["recipe"], first["schedule"]) == (LEARNING_RATES["modern"]["lenet"], "modern", "onecycle")
@@ -127,7 +127,7 @@ def test_a_comparison_by_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_of_an_older_version_is_complete(tmp_path: Path) -> None:
-    """Its metrics have neither learning rate nor test loss: nothing is trained or drawn anew."""
+    """Its metrics lack learning rate and test loss: nothing is trained or drawn again."""
     run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
     path = tmp_path / "run" / "checkpoint.pt"
     old = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""``alexnet-triton train --resume`` in this process: what it takes from the checkpoint, what it refuses."""
+"""``alexnet-triton train --resume`` in this process: what it reads from the checkpoint, and what it refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHORT = (*OPTIONS, "--data", "sample", "--momentum", "0.5", "--weight-decay", "0
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # the measurement takes as long as the run
 
 
 def command(*arguments: object) -> Result:
@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
         *("metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt")
     }
 
-    # The newest run, and there is nothing left to do.
+    # The newest run is found, and there is nothing left to do.
     (tmp_path / "runs").mkdir()
     for number, name in enumerate(("whole", "parts")):
         (tmp_path / name).rename(tmp_path / "runs" / name)
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-#: What is said of the augmentation, and what the run has then.
+#: Options of the augmentation -> the augmentation of the run.
 AUGMENTED = {
     "": Augment(),
     "--augment": EVERYTHING,
@@ -103,7 +103,7 @@ AUGMENTED = {
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("said", AUGMENTED)
 def test_each_part_of_the_augmentation_is_an_option(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reaches the trainer and is kept; a resumed run has it, told or not, and another is refused."""
+    """The options reach the trainer and are saved. A resumed run has them, given again or not; other values are refused."""
     trained: list[Augment] = []
 
     def noted(*arguments: Any, **options: Any) -> Trainer:
@@ -175,7 +175,7 @@ PICTURES = ("curves.png", "confusion.png", "most_wrong.png")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
+    """Stands for SIGKILL, which no code can catch."""
 
 
 def dies(*_: object, **__: object) -> None:
@@ -216,7 +216,7 @@ def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path:
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty files for those, which take longer than the run."""
+    """Empty files instead of pictures, since drawing takes longer than the run."""
     for picture in ("plot_curves", "plot_confusion", "plot_most_wrong"):
         touch = lambda *arguments: [a.touch() for a in arguments if isinstance(a, Path)]  # noqa: E731
         monkeypatch.setattr(f"alexnet_triton.cli.run.{picture}", touch)
@@ -235,7 +235,7 @@ def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """best.pt of the first epoch, when the run has three; when it was stopped in its second; and when nothing is lost by it."""
+    """best.pt of the first epoch, of a run of three epochs, of a run stopped in its second, and where nothing would be lost."""
     accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: Evaluation(1.0, next(accuracies), None))
     assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0
@@ -253,7 +253,7 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
         assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
     Path("other").mkdir()
     shutil.copy("run/best.pt", "other/checkpoint.pt")
-    assert "after 2 epoch(s)" in command("train", "--resume", "other", "--epochs", "2").output  # what the message says
+    assert "after 2 epoch(s)" in command("train", "--resume", "other", "--epochs", "2").output  # as the message advises
 
     stopped = Trainer.step
     with monkeypatch.context() as patch:
@@ -282,7 +282,7 @@ def test_without_a_path_a_run_of_a_comparison_is_found_too(tmp_path: Path) -> No
 def test_a_run_that_died_between_its_first_two_checkpoints_goes_on(
     epochs: int, how: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has best.pt, and no checkpoint.pt yet."""
+    """The run has best.pt but no checkpoint.pt yet."""
     with monkeypatch.context() as patch:
         patch.setattr("alexnet_triton.training.loop.copy_checkpoint", dies)
         killed("train", *SHORT, "--epochs", epochs, "--out", "runs/x")
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line_and_stays(kind: str, tm
     assert type(debugged.exception).__name__ == "CheckpointError"
 
 
-#: Options that no command line could have given, and what are no options at all.
+#: Options that no command line could have given, and values that are no options at all.
 CRAFTED: dict[str, Any] = {
     "epochs_string": {"epochs": "x"},
     "epochs_none": {"epochs": None},
