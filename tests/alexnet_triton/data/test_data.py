@@ -1,4 +1,4 @@
-"""Reading IDX files, refusing broken ones, resizing, shuffling; the shipped sample."""
+"""Reading IDX files, refusing broken ones, resizing, augmentation, normalization; the shipped sample."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FULL = Path("/usr/share/datasets/fashion-mnist")
 
 
 def write_folder(folder: Path, train: int = 20, test: int = 10) -> Path:
-    """A folder of valid files of random images."""
+    """A folder of valid IDX files with random images."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for (images, labels), n in zip(data.FILES.values(), (train, test), strict=True):
@@ -129,7 +129,7 @@ def test_a_broken_file_is_named_with_its_fault(fault: str, packed: bool, tmp_pat
 
 def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path: Path) -> None:
     path = tmp_path / f"{IMAGES}.gz"
-    for claimed in (1_000_000, 2**32 - 1):  # what passes for a size, and what does not
+    for claimed in (1_000_000, 2**32 - 1):  # one that is a plausible size, and one that is not
         path.write_bytes(gzip.compress(b"\0\0\x08\x03" + claimed.to_bytes(4, "big") + 2 * b"\0\0\0\x1c" + bytes(784)))
         tracemalloc.start()
         with pytest.raises(DataError, match=r"header (announces 784000000 bytes|claims shape)"):
@@ -173,7 +173,7 @@ def test_missing_folder_and_file(tmp_path: Path) -> None:
 
 def test_usual_places_come_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "found")
-    (tmp_path / "empty").mkdir()  # as a download that failed leaves it
+    (tmp_path / "empty").mkdir()  # as left by a failed download
     monkeypatch.setattr(data, "usual_places", lambda: (tmp_path / "nothing", tmp_path / "empty", folder))
     assert load_fashion_mnist().source == folder
     monkeypatch.setattr(data, "usual_places", lambda: ())
@@ -211,7 +211,7 @@ def test_resize_is_torchvisions() -> None:
 
 CPU = torch.device("cpu")
 
-#: Each part alone, and all of them with each crop.
+#: Each part of the augmentation alone, and all parts with each crop.
 PARTS = {
     "flip": Augment(flip=True),
     "pad": Augment(crop="pad"),
@@ -236,7 +236,7 @@ def test_augmentations_fill_their_ranges_and_follow_the_seed() -> None:
     assert torch.equal(draw_augmentation(500, CPU).contrast, contrast)
 
 
-#: The random numbers of each part, in their order.
+#: The random numbers that each part draws, in order.
 DRAWN: dict[str, list[Callable[[], object]]] = {
     "flip": [lambda: torch.rand(7)],
     "pad": [lambda: torch.randint(-2, 3, (7, 2), dtype=torch.int32)],
@@ -250,7 +250,7 @@ DRAWN["all_resized"] = DRAWN["resized"] + DRAWN["flip"] + DRAWN["colour"]
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("part", ["nothing", *PARTS])
 def test_nothing_is_drawn_for_a_part_that_is_off(part: str, channels: int) -> None:
-    """The generator stands where the part's own draws leave it."""
+    """The generator's state is exactly that after the part's own draws."""
     images = torch.randint(0, 256, (7, 28, 28) if channels == 1 else (7, 3, 28, 28), dtype=torch.uint8)
     augment = PARTS.get(part, NOTHING)
     draws = DRAWN.get(part, [])
@@ -269,7 +269,7 @@ def test_nothing_is_drawn_for_a_part_that_is_off(part: str, channels: int) -> No
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("part", PARTS)
 def test_augmented_images_are_torchvisions(part: str, backend: str, channels: int) -> None:
-    """The same parameters, one image after the other; none stays as it is."""
+    """With the same parameters, one image after the other; every image is changed."""
     device, augment = torch.device(DEVICE), PARTS[part]
     shape = (5, 28, 28) if channels == 1 else (5, 3, 28, 28)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -299,13 +299,13 @@ def test_augmented_images_are_torchvisions(part: str, backend: str, channels: in
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of Kolmogorov and Smirnov: the largest difference between the distribution functions of two samples."""
+    """The Kolmogorov-Smirnov distance: the largest difference between the distribution functions of two samples."""
     values = torch.cat([ours, theirs]).unique()
     functions = (torch.searchsorted(x.sort().values, values, right=True) / len(x) for x in (ours, theirs))
     return torch.sub(*functions).abs().max().item()
 
 
-#: What says of a box (top, left, height, width) how it is distributed.
+#: Functions of boxes (top, left, height, width) whose distributions are compared.
 MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "top": lambda b: b[0],
     "left": lambda b: b[1],
@@ -318,7 +318,7 @@ MEASURES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 BOXES = 20_000
-#: Two samples of one distribution are further apart in one of 10,000 cases.
+#: Two samples of one distribution are further apart than this in one of 10,000 cases.
 FAR = math.sqrt(-math.log(1e-4 / 2) / BOXES)
 
 
@@ -345,7 +345,7 @@ def test_boxes_are_distributed_as_torchvisions(size: int, area: tuple[float, flo
     assert ours.min() == 0
     assert (ours[:2] + ours[2:]).max() == size
     assert ours[2:].min() >= 1
-    # That the whole image takes the place of ten tries is seen where few of them fit.
+    # After ten tries the whole image is taken, which shows where few tries fit.
     whole = ((ours[2] == size) & (ours[3] == size)).double().mean()
     assert whole < 0.01 if area == AREA else whole > 0.2
 
@@ -384,7 +384,7 @@ def test_boxes_of_no_image_and_of_one_pixel(n: int) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Notes the names of all operations of PyTorch."""
+    """Notes the names of all PyTorch operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -395,14 +395,14 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-#: What a step that is captured cannot do: read a number of the device, or copy a constant of the host.
+#: Operations that a captured step cannot do: read a number from the device, or copy a constant from the host.
 NOT_CAPTURABLE = {"_local_scalar_dense", "item", "nonzero", "equal", "lift_fresh", "masked_select", "unique"}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("part", PARTS)
 def test_no_draw_waits_for_the_device_or_copies_to_it(part: str, channels: int) -> None:
-    """Nor do the images: on a GPU, test_training sees it of the whole step."""
+    """Nor does making the images; on a GPU test_training checks this for a whole step."""
     images = torch.randint(0, 256, (5, 28, 28) if channels == 1 else (5, 3, 28, 28), dtype=torch.uint8)
     index = torch.tensor([4, 0, 2])
     with Operations() as seen, kernels.use_backend("torch"):
@@ -438,7 +438,7 @@ def test_read_idx_takes_labels_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("augment", [NOTHING, EVERYTHING], ids=["plain", "augmented"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalized_inputs(channels: int, augment: Augment, dtype: torch.dtype) -> None:
-    """Pixels in [0, 1] less the mean, over the standard deviation, after all else that is changed in them."""
+    """Pixels in [0, 1] minus the mean, divided by the standard deviation, after all other changes."""
     device = torch.device(DEVICE)
     shape = (5, 20, 20) if channels == 1 else (5, 3, 20, 20)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)

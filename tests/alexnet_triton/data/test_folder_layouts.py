@@ -1,4 +1,4 @@
-"""Folders as people have them: other names, hidden files, nothing for the test, damaged images, no home."""
+"""Folders in the forms that people have: other names, hidden files, no test images, damaged images, no home."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_part_of_each_class_is_held_out(below: str, tmp_path: Path) -> None:
     assert torch.equal(same.images, found.test.images)
     others = [load(folder, validation=0.2, seed=seed)[0].test.images for seed in range(3)]
     assert not all(torch.equal(each, found.test.images) for each in others)
-    # Another file leaves the rest where it was.
+    # Another file changes at most one held-out image.
     write_images(tmp_path / "more", {"sky": 1})
     shutil.copy(tmp_path / "more" / "sky" / "00.png", folder / below / "sky" / "z.png")
     more, _ = load(folder, validation=0.2, seed=4)
@@ -246,7 +246,7 @@ def test_no_such_users_home_is_an_error_of_the_data() -> None:
 
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "summary --model lenet", "predict /nowhere.pt a.png"])
 def test_a_user_without_home_or_entry(arguments: str, tmp_path: Path) -> None:
-    """As in a container with a random user: no $HOME, and no line in /etc/passwd."""
+    """As in a container with a random user id: no $HOME, and no entry in /etc/passwd."""
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"MPLCONFIGDIR": str(tmp_path)}
     script = """
 import pwd, runpy

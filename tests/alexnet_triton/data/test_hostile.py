@@ -1,6 +1,6 @@
-"""Files and names that someone made up to do harm, or that a machine spoiled: one line, exit code 1 or 2, nothing written.
+"""Malicious and corrupted files and names give one line, exit code 1 or 2, and no output files.
 
-What each parser makes of damaged content is in test_data, test_image_folder, test_predict and test_checkpoint.
+The parsers' errors for damaged content are tested in test_data, test_image_folder, test_predict and test_checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRAIN = ("train", "--model", "lenet", *ON_PYTORCH, "--epochs", "1", "--limit", "
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of traps: a pipe, a link to itself, a folder that may not be entered; and of a good checkpoint and image."""
+    """A folder with a pipe, a link to itself, a folder without permission, and a valid checkpoint and image."""
     place = tmp_path_factory.mktemp("place")
     os.mkfifo(place / "pipe")
     (place / "circle").symlink_to("circle")
@@ -48,11 +48,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint_of(place, channels=3, classes=tuple(sorted(COLOURS)))
     (place / "good.png").write_bytes(_png())
     yield place
-    (place / "closed").chmod(0o700)  # for pytest to remove it
+    (place / "closed").chmod(0o700)  # so that pytest can remove it
 
 
 LONG = "a" * 300
-#: Options with a path that leads nowhere good, relative to ``place``.
+#: Options with a path that cannot be used, relative to ``place``.
 NAMES = {
     "data_too_long": (*TRAIN, "--data", LONG),
     "data_pipe": (*TRAIN, "--data", "pipe"),
@@ -117,7 +117,7 @@ def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> N
     with permissions_hold():
         result = run_here(*arguments, cwd=place)
     lines = result.stderr.splitlines()
-    if result.returncode == 2:  # Click's usage comes before the line
+    if result.returncode == 2:  # Click prints its usage before the line
         assert lines[0].startswith("Usage: ")
         assert "Invalid value for " in lines[-1]
     else:
@@ -129,7 +129,7 @@ def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> N
 
 
 def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
-    """In a process of its own, whose output has an encoding: an ASCII terminal, and a file name that is no text at all."""
+    """In a separate process with an ASCII output encoding, and with a file name that is not text."""
     file = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
     Path(file).write_bytes(_png())
     arguments = ("predict", str(checkpoint_of(tmp_path, classes=("\u5929\u7a7a", "b"))), file, str(tmp_path / "\u5730.png"))
@@ -197,7 +197,7 @@ def _train_elsewhere(folder: Path) -> None:
     (folder / "train").symlink_to(folder.parent / "elsewhere")
 
 
-#: Below the folder, what makes them, and what is said.
+#: name -> (a function that makes a link below the folder, the error).
 LINKS: dict[str, tuple[Trap, str]] = {
     "file_outside": (_link("test/sky/x.png", "../../../good.png"), r"sky/x\.png: a link that leads out of "),
     "absolute": (_link("train/sky/x.png", "/etc/passwd"), r"sky/x\.png: a link that leads out of .*, to /etc/passwd"),
@@ -245,7 +245,7 @@ def test_links_inside_of_the_folder_and_to_the_folder_are_followed(tmp_path: Pat
 
 
 def _pipe(file: Path) -> None:
-    os.mkfifo(file)  # to open which would wait for ever
+    os.mkfifo(file)  # opening it would wait forever
 
 
 TRAPS: dict[str, tuple[Trap, str]] = {
@@ -318,7 +318,7 @@ def test_an_idx_file_that_is_no_file_is_not_opened(kind: str, tmp_path: Path) ->
 
 
 def test_idx_files_may_be_links(tmp_path: Path) -> None:
-    """The four names are known: a link shows no file that is none of them, and what is no IDX file is refused."""
+    """The four names are fixed: a link reveals no other file, and a target that is no IDX file is refused."""
     folder = test_data.write_folder(tmp_path / "a")
     path = folder / f"{test_data.LABELS}.gz"
     shutil.move(path, tmp_path / "elsewhere")
@@ -350,7 +350,7 @@ def test_a_gzip_bomb_is_not_unpacked_further_than_its_header_says(tmp_path: Path
 
 
 def test_a_flipped_bit_in_a_gzipped_file_is_noticed_or_means_nothing(tmp_path: Path) -> None:
-    """By the checksum at its end; gzip's header has a time in it, which nobody reads."""
+    """By the checksum at the file's end; gzip's header has a time, which is not read."""
     path = test_data.write_folder(tmp_path / "a") / f"{test_data.IMAGES}.gz"
     whole, expected = path.read_bytes(), read_idx(path, 3)
     generator = random.Random(0)
@@ -374,7 +374,7 @@ def test_a_checkpoint_without_permission_or_in_a_closed_folder(place: Path, tmp_
 
 
 def test_the_usual_places_may_be_closed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, not a set from the next place that the user may not know of."""
+    """One line, instead of data from the next place, which the user may not know of."""
     monkeypatch.setattr(data, "usual_places", lambda: (place / "closed",))
     with permissions_hold():
         result = run_here(*TRAIN, "--out", str(tmp_path / "out"))

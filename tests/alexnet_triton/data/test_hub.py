@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's ``datasets`` has saved: the images of a folder, read from one; each fault made to happen."""
+"""Data sets saved by Hugging Face's ``datasets`` hold the same images as a folder; every fault is provoked."""
 
 from __future__ import annotations
 

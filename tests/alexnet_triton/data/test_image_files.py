@@ -1,4 +1,4 @@
-"""Image files as cameras and programs write them: orientation, narrow and deep images, what is an image at all."""
+"""Image files of cameras and programs: orientation, narrow and deep images, and what counts as an image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SQUARE = PIXELS[:, :, 10:50]
 
 
 def _turned(square: torch.Tensor, orientation: int) -> torch.Tensor:
-    """What EXIF's orientation stands for; the others stand for nothing."""
+    """``square`` with EXIF's ``orientation`` applied; unknown orientations change nothing."""
     return {
         2: square.flip(2),
         3: square.rot90(2, (1, 2)),
@@ -41,13 +41,13 @@ def _turned(square: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _exif(kind: int, value: bytes, count: int = 1, more: bytes = b"", entries: int = 1) -> bytes:
-    """EXIF of an orientation of this TIFF type, and more tags of 12 bytes each; the tags' values behind them."""
+    """EXIF with an orientation of this TIFF type, and ``more`` tags of 12 bytes each."""
     tag = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", entries) + tag + more + bytes(4)
 
 
 def _negative_latitude(orientation: int) -> bytes:
-    """A GPS latitude of -1/1 as a signed fraction, which Pillow reads, and refuses to write as the unsigned one of its tag."""
+    """A GPS latitude of -1/1 as a signed fraction: Pillow reads it, but cannot write it as the tag's unsigned type."""
     gps = struct.pack("<HHII", 0x8825, 4, 1, 38) + bytes(4)
     entry = struct.pack("<HHHII", 1, 2, 10, 1, 56) + bytes(4) + struct.pack("<ii", -1, 1)
     return _exif(3, struct.pack("<H", orientation), more=gps[:12], entries=2) + entry
@@ -70,7 +70,7 @@ def test_all_orientations(orientation: int, suffix: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_tiff_whose_bytes_are_its_pixels(orientation: int, mode: str, tmp_path: Path) -> None:
-    """Pillow, given its path, maps it into memory, and takes its rows for columns."""
+    """Given the path, Pillow maps the file into memory and confuses its rows with columns."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = PICTURE.convert(mode)
@@ -180,7 +180,7 @@ def test_a_large_jpeg_is_pillows_to_refuse(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_damaged_jpegs_are_as_pillow_has_them() -> None:
-    """Bytes changed, cut off, put in: what torchvision decodes, Pillow decodes to the same."""
+    """With changed, missing and inserted bytes: an image that torchvision decodes, Pillow decodes to the same pixels."""
     random = Random(0)
     seen = 0
     for _ in range(400):
@@ -201,7 +201,7 @@ def test_damaged_jpegs_are_as_pillow_has_them() -> None:
 
 
 def _narrow(path: Path, long: int, short: int, upright: bool) -> np.ndarray:
-    """A colour that goes from black to white along the longer side."""
+    """An image that goes from black to white along its longer side."""
     ramp = np.linspace(0, 255, long).astype(np.uint8)
     pixels = np.repeat(np.repeat(ramp[None, :, None], short, 0), 3, 2)
     pixels = pixels.transpose(1, 0, 2) if upright else pixels
@@ -235,7 +235,7 @@ def test_a_narrow_image_costs_no_more_than_its_middle(
 def test_a_cut_image_is_what_the_whole_one_would_be(
     shape: tuple[int, int], upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for half a pixel of the output, which the ends of a long side decide."""
+    """Equal except for half a pixel of the output, which the ends of the long side decide."""
     _narrow(tmp_path / "a.png", *shape, upright=upright)
     monkeypatch.setattr(image_files, "_MOST_RESIZED", 1 << 40)
     whole = read_image(tmp_path / "a.png", 3, 64)
@@ -271,7 +271,7 @@ def test_memory_that_is_short_is_that_files_error(
 
 
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
-    """A process that may have little more than it has: one line for the large file, the small one is read."""
+    """In a process with little memory left: one line for the large file, while the small one is read."""
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
     PICTURE.save(tmp_path / "small.png")
     script = f"""
@@ -396,7 +396,7 @@ def test_more_than_8_bits_a_channel_are_refused(name: str, tmp_path: Path) -> No
 
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
-    """Of every kind that is read and none that is not, sorted by folder; hidden ones are not there."""
+    """All readable kinds and no others, sorted by folder; hidden ones are left out."""
     images = [
         "B.JPG",
         "a.avif",

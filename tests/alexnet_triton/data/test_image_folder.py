@@ -1,4 +1,4 @@
-"""Own images: which files are read, as what; training, evaluating, predicting and resuming with them; what is refused."""
+"""Folders of images: which files are read as which class; training, evaluation, prediction and resuming with them; errors."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from ..command import run_here
 CPU = torch.device("cpu")
 ON_PYTORCH = ("--device", "cpu", "--backend", "torch")
 
-#: Classes with a colour of their own, not in the order of the alphabet.
+#: Classes, each with its own colour, not in alphabetical order.
 COLOURS = {"sky": (20, 90, 230), "brick": (220, 60, 40), "grass": (60, 200, 30)}
 
 
 def write_images(folder: Path, counts: Mapping[str, int], side: int = 28) -> None:
-    """So many noisy images of each class, of other shapes than squares too."""
+    """Noisy images of each class, as many as ``counts`` says, not all of them square."""
     generator = torch.Generator().manual_seed(len(folder.name))
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
@@ -67,7 +67,7 @@ def write_folder(folder: Path, test: str = "test", train: int = 8, tests: int = 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 8 training and 3 test images. To be left as it is."""
+    """Three classes with 8 training and 3 test images each. Tests must not change it."""
     return write_folder(tmp_path_factory.mktemp("data") / "colours")
 
 
@@ -107,7 +107,7 @@ def test_val_stands_in_for_test(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", test="val", train=2, tests=2)
     assert len(load(folder).test) == 6
     write_images(folder / "test", {"sky": 1})
-    assert load(folder).test.labels.tolist() == [2]  # of the training images' classes, of which it has one
+    assert load(folder).test.labels.tolist() == [2]  # one of the training images' classes
 
 
 def test_a_limit_leaves_some_of_every_class(colours: Path) -> None:
@@ -182,7 +182,7 @@ def test_three_channels_are_made_an_input_each_by_itself() -> None:
 
 
 def test_the_light_of_the_paper() -> None:
-    """Its covariance is that of the components, and an image changes by one colour."""
+    """Its covariance is that of the components, and each image changes by one colour."""
     light = draw_light(20_000, CPU).double()
     components = torch.tensor(LIGHT, dtype=torch.float64).T * (0.1 * torch.tensor(LIGHT_FACTORS, dtype=torch.float64))
     torch.testing.assert_close(light.T @ light / len(light), components @ components.T, rtol=0.05, atol=2e-6)
@@ -197,7 +197,7 @@ def test_the_light_of_the_paper() -> None:
     change = ours - network_input(images, torch.arange(4), 56, augmentation=augmentation)
     torch.testing.assert_close(change, draw_light(4, CPU)[:, :, None, None].expand_as(change), rtol=0, atol=1e-6)
     assert len(change[:, 0, 0, 0].unique()) == 4
-    # A crop moves as far in proportion as one of 28 x 28 does.
+    # A crop's shift is proportional to that of a 28 x 28 image.
     assert set(draw_augmentation(500, CPU, 56).offset.flatten().tolist()) == set(range(-4, 5))
 
 
@@ -205,7 +205,7 @@ def test_the_light_of_the_paper() -> None:
 def test_augmented_colours_differ_at_every_step(dtype: torch.dtype) -> None:
     images = torch.randint(0, 256, (6, 3, 28, 28), dtype=torch.uint8)
     split = Split(images, torch.arange(6) % 2)
-    # Of light alone two losses can be the same number of bfloat16.
+    # With light alone two losses can be equal in bfloat16.
     for augment in (NOTHING, EVERYTHING, Augment(colour=True))[: 3 if dtype == torch.float32 else 2]:
         net = new_model("lenet", 0, CPU, dtype, classes=2, channels=3)
         with kernels.use_backend("torch"):
@@ -216,12 +216,12 @@ def test_augmented_colours_differ_at_every_step(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # the measurement takes as long as the run
 
 
 @pytest.mark.usefixtures("one_thread", "_no_speed")
 def test_train_evaluate_predict_and_resume(colours: Path, tmp_path: Path) -> None:
-    """Three classes of colours, learnt; a run that is resumed has the bits of one that never stopped."""
+    """Three classes of colours are learnt; a resumed run is bit-identical to one that never stopped."""
     options = ("--model", "lenet", "--data", str(colours), "--batch-size", "8", "--lr", "0.5", "--augment", *ON_PYTORCH)
     trained = run_here("train", *options, "--epochs", "12", "--workers", "0", "--out", "whole", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr

@@ -1,4 +1,4 @@
-"""Processes that decode: without shared memory, and when one of them dies or stops."""
+"""Processes that decode images: without shared memory, and when one of them dies or hangs."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _can_mount() -> bool:
 
 @pytest.mark.parametrize("room", ["size=64m", "size=4k", "ro"])
 def test_no_shared_memory_is_needed(room: str, tmp_path: Path) -> None:
-    """200 MB of images through what containers give, through one page, and where nothing can be written."""
+    """200 MB of images with the shared memory of a container, with one page, and where nothing can be written."""
     if not _can_mount():
-        pytest.skip("a file system of one's own may not be mounted here")
+        pytest.skip("a file system may not be mounted here")
     folder = write_folder(tmp_path / "a", train=60, tests=1)
     script = f"""
 from alexnet_triton.data.image_folder import load_data
@@ -101,7 +101,7 @@ def test_a_process_that_dies_is_one_line(
     folder = write_folder(tmp_path / "a", train=8, tests=1)
     monkeypatch.setattr(image_workers, "read_into", _end(how))
     result = run_here(*TRAIN, stream, "--data", str(folder), "--out", str(tmp_path / "out"))
-    some = result.stderr.removeprefix("alexnet-triton: ").split(": the process")[0]  # of whichever ended first
+    some = result.stderr.removeprefix("alexnet-triton: ").split(": the process")[0]  # the images of the first process to end
     assert some.count(str(folder / "train")) == 2
     message = f"{some}: the process that decodes them {said}: take fewer with --workers N, or none with --workers 0"
     if stream == "--stream":
@@ -130,7 +130,7 @@ def test_a_process_that_sends_nothing_is_given_up(files: Files, monkeypatch: pyt
 
 
 def test_a_slow_disk_is_waited_for(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each chunk takes longer than a glance, none as long as the patience."""
+    """Each chunk takes longer than one poll, but less than the patience."""
     monkeypatch.setattr(image_workers, "PATIENCE", 2.0)
     read_into = image_workers.read_into
     monkeypatch.setattr(image_workers, "read_into", lambda *given: (time.sleep(0.7), read_into(*given))[1])
@@ -165,7 +165,7 @@ def test_memory_that_there_is_not(files: Files) -> None:
 
 
 def test_processes_end_with_the_one_that_forked_them(files: Files, tmp_path: Path) -> None:
-    """However it ends: SIGKILL lets it say nothing."""
+    """However the parent ends: SIGKILL leaves no chance to tell them."""
     script = f"""
 import os, signal
 from alexnet_triton.data.image_workers import Decoders

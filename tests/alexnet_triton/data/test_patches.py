@@ -1,4 +1,4 @@
-"""Patches of images that are held larger than the network takes them: the crop ``patch``, the middle one, ten crops."""
+"""Patches of images that are held larger than the network's input: the crop ``patch``, the middle patch, ten crops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .test_data import NOT_CAPTURABLE, Operations
 
 PATCH = Augment(crop="patch")
 
-#: Side of a patch, and of the images that it is cut from.
+#: Side of a patch, and of the images that patches are cut from.
 SIZE = 28
 SIDE = patch_side(SIZE)
 
@@ -52,7 +52,7 @@ def test_the_papers_sides() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_patch_is_the_pixels_themselves(backend: str, channels: int) -> None:
-    """Bit for bit, mirrored where that was drawn; every place that a patch can have occurs."""
+    """Bit-identical pixels, mirrored where drawn; every possible place of a patch occurs."""
     images, n = held(5, channels), 200
     index = torch.arange(n, device=DEVICE) % 5
     augment = dataclasses.replace(PATCH, flip=True)
@@ -73,7 +73,7 @@ def test_a_patch_is_the_pixels_themselves(backend: str, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_without_a_crop_it_is_the_middle_patch(backend: str, channels: int) -> None:
-    """With other changes too. Images of another side are resized, as images always were."""
+    """Also with other changes. Images of any other side are resized."""
     images, index = held(4, channels), torch.tensor([2, 0], device=DEVICE)
     middle = images[..., 2:30, 2:30].contiguous()
     for augment in (NOTHING, Augment(flip=True, colour=True)):

@@ -1,4 +1,4 @@
-"""Tar shards: the images of a folder, read from shards as WebDataset writes them; their order; each fault made to happen."""
+"""Tar shards in WebDataset's format hold the same images as a folder; their order; every fault is provoked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Members = Sequence[tuple[str, bytes]]
 
 
 def picture(value: int = 0, side: int = 4) -> bytes:
-    """A PNG file all of whose pixels are ``value``."""
+    """A PNG file with all pixels ``value``."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (value, value, value)).save(file, "png")
     return file.getvalue()
@@ -48,7 +48,7 @@ def write_tar(path: Path, members: Members, form: int = tarfile.USTAR_FORMAT) ->
 
 
 def write_plain(path: Path, labels: Sequence[int], first: int = 0) -> Path:
-    """Of each label one image, whose value is its number from ``first`` on."""
+    """A shard with one image for each label; its pixels are its number, counted from ``first``."""
     members = []
     for i, label in enumerate(labels, first):
         members += [(f"k{i:04}.cls", b"%d" % label), (f"k{i:04}.png", picture(i % 256))]
@@ -56,7 +56,7 @@ def write_plain(path: Path, labels: Sequence[int], first: int = 0) -> Path:
 
 
 def shards_of(folder: Path, out: Path, count: int = 3) -> list[Path]:
-    """The images of a folder of classes, as WebDataset writes them: image i of the sorted ones is in shard i % ``count``."""
+    """Write a folder of classes as WebDataset does: image i of the sorted images is in shard i % ``count``."""
     webdataset = pytest.importorskip("webdataset")
     paths = sorted(folder.glob("*/*"))
     classes = sorted(COLOURS)
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(folder: Path) -> Path:
-    """The same images as in ``folder``."""
+    """The images of ``folder`` as shards."""
     out = folder.parent / "shards"
     shards_of(folder / "train", out)
     shards_of(folder / "test", out, 2)
@@ -86,7 +86,7 @@ def shards(folder: Path) -> Path:
 
 
 def assert_same(source: Source, folder: Path) -> None:
-    """That ``source`` holds the images and labels of a folder of classes, in any order."""
+    """Check that ``source`` holds the images and labels of a folder of classes, in any order."""
     classes = sorted(COLOURS)
     members = [str(source.name(i)).partition(": ")[2] for i in range(len(source))]
     assert sorted(members) == sorted(str(path.relative_to(folder)) for path in folder.glob("*/*"))
@@ -176,14 +176,14 @@ def test_order_is_a_permutation_by_shards_and_a_buffer(tmp_path: Path) -> None:
         assert torch.equal(order(buffer), order(buffer))
         assert not torch.equal(order(buffer), order(buffer, 2))
     by_shard = order(1).view(5, 40)
-    assert torch.equal(by_shard.diff(dim=1), torch.ones(5, 39, dtype=torch.int64))  # nothing to draw from: in their order
+    assert torch.equal(by_shard.diff(dim=1), torch.ones(5, 39, dtype=torch.int64))  # one image's buffer keeps a shard's order
     assert sorted(by_shard[:, 0].tolist()) == list(range(0, 200, 40)) != by_shard[:, 0].tolist()
     ranks = torch.empty(200, dtype=torch.int64)
     ranks[by_shard.flatten()] = torch.arange(200)
-    for buffer in (7, 64):  # an image cannot come before it is in the buffer
+    for buffer in (7, 64):  # an image cannot come before the buffer holds it
         early = ranks[order(buffer)] - torch.arange(200)
         assert early.max() == buffer - 1
-        assert (early < -buffer).any()  # some wait for long
+        assert (early < -buffer).any()  # some images wait long
     assert len(set((order(64) // 40)[:40].tolist())) > 1  # shards mix
 
 
@@ -211,7 +211,7 @@ def test_a_subset_keeps_its_order(tmp_path: Path) -> None:
 
 
 def read_in_processes(source: Source, count: int = 4) -> None:
-    """Forked processes read all images at the same time, each in another order."""
+    """Check that forked processes can read all images at the same time, each in another order."""
     expected = torch.stack([source.read(i, 3, 8) for i in range(len(source))])
 
     def work(offset: int) -> None:
@@ -288,7 +288,7 @@ def test_what_is_no_tar_file(tmp_path: Path) -> None:
         (b"no tar" * 1000, "no tar file, or a damaged one: no header at its begin"),
         (gzip.compress(os.urandom(4000)), zipped),
         (data[:1024] + b"\1" + data[1025:], damaged),  # a bit of the name
-        (data[:1024] + _header("a.png", -1024), damaged),  # would go back for ever
+        (data[:1024] + _header("a.png", -1024), damaged),  # would go back forever
         (data[:1024] + _pax(b"99 path=b\n"), damaged),
         (data[:1024] + _pax(b"12 size=-99\n") + data[1024:], damaged),
     ):
@@ -337,7 +337,7 @@ def test_what_is_shards(folder: Path, shards: Path, tmp_path: Path) -> None:
     assert is_shards("s-{0..9}.tar")
     write_tar(tmp_path / "download.tar", GOOD)
     assert is_shards(tmp_path)
-    (tmp_path / "cat").mkdir()  # a class: the tar file is what it was unpacked from
+    (tmp_path / "cat").mkdir()  # a class folder, unpacked from the tar file
     assert not is_shards(tmp_path)
 
 
@@ -417,7 +417,7 @@ def test_shards_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def _header(name: str, length: int) -> bytes:
-    """A tar header, made faster than :mod:`tarfile` makes it."""
+    """A tar header, made faster than by :mod:`tarfile`."""
     header = name.encode().ljust(124, b"\0") + b"%011o\0" % length + bytes(12) + b" " * 8 + b"0".ljust(356, b"\0")
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 

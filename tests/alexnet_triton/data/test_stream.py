@@ -1,4 +1,4 @@
-"""Streamed images: the same bits as images in memory, whatever reads them, and what happens to those that cannot be read."""
+"""Streamed images have the bits of images in memory with any number of workers; images that cannot be read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 20 images to train on and 7 to test with."""
+    """Three classes of 20 training and 7 test images."""
     return write_folder(tmp_path_factory.mktemp("images") / "a", train=20, tests=7)
 
 
@@ -60,7 +60,7 @@ def streamed(folder: Path, **options: Any) -> StreamedSplit:
 
 
 def fed(split: StreamedSplit | Split, batches: list[Tensor], device: torch.device = CPU) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels of each batch."""
+    """The images and labels of each batch."""
     with contextlib.closing(Feed(split, batches, device)) as feed:
         return [(part.images[index].cpu().clone(), part.labels[index].cpu().clone()) for part, index in feed]
 
@@ -71,7 +71,7 @@ def test_batches_are_those_of_images_in_memory(channels: int, workers: int, fold
     split = streamed(folder, channels=channels, workers=workers)
     held = load(folder, stream=False, channels=channels).train
     order = torch.randperm(60)
-    # More batches than there are places, of several sizes; one image twice; none.
+    # More batches than places in the ring, of several sizes; a batch with one image twice; an empty batch.
     batches = [*order.split(7), torch.tensor([3, 3, 59]), torch.tensor([], dtype=torch.int64), order[:40]]
     for (ours, labels), batch in zip(fed(split, batches, torch.device(DEVICE)), batches, strict=True):
         assert torch.equal(ours, held.images[batch])
@@ -94,7 +94,7 @@ def test_fashion_mnist_streams_too() -> None:
 
 
 def test_normalization_is_that_of_images_in_memory(folder: Path, damaged: Path) -> None:
-    """Of those that can be read."""
+    """The normalization of the readable images."""
     for images in (folder, damaged):
         found = [load(images, stream, skip_damaged=True).normalized().train.normalization for stream in (True, False)]
         assert found[0] == found[1]
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_streamed_and_it_is_said(folder: Path, monkeypatch:
 
 
 def test_shards_are_read_as_the_folder_that_they_were_made_of(folder: Path, tmp_path: Path) -> None:
-    """By their own order, in memory too, of which none is that of the folder."""
+    """In the shards' own order, which is also used in memory and differs from the folder's."""
     shards = tmp_path / "shards"
     for part in ("train", "test"):
         shards_of(folder / part, shards, 4)
@@ -150,7 +150,7 @@ RECIPE = Recipe(model="lenet", channels=3, batch_size=8, epochs=2, lr=0.1, momen
 
 
 def epochs(data: Dataset[Any], recipe: Recipe = RECIPE) -> tuple[list[tuple[float, float]], list[Tensor]]:
-    """Losses and accuracies of two epochs and of an evaluation, and the weights."""
+    """Losses and accuracies of two epochs and an evaluation; the weights and the predictions."""
     torch.manual_seed(0)
     with kernels.use_backend("torch"):
         net = new_model("lenet", 0, CPU, torch.float32, len(data.classes), 3)
@@ -177,7 +177,7 @@ def test_training_gives_the_bits_of_images_in_memory(options: dict[str, Any], fo
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("graph", [True, False])
 def test_captured_steps_read_what_is_streamed(graph: bool, folder: Path) -> None:
-    """From the places of the ring, which are fewer than batches; the last, smaller batch eagerly."""
+    """Full batches from the ring's places, of which there are fewer than batches; the smaller last batch eagerly."""
     cuda = torch.device("cuda")
     results = []
     for stream, workers in ((False, 0), (True, 2), (True, 5)):
@@ -209,7 +209,7 @@ def run(folder: Path, out: Path, workers: int, stream: bool = True, listener: An
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(stop_at: int, folder: Path, tmp_path: Path) -> None:
-    """In the middle of an epoch too, and with another number of workers."""
+    """Also in the middle of an epoch, and with another number of workers."""
     whole = run(folder, tmp_path / "whole", 2)
     calls = iter(range(1, 1000))
     with pytest.raises(Stopped):
@@ -219,7 +219,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(stop_at: int, folder:
 
 
 def test_processes_have_their_own_shares(folder: Path) -> None:
-    """Each reads what it computes on; together they see every image once."""
+    """Each process reads the images that it computes on; together they read every image once."""
     split = streamed(folder)
     order = torch.randperm(60)
     seen: list[int] = []
@@ -252,11 +252,11 @@ def test_a_damaged_image_is_an_error_or_the_one_before_it_again(workers: int, da
         fed(streamed(damaged, workers=workers), [order])
     split = streamed(damaged, workers=workers, skip_damaged=True)
     (images, labels), (last, _) = fed(split, [order[:15], order[15:]])
-    assert torch.equal(images[0], images[1])  # there is none before it
+    assert torch.equal(images[0], images[1])  # no image comes before it
     assert labels[0] == 0
     assert torch.equal(last[0], split.image(16))  # 15, sky/03, is the first of its batch
     assert {str(path.relative_to(damaged)) for path in split.skipped} == {"train/brick/00.png", "train/sky/03.png"}
-    ((only, label),) = fed(split, [torch.tensor([15])])  # no other in the batch: the next of the set
+    ((only, label),) = fed(split, [torch.tensor([15])])  # no other image in the batch: the next one of the data set
     assert torch.equal(only[0], split.image(16))
     assert label == 2
     for path in (damaged / "train").glob("*/*"):
@@ -294,7 +294,7 @@ def test_the_list_of_damaged_images(damaged: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that hangs: what asks to stop is heard while a step waits for its images, and no process stays."""
+    """On a disk that hangs: a step that waits for its images still sees a request to stop, and no process remains."""
     monkeypatch.setattr(image_workers, "read_into", lambda *_: time.sleep(60))
     data = load(folder, workers=2)
     begin = time.monotonic()
@@ -324,7 +324,7 @@ def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_what_an_epoch_came_to_is_saved_when_an_image_cannot_be_read(folder: Path, tmp_path: Path) -> None:
-    """And it goes on from there to the bits of a run that was never disturbed, once the image is whole again."""
+    """Once the image is whole again, the run resumes from there, bit-identical to an undisturbed run."""
     whole = run(folder, tmp_path / "whole", 2)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -342,7 +342,7 @@ def test_what_an_epoch_came_to_is_saved_when_an_image_cannot_be_read(folder: Pat
 
 
 def test_predictions_are_of_the_images_that_were_there(damaged: Path) -> None:
-    """The pictures of a run show those, not the ones that cannot be read."""
+    """A run's pictures show the images that could be read."""
     (damaged / "test" / "grass" / "01.png").write_bytes(b"?")
     data = load(damaged, skip_damaged=True)
     with kernels.use_backend("torch"):
@@ -360,7 +360,7 @@ def test_predictions_are_of_the_images_that_were_there(damaged: Path) -> None:
 
 
 def test_signals_to_all_processes_stop_a_run_as_one_does(folder: Path, tmp_path: Path) -> None:
-    """As `timeout` and batch systems send them."""
+    """Signals as `timeout` and batch systems send them."""
     how = ("--stream", "--model", "lenet", "--epochs", "1000", "--backend", "torch", "--device", "cpu", "--workers", "3")
     command = [sys.executable, "-m", "alexnet_triton", "train", *how, "--data", str(folder), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""What a process of test_checkpoint runs: children that write checkpoints without end, each killed at a random moment.
+"""The worker of test_checkpoint: children write checkpoints endlessly, and each is killed at a random moment.
 
 Children are forked from a process that has imported torch: twenty of them take no longer than one.
 """
@@ -18,7 +18,7 @@ from alexnet_triton.training.checkpoint import BEST, LAST, Checkpoint, copy_chec
 
 
 def write_for_ever(folder: Path, number: int, told: int) -> None:
-    """Checkpoints numbered from ``number``; each number is told through the pipe once its file is said to be safe."""
+    """Write checkpoints numbered from ``number``; write each number to the pipe ``told`` once its files should be safe."""
     while True:
         weights = {"weight": torch.full((50_000,), float(number))}
         save_checkpoint(folder / BEST, Checkpoint("lenet", [], [{"epoch": number}], weights))
@@ -28,7 +28,7 @@ def write_for_ever(folder: Path, number: int, told: int) -> None:
 
 
 def main(folder: Path, kills: int) -> None:
-    """Kill ``kills`` writers; after each the newest checkpoint is whole, and no older than what was told."""
+    """Kill ``kills`` writers; after each the newest checkpoint must be complete and no older than the last number printed."""
     torch.set_num_threads(1)
     random.seed(0)
     number, in_the_middle = 0, 0
@@ -39,7 +39,7 @@ def main(folder: Path, kills: int) -> None:
             write_for_ever(folder, number + 1, tell)
         os.close(tell)
         with os.fdopen(hear) as lines:
-            next(lines)  # it writes
+            next(lines)  # the child writes
             time.sleep(random.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

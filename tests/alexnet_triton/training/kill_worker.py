@@ -1,6 +1,6 @@
-"""What a process of test_kills runs: ``alexnet-triton train``, killed at random moments and resumed until it ends by itself.
+"""The worker of test_kills: ``alexnet-triton train``, killed at random moments and resumed until it ends by itself.
 
-Children are forked from a process that has imported torch: each begins at once.
+Children are forked from a process that has imported torch, so they start at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPTIONS = (
 
 
 def start(*arguments: str) -> tuple[int, TextIO]:
-    """A child that runs the command: its number, and what it prints."""
+    """Fork a child that runs the command; return its process id and its output."""
     hear, tell = os.pipe()
     child = os.fork()
     if child:
         os.close(tell)
         return child, os.fdopen(hear)
-    code = 70  # of a traceback
+    code = 70  # the exit code for an exception
     try:
         os.dup2(tell, 1)
         os.dup2(tell, 2)
@@ -49,7 +49,7 @@ def start(*arguments: str) -> tuple[int, TextIO]:
 
 
 def read_until_it_trains(lines: TextIO) -> None:
-    """Up to the line that is printed just before."""
+    """Read up to the line that the command prints just before training."""
     for line in lines:
         if line.startswith("data "):
             return
@@ -57,23 +57,25 @@ def read_until_it_trains(lines: TextIO) -> None:
 
 
 def end_of(child: int, lines: TextIO) -> None:
-    """Wait until it ends by itself."""
+    """Wait until the child ends by itself, and check that it succeeded."""
     output = lines.read()
     _, status = os.waitpid(child, 0)
     assert status == 0, output
 
 
 def position(out: Path) -> tuple[int, bool, int]:
-    """How far the run in ``out`` has come, by its last checkpoint, which is whole."""
+    """How far the run in ``out`` has come, by its last checkpoint, which must be readable."""
     files = [path for path in (out / LAST, out / BEST) if path.exists()]
     return checkpoint.position(read_checkpoint(files[0])) if files else (0, False, 0)
 
 
 def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
-    """Kill it up to ``seconds`` after none to two lines of its epochs, until it ends before that, or ``most`` times.
+    """Kill the run at random moments until it ends by itself or was killed ``most`` times.
+
+    A kill comes after none to two lines of the run's epochs and up to ``seconds`` more.
 
     Returns:
-        How many kills there were; how many found it in its training, with a checkpoint.
+        The number of kills, and how many of them came during training with a checkpoint.
     """
     kills, while_training, before = 0, 0, (0, False, 0)
     while True:
@@ -88,11 +90,11 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
                 lines.readline()
             time.sleep(random.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-            if os.waitpid(child, 0)[1] == 0:  # it was faster
+            if os.waitpid(child, 0)[1] == 0:  # it ended before the kill
                 return kills, while_training
         kills += 1
         now = position(out)
-        assert now >= before  # no kill takes away what was saved
+        assert now >= before  # no kill loses a checkpoint
         before = now
         while_training += 0 < now[0] < EPOCHS
 
@@ -100,7 +102,7 @@ def killed_run(out: Path, seconds: float, most: int) -> tuple[int, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     random.seed(0)
-    run_of_a_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
+    run_of_a_command.measure_speed = lambda *_: 1.0  # the measurement takes as long as an epoch
     place = Path(sys.argv[1])
     process, printed = start("train", *OPTIONS, "--out", str(place / "whole"))
     with printed:

@@ -1,4 +1,4 @@
-"""Listeners of the tests' runs."""
+"""Listeners for the tests' runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from alexnet_triton.training.listener import Listener
 
 
 class Asked(Listener):
-    """Asks to stop when ``stop`` says so."""
+    """Asks to stop when ``stop`` returns True."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self.stop = stop  # type: ignore[method-assign]
 
 
 class Watching(Listener):
-    """Keeps, or hands on, what it is told of each batch: images so far, their loss, their speed."""
+    """Calls ``batch`` after each batch with the images so far, their loss, and their speed."""
 
     wants_batches = True
 

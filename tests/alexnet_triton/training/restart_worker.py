@@ -1,6 +1,6 @@
-"""``alexnet-triton`` in a process of torchrun, one of which ends by SIGKILL in the middle of its first attempt.
+"""``alexnet-triton`` in processes of torchrun, one of which ends by SIGKILL in the middle of the first attempt.
 
-Each process notes into ``FOLDER/steps-RANK`` the number of each step of its epoch, a line for each attempt.
+Each process writes the number of each step within its epoch to ``FOLDER/steps-RANK``, one line for each attempt.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from alexnet_triton.__main__ import main
 from alexnet_triton.cli import run as run_of_a_command
 from alexnet_triton.training.trainer import Trainer
 
-#: Of the second process, in all its epochs.
+#: Steps of the second process, over all epochs, before it is killed.
 LAST_STEP = 14
 
 
 def noting(file: Path, real_step: object, kills: bool) -> None:
-    """Let a trainer's steps be noted, and the process be killed before a step."""
+    """Note a trainer's steps, and with ``kills`` kill the process before a step."""
     done = 0
 
     def step(self: Trainer, index: torch.Tensor, count: int | None = None) -> None:
@@ -38,7 +38,7 @@ def noting(file: Path, real_step: object, kills: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_of_a_command.measure_speed = lambda *_: 1.0  # which takes as long as an epoch
+    run_of_a_command.measure_speed = lambda *_: 1.0  # the measurement takes as long as an epoch
     notes = Path(sys.argv.pop(1)) / f"steps-{os.environ['RANK']}"
     with notes.open("a") as file:
         file.write("\n")

@@ -1,6 +1,6 @@
-"""The command line on a disk so slow that a signal finds each process while it saves.
+"""The command line on a disk so slow that a signal reaches each process while it saves.
 
-``python slow_disk_worker.py FOLDER train ...``; ``FOLDER`` gets a file ``pid-RANK`` of each process.
+``python slow_disk_worker.py FOLDER train ...``; each process writes its id to ``FOLDER/pid-RANK``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, refused if they are not ours."""
+"""Checkpoints are complete or absent, and foreign files are refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """As on a disk that fills up while a file is written: what goes beyond ``limit`` bytes is an error."""
+    """As on a disk that fills up during a write: writing beyond ``limit`` bytes is an error."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -157,7 +157,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_changed_byte_is_noticed_or_means_nothing(tmp_path: Path) -> None:
-    """torch.load alone would return other weights: it does not look at the archive's checksums."""
+    """torch.load alone would return wrong weights: it does not check the archive's checksums."""
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, tiny())
     whole = path.read_bytes()
@@ -179,7 +179,7 @@ def test_a_changed_byte_is_noticed_or_means_nothing(tmp_path: Path) -> None:
 
 
 class _Foreign:
-    """An object that weights_only does not load."""
+    """An object that weights_only refuses to load."""
 
 
 def _write_foreign(path: Path, kind: str) -> None:
@@ -200,7 +200,7 @@ def _write_foreign(path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     elif kind == "pipe":
-        os.mkfifo(path)  # to open which would wait for ever
+        os.mkfifo(path)  # opening it would wait forever
 
 
 @pytest.mark.parametrize("kind", ["text", "state_dict", "object", "zip", "numpy", "old torch format", "folder", "pipe"])
@@ -213,7 +213,7 @@ def test_a_foreign_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> Non
 
 
 class _Runs:
-    """An object whose pickle runs a command where it is loaded without care."""
+    """An object whose pickle runs a command when loaded without weights_only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -229,11 +229,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
         read_checkpoint(path)
     assert not ran.exists()
     torch.load(path, weights_only=False)
-    assert ran.exists()  # it would have
+    assert ran.exists()  # unsafe loading does run it
 
 
 def _repacked(path: Path, compression: int, change: Callable[[str, bytes], bytes]) -> Path:
-    """A checkpoint with other records under right checksums."""
+    """A copy of a checkpoint with changed records under valid checksums."""
     target = path.with_name("hostile.pt")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w", compression) as archive:
         for name in source.namelist():

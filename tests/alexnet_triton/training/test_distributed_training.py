@@ -1,4 +1,4 @@
-"""Processes of torchrun train what one trains on the same batches; the command among them, its end by a signal or a kill."""
+"""Processes of torchrun train as one process does on the same batches; the command in them, ended by a signal or a kill."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .train_worker import RUNS, run
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif("ttsem" in sys.modules, reason="processes that would not run under it"),
+    pytest.mark.skipif("ttsem" in sys.modules, reason="the processes would not run under ttsem"),
 ]
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -48,7 +48,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where two processes left what train_worker does."""
+    """The folder with the results of two processes of train_worker."""
     folder = tmp_path_factory.mktemp("two")
     process = start(*TORCHRUN, Path(__file__).with_name("train_worker.py"), folder)
     _, errors = process.communicate(timeout=240)
@@ -58,7 +58,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_what_one_trains(name: str, two_processes: Path, tmp_path: Path) -> None:
-    """Losses, accuracies and weights, within rounding: gradients are summed in another order, in bfloat16 rounded before."""
+    """Losses, accuracies and weights agree within rounding: gradients' sums differ in order, in bfloat16 after rounding."""
     with kernels.use_backend("torch"):
         alone = run(tmp_path, ALONE, name)
     together = read_checkpoint(two_processes / name / "checkpoint.pt")
@@ -74,9 +74,9 @@ def test_two_processes_train_what_one_trains(name: str, two_processes: Path, tmp
 
 
 def test_the_loss_that_a_bar_shows_is_that_of_the_images_that_its_process_has_seen(two_processes: Path) -> None:
-    """Both together make the epoch's; each alone is no half of it."""
+    """The two losses together make the epoch's; neither alone does."""
     shown = [json.loads((two_processes / f"progress{rank}.json").read_text()) for rank in (0, 1)]
-    assert [each["own"] for each in shown] == [13, 7]  # of batches of 3, and a last one of 2
+    assert [each["own"] for each in shown] == [13, 7]  # shares of batches of 3, and of a last batch of 2
     for each in shown:
         assert [seen for seen, _ in each["shown"]] == [3, 6, 9, 12, 15, 18, 20]
     together = sum(each["own"] * each["shown"][-1][1] for each in shown) / 20
@@ -98,7 +98,7 @@ def test_a_resumed_run_of_two_processes_has_the_same_bits(two_processes: Path) -
     assert training is not None
     states = [process["rng"] for process in training["trainer"]["processes"]]
     assert len(states) == 2
-    assert not torch.equal(*states)  # masks of its own in each
+    assert not torch.equal(*states)  # each draws its own dropout masks
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(two_processes: Path
 
 
 def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: Path) -> None:
-    """torchrun hands SIGTERM on to both. One process alone cannot go on with what two began."""
+    """torchrun passes SIGTERM on to both processes. A single process cannot resume a run of two."""
     out = tmp_path / "run"
     options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
     process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
@@ -138,7 +138,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["data", "option"])
 def test_what_all_processes_find_wrong_is_said_once(kind: str, tmp_path: Path) -> None:
-    """Each decodes a folder of images for itself, each sees that it cannot do what an option says."""
+    """An error that each process finds: all decode the folder's images, and all see an option that cannot work."""
     image = write_folder(tmp_path / "images", train=2, tests=1) / "train" / "sky" / "00.png"
     image.write_bytes(b"no image")
     options = ("--data", tmp_path / "images", "--workers", "0") if kind == "data" else ("--data", "sample", "--graph")
@@ -151,9 +151,9 @@ def test_what_all_processes_find_wrong_is_said_once(kind: str, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_signals_that_come_again_while_it_saves_lose_nothing(tmp_path: Path) -> None:
-    """As from Slurm, which signals torchrun and its processes, and torchrun passes it on; then Ctrl-C again, impatiently.
+    """Signals as from Slurm (to torchrun and its processes, and passed on by torchrun), then an impatient second Ctrl-C.
 
-    torchrun makes a SIGTERM of the second one. The run that goes on has the bits of one that never stopped.
+    torchrun turns the second one into SIGTERM. The resumed run is bit-identical to one that never stopped.
     """
     script, out = Path(__file__).with_name("slow_disk_worker.py"), tmp_path / "run"
     options = ("--model", "lenet", "--data", "sample", "--limit", "17", "--batch-size", "8", "--device", "cpu")
@@ -175,7 +175,7 @@ def test_signals_that_come_again_while_it_saves_lose_nothing(tmp_path: Path) -> 
 
     epochs = len(read_checkpoint(out / "checkpoint.pt").metrics) + 1
     runs = (("--resume", out), (*options, "--out", tmp_path / "whole"))
-    for process in [torchrun(*each, "--epochs", epochs) for each in runs]:  # both at once
+    for process in [torchrun(*each, "--epochs", epochs) for each in runs]:  # both run at the same time
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     resumed, whole = (read_checkpoint(folder / "checkpoint.pt") for folder in (out, tmp_path / "whole"))
@@ -183,7 +183,7 @@ def test_signals_that_come_again_while_it_saves_lose_nothing(tmp_path: Path) -> 
     assert states[0] == states[1]
 
 
-#: Of the command's runs in several processes: lenet on 8 batches of 8 images an epoch, and one of 3.
+#: Options of runs in several processes: lenet with 8 batches of 8 images and one of 3 in an epoch.
 OPTIONS = (
     *("--model", "lenet", "--data", "sample", "--limit", 67, "--batch-size", 8, "--epochs", 3, "--device", "cpu"),
     *("--lr", 0.5, "--momentum", 0.9, "--augment"),
@@ -191,7 +191,7 @@ OPTIONS = (
 
 
 def state_of(out: Path) -> list[Any]:
-    """All that the last checkpoint of ``out`` has of what a run computes."""
+    """Everything that a run computes, from the last checkpoint of ``out``."""
     kept = read_checkpoint(out / "checkpoint.pt")
     assert kept.training is not None
     return flat([kept.metrics, kept.weights, kept.training["trainer"]])
@@ -199,7 +199,7 @@ def state_of(out: Path) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """:func:`state_of` such a run of two processes of a machine."""
+    """:func:`state_of` an undisturbed run of two processes on one machine."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *OPTIONS, "--out", out)
     _, errors = process.communicate(timeout=120)
@@ -209,7 +209,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.mark.timeout(240)
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed: list[Any], tmp_path: Path) -> None:
-    """torchrun ends the other one and starts both by the same command, which goes on: to the bits of an undisturbed run."""
+    """torchrun ends the other process and restarts both with the same command, which resumes: bit-identical to no kill."""
     script, out = Path(__file__).with_name("restart_worker.py"), tmp_path / "run"
     command = (*OPTIONS, "--out", out, "--resume", "--checkpoint-every", 4)
     process = start(*TORCHRUN, "--max-restarts=1", script, tmp_path, "train", *command)
@@ -217,7 +217,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed:
     assert process.returncode == 0, errors
     assert output.splitlines()[0] == f"{out} holds no run yet: one begins there"
     assert f"resumed from {out / 'checkpoint.pt'} after 1 whole epoch(s)" in output
-    # Step 9 + 3 of the run, after which it was saved, is the first one of the second attempt.
+    # The run was saved after step 9 + 3, so the second attempt begins with the step after.
     lines = [(tmp_path / f"steps-{rank}").read_text().split("\n")[1:] for rank in (0, 1)]
     first, second = [[list(map(int, line.split())) for line in attempts] for attempts in zip(*lines, strict=True)]
     assert first[1] == [*range(9), *range(5)]
@@ -228,7 +228,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed:
 
 @pytest.mark.timeout(240)
 def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Path) -> None:
-    """As in the README but for the addresses: two of torchrun's agents, of which neither knows beforehand who leads."""
+    """As in the guide except for the addresses: two torchrun agents, neither of which knows beforehand which leads."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"--rdzv-endpoint=127.0.0.1:{server.getsockname()[1]}"
     agent = (*TORCHRUN[:2], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint, "--rdzv-id=alexnet")
@@ -236,13 +236,13 @@ def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Pa
     machines = [start(*command) for _ in range(2)]
     results = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], results
-    assert sorted(output.count("epoch   3 ") for output, _ in results) == [0, 1]  # the first process of all prints
+    assert sorted(output.count("epoch   3 ") for output, _ in results) == [0, 1]  # only the very first process prints
     assert state_of(tmp_path / "run") == undisturbed
 
 
 @pytest.mark.timeout(240)
 def test_four_processes_train_what_one_trains_and_resume_to_the_same_bits(tmp_path: Path) -> None:
-    """Sums of more than two numbers depend on their order: it must be the same in the first step after a resumption."""
+    """Sums of more than two numbers depend on their order, which must be the same in the first step after resuming."""
     worker = start(*TORCHRUN[:-1], "--nproc-per-node=4", Path(__file__).with_name("train_worker.py"), tmp_path, "four")
     _, errors = worker.communicate(timeout=200)
     assert worker.returncode == 0, errors
@@ -266,7 +266,7 @@ def test_shares_are_a_batch() -> None:
 
 @pytest.fixture
 def group_of_one() -> Iterator[Processes]:
-    """This process alone, whose gradients are added up all the same."""
+    """This process alone in a group, so that gradients are still all-reduced."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield Processes(grouped=True)
@@ -283,7 +283,7 @@ def test_a_group_of_one_process_trains_what_it_trains_alone(group_of_one: Proces
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_captured_step_holds_the_all_reduce(dtype: torch.dtype, group_of_one: Processes) -> None:
-    """Of NCCL, in a group of one: the bits of eager steps and of a process without a group, a smaller last batch included."""
+    """NCCL in a group of one: bit-identical to eager steps and to no group, a smaller last batch included."""
     cuda = torch.device("cuda", 0)
     data = load_fashion_mnist("sample").train.limited(150)
     recipe = Recipe("alexnet", batch_size=64, lr=0.01, momentum=0.9, schedule="cosine")
@@ -301,11 +301,11 @@ def test_a_captured_step_holds_the_all_reduce(dtype: torch.dtype, group_of_one: 
 
 
 def test_the_buckets_of_alexnet_overlap_its_backward_pass(group_of_one: Processes) -> None:
-    """The large linear layers' go first, each by itself; after the last gradient is made, that of conv1 alone is on its way."""
+    """The large linear layers' buckets go first, one each; after the last gradient only conv1's bucket is still to be sent."""
     net = new_model("alexnet", 0, torch.device("cpu"), torch.float32)
     parallel = group_of_one.parallel(net, torch.device("cpu"))
     with kernels.use_backend("torch"):
-        for _ in range(3):  # the first says in which order gradients come, the third is told of
+        for _ in range(3):  # the first shows the order of gradients, the third is logged
             parallel(torch.randn(1, 1, 224, 224)).sum().backward()
     buckets = (("20.bias", "20.weight", "17.bias", "17.weight"), ("14.bias", "14.weight"))
     buckets += (
@@ -354,7 +354,7 @@ def test_a_launchers_only_process_gets_its_signals_repeated_too(monkeypatch: pyt
     with joined() as processes:
         assert processes is ALONE
         assert not processes.launched
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # as torchrun --nproc-per-node=1 sets it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun --nproc-per-node=1 sets this
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined() as processes:
         assert (processes.size, processes.launched) == (1, True)

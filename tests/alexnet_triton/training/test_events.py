@@ -1,4 +1,4 @@
-"""``--tensorboard``: what TensorBoard reads back is ``metrics.jsonl``, each epoch once; without the package, one line."""
+"""``--tensorboard``: TensorBoard reads the metrics of ``metrics.jsonl``, each epoch once; one line without the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAIN = ("train", "--model", "lenet", *SHORT)
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # the measurement takes as long as the run
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_missing_package_is_said_before_anything_is_done(command: tuple[str, .
 
 @pytest.mark.usefixtures("_without_tensorboard")
 def test_old_checkpoints_and_machines_without_the_package_can_go_on(tmp_path: Path) -> None:
-    """An option that a checkpoint lacks is off; one that cannot be had here can be put off."""
+    """An option that a checkpoint lacks is off; an option that this machine cannot have can be turned off."""
     run(*TRAIN, "--epochs", "1", "--out", "run", cwd=tmp_path)
     path = tmp_path / "run" / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
@@ -68,7 +68,7 @@ def test_old_checkpoints_and_machines_without_the_package_can_go_on(tmp_path: Pa
 
 
 def test_events_are_the_metrics_also_of_a_resumed_run(tmp_path: Path) -> None:
-    """Resumed from its second epoch when it had three, as from a backup: the third is there once, as it was the last time."""
+    """Resumed from its second epoch after three, as from a backup: the third epoch is there once, with its latest values."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     run(*TRAIN, "--epochs", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
@@ -81,7 +81,7 @@ def test_events_are_the_metrics_also_of_a_resumed_run(tmp_path: Path) -> None:
 
 
 def check_events(out: Path, rates: list[float]) -> None:
-    """TensorBoard reads the metrics of the run in ``out`` and these learning rates, each epoch once."""
+    """Check that TensorBoard reads the metrics of the run in ``out`` and these learning rates, each epoch once."""
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,unused-ignore]
         EventAccumulator,
     )
@@ -105,7 +105,7 @@ def check_events(out: Path, rates: list[float]) -> None:
 
 
 def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_path: Path) -> None:
-    """Those of a run without events, and of a process that ended between a checkpoint and its events."""
+    """Epochs of a run without events, and of a process that ended between a checkpoint and its events."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     run(*TRAIN, "--epochs", "2", "--out", "run", cwd=tmp_path)
@@ -117,7 +117,7 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
     path = out / "checkpoint.pt"
     checkpoint = read_checkpoint(path)
     assert checkpoint.training is not None
-    assert [metrics.pop("lr") for metrics in checkpoint.metrics] == [0.9, 0.9, 0.5]  # as a file from before they were kept
+    assert [metrics.pop("lr") for metrics in checkpoint.metrics] == [0.9, 0.9, 0.5]  # as in files without learning rates
     save_checkpoint(path, checkpoint)
     run("train", "--resume", "run", "--epochs", "4", cwd=tmp_path)
     check_events(out, [0.5] * 4)
@@ -126,7 +126,7 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
     assert checkpoint.training is not None
     for metrics in checkpoint.metrics:
         del metrics["lr"]
-    checkpoint.training["learning_rates"] = [0.9, 0.9, 0.5, 0.25]  # as a file from before metrics had them
+    checkpoint.training["learning_rates"] = [0.9, 0.9, 0.5, 0.25]  # a file from before metrics had learning rates
     save_checkpoint(path, checkpoint)
     run("train", "--resume", "run", "--epochs", "5", cwd=tmp_path)
     check_events(out, [0.9, 0.9, 0.5, 0.25, 0.5])
@@ -141,7 +141,7 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_from_the_start_is_said_with_the_folder(tmp_path: Path) -> None:
-    """By a run that goes on, which writes all epochs so far; nothing of the writer's thread is left behind."""
+    """In a resumed run, which writes all epochs so far; the writer's thread leaves nothing behind."""
     pytest.importorskip("tensorboard")
     hook = threading.excepthook
     epochs = [EpochMetrics(i, 1.0, 0.5, 0.5, 100.0, 1.0) for i in (1, 2, 3)]
@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_with_the_folder(tmp_path: Pa
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_said_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's own error names no file; the checkpoint of the epoch is there all the same."""
+    """TensorBoard's own error names no file. The epoch's checkpoint is still written."""
     pytest.importorskip("tensorboard")
     real = EpochEvents.write
 

@@ -1,4 +1,4 @@
-"""A folder belongs to one run at a time: two processes never write into the same one."""
+"""A folder belongs to one run at a time: two processes never write into the same folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_lock_keeps_others_out_and_goes_with_its_block(tmp_path: Path) -> None
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """As a DataLoader's worker, which lives a little longer than a parent that was killed."""
+    """Such as a DataLoader's worker, which lives a little longer than its killed parent."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from alexnet_triton.training.run_folder import locked\n"
@@ -113,7 +113,7 @@ def test_a_default_name_gets_the_first_free_number(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process leaves its empty folder just then."""
+    """Another process leaves its empty folder just before the lock."""
     real, gone = run_folder.held, 0
 
     @contextlib.contextmanager
@@ -123,7 +123,7 @@ def test_a_folder_that_goes_before_it_is_locked_is_made_again(tmp_path: Path, mo
         if gone == 1:
             folder.rmdir()
         with real(folder, warn):
-            if gone == 2:  # opened, and no longer what the name means
+            if gone == 2:  # opened, but its name no longer refers to it
                 folder.rmdir()
             yield
 
@@ -175,7 +175,7 @@ def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_pa
 
 
 def test_nobody_else_gets_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:
-    """Neither a new run nor a resumed one nor a comparison, from before its first file on; a killed run lets go of it."""
+    """No new run, resumed run or comparison gets the folder, even before its first file; a killed run releases it."""
     out = tmp_path / "lenet"
     process = start("-m", "alexnet_triton", "train", *SHORT, "--epochs", "100000", "--out", out)
     commands = {

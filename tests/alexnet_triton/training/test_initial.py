@@ -1,4 +1,4 @@
-"""Fine-tuning: weights of files, frozen layers, torchvision's network; and a run that stops early."""
+"""Fine-tuning: weights from files, frozen layers, torchvision's network; and runs that stop early."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHORT = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size"
 
 
 def begin(out: str, *options: str, cwd: Path) -> str:
-    """What ``train`` prints."""
+    """The output of ``train``."""
     result = run_here("train", *SHORT, "--out", out, *options, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -56,7 +56,7 @@ def test_files_of_every_kind_give_the_same_weights(tmp_path: Path) -> None:
     begin("run", "--epochs", "1", cwd=tmp_path)
     expected = weights(tmp_path / "run")
     torch.save(expected, tmp_path / "a.pth")
-    torch.save(expected, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # as torchvision's AlexNet is
+    torch.save(expected, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # the format of torchvision's AlexNet
     safetensors.torch.save_file(expected, tmp_path / "a.safetensors")
     for name in ("run", "run/checkpoint.pt", "a.pth", "old.pth", "a.safetensors"):
         found = read_weights(tmp_path / name)
@@ -111,7 +111,7 @@ def test_without_safetensors_a_line_says_what_to_install(tmp_path: Path, monkeyp
 
 
 def test_what_does_not_fit_is_new_as_in_a_new_network() -> None:
-    """Five classes of three channels, from ten of one: the first and the last layer."""
+    """From one channel and ten classes to three and five: the first and the last layer are new."""
     trained, net = (new_model("lenet", seed, CPU, classes=n, channels=c) for seed, n, c in ((1, 10, 1), (2, 5, 3)))
     new = new_model("lenet", 2, CPU, classes=5, channels=3).state_dict()
     kept = take_weights(net, trained.state_dict() | {"other": torch.ones(1)})
@@ -144,7 +144,7 @@ def test_a_fine_tuned_run_is_resumed_without_the_file(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert "began with" not in resumed.stdout
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    # It began with those weights: one epoch from scratch by the same seed is something else.
+    # The run began with the file's weights: an epoch from scratch with the same seed gives other weights.
     begin("scratch", "--seed", "3", "--epochs", "1", cwd=tmp_path)
     assert not torch.equal(weights(tmp_path / "scratch")["0.weight"], weights(tmp_path / "parts")["0.weight"])
 
@@ -161,7 +161,7 @@ def test_a_file_of_which_nothing_fits_says_which_network_it_is_of(tmp_path: Path
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchvisions_network(channels: int) -> None:
-    """Its keys, its initialisation, drawn from the seed; its own weights fit but for other classes and channels."""
+    """It has torchvision's keys and, with the same seed, its initial weights; a torchvision file fits all but the last layer."""
     net = new_model("torchvision", 4, CPU, classes=7, channels=channels)
     torch.manual_seed(4)
     plain = torchvision.models.alexnet(num_classes=7)
@@ -179,7 +179,7 @@ def test_torchvisions_network(channels: int) -> None:
 
 
 def test_torchvisions_network_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:
-    """A folder of three channels, frozen; predict and evaluate know it."""
+    """On a folder of three-channel images with frozen convolutions; evaluate reads its checkpoint."""
     write_folder(tmp_path / "images", train=2, tests=1)
     options = ("--model", "torchvision", "--data", "images", "--workers", "0", "--batch-size", "4", "--backend", "torch")
     options += ("--device", "cpu", "--freeze", "features", "--lr", "0.001")
@@ -216,7 +216,7 @@ def test_without_torchvision_there_is_one_line(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(dtype: torch.dtype, tmp_path: Path) -> None:
-    """With what would move them: momentum and weight decay. Stopped in an epoch and resumed, it has the same bits."""
+    """With momentum and weight decay, which would move them. A run stopped in an epoch and resumed is bit-identical."""
     fields: dict[str, Any] = {"dtype": dtype, "freeze": "features", "momentum": 0.9, "weight_decay": 0.1, "epochs": 2}
     recipe = small_recipe(**fields)
 
@@ -247,7 +247,7 @@ def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(d
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_new_convolution_is_trained_and_the_others_are_the_files_to_the_bit(dtype: str, tmp_path: Path) -> None:
-    """Of half precision too, and in a run that is resumed."""
+    """In half precision too, and in a resumed run."""
     file = new_model("lenet", 1, CPU).state_dict() | {"0.weight": torch.ones(6, 3, 5, 5)}
     torch.save(file, tmp_path / "w.pth")
     options = ("--init", "w.pth", "--freeze", "features", "--dtype", dtype, "--momentum", "0.9")
@@ -304,7 +304,7 @@ def test_a_network_that_is_not_frozen_as_the_recipe_says_is_refused(tmp_path: Pa
 
 
 def test_a_step_of_the_kernels_with_frozen_layers(launches: list[str]) -> None:
-    """It gives the gradients of the others, within rounding, and computes none of a frozen filter."""
+    """The other layers get the right gradients within rounding, and no gradient of a frozen filter is computed."""
     trainers = []
     for backend in ("torch", "triton"):
         torch.manual_seed(7)
@@ -342,12 +342,12 @@ def history(*losses: float | None) -> list[EpochMetrics]:
         ((), 1, False),
         ((1.0,), 1, False),
         ((1.0, 0.9), 1, False),
-        ((1.0, 1.0), 1, True),  # no better one
+        ((1.0, 1.0), 1, True),  # no better loss
         ((1.0, 1.1, 0.9, 1.0), 2, False),
         ((1.0, 1.1, 0.9, 1.0, 0.95), 2, True),
         ((1.0, math.nan), 1, True),
         ((math.nan, 1.0), 1, False),
-        ((None, None, None), 1, False),  # of a version that did not keep them
+        ((None, None, None), 1, False),  # from a version that did not save test losses
         ((None, None, 1.0), 1, False),
         ((None, 1.0, 2.0), 1, True),
         ((1.0, 2.0, 3.0), None, False),
@@ -359,7 +359,7 @@ def test_when_a_run_is_finished(losses: tuple[float | None, ...], early_stop: in
 
 
 def test_a_run_that_stops_early_is_complete_and_can_be_told_to_go_on(tmp_path: Path) -> None:
-    """A learning rate of 0 makes no test loss better. A resumed run counts the epochs before."""
+    """A learning rate of 0 improves no test loss. A resumed run counts the epochs before."""
     said = begin("whole", "--lr", "0", "--early-stop", "3", "--epochs", "9", cwd=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4

@@ -1,4 +1,4 @@
-"""``train`` killed by SIGKILL at random moments, and resumed each time, computes what one does that nobody kills."""
+"""``train``, killed by SIGKILL at random moments and resumed each time, is bit-identical to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_run_that_is_killed_again_and_again_has_the_same_bits(tmp_path: Path) 
         assert lines == kept[0].metrics
         states.append(flat([[c.metrics, c.weights, c.training] for c in kept] + [lines]))
     assert states[0] == states[1]
-    # A file that a kill left half written goes with the next that is written there.
+    # A kill may leave a partial file, which the next write of the same file replaces.
     names = [{p.name for p in out.iterdir() if not p.name.endswith(".partial")} for out in (whole, killed)]
     assert (
         names[0]

@@ -1,4 +1,4 @@
-"""The numbers of training: schedules, nesterov, smoothing, class weights, normalization; what files keep of them."""
+"""Training's numbers: schedules, Nesterov, label smoothing, class weights, normalization, and how files keep them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .test_training import CPU, _pytorch_where_kernels_are_slow, needs_a_gpu, sa
 
 __all__ = ["_pytorch_where_kernels_are_slow"]
 
-#: 40 images are so many steps of an epoch.
+#: Steps of an epoch of 40 images.
 STEPS = 3
 
 
 def stepped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, epochs: int) -> list[float]:
-    """The learning rate of each step that the optimizer takes."""
+    """The learning rate of each of the optimizer's steps."""
     rates: list[float] = []
     real = SGD.step
 
@@ -57,7 +57,7 @@ def stepped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, epochs: int) -> l
 def test_each_step_has_the_learning_rate_of_the_schedule(
     name: str, warmup: float, dtype: torch.dtype, on_the_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a number, and as a tensor that a captured step would read."""
+    """The learning rate as a number, and as a tensor that a captured step would read."""
     trainer = small_trainer(dtype=dtype, schedule=name, warmup=warmup, epochs=3)
     if on_the_device:
         trainer.optimizer.param_groups[0]["lr"] = torch.tensor(trainer.optimizer.param_groups[0]["lr"])
@@ -68,7 +68,7 @@ def test_each_step_has_the_learning_rate_of_the_schedule(
 
 
 def test_a_learning_rate_on_the_device_is_filled_only_where_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run that is divided by ten after each of its three epochs: twice. It comes to what numbers come to."""
+    """A rate that is divided by ten after each third of the run is filled twice; results equal those with numbers."""
     weights = []
     for on_the_device in (False, True):
         trainer = small_trainer(schedule="step", epochs=3)
@@ -107,7 +107,7 @@ def test_a_captured_step_reads_the_learning_rate(name: str) -> None:
 
 
 def test_an_epoch_of_everything_is_the_plain_loop(tmp_path: Path) -> None:
-    """Loss and weights against a loop written out, of 59 images, whose last batch is smaller."""
+    """Loss and weights equal those of a plain loop over 59 images, whose last batch is smaller."""
     images, test = 59, 50
     data = sample(images, test).normalized()
     recipe = small_recipe(
@@ -148,10 +148,10 @@ def test_an_epoch_of_everything_is_the_plain_loop(tmp_path: Path) -> None:
     assert metrics.lr == pytest.approx(0.05 / 25 / 1e4)
 
 
-#: Everything that decides a loss and a step.
+#: All options that affect a loss or a step.
 EVERY_NUMBER = {"nesterov": True, "weight_decay": 0.01, "label_smoothing": 0.1, "class_weights": "balanced", "normalize": True}
 
-#: Runs of two epochs whose learning rates change: the case, and what its recipe has besides.
+#: Runs of two epochs whose learning rates change: the case, and more fields of its recipe.
 SCHEDULED: dict[str, tuple[Case, dict[str, Any]]] = {
     "step": (Case(), {"schedule": "step"}),
     "cosine": (Case(momentum=0.9), {"schedule": "cosine"}),
@@ -174,7 +174,7 @@ SCHEDULED: dict[str, tuple[Case, dict[str, Any]]] = {
     "name", [pytest.param(name, marks=[needs_a_gpu] * (case.device == CUDA)) for name, (case, _) in SCHEDULED.items()]
 )
 def test_a_resumed_run_with_a_schedule_has_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
+    """Stopped before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
     case, fields = SCHEDULED[name]
     if fields.get("normalize"):
         monkeypatch.setattr(test_resume, "sample", lambda *sizes: sample(*sizes).normalized())
@@ -204,7 +204,7 @@ def test_data_is_normalized_where_the_recipe_says_so(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_keeps_the_normalization(tmp_path: Path) -> None:
-    """With it a reader comes to the accuracy and the loss of the run; a damaged one is refused."""
+    """A reader of the checkpoint gets the run's accuracy and loss; a damaged normalization is refused."""
     data = sample(32, 30).normalized()
     history = train(new_model("lenet", 0, CPU), data, small_recipe(normalize=True, epochs=1), Where(CPU), tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -220,7 +220,7 @@ def test_a_checkpoint_keeps_the_normalization(tmp_path: Path) -> None:
         torch.save(content | {"normalization": value}, path)
         with pytest.raises(CheckpointError, match="damaged: no images are normalized by"):
             read_checkpoint(path)
-    del content["normalization"]  # as a file from before it was kept
+    del content["normalization"]  # a file from before normalization was saved
     torch.save(content, path)
     assert read_checkpoint(path).normalization is None
 
@@ -244,7 +244,7 @@ def test_metrics_from_before_there_was_a_test_loss_load() -> None:
 
 
 def test_the_default_recipe_is_that_of_runs_before_there_were_recipes() -> None:
-    """So a checkpoint that lacks the fields goes on to the same bits."""
+    """So a checkpoint that lacks the fields resumes bit-identically."""
     recipe = Recipe()
     assert {name: getattr(recipe, name) for name in RECIPES["d2l"]} == RECIPES["d2l"]
     assert recipe.lr == LEARNING_RATES["d2l"]["alexnet"]

@@ -1,4 +1,4 @@
-"""The pictures of a run: what they show is computed here by hand."""
+"""The pictures of a run, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_pictures_are_written(channels: int, tmp_path: Path) -> None:
 
 
 def confusion_of(classes: int, path: Path) -> None:
-    """A test image of each class, one in seven taken for the next class."""
+    """A picture for one test image of each class, of which one in seven is predicted as the next class."""
     labels = torch.arange(classes)
     predicted = torch.where(labels % 7 == 0, (labels + 1) % classes, labels)
     names = [f"class {i}" for i in range(classes)]
@@ -67,7 +67,7 @@ def confusion_of(classes: int, path: Path) -> None:
 
 
 def test_many_classes_are_a_picture_of_bounded_size(tmp_path: Path) -> None:
-    """1,000 classes at half an inch each would be 3.6 billion pixels, and a name and its tick each take their time."""
+    """1,000 classes at half an inch each would be 3.6 billion pixels, and drawing names and ticks takes time."""
     begin = time.process_time()
     confusion_of(MOST_NAMED, tmp_path / "named.png")
     between = time.process_time()
@@ -76,10 +76,10 @@ def test_many_classes_are_a_picture_of_bounded_size(tmp_path: Path) -> None:
     named, many = imread(tmp_path / "named.png"), imread(tmp_path / "many.png")
     assert named.shape == many.shape
     red, green, blue = many[..., 0], many[..., 1], many[..., 2]
-    assert ((red < 0.2) & (green < 0.4) & (blue > 0.3)).any()  # the dark blue of a class that is always right
+    assert ((red < 0.2) & (green < 0.4) & (blue > 0.3)).any()  # dark blue: a class that is always predicted correctly
 
 
-#: Names that are no text to be set: two formulas, the second one with a command that there is not; bytes that are not UTF-8.
+#: Names that are hard to draw: two formulas, the second with an unknown command; bytes that are not UTF-8.
 NAMES = {"dollars": r"price $\in$ $\eur$", "not_utf_8": os.fsdecode(b"caf\xe9")}
 
 
@@ -94,7 +94,7 @@ def test_any_name_can_be_drawn(kind: str, tmp_path: Path) -> None:
     plot_confusion(PREDICTIONS, names, tmp_path / "confusion.png", name)
     plot_most_wrong(split(1), PREDICTIONS, names, tmp_path / "wrong.png", name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.png", "confusion.png", "curves.png", "wrong.png"]
-    assert matplotlib.rcParams["text.parse_math"] == before  # another's pictures in this process
+    assert matplotlib.rcParams["text.parse_math"] == before  # other code may draw in this process
 
 
 def test_predictions_are_the_networks_in_eval_mode() -> None:

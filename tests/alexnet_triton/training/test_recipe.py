@@ -1,4 +1,4 @@
-"""What a recipe holds and refuses; checkpoints of versions that had none; numbers that are larger than any run."""
+"""A recipe's fields and errors; checkpoints from before there were recipes; numbers larger than any run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .test_training import CPU, sample, small_net, small_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Of a run that was stopped after two of the three steps of its second epoch, written by the last version without recipes
-#: (commit 126b075) on the CPU: train --model lenet --data sample --limit 40 --batch-size 16 --backend torch --augment --crop
-#: resized --weight-decay 0.01 --lr 0.25 --seed 3 --epochs 2.
+#: A run that was stopped after two of three steps of its second epoch, written on the CPU by the last version without recipes
+#: (commit 126b075): train --model lenet --data sample --limit 40 --batch-size 16 --backend torch --augment --crop resized
+#: --weight-decay 0.01 --lr 0.25 --seed 3 --epochs 2.
 OLD = Path(__file__).with_name("old_checkpoint.pt")
 
-#: SHA-256 of the weights, in the order of their names, to which that version resumed it, up to a third epoch; and the sum of
-#: each, to which other processors come by other roundings.
+#: SHA-256 of the weights, in the order of their names, after that version resumed the run up to a third epoch; and the sum of
+#: each weight, since other processors round differently.
 RESUMED = "8500f8d40035ace8e99ec6a11af1430c42a8f60201d506a52f1cbec339ecfead"
 SUMS = {
     "0.weight": 0.22357815864961594,
@@ -46,7 +46,7 @@ SUMS = {
 
 
 def test_a_checkpoint_from_before_recipes_is_resumed_to_the_bits_of_its_version(tmp_path: Path) -> None:
-    """The bits are those of a processor with AVX-512; on others the sums are near."""
+    """Bit-identical on a processor with AVX-512; on others the sums are close."""
     (tmp_path / "run").mkdir()
     shutil.copy(OLD, tmp_path / "run" / "checkpoint.pt")
     refused = run_here("train", "--resume", "run", "--crop", "pad", cwd=tmp_path)
@@ -81,7 +81,7 @@ def test_a_checkpoint_from_before_recipes_is_evaluated() -> None:
 
 
 def test_the_recipe_of_a_run_without_a_command_line_is_that_of_its_configuration() -> None:
-    """Before there were recipes, such a run kept no options: learning rate and weight decay are not known."""
+    """In versions without recipes such a run saved no options: learning rate and weight decay are not known."""
     old = read_checkpoint(OLD)
     assert old.training is not None
     old.training["options"] = {}
@@ -93,7 +93,7 @@ def test_the_recipe_of_a_run_without_a_command_line_is_that_of_its_configuration
 
 
 def test_a_field_that_a_checkpoint_lacks_has_its_default() -> None:
-    """So a field can be added: what runs did before it was there is its default."""
+    """So fields can be added: the default must be what runs did before the field existed."""
     recipe = small_recipe()
     kept = dataclasses.asdict(recipe)
     del kept["momentum"]
@@ -146,12 +146,12 @@ def test_a_network_of_another_dtype_is_refused(tmp_path: Path) -> None:
 
 
 def _integers(command: Callable[..., object]) -> list[str]:
-    """The parameters of a command that are whole numbers, or may be, or are several."""
+    """The parameters of a command that are integers, optional integers or several integers."""
     hints = get_type_hints(command)
     return [name for name, kind in hints.items() if int in (kind, *get_args(kind), *map(get_origin, get_args(kind)))]
 
 
-#: tune's --batch and predict's --top are made by their commands themselves.
+#: Excluded: the commands convert tune's --batch and predict's --top themselves.
 INTEGERS = [
     (info.name, "--" + name.replace("_", "-"))
     for info in app.registered_commands
@@ -178,7 +178,7 @@ def test_an_integer_that_is_no_int64_is_refused_by_its_option(command: str, opti
 @pytest.mark.parametrize("batch_size", [10**10, MOST])
 @pytest.mark.parametrize("tests", [5, 70], ids=["fewer tests", "more tests"])
 def test_a_batch_that_no_epoch_has_asks_for_no_memory(batch_size: int, tests: int) -> None:
-    """It is one batch of all images, whether it is trained, evaluated or compiled."""
+    """The batch is all images, in training, evaluation and compilation."""
     data = sample(16, tests)
     weights = []
     with kernels.use_backend("torch"):

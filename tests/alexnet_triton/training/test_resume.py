@@ -1,4 +1,4 @@
-"""A resumed run computes what an uninterrupted one does, and what it cannot resume is refused."""
+"""A resumed run is bit-identical to an uninterrupted one, and a run that cannot be resumed is refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ cases = pytest.mark.parametrize(
     "case", [pytest.param(c, id=n, marks=[needs_a_gpu] * (c.device == CUDA)) for n, c in CASES.items()]
 )
 
-#: 40 training images are three steps, 20 test images two batches: the run asks five times an epoch whether to stop.
+#: Times that a run asks in an epoch whether to stop: 40 training images are three steps, 20 test images two batches.
 ASKED = 5
 
 
@@ -80,7 +80,7 @@ def run(
     checkpoint_every: int | None = None,
     **fields: Any,
 ) -> list[EpochMetrics]:
-    """The training of a small network; the recipe is the case's but for ``fields``."""
+    """Train a small network with the case's recipe, changed by ``fields``."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(5)
     net = small_net(case.dropout).to(case.device, case.dtype, memory_format=torch.channels_last)
@@ -93,7 +93,7 @@ def run(
 
 
 class Saved(Listener):
-    """Keeps where it was told of a checkpoint."""
+    """Keeps the places in the run where checkpoints were saved."""
 
     def __init__(self) -> None:
         self.places: list[str] = []
@@ -104,7 +104,7 @@ class Saved(Listener):
 
 @cases
 def test_checkpoints_in_the_middle_of_an_epoch_change_no_bit(case: Case, tmp_path: Path) -> None:
-    """Every so many steps of the run, each once; the end of an epoch has its own."""
+    """A checkpoint after every so many steps of the run, each once; the end of an epoch has its own checkpoint."""
     run(case, tmp_path / "whole")
     for every, places in (
         (2, ["saved in epoch 1 after step 2 of 3", "saved in epoch 2 after step 1 of 3"]),
@@ -118,19 +118,19 @@ def test_checkpoints_in_the_middle_of_an_epoch_change_no_bit(case: Case, tmp_pat
 
 
 def resume(case: Case, out: Path, epochs: int = 2, **options: Any) -> list[EpochMetrics]:
-    """As in a process of its own: nothing is left of the random states."""
+    """Resume as in a new process, whose random states are different."""
     torch.manual_seed(99)
     return run(case, out, epochs, resume=read_checkpoint(out / "checkpoint.pt"), **options)
 
 
 def at(call: int) -> Callable[[], bool]:
-    """Says stop when it is asked for the ``call``-th time."""
+    """A function that returns True when it is called for the ``call``-th time."""
     calls = iter(range(1, call + 1))
     return lambda: next(calls) == call
 
 
 def flat(value: Any) -> list[Any]:
-    """Everything in nested dicts and lists, tensors as bytes; without what a clock measured."""
+    """All values in nested dicts and lists, tensors as bytes, except measured times."""
     if isinstance(value, dict):
         return [x for key, each in sorted(value.items()) if key not in ("seconds", "images_per_s") for x in (key, *flat(each))]
     if isinstance(value, list | tuple):
@@ -139,24 +139,24 @@ def flat(value: Any) -> list[Any]:
 
 
 def before_recipes(training: dict[str, Any]) -> dict[str, Any]:
-    """A training state of today in the words of the versions that had no recipe."""
+    """A training state in the format of the versions without recipes."""
     recipe, options = training["recipe"], training["options"]
     kept = {name: recipe[name] for name in ("model", "batch_size", "momentum", "seed", "flip", "crop", "colour")}
     configuration = kept | {"dtype": f"torch.{recipe['dtype'].replace('tf32', 'float32')}"} | training["configuration"]
-    # What called train() without a command line had no options.
+    # Callers of train() without a command line had no options.
     old = {"configuration": configuration, "options": recipe | options if options else {}}
     return {name: value for name, value in training.items() if name != "recipe"} | old
 
 
 def with_one_flag_of_augmentation(settings: dict[str, Any]) -> None:
-    """Make ``settings`` those of a version before the parts of the augmentation had flags of their own."""
+    """Change ``settings`` to those of a version with one flag for the whole augmentation."""
     parts = {part: settings.pop(part) for part in ("flip", "crop", "colour") if part in settings}
     if parts:
         settings["augment"] = parts["flip"]
 
 
 def contents(out: Path) -> list[Any]:
-    """All that the files of a run hold, but for clocks and how many epochs were wanted when they were written."""
+    """All contents of a run's files, except measured times and the number of epochs."""
     files = [read_checkpoint(out / name) for name in ("checkpoint.pt", "best.pt")]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -168,7 +168,7 @@ def contents(out: Path) -> list[Any]:
 
 @cases
 def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
-    """Stopped before the first step, in the middle of an epoch, before and in its evaluation, at its end, in the next one."""
+    """Stopped before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
     run(case, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     for call in (1, 3, 4, 5, 6, 7):
@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path: Path) -> None:
-    """At every third question: after two steps, in the evaluation, right after it, ..."""
+    """At every third call: after two steps, in the evaluation, right after the evaluation, ..."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     stops = []
@@ -211,7 +211,7 @@ def test_a_run_goes_on_after_its_last_epoch(case: Case, tmp_path: Path) -> None:
 
 
 def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above would fail if resuming forgot something: each kind of state in turn."""
+    """The tests above would fail if resuming lost a kind of state: each kind in turn."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -225,7 +225,7 @@ def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeyp
         weights = whole.weights
         if key == "generator":
             state["generator"] = torch.Generator().manual_seed(1).get_state()
-        elif key == "weights":  # rounded: what was lost without masters
+        elif key == "weights":  # rounded, as without masters
             weights = {k: w.bfloat16().float() for k, w in weights.items()}
         elif key == "rng":
             state["trainer"]["processes"][0]["rng"] = torch.Generator().manual_seed(1).get_state()
@@ -237,7 +237,7 @@ def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeyp
 
 
 def test_metrics_that_were_written_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
-    """As after a crash between the two files, or with half a line on a full disk."""
+    """As after a crash between writing the two files, or with half a line on a full disk."""
     case = CASES["plain"]
     run(case, tmp_path, epochs=1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(other: str, tmp_path: 
 
 @pytest.mark.parametrize("augment", [NOTHING, EVERYTHING], ids=str)
 def test_a_run_from_before_the_parts_of_the_augmentation_had_flags_goes_on(augment: Augment, tmp_path: Path) -> None:
-    """Its file has one for all of them; what it drew is drawn on. With a part changed it is refused."""
+    """Its file has one flag for all parts; the resumed run continues its draws. A changed part is refused."""
     case = Case(augment=augment, dropout=0.5)
     run(case, tmp_path / "whole")
     run(case, tmp_path / "parts", epochs=1)
@@ -354,7 +354,7 @@ def test_weights_alone_and_damaged_states_are_refused(tmp_path: Path) -> None:
             run(case, tmp_path, resume=checkpoint)
 
 
-#: A value that a training state cannot have, and what is said of it. Of the state itself, of its trainer, of its process.
+#: A value that no training state has, and its error: in the state itself, in the trainer's state, in a process's state.
 CRAFTED: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "trained_of_one": (("trained",), (1,), "missing 2 required"),
     "trained_of_strings": (("trained",), ("a", "b", "c"), "loss is a str"),
@@ -387,7 +387,7 @@ CRAFTED: dict[str, tuple[tuple[str | int, ...], object, str]] = {
 
 @pytest.mark.parametrize("name", CRAFTED)
 def test_a_training_state_that_no_run_has_is_refused(name: str, tmp_path: Path) -> None:
-    """Nothing is written, and no later step finds what is wrong; an index out of range would be a read of any memory."""
+    """Nothing is written, and no later step fails; an index out of range would read arbitrary memory."""
     place, value, message = CRAFTED[name]
     case = CASES["momentum"]
     with pytest.raises(Stopped):
@@ -419,7 +419,7 @@ def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_training_and_the_run_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second epoch cannot be saved: the first one stays, and with space again the run ends as if nothing had been."""
+    """The second epoch cannot be saved, so the first one's checkpoint stays; with space again the run ends bit-identically."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     real = files.write

@@ -24,12 +24,12 @@ TOTAL = EPOCHS * STEPS
 
 
 def rates(make: Callable[[torch.optim.Optimizer], LRScheduler], lr: float = 0.4) -> list[float]:
-    """The learning rate of each step by PyTorch's scheduler."""
+    """The learning rate of each step from PyTorch's scheduler."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     scheduler = make(optimizer)
     found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that of SequentialLR about its own use of an argument
+        warnings.simplefilter("ignore")  # SequentialLR warns of its own use of an argument
         for _ in range(TOTAL):
             found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C finish the step, save and say how to go on; a second one ends the process at once."""
+"""SIGTERM and Ctrl-C finish the step, save, and print how to resume; a second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOTED = (*STOPS, signal.SIGUSR1)
 
 @pytest.fixture(autouse=True)
 def _interrupts() -> Iterator[None]:
-    """A suite that a shell started in the background ignores SIGINT, and so would all that is tested here."""
+    """Set SIGINT's and SIGHUP's default handlers: a test suite in a shell's background ignores SIGINT, as would its tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before[0])
@@ -51,7 +51,7 @@ def _default_signals() -> None:
 
 
 def start(*command: object, start_new_session: bool = False, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """A process that gets Ctrl-C even where this one runs in the background of a script."""
+    """Start a process that handles Ctrl-C even where this process runs in the background of a script."""
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment.pop("TRITON_INTERPRET", None)
@@ -68,7 +68,7 @@ def start(*command: object, start_new_session: bool = False, cwd: Path | None = 
 
 
 def read_until(process: subprocess.Popen[str], beginning: str, timeout: float = 120) -> None:
-    """Read lines of its output up to one that begins so."""
+    """Read the process's output up to a line that starts with ``beginning``."""
     assert process.stdout is not None
     end = time.monotonic() + timeout
     while select.select([process.stdout], [], [], max(0, end - time.monotonic()))[0]:
@@ -89,7 +89,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back(number: signal.Signals
         assert stops()
         assert stops.received is number
         assert [signal.getsignal(s) for s in STOPS] == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN]
-        os.kill(os.getpid(), signal.SIGUSR1)  # which must not end it while it saves
+        os.kill(os.getpid(), signal.SIGUSR1)  # this must not end the process while it saves
     assert [signal.getsignal(s) for s in NOTED] == before
 
 
@@ -102,7 +102,7 @@ def test_sigusr1_is_noted_until_it_is_asked_for_and_stops_nothing() -> None:
 
 
 def test_sigusr1_before_the_first_step_and_after_the_last_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While data are read, and while pictures are drawn: the first saves before a step is done."""
+    """While data is read, which saves before any step, and while pictures are drawn."""
 
     def signalling(function: Callable[..., object]) -> Callable[..., object]:
         def signalled(*args: Any, **kwargs: Any) -> object:
@@ -125,7 +125,7 @@ def test_sigusr1_before_the_first_step_and_after_the_last_ends_nothing(tmp_path:
 @EACH
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 def test_a_launchers_signals_after_the_first_are_ignored_to_the_end(elsewhere: bool, number: signal.Signals) -> None:
-    """Whichever they are; also where the first one came to another process, and stopped this one with it."""
+    """Any further signal is ignored, also where the first one went to another process and stopped this one."""
     before = [signal.getsignal(s) for s in NOTED]
     try:
         with contextlib.suppress(Stopped), StopSignals(repeats=True) as stops:
@@ -145,7 +145,7 @@ def test_a_launchers_signals_after_the_first_are_ignored_to_the_end(elsewhere: b
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name)
 def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
-    """SIGHUP: of a process that nohup started."""
+    """SIGHUP is ignored in a process that nohup started."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as stops:
@@ -161,7 +161,7 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
 
 @EACH
 def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
-    """Without torch: the file alone."""
+    """The file ``signals.py`` alone, without torch."""
     code = (
         "import runpy, time; stops = runpy.run_path('" + signals.__file__ + "')['StopSignals']()\n"
         "stops.__enter__(); print('ready', flush=True)\n"
@@ -178,7 +178,7 @@ def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
 
 
 def signal_in_the_second_step(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, graph: bool) -> list[torch.Tensor]:
-    """Let this process get ``number`` in the middle of it; with ``graph`` steps stand for replays. What steps are given."""
+    """Send this process ``number`` in the second step; with ``graph`` steps act as replays. Returns the steps' inputs."""
     step, prepare = Trainer.step, Trainer.__init__
     steps: list[torch.Tensor] = []
 
@@ -200,7 +200,7 @@ def signal_in_the_second_step(monkeypatch: pytest.MonkeyPatch, number: signal.Si
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal comes in the middle of the second step; with a graph, in its replay (here the step stands for it)."""
+    """The signal arrives during the second step or, with a graph, during its replay (for which the step stands here)."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     steps = signal_in_the_second_step(monkeypatch, signal.SIGTERM, graph)
@@ -233,7 +233,7 @@ def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGUSR1 in the second step: what it saves is resumed to the same bits, and so are the run's that went on."""
+    """SIGUSR1 in the second step: both the saved checkpoint when resumed and the continuing run are bit-identical."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     signal_in_the_second_step(monkeypatch, signal.SIGUSR1, graph)
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Pa
 
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 def test_sigusr1_saves_and_says_so_and_a_closed_terminal_loses_nothing(tmp_path: Path) -> None:
-    """The process leads a session on a terminal of its own, which is closed: to print is an error from then on."""
+    """The process leads a session with its own terminal. After the terminal closes, printing is an error."""
     parent, child = os.openpty()
     options = ("--model", "lenet", "--data", "sample", "--limit", "24", "--batch-size", "8", "--device", "cpu")
     command = (sys.executable, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", str(tmp_path / "run"))
@@ -290,4 +290,4 @@ def test_sigusr1_saves_and_says_so_and_a_closed_terminal_loses_nothing(tmp_path:
     assert process.wait(120) == 128 + signal.SIGHUP
     training = read_checkpoint(tmp_path / "run" / "checkpoint.pt").training
     assert training is not None
-    assert training["trainer"]["order"] is not None or training["trained"] is not None  # in an epoch, not at its end
+    assert training["trainer"]["order"] is not None or training["trained"] is not None  # within an epoch, not at its end

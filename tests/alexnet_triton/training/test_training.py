@@ -1,4 +1,4 @@
-"""Training: it learns, its numbers are right, its checkpoint loads anywhere."""
+"""Training learns, reports right numbers, and writes a checkpoint that loads anywhere."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from .listeners import Asked, Watching
 
 CPU = torch.device("cpu")
 
-#: ttsem pretends that there is a GPU, but can capture nothing.
+#: Under ttsem there seems to be a GPU, but nothing can be captured.
 HAS_GPU = torch.cuda.is_available() and "ttsem" not in sys.modules
 needs_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
 def _pytorch_where_kernels_are_slow() -> Iterator[None]:
-    """Training is tested on PyTorch's operations unless a test asks for the kernels or a GPU runs them."""
+    """Run on PyTorch's operations, unless a GPU runs the kernels or a test selects them."""
     with kernels.use_backend("auto" if HAS_GPU else "torch"):
         yield
 
 
 def small_net(dropout: float = 0.0) -> FusedSequential:
-    """Every kind of layer of AlexNet, for images of 28 x 28."""
+    """Every kind of layer of AlexNet, for 28 x 28 images."""
     return FusedSequential(
         nn.Conv2d(1, 8, 5, stride=2),
         nn.ReLU(),
@@ -64,13 +64,13 @@ def small_net(dropout: float = 0.0) -> FusedSequential:
 
 
 def small_recipe(augment: Augment = NOTHING, dtype: torch.dtype = torch.float32, **fields: Any) -> Recipe:
-    """Batches of 16 of 28 x 28 pixels."""
+    """A recipe with batches of 16 images of 28 x 28 pixels."""
     kept = {"model": "lenet", "batch_size": 16, "lr": 0.1, "dtype": str(dtype).removeprefix("torch.")}
     return Recipe(**(kept | dataclasses.asdict(augment) | fields))
 
 
 def sample(train: int, test: int) -> Dataset:
-    """So many images of the sample."""
+    """The sample, limited to ``train`` and ``test`` images."""
     data = load_fashion_mnist("sample")
     return dataclasses.replace(data, train=data.train.limited(train), test=data.test.limited(test))
 
@@ -83,7 +83,7 @@ def small_trainer(
     graph: bool = False,
     **fields: Any,
 ) -> Trainer:
-    """Batches of 16, so that 40 images are two batches and a half; the same weights every time."""
+    """A trainer with batches of 16, so that 40 images are two and a half batches, and always the same weights."""
     torch.manual_seed(7)
     net = small_net(dropout).to(device=device, dtype=dtype)
     return Trainer(net, sample(images, 0).train, small_recipe(dtype=dtype, **fields), Where(device, graph))
@@ -110,7 +110,7 @@ def test_xavier_uniform_as_d2l() -> None:
 
 @pytest.mark.parametrize("images", [64, 59], ids=["whole_batches", "a_smaller_last_batch"])
 def test_one_epoch_is_the_plain_loop(images: int, tmp_path: Path) -> None:
-    """Loss, accuracy and weights of an epoch against a loop written out."""
+    """Loss, accuracy and weights of an epoch equal those of a plain loop."""
     net, (metrics,) = _train(tmp_path, seed=3, limit=images)
     data = load_fashion_mnist("sample")
     train, test = data.train.limited(images), data.test.limited(50)
@@ -170,7 +170,7 @@ def test_evaluate_counts_the_last_partial_batch(tmp_path: Path) -> None:
         whole = evaluate(net, test, batch_size=50, image_size=28, device=CPU)
         parts = evaluate(net, test, batch_size=7, image_size=28, device=CPU)
     assert parts[:2] == pytest.approx(whole[:2], rel=1e-5)
-    assert parts.top5 is whole.top5 is None  # of ten classes
+    assert parts.top5 is whole.top5 is None  # top-5 needs more than ten classes
     assert not net.training
 
 
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 def poisoned_at(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a gradient of the ``step``-th step ``value``, so that the loss of the next one is the first to show it."""
+    """Set a gradient of the ``step``-th step to ``value``, so that the next step's loss is the first that shows it."""
     steps = 0
     real = SGD.step
 
@@ -219,7 +219,7 @@ def poisoned_at(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_step_is_named_and_the_last_good_checkpoint_kept(
     step: int, message: str, dtype: torch.dtype, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last step breaks the weights, which no loss of the epoch can show."""
+    """Also where the last step breaks the weights, which no loss of the epoch shows."""
     poisoned_at(step, value, monkeypatch)
     net = new_model("lenet", 0, CPU, dtype)
     with pytest.raises(FloatingPointError) as caught:
@@ -243,7 +243,7 @@ def test_a_run_that_is_stopped_does_not_save_what_is_not_finite(tmp_path: Path, 
 
 
 def test_a_progress_bar_ends_an_epoch_that_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has read the loss anyway."""
+    """A bar reads the loss anyway, so the epoch ends at once."""
     poisoned_at(1, math.nan, monkeypatch)
     monkeypatch.setattr("alexnet_triton.training.trainer._PROGRESS_INTERVAL", -1.0)
     trainer = small_trainer()
@@ -335,7 +335,7 @@ def _state(trainer: Trainer) -> list[torch.Tensor]:
     ids=str,
 )
 def test_a_warm_up_leaves_no_trace(backend: str, dtype: torch.dtype) -> None:
-    """What follows it is what would have come without it: weights, masters, sums and random numbers."""
+    """A warm-up changes nothing that follows: weights, masters, sums and random numbers."""
     after = []
     device = torch.device("cuda" if HAS_GPU and backend == "triton" else "cpu")
     with kernels.use_backend(backend):  # type: ignore[arg-type]
@@ -353,7 +353,7 @@ def test_a_warm_up_leaves_no_trace(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_full_batches_are_replayed_and_the_last_one_is_not() -> None:
-    """With the step itself in place of its capture: the batch reaches it through the tensor that a graph would read."""
+    """The step itself stands for its capture: the batch reaches it through the tensor that a graph would read."""
     eager, replayed = small_trainer(), small_trainer()
     replays = 0
 
@@ -386,7 +386,7 @@ def test_progress_does_not_read_the_loss_at_every_step(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
-    """Loss and weights after two epochs: with the loss scaled or not, and kept in float32 where the parameters cannot."""
+    """Losses and weights of two epochs: masters are kept in float32, and half precision learns what float32 learns."""
     exact, half = small_trainer(), small_trainer(dtype=dtype)
     for epoch in range(2):
         losses = [t.epoch(torch.Generator().manual_seed(epoch))[0] for t in (exact, half)]
@@ -396,7 +396,7 @@ def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
     assert ours.keys() == theirs.keys() == half.net.state_dict().keys()
     for key, weight in ours.items():
         assert weight.dtype == torch.float32
-        assert not torch.equal(weight, weight.to(dtype).float())  # the masters, not the parameters
+        assert not torch.equal(weight, weight.to(dtype).float())  # masters, not rounded parameters
         assert torch.equal(weight.to(dtype), half.net.state_dict()[key])
         moved = theirs[key] - start[key]
         assert (weight - theirs[key]).norm() < 0.2 * moved.norm()
@@ -418,7 +418,7 @@ def test_a_half_precision_checkpoint_is_float32_and_loads_anywhere(tmp_path: Pat
 
 
 def test_augmented_images_are_others_at_every_step() -> None:
-    """Weights stand still: the losses of one batch differ just where images are drawn anew."""
+    """With constant weights, the losses of one batch differ exactly where images are drawn again."""
     every_part = [Augment(flip=True), Augment(crop="pad"), Augment(crop="resized"), Augment(colour=True)]
     for augment in (NOTHING, *every_part, EVERYTHING):
         trainer = small_trainer(lr=0.0, images=16, augment=augment)
@@ -443,7 +443,7 @@ def test_tf32_is_switched_for_the_run_only(precision: str, expected: str) -> Non
 @needs_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
-    """Three epochs with a smaller last batch each; no dropout, whose draws need not be the same."""
+    """Three epochs with a smaller last batch each; without dropout, whose draws may differ."""
     trainers = [small_trainer(torch.device("cuda"), dtype, graph=graph) for graph in (False, True)]
     assert trainers[0].replay is None
     assert trainers[1].replay is not None
@@ -459,7 +459,7 @@ def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
 @needs_a_gpu
 @pytest.mark.parametrize("random", ["nothing", "dropout", "flip", "pad crop", "resized crop", "colour"])
 def test_replays_draw_anew(random: str) -> None:
-    """One batch again and again with weights that stand still: its loss changes just where something is drawn."""
+    """One batch repeatedly with constant weights: the loss changes exactly where something is drawn."""
     cuda = torch.device("cuda")
     crop = random.removesuffix(" crop") if random.endswith(" crop") else "none"
     augment = Augment(flip=random == "flip", crop=crop, colour=random == "colour")  # type: ignore[arg-type]
@@ -507,7 +507,7 @@ def test_no_step_waits_for_the_gpu(graph: bool, crop: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_keeps_float32_masters(tmp_path: Path, dtype: torch.dtype) -> None:
-    """It learns as float32 does, and the checkpoint holds the masters, not the rounded weights."""
+    """Half precision learns as float32 does, and the checkpoint holds the masters instead of the rounded weights."""
     data = load_fashion_mnist("sample").train.limited(96)
     losses = {}
     for precision in (torch.float32, dtype):
@@ -534,7 +534,7 @@ def test_a_graph_needs_cuda() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_captured_step_is_the_eager_step(dtype: torch.dtype) -> None:
-    """The same bits after two epochs with a smaller last batch; the capture itself changes nothing."""
+    """Bit-identical after two epochs with a smaller last batch; the capture itself changes nothing."""
     cuda = torch.device("cuda")
     data = load_fashion_mnist("sample").train.limited(150)
     results = []

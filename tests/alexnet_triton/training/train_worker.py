@@ -1,4 +1,4 @@
-"""What each process of test_distributed_training runs, alone or with others: some trainings, whose results the leader keeps."""
+"""The processes of test_distributed_training run this, alone or together: trainings whose results the leader saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.alexnet_triton.training.listeners import Asked, Watching
 
 CPU = torch.device("cpu")
 
-#: name -> (training images, batch, dtype, momentum). Last batches: 9 (5 and 4 of two processes), 1 (one of which has none), 2.
+#: name -> (training images, batch, dtype, momentum). Last batches: 9 (shares of 5 and 4), 1 (one share is empty), 2.
 RUNS: dict[str, tuple[int, int, torch.dtype, float]] = {
     "partial": (41, 16, torch.float32, 0.9),
     "empty_share": (33, 16, torch.float32, 0.0),
@@ -45,7 +45,7 @@ def run(
     resume: checkpoint.Checkpoint | None = None,
     epochs: int = 2,
 ) -> Any:
-    """A training of two epochs, tested on 21 images, another number that two do not divide."""
+    """A training of ``epochs`` epochs, tested on 21 images, which two processes do not divide evenly either."""
     images, batch_size, dtype, momentum = RUNS[name]
     torch.manual_seed(5)
     net = FusedSequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
@@ -60,7 +60,7 @@ def run(
 
 
 def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
-    """With dropout and augmentation, whose draws differ between processes; one process alone is asked to stop."""
+    """With dropout and augmentation, whose draws differ between processes; only one process is asked to stop."""
     every = {"dropout": 0.5, "augment": Augment(flip=True, crop="resized", colour=True)}
     run(folder / "whole", processes, **every)
     for call in (2, 5):  # in the middle of the first epoch, in its evaluation
@@ -79,7 +79,7 @@ def resumed_runs_have_the_same_bits(folder: Path, processes: Processes) -> None:
 
 
 def a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder: Path, processes: Processes) -> None:
-    """After the same step, in the middle of an epoch; the run goes on."""
+    """All processes save after the same step, in the middle of an epoch, and the run continues."""
 
     class Saves(Listener):
         asked = 0
@@ -95,7 +95,7 @@ def a_checkpoint_that_one_process_is_asked_for_is_saved_by_all(folder: Path, pro
 
 
 def progress_is_shown(folder: Path, processes: Processes) -> None:
-    """What each process's bar would show: images seen, loss; and of how many images the loss is."""
+    """Save what each process's bar would show: images seen and their loss, and how many images the process computed."""
     shown: list[tuple[int, float]] = []
     trainers._PROGRESS_INTERVAL, before = -1.0, trainers._PROGRESS_INTERVAL
     images, batch_size, _, _ = RUNS["unequal_shares"]
@@ -110,7 +110,7 @@ def progress_is_shown(folder: Path, processes: Processes) -> None:
 
 
 def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: Processes) -> str:
-    """The labels of all but the leader's shares give a loss of infinity in the second step."""
+    """In the second step, the loss of every process but the leader is infinite."""
     steps = 0
     real = trainers.add_cross_entropy
 
@@ -133,7 +133,7 @@ def a_loss_of_one_process_that_is_not_finite_stops_all(folder: Path, processes: 
 
 
 def main(folder: Path, few: bool) -> None:
-    """All of it, or a few. Under Triton's interpreter a step of the kernels would take seconds: PyTorch computes."""
+    """All scenarios, or a few. PyTorch's operations compute, since a step in Triton's interpreter would take seconds."""
     torch.set_num_threads(1)
     with joined() as processes, kernels.use_backend("torch"):
         for name in RUNS if not few else ["partial"]:
