@@ -161,7 +161,7 @@ def test_a_file_of_which_nothing_fits_says_which_network_it_is_of(tmp_path: Path
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torchvisions_network(channels: int) -> None:
-    """It has torchvision's keys and, with the same seed, its initial weights; a torchvision file fits all but the last layer."""
+    """It has torchvision's keys and initial weights; a torchvision file fits all but the last (and a new first) layer."""
     net = new_model("torchvision", 4, CPU, classes=7, channels=channels)
     torch.manual_seed(4)
     plain = torchvision.models.alexnet(num_classes=7)
