@@ -145,7 +145,7 @@ def _each_operation() -> dict[str, Callable[[], list[Tensor]]]:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", _each_operation())
 def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
-    """Two runs from one seed under ``torch.use_deterministic_algorithms``, which also fills uninitialized memory."""
+    """Two runs from one seed agree under ``torch.use_deterministic_algorithms``, which also fills uninitialized memory."""
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -157,7 +157,7 @@ def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
 @own_devices
 @pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE != "cuda", reason="CUDA's"))])
 def test_an_epoch_of_the_trainer_satisfies_deterministic_algorithms(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With augmentation, dropout, momentum and a smaller last batch."""
+    """The epoch has augmentation, dropout, momentum and a smaller last batch."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setitem(IMAGE_SIZE, "alexnet", 27)
     recipe = Recipe(batch_size=4, lr=0.1, momentum=0.9, **dataclasses.asdict(EVERYTHING))

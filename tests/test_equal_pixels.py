@@ -188,7 +188,7 @@ def test_gradients_on_images_that_are_flat_in_places(family: Family, dtype: torc
 
 @pytest.mark.parametrize("kind", ["flat", "fashion"])
 def test_the_networks_first_block(kind: str) -> None:
-    """The gradient of the images at 224 x 224 in float32."""
+    """The gradient of the images is checked at 224 x 224 in float32."""
     block = AlexNet()[:3].to(DEVICE)
     with torch.no_grad():
         for p in block.parameters():

@@ -194,7 +194,7 @@ def test_output_and_gradients_are_those_of_the_images(n: int, dtype: torch.dtype
 
 
 def test_alexnets_own_first_layer(launches: list[str]) -> None:
-    """On a smaller image: 96 filters on 224 x 224 take a minute and a half in the interpreter."""
+    """The image is smaller: 96 filters on 224 x 224 take a minute and a half in the interpreter."""
     net = AlexNet()[:3].to(DEVICE, torch.bfloat16).eval()
     images, index = split(1).images, torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_alexnets_own_first_layer(launches: list[str]) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_cells_mean_the_same_where_images_would_be_faster(backend: str) -> None:
-    """In float32 and on PyTorch's operations, which take the images out of the cells again."""
+    """They do so in float32 and on PyTorch's operations, which take the images out of the cells again."""
     net = network(torch.float32).eval()
     x = network_input(split().images, torch.arange(3, device=DEVICE), SIZE)
     cells = kernels.space_to_depth(x, *CONV1)
@@ -229,7 +229,7 @@ def test_copies_pickles_and_slices_take_them() -> None:
 
 @own_devices
 def test_compiled_as_one_graph() -> None:
-    """As one graph for cells, and as another one for images."""
+    """There is one graph for cells and one for images."""
     torch._dynamo.reset()
     net = network(torch.bfloat16, dropout=0.0)
     x, cells = both(net, torch.bfloat16)

@@ -54,7 +54,7 @@ def matrix() -> Tensor:
 
 @pytest.mark.skipif(not isinstance(BACKEND, str), reason="the package is not installed, so that PyTorch cannot know its name")
 def test_entry_point() -> None:
-    """In a process that has not imported this package."""
+    """The process has not imported this package."""
     code = (
         "import torch\n"
         "from torch import nn\n"
@@ -106,7 +106,7 @@ def runs(function: Callable[..., object], *inputs: object) -> list[str]:
 
 
 def test_what_is_a_run(weight: Tensor, matrix: Tensor) -> None:
-    """PyTorch's functions by name and by method, with positional and keyword arguments."""
+    """PyTorch's functions are recognized by name and by method, with positional and keyword arguments."""
     x, rows = images(), torch.randn(2, 12, device=DEVICE)
     conv = lambda x: F.conv2d(x, weight)  # noqa: E731
     same = {

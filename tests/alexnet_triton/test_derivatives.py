@@ -274,7 +274,7 @@ def test_as_the_layers(use: Use) -> None:
 
 
 def test_as_a_plain_sequential() -> None:
-    """Without dropout, since nn.Sequential draws PyTorch's own random numbers."""
+    """There is no dropout, since nn.Sequential draws PyTorch's own random numbers."""
     layers = small_layers()
     plain, fused = (kind(*layers).to(DEVICE, DTYPE).eval() for kind in (nn.Sequential, FusedSequential))
     x = images(3).to(DTYPE).requires_grad_()

@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.timeout(270)
 @pytest.mark.parametrize("name", ["ddp_worker.py", "fsdp_worker.py"])
 def test_two_processes_have_what_one_has_of_the_whole_batch(name: str, tmp_path: Path) -> None:
-    """DistributedDataParallel: the same gradients, with cells bit-identical to images. FSDP2: the same weights."""
+    """DistributedDataParallel gives the same gradients, bit-identical with cells and images; FSDP2 the same weights."""
     worker = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

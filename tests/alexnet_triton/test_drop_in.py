@@ -56,7 +56,7 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_of_forward_and_backward_as_one_graph(net: FusedSequential, dynamic: bool, launches: list[str]) -> None:
-    """By TorchInductor, which checks the strides of the fake implementations; one graph for any batch."""
+    """TorchInductor checks the strides of the fake implementations; one graph serves any batch."""
     torch._dynamo.reset()
     net[10].p = net[13].p = 0.0
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic)
@@ -234,7 +234,7 @@ def test_func_grad_and_the_gradient_of_each_sample(net: FusedSequential) -> None
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors(device: str, launches: list[str]) -> None:
-    """Shapes, strides and gradients of a step on a GPU that need not be present; nothing is launched."""
+    """A step on a GPU that need not be present has shapes, strides and gradients; nothing is launched."""
     if device != DEVICE and device == "cpu":
         pytest.skip("fake CPU tensors run the reference where kernels run on CUDA")
     with FakeTensorMode(), torch.device(device):
@@ -271,7 +271,7 @@ def test_a_graph_for_tensorboard(net: FusedSequential, tmp_path: Path) -> None:
 
 
 def test_flops_are_counted_as_pytorchs() -> None:
-    """Except for groups, whose weight gradient PyTorch counts as if there were none."""
+    """Groups are an exception: PyTorch counts their weight gradient as if there were none."""
     x, w = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((2, 6, 9, 9), (4, 3, 3, 3)))
     rows, matrix = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((5, 7), (3, 7)))
 
@@ -311,7 +311,7 @@ def test_checkpoint_sequential(net: FusedSequential) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_is_that_of_the_layers(dtype: torch.dtype) -> None:
-    """Dtypes inside autocast, nested, in a disabled region, and of gradients; float64 tensors are left alone."""
+    """Dtypes agree inside autocast, nested, in a disabled region, and for gradients; float64 tensors are left alone."""
     layers = small_layers(dropout=0.0)
     plain, fused = nn.Sequential(*layers).to(DEVICE), FusedSequential(*layers).to(DEVICE)
     other = torch.bfloat16 if dtype == torch.float16 else torch.float16
@@ -371,7 +371,7 @@ def test_gradients_accumulate(net: FusedSequential) -> None:
 
 
 def test_frozen_layers_launch_nothing_for_themselves(net: FusedSequential, launches: list[str]) -> None:
-    """With frozen features, as in fine-tuning, the backward pass stops at the first layer that learns."""
+    """If features are frozen, as in fine-tuning, the backward pass stops at the first layer that learns."""
     net[:8].requires_grad_(False)
     y = net(images())
     launches.clear()
@@ -438,7 +438,7 @@ def test_whole_networks_are_saved_averaged_and_cast(net: FusedSequential) -> Non
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_an_optimizer_made_before_or_after_fuse(before: bool) -> None:
-    """The unchanged d2l recipe: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, the loop that prints shapes."""
+    """The unchanged d2l recipe trains: Xavier weights by ``apply`` and ``type(m) ==``, plain SGD, a loop that prints shapes."""
     plain = nn.Sequential(*small_layers(dropout=0.0)).to(DEVICE)
 
     def init_weights(m: nn.Module) -> None:

@@ -234,7 +234,7 @@ def test_command() -> None:
 
 
 def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
-    """A module that reads its weights, which fails on the meta device."""
+    """The module reads its weights, which fails on the meta device."""
     code = "import torch\nfrom torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(int(torch.tensor(3)), 2))\n"
     (tmp_path / "mine.py").write_text(code)
     result = _command("mine:net", cwd=tmp_path)
@@ -256,7 +256,7 @@ def test_command_on_a_module_of_the_users_own(tmp_path: Path) -> None:
     ],
 )
 def test_command_on_a_module_that_looks_at_its_weights(looks: str, tmp_path: Path) -> None:
-    """For any error on the meta device. The module's own output is not part of the JSON."""
+    """Any error on the meta device is handled so. The module's own output is not part of the JSON."""
     name = f"looks{abs(hash(looks))}"  # a module is imported once
     code = "import io\nimport numpy as np, torch\nfrom torch import nn\n"
     code += f"def net():\n made = nn.Linear(3, 2)\n weight = made.weight.detach()\n {looks}\n return nn.Sequential(made)\n"

@@ -355,7 +355,7 @@ LAUNCHES = {name: {"conv2d": 2, "pool": 1, "linear": 1} for name in FORMS} | {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["fuse", "backend"])
 def test_its_layers_run_on_kernels(form: str, backend: str, launches: list[str]) -> None:
-    """By fuse, and by the compiler's backend on an unfused network."""
+    """fuse does this, and so does the compiler's backend on an unfused network."""
     torch._dynamo.reset()
     net = FORMS[form]().to(DEVICE).eval()
     x = images()

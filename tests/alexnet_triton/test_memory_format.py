@@ -91,7 +91,7 @@ def test_images_without_a_batch_and_from_a_crop(name: str) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_view_after_a_container(training: bool) -> None:
-    """``x.view(x.size(0), 256 * 6 * 6)`` after ``self.features(x)``."""
+    """The view is ``x.view(x.size(0), 256 * 6 * 6)`` after ``self.features(x)``."""
     net = nn.Sequential(*copy.deepcopy(NETWORKS["conv-relu-pool"]), View(), nn.Linear(36, 5)).to(DEVICE).train(training)
     fused = fuse(copy.deepcopy(net))
     x = torch.randn(2, 3, 9, 9, device=DEVICE)

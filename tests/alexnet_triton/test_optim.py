@@ -399,7 +399,7 @@ def test_a_master_is_set_in_the_tensors_that_are_there(dtype: torch.dtype, steps
 
 
 def test_a_parameter_that_becomes_another_dtype_keeps_its_master() -> None:
-    """Where the parameter is still its rounded master: from bfloat16 to float32 and back."""
+    """This holds where the parameter is still its rounded master: from bfloat16 to float32 and back."""
     net, optimizer = stepped(torch.bfloat16)
     masters = [optimizer.master(p) for p in net.parameters()]
     net.float()

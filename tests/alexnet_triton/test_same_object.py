@@ -78,7 +78,7 @@ def test_handles_taken_before_are_removed_after(net: Net) -> None:
 
 
 def test_state_dict_hooks_on_a_container(net: Net) -> None:
-    """As a module renames keys of old checkpoints."""
+    """A module can rename keys of old checkpoints by such a hook."""
 
     def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         assert module is net.first

@@ -66,7 +66,7 @@ def _gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_training(pair: Pair) -> None:
-    """Against the fused network on PyTorch's operations with the same dropout; without dropout, against torchvision's."""
+    """With dropout it is compared with the fused network on PyTorch's operations, without dropout with torchvision's."""
     net, fused, x, _ = pair
     net.train()
     fused.train()
@@ -85,7 +85,7 @@ def test_training(pair: Pair) -> None:
 
 
 def test_pretrained_weights_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file under the name that torchvision downloads, read by torchvision itself and by a fused network."""
+    """torchvision itself and a fused network read a file under the name that torchvision downloads."""
     weights = torchvision.models.AlexNet_Weights.DEFAULT
     file = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
     file.parent.mkdir(parents=True)

@@ -286,13 +286,13 @@ def _compile_candidates(dtype: str, layers: tuple[str, ...]) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8), reason="conv1 with its pool spills")
 def test_candidates_of_float32_compile_without_spills() -> None:
-    """Some candidates of each convolution; all of them were compiled once."""
+    """Some candidates of each convolution are compiled; all of them were compiled once."""
     _compile_candidates("float32", tuple(tune.LAYERS))
 
 
 @pytest.mark.slow
 def test_candidates_of_the_first_layer_with_its_pool_compile_without_spills() -> None:
-    """The same in half precision."""
+    """The same holds in half precision."""
     _compile_candidates("bfloat16", (tune.POOLED,))
 
 

@@ -147,7 +147,7 @@ def test_inference(pair: Pair, memory_format: torch.memory_format, launches: lis
 @BOTH_FORMATS
 @pytest.mark.parametrize("pair", MAPS, ids=id_of, indirect=True)
 def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
-    """Maps of four pixels: the strides of a single pixel do not tell its format."""
+    """The maps have four pixels: the strides of a single pixel do not tell its format."""
     net, fused = pair.net.eval(), pair.fused.eval()
     x = images(memory_format, batch=1, side=64)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
 
 
 def test_training(pair: Pair) -> None:
-    """Outputs, gradients of parameters and images, and batch normalization's buffers."""
+    """Outputs, gradients of parameters and images, and batch normalization's buffers are compared."""
     x = images()
     results, gradients = [], []
     for module in pair:

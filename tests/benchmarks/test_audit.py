@@ -221,7 +221,7 @@ def test_flops_of_rows_of_taps() -> None:
 
 
 def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
-    """conv1 to conv5, forward pass and gradients, in TF32: TMA loads, tensor cores, few wasted products."""
+    """conv1 to conv5 use TMA loads and tensor cores in TF32, forward and backward, and waste few products."""
     result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")
     products = [r for r in result["records"] if r["has_dot"] and r["layer"].startswith("conv")]
     assert {(r["layer"], r["pass"]) for r in products} == {
@@ -264,7 +264,7 @@ def float32_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_step: dict) -> None:
-    """conv2 to conv5 in all passes, and conv1, whose filters are small."""
+    """conv2 to conv5 do so in all passes, and so does conv1, whose filters are small."""
     products = [r for r in float32_step["records"] if r["has_dot"] and r["layer"].startswith("conv")]
     passes = {(f"conv{i}", which) for i in range(1, 6) for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
     assert {(r["layer"], r["pass"]) for r in products} == passes
@@ -291,7 +291,7 @@ def test_bytes_of_a_float32_step(float32_step: dict) -> None:
 
 
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
-    """Written out, every program of each phase adds its steps along the reduction."""
+    """The expected count adds up the steps of every program of each phase along the reduction."""
     a = {"N": 2, "P": 5, "Q": 4, "G": 2, "KG": 6, "CG": 3, "R": 5, "S": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
     a |= {"STRIDE_H": 2, "STRIDE_W": 3, "DILATION_H": 1, "DILATION_W": 2, "H": 9, "W": 8, "pad_h": 1, "pad_w": 2}
     programs = 7
@@ -332,7 +332,7 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
     ],
 )
 def test_programs_per_multiprocessor(registers: int, shared: int, warps: int, expected: int) -> None:
-    """Checked against NVIDIA's occupancy rules for compute capability 9.0."""
+    """The expected numbers follow NVIDIA's occupancy rules for compute capability 9.0."""
     assert programs_per_multiprocessor(TARGETS["sm_90"], registers, shared, warps) == expected
 
 

@@ -286,7 +286,7 @@ def _max_pool2d(channels_last: bool) -> None:
 
 
 def _max_pool2d_dgrad(window: int) -> None:
-    """With 2 x 2 windows, which are unrolled, and with 5 x 5 windows."""
+    """Windows are 2 x 2, which are unrolled, or 5 x 5."""
     grad = _x(1, 6, 2, 2)
     position = torch.randint(0, window**2, grad.shape, dtype=torch.uint8)
     size, stride = window + 1 + (window == 2), 2 if window == 2 else 1
@@ -308,7 +308,7 @@ def _stem() -> None:
 
 
 def _stem_pool() -> None:
-    """With so many filters that the output is larger than the cells."""
+    """There are so many filters that the output is larger than the cells."""
     x, w, b = _x(1, 1, 35, 35), _x(256, 1, 11, 11), _x(256)
     n = _images_for(9 * 256)
     y = kernels.conv2d_relu_max_pool2d(_many(x, n), w, b, 4, 1, pool_kernel_size=3, pool_stride=2)
@@ -430,7 +430,7 @@ def test_offsets_in_32_bits_would_be_noticed(name: str, monkeypatch: pytest.Monk
 @own_devices
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with 32 GB")
 def test_the_first_layer_at_a_batch_of_8192() -> None:
-    """2.29e9 outputs, 4.6 GB: convolution, pool and dropout, forward and backward, checked at both ends of the batch."""
+    """2.29e9 outputs take 4.6 GB: convolution, pool and dropout, forward and backward, are checked at the batch's ends."""
     n, dtype = 8192, torch.bfloat16
     x = torch.randn(n, 1, 224, 224, dtype=dtype, device=DEVICE, requires_grad=True)
     w = (torch.randn(96, 1, 11, 11, device=DEVICE) / 11).to(dtype).requires_grad_()

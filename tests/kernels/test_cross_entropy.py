@@ -103,7 +103,7 @@ def test_many_classes() -> None:
 
 
 def test_many_rows(launches: list[str]) -> None:
-    """So many rows that the rules give them to several programs, with any tiles."""
+    """There are so many rows that the rules give them to several programs, with any tiles."""
     kernels.cross_entropy(torch.zeros(20_000, 10, device=DEVICE), labels_for((20_000, 10)))
     assert launches == ["_cross_entropy_kernel", "_cross_entropy_sum_kernel"]
     ours, theirs = pair(labels_for((20_000, 10)))
@@ -130,7 +130,7 @@ SPECIAL = {
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.usefixtures("_tiles")
 def test_special_logits(name: str, smoothing: float) -> None:
-    """Special logits alone in a row, and before or behind finite ones: a block may hold only special logits."""
+    """Special logits stand alone in a row, and before or behind finite ones: a block may hold only special logits."""
     row, label = SPECIAL[name]
     rows = torch.zeros(3, 35, device=DEVICE)
     fill = -INF if "all" in name else 0.5

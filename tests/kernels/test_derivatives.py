@@ -422,7 +422,7 @@ def test_a_plain_tensor_beside_a_dual_one_runs_the_kernel(launches: list[str]) -
 
 @pytest.mark.parametrize("level", ["func", "dual"])
 def test_an_operator_by_itself_refuses_forward_mode(level: str) -> None:
-    """As in a graph exported by ``torch.export``: PyTorch would drop the tangent."""
+    """PyTorch would drop the tangent, as in a graph exported by ``torch.export``."""
     x, w = torch.randn(1, 1, 4, 4, device=DEVICE), torch.randn(1, 1, 1, 1, device=DEVICE)
 
     def operator(x: Tensor) -> Tensor:

@@ -625,6 +625,6 @@ def test_sgd_step(case: Step) -> None:
 
 
 def test_all_operations_are_here() -> None:
-    """All public operations except those without a kernel."""
+    """All public operations are tested, except those without a kernel."""
     fuzzed = {operation.removesuffix("_by_descriptors") for operation in fuzz.CASES}
     assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "Cells", "dropout_mask", "reads_cells", "use_backend"}

@@ -83,7 +83,7 @@ def test_values(shape: str, dtype: torch.dtype, augmented: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("augmented", AUGMENTED)
 def test_blocks_that_end_inside_an_image(augmented: str, launches: list[str]) -> None:
-    """Tiles of 128 pixels: 13 x 13 pixels end inside the second tile, and a window is summed in several."""
+    """Tiles have 128 pixels: 13 x 13 pixels end inside the second tile, and a window is summed in several."""
     images, index = random_images(6, 28, 28), random_index(4, 6)
     augmentation = AUGMENTED[augmented](4)
     got = gather_resize(images, index, 13, augmentation=augmentation)
@@ -114,7 +114,7 @@ def test_a_size_kept_is_a_division_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_augmentation_is_torchvisions(backend: str) -> None:
-    """torchvision's functions applied to one image after the other with the same parameters."""
+    """torchvision's functions take one image after the other with the same parameters."""
     images, index, augmentation = random_images(6, 28, 28), random_index(5, 6), random_augmentation(5)
     with use_backend(backend):  # type: ignore[arg-type]
         got = gather_resize(images, index, 56, augmentation=augmentation)
@@ -168,7 +168,7 @@ def test_windows_are_torchvisions(changes: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
-    """As F.interpolate treats a whole image."""
+    """F.interpolate treats a whole image so."""
     boxes = ((0, 0, 28, 28), (4, 2, 20, 25), (-5, 3, 31, 9))
     images, index = random_images(6, 28, 28), random_index(3, 6)
     with use_backend(backend):  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
 
 
 def test_a_window_of_the_images_size_is_a_plain_one_bit_for_bit() -> None:
-    """All parts except contrast, whose mean may be summed in another order."""
+    """All parts agree except contrast, whose mean may be summed in another order."""
     images, index = random_images(6, 28, 28), random_index(4, 6)
     plain = random_augmentation(4)._replace(contrast=None)
     sized = plain._replace(size=torch.full((4, 2), 28, dtype=torch.int32, device=DEVICE))
@@ -327,7 +327,7 @@ def test_cells_are_those_of_the_images_bit_for_bit(
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("n", [1, 4])
 def test_cells_in_blocks_that_end_inside_a_cell(n: int) -> None:
-    """Cells of 25 pixels, 8 x 8 cells to an image, in blocks of 128 pixels."""
+    """A cell has 25 pixels, an image has 8 x 8 cells, and a block has 128 pixels."""
     images, index, augmentation = random_images(6, 28, 28), random_index(n, 6), random_augmentation(n)
     cells = Cells(9, 5, 2)
     for augment in (None, augmentation):

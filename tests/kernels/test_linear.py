@@ -58,7 +58,7 @@ def test_forward_and_gradients(shape: str, activation: str | None, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype) -> None:
-    """The tiles that the rules choose, on tensors larger than one of the widest tiles."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     check(kernels.linear, F.linear, _tensors((140, 300, 530), dtype), names="input weight bias")
 
 
@@ -254,7 +254,7 @@ def test_bad_probability_is_refused(p: float, launches: list[str]) -> None:
 @pytest.mark.parametrize("split", [1, 3, 50])
 @pytest.mark.parametrize(("m", "n", "k"), [(33, 40, 72), (1, 16, 200), (70, 8, 64)], ids=str)
 def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """All three passes through TMA, ragged in every direction, with and without a split along K."""
+    """All three passes use TMA, ragged in every direction, with and without a split along K."""
     tensors = [randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)]
     with tables.override(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, SPLIT=split):
         check(

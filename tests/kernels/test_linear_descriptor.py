@@ -69,7 +69,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype, split: int, launc
 @hopper
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype, launches: list[str]) -> None:
-    """The tiles that the rules choose, on tensors larger than one of the widest tiles."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     check(kernels.linear, F.linear, _tensors((280, 320, 264), dtype), names="input weight bias")
     assert launches.count("_matmul_descriptor_kernel") == 3
 
@@ -209,7 +209,7 @@ def _check_tf32(operation: Callable[..., Tensor], reference: Callable[..., Tenso
 @pytest.mark.parametrize("features", [(72, 56), (96, 36)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 5, 17, 130])
 def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[str]) -> None:
-    """All three passes, with features that are multiples of 16 and not, with more rows than outputs and fewer."""
+    """All three passes run with features that are multiples of 16 and not, with more rows than outputs and fewer."""
     with tables.override(**SMALL, SPLIT=split):
         _check_tf32(
             lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
@@ -225,7 +225,7 @@ def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[s
 @hopper
 @pytest.mark.parametrize("cut", [0, 1])
 def test_tf32_in_equal_shares(cut: int, launches: list[str]) -> None:
-    """Also with the input gradient's panels."""
+    """The input gradient's panels are tested too."""
     with tables.override(**SMALL, PROGRAMS=5, CUT=cut):
         _check_tf32(kernels.linear, F.linear, (17, 96, 36))
     assert launches.count("_matmul_shares_kernel") == 3
@@ -414,7 +414,7 @@ def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pyte
 
 
 def test_float16_has_the_configurations_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rules and tables for linear layers and convolutions: float16 products take the same time as bfloat16's."""
+    """Rules and tables of linear layers and convolutions agree: float16 products take the same time as bfloat16's."""
     halves = [
         linear_rules.linear_key("fprop", 128, 10, 4096, dtype, "ieee")
         + rules.conv2d_key("conv2d_fprop", 128, 12, 12, 256, 384, 3, 3, dtype)

@@ -108,7 +108,7 @@ def test_any_strides(layout: str, wide: bool, monkeypatch: pytest.MonkeyPatch, l
 
 
 def test_a_gradient_of_any_strides() -> None:
-    """Gradients with all strides zero, as ``sum().backward()`` passes them, and with transposed memory."""
+    """Gradients have strides of zero, as ``sum().backward()`` passes them, or transposed memory."""
     tensors = _tensors((20, 70, 10), torch.float32)
     for grad in (torch.ones(1, 1, device=DEVICE).expand(20, 10), randn(10, 20, dtype=torch.float32, grad=False).t()):
         ours = torch.autograd.grad(kernels.linear(*tensors), tensors, grad)
@@ -228,7 +228,7 @@ def test_candidates_are_what_a_table_may_say(dtype: torch.dtype) -> None:
 
 
 def test_rows_at_once_of_a_half_type() -> None:
-    """Rows that fit in registers: fewer where K's alignment is unknown, with many outputs, and with int64 offsets."""
+    """These rows fit in registers: fewer where K's alignment is unknown, with many outputs, and with int64 offsets."""
 
     def rows(n: int, k: int, wide: bool = False) -> int:
         config = linear_narrow_config(torch.device("cpu"), "narrow_backward", 128, n, k, torch.float16, "ieee", wide=wide)

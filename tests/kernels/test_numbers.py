@@ -98,7 +98,7 @@ def test_subnormal_inputs_and_results_are_kept(name: str, small: str, dtype: tor
 @pytest.mark.parametrize("dtype", SUBNORMAL_DTYPES)
 @pytest.mark.parametrize("name", ["linear", "linear_narrow", "conv2d", "conv2d_descriptor"])
 def test_subnormal_gradients_are_kept(name: str, dtype: torch.dtype) -> None:
-    """Gradients of input, weight and bias for a subnormal output gradient."""
+    """Gradients of input, weight and bias are right for a subnormal output gradient."""
     ours, meaning, *shapes = OPERATIONS[name]
     x, w = (_weights(*shape, dtype=dtype) for shape in shapes)
     wide = [t.double().requires_grad_() for t in (x, w)]
@@ -241,7 +241,7 @@ def test_gradients_over_many_rows(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_gradient_of_a_filter_over_many_pixels(dtype: torch.dtype) -> None:
-    """In half precision through descriptors, one pixel of many images at a time."""
+    """It runs in half precision through descriptors, one pixel of many images at a time."""
     images, side = (1600, 8) if dtype in HALF else (1, 317)
     channels = 16 if dtype in HALF else 3
     x, dz = (randn(images, channels, side, side, dtype=dtype, grad=False) for _ in range(2))

@@ -193,7 +193,7 @@ def test_what_is_no_integer_is_refused(size: Any, backend: Any) -> None:
 
 @pytest.mark.parametrize("flag", [1, 0, None, "True", np.int64(1), 1.0])
 def test_what_is_no_flag_is_refused(flag: Any) -> None:
-    """As in F.max_pool2d, which accepts any value for return_indices."""
+    """return_indices may have any value, as in F.max_pool2d."""
     t = tensors()
     with pytest.raises(TypeError, match="ceil_mode"):
         kernels.max_pool2d(t["x"], 3, ceil_mode=flag)

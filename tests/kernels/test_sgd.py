@@ -168,7 +168,7 @@ def test_a_parameter_and_its_missing_bits_are_the_master(upper: int) -> None:
 
 @pytest.mark.parametrize("upper", UPPER, ids=hex)
 def test_the_kernel_joins_and_splits_as_the_reference(upper: int) -> None:
-    """A step that adds -0, which changes only -0."""
+    """The step adds -0, which changes only -0."""
     if INTERPRETED and 0 < (upper + 1) & 0x7FFF <= 0x80 and upper & 0x7FFF != 0x7FFF:
         pytest.skip("the interpreter converts bfloat16's subnormals wrongly")
     master = with_every_lower_half(upper)
@@ -324,7 +324,7 @@ def test_unaligned_tensors() -> None:
 
 
 def test_a_saved_parameter_is_known_to_have_changed() -> None:
-    """As after any in-place operation, a backward pass that needs the old value raises."""
+    """A backward pass that needs the old value raises, as after any in-place operation."""
     weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
     x = torch.randn(2, 4, device=DEVICE, requires_grad=True)
     y = (x @ weight).sum()

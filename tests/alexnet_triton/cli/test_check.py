@@ -68,7 +68,7 @@ def test_a_wrong_gradient_is_named_and_an_error(run: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif("ttsem" in sys.modules, reason="the subprocess would not run under ttsem")
 def test_without_the_interpreter_it_starts_itself_anew_in_it(run: Path, tmp_path: Path) -> None:
-    """At the end of a training, as ``make train`` runs it."""
+    """The check runs at the end of a training, as in ``make train``."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "alexnet_triton", "train", "--model", "lenet", *SHORT, "--check", "--out", "run"]

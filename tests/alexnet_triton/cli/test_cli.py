@@ -195,7 +195,7 @@ def test_options_stand_in_panels() -> None:
 
 
 def test_every_option_of_training_is_a_sentence_in_a_panel() -> None:
-    """All options except --help."""
+    """Only --help is an exception."""
     for command in ("train", "compare", "evaluate"):
         options = [p for p in get_command(app).commands[command].params if p.param_type_name == "option"]  # type: ignore[attr-defined]
         shown = [option for option in options if not option.hidden]
@@ -229,7 +229,7 @@ WITHOUT_A_HOME = {
 @pytest.mark.parametrize("command", WITHOUT_A_HOME)
 @pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
 def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:
-    """As in a container with an arbitrary user id. Nothing is created in the working directory, such as a folder called ~."""
+    """A container may have an arbitrary user id. Nothing is created in the working directory, such as a folder called ~."""
     code = (
         "import os, pwd, runpy, sys, tempfile\n"
         "def nobody(user): raise KeyError(f'getpwuid(): uid not found: {user}')\n"

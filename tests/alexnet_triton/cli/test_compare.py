@@ -90,7 +90,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
 
 
 def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
-    """Bit for bit, and it resumes like a run of train."""
+    """It is bit-identical and resumes like a run of train."""
     options = (*SHORT, "--seed", "3", "--epochs", "2")
     for arguments in (
         ("compare", "lenet", *options, "--out", "both"),
@@ -220,7 +220,7 @@ def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
 def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest comparison without a path; more epochs; a run that was resumed by itself with another learning rate."""
+    """Cases: the newest comparison without a path; more epochs; a run resumed by itself with another learning rate."""
     small_alexnet(monkeypatch)
     folder = tmp_path / "runs" / "compare-1"
     step, steps = Trainer.step, []
@@ -320,7 +320,7 @@ def metrics(epoch: int, loss: float) -> EpochMetrics:
 
 
 def test_a_column_is_read_off_the_modules() -> None:
-    """A network that is neither of the two: nested layers, several activations and dropout rates."""
+    """The network is neither of the two: it has nested layers, several activations and several dropout rates."""
     net = nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 7, 3), nn.Tanh(), nn.Conv2d(7, 5, 3, bias=False), nn.GELU()),
         nn.Dropout(0.1), nn.Flatten(), nn.Linear(5, 2), nn.Tanh(), nn.Dropout(0.3), nn.Dropout(0.1),

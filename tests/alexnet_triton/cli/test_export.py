@@ -205,7 +205,7 @@ def test_a_normalized_runs_metadata_say_by_what(run: tuple[Path, nn.Sequential])
 
 
 def test_a_normalized_run_is_evaluated_and_predicts_normalized(run: tuple[Path, nn.Sequential], tmp_path: Path) -> None:
-    """Against a network whose weights undo the normalization: both checkpoints have the same results."""
+    """It is compared with a network whose weights undo the normalization: both checkpoints have the same results."""
     _, net = run
     by = Normalization((0.5, 0.25, 0.125), (0.5, 1.0, 2.0))
     mean, std = torch.tensor(by.mean), torch.tensor(by.std)

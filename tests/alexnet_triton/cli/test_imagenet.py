@@ -100,7 +100,7 @@ def test_an_epochs_line_says_it_of_many_classes(folder: Path) -> None:
 
 @pytest.mark.parametrize("crop", ["patch", "none"])
 def test_ten_crops_average_the_probabilities(crop: str, folder: Path) -> None:
-    """Also for a network trained on whole images; the crops are then cut from larger images."""
+    """A network trained on whole images does so too; its crops are cut from larger images."""
     train(*EPOCHS, "--epochs", "1", "--crop", crop, "--out", f"ten-{crop}", cwd=folder)
     path = folder / f"ten-{crop}" / "best.pt"
     net, kept = load_checkpoint(path, CPU)

@@ -222,7 +222,7 @@ def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
-    """Sorted by folder, then by name. Hidden names, other files, PostScript and linked folders are left out."""
+    """Images are sorted by folder, then by name. Hidden names, other files, PostScript and linked folders are left out."""
     names = ["b.jfif", "c.gif", "d.mpo", "a/2.PNG", "a/b/1.png"]
     others = [".hidden.png", ".ipynb_checkpoints/a.png", "a/notes.txt", "a.eps", "document.pdf", "png", "a.mpg", "a.h5"]
     others.append("__MACOSX/a.png")

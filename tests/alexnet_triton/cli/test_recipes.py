@@ -64,7 +64,7 @@ def test_without_a_recipe_it_is_d2ls(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
-    """Bit-identical, with the recipe given again or not. Another recipe is refused, and so are other values of its fields."""
+    """It is bit-identical, with the recipe given again or not. Another recipe and other values of its fields are refused."""
     options = (*TRAIN, "--recipe", "modern", "--epochs", "2", "--class-weights", "balanced")
     run(*options, "--out", "whole", cwd=tmp_path)
     whole = read_checkpoint(tmp_path / "whole" / "checkpoint.pt")

@@ -235,7 +235,7 @@ def test_missing_metrics_of_a_finished_run_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """best.pt of the first epoch, of a run of three epochs, of a run stopped in its second, and where nothing would be lost."""
+    """best.pt has the first epoch of a run of three or of one stopped in its second; in other cases nothing would be lost."""
     accuracies = iter([0.5, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr("alexnet_triton.training.loop.evaluate", lambda *_, **__: Evaluation(1.0, next(accuracies), None))
     assert command("train", *SHORT, "--epochs", "1", "--out", "run").exit_code == 0

@@ -269,7 +269,7 @@ def test_nothing_is_drawn_for_a_part_that_is_off(part: str, channels: int) -> No
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("part", PARTS)
 def test_augmented_images_are_torchvisions(part: str, backend: str, channels: int) -> None:
-    """With the same parameters, one image after the other; every image is changed."""
+    """torchvision takes one image after the other with the same parameters; every image is changed."""
     device, augment = torch.device(DEVICE), PARTS[part]
     shape = (5, 28, 28) if channels == 1 else (5, 3, 28, 28)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -402,7 +402,7 @@ NOT_CAPTURABLE = {"_local_scalar_dense", "item", "nonzero", "equal", "lift_fresh
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("part", PARTS)
 def test_no_draw_waits_for_the_device_or_copies_to_it(part: str, channels: int) -> None:
-    """Nor does making the images; on a GPU test_training checks this for a whole step."""
+    """Making the images does not either; on a GPU test_training checks this for a whole step."""
     images = torch.randint(0, 256, (5, 28, 28) if channels == 1 else (5, 3, 28, 28), dtype=torch.uint8)
     index = torch.tensor([4, 0, 2])
     with Operations() as seen, kernels.use_backend("torch"):

@@ -246,7 +246,7 @@ def test_no_such_users_home_is_an_error_of_the_data() -> None:
 
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "summary --model lenet", "predict /nowhere.pt a.png"])
 def test_a_user_without_home_or_entry(arguments: str, tmp_path: Path) -> None:
-    """As in a container with a random user id: no $HOME, and no entry in /etc/passwd."""
+    """A container's random user id has no $HOME and no entry in /etc/passwd."""
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"MPLCONFIGDIR": str(tmp_path)}
     script = """
 import pwd, runpy

@@ -129,7 +129,7 @@ def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> N
 
 
 def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
-    """In a separate process with an ASCII output encoding, and with a file name that is not text."""
+    """A separate process has an ASCII output encoding and a file name that is not text."""
     file = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
     Path(file).write_bytes(_png())
     arguments = ("predict", str(checkpoint_of(tmp_path, classes=("\u5929\u7a7a", "b"))), file, str(tmp_path / "\u5730.png"))
@@ -350,7 +350,7 @@ def test_a_gzip_bomb_is_not_unpacked_further_than_its_header_says(tmp_path: Path
 
 
 def test_a_flipped_bit_in_a_gzipped_file_is_noticed_or_means_nothing(tmp_path: Path) -> None:
-    """By the checksum at the file's end; gzip's header has a time, which is not read."""
+    """The checksum at the file's end shows it; gzip's header has a time, which is not read."""
     path = test_data.write_folder(tmp_path / "a") / f"{test_data.IMAGES}.gz"
     whole, expected = path.read_bytes(), read_idx(path, 3)
     generator = random.Random(0)
@@ -374,7 +374,7 @@ def test_a_checkpoint_without_permission_or_in_a_closed_folder(place: Path, tmp_
 
 
 def test_the_usual_places_may_be_closed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, instead of data from the next place, which the user may not know of."""
+    """The command prints one line and does not read data from the next place, which the user may not know of."""
     monkeypatch.setattr(data, "usual_places", lambda: (place / "closed",))
     with permissions_hold():
         result = run_here(*TRAIN, "--out", str(tmp_path / "out"))

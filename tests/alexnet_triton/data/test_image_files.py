@@ -180,7 +180,7 @@ def test_a_large_jpeg_is_pillows_to_refuse(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_damaged_jpegs_are_as_pillow_has_them() -> None:
-    """With changed, missing and inserted bytes: an image that torchvision decodes, Pillow decodes to the same pixels."""
+    """Bytes are changed, left out and inserted: an image that torchvision decodes, Pillow decodes to the same pixels."""
     random = Random(0)
     seen = 0
     for _ in range(400):
@@ -235,7 +235,7 @@ def test_a_narrow_image_costs_no_more_than_its_middle(
 def test_a_cut_image_is_what_the_whole_one_would_be(
     shape: tuple[int, int], upright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal except for half a pixel of the output, which the ends of the long side decide."""
+    """They are equal except for half a pixel of the output, which the ends of the long side decide."""
     _narrow(tmp_path / "a.png", *shape, upright=upright)
     monkeypatch.setattr(image_files, "_MOST_RESIZED", 1 << 40)
     whole = read_image(tmp_path / "a.png", 3, 64)
@@ -271,7 +271,7 @@ def test_memory_that_is_short_is_that_files_error(
 
 
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
-    """In a process with little memory left: one line for the large file, while the small one is read."""
+    """A process with little memory left prints one line for the large file and reads the small one."""
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
     PICTURE.save(tmp_path / "small.png")
     script = f"""
@@ -396,7 +396,7 @@ def test_more_than_8_bits_a_channel_are_refused(name: str, tmp_path: Path) -> No
 
 
 def test_the_images_of_a_folder(tmp_path: Path) -> None:
-    """All readable kinds and no others, sorted by folder; hidden ones are left out."""
+    """They are all readable kinds and no others, sorted by folder; hidden ones are left out."""
     images = [
         "B.JPG",
         "a.avif",

@@ -62,7 +62,7 @@ def _can_mount() -> bool:
 
 @pytest.mark.parametrize("room", ["size=64m", "size=4k", "ro"])
 def test_no_shared_memory_is_needed(room: str, tmp_path: Path) -> None:
-    """200 MB of images with the shared memory of a container, with one page, and where nothing can be written."""
+    """200 MB of images are read with a container's shared memory, with one page, and where nothing can be written."""
     if not _can_mount():
         pytest.skip("a file system may not be mounted here")
     folder = write_folder(tmp_path / "a", train=60, tests=1)
@@ -165,7 +165,7 @@ def test_memory_that_there_is_not(files: Files) -> None:
 
 
 def test_processes_end_with_the_one_that_forked_them(files: Files, tmp_path: Path) -> None:
-    """However the parent ends: SIGKILL leaves no chance to tell them."""
+    """They end however the parent ends: SIGKILL leaves it no chance to tell them."""
     script = f"""
 import os, signal
 from alexnet_triton.data.image_workers import Decoders

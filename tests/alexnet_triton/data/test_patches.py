@@ -73,7 +73,7 @@ def test_a_patch_is_the_pixels_themselves(backend: str, channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_without_a_crop_it_is_the_middle_patch(backend: str, channels: int) -> None:
-    """Also with other changes. Images of any other side are resized."""
+    """This also holds with other changes. Images of any other side are resized."""
     images, index = held(4, channels), torch.tensor([2, 0], device=DEVICE)
     middle = images[..., 2:30, 2:30].contiguous()
     for augment in (NOTHING, Augment(flip=True, colour=True)):

@@ -423,7 +423,7 @@ def _header(name: str, length: int) -> bytes:
 
 
 def test_large_sets_are_listed_in_seconds(tmp_path: Path) -> None:
-    """200,000 members of 100,000 images, and the order of 1,300,000."""
+    """There are 200,000 members of 100,000 images, and an order of 1,300,000 images."""
     paths = []
     for shard in range(10):
         blocks = []

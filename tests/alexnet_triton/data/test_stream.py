@@ -94,7 +94,7 @@ def test_fashion_mnist_streams_too() -> None:
 
 
 def test_normalization_is_that_of_images_in_memory(folder: Path, damaged: Path) -> None:
-    """The normalization of the readable images."""
+    """It is computed from the readable images."""
     for images in (folder, damaged):
         found = [load(images, stream, skip_damaged=True).normalized().train.normalization for stream in (True, False)]
         assert found[0] == found[1]
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_streamed_and_it_is_said(folder: Path, monkeypatch:
 
 
 def test_shards_are_read_as_the_folder_that_they_were_made_of(folder: Path, tmp_path: Path) -> None:
-    """In the shards' own order, which is also used in memory and differs from the folder's."""
+    """They keep the shards' own order, which is also used in memory and differs from the folder's."""
     shards = tmp_path / "shards"
     for part in ("train", "test"):
         shards_of(folder / part, shards, 4)
@@ -177,7 +177,7 @@ def test_training_gives_the_bits_of_images_in_memory(options: dict[str, Any], fo
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("graph", [True, False])
 def test_captured_steps_read_what_is_streamed(graph: bool, folder: Path) -> None:
-    """Full batches from the ring's places, of which there are fewer than batches; the smaller last batch eagerly."""
+    """Full batches are read from the ring's places, fewer than the batches; the smaller last batch runs eagerly."""
     cuda = torch.device("cuda")
     results = []
     for stream, workers in ((False, 0), (True, 2), (True, 5)):
@@ -209,7 +209,7 @@ def run(folder: Path, out: Path, workers: int, stream: bool = True, listener: An
 
 @pytest.mark.parametrize("stop_at", [1, 4, 9, 13])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(stop_at: int, folder: Path, tmp_path: Path) -> None:
-    """Also in the middle of an epoch, and with another number of workers."""
+    """It does so in the middle of an epoch and with another number of workers, too."""
     whole = run(folder, tmp_path / "whole", 2)
     calls = iter(range(1, 1000))
     with pytest.raises(Stopped):
@@ -294,7 +294,7 @@ def test_the_list_of_damaged_images(damaged: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a disk that hangs: a step that waits for its images still sees a request to stop, and no process remains."""
+    """The disk hangs: a step that waits for its images still sees a request to stop, and no process remains."""
     monkeypatch.setattr(image_workers, "read_into", lambda *_: time.sleep(60))
     data = load(folder, workers=2)
     begin = time.monotonic()
@@ -360,7 +360,7 @@ def test_predictions_are_of_the_images_that_were_there(damaged: Path) -> None:
 
 
 def test_signals_to_all_processes_stop_a_run_as_one_does(folder: Path, tmp_path: Path) -> None:
-    """Signals as `timeout` and batch systems send them."""
+    """`timeout` and batch systems send a signal to all processes."""
     how = ("--stream", "--model", "lenet", "--epochs", "1000", "--backend", "torch", "--device", "cpu", "--workers", "3")
     command = [sys.executable, "-m", "alexnet_triton", "train", *how, "--data", str(folder), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

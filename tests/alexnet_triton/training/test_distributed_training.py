@@ -138,7 +138,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["data", "option"])
 def test_what_all_processes_find_wrong_is_said_once(kind: str, tmp_path: Path) -> None:
-    """An error that each process finds: all decode the folder's images, and all see an option that cannot work."""
+    """Each process finds the error: all decode the folder's images, and all see an option that cannot work."""
     image = write_folder(tmp_path / "images", train=2, tests=1) / "train" / "sky" / "00.png"
     image.write_bytes(b"no image")
     options = ("--data", tmp_path / "images", "--workers", "0") if kind == "data" else ("--data", "sample", "--graph")
@@ -228,7 +228,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed:
 
 @pytest.mark.timeout(240)
 def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Path) -> None:
-    """As in the guide except for the addresses: two torchrun agents, neither of which knows beforehand which leads."""
+    """There are two torchrun agents, as in the guide except for addresses; neither knows beforehand which leads."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"--rdzv-endpoint=127.0.0.1:{server.getsockname()[1]}"
     agent = (*TORCHRUN[:2], "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint, "--rdzv-id=alexnet")
@@ -283,7 +283,7 @@ def test_a_group_of_one_process_trains_what_it_trains_alone(group_of_one: Proces
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_captured_step_holds_the_all_reduce(dtype: torch.dtype, group_of_one: Processes) -> None:
-    """NCCL in a group of one: bit-identical to eager steps and to no group, a smaller last batch included."""
+    """With NCCL in a group of one it is bit-identical to eager steps and to no group, a smaller last batch included."""
     cuda = torch.device("cuda", 0)
     data = load_fashion_mnist("sample").train.limited(150)
     recipe = Recipe("alexnet", batch_size=64, lr=0.01, momentum=0.9, schedule="cosine")

@@ -68,7 +68,7 @@ def test_old_checkpoints_and_machines_without_the_package_can_go_on(tmp_path: Pa
 
 
 def test_events_are_the_metrics_also_of_a_resumed_run(tmp_path: Path) -> None:
-    """Resumed from its second epoch after three, as from a backup: the third epoch is there once, with its latest values."""
+    """A run of three epochs resumed from its second, as from a backup, has the third once, with its latest values."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     run(*TRAIN, "--epochs", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
@@ -105,7 +105,7 @@ def check_events(out: Path, rates: list[float]) -> None:
 
 
 def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_path: Path) -> None:
-    """Epochs of a run without events, and of a process that ended between a checkpoint and its events."""
+    """These are epochs of a run without events, and of a process that ended between a checkpoint and its events."""
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     run(*TRAIN, "--epochs", "2", "--out", "run", cwd=tmp_path)
@@ -141,7 +141,7 @@ def test_epochs_from_before_are_written_when_tensorboard_is_asked_for_later(tmp_
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_from_the_start_is_said_with_the_folder(tmp_path: Path) -> None:
-    """In a resumed run, which writes all epochs so far; the writer's thread leaves nothing behind."""
+    """A resumed run writes all epochs so far; the writer's thread leaves nothing behind."""
     pytest.importorskip("tensorboard")
     hook = threading.excepthook
     epochs = [EpochMetrics(i, 1.0, 0.5, 0.5, 100.0, 1.0) for i in (1, 2, 3)]

@@ -45,7 +45,7 @@ def test_a_lock_keeps_others_out_and_goes_with_its_block(tmp_path: Path) -> None
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """Such as a DataLoader's worker, which lives a little longer than its killed parent."""
+    """A DataLoader's worker, for one, lives a little longer than its killed parent."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
         "from alexnet_triton.training.run_folder import locked\n"

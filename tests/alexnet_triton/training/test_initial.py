@@ -111,7 +111,7 @@ def test_without_safetensors_a_line_says_what_to_install(tmp_path: Path, monkeyp
 
 
 def test_what_does_not_fit_is_new_as_in_a_new_network() -> None:
-    """From one channel and ten classes to three and five: the first and the last layer are new."""
+    """The network goes from one channel and ten classes to three and five: the first and the last layer are new."""
     trained, net = (new_model("lenet", seed, CPU, classes=n, channels=c) for seed, n, c in ((1, 10, 1), (2, 5, 3)))
     new = new_model("lenet", 2, CPU, classes=5, channels=3).state_dict()
     kept = take_weights(net, trained.state_dict() | {"other": torch.ones(1)})
@@ -179,7 +179,7 @@ def test_torchvisions_network(channels: int) -> None:
 
 
 def test_torchvisions_network_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:
-    """On a folder of three-channel images with frozen convolutions; evaluate reads its checkpoint."""
+    """It trains on a folder of three-channel images with frozen convolutions; evaluate reads its checkpoint."""
     write_folder(tmp_path / "images", train=2, tests=1)
     options = ("--model", "torchvision", "--data", "images", "--workers", "0", "--batch-size", "4", "--backend", "torch")
     options += ("--device", "cpu", "--freeze", "features", "--lr", "0.001")
@@ -216,7 +216,7 @@ def test_without_torchvision_there_is_one_line(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(dtype: torch.dtype, tmp_path: Path) -> None:
-    """With momentum and weight decay, which would move them. A run stopped in an epoch and resumed is bit-identical."""
+    """Momentum and weight decay would move them. A run stopped in an epoch and resumed is bit-identical."""
     fields: dict[str, Any] = {"dtype": dtype, "freeze": "features", "momentum": 0.9, "weight_decay": 0.1, "epochs": 2}
     recipe = small_recipe(**fields)
 
@@ -247,7 +247,7 @@ def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(d
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_new_convolution_is_trained_and_the_others_are_the_files_to_the_bit(dtype: str, tmp_path: Path) -> None:
-    """In half precision too, and in a resumed run."""
+    """This also holds in half precision and in a resumed run."""
     file = new_model("lenet", 1, CPU).state_dict() | {"0.weight": torch.ones(6, 3, 5, 5)}
     torch.save(file, tmp_path / "w.pth")
     options = ("--init", "w.pth", "--freeze", "features", "--dtype", dtype, "--momentum", "0.9")

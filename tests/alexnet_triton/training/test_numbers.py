@@ -57,7 +57,7 @@ def stepped(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, epochs: int) -> l
 def test_each_step_has_the_learning_rate_of_the_schedule(
     name: str, warmup: float, dtype: torch.dtype, on_the_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The learning rate as a number, and as a tensor that a captured step would read."""
+    """The learning rate is a number, or a tensor that a captured step would read."""
     trainer = small_trainer(dtype=dtype, schedule=name, warmup=warmup, epochs=3)
     if on_the_device:
         trainer.optimizer.param_groups[0]["lr"] = torch.tensor(trainer.optimizer.param_groups[0]["lr"])
@@ -174,7 +174,7 @@ SCHEDULED: dict[str, tuple[Case, dict[str, Any]]] = {
     "name", [pytest.param(name, marks=[needs_a_gpu] * (case.device == CUDA)) for name, (case, _) in SCHEDULED.items()]
 )
 def test_a_resumed_run_with_a_schedule_has_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
+    """It stops before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
     case, fields = SCHEDULED[name]
     if fields.get("normalize"):
         monkeypatch.setattr(test_resume, "sample", lambda *sizes: sample(*sizes).normalized())

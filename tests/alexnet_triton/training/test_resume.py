@@ -104,7 +104,7 @@ class Saved(Listener):
 
 @cases
 def test_checkpoints_in_the_middle_of_an_epoch_change_no_bit(case: Case, tmp_path: Path) -> None:
-    """A checkpoint after every so many steps of the run, each once; the end of an epoch has its own checkpoint."""
+    """A checkpoint is written after every so many steps of the run, each once; the end of an epoch has its own checkpoint."""
     run(case, tmp_path / "whole")
     for every, places in (
         (2, ["saved in epoch 1 after step 2 of 3", "saved in epoch 2 after step 1 of 3"]),
@@ -168,7 +168,7 @@ def contents(out: Path) -> list[Any]:
 
 @cases
 def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
-    """Stopped before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
+    """It stops before the first step, within an epoch, before and in its evaluation, at its end, and in the next epoch."""
     run(case, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     for call in (1, 3, 4, 5, 6, 7):
@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_same_bits(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_stopped_again_and_again_has_the_same_bits(tmp_path: Path) -> None:
-    """At every third call: after two steps, in the evaluation, right after the evaluation, ..."""
+    """It stops at every third call: after two steps, in the evaluation, right after the evaluation, ..."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     stops = []
@@ -237,7 +237,7 @@ def test_the_comparison_sees_a_random_state_that_is_lost(tmp_path: Path, monkeyp
 
 
 def test_metrics_that_were_written_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
-    """As after a crash between writing the two files, or with half a line on a full disk."""
+    """A crash between writing the two files leaves such metrics; a full disk leaves half a line."""
     case = CASES["plain"]
     run(case, tmp_path, epochs=1)
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -102,7 +102,7 @@ def test_sigusr1_is_noted_until_it_is_asked_for_and_stops_nothing() -> None:
 
 
 def test_sigusr1_before_the_first_step_and_after_the_last_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While data is read, which saves before any step, and while pictures are drawn."""
+    """It arrives while data is read, which saves before any step, and while pictures are drawn."""
 
     def signalling(function: Callable[..., object]) -> Callable[..., object]:
         def signalled(*args: Any, **kwargs: Any) -> object:
@@ -161,7 +161,7 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
 
 @EACH
 def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
-    """The file ``signals.py`` alone, without torch."""
+    """The file ``signals.py`` is run alone, without torch."""
     code = (
         "import runpy, time; stops = runpy.run_path('" + signals.__file__ + "')['StopSignals']()\n"
         "stops.__enter__(); print('ready', flush=True)\n"
@@ -233,7 +233,7 @@ def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGUSR1 in the second step: both the saved checkpoint when resumed and the continuing run are bit-identical."""
+    """SIGUSR1 arrives in the second step: both the saved checkpoint when resumed and the continuing run are bit-identical."""
     case = CASES["bfloat16-all"]
     run(case, tmp_path / "whole")
     signal_in_the_second_step(monkeypatch, signal.SIGUSR1, graph)

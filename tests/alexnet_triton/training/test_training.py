@@ -219,7 +219,7 @@ def poisoned_at(step: int, value: float, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_step_is_named_and_the_last_good_checkpoint_kept(
     step: int, message: str, dtype: torch.dtype, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the last step breaks the weights, which no loss of the epoch shows."""
+    """This also holds where the last step breaks the weights, which no loss of the epoch shows."""
     poisoned_at(step, value, monkeypatch)
     net = new_model("lenet", 0, CPU, dtype)
     with pytest.raises(FloatingPointError) as caught:
@@ -386,7 +386,7 @@ def test_progress_does_not_read_the_loss_at_every_step(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
-    """Losses and weights of two epochs: masters are kept in float32, and half precision learns what float32 learns."""
+    """Losses and weights of two epochs are close, since masters are kept in float32."""
     exact, half = small_trainer(), small_trainer(dtype=dtype)
     for epoch in range(2):
         losses = [t.epoch(torch.Generator().manual_seed(epoch))[0] for t in (exact, half)]
@@ -443,7 +443,7 @@ def test_tf32_is_switched_for_the_run_only(precision: str, expected: str) -> Non
 @needs_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
-    """Three epochs with a smaller last batch each; without dropout, whose draws may differ."""
+    """There are three epochs with a smaller last batch each, without dropout, whose draws may differ."""
     trainers = [small_trainer(torch.device("cuda"), dtype, graph=graph) for graph in (False, True)]
     assert trainers[0].replay is None
     assert trainers[1].replay is not None
@@ -459,7 +459,7 @@ def test_the_graph_is_the_eager_step_bit_for_bit(dtype: torch.dtype) -> None:
 @needs_a_gpu
 @pytest.mark.parametrize("random", ["nothing", "dropout", "flip", "pad crop", "resized crop", "colour"])
 def test_replays_draw_anew(random: str) -> None:
-    """One batch repeatedly with constant weights: the loss changes exactly where something is drawn."""
+    """One batch is repeated with constant weights: the loss changes exactly where something is drawn."""
     cuda = torch.device("cuda")
     crop = random.removesuffix(" crop") if random.endswith(" crop") else "none"
     augment = Augment(flip=random == "flip", crop=crop, colour=random == "colour")  # type: ignore[arg-type]

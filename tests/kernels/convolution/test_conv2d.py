@@ -93,7 +93,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.slow_under_ttsem  # 37 s of processor time; AlexNet's own configurations run there
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype) -> None:
-    """The tiles that the rules choose, on tensors larger than one of the widest tiles."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     tensors = [randn(3, 70, 15, 14, dtype=dtype), randn(140, 70, 3, 3, dtype=dtype), randn(140, dtype=dtype)]
     check(
         lambda x, w, b: kernels.conv2d(x, w, b, padding=1, activation="relu"),

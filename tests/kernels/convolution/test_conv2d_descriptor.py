@@ -153,7 +153,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
 @pytest.mark.parametrize("dtype", DRAW, ids=dtype_id)
 @pytest.mark.parametrize("pixels", [1, 2])
 def test_first_operand_from_registers(pixels: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """The gradient of 96 channels in two blocks of 64 and 32 columns; an error where ptxas is too old for it."""
+    """The gradient of 96 channels is computed in blocks of 64 and 32 columns, or refused where ptxas is too old."""
     tiles = {"REGISTERS": 1, "PIXELS": pixels, "BLOCK_N": 64, "BLOCK_N2": 32}
     case = images("registers", 3, 96, 2, 3, 16, 3, 1, tiles=tiles)
     if not INTERPRETED and descriptor.ptxas_version(capability(torch.device(DEVICE))) < (13, 3):

@@ -67,7 +67,7 @@ def test_exact_on_integers(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
 @pytest.mark.usefixtures("small_tiles")
 def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
-    """Only float32 and float64: where half precision rounds to a tie, float64 has none and takes another position."""
+    """Dtypes are float32 and float64: where half precision rounds to a tie, float64 has none and takes another position."""
     tensors = [
         randn(*case.x, dtype=dtype),
         randn(*case.w, dtype=dtype),
@@ -169,7 +169,7 @@ def test_only_what_is_asked_for_is_launched(wanted: str, launches: list[str]) ->
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("pool", [{"pool_kernel_size": 3, "pool_stride": 2}, {"pool_kernel_size": 5, "pool_stride": 2}])
 def test_the_bias_gradient_is_the_sum_of_what_reaches_the_relu(pool: dict) -> None:
-    """By the kernel with unrolled windows, and by the one for larger windows."""
+    """The kernel with unrolled windows computes it, and so does the one for larger windows."""
     x, w = integers(3, 1, 17, 15, dtype=torch.float16, high=1), integers(5, 1, 3, 3, dtype=torch.float16, high=1)
     b = torch.zeros(5, dtype=torch.float16, device=DEVICE, requires_grad=True)
     z = torch.nn.functional.conv2d(x, w, b)

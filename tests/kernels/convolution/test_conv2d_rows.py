@@ -190,7 +190,7 @@ def test_images_are_freed_and_their_memory_may_change() -> None:
 
 
 def test_images_that_want_a_gradient_and_change_are_an_error() -> None:
-    """As in PyTorch: such images are saved."""
+    """PyTorch saves such images, too."""
     x, w, b = tensors()
     images = x.requires_grad_() * 1
     for run in (block, reference):
@@ -288,7 +288,7 @@ def test_autocast_off_inside_of_autocast(launches: list[str]) -> None:
 @own_devices
 @pytest.mark.parametrize("images_want_a_gradient", [False, True])
 def test_gradient_penalty(images_want_a_gradient: bool, launches: list[str]) -> None:
-    """The squared norm of the gradients of the weight, or also of the images: by PyTorch's operations from cells or images."""
+    """PyTorch's operations compute the squared norm of the gradients, also of the images', from cells or images."""
     results = []
     x, w, b = tensors()
     x.requires_grad_(images_want_a_gradient)

@@ -150,7 +150,7 @@ def positions(output: Tensor) -> Tensor:
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 @pytest.mark.parametrize("make", [randn, integers])
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
-    """Bit for bit in both memory formats. Integers make ties, and then every third filter is dead."""
+    """They are bit-identical in both memory formats. Integers make ties, and then every third filter is dead."""
     tensors = case.tensors(make, dtype)
     if make is integers and case.bias:
         with torch.no_grad():
@@ -304,7 +304,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype, launches: list[str]) -> None:
-    """Every layout of the output gradient, with the positions and cells that the forward pass saved; exact on integers."""
+    """The output gradient has any layout, with the positions and cells that the forward pass saved; exact on integers."""
     case = Case("", 3, 1, 31, 39, 16)
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)

@@ -83,7 +83,7 @@ def _check_model(roundings: dict[str, Callable[[Tensor], Tensor]], shapes: tuple
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("rounding", [truncate, round_to_tf32], ids=["truncated", "rounded"])
 def test_products_of_tf32_operands_obey_the_rule(rounding, shapes, seed: int) -> None:
-    """With operands truncated, as tensor cores do, and rounded, as a compiler does."""
+    """Operands are truncated, as tensor cores do, or rounded, as a compiler does."""
     torch.manual_seed(seed)
     _check_model(dict.fromkeys(PASSES, rounding), shapes)
 
@@ -93,7 +93,7 @@ def test_products_of_tf32_operands_obey_the_rule(rounding, shapes, seed: int) ->
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("which", PASSES)
 def test_products_of_bfloat16_operands_do_not(which: str, shapes, seed: int) -> None:
-    """With bfloat16 operands in only one of the three passes."""
+    """Only one of the three passes has bfloat16 operands."""
     torch.manual_seed(seed)
     roundings = dict.fromkeys(PASSES, truncate) | {which: lambda t: truncate(t, 16)}
     message = "^output: error" if which == "output" else f"^gradient of {which}: error"
@@ -182,7 +182,7 @@ def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> N
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 17, 65])
 def test_copies_of_ragged_batches(batch: int, images: int, int64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles to copy than programs, and fewer. Rows of a copy are padded to 16 bytes, so beyond the last image."""
+    """There are more tiles to copy than programs, or fewer. Rows of a copy are padded to 16 bytes, so beyond the last image."""
     monkeypatch.setattr(launch, "force_int64", int64)
     r, h, w = (2, 3, 4) if batch < 65 else (1, 1, 2)
     for c, k in ((16, 144), (144, 16)):
@@ -209,7 +209,7 @@ FOLDED = [(16, 3, 32, 0), (16, 5, 64, 32), (48, 3, 64, 32), (16, 3, 16, 16), (32
 def test_folded_columns(
     folded: tuple[int, int, int, int], batch: int, padding, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
-    """The weight gradient with all filter columns of one row folded into the channels, with and without a split."""
+    """The weight gradient folds all filter columns of one row into the channels, with and without a split."""
     c, s, block_n, block_n2 = folded
     for split in (1, 3):
         config = {"POSITIONS": 1, "FOLDED": 1, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 16}
@@ -261,7 +261,7 @@ def test_two_runs_give_the_same_bits(images: int) -> None:
 
 @hopper
 def test_an_empty_batch(launches: list[str]) -> None:
-    """As in PyTorch: an empty output and zero gradients."""
+    """The output is empty and gradients are zero, as in PyTorch."""
     x, w, b = (integers(*s, dtype=torch.float32) for s in ((0, 16, 5, 4), (32, 16, 3, 3), (32,)))
     y = kernels.conv2d(x, w, b, padding=1, activation="relu")
     dx, dw, db = torch.autograd.grad(y, (x, w, b), torch.ones_like(y))

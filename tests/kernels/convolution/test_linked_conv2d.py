@@ -99,7 +99,7 @@ def test_forward_and_gradients(case: str, dtype: torch.dtype, tf32: bool, launch
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_of_the_operations_alone(case: str) -> None:
-    """All but the first bias's gradient, whose terms are summed before they are rounded."""
+    """The first bias's gradient is an exception: its terms are summed before they are rounded."""
     (second, _), n, tiles = CASES[case]
     x, w1, b1, w2, b2 = given = tensors(n, torch.float16)
     with tables.override(**tiles):

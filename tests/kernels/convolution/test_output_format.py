@@ -130,7 +130,7 @@ def test_boxes_write_nchw_where_nothing_is_said(launches: list[str]) -> None:
 def test_every_operation_that_is_asked_for_a_format(
     dims: int, output_format: torch.memory_format, channels_last: bool, backend: Any
 ) -> None:
-    """For either input format, for a batch and for one image, by our kernels and by PyTorch's operations."""
+    """Each takes either input format, a batch or one image, on our kernels and on PyTorch's operations."""
     (x, w, b) = FAMILIES[0].tensors(randn, torch.float32)
     x = x.detach().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     x = (x[0] if dims == 3 else x).requires_grad_()
@@ -195,7 +195,7 @@ def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
 @own_devices
 @pytest.mark.parametrize("output_format", [torch.contiguous_format, torch.channels_last, None])
 def test_compiled_code_knows_the_strides(output_format: torch.memory_format | None) -> None:
-    """Forward and backward with a dynamic batch: later operations are compiled for the fake tensors' strides."""
+    """Forward and backward run with a dynamic batch: later operations are compiled for the fake tensors' strides."""
     x, w, b = FAMILIES[0].tensors(randn, torch.float32)
 
     def network(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ def test_nan_and_infinity_stay_where_they_belong(c: int, dtype: torch.dtype, lau
 
 
 def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For AlexNet's conv2 without a table; not for conv3, few images, 130 (two tiles), one tap, a table's entry, NCHW."""
+    """AlexNet's conv2 uses them without a table; conv3, few images, 130 (two tiles), 1 tap, a table's entry, NCHW do not."""
     for module in (rules, taps_rules, tables):
         monkeypatch.setattr(module, "INTERPRETED", False)
     device = torch.device("meta")

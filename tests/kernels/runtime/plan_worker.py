@@ -142,7 +142,7 @@ def the_tf32_switch_changes(check: Check) -> None:
 
 @scenario
 def float32_operations(check: Check) -> None:
-    """In TF32, which is PyTorch's default for convolutions."""
+    """The step runs in TF32, PyTorch's default for convolutions."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, requires_grad=True)

@@ -183,7 +183,7 @@ assert not torch.cuda.is_initialized()
 
 
 def test_cpu_tensors_run_the_reference_or_say_why_not() -> None:
-    """In a process without the interpreter. Importing neither touches CUDA nor loads the extras."""
+    """The process has no interpreter. Importing neither touches CUDA nor loads the extras."""
     import os
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -121,5 +121,5 @@ def test_an_equal_argument_of_another_type_is_not_the_one_that_passed() -> None:
 
 
 def test_nothing_is_planned_where_nothing_is_launched_directly() -> None:
-    """In the interpreter, and for tensors on the CPU."""
+    """The interpreter and tensors on the CPU get no plan."""
     assert direct.bind(SimpleNamespace(), SimpleNamespace(run=SimpleNamespace()), (1,)) is None

@@ -67,7 +67,7 @@ class _Pooled(Dataset):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_kernels_in_the_workers_of_a_data_loader(context: str) -> None:
-    """On CPU tensors: for CUDA after a fork PyTorch raises its own clear error."""
+    """The tensors are on the CPU: for CUDA after a fork PyTorch raises its own clear error."""
     # Launch kernels in this process first, so that a forked process copies its state.
     kernels.max_pool2d(integers(1, 1, 4, 4, dtype=torch.float32), 2)
     (batch,) = DataLoader(_Pooled(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
