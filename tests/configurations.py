@@ -1,9 +1,8 @@
-"""Every configuration that the chooser returns for AlexNet: recorded on the real layers, to be run again on small ones.
+"""Every configuration that the choosers return for AlexNet: recorded on its real layers, replayed on small ones.
 
-A layer of the network is walked at its real size for a GPU that need not be there, forward and backward. Nothing is computed:
-what its launch functions ask the chooser (:func:`_choosers`) is written down, with the answers, and so is each launch.
-:func:`replay` gives the same answers, in the same order, to a layer that is small enough for the interpreter. A kernel or a
-chooser that is new is recorded and replayed as the others are, unnamed here.
+Each layer's forward and backward passes run at their real size for a GPU that need not be present. Nothing is computed: each
+call of a chooser (:func:`_choosers`) is recorded with its answer, and so is each launch. :func:`replay` gives the same answers,
+in the same order, to a layer small enough for the interpreter. New kernels and choosers need no change here.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from kernels.configs import tables
 from kernels.runtime import launch
 from kernels.sgd import sgd_step
 
-#: Compute capability -> the GPU whose table of measured configurations it follows, if there is one.
+#: Compute capability -> the GPU whose table of measured configurations is used, or "" for none.
 GPUS = {80: "", 90: "h100-80gb-hbm3", 100: ""}
 BATCHES = (1, 2, 7, 128)
-#: (dtype, precision of float32 products): PyTorch has a switch for it, and each has tiles of its own.
+#: (dtype, precision of float32 products): PyTorch has a switch for the precision, and each precision has tiles of its own.
 DTYPES = ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32"))
 
 
@@ -49,13 +48,13 @@ def kernel_names() -> set[str]:
 
 @contextlib.contextmanager
 def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
-    """Choose kernels and configurations as for a GPU of ``capability``; with ``interpreted`` False, not as the interpreter."""
+    """In the block, choose kernels and configurations for a GPU of ``capability``, or (``interpreted``) for the interpreter."""
     with contextlib.ExitStack() as stack:
         for module in modules():
             if "capability" in vars(module):
                 stack.enter_context(mock.patch.object(module, "capability", return_value=capability))
         for module in modules():
-            if isinstance(vars(module).get("INTERPRETED"), bool):  # kernels have a constant of their own
+            if isinstance(vars(module).get("INTERPRETED"), bool):  # in kernels the name is a constexpr
                 stack.enter_context(mock.patch.object(module, "INTERPRETED", interpreted))
         stack.enter_context(mock.patch.object(tables, "_table_name", return_value=GPUS[capability]))
         yield
@@ -63,7 +62,7 @@ def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def precision_of_float32(precision: str) -> Iterator[None]:
-    """``"tf32"`` or ``"ieee"`` for convolutions and for matrix products."""
+    """Set the precision of float32 convolutions and matrix products to ``"tf32"`` or ``"ieee"`` inside the block."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.fp32_precision
     cudnn.allow_tf32, matmul.fp32_precision = precision == "tf32", precision
@@ -74,7 +73,7 @@ def precision_of_float32(precision: str) -> Iterator[None]:
 
 
 def _choosers() -> dict[str, Callable[..., Any]]:
-    """The functions that launch functions ask for configurations, by name: the rules, wherever they stand."""
+    """The public functions that choose configurations for launches, by name, from every module of ``kernels``."""
     found: dict[str, Callable[..., Any]] = {"split_count": tables.split_count}
     for module in modules():
         all_of_it = module.__name__.endswith("rules")
@@ -87,7 +86,7 @@ def _choosers() -> dict[str, Callable[..., Any]]:
 
 @contextlib.contextmanager
 def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Put ``wrap(name, function)`` in the place of each chooser wherever a module of kernels has it."""
+    """Replace each chooser by ``wrap(name, function)`` in every module of ``kernels`` that has imported it."""
     choosers = _choosers()
     with contextlib.ExitStack() as stack:
         for module in modules():
@@ -99,31 +98,31 @@ def _choosers_through(wrap: Callable[[str, Callable[..., Any]], Callable[..., An
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One question to the chooser: the function that was asked, and its answer, a dict as sorted pairs."""
+    """One call of a chooser: the function's name and its answer (a dict as sorted pairs)."""
 
     function: str
     answer: Any
 
     @property
     def tiles(self) -> dict[str, int]:
-        """The answer's values; nothing for an answer that is one value."""
+        """The answer's values by name; empty for an answer that is a single value."""
         return dict(self.answer) if isinstance(self.answer, tuple) else {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a layer does in one phase of a step at AlexNet's own size, for one GPU.
+    """What a layer asks and launches in one phase of a training step at AlexNet's own size, for one GPU.
 
     Attributes:
         layer: ``conv1`` to ``fc3``, ``input`` or ``optimizer``.
-        run: operation and modules of the layer; None for the last two.
-        capability: of the GPU, 90 for an H100.
-        dtype, precision: of the tensors; of float32 products, ``"ieee"`` or ``"tf32"``.
-        batch: images.
-        phase: ``forward``, ``inference`` (without a gradient), or what is asked of the backward pass: ``input``, ``weight`` or
-            ``both``.
-        choices: what was asked of the chooser, in order.
-        keys: what a test of this part covers: each kernel with its tiles and switches, each answer of the chooser.
+        run: operation and modules of the layer; None for ``input`` and ``optimizer``.
+        capability: the GPU's compute capability, 90 for an H100.
+        dtype, precision: dtype of the tensors; precision of float32 products, ``"ieee"`` or ``"tf32"``.
+        batch: number of images.
+        phase: ``forward``, ``inference`` (without a gradient), or the gradients that the backward pass computes: ``input``,
+            ``weight`` or ``both``.
+        choices: the calls of choosers, in order.
+        keys: what a test of this part covers: each kernel with its tiles and switches, each answer of a chooser.
     """
 
     layer: str
@@ -146,9 +145,9 @@ class Part:
         return {key[0] for key in self.keys if key[0].endswith("_kernel")}
 
 
-#: Only the compiler's options: neither in the interpreter nor in the semantics of the IR do they change anything.
+#: Options of the compiler: they change nothing in the interpreter, nor in the semantics of the IR.
 _OPTIONS = ("num_warps", "num_stages")
-#: What a layer's launches take along for the layer before it: only in a row of layers
+#: What a layer's launches compute for the layer before: only in a chain of linked layers
 #: (tests/kernels/convolution/test_linked_conv2d.py).
 _OF_THE_NEIGHBOURS = ("RELU_GRAD", "HAS_VECTORS", "BLOCK_COLUMNS", "BLOCK_COLUMN_PARTS")
 Launches = list[tuple[str, dict[str, Any]]]
@@ -159,14 +158,14 @@ def _as_pairs(answer: Any) -> Any:
 
 
 def compiled_constants(kernel: Any, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A launch's kernel and the arguments that are compiled into it."""
+    """The name of a launch's kernel, and the arguments that are compiled into the kernel."""
     annotations = kernel.fn.__annotations__
     constants = {n: v for n, v in arguments.items() if "constexpr" in str(annotations.get(n))}
     return kernel.fn.__name__, {n: v for n, v in constants.items() if n not in _OF_THE_NEIGHBOURS}
 
 
 class Recorder:
-    """Writes down, inside its ``with`` block, each choice and, instead of running it, each launch."""
+    """Records, inside its ``with`` block, each call of a chooser and each launch; kernels do not run."""
 
     def __init__(self) -> None:
         self.choices: list[Choice] = []
@@ -175,7 +174,7 @@ class Recorder:
         self._answering = False
 
     def take(self) -> tuple[list[Choice], Launches]:
-        """What was written down since the last call."""
+        """The choices and launches recorded since the last call."""
         taken = self.choices, self.launches
         self.choices, self.launches = [], []
         return taken
@@ -193,7 +192,7 @@ class Recorder:
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def asked(*args: Any, **kwargs: Any) -> Any:
-            if self._answering:  # a chooser asks another: its answer is what counts
+            if self._answering:  # called by another chooser, whose answer is recorded
                 return function(*args, **kwargs)
             self._answering = True
             try:
@@ -206,7 +205,7 @@ class Recorder:
         return asked
 
 
-#: Tiles that follow from a size and are no answer of the chooser.
+#: Tiles that follow from a size, so that no chooser returns them.
 FOLLOWING = {
     *(("_space_to_depth_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK_PARTS")),
     *(("_conv2d_rows_kernel", "POSITIONS"), ("_conv2d_rows_pool_kernel", "POSITIONS")),
@@ -216,7 +215,7 @@ FOLLOWING = {
 
 
 def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -> frozenset[tuple[Any, ...]]:
-    """What makes two launches different code, and two answers different: tiles and switches, not the layer's size."""
+    """The keys that tell compiled kernels and choosers' answers apart: tiles and switches, not the layer's size."""
     tiles = {name for choice in choices for name in choice.tiles} - set(_OPTIONS)
     keys: set[tuple[Any, ...]] = set()
     for kernel, constants in launches:
@@ -224,7 +223,7 @@ def keys_of(choices: Sequence[Choice], launches: Launches, dtype: torch.dtype) -
         told_apart = {n: v for n, v in constants.items() if n in chosen or isinstance(v, bool)}
         keys.add((kernel, dtype, *sorted(told_apart.items())))
     for choice in choices:
-        # A split is a number of programs; where it is in a kernel's code the launch has it.
+        # SPLIT is a number of programs. Where it is compiled into a kernel, the launch's key has it.
         values = tuple((n, v) for n, v in choice.answer if n not in (*_OPTIONS, "SPLIT", "PROGRAMS")) if choice.tiles else ()
         keys |= {(choice.function, dtype, *values)} if values else set()
     return frozenset(keys)
@@ -248,7 +247,7 @@ def _layers(net: nn.Sequential) -> Iterator[tuple[str, Run]]:
         yield f"{kind}{counts[kind]}", run
 
 
-#: What the backward pass is asked for, by phase: of input, weight, bias.
+#: Phase -> which gradients the backward pass computes, as indices into (input, weight, bias).
 ASKED = {"input": (0,), "weight": (1, 2), "both": (0, 1, 2)}
 
 
@@ -308,7 +307,7 @@ _networks = functools.cache(_network)
 
 
 def step_keys(capability: int, dtype: torch.dtype, precision: str, batch: int) -> frozenset[tuple[Any, ...]]:
-    """The kernels, tiles and switches of a whole training step, as :class:`FusedSequential` runs it."""
+    """The keys of a whole training step as :class:`FusedSequential` runs it."""
     net = _networks(dtype).requires_grad_()
     with pretend_gpu(capability, interpreted=False), precision_of_float32(precision), Recorder() as recorder:
         net(torch.empty(batch, 1, 224, 224, dtype=dtype, device="cpu")).sum().backward()
@@ -318,7 +317,7 @@ def step_keys(capability: int, dtype: torch.dtype, precision: str, batch: int) -
 
 @functools.cache
 def all_parts() -> tuple[Part, ...]:
-    """Every layer, phase, GPU, dtype and batch: about thirteen hundred, in some seconds."""
+    """Every layer, phase, GPU, dtype and batch: about 1300 parts, in a few seconds."""
     found: list[Part] = []
     for capability, (dtype, precision), batch in itertools.product(GPUS, DTYPES, BATCHES):
         with pretend_gpu(capability, interpreted=False), precision_of_float32(precision):
@@ -329,10 +328,10 @@ def all_parts() -> tuple[Part, ...]:
 
 
 def distinct_parts() -> list[Part]:
-    """A few of :func:`all_parts` that have all the keys of a training step, the smallest phases first.
+    """A few of :func:`all_parts` that together have all the keys of a training step, the smallest phases first.
 
-    Both gradients together are only taken for what neither launches alone: each alone fits a smaller layer. Inference, whose
-    kernels are the training's with fewer outputs, only for a kernel or a function of the chooser that is its own.
+    The phase ``both`` is taken only for keys that neither gradient has alone, since a layer for one gradient is smaller.
+    ``inference`` is taken only for kernels and choosers that training does not use; its others write fewer outputs.
     """
     training = [p for p in all_parts() if p.phase != "inference"]
     left = frozenset().union(*(p.keys for p in training))
@@ -348,19 +347,19 @@ def distinct_parts() -> list[Part]:
     return chosen
 
 
-#: Of a reduction over the pixels of a small layer, at most.
+#: The most parts into which :func:`replay` splits a reduction over the pixels of a small layer.
 PARTS = 5
 
 
 @contextlib.contextmanager
 def replay(part: Part) -> Iterator[None]:
-    """Answer each question to the chooser as it was answered for ``part``.
+    """Let the choosers return, in order, the answers recorded for ``part``.
 
-    But split a reduction over pixels, of which a small layer has few, into :data:`PARTS` parts at most: how many is an argument
-    of the launch and not in the kernel's code. Nor into more than it has blocks, which is the chooser's own rule.
+    A reduction over pixels is split into at most :data:`PARTS` parts, since a small layer has few pixels: the number of
+    parts is an argument of the launch, not part of the kernel's code. As in the chooser, no more parts than blocks.
 
     Raises:
-        AssertionError: the block asks for something else than ``part`` did, or for less.
+        AssertionError: the block asks other choosers than ``part`` did, or fewer.
     """
     expected = iter(part.choices)
 
@@ -368,7 +367,7 @@ def replay(part: Part) -> Iterator[None]:
         def answer(*args: Any, **kwargs: Any) -> Any:
             choice = next(expected, None)
             wanted = None if choice is None else choice.function
-            assert wanted == name, f"{part.id}: the small layer asks for {name}, where AlexNet's asked for {wanted}"
+            assert wanted == name, f"{part.id}: the small layer calls {name}, where AlexNet's layer called {wanted}"
             assert choice is not None
             if name == "split_count":
                 return max(1, min(choice.answer, args[1], PARTS))
@@ -384,4 +383,4 @@ def replay(part: Part) -> Iterator[None]:
     with _choosers_through(wrap):
         yield
     left = [choice.function for choice in expected]
-    assert not left, f"{part.id}: AlexNet's layer also asked for {left}"
+    assert not left, f"{part.id}: AlexNet's layer also called {left}"

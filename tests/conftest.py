@@ -1,4 +1,4 @@
-"""Where the suite runs, and what every test has: poisoned outputs, IEEE float32 products, a seed."""
+"""Chooses the suite's device, and gives every test poisoned outputs, exact float32 products and a seed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 if os.environ.get("SANITIZE_IR") == "1":
-    # As ``python -m ttsem.sanitize pytest`` does, but in every worker of pytest-xdist.
+    # Does what ``python -m ttsem.sanitize pytest`` does, but in every worker of pytest-xdist.
     from ttsem import sanitize  # type: ignore[import-not-found]
 
-    os.environ["ALEXNET_TRITON_PDL"] = "0"  # it knows no instruction of PTX that waits
+    os.environ["ALEXNET_TRITON_PDL"] = "0"  # ttsem does not know PTX's griddepcontrol.wait
 
     def _unchecked() -> None:
         warnings.warn("ttsem: a launch too large to be checked for races", stacklevel=2)
@@ -24,7 +24,7 @@ if os.environ.get("SANITIZE_IR") == "1":
     _session = sanitize.session(source="<pytest>", on_unchecked=_unchecked)
     _session.__enter__()
 
-# Triton decides when a kernel is decorated, so this comes before anything imports ``kernels``.
+# Triton chooses the interpreter when a kernel is decorated, so this must come before any import of ``kernels``.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -40,7 +40,7 @@ from .interpreter import speed_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-#: Tiles so small that a shape of a few dozen elements spans several programs with ragged edges.
+#: Tiles so small that a shape of a few dozen elements spans several programs and has ragged edges.
 SMALL_TILES = {
     "BLOCK_M": 32,
     "BLOCK_N": 16,
@@ -57,7 +57,7 @@ SMALL_TILES = {
 
 @pytest.fixture(autouse=True)
 def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that a kernel should write and does not is NaN, not whatever the allocator left there."""
+    """Fill outputs with NaN before a launch: an element that a kernel fails to write stays NaN."""
     monkeypatch.setattr(launch, "poison_outputs", True)
 
 
@@ -79,10 +79,10 @@ def _mend_ttsem() -> None:
 
 
 def _stop_at_the_ir() -> None:
-    """Let ttsem compile a kernel as far as the IR that it executes, and each specialization once in a process.
+    """Let ttsem compile a kernel only as far as the IR that it executes, and each specialization once per process.
 
-    It compiles down to machine code, which takes long, and throws all but that IR away. What machine code needs
-    (registers, shared memory) is checked in ``tests/benchmarks/test_offline.py``.
+    ttsem compiles down to machine code, which takes long, and uses only that IR. ``tests/benchmarks/test_offline.py`` checks
+    what needs machine code (registers, shared memory).
     """
     from ttsem import harness, mlir
 
@@ -99,16 +99,16 @@ def _stop_at_the_ir() -> None:
     harness.ir_for_launch = ir_for_launch
 
 
-#: Under ``python -m ttsem.sanitize`` tensors say that they are on CUDA, and are not.
+#: Under ``python -m ttsem.sanitize`` CPU tensors report that they are on CUDA.
 UNDER_TTSEM = "ttsem" in sys.modules
 if UNDER_TTSEM:
     _mend_ttsem()
     torch.cuda.is_current_stream_capturing = lambda: False
 
-#: What torch.compile is told: the name, or where the package is not installed, but its tree is there, what it stands for.
+#: The backend for torch.compile: its registered name or, where the package is importable but not installed, the function.
 BACKEND: Any = "alexnet_triton" if entry_points(group="torch_dynamo_backends", name="alexnet_triton") else graphs.backend
 
-#: For what asks PyTorch itself on which device a tensor is.
+#: Skips, under ttsem, tests in which PyTorch itself looks up a tensor's device.
 own_devices = pytest.mark.skipif(
     UNDER_TTSEM, reason="under ttsem tensors say that they are on CUDA: autocast, dynamo see the CPU"
 )
@@ -116,7 +116,7 @@ own_devices = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An address outside of a kernel's tensors is an error in the interpreter too."""
+    """Make an address outside of a kernel's tensors an error in the interpreter too."""
     if not INTERPRETED:
         yield
         return
@@ -127,8 +127,8 @@ def _guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _ieee_and_seed() -> Iterator[None]:
-    """Float32 products exact, so that float32 is held to float32's tolerance; TF32 has tests of its own."""
-    # By the older switch: torch.export asks it, and it refuses to answer once only the newer one of convolutions was set.
+    """Exact float32 products, so that float32 is held to float32's tolerance (TF32 has its own tests); a fixed seed."""
+    # By the older switch: torch.export reads it, and reading it fails once only the newer switch for convolutions was set.
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.fp32_precision
     cudnn.allow_tf32 = False
@@ -140,7 +140,7 @@ def _ieee_and_seed() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_graph_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where rewriting a graph fails, a fused module runs as it stands and the compiler prints why: here it is an error."""
+    """Fail a test in which rewriting a graph fails: there the compiler only prints why and runs the module unchanged."""
     failures: list[Exception] = []
     rewrite = graphs.rewrite
 
@@ -148,7 +148,7 @@ def _no_graph_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         try:
             return rewrite(graph)
         except Exception as error:
-            if not isinstance(error, UnsupportedOperatorException):  # with which it says that it wants another graph
+            if not isinstance(error, UnsupportedOperatorException):  # by this error the compiler asks for another graph
                 failures.append(error)
             raise
 
@@ -159,7 +159,7 @@ def _no_graph_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For networks so small that threads only wait for each other."""
+    """One thread, for networks so small that threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -175,7 +175,7 @@ def small_tiles() -> Iterator[None]:
 
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
-    """Names of the kernels launched from here on, in order."""
+    """The names of the kernels launched during the test, in order."""
     names: list[str] = []
     with launch.observe_launches(lambda kernel, *_: names.append(kernel.fn.__name__)):
         yield names

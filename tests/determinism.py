@@ -1,7 +1,7 @@
-"""What a computation came to, bit for bit, for one process to compare with another: ``python -m tests.determinism``.
+"""Prints digests of training runs for another process to compare, bit for bit: ``python -m tests.determinism``.
 
-Ten training steps of a network with every kind of layer of AlexNet, in each dtype, in float32 exactly and in TF32, and under
-``torch.use_deterministic_algorithms``, which makes PyTorch raise where an operation of its own could give other bits.
+A run is ten training steps of a network with every kind of layer of AlexNet: in each dtype, and in TF32 beside exact float32.
+It runs under ``torch.use_deterministic_algorithms``, which makes PyTorch raise at its own nondeterministic operations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS = 10
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Of all bits, the sign of a zero and the payload of a NaN included."""
+    """SHA-256 of all bits of ``tensors``, including the sign of a zero and the payload of a NaN."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -42,7 +42,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Nothing in the block may run that PyTorch knows to be free to give other bits."""
+    """Make PyTorch raise, in the block, at an operation that it knows to be nondeterministic."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -52,7 +52,7 @@ def deterministic() -> Iterator[None]:
 
 
 def network(dtype: torch.dtype) -> nn.Module:
-    """AlexNet's layers in small: convolution with stride and pool, one in two, one in one, three in a chain, dropout."""
+    """AlexNet's layers in small: convolutions with stride and pool, with a pool and linked, two linear layers, dropout."""
     torch.manual_seed(0)
     return fuse(
         nn.Sequential(
@@ -74,7 +74,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def trained(dtype: torch.dtype, steps: int = STEPS, precision: str = "ieee") -> str:
-    """The digest of every output, gradient, parameter and momentum of ``steps`` steps, and how products were formed."""
+    """The digest of every output, gradient, parameter and momentum of ``steps`` steps, and the precision of products."""
     seen: list[Tensor] = []
     with deterministic(), tables.override(SPLIT=2), precision_of_float32(precision):
         net = network(dtype)

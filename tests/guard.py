@@ -1,4 +1,4 @@
-"""Out-of-bounds accesses of interpreted kernels as errors: Triton's interpreter itself would corrupt the heap in silence."""
+"""Makes out-of-bounds accesses of interpreted kernels errors: Triton's interpreter would corrupt the heap silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kernels.runtime import launch
 
 
 class GuardedMemory(threading.local):
-    """Stands before the interpreter's loads and stores; only addresses inside the tensors of the thread's launch pass."""
+    """Wraps the interpreter's loads and stores: allows only addresses inside the tensors of the thread's launch."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
@@ -25,13 +25,13 @@ class GuardedMemory(threading.local):
         return getattr(self.memory, name)
 
     def watch(self, tensors: list[torch.Tensor]) -> None:
-        """Allow the storages of ``tensors``, and nothing else."""
+        """Allow only addresses in the storages of ``tensors``."""
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
         self.first = np.array(sorted(storages), dtype=np.uint64)
         self.end = np.array([start + storages[start] for start in sorted(storages)], dtype=np.uint64)
 
     def _check(self, what: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
-        # A descriptor load hands the mask over as a plain buffer.
+        # A descriptor load passes the mask as a plain buffer.
         used = pointers[np.asarray(mask).astype(bool)].astype(np.uint64)
         if not used.size:
             return
@@ -42,19 +42,19 @@ class GuardedMemory(threading.local):
             raise IndexError(f"{int(np.sum(bad))} of {used.size} addresses of a {what} are outside of every tensor")
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: Any) -> Any:
-        """As the interpreter's."""
+        """The interpreter's load, after a check of its addresses."""
         self._check("load", pointers, mask, np.dtype(dtype).itemsize)
         return self.memory.load(pointers, mask, other, dtype)
 
     def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
-        """As the interpreter's."""
+        """The interpreter's store, after a check of its addresses."""
         self._check("store", pointers, mask, value.dtype.itemsize)
         return self.memory.store(pointers, value, mask)
 
 
 @contextlib.contextmanager
 def guard_memory(monkeypatch: Any) -> Iterator[None]:
-    """Check every address that a kernel of this package loads or stores inside the block."""
+    """Check, inside the block, every address that a kernel of this package loads or stores."""
     guarded = GuardedMemory(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", guarded)
     with launch.observe_launches(lambda kernel, grid, arguments: guarded.watch(launch.tensors_of(arguments))):

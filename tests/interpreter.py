@@ -1,4 +1,4 @@
-"""Triton's interpreter with the same checks in less time: what it does again and again is done once, or by NumPy."""
+"""Makes Triton's interpreter faster with the same checks: results of repeated work are cached, or NumPy computes them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
-    """As the interpreter's own check of an integer sum, difference or product, which takes half of the suite's time.
+    """Raise AssertionError where an integer sum, difference or product overflows, as the interpreter's own check does.
 
-    That one computes the result once more through all of Triton's semantics; here it is one NumPy operation in 64 bits.
+    The interpreter computes the result again through all of Triton's semantics, which takes half of the suite's time. Here the
+    check is one NumPy operation in 64 bits.
     """
     kind = lhs.type.scalar
     if kind.int_bitwidth not in (8, 16, 32) or binary_op.__name__ not in _EXACTLY:
@@ -28,9 +29,9 @@ def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
 
 
 def _patch_once(monkeypatch: Any) -> None:
-    """Put the interpreter's functions into ``triton.language`` once a launch, not at every call of a device function."""
+    """Put the interpreter's functions into ``triton.language`` once per launch, not at every call of a device function."""
     patch_lang, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[str] = set()  # modules, by the launch that is running
+    patched: set[str] = set()  # modules patched in the current launch
     nothing = interpreter._LangPatchScope()
 
     def patch(function: Any) -> Any:
@@ -51,13 +52,13 @@ def _patch_once(monkeypatch: Any) -> None:
 _slow_block_type, _slow_tensor = tl.block_type.__init__, tl.tensor.__init__
 _slow_equal, _slow_broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_value
 
-#: What a shape comes to in a type, and in the tensors of that type: found once, and the same objects from then on.
+#: Shape -> attributes of a block type and of its tensors. Cached, so that equal shapes are one object.
 _shapes: dict[tuple[int, ...], dict[str, Any]] = {}
 _names: dict[tuple[tuple[int, ...], str], str] = {}
 
 
 def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
-    """As ``tl.block_type``'s own, for each shape once."""
+    """``tl.block_type.__init__`` that caches what it computes for each shape."""
     sizes = tuple([s.value if type(s) is tl.constexpr else s for s in shape])
     known = _shapes.get(sizes)
     if known is None:
@@ -74,7 +75,7 @@ def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
 
 
 def _tensor(self: Any, handle: Any, type: Any) -> None:
-    """As ``tl.tensor``'s own, for each shape once."""
+    """``tl.tensor.__init__`` that takes shape and number of elements from the block type's cache."""
     of_tensors = getattr(type, "_of_tensors", None)
     if of_tensors is None:
         _slow_tensor(self, handle, type)
@@ -84,12 +85,12 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
 
 
 def _equal(self: Any, other: Any) -> bool:
-    """As ``tl.dtype``'s own; the usual types are objects that there are once."""
+    """``tl.dtype.__eq__`` that compares identity first: Triton's usual types are singletons."""
     return self is other or _slow_equal(self, other)
 
 
 def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
-    """As the interpreter's own; tensors of one shape are ready as they are."""
+    """The interpreter's broadcast of two values, which returns tensors of one shape unchanged."""
     if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
         return lhs, rhs
     return _slow_broadcast(self, lhs, rhs)
@@ -100,7 +101,7 @@ _np_dtypes: dict[str, Any] = {}
 
 
 def _np_dtype(kind: Any) -> Any:
-    """As the interpreter's own, which makes a table of all types at each call."""
+    """The interpreter's NumPy dtype of a Triton type, cached: the interpreter builds a table of all types at each call."""
     found = _np_dtypes.get(kind.name)
     if found is None:
         found = _np_dtypes[kind.name] = _slow_np_dtype(kind)
@@ -108,7 +109,7 @@ def _np_dtype(kind: Any) -> Any:
 
 
 def speed_up(monkeypatch: Any) -> None:
-    """Run kernels faster from here on, to the same results and the same errors."""
+    """Make the interpreter faster for the rest of the test, with the same results and the same errors."""
     monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)
     monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", _broadcast)
     monkeypatch.setattr(tl.block_type, "__init__", _block_type)

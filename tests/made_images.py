@@ -1,11 +1,11 @@
-"""Makes a set of small JPEGs that a network can tell apart: in folders of classes and, with ``--shards``, in tar shards too.
+"""Makes a data set of small JPEGs that a network can tell apart: folders of classes and, with ``--shards``, also tar shards.
 
-``python -m tests.made_images --images 100000 --classes 1000 --side 64 --out DIR --shards 16`` writes what tests and
-benchmarks of large sets read. The same arguments give the same bytes.
+``python -m tests.made_images --images 100000 --classes 1000 --side 64 --out DIR --shards 16`` writes a data set for the tests
+and benchmarks of large data sets. The same arguments give the same bytes.
 
-In DIR are ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The shards are ``train-000000.tar``, ``val-000000.tar`` and so on, as
-the package webdataset writes them: of each image the members ``KEY.jpg`` and ``KEY.cls``, the class's number. ``classes.txt``
-has the names of the classes, a line each, in the order of these numbers.
+DIR holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The shards are ``train-000000.tar``, ``val-000000.tar`` and so on, as
+the package webdataset writes them: two members for each image, ``KEY.jpg`` and ``KEY.cls`` with the class's number.
+``classes.txt`` lists the names of the classes in the order of their numbers, one a line.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-#: A class is a picture of so many by so many coloured fields, each image of it another cut with other brightness and noise.
+#: A class is a picture of FIELDS x FIELDS coloured fields. Each image is another crop, with its own brightness and noise.
 FIELDS = 4
 
-#: Of each class one image for so many training images is one of the validation images.
+#: Training images of a class for each of its validation images.
 TRAIN_PER_VAL = 20
 
 
 def images_of(label: int, count: int, side: int, seed: int) -> Iterator[bytes]:
-    """``count`` JPEGs of a class, ``side`` x ``side``."""
+    """Yield ``count`` JPEGs of the class ``label``, ``side`` x ``side`` pixels."""
     random = np.random.default_rng((seed, label))
     fields = Image.fromarray(random.integers(0, 256, (FIELDS, FIELDS, 3), dtype=np.uint8))
     margin = max(1, side // 8)
     picture = np.asarray(fields.resize((side + margin, side + margin), Image.Resampling.BICUBIC), dtype=np.float32)
-    noise = random.normal(0, 12, (2 * side, 2 * side, 1)).astype(np.float32)  # each image has another window of it
+    noise = random.normal(0, 12, (2 * side, 2 * side, 1)).astype(np.float32)  # each image takes another window of the noise
     for _ in range(count):
         top, left = random.integers(0, margin + 1, 2)
         y, x = random.integers(0, side + 1, 2)
@@ -47,7 +47,7 @@ def images_of(label: int, count: int, side: int, seed: int) -> Iterator[bytes]:
 
 
 def _write_shards(out: Path, split: str, images: list[tuple[bytes, int]], shards: int, seed: int) -> None:
-    """``images``, each with its label, in an order drawn from ``seed``, in so many shards of equal length or one more."""
+    """Write (image, label) pairs, shuffled by ``seed``, into ``shards`` tar files whose lengths differ by at most one."""
     order: NDArray[np.int64] = np.random.default_rng((seed, len(images))).permutation(len(images))
     for number, part in enumerate(np.array_split(order, shards)):
         with tarfile.open(out / f"{split}-{number:06d}.tar", "w") as shard:
@@ -60,26 +60,26 @@ def _write_shards(out: Path, split: str, images: list[tuple[bytes, int]], shards
 
 
 def make(out: Path, images: int, classes: int, side: int, shards: int = 0, seed: int = 0) -> None:
-    """Write the set into ``out``: ``images`` training images spread evenly over ``classes``, and the validation images.
+    """Write the data set into ``out``: ``images`` training images spread evenly over ``classes``, and the validation images.
 
-    It is there as a whole or not at all.
+    ``out`` appears only when the data set is complete.
 
     Raises:
-        ValueError: fewer images than classes.
-        FileExistsError: there is something in ``out``.
+        ValueError: there are fewer images than classes.
+        FileExistsError: ``out`` is not empty.
     """
     if not 0 < classes <= images:
         raise ValueError(f"{images} images cannot be spread over {classes} classes")
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out}: there is something in it")
+        raise FileExistsError(f"{out} is not empty")
     partial = out.with_name(f"partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # a process that was killed may have left it
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     _write(partial, images, classes, side, shards, seed)
     os.replace(partial, out)
 
 
 def _write(out: Path, images: int, classes: int, side: int, shards: int, seed: int) -> None:
-    """:func:`make` into a folder that is not there."""
+    """Write the data set into ``out``, a folder that does not exist yet."""
     names = [f"class{label:04d}" for label in range(classes)]
     made: dict[str, list[tuple[bytes, int]]] = {"train": [], "val": []}
     for label, name in enumerate(names):
@@ -99,12 +99,12 @@ def _write(out: Path, images: int, classes: int, side: int, shards: int, seed: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--images", type=int, default=100_000, help="so many training images; default %(default)s")
-    parser.add_argument("--classes", type=int, default=1000, help="default %(default)s")
-    parser.add_argument("--side", type=int, default=64, help="of an image, in pixels; default %(default)s")
-    parser.add_argument("--shards", type=int, default=0, help="write them into so many tar shards for training, too")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--images", type=int, default=100_000, help="number of training images; default %(default)s")
+    parser.add_argument("--classes", type=int, default=1000, help="number of classes; default %(default)s")
+    parser.add_argument("--side", type=int, default=64, help="side of an image in pixels; default %(default)s")
+    parser.add_argument("--shards", type=int, default=0, help="also write the training images into this many tar shards")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images; default %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     arguments = vars(parser.parse_args())
     try:
         make(**arguments)

@@ -1,8 +1,8 @@
-"""Does the suite see a fault? Plants them in the kernels one by one and runs the tests that should notice.
+"""Does the suite notice faults? Plants them in the kernels one by one and runs the tests that should fail.
 
-``python -m tests.mutation`` copies the tree, checks that the named tests pass as it is, then changes one piece of text at a
-time and runs that fault's tests in Triton's interpreter. It prints a table, and the exit code is 1 where a fault survives,
-where its text is no longer in the source, or where it breaks the code instead of making it wrong.
+``python -m tests.mutation`` copies the tree and checks that the named tests pass. Then it replaces one piece of text at a time
+and runs that fault's tests in Triton's interpreter. It prints a table. The exit code is 1 where a fault survives, where its
+text is no longer in the source, or where the fault breaks the code instead of making it wrong.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A piece of source text, what takes its place, and the tests that must fail then.
+    """A piece of source text, its replacement, and the tests that must then fail.
 
     Attributes:
         name: the fault in words.
-        path: of the file, from the root.
-        old: text that is in the file exactly once.
-        new: what it becomes.
-        tests: pytest's names of the few tests that should see it.
+        path: the file, relative to the root.
+        old: text that occurs in the file exactly once.
+        new: the text that replaces ``old``.
+        tests: pytest's names of the few tests that should fail.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Fault:
     tests: tuple[str, ...]
 
     def planted(self, source: str) -> str:
-        """The file's text with the fault in it.
+        """Return ``source`` with the fault in place.
 
         Raises:
-            ValueError: ``old`` is not in ``source`` exactly once.
+            ValueError: ``old`` does not occur in ``source`` exactly once.
         """
         count = source.count(self.old)
         if count != 1:
-            raise ValueError(f"{self.path}: the text of {self.name!r} is in it {count} times")
+            raise ValueError(f"{self.path}: the text of {self.name!r} occurs {count} times")
         return source.replace(self.old, self.new)
 
 
@@ -494,10 +494,10 @@ FAULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a fault's tests said.
+    """The result of a fault's tests.
 
     Attributes:
-        verdict: ``"caught"``, ``"SURVIVED"`` or ``"BROKEN"`` (no test could run, or the source does not mean anything).
+        verdict: ``"caught"``, ``"SURVIVED"`` or ``"BROKEN"`` (no test could run, or the faulty source is not valid code).
         by: the first test that failed, and why.
     """
 
@@ -505,14 +505,14 @@ class Outcome:
     by: str
 
 
-#: Exit codes of pytest: everything passed, some tests failed.
+#: Exit codes of pytest: all tests passed; some tests failed.
 _PASSED, _FAILED = 0, 1
-#: What code says that cannot run at all, which shows nothing about the suite.
+#: Errors of code that cannot run at all: such a fault shows nothing about the suite.
 _MEANINGLESS = re.compile(r"\b(NameError|SyntaxError|AttributeError|ImportError|IndentationError)\b")
 
 
 def judge(returncode: int, output: str) -> Outcome:
-    """What a run of pytest with ``-rf`` means for a fault."""
+    """The outcome of a run of pytest with ``-rf`` on a planted fault."""
     if returncode == _PASSED:
         return Outcome("SURVIVED", "")
     found = re.search(r"^FAILED (\S*/)?(\S+?) - (.*)$", output, re.MULTILINE)
@@ -523,10 +523,10 @@ def judge(returncode: int, output: str) -> Outcome:
 
 
 def run_tests(tree: Path, tests: tuple[str, ...], stop_at_first: bool = True) -> Outcome:
-    """Run ``tests`` of the copy at ``tree``, in the interpreter whatever GPU there is: its guard sees every address."""
-    # Without files of bytecode: their time stamps cannot tell two versions of one second apart.
+    """Run ``tests`` of the copy at ``tree`` in the interpreter, even where there is a GPU: the guard checks every address."""
+    # No bytecode files: their time stamps cannot tell apart two versions written within one second.
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"COLUMNS": "1000"}  # the reason of a failure is cut off at the end of a line
+    environment |= {"COLUMNS": "1000"}  # pytest cuts off the reason of a failure at the terminal's width
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
     if stop_at_first:
         command.append("-x")
@@ -535,14 +535,14 @@ def run_tests(tree: Path, tests: tuple[str, ...], stop_at_first: bool = True) ->
 
 
 def copy_tree(target: Path) -> None:
-    """What the tests need, without what was built or recorded."""
+    """Copy what the tests need to ``target``, without build and result files."""
     for name in ("kernels", "alexnet_triton", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", target)
 
 
 def check_fault(tree: Path, fault: Fault) -> Outcome:
-    """Plant ``fault`` in the copy at ``tree``, run its tests, take it out again."""
+    """Plant ``fault`` in the copy at ``tree``, run its tests, restore the source."""
     path = tree / fault.path
     source = path.read_text(encoding="utf-8")
     try:
@@ -558,12 +558,12 @@ def check_fault(tree: Path, fault: Fault) -> Outcome:
 def main() -> None:
     """Check every fault; the exit code is 1 unless each is caught."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="write the table there too, as Markdown")
-    parser.add_argument("words", nargs="*", help="only faults whose name or file contains one of these")
+    parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
+    parser.add_argument("words", nargs="*", help="check only faults whose name or file contains one of these words")
     arguments = parser.parse_args()
     faults = [f for f in FAULTS if not arguments.words or any(w in f.name + f.path for w in arguments.words)]
     if not faults:
-        sys.exit(f"mutation: no fault is called {' or '.join(arguments.words)}")
+        sys.exit(f"mutation: no fault's name or file contains {' or '.join(arguments.words)}")
     console = Console()
     table = Table("fault", "file", "verdict", "caught by", title=f"{len(faults)} faults")
     rows, bad = [], []
@@ -573,7 +573,7 @@ def main() -> None:
         copy_tree(tree)
         sound = run_tests(tree, tuple(dict.fromkeys(test for fault in faults for test in fault.tests)))
         if sound.verdict != "SURVIVED":  # without a fault there is nothing to catch
-            sys.exit(f"mutation: the tests do not pass as the tree is: {sound.by}")
+            sys.exit(f"mutation: the tests fail without a fault: {sound.by}")
         for fault in faults:
             outcome = check_fault(tree, fault)
             bad += [fault.name] * (outcome.verdict != "caught")

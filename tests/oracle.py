@@ -1,11 +1,11 @@
-"""The one oracle and the one tolerance rule of the suite.
+"""The suite's one oracle and its one tolerance rule.
 
-A result is right when its error against the same computation in float64 is at most twice the error that PyTorch makes in the
-result's own dtype on the same device, plus half a unit in the last place of the largest value: the rounding that storing the
-result costs anyone.
+A result is right when its error against the same computation in float64 is at most twice PyTorch's error in the result's dtype
+on the same device, plus half a unit in the last place of the largest value (the rounding error of storing any result).
 
-TF32 has a rule of its own (:func:`check` with ``tf32``). The tensor cores read float32 operands by their first 10 mantissa bits
-and add their products in float32. So the peer is the computation of operands that were rounded so, and the half unit is TF32's.
+TF32 has its own rule (:func:`check` with ``tf32``). Tensor cores read the first 10 mantissa bits of float32 operands and
+accumulate their products in float32. So the peer is PyTorch's computation on operands rounded to TF32, and the half unit in the
+last place is TF32's.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .conftest import DEVICE
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) + ((torch.float64,) if DEVICE == "cpu" else ())
 
 
-#: Half units in the last place that are always allowed. In float64 the peer is the oracle itself, so its error says nothing:
-#: two orders of one sum of at most a few hundred products are allowed to differ by this much.
-#: On a GPU a float32 product runs as one chain of additions a thread, where cuBLAS and cuDNN may split it: 5.5 times their
-#: error was seen on an H100, in this suite, where sums are longest.
+#: Half units in the last place that are always allowed. In float64 the peer is the oracle itself, so the peer's error is zero:
+#: this allows for two orders of summing a few hundred products.
+#: On a GPU each thread sums float32 products in one chain, where cuBLAS and cuDNN may split the sum: up to 5.5 times their
+#: error was measured on an H100, in this suite, where sums are longest.
 _HALF_UNITS = {torch.float32: 1 if DEVICE == "cpu" else 16, torch.float16: 1, torch.bfloat16: 1, torch.float64: 32}
 
 
 def dtype_id(dtype: torch.dtype) -> str:
-    """For test ids."""
+    """The dtype's name without ``torch.``, for test ids."""
     return str(dtype).removeprefix("torch.")
 
 
 def each_with_dtypes(cases: Sequence) -> list:
-    """Parameters (case, dtype): every case in float32 and one more dtype in turn, the first three in all."""
+    """Parameters (case, dtype): the first three cases in every dtype, the others in float32 and one other dtype in turn."""
     others = [d for d in DTYPES if d != torch.float32]
     pairs = []
     for i, case in enumerate(cases):
@@ -48,30 +48,30 @@ def each_with_dtypes(cases: Sequence) -> list:
 
 
 def randn(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """Normal numbers on the suite's device."""
+    """A tensor of normally distributed numbers on the suite's device."""
     return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 
 def integers(*shape: int, dtype: torch.dtype, high: int = 2, grad: bool = True) -> Tensor:
-    """Integers in [-high, high]: sums of a few products of them are exact in every dtype, and ties are many."""
+    """Integers in [-high, high]: sums of a few of their products are exact in every dtype, and ties are frequent."""
     return torch.randint(-high, high + 1, shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 
-#: Of a float32's 23 mantissa bits those that TF32 has not.
+#: How many of float32's 23 mantissa bits TF32 lacks.
 _TF32_DROPS = 13
 TF32_EPS = 2.0**-10
 
 
 def truncate(tensor: Tensor, dropped: int = _TF32_DROPS) -> Tensor:
-    """float32 without its last ``dropped`` mantissa bits: TF32 as the tensor core reads it from numbers that nobody rounded.
+    """float32 without its last ``dropped`` mantissa bits: how a tensor core reads unrounded float32 as TF32.
 
-    With 16 dropped it is bfloat16.
+    With ``dropped`` 16 the result is truncated to bfloat16.
     """
     return _keep_special(tensor, tensor.detach().view(torch.int32) & -(1 << dropped))
 
 
 def round_to_tf32(tensor: Tensor) -> Tensor:
-    """float32 to the nearest TF32, of two the one away from zero: the instruction ``cvt.rna.tf32.f32``."""
+    """float32 rounded to the nearest TF32 number, ties away from zero: the PTX instruction ``cvt.rna.tf32.f32``."""
     bits = tensor.detach().view(torch.int32)
     return _keep_special(tensor, (bits + (1 << (_TF32_DROPS - 1))) & -(1 << _TF32_DROPS))
 
@@ -81,14 +81,14 @@ def _keep_special(tensor: Tensor, bits: Tensor) -> Tensor:
 
 
 def tf32_numbers(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
-    """Normal numbers that TF32 holds: their products are exact in float32, whoever forms them."""
+    """Normally distributed numbers that TF32 represents exactly: every implementation forms their exact products in float32."""
     return round_to_tf32(torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_(grad)
 
 
 class RoundedOperands(TorchDispatchMode):
-    """Rounds both operands of every convolution of float32 by ``rounding``, in each of its three passes.
+    """Applies ``rounding`` to both operands of every float32 convolution, in each of its three passes.
 
-    Everything else, the gradient of a bias too, is computed as it stands.
+    All other computations, the bias gradient included, are unchanged.
     """
 
     def __init__(self, rounding: Callable[[Tensor], Tensor]) -> None:
@@ -109,18 +109,18 @@ class RoundedOperands(TorchDispatchMode):
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference from ``exact``."""
+    """The largest absolute difference between ``result`` and ``exact``."""
     return (result.double() - exact).abs().max().item() if exact.numel() else 0.0
 
 
 def assert_within_tolerance(
     name: str, ours: Tensor, peer: Tensor, exact: Tensor, inherent: float = 0.0, tf32: bool = False
 ) -> None:
-    """``ours`` obeys the tolerance rule, has the peer's shape and dtype, and is NaN or infinite just where it is.
+    """Check ``ours`` against the tolerance rule, and its shape, its dtype and the places of NaN and infinity.
 
     Args:
-        inherent: what anybody who computes so may be off by, where the peer's few results can happen to be exact.
-        tf32: whether the half unit is TF32's: truncated operands are smaller than the numbers by half of one on average.
+        inherent: an error that every implementation may have; for results so few that the peer's can be exact by chance.
+        tf32: whether the half unit is TF32's: truncating to TF32 shrinks an operand by half a unit on average.
     """
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == peer.dtype, f"{name}: dtype {ours.dtype}, expected {peer.dtype}"
@@ -149,15 +149,15 @@ def check(
     tf32: bool = False,
     draw: Callable[..., Tensor] = randn,
 ) -> Tensor:
-    """Hold ``operation`` to ``reference``: output and the gradient of each tensor that asks for one.
+    """Check ``operation`` against ``reference``: the output, and the gradient of each tensor that requires one.
 
     Args:
-        operation, reference: called with ``tensors`` in this order.
-        tensors: inputs; leaves in the dtype under test, or None.
-        names: of the tensors, for messages, separated by spaces.
-        tf32: hold float32 results to the rule for TF32: of a convolution without a ReLU or a pool, which tell apart numbers
-            that TF32 does not.
-        draw: makes the gradient of the output.
+        operation, reference: functions called with ``tensors`` in this order.
+        tensors: inputs: leaf tensors in the dtype under test, or None.
+        names: the names of ``tensors`` for messages, separated by spaces.
+        tf32: check float32 results by the rule for TF32. Not for a ReLU or a pool, which can tell apart numbers that
+            are equal in TF32.
+        draw: draws the gradient of the output.
 
     Returns:
         The operation's output.

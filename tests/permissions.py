@@ -1,4 +1,4 @@
-"""Files that may not be read, for root too."""
+"""Files that even root may not read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 
-#: Linux's version 3 of ``capget``'s header, and the bits that let root pass over a file's permissions.
+#: Version 3 of the header of Linux's ``capget``, and the capabilities that let root ignore a file's permissions.
 _VERSION = 0x20080522
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
 
@@ -19,7 +19,7 @@ def _capabilities(call: str, data: ctypes.Array) -> None:
 
 @contextlib.contextmanager
 def permissions_hold() -> Iterator[None]:
-    """In the block a file's permissions bind this thread, and what it forks, whoever runs it."""
+    """In the block file permissions bind this thread, and the processes that it forks, even when root runs them."""
     data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
     _capabilities("capget", data)
     effective = data[0]

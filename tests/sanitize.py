@@ -1,8 +1,8 @@
-"""Every kernel once under NVIDIA's compute-sanitizer: memcheck, racecheck and initcheck.
+"""Runs every kernel once under NVIDIA's compute-sanitizer: memcheck, racecheck and initcheck.
 
 ``python -m tests.sanitize`` (``make sanitize`` on a machine with a CUDA GPU) runs ``python -m tests.sanitize --launch`` under
-each tool. Nothing is compared here, that is the suite's; and nothing is poisoned, so that initcheck sees memory that nobody
-wrote.
+each tool. Results are not compared here (the suite does that). Outputs are not poisoned, so that initcheck can see elements
+that no kernel wrote.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TOOLS = {
     "racecheck": ("--racecheck-report", "all"),
     "initcheck": (),
 }
-#: Kernels that load through tensor descriptors, and what goes with them, are not an older GPU's.
+#: Parts of the names of kernels that load through tensor descriptors, or that such kernels need: older GPUs run none of them.
 DESCRIPTORS = (
     *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
     *("_turned_", "_row_major_", "_shares_", "_stream_k_", "_taps_"),
@@ -42,9 +42,9 @@ DESCRIPTORS = (
 
 
 def launch_all(device: torch.device) -> set[str]:
-    """Launch every kernel of the package on small ragged tensors on ``device``; their names.
+    """Launch every kernel of the package on small ragged tensors on ``device``; return the kernels' names.
 
-    Three times: watched, so that launch functions launch them, unwatched, so that plans are made, and by plan.
+    The operations run three times: observed, so that launch functions launch kernels; unobserved, which records plans; by plan.
     """
     launched: set[str] = set()
     for watched in (True, False, False):
@@ -59,14 +59,14 @@ def launch_all(device: torch.device) -> set[str]:
 
 def _operations(device: torch.device, dtype: torch.dtype) -> None:
     def randn(*shape: int, grad: bool = True) -> Tensor:
-        # Made on the CPU: no kernel but ours has to be right.
+        # Made on the CPU, so that only this package's kernels run under the tool.
         return torch.randn(shape).to(dtype).to(device).requires_grad_(grad)
 
     def backward(y: Tensor) -> None:
         y.backward(torch.ones(y.shape, dtype=y.dtype).to(device))
 
     # AlexNet's first layers, then the kernels for many and for few images, then those for any geometry.
-    image = randn(3, 1, 39, 47, grad=False)  # conv1 has no input gradient, whose kernel runs below
+    image = randn(3, 1, 39, 47, grad=False)  # conv1 has no input gradient; that kernel runs below
     backward(kernels.conv2d_relu_max_pool2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, pool_kernel_size=3, pool_stride=2))
     with tables.override(IMAGES_WGRAD=1):
         backward(kernels.conv2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, activation="relu"))
@@ -82,7 +82,7 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     backward(kernels.conv2d(randn(2, 6, 9, 7), randn(9, 2, 3, 3), randn(9), 2, 1, groups=3, activation="relu"))
     for window in (3, 5):
         backward(kernels.max_pool2d(randn(2, 17, 9, 11), window, 2, 1))
-    # Images of three channels, and images that want no gradient: in TF32 no other launch makes their copies.
+    # Images of three channels, and images without a gradient: in TF32 no other launch copies those.
     backward(kernels.conv2d(randn(3, 3, 23, 27, grad=False), randn(16, 3, 11, 11), None, 4, 2))
     backward(kernels.conv2d(randn(5, 64, 5, 6, grad=False), randn(80, 64, 3, 3), None, padding=1))
     with tables.override(SPLIT=3):
@@ -126,9 +126,9 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def missing_kernels(launched: set[str], device: torch.device) -> set[str]:
-    """Kernels of the package that ``launched`` lacks, but for those that ``device`` cannot run."""
+    """Kernels of the package that are not in ``launched``, except those that ``device`` cannot run."""
     missing = kernel_names() - launched
-    if capability(device) >= 100:  # conv1 and its pool are two kernels there
+    if capability(device) >= 100:  # there conv1 and its pool run as two kernels
         missing = {k for k in missing if "_stem_pool_" not in k and "_rows_pool_" not in k}
     return missing if has_copy_engine(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
 
@@ -140,21 +140,21 @@ def find_sanitizer() -> str | None:
 
 
 def main() -> None:
-    """Run each tool; the exit code is 1 where one of them found something."""
+    """Run each tool; exit with code 1 where a tool found an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--launch", action="store_true", help="launch the kernels in this process, and nothing else")
+    parser.add_argument("--launch", action="store_true", help="only launch the kernels, in this process")
     parser.add_argument("--tool", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     arguments = parser.parse_args()
     if arguments.launch:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         missing = missing_kernels(launch_all(device), device)
-        sys.exit(f"sanitize: {sorted(missing)} not launched: add an operation to tests/sanitize.py" if missing else 0)
+        sys.exit(f"sanitize: no operation launched {sorted(missing)}: add one to tests/sanitize.py" if missing else 0)
     if not torch.cuda.is_available():
         sys.exit("sanitize: compute-sanitizer needs a CUDA GPU")
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        sys.exit("sanitize: no compute-sanitizer in PATH or CUDA_HOME: it comes with the CUDA toolkit")
-    # Without PyTorch's allocator, which rounds sizes up and hands out what was written before.
+        sys.exit("sanitize: found no compute-sanitizer in PATH or CUDA_HOME; the CUDA toolkit contains it")
+    # Without PyTorch's caching allocator, which rounds sizes up and reuses memory that is already written.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     found = []
     for tool in arguments.tool:
@@ -162,7 +162,7 @@ def main() -> None:
         command += [sys.executable, "-m", "tests.sanitize", "--launch"]
         print(f"compute-sanitizer {tool}", flush=True)
         found += [tool] * (subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode != 0)
-    sys.exit(f"sanitize: {', '.join(found)} found something" if found else 0)
+    sys.exit(f"sanitize: {', '.join(found)} found errors" if found else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The same bits every time, in every process, wherever a sample stands in its batch.
+"""Results are bit-identical in every run, in every process, and wherever a sample stands in its batch.
 
-That no compiled kernel adds floats in an order of chance is checked in its code: ``tests/benchmarks/test_offline.py``.
+``tests/benchmarks/test_offline.py`` checks in compiled code that no kernel adds floats in an unspecified order.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ each_precision = pytest.mark.parametrize(
 
 @functools.cache
 def _of_another_process() -> dict[str, str]:
-    # Another order of sets and dictionaries, other addresses.
+    # Another hash seed: another order of sets, other addresses.
     environment = os.environ | {"PYTHONHASHSEED": "12345", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, "-m", "tests.determinism"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=250)
     return json.loads(run.stdout)
 
 
-#: What the steps launch: dropout is in a product's epilogue. Half-precision kernels load through descriptors.
+#: Kernels that the steps launch. Dropout is in a product's epilogue. Half-precision kernels load through descriptors.
 KERNELS_OF_BOTH = {
     *("_epilogue_backward_kernel", "_sum_parts_kernel", "_matmul_finish_kernel"),
     *("_linear_narrow_fprop_kernel", "_linear_narrow_backward_kernel"),
@@ -73,21 +73,21 @@ KERNELS_OF_HALF = {
 def test_ten_steps_twice_here_and_in_another_process(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for on CUDA
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch requires this on CUDA
     first = trained(dtype, precision=precision)
     assert first.endswith(f"conv {precision} matmul {precision}")
     if INTERPRETED:
         of_float32 = KERNELS_OF_TF32 if precision == "tf32" else KERNELS_OF_FLOAT32
         assert set(launches) == KERNELS_OF_BOTH | (of_float32 if dtype == torch.float32 else KERNELS_OF_HALF)
-    else:  # another GPU, others of the convolutions and products
+    else:  # the kernels of convolutions and products depend on the GPU
         assert set(launches) >= KERNELS_OF_BOTH
-    if dtype == torch.float32:  # what one call leaves behind for the next has no dtype
+    if dtype == torch.float32:  # state that one call leaves for the next does not depend on dtype
         assert trained(dtype, precision=precision) == first
     assert _of_another_process()[f"{dtype} {precision}"] == first
 
 
 def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wrong bit in one element of one gradient of one step is another digest; and so is the right one again."""
+    """One flipped bit in one element of one gradient of one step changes the digest; without the flip it is the same again."""
     first = trained(torch.float32, steps=1)
 
     def flip(gradient: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_a_flipped_bit(dtype: torch.dtype) -> torch.nn.Module:
         net = network(dtype)
-        net[0].bias.register_hook(flip)  # of all parameters the one whose gradient is computed last
+        net[0].bias.register_hook(flip)  # the parameter whose gradient is computed last
         return net
 
     monkeypatch.setattr(determinism, "network", with_a_flipped_bit)
@@ -108,7 +108,7 @@ def test_the_digest_sees_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _each_operation() -> dict[str, Callable[[], list[Tensor]]]:
-    """What each public operation gives, and the gradients of all that it takes."""
+    """For each public operation, a function that returns its output and the gradients of all its inputs."""
 
     def all_of(run: Callable[..., Tensor], *shapes: tuple[int, ...]) -> list[Tensor]:
         leaves = [randn(*shape, dtype=torch.float32) for shape in shapes]
@@ -145,7 +145,7 @@ def _each_operation() -> dict[str, Callable[[], list[Tensor]]]:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", _each_operation())
 def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
-    """Twice from one seed, under ``torch.use_deterministic_algorithms``, which also fills what nothing has written yet."""
+    """Two runs from one seed agree under ``torch.use_deterministic_algorithms``, which also fills uninitialized memory."""
     results = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -157,7 +157,7 @@ def test_each_operation_satisfies_deterministic_algorithms(name: str) -> None:
 @own_devices
 @pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.skipif(DEVICE != "cuda", reason="CUDA's"))])
 def test_an_epoch_of_the_trainer_satisfies_deterministic_algorithms(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With augmentation, dropout, momentum and a smaller last batch."""
+    """The epoch has augmentation, dropout, momentum and a smaller last batch."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setitem(IMAGE_SIZE, "alexnet", 27)
     recipe = Recipe(batch_size=4, lr=0.1, momentum=0.9, **dataclasses.asdict(EVERYTHING))
@@ -182,7 +182,7 @@ Operation = Callable[[Tensor], Tensor]
 
 
 def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operation]]:
-    """The shape of a sample, and an operation on a batch of them."""
+    """For each operation, the shape of one sample and a function of a batch of samples."""
 
     def w(*shape: int) -> Tensor:
         return randn(*shape, dtype=dtype, grad=False)
@@ -213,7 +213,7 @@ def test_a_sample_gives_the_same_bits_wherever_it_stands(name: str, dtype: torch
     order = torch.tensor([3, 6, 0, 5, 1, 4, 2], device=DEVICE)
     with tables.override(**SMALL_TILES, IMAGES=images), precision_of_float32(precision):
         there, here = operation(x[order]), operation(x)[order]
-        filled = operation(torch.cat([x[:1].expand(n - 1, *shape), x[3:4]]))  # its neighbours do not matter either
+        filled = operation(torch.cat([x[:1].expand(n - 1, *shape), x[3:4]]))  # the other samples do not matter either
     assert torch.equal(there, here)
     assert torch.equal(filled[-1], here[0])
 

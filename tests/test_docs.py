@@ -1,4 +1,4 @@
-"""The code on the pages runs as it is printed, they print what explain prints, and the README is short."""
+"""Code on the pages runs as printed and prints the output shown below it; the README is short."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(path: Path, language: str) -> list[tuple[int, str]]:
-    """Line number and code of each fenced block."""
+    """Line number and code of each fenced block of ``language`` in a page."""
     text = path.read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
@@ -40,7 +40,7 @@ def test_snippets_run(name: str) -> None:
     snippets = blocks(ROOT / name, "python")
     assert len(snippets) >= 2
     for line, code in snippets:
-        # Padded with empty lines, so that a traceback names the page's own line.
+        # Empty lines before the code, so that a traceback shows the page's own line number.
         exec(compile("\n" * line + code, str(ROOT / name), "exec"), namespace)
         for explained in re.findall(r"print\((?:alexnet_triton\.)?explain\((\w+)\)\)", code):
             printed = next(text for text_line, text in blocks(ROOT / name, "text") if text_line > line)

@@ -1,10 +1,10 @@
-"""Equal pixels give equal results: flat regions of an image tie in a pool's window, and its gradient goes where PyTorch's goes.
+"""Equal pixels give equal results: flat regions of an image tie in a pool's window, and the gradient goes where PyTorch's goes.
 
-Real images are flat in places. Where a kernel rounds a pixel otherwise than its equal neighbour, the pool passes the gradient
-to another pixel than PyTorch's does, and the gradient of the input is wrong by as much as it is large.
+Real images are flat in places. Where a kernel rounds a pixel otherwise than an equal neighbour, the pool passes the gradient
+to another pixel than PyTorch's does, and the input gradient is wrong by its full size.
 
-Factors are numbers that float16 holds. Sums of their products are exact in float64, so the reference keeps all ties, whatever
-order it adds in; in float32 they are not.
+Factors are numbers that float16 holds. Sums of their products are exact in float64, so the reference keeps all ties in any
+order of summation; in float32 the sums are not exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def short(numbers: Tensor) -> Tensor:
-    """Rounded to what float16 holds."""
+    """``numbers`` rounded to float16, in their own dtype."""
     return numbers.half().to(numbers.dtype)
 
 
@@ -39,7 +39,7 @@ class Family:
     """A family of kernels: a convolution that it runs, configuration values that choose it, and its forward kernel."""
 
     id: str
-    runs: str  # in float32 in TF32, where it is no general kernel
+    runs: str  # kernels other than the general one run float32 in TF32
     n: int
     c: int
     side: int
@@ -50,7 +50,7 @@ class Family:
     tiles: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Images of one color each channel, filters, a bias."""
+        """Images with one color in each channel, filters, a bias."""
         colors = short(randn(1, self.c, 1, 1, dtype=dtype, grad=False)).expand(self.n, -1, self.side, self.side)
         w = short(randn(self.k, self.c // self.groups, self.r, self.r, dtype=dtype, grad=False))
         return (
@@ -97,18 +97,18 @@ EACH = [pytest.param(family, dtype, id=f"{family.id}-{dtype_id(dtype)}") for fam
 
 @pytest.fixture
 def precision(request: pytest.FixtureRequest) -> None:
-    """TF32 where a family has it: with numbers of float16 and gradients that it holds, it rounds nothing."""
+    """TF32 for families that support it: on numbers and gradients that float16 holds, TF32 rounds nothing."""
     family: Family = request.getfixturevalue("family")
     torch.backends.cudnn.allow_tf32 = family.runs != "_conv2d_fprop_kernel"
 
 
 def _gradients(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Of an output: numbers whose sums, where windows overlap, TF32 holds too."""
+    """Draws the output gradient: in float32, numbers whose sums over overlapping windows TF32 holds exactly."""
     return integers if dtype == torch.float32 else randn
 
 
 def assert_equal_pixels(name: str, pixels: Tensor) -> None:
-    """Each channel of each image of (N, C, rows, columns) is of one color, to the bit."""
+    """Check that each channel of each image of (N, C, rows, columns) is one color, bit for bit."""
     assert pixels.shape[-1] > 1
     assert torch.equal(pixels, pixels[:, :, :1, :1].expand_as(pixels)), name
 
@@ -116,7 +116,7 @@ def assert_equal_pixels(name: str, pixels: Tensor) -> None:
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dtype: torch.dtype, launches: list[str]) -> None:
-    """Without padding all output pixels see the same, and so do all filter positions, and input pixels away from the edge."""
+    """Without padding all output pixels read equal pixels; so do all filter positions, and input pixels away from the edge."""
     x, w, b = family.tensors(dtype)
     with tables.override(**family.tiles):
         if family.runs in POOLED:
@@ -131,7 +131,7 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
             dx, dw = torch.autograd.grad(y, (x, w), flat)
             assert_equal_pixels("gradient of weight", dw)
             edge = family.r - 1
-            for row in range(family.stride):  # what pixels so far apart see is the same
+            for row in range(family.stride):  # pixels a stride apart get equal gradients
                 inner = dx[:, :, edge + row : -edge : family.stride, edge + row : -edge : family.stride]
                 assert_equal_pixels("gradient of input", inner)
 
@@ -139,13 +139,13 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.dtype) -> None:
-    """Of equal maxima the first counts; the gradient arrives where float64's does."""
+    """The first of equal maxima is taken, and the gradient arrives where float64's does."""
     x, w, b = family.tensors(dtype)
     pool: dict[str, Any] = {"pool_kernel_size": 3, "pool_stride": 2}
     with tables.override(**family.tiles):
         y = kernels.conv2d_relu_max_pool2d(x, w, b, **family.geometry, **pool)
         (position,) = [t for t in y.grad_fn.saved_tensors if t is not None and t.shape == y.shape]
-        assert set(position.unique().tolist()) <= {0, 255}  # the first, or a ReLU's zero
+        assert set(position.unique().tolist()) <= {0, 255}  # the first position, or none where the ReLU's output is zero
         assert (position == 0).any()
         unpooled = kernels.conv2d(x, w, b, **family.geometry, activation="relu")
         pooled, at = kernels.max_pool2d(unpooled, 3, 2, return_indices=True)
@@ -163,10 +163,10 @@ def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.
 
 
 def fashion(count: int, side: int) -> Tensor:
-    """The sample's flattest images, enlarged as for training, in float32."""
+    """The sample's ``count`` flattest images as float32, enlarged to ``side`` as for training."""
     images = load_fashion_mnist("sample").train.images.view(-1, 1, 28, 28).float()
     highest, lowest = F.max_pool2d(images, 3, 1), -F.max_pool2d(-images, 3, 1)
-    flatness = ((highest == lowest) & (highest > 0)).sum((1, 2, 3))  # black gives the bias, whatever the order
+    flatness = ((highest == lowest) & (highest > 0)).sum((1, 2, 3))  # black pixels give the bias in any order of summation
     flattest = images[flatness.argsort(descending=True, stable=True)[:count]] / 255
     return short(F.interpolate(flattest, size=(side, side), mode="bilinear")).to(DEVICE)
 
@@ -188,7 +188,7 @@ def test_gradients_on_images_that_are_flat_in_places(family: Family, dtype: torc
 
 @pytest.mark.parametrize("kind", ["flat", "fashion"])
 def test_the_networks_first_block(kind: str) -> None:
-    """At 224 x 224, in float32: the gradient of the images."""
+    """The gradient of the images is checked at 224 x 224 in float32."""
     block = AlexNet()[:3].to(DEVICE)
     with torch.no_grad():
         for p in block.parameters():
@@ -207,7 +207,7 @@ def test_the_networks_first_block(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_equal_rows_of_a_linear_layer(dtype: torch.dtype) -> None:
-    """Output, gradient of the input, and of equal features that of the weight."""
+    """Equal rows of the input have equal outputs and gradients; equal features have equal weight gradients."""
     x = randn(1, 1, dtype=dtype, grad=False).expand(70, 150).contiguous().requires_grad_()
     w, b = randn(90, 150, dtype=dtype), randn(90, dtype=dtype)
     y = kernels.linear(x, w, b, activation="relu")

@@ -1,4 +1,4 @@
-"""The interpreter's guard itself: what it must let pass and what it must not."""
+"""The interpreter's guard itself: which addresses and integers it allows and which are errors."""
 
 from __future__ import annotations
 

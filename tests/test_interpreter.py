@@ -1,4 +1,4 @@
-"""The suite's faster interpreter (``tests/interpreter.py``) computes what Triton's own does, and refuses what that refuses."""
+"""The suite's faster interpreter (``tests/interpreter.py``) has the results and the errors of Triton's own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kernels.runtime import launch
 from .conftest import DEVICE
 from .oracle import randn
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's")
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter")
 
 
 @triton.jit
 def _broadcasting_kernel(x_ptr, y_ptr, WIDTH: tl.constexpr, OTHER: tl.constexpr, DTYPE: tl.constexpr):
-    """y = 2 * x + [column] + [[row]] + [[[0]]], with as many columns as OTHER says on one side."""
+    """y = 2 * x + [column] + [[row]] + [[[0]]]; x has WIDTH columns, [column] and y have OTHER."""
     o_r, o_c = tl.arange(0, 4)[:, None], tl.arange(0, OTHER)[None, :]
     x = tl.load(x_ptr + o_r * OTHER + tl.arange(0, WIDTH)[None, :]).to(DTYPE)
     y = 2 * x + o_c.to(tl.float32) + o_r
@@ -35,7 +35,7 @@ def _broadcasting(width: int, other: int, dtype: object) -> torch.Tensor:
 
 
 def _everything() -> list[torch.Tensor]:
-    """Results and gradients of operations that use most of the language, and blocks of one to three dimensions."""
+    """Results and gradients of operations that use most of the language, with blocks of one to three dimensions."""
     torch.manual_seed(0)
     results = [_broadcasting(8, 8, dtype) for dtype in (tl.float32, tl.float16, tl.int32, tl.int8)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -50,7 +50,7 @@ def _everything() -> list[torch.Tensor]:
 
 def test_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = _everything()
-    monkeypatch.undo()  # of the suite's fixtures too: Triton's own interpreter
+    monkeypatch.undo()  # also undoes the suite's fixtures: Triton's own interpreter runs
     for ours, own in zip(fast, _everything(), strict=True):
         assert ours.dtype == own.dtype
         assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (ours, own)))
@@ -58,7 +58,7 @@ def test_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("width", "other", "message"), [(4, 8, "incompatible dimensions"), (6, 8, "power of 2")])
 def test_the_same_errors(width: int, other: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for a shape that has been seen before in a tensor that was right."""
+    """A shape that was valid in one tensor, and is now cached, still raises in another."""
     _broadcasting(8, 8, tl.float32)
     with pytest.raises(Exception, match=message):
         _broadcasting(width, other, tl.float32)

@@ -1,4 +1,4 @@
-"""The made set: what is in it, in folders and in shards, and that it comes out the same again."""
+"""The made data set: its contents as folders and as shards, and that a second run writes the same bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_folders_and_shards_hold_the_same_images_and_come_out_the_same_again(tmp
             assert list(members) == [f"{key}.{suffix}" for key in keys for suffix in ("jpg", "cls")]
             in_shards += [(int(members[f"{key}.cls"]), members[f"{key}.jpg"]) for key in keys]
         assert len(in_shards) == len(set(in_folders)) == count
-        assert in_shards != in_folders  # a shard is no class
+        assert in_shards != in_folders  # a shard mixes classes
         assert sorted(in_shards) == in_folders
     image = Image.open(io.BytesIO(one["train/class0003/000000.jpg"]))
     assert (image.size, image.mode, image.format) == ((24, 24), "RGB", "JPEG")

@@ -1,4 +1,4 @@
-"""The mutation check itself: its faults are still faults of this source, and it can tell a caught one from a survivor."""
+"""The mutation check itself: each fault's text is still in the source, and verdicts tell caught faults from survivors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_text_that_is_gone_or_there_twice_is_an_error() -> None:
     fault = Fault("a fault", "a.py", "x < y", "x <= y", ())
     assert fault.planted("if x < y:") == "if x <= y:"
     for source in ("if x > y:", "x < y and x < y"):
-        with pytest.raises(ValueError, match=r"a\.py: the text of 'a fault' is in it [02] times"):
+        with pytest.raises(ValueError, match=r"a\.py: the text of 'a fault' occurs [02] times"):
             fault.planted(source)
 
 

@@ -1,4 +1,4 @@
-"""What `make sanitize` runs on a GPU: it launches every kernel."""
+"""The launches of `make sanitize`: they include every kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tutorial's kernels run and compile as they are printed, and its pictures are those that docs/draw.py draws."""
+"""The tutorial's kernels run and compile as printed, and docs/draw.py draws its pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kernels.runtime.backend import INTERPRETED
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tutorial.md"
 
-#: Runs a file, and compiles for an H100 what it would launch: with ``-O``, since without results no assert can hold.
+#: Runs a file and compiles its launches for an H100 instead of executing them. With ``-O``: without results no assert can hold.
 _COMPILE = """
 import json, runpy, sys
 import torch
@@ -46,7 +46,7 @@ with offline_target(90):
 
 
 def extract(name: str, fence: str, folder: Path) -> Path:
-    """A file with the lines of all blocks of ``fence``, each where it stands in the page: tracebacks name the page's lines."""
+    """Write all blocks of ``fence`` to a file, each at its line of the page, so that tracebacks show the page's lines."""
     lines, inside = [], False
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -61,7 +61,7 @@ def extract(name: str, fence: str, folder: Path) -> Path:
 
 
 def run_compiling(*arguments: str) -> str:
-    """What Python prints in a process of its own, since this one may run the interpreter."""
+    """What Python prints in a process without the interpreter, which this process may be using."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -71,7 +71,7 @@ def run_compiling(*arguments: str) -> str:
 
 @pytest.fixture
 def _guarded_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite's guard of memory learns a launch's tensors from the package's launches; here from Triton's own."""
+    """The suite's memory guard learns a launch's tensors from the package's launches; here, from Triton's own."""
     if INTERPRETED:
         run = InterpretedFunction.run
 

@@ -1,4 +1,4 @@
-"""The accuracy table: its unit at the ends of a dtype's range, and that a wrong kernel fails it."""
+"""The accuracy table: its unit at the ends of a dtype's range; a wrong kernel fails it."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_the_table_is_written_and_a_planted_error_fails(
 def test_a_part_of_the_table_does_not_replace_the_whole(
     part: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And of the process everything is as it was."""
+    """The process's settings are restored, too."""
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
     few = [operation for operation in accuracy.operations(torch.device("cpu")) if operation.name in ("fc1_relu", "sgd_step")]
     monkeypatch.setattr(accuracy, "operations", lambda _: few)
     monkeypatch.setattr(accuracy, "MAGNITUDES", (1.0, 2.0))
     monkeypatch.setattr(accuracy, "SEEDS", 2)
     cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
-    cudnn.allow_tf32, matmul.fp32_precision = True, "tf32"  # the suite's fixture takes them back
+    cudnn.allow_tf32, matmul.fp32_precision = True, "tf32"  # the suite's fixture restores them
     torch.set_num_threads(2)
     try:
         with pytest.raises(SystemExit) as done:

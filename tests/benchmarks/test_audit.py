@@ -1,4 +1,4 @@
-"""The static audit: it sees the whole step, counts right, and its totals do not get worse unnoticed."""
+"""The static audit covers the whole step and counts correctly; totals worse than the committed ones fail."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def test_records_have_every_field(step: tuple[dict, str]) -> None:
 
 
 def test_every_layer_and_pass_is_there(step: tuple[dict, str]) -> None:
-    """The input image asks for no gradient, so conv1 has no dgrad."""
+    """The input image needs no gradient, so conv1 has no dgrad."""
     passes = {(r["layer"], r["pass"]) for r in step[0]["records"] if r["useful_flops"]}
     layers = [name for name in LAYERS if name != "flatten"]
     expected = {(layer, which) for layer in layers for which in ("fprop", "dgrad", "wgrad")} | {("fc3", "backward")}
-    # Of few outputs all gradients are one kernel's.
+    # With few outputs one kernel computes all gradients.
     assert passes == expected - {("conv1", "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
     pools = sorted(r["layer"] for r in step[0]["records"] if r["pass"] == "pool")
-    assert pools == sorted(["conv2", "conv5"] * 2)  # conv1's is in its kernels
+    assert pools == sorted(["conv2", "conv5"] * 2)  # conv1's kernels pool
     assert {r["layer"] for r in step[0]["records"]} == {*layers, "loss", "optimizer"}  # flattening is a view
     (optimizer,) = [r for r in step[0]["records"] if r["pass"] == "optimizer"]
     assert optimizer["min_bytes"] == 6 * 46_764_746  # bfloat16 parameter and gradient read, parameter written
 
 
 def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
-    """Of three passes, less conv1's input gradient; DESIGN.md section 6 counts 240 GFLOP forward and 712 a step."""
+    """They count three passes, less conv1's input gradient: 240 GFLOP forward and 712 a step."""
     records = step[0]["records"]
     forward: dict[str, int] = {}
     for r in records:
@@ -84,7 +84,8 @@ def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
     total = 3 * sum(forward.values()) - forward["conv1"]
     assert step[0]["totals"]["useful_flops"] == total
     assert total == pytest.approx(712e9, rel=0.01)
-    # Where a tile is one pixel of many images, filter positions in the padding are not issued: 34 of 36 rows meet 12 x 12.
+    # Where a tile is one pixel of many images, filter positions in the padding are skipped: of a 12 x 12 image's 36 pairs of
+    # output row and filter row, 34 remain.
     images = [r for r in records if "conv2d_images" in r["kernel"]]
     assert all(r["issued_flops"] >= r["useful_flops"] for r in records if r not in images)
     assert {r["issued_flops"] for r in images if r["layer"] == "conv4"} == {2 * 128 * 384 * 384 * 34 * 34}
@@ -92,7 +93,7 @@ def test_useful_flops_are_alexnets(step: tuple[dict, str]) -> None:
 
 
 def test_forward_nothing_of_conv1_before_its_pool_is_written(step: tuple[dict, str]) -> None:
-    """Read are its cells and parameters, written its pooled output with a byte of position each."""
+    """It reads the cells and parameters, and writes the pooled output with one byte of position for each element."""
     records = [r for r in step[0]["records"] if r["layer"] == "conv1" and r["pass"] == "fprop"]
     images, cells, pooled, unpooled = (128 * size for size in (224 * 224, 56 * 56 * 16, 26 * 26 * 96, 54 * 54 * 96))
     filters = 96 * 144
@@ -104,7 +105,7 @@ def test_forward_nothing_of_conv1_before_its_pool_is_written(step: tuple[dict, s
 
 
 def test_nothing_of_conv1_before_its_pool_is_in_its_gradient(step: tuple[dict, str]) -> None:
-    """Read are its cells, the pooled output's gradient and positions; written two parts of each of 88 programs."""
+    """It reads the cells and the pooled output's gradient and positions; each of 88 programs writes two parts."""
     records = [r for r in step[0]["records"] if r["layer"] == "conv1" and r["pass"] in ("wgrad", "pool")]
     assert [r["kernel"] for r in records] == ["_conv2d_stem_pool_wgrad_kernel", "_unfold_filter_kernel"]
     cells, pooled, parts = 128 * 56 * 56 * 16, 128 * 26 * 26 * 96, 88 * 96 * (2 * 144 + 1)
@@ -118,7 +119,7 @@ def trainer_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_the_trainers_step_writes_what_conv1_reads(step: tuple[dict, str], trainer_step: dict) -> None:
-    """The launches of the step on ready images without their rearranging, the data before them and the optimizer after."""
+    """The launches are those on ready images without rearranging, after the data's kernel and before the optimizer's."""
     triton = [r for r in trainer_step["records"] if r["grid"]]
     data, *network = triton
     (sgd,) = [r for r in triton if r["layer"] == "optimizer"]
@@ -130,7 +131,7 @@ def test_the_trainers_step_writes_what_conv1_reads(step: tuple[dict, str], train
     (rearranged,) = [r for r in ready if r["kernel"] == "_space_to_depth_kernel"]
     assert rearranged["min_bytes"] == 2 * 128 * (
         224 * 224 + 56 * 56 * 16
-    )  # what cells from the data's kernel save, and a launch
+    )  # cells from the data's kernel save this and a launch
     ready.remove(rearranged)
     losses = [[r for r in records if r["layer"] == "loss"] for records in (network, ready)]
     assert [[r["kernel"] for r in records] for records in losses] == [
@@ -161,7 +162,7 @@ def test_the_peers_loop_is_counted_with_its_data() -> None:
 
 
 def test_flops_of_conv1_with_its_pool() -> None:
-    """Three rows of pixels for each row of windows, and a column more for each strip."""
+    """Each row of windows takes three rows of pixels, and each strip takes one more column."""
     a = {"N": 128, "K": 96, "USEFUL_POSITIONS": 121, "CONV_SIZE": 54 * 54, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_N2": 32}
     useful = 2 * 128 * 54 * 54 * 96 * 121
     forward = a | {"Q": 26, "ROWS": 1, "columns": 6, "BLOCK_K": 32, "BLOCK_K2": 16}
@@ -170,7 +171,7 @@ def test_flops_of_conv1_with_its_pool() -> None:
     two_rows = forward | {"ROWS": 2}
     issued = 2 * 128 * (13 * 5) * (2 * 26 + 5) * 96 * 144
     assert flops("_conv2d_stem_pool_kernel", (13 * 2 * 5,), two_rows) == (useful, issued)
-    # Its gradient: three blocks of filters, of each pixel in 27 x 27 blocks of 2 x 2 the 64 positions of four cells.
+    # Its gradient: three blocks of filters; each pixel, in 27 x 27 blocks of 2 x 2, takes the 64 positions of four cells.
     backward = a | {"P": 26, "Q": 26, "BLOCK_N": 32, "BLOCK_K": 64}
     issued = 2 * 128 * 54 * 54 * 96 * 3 * 64
     assert flops("_conv2d_stem_pool_wgrad_kernel", (3, 88), backward) == (useful, issued)
@@ -183,9 +184,9 @@ def test_no_spills_and_tensor_cores_everywhere(step: tuple[dict, str]) -> None:
 
 @pytest.mark.parametrize("key", json.loads(COMMITTED.read_text()))
 def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) -> None:
-    """A change that makes them worse on purpose says so: python -m benchmarks.audit --update.
+    """If a change makes them worse on purpose, update the file: python -m benchmarks.audit --update.
 
-    And where they are better the file, from which the README takes its table, is brought up to date the same way.
+    Update it as well where they got better: docs/performance.md takes its table from it.
     """
     arch, dtype, batch, mode = key.split("-")
     arguments = ("--arch", arch, "--dtype", dtype, "--batch", batch.removeprefix("N"), "--mode", mode)
@@ -194,12 +195,12 @@ def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) 
     assert worse(result["totals"], committed) == []
     assert worse(committed, result["totals"]) == []
     without_tensor_cores = {r["layer"] for r in result["records"] if r["has_dot"] and not r["tensor_core_ops"]}
-    # By PyTorch's default linear layers of float32 are exact, which no tensor core is.
+    # By default PyTorch's float32 linear layers are exact, which tensor cores are not.
     assert without_tensor_cores == ({"fc1", "fc2", "fc3"} if dtype == "float32" else set())
 
 
 def test_weight_gradients_multiply_next_to_nothing_in_vain(tmp_path: Path) -> None:
-    """By the rules, where nothing was measured: in parts of equal size."""
+    """The rules, which apply where nothing was measured, split the work into parts of equal size."""
     result, _ = run_audit(tmp_path / "a.json", "--untuned")
     passes = [r for r in result["records"] if r["layer"] in ("conv2", "conv3", "conv4", "conv5") and r["pass"] == "wgrad"]
     kernels = [r["kernel"] for r in passes]
@@ -211,7 +212,7 @@ def test_weight_gradients_multiply_next_to_nothing_in_vain(tmp_path: Path) -> No
 
 
 def test_flops_of_rows_of_taps() -> None:
-    """AlexNet's conv2: at four of 26 columns chunks in the padding are left out."""
+    """In AlexNet's conv2, chunks in the padding are skipped at four of 26 columns."""
     a = {"N": 128, "P": 26, "Q": 26, "K": 256, "C": 96, "R": 5, "S": 5, "H": 26, "W": 26, "pad_h": 2, "pad_w": 2}
     a |= {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_K2": 32}
     columns = 22 * 480 + 288 + 416 + 384 + 320
@@ -220,7 +221,7 @@ def test_flops_of_rows_of_taps() -> None:
 
 
 def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
-    """conv1 to conv5, forward pass and gradients, in TF32: bulk copies, tensor cores, few products for nothing."""
+    """conv1 to conv5 use TMA loads and tensor cores in TF32, forward and backward, and waste few products."""
     result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")
     products = [r for r in result["records"] if r["has_dot"] and r["layer"].startswith("conv")]
     assert {(r["layer"], r["pass"]) for r in products} == {
@@ -263,7 +264,7 @@ def float32_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_step: dict) -> None:
-    """conv2 to conv5 in all passes, and conv1, whose filters are small."""
+    """conv2 to conv5 do so in all passes, and so does conv1, whose filters are small."""
     products = [r for r in float32_step["records"] if r["has_dot"] and r["layer"].startswith("conv")]
     passes = {(f"conv{i}", which) for i in range(1, 6) for which in ("fprop", "dgrad", "wgrad")} - {("conv1", "dgrad")}
     assert {(r["layer"], r["pass"]) for r in products} == passes
@@ -274,14 +275,14 @@ def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_st
 
 
 def test_bytes_of_a_float32_step(float32_step: dict) -> None:
-    """Of conv1's unpooled output nothing is written and nothing saved, nor of the images in the place of their cells."""
+    """conv1's unpooled output is neither written nor saved; the images' cells are saved instead of the images."""
     totals = float32_step["totals"]
     assert totals["bytes"] <= 0.62 * totals["nn_sequential"]["bytes"]
     assert totals["saved_bytes_per_image"] <= 1.25e6
     records = float32_step["records"]
     (fprop,) = [r for r in records if r["kernel"] == "_conv2d_rows_pool_kernel"]
     images, cells, pooled = (128 * size for size in (224 * 224, 56 * 56 * 16, 26 * 26 * 96))
-    # Images are read once for the product and the copy; the cells are a copy, of 4 bytes a number.
+    # The images are read once, for the product and for the copy to cells, which have 4 bytes a number.
     assert fprop["min_bytes"] == 4 * (images + cells + 96 * 11 * 16 + 96) + 5 * pooled
     (wgrad,) = [r for r in records if r["kernel"] == "_conv2d_rows_wgrad_kernel"]
     unpooled = 4 * 128 * 54 * 54 * 96
@@ -290,7 +291,7 @@ def test_bytes_of_a_float32_step(float32_step: dict) -> None:
 
 
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
-    """Written out: every program of each phase adds its steps along the reduction."""
+    """The expected count adds up the steps of every program of each phase along the reduction."""
     a = {"N": 2, "P": 5, "Q": 4, "G": 2, "KG": 6, "CG": 3, "R": 5, "S": 3, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
     a |= {"STRIDE_H": 2, "STRIDE_W": 3, "DILATION_H": 1, "DILATION_W": 2, "H": 9, "W": 8, "pad_h": 1, "pad_w": 2}
     programs = 7
@@ -331,7 +332,7 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
     ],
 )
 def test_programs_per_multiprocessor(registers: int, shared: int, warps: int, expected: int) -> None:
-    """Checked against NVIDIA's occupancy rules for compute capability 9.0."""
+    """The expected numbers follow NVIDIA's occupancy rules for compute capability 9.0."""
     assert programs_per_multiprocessor(TARGETS["sm_90"], registers, shared, warps) == expected
 
 
@@ -345,5 +346,5 @@ def test_operators_are_counted_with_their_bytes() -> None:
 
 def test_the_peer_is_counted_as_a_written_out_step() -> None:
     peer = audit_peer(torch.float32, 2, "train")
-    assert peer["saved_bytes_per_image"] == pytest.approx(4.0e6, rel=0.03)  # DESIGN.md section 4
+    assert peer["saved_bytes_per_image"] == pytest.approx(4.0e6, rel=0.03)
     assert audit_peer(torch.float32, 2, "infer")["launches"] == 5 + 7 + 3 + 3

@@ -1,4 +1,4 @@
-"""The benchmarks' code path on tiny shapes, so that it never rots where there is no GPU to time."""
+"""The benchmarks' code path runs on tiny shapes, so that it stays tested where no GPU can time it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_tf32_is_held_to_its_own_precision() -> None:
 
 
 class _Cut(torch.autograd.Function):
-    """What a tensor core reads of a float32 where TF32 is allowed; the gradient goes through."""
+    """Cut a float32 to what a tensor core reads in TF32; the gradient passes through."""
 
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class _Cut(torch.autograd.Function):
 
 
 def test_a_fused_case_in_tf32_may_move_maxima_and_no_more() -> None:
-    """PyTorch's CPU multiplies exactly, as cuDNN does with one channel: its own error allows no maximum to move."""
+    """PyTorch's CPU multiplies exactly, as cuDNN does with one channel, so its own error allows no maximum to move."""
     case = FUSED_CASES[0].shrunk()
     tensors = case.tensors(800, torch.float32, "cpu")
     exactly = truth(case, tensors)
@@ -118,7 +118,7 @@ def test_channels_last_also_with_one_channel() -> None:
 
 
 def test_shapes_are_alexnets() -> None:
-    """What a layer puts out is what the next takes in."""
+    """Each layer's output has the shape of the next layer's input."""
     for a, b in itertools.pairwise(FUSED_CASES[:5]):
         x = torch.empty(1, *a.input, device="meta")
         weights = [torch.empty(s, device="meta") for s in (a.weight, a.weight[:1])]

@@ -1,4 +1,4 @@
-"""The one command for a GPU, without one: its stages' options, its records, what it does not begin, what a kill loses."""
+"""The command for a GPU, without one: its stages' options, its records, what it does not begin and what a kill loses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .. import made_images
 
 SETTING = Setting("c" * 40, None, "NVIDIA Test", torch.__version__, "3.6.0", fake=False)
 
-#: A module that works for so many seconds, in a child too, and ends with a status.
+#: A module that starts a child, works for the given number of seconds and ends with the given status.
 WORK = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -64,7 +64,7 @@ def session(tmp_path: Path, setting: Setting = SETTING, seconds: float = 300) ->
 
 
 def ended(pid: int) -> bool:
-    """Whether a process is gone, or waits only for somebody to take note of its end."""
+    """Whether a process ends soon; a zombie has ended."""
     until = time.monotonic() + 20
     while time.monotonic() < until:
         try:
@@ -181,11 +181,11 @@ with _ended_by_sigterm():
     child, worker = child_and_worker(log)
     process.send_signal(number)
     assert process.wait(60) == (-9 if number == signal.SIGKILL else 128 + number)
-    assert ended(worker)  # or it would work on the GPU while the next call measures there
+    assert ended(worker)  # else it would use the GPU while the next call measures
     if number == signal.SIGTERM:
         assert ended(child)
     else:
-        os.kill(child, signal.SIGKILL)  # its own parent cannot any more
+        os.kill(child, signal.SIGKILL)  # its parent was killed and cannot end it
     after = session(tmp_path)
     assert outcomes(after) == [("a", "done")]
     after.work([stage("a"), dataclasses.replace(stage("slow", **slow), argv=("work", "0", "0", "slow"))])
@@ -210,7 +210,7 @@ def test_the_table_says_its_commit_and_comes_back_to_the_next_machine(tmp_path: 
     }
     table.write_text(json.dumps(committed))
     session(tmp_path, dataclasses.replace(SETTING, commit="d" * 40)).restore_table(todo)
-    assert json.loads(table.read_text()) == committed  # that was another commit
+    assert json.loads(table.read_text()) == committed  # the entries are another commit's
     session(tmp_path).restore_table(todo)
     assert json.loads(table.read_text())["measured"] == kept
 
@@ -222,7 +222,7 @@ def test_changes_are_tested_since_the_last_commit_that_passed_here(tmp_path: Pat
     assert session(tmp_path, later).tested() is None
     session(tmp_path).work(pieces)
     assert session(tmp_path, later).tested() == SETTING.commit
-    assert session(tmp_path).tested() is None  # its own
+    assert session(tmp_path).tested() is None  # the only commit that passed is this one
 
 
 def content(commit: str, impl: str, timer: str = "a clock") -> dict[str, Any]:
@@ -270,7 +270,7 @@ def test_fake_times_reach_no_page(tmp_path: Path) -> None:
 
 
 class Parsed(Exception):
-    """A command has read its options."""
+    """A command has read its options and would start."""
 
 
 def _parsed(*_: object, **__: object) -> None:
@@ -278,7 +278,7 @@ def _parsed(*_: object, **__: object) -> None:
 
 
 def _accepts(argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's own parser takes its options; without a GPU it goes no further."""
+    """The command's own parser accepts its options; without a GPU it stops there."""
     command: Any = typer.main.get_command(app)
     if argv[0] == "pytest":
         files = [argument for argument in argv if argument.endswith(".py")]
@@ -302,12 +302,12 @@ def test_every_command_takes_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     everything = stages("/somewhere")
     for each in everything:
         _accepts(each.argv, monkeypatch)
-    with pytest.raises(AssertionError):  # the parser's exit says 2, nothing of a GPU
+    with pytest.raises(AssertionError):  # the parser exits with 2 and names no GPU
         _accepts(("benchmarks.report", "--part", "nothing"), monkeypatch)
 
 
 def test_the_stages_are_the_issues_in_order() -> None:
-    """Every test file once, every kind in order, no name twice."""
+    """Every test file occurs once, every kind comes in order, no name occurs twice."""
     everything = stages(since=None)
     names = [each.name for each in everything]
     assert len(set(names)) == len(names)
@@ -317,7 +317,7 @@ def test_the_stages_are_the_issues_in_order() -> None:
     files = [argument for each in everything if each.kind in ("tests", "suite") for argument in each.argv if ".py" in argument]
     assert sorted(files) == sorted(stale.all_tests())
     assert names.index("report bfloat16 128 steps") < names.index("report bfloat16 128 tuned")
-    assert all(each.seconds <= 300 for each in everything)  # a call of ten minutes gets something done
+    assert all(each.seconds <= 300 for each in everything)  # so that a call of ten minutes finishes some
     assert [e.prediction for e in everything if e.kind == "experiment"] == [e.prediction for e in EXPERIMENTS]
 
 
@@ -357,7 +357,7 @@ def test_variants_are_configurations() -> None:
 
 
 def test_variants_keep_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """What a configuration does not say is the table's, also in the blocks that tuning opens."""
+    """What a configuration does not set comes from the table, also in the blocks that tuning opens."""
     seen: list[tuple[bool, dict[str, int]]] = []
 
     def tune_job(job: tune.Job, dtype: torch.dtype) -> tune.Tuned:
@@ -407,7 +407,7 @@ def test_two_calls_share_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_results_and_tables_make_no_new_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Tuning and rendering change files that are no code: what was recorded before them stays done."""
+    """Tuning and rendering change only files that are not code, so stages recorded before them stay done."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a", *arguments]

@@ -1,4 +1,4 @@
-"""Host time: the measurement is complete and exact, and what it counts and compares does not get worse unnoticed."""
+"""Host time: the measurement is complete and exact, and counts and ratios that get worse fail."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..conftest import UNDER_TTSEM
 
 ROOT = Path(__file__).parents[2]
 
-#: Our host time over PyTorch's, by (case, mode, dtype): the most that passes. Half as much again as was measured on a quiet
-#: machine, and a little: the step 0.42, inference 0.27, the optimizer 0.47, single operations 1.2 to 2.4 with their gradients.
+#: The largest ratio of our host time to PyTorch's that passes, by (case, mode, dtype): over 1.5 times that of a quiet
+#: machine: 0.42 for the training step, 0.27 for inference, 0.47 for the optimizer, 1.2 to 2.4 for operations with gradients.
 MOST_RATIO = {
     ("train", "step", "bfloat16"): 0.9,
     ("infer", "step", "bfloat16"): 0.6,
@@ -51,7 +51,7 @@ MOST_RATIO = {
     ("cross_entropy", "forward_backward", "bfloat16"): 3.0,
 }
 
-#: What one warm call of ours does: launches of kernels, calls of Python functions.
+#: The number of kernel launches and of Python function calls in one warm call of ours.
 COUNTS = {
     ("train", "step", "bfloat16"): (39, 263),
     ("infer", "step", "bfloat16"): (14, 109),
@@ -80,7 +80,7 @@ COUNTS = {
     ("cross_entropy", "forward_backward", "bfloat16"): (2, 78),
 }
 
-#: Whose calls were counted: Python, PyTorch and Triton call other functions of their own in other versions.
+#: The versions that the calls were counted with: others of Python, PyTorch and Triton call other functions of their own.
 COUNTED_WITH = ((3, 11), "2.14", "3.8")
 
 
@@ -90,7 +90,7 @@ def _versions() -> tuple[tuple[int, int], str, str]:
 
 
 def _python(*arguments: str, interpreter: bool = False) -> subprocess.CompletedProcess[str]:
-    """A process without a GPU, and without Triton's interpreter unless it is asked for."""
+    """Run Python without a GPU, and without Triton's interpreter unless ``interpreter``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     if interpreter:
         environment["TRITON_INTERPRET"] = "1"
@@ -98,7 +98,7 @@ def _python(*arguments: str, interpreter: bool = False) -> subprocess.CompletedP
 
 
 def _measure(file: Path, *arguments: str) -> dict:
-    """The JSON and the printed tables of a short measurement."""
+    """Measure briefly; returns the JSON and the printed tables."""
     result = _python("-m", "benchmarks.host", "--rounds", "15", "--json", str(file), *arguments)
     assert result.returncode == 0, result.stderr
     return {**json.loads(file.read_text()), "printed": result.stdout, "warnings": result.stderr}
@@ -141,11 +141,11 @@ def test_what_is_printed(measured: dict) -> None:
     lines = measured["printed"].splitlines()
     assert sum(line.startswith(tuple(f"{case.name} " for case in host_cases())) for line in lines) == len(measured["rows"])
     assert any("Where a training step's host time goes" in line for line in lines)
-    assert "Traceback" not in measured["warnings"]  # of kernels that are deleted when the stand-in driver is gone
+    assert "Traceback" not in measured["warnings"]  # as from kernels deleted after the stand-in driver
 
 
 def test_the_ratios(rows: dict, tmp_path: Path) -> None:
-    """What is too slow is measured again, twice at most: another process may have had the core."""
+    """A ratio that is too high is measured again, at most twice: another process may have held the core."""
     slow = {key: row["ratio"] for key, row in rows.items() if row["ratio"] > MOST_RATIO[key]}
     for _ in range(2):
         if slow:
@@ -155,14 +155,14 @@ def test_the_ratios(rows: dict, tmp_path: Path) -> None:
 
 
 def test_the_launches_and_plans_of_a_call(rows: dict) -> None:
-    """No plan is made after the first call. (That weights are described to TMA once: tests/kernels/runtime/plan_worker.py.)"""
+    """No plan is made after the first call. (plan_worker.py in kernels/runtime checks that weights get descriptors once.)"""
     assert {key: row["launches"] for key, row in rows.items()} == {key: counted[0] for key, counted in COUNTS.items()}
     assert {row["plans"] for row in rows.values()} == {0}
 
 
 @pytest.mark.skipif(_versions() != COUNTED_WITH, reason="the calls were counted with other versions")
 def test_the_calls_of_python_functions(rows: dict) -> None:
-    """Exactly: a change of a number is a change of the code, better or worse, and is written down here."""
+    """The counts are exact: a change of the code that changes one, for better or worse, is recorded here."""
     assert {key: row["calls"] for key, row in rows.items()} == {key: counted[1] for key, counted in COUNTS.items()}
 
 
@@ -191,7 +191,7 @@ def test_the_interpreter_is_refused() -> None:
 
 
 def test_what_reaches_the_driver() -> None:
-    """Every argument of a launch, a descriptor with the tensor's address, and no module once the block has ended."""
+    """The driver gets every argument of a launch, a descriptor gets the tensor's address, and no module outlives the block."""
     program = """
 import gc, torch, kernels
 from triton.compiler import CompiledKernel
@@ -219,7 +219,7 @@ for _ in range(2):
 
 
 def test_the_module_is_the_network() -> None:
-    """Our module computes what the ``nn.Sequential`` of its layers does, and has its parameters."""
+    """Our module computes what the ``nn.Sequential`` of its layers computes, and has its parameters."""
     net = tiny_alexnet()
     module = ModuleAlexNet(net)
     assert [id(p) for p in module.parameters()] == [id(p) for p in net.parameters()]
@@ -238,10 +238,10 @@ def test_the_peer_has_the_same_layers() -> None:
     assert tiny_alexnet()(torch.zeros(1, 1, 31, 31)).shape == (1, 10)
 
 
-@pytest.mark.skipif(UNDER_TTSEM, reason="times nothing that the IR says")
+@pytest.mark.skipif(UNDER_TTSEM, reason="its timings do not depend on the IR")
 @pytest.mark.skipif(not backend.INTERPRETED and not torch.cuda.is_available(), reason="the kernels cannot run")
 def test_whole_steps() -> None:
-    """What a GPU adds, on a network for the interpreter, where there is no graph."""
+    """Steps of a tiny network are timed eagerly, and as a graph where a GPU can capture one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = host.measure_steps(TINY, 2, "float32", 1, device)
     assert [(row["case"], row["mode"]) for row in rows] == [(c, m) for c in ("train", "infer") for m in ("eager", "graph")]

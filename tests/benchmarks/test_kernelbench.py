@@ -1,4 +1,4 @@
-"""KernelBench's two networks: they are what its problems say, run on our kernels, and are verified before they are timed."""
+"""KernelBench's two networks match its problems, run on our kernels and are verified before they are timed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FEW = dataclasses.replace(PROBLEMS[1], batch=4, small=2)
 
 
 def alexnet_layers() -> nn.Sequential:
-    """Problem 5, as its table of layers."""
+    """Problem 5, layer by layer."""
     return nn.Sequential(
         *(nn.Conv2d(3, 96, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(96, 256, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
@@ -46,7 +46,7 @@ def alexnet_layers() -> nn.Sequential:
 
 
 def lenet_layers() -> nn.Sequential:
-    """Problem 4."""
+    """Problem 4, layer by layer."""
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 20)),
@@ -70,12 +70,12 @@ def test_the_problems(problem: kernelbench.Problem, layers: Callable[[], nn.Modu
     assert all(layer.p == 0 for layer in net.modules() if isinstance(layer, nn.Dropout))
 
 
-#: Of each kind of layer, a part of its kernels' names.
+#: For each kind of layer, parts of its kernels' names.
 KINDS = {"conv2d": ("conv2d",), "linear": ("matmul", "linear")}
 
 
 def kinds(launches: list[str]) -> list[str]:
-    """The operations that kernels belong to, of those with a product."""
+    """The kinds of the layers whose products the launched kernels compute."""
     products = [name for name in launches if "finish" not in name]
     return [kind for name in products for kind, parts in KINDS.items() if any(part in name for part in parts)]
 
@@ -100,19 +100,19 @@ def test_every_layer_of_alexnet_runs_on_our_kernels(launches: list[str]) -> None
 
 
 def settings(minutes: float = 10, precisions: tuple[str, ...] = ("float32",)) -> Settings:
-    """Nothing is timed, and nothing compiled."""
+    """Settings that time nothing and compile nothing."""
     return Settings(torch.device(DEVICE), FakeTimer(), minutes, dtypes=precisions, compile_backend="eager")
 
 
 def run_few(out: Path, timed: bool = True, **changes: object) -> tuple[bool, dict]:
-    """What the run says, and its file."""
+    """Returns what ``run`` returned and the file it wrote."""
     path = out / "folder" / "kernelbench.json"
     right = run(settings(**changes), path, Console(quiet=True), timed, [FEW])  # type: ignore[arg-type]
     return right, json.loads(path.read_text())
 
 
 def wrong(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.Module]:
-    """In place of ``fuse``: a network whose output is changed."""
+    """A stand-in for ``fuse``: its network's output is changed."""
 
     class Wrong(nn.Module):
         def __init__(self, net: nn.Module) -> None:
@@ -139,7 +139,7 @@ def test_each_implementation_has_a_row(tmp_path: Path) -> None:
             assert (row["verified"], row["ms"], row["allclose_1e-04"], row["allclose_1e-02"]) == (True, 1.0, True, True)
     assert rows[OURS]["launches"] >= 5
     assert rows[EAGER]["launches"] == 0
-    assert right == (DEVICE == "cuda")  # what could not be captured is not passed over
+    assert right == (DEVICE == "cuda")  # a graph that cannot be captured counts as a failure
     assert content["environment"]["timer"].startswith("FAKE")
 
 
@@ -195,7 +195,7 @@ def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2.0**-23), (torch.bfloat16, 2.0**-7)])
 def test_the_rule(dtype: torch.dtype, allowed: float) -> None:
-    """Twice the peer's error, and half a unit of the largest value."""
+    """An error may be twice the peer's plus half a unit of the largest value."""
     exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
     trial = Trial(False, {}, torch.empty(0), exact, (exact + torch.tensor([0, 2 * allowed])).to(dtype))
     right = trial.exact + torch.tensor([0, 5 * allowed])
@@ -207,7 +207,7 @@ def test_the_rule(dtype: torch.dtype, allowed: float) -> None:
 
 @pytest.mark.parametrize("interpreter", [False, True])
 def test_the_command_without_a_gpu(interpreter: bool, tmp_path: Path) -> None:
-    """On the PyTorch reference, or LeNet-5 in the interpreter."""
+    """It runs the PyTorch reference, or LeNet-5 in the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     chosen = []
     if interpreter:

@@ -24,8 +24,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-#: Kernels that load through tensor descriptors and multiply, on sm_90 and later: in half precision and in TF32, in half
-#: precision, in TF32, PyTorch's default for convolutions.
+#: Kernels with products whose operands come through tensor descriptors, on sm_90 and later: in half precision and in TF32; in
+#: half precision only; in TF32 only, PyTorch's default for float32 convolutions.
 BOTHS_PRODUCTS = {"_conv2d_images_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"}
 HALFS_PRODUCTS = {
     *("_conv2d_stem_kernel", "_conv2d_stem_wgrad_kernel", "_conv2d_stem_pool_kernel", "_conv2d_stream_k_wgrad_kernel"),
@@ -36,18 +36,18 @@ TF32_PRODUCTS = {
     "_conv2d_turned_wgrad_kernel",
 }
 DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
-#: And what prepares their operands or adds up their parts.
+#: With the kernels that prepare their operands or sum their parts.
 HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel", "_sum_stream_k_kernel", "_matmul_shares_finish_kernel"}
 TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel"}
 DESCRIPTOR_KERNELS = HALFS_KERNELS | TF32_KERNELS | BOTHS_PRODUCTS | {"_fold_filter_kernel", "_unfold_filter_kernel"}
-#: Of exact linear layers' operands, too.
+#: The kernel for operands of exact float32 linear layers.
 FLOAT32_KERNELS = {"_row_major_kernel"}
-#: What copies with the batch innermost: a tile's number is divided, not multiplied, before an offset is made of it.
+#: Kernels that copy with the batch innermost: they divide a tile's number, not multiply it, to get an offset.
 COPIES = {"_by_batch_kernel", "_cells_by_batch_kernel"}
 
 
 def _compile(*arguments: str) -> list[dict]:
-    """In a process of its own, since this one may run the interpreter."""
+    """Compile in another process, since this one may run the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.offline", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -83,7 +83,7 @@ def test_no_spills(launches: list[dict]) -> None:
 
 
 def test_a_kernel_waits_for_the_one_before_it(launches: list[dict]) -> None:
-    """Programmatic dependent launch, from Hopper on: nothing is read or written before the wait."""
+    """From Hopper on, launches overlap (programmatic dependent launch): no kernel reads or writes before it waits."""
     assert {r["waits_first"] for r in launches} == {launches[0]["arch"] != "sm_80"}
 
 
@@ -94,27 +94,27 @@ TENSOR_CORE_OPS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "t
 
 @pytest.mark.parametrize("half", [True, False], ids=["half", "tf32"])
 def test_products_run_on_tensor_cores(half: bool, launches: list[dict]) -> None:
-    """In half precision all, in float32 convolutions: PyTorch's defaults are TF32 there, exact products in linear layers."""
+    """All do in half precision. In float32 only convolutions do: by default PyTorch's linear layers are exact, not TF32."""
     arch = launches[0]["arch"]
     products = [r for r in launches if r["has_dot"] and (r["dtype"] != "float32") == half]
     described = BOTHS_PRODUCTS | (HALFS_PRODUCTS if half else TF32_PRODUCTS)
     assert {r["kernel"] for r in products} == GENERAL | LINEAR | (described if arch != "sm_80" else set())
     convolutions = [r for r in products if half or r["kernel"] not in LINEAR]
     assert [r for r in convolutions if not r["tensor_core_ops"]] == []
-    # Of operands in shared memory; what the general kernels gather in float32 goes through registers, and so do few outputs.
+    # These kernels' operands are in shared memory. In float32 the general kernels' go through registers, as for few outputs.
     warp_group = [r for r in products if (half or r["kernel"] in described) and r["kernel"] != "_linear_narrow_backward_kernel"]
     assert [r for r in warp_group if not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
 def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
-    """Bulk copies, and no operand on a way through registers, where Triton 3.6 lets it be overwritten too early."""
+    """Operands come by TMA and none goes through registers, where Triton 3.6 lets it be overwritten too early."""
     records = [r for r in launches if r["kernel"] in DESCRIPTOR_PRODUCTS]
     assert {r["kernel"] for r in records} == (DESCRIPTOR_PRODUCTS if launches[0]["arch"] != "sm_80" else set())
     assert [r for r in records if not r["tma_loads"] or r["register_operands"]] == []
 
 
 def test_copies_past_the_registers_feed_an_a100s_tensor_cores(launches: list[dict]) -> None:
-    """Of both operands, 16 bytes at a time, in the large tiles of each pass: three stages of 128 x 32 elements twice."""
+    """Both operands are copied 16 bytes at a time in each pass's large tiles: three stages of two 128 x 32 blocks."""
     if launches[0]["arch"] != "sm_80":
         pytest.skip("later GPUs have TMA, or read shared memory in other layouts")
     convolutions = [r for r in launches if r["kernel"].startswith("_conv2d") and r["has_dot"]]
@@ -129,7 +129,7 @@ def test_copies_past_the_registers_feed_an_a100s_tensor_cores(launches: list[dic
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_exact_float32_spills_nothing(arch: str) -> None:
-    """Products on registers leave few of them for pointers; test_the_tf32_switch_reaches_the_code sees to sm_90."""
+    """Exact products are computed in registers, which leaves few for pointers. The test of the TF32 switch covers sm_90."""
     assert _compile("--check", "--arch", arch, "--dtype", "float32", "--no-tf32", "--batch", "7", "128") == []
 
 
@@ -139,13 +139,13 @@ def test_shared_memory_fits(launches: list[dict]) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_a_small_batchs_configurations_compile(arch: str) -> None:
-    """``--check``, whose long form is in the docstring of benchmarks/offline.py: every architecture, dtype and batch."""
+    """``--check`` finds no fault. The docstring of benchmarks/offline.py has the command for every architecture and batch."""
     assert _compile("--check", "--arch", arch, "--batch", "7") == []
 
 
 @pytest.mark.parametrize("precision", ["--tf32", "--no-tf32"])
 def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
-    """They fit its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in both precisions."""
+    """They fit in its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in both precisions."""
     records = _compile("--arch", "gfx942", "--dtype", *DTYPES, "--batch", "2", "128", precision)
     expected = kernel_names() - DESCRIPTOR_KERNELS
     assert {r["kernel"] for r in records} == (expected - FLOAT32_KERNELS if precision == "--tf32" else expected)
@@ -156,7 +156,7 @@ def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
 
 
 def test_convolutions_on_an_amd_gpu_without_tf32_compile() -> None:
-    """PyTorch's switch allows TF32 by default. An MI200 has none, and multiplies float32 exactly."""
+    """PyTorch's switch allows TF32 by default. An MI200 has none and multiplies float32 exactly."""
     records = _compile("--arch", "gfx90a", "--dtype", "float32")
     products = [r for r in records if r["has_dot"]]
     assert {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"} <= {r["kernel"] for r in products}
@@ -168,20 +168,20 @@ def test_no_float_atomics(launches: list[dict]) -> None:
 
 
 def test_no_reduction_of_a_layout_of_any_bases(launches: list[dict]) -> None:
-    """Triton 3.6 adds up wrong elements of some such tensors (its pull request 9219), which no interpreter shows."""
+    """Triton 3.6 sums wrong elements of some such tensors (its pull request 9219), which no interpreter shows."""
     assert [r for r in launches if r["linear_reductions"]] == []
 
 
 def test_images_and_cells_are_computed_without_fused_products(launches: list[dict]) -> None:
-    """Which product the compiler fuses with a sum depends on the code around it: cells would get other bits than images."""
+    """The compiler's choice of products to fuse with a sum depends on nearby code: cells and images would differ in bits."""
     records = [r for r in launches if r["kernel"] == "_gather_resize_kernel"]
     assert len(records) == 10 * len(DTYPES)
     assert [r for r in records if r["fused_products"]] == []
-    assert any(r["fused_products"] for r in launches)  # other kernels' products are
+    assert any(r["fused_products"] for r in launches)  # other kernels do fuse
 
 
 def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
-    """Also no spills there: twice as wide offsets need twice the registers."""
+    """Nothing spills there either, although int64 offsets need twice the registers."""
     records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide", "--batch", "128")
     assert {r["kernel"] for r in records} == kernel_names()
     assert [r for r in records if r["int32_program_products"]] == []
@@ -213,8 +213,8 @@ def test_the_check_of_reductions_sees_one() -> None:
 
 
 def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:
-    """The kernels for small tensors multiply program ids in int32, and the check says so of each."""
-    # A row of many classes is a program's block of 1, and the sum over programs has one program.
+    """The kernels for small tensors multiply program ids in int32, and the check reports each."""
+    # A row of many classes is one program's block, with a factor of 1, and the sum over programs has one program.
     without = COPIES | {"_cross_entropy_kernel", "_cross_entropy_sum_kernel"}
     assert {r["kernel"] for r in launches if not r["int32_program_products"]} <= without
 
@@ -222,7 +222,7 @@ def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:
 @pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "exact"])
 @pytest.mark.parametrize("arch", TENSOR_CORE_OPS)
 def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
-    """And nothing spills, or is too large for shared memory, either way: for few images and for many."""
+    """With either switch, for few images and for many, nothing spills and shared memory suffices."""
     records = _compile("--arch", arch, "--dtype", "float32", "--tf32" if tf32 else "--no-tf32", "--batch", "2", "128")
     products = [r for r in records if r["has_dot"]]
     assert products
@@ -230,14 +230,14 @@ def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
     assert [r for r in records if r["float_atomics"]] == []
     described = [r for r in products if r["tma_loads"]]
-    on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # whose pool is a kernel of its own
+    on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # its pool is a separate kernel
     expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel", "_matmul_shares_kernel"}) - on_blackwell
     assert {r["kernel"] for r in described} == (expected if tf32 and arch != "sm_80" else set())
     assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
 def test_each_target_of_one_process_gets_code_of_its_own() -> None:
-    """Triton keeps what it compiled by device: the targets must not pass for the same one."""
+    """Triton caches compiled code by device, so the targets must count as different devices."""
     program = """
 import torch, kernels
 from benchmarks.offline import compile_launches
@@ -288,7 +288,7 @@ with offline_target(90), launch.record_launches(show):
 
 
 def _from_registers(dtype: str, registers: int) -> subprocess.CompletedProcess[str]:
-    """conv2's input gradient at batch 128, by the recorded configuration of an H100 and REGISTERS."""
+    """conv2's input gradient at batch 128, with REGISTERS and otherwise an H100's recorded configuration."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", _FROM_REGISTERS, dtype, str(registers)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -296,9 +296,9 @@ def _from_registers(dtype: str, registers: int) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_first_operand_from_registers_is_read_once_for_both_blocks(dtype: str) -> None:
-    """64 + 32 columns of two pixels, 64 reduced channels a step, in a warp: 16 wgmma, 8 loads of 16 x 16, 4 waits.
+    """In a warp, with 64 + 32 columns of two pixels and 64 channels a step: 16 wgmma, 8 loads of 16 x 16, 4 waits.
 
-    ptxas may wait for each wgmma by itself, which is right and slow: then there are 16 waits.
+    ptxas may wait for each wgmma separately, which is correct but slow: then there are 16 waits.
     """
     if ptxas_version(90) < (13, 3):
         pytest.skip("this Triton's ptxas is refused")
@@ -338,7 +338,7 @@ for launched in compile_launches(step, int(sys.argv[2])):
 
 
 def _linear_launches(precision: str, arch: str, *batches: int) -> list[dict]:
-    """AlexNet's linear layers in float32, three passes each, compiled; biases' gradients left out."""
+    """AlexNet's linear layers in float32, three passes each, compiled; without the biases' gradients."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", _LINEAR, precision, arch.removeprefix("sm_"), *map(str, batches)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -349,7 +349,7 @@ def _linear_launches(precision: str, arch: str, *batches: int) -> list[dict]:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str) -> None:
-    """fc1 and fc2 in all passes; fc3's ten outputs have kernels of their own, of which the backward one has products."""
+    """fc1 and fc2 do so in all passes; fc3's ten outputs have their own kernels, and only the backward one has products."""
     records = _linear_launches("tf32", arch, 7, 128)
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
     products = [r for r in records if r["has_dot"]]
@@ -365,7 +365,7 @@ def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str
 def test_exact_linear_layers_do_not_spill(arch: str) -> None:
     records = _linear_launches("ieee", arch, 1, 2, 7, 128, 1024)
     products = [r for r in records if r["has_dot"]]
-    assert len(products) == 4 * 7 + 9  # the gradients of ten outputs are one product but for 1024 rows
+    assert len(products) == 4 * 7 + 9  # ten outputs have one product, except three for 1024 rows
     assert {r["kernel"] for r in products} == {"_matmul_kernel", "_linear_narrow_backward_kernel"}
     assert not any(r["tensor_core_ops"] for r in products)
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []

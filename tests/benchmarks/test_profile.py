@@ -1,4 +1,4 @@
-"""The profile of a step, but for the profiler: which kernel event is which launch."""
+"""The profile of a step, without the profiler: kernel events are matched to launches."""
 
 from __future__ import annotations
 

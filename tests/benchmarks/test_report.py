@@ -1,4 +1,4 @@
-"""The report's whole code path without a GPU: tiny shapes, a timer that times nothing and says so."""
+"""The report's whole code path without a GPU: on tiny shapes, with a timer that times nothing and says so."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUIET = Console(quiet=True)
 
 
 def tiny_settings(**changes: object) -> Settings:
-    """Everything there is, on shapes for the interpreter."""
+    """Settings for every measurement, on shapes for the interpreter."""
     settings = report.tiny(Settings(torch.device(DEVICE), FakeTimer(), minutes=10))
     return dataclasses.replace(settings, **changes)  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ def test_a_network_with_a_wrong_gradient_gets_no_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("bits", "right"), [(13, True), (16, False)], ids=["tf32", "bfloat16"])
 def test_a_network_may_round_its_products_to_tf32_and_no_further(bits: int, right: bool, tmp_path: Path) -> None:
-    """Held to products whose operands are cut to TF32, where PyTorch multiplies exactly, as on a CPU and at times on a GPU."""
+    """Where PyTorch multiplies exactly (on CPUs, sometimes on GPUs), we are compared with products cut to TF32."""
     network = dataclasses.replace(TINY, fused=lambda: cut_products(TINY.reference(), bits))
     content = run_tiny(tmp_path, network=network, plain_cases=(), fused_cases=())
     train, _ = rows(content, impl="ours")
@@ -167,7 +167,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
 
 
 def test_parts_make_up_the_whole(tmp_path: Path) -> None:
-    """By what a report without any time names."""
+    """A report without any time names what it left out; the parts' lists together must be the whole report's."""
     of_parts = [entry for part in report.PARTS for entry in run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"]]
     assert all(run_tiny(tmp_path, minutes=0, parts=(part,))["left_out"] for part in report.PARTS)
     assert sorted(of_parts) == sorted(run_tiny(tmp_path, minutes=0)["left_out"])
@@ -196,15 +196,15 @@ def test_the_step_against_every_peer_comes_first(content: dict) -> None:
     position = {key: i for i, key in enumerate(order)}
     assert position["step", "ours"] == 0
     assert position["step", "compile_default"] < position["plain", "ours"] < position["fused", "ours"]
-    # Inductor tunes for minutes: after what is most telling.
+    # Inductor tunes for minutes, so it comes after the most telling measurements.
     assert position["fused", "ours"] < position["step", "compile_max_autotune"] < position["plain", "torch_compile"]
 
 
 def test_float32_at_the_first_batch_comes_right_after_bfloat16(tmp_path: Path) -> None:
-    """By what a report without any time names: step and operations, each with its peers, before anything else."""
+    """In what a report without any time names, step and operations, each with its peers, come before anything else."""
     dtypes, batches = Settings.dtypes, (128, 1024)
     content = run_tiny(tmp_path, minutes=0, dtypes=dtypes, batches=batches, step_batches=(*batches, 1))
-    kinds = {"step": 4, "plain": 3, "fused": 3}  # how many words say what it is, before dtype and batch
+    kinds = {"step": 4, "plain": 3, "fused": 3}  # the place of the dtype among the words; the batch follows
     named = [tuple(entry.split()) for entry in content["left_out"]]
     order = list(
         dict.fromkeys((words[0], *words[kinds[words[0]] - 1 :][:2]) for words in named if words[-1] != "torch_compile")
@@ -219,7 +219,7 @@ def test_float32_at_the_first_batch_comes_right_after_bfloat16(tmp_path: Path) -
 
 @pytest.mark.parametrize(("precision", "older"), [("tf32", "high"), ("ieee", "highest")])
 def test_inductor_can_ask_for_the_precision_it_is_given(precision: Literal["tf32", "ieee"], older: str) -> None:
-    """torch 2.11 raises where the newer switch alone was set; Inductor asks while it tunes."""
+    """torch 2.11 raises where only the newer switch was set, and Inductor reads the older one while it tunes."""
     with report.float32_products(precision):
         assert torch.get_float32_matmul_precision() == older
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
@@ -260,7 +260,7 @@ def test_rendering_from_the_json_alone(content: dict, tmp_path: Path) -> None:
 
 
 def real(content: dict, **times: float) -> dict:
-    """The same report as if a real timer had said ``times`` for the training step."""
+    """The same report, as if a real timer had measured ``times`` for the training step."""
     steps = []
     for row in rows(content, section="step", **{"pass": "train"}):
         if row["impl"] in times:
@@ -285,7 +285,7 @@ def test_ratio_to_the_best_peer_and_fraction_of_the_floor(content: dict, tmp_pat
     assert [line.split("|")[4].strip() for line in lines] == ["**ours**", "compile_default", "eager_nchw"]
     assert [line.split("|")[7].strip() for line in lines] == ["1.50", "1.00", "0.75"]
     assert f"{floor / 2.0:.0%}" in lines[0]
-    del changed["ceilings"]["tf32_tflops"]  # as in reports from before it was measured
+    del changed["ceilings"]["tf32_tflops"]  # as in older reports
     assert "%" not in render.step_table(changed)
     render.plot_bars(changed, tmp_path / "bars.png")
 
@@ -302,7 +302,7 @@ def test_roofline_points(content: dict) -> None:
 
 
 def test_the_pages_are_what_the_stored_results_give(tmp_path: Path) -> None:
-    """After a change of audit.json or of results/: make render."""
+    """After a change of audit.json or of results/, run ``make render``."""
     text = render.PERFORMANCE.read_text()
     assert render.performance(text, render.stored_results()) == text
     text = render.README.read_text()

@@ -1,4 +1,4 @@
-"""What has changed since it was measured: by code, not by text; and which tests a change calls for."""
+"""What has changed since it was measured (in code, not in text), and which tests a change needs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_kernel_changes_with_what_it_reaches(old: str, new: str, stale_names: 
 def test_of_other_modules_jitted_functions_count() -> None:
     names = ["_a_kernel", "a_config"]
     assert changed(code(), code(edit_primitives=lambda t: t.replace("a * b", "b * a")), names) == ["_a_kernel"]
-    assert changed(code(), code(edit_primitives=lambda t: t.replace("x / 2", "x / 3")), names) == []  # not the one of a.py
+    assert changed(code(), code(edit_primitives=lambda t: t.replace("x / 2", "x / 3")), names) == []  # a.py has its own _half
     assert changed(code(), code(edit_primitives=lambda t: t.replace("return a\n", "return b\n")), names) == []
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of streams, on something tiny: that each part runs and what it records."""
+"""The benchmark of streams on tiny data: each part runs and records its results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_memory_listing_and_what_a_gpu_is_asked(tmp_path: Path, monkeypatch: pyt
 
 
 def test_all_ways_read_the_same_images() -> None:
-    """Pixels of a tensor's transforms are ours; of those on Pillow's image they differ by rounding."""
+    """Transforms of a tensor give exactly our pixels; transforms of Pillow's image differ by rounding."""
     with stream.made_folder(11, stream.TINY) as folder:
         split = stream._streamed(folder, 0)
         for index in range(4):

@@ -1,4 +1,4 @@
-"""The summary of a fuzz run."""
+"""Reports on a fuzz run: the seed first, the counts last."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from . import fuzz
 
 
 def pytest_report_header() -> list[str]:
-    """The seed, also of a run that does not come to its end."""
+    """The seed, shown first so that an interrupted run shows it too."""
     return [f"fuzz: FUZZ_EXAMPLES={fuzz.FUZZ_EXAMPLES} FUZZ_SEED={fuzz.FUZZ_SEED}"] if fuzz.FUZZ_EXAMPLES else []
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Cases by operation; only where one process ran them."""
+    """The number of cases of each operation, if this process ran them."""
     if not fuzz.done:
         return
     seed = f"FUZZ_SEED={fuzz.FUZZ_SEED}" if fuzz.FUZZ_EXAMPLES else "the same cases every time"

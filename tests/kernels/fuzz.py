@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many cases run, tensors of every memory layout, the comparison with float64 PyTorch.
+"""What the fuzz tests share: numbers of cases, tensors of every memory layout, the comparison with float64 PyTorch.
 
 Tensors hold small integers, whose sums are exact in float32, so a result must equal float64's, rounded once, bit for bit.
 """
@@ -24,7 +24,7 @@ from ..oracle import DTYPES, integers
 
 Shape = tuple[int, ...]
 
-#: Cases of each operation in CI, the same ones every time: as many as fit its time.
+#: Cases of each operation in CI, the same in every run: as many as fit in CI's time.
 CASES = {
     "conv2d": 36,
     "conv2d_by_descriptors": 28,
@@ -41,11 +41,11 @@ CASES = {
     "sgd_step": 18,
 }
 
-#: ``make fuzz``: so many random cases in all, spread as in :data:`CASES`. The seed repeats them.
+#: ``make fuzz``: the total number of random cases, spread as in :data:`CASES`. The same seed repeats them.
 FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES") or 0)
 FUZZ_SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(2**32))
 
-#: By operation: cases that ran to their end; those among them that PyTorch refuses, as the operation did.
+#: By operation: cases that ran to their end, and how many of those both PyTorch and the operation refuse.
 done: collections.Counter[str] = collections.Counter()
 refused: collections.Counter[str] = collections.Counter()
 
@@ -54,7 +54,7 @@ refused: collections.Counter[str] = collections.Counter()
 
 
 def dense(shape: Shape, order: Sequence[int] | None = None) -> list[int]:
-    """Strides without gaps, axes from the outermost in memory to the innermost."""
+    """Strides without gaps; ``order`` lists the axes from the outermost in memory to the innermost."""
     strides, step = [0] * len(shape), 1
     for axis in reversed(range(len(shape)) if order is None else order):
         strides[axis] = step
@@ -67,13 +67,13 @@ def _last_expanded(shape: Shape) -> list[int]:
 
 
 def _second_innermost(shape: Shape) -> list[int]:
-    """Channels-last, of (N, C, H, W); of fewer axes the usual order with the first innermost."""
+    """Channels-last strides for (N, C, H, W); for fewer axes the first axis is innermost."""
     axes = list(range(len(shape)))
     axes.append(axes.pop(1 if len(shape) > 3 else 0))
     return dense(shape, axes)
 
 
-#: Strides for a shape of one axis or more, in elements.
+#: Strides in elements for a shape of at least one axis, by name.
 LAYOUTS: dict[str, Callable[[Shape], list[int]]] = {
     "as_it_is": dense,
     "reversed_axes": lambda shape: dense(shape, range(len(shape))[::-1]),
@@ -93,22 +93,22 @@ LAYOUTS: dict[str, Callable[[Shape], list[int]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a tensor's elements lie: by a name of :data:`LAYOUTS` or, without one, by ``strides``; after ``offset`` others."""
+    """Where a tensor's elements lie in memory: strides by a name of :data:`LAYOUTS` or given, after ``offset`` elements."""
 
     name: str | None
-    strides: tuple[int, ...] = ()  # as many as any tensor has axes
+    strides: tuple[int, ...] = ()  # at least as many as a tensor has axes
     offset: int = 0
 
     def view(self, shape: Shape, memory: Callable[[int], Tensor]) -> Tensor:
-        """Of the elements that ``memory`` makes; the last one ends it, so that nothing beyond can be read unseen."""
+        """A view of ``memory(elements)`` that ends with the memory's last element, so that reads beyond it are noticed."""
         strides: Sequence[int] = self.strides[: len(shape)] if self.name is None or not shape else LAYOUTS[self.name](shape)
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else -1
         view = memory(self.offset + last + 1).as_strided(shape, strides, self.offset)
-        # Of integers PyTorch makes no such view.
+        # PyTorch does not negate integers lazily.
         return torch._neg_view(view) if self.name == "lazily_negated" and view.is_floating_point() else view
 
     def tensor(self, shape: Shape, dtype: torch.dtype, high: int = 2) -> Tensor:
-        """Integers in [-high, high]."""
+        """A tensor of integers in [-high, high] with this layout."""
         return self.view(shape, lambda elements: integers(elements, dtype=dtype, high=high, grad=False))
 
 
@@ -124,17 +124,17 @@ layouts = st.builds(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of an operation with tensors of ``shapes``, each of its own layout; ``wanted``: which ask for a gradient."""
+    """A call of an operation on tensors of ``shapes``, each with its own layout; ``wanted``: which require a gradient."""
 
     shapes: tuple[Shape, ...]
     arguments: dict[str, Any]
     dtype: torch.dtype
-    layouts: tuple[Layout, ...]  # one for each tensor, and the last one for the gradient of the output
+    layouts: tuple[Layout, ...]  # one for each tensor, and the last for the output gradient
     wanted: tuple[bool, ...]
-    seed: int  # of the values
+    seed: int  # seed of the values
 
     def tensors(self, high: int = 2) -> list[Tensor]:
-        """In the dtype under test, leaves."""
+        """The case's tensors: leaves in the dtype under test."""
         made = (layout.tensor(s, self.dtype, high) for s, layout in zip(self.shapes, self.layouts, strict=False))
         return [t.requires_grad_(want) for t, want in zip(made, self.wanted, strict=False)]
 
@@ -145,7 +145,7 @@ def cases(
     calls: st.SearchStrategy[tuple[tuple[Shape, ...], dict[str, Any]]],
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Case:
-    """``calls``: shapes and the other arguments."""
+    """Cases of ``calls``, a strategy of shapes and other arguments."""
     shapes, arguments = draw(calls)
     tensors = len(shapes)
     placed = tuple(draw(layouts) for _ in range(tensors + 1))
@@ -156,7 +156,7 @@ def cases(
 def any_case(
     operation: str, case: st.SearchStrategy, **others: st.SearchStrategy
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test on random ``case`` and ``others``: as many as in CI, or as were asked for; the case's seed is PyTorch's."""
+    """Run a test on random ``case`` and ``others``: CI's number of cases or FUZZ_EXAMPLES. PyTorch's seed is the case's."""
     examples = math.ceil(FUZZ_EXAMPLES * CASES[operation] / sum(CASES.values())) if FUZZ_EXAMPLES else CASES[operation]
     settings = hypothesis.settings(
         max_examples=examples,
@@ -184,14 +184,14 @@ def any_case(
 
 
 def assert_exact(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """``ours`` is ``exact`` in ``dtype``."""
+    """Check that ``ours`` equals ``exact`` rounded to ``dtype``."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == dtype, f"{name}: dtype {ours.dtype}, expected {dtype}"
     assert torch.equal(ours, exact.to(dtype)), f"{name}: differs by up to {(ours.double() - exact).abs().max()}"
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float64 tensor as it is after having been stored in ``dtype``; its gradient passes unrounded."""
+    """A float64 tensor rounded as if stored in ``dtype``; its gradient is not rounded."""
     return tensor + (tensor.to(dtype).double() - tensor).detach()
 
 
@@ -204,10 +204,10 @@ def assert_as_float64(
     *,
     high: int = 2,
 ) -> list[str]:
-    """Hold ``ours(*tensors)`` to ``reference`` in float64: output, and the gradient of each tensor that asks for one.
+    """Check ``ours(*tensors)`` against ``reference`` in float64: the output, and the gradient of each tensor that requires one.
 
     Returns:
-        What the backward pass launched.
+        The kernels that the backward pass launched.
     """
     dtype = tensors[0].dtype
     doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
@@ -229,6 +229,6 @@ def assert_as_float64(
 
 
 def assert_launched_at_most(limit: int, launched: Sequence[str], *words: str) -> None:
-    """Not more kernels with one of these words in their names than gradients that want them."""
+    """Check that at most ``limit`` kernels with one of ``words`` in their names were launched: one for each wanted gradient."""
     names = [name for name in launched if any(word in name for word in words)]
-    assert len(names) <= limit, f"{names} launched, where {limit} are wanted"
+    assert len(names) <= limit, f"{names} were launched for {limit} gradients"

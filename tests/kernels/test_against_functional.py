@@ -1,4 +1,4 @@
-"""Every argument of F.conv2d, F.max_pool2d and F.linear: what PyTorch takes means the same, what it refuses is refused.
+"""Every argument of F.conv2d, F.max_pool2d and F.linear: ours accept what PyTorch accepts, and refuse what PyTorch refuses.
 
 Tensors hold small integers, whose sums are exact in float32, so a result must equal float64's, rounded once, bit for bit.
 """
@@ -24,7 +24,7 @@ ROWS, MATRIX, VECTOR = (5, 7), (3, 7), (3,)
 
 Call = tuple[str, tuple, dict[str, Any]]
 
-#: id: (operation, shapes of its tensors, the other arguments).
+#: id -> (operation, shapes of its tensors, other arguments).
 TAKEN: dict[str, Call] = {
     "conv_defaults": ("conv2d", (X, W), {}),
     "conv_bias": ("conv2d", (X, W, B), {}),
@@ -141,12 +141,12 @@ REFUSED: dict[str, Call] = {
     "linear_vector_weight_bias": ("linear", (ROWS, (7,), ()), {}),
 }
 
-#: Our messages begin with the argument; PyTorch's own, should one come through, do not.
+#: Our messages begin with the argument's name; PyTorch's own messages do not.
 NAMES_AN_ARGUMENT = (
     r"^(only the batch of input|the pool's input|(input|weight|bias|(pool_)?(stride|padding|kernel_size)|dilation|groups)\b)"
 )
 
-#: What PyTorch takes and these kernels do not run: a clear error, of this kind and with these words.
+#: Calls that PyTorch accepts and the kernels cannot run: they raise this type with these words.
 LIMITS: dict[str, tuple[Call, torch.dtype, type[Exception], str]] = {
     "conv_no_channels": (("conv2d", (EMPTY_CHANNELS, (6, 0, 3, 2)), {}), torch.float32, ValueError, "no dimension of size 0"),
     "conv_int": (("conv2d", (X, W), {}), torch.int64, TypeError, "input must be one of float16, bfloat16, float32"),
@@ -162,7 +162,7 @@ def _tensors(shapes: tuple, dtype: torch.dtype, grad: bool = True) -> list[Tenso
 
 
 def _assert_same(operation: str, tensors: list[Tensor], arguments: dict[str, Any]) -> None:
-    """Output and every gradient equal PyTorch's in float64, rounded once."""
+    """Check that output and gradients equal PyTorch's in float64, rounded once."""
     dtype = tensors[0].dtype
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     ours, exact = getattr(kernels, operation)(*tensors, **arguments), getattr(F, operation)(*doubles, **arguments)
@@ -236,9 +236,9 @@ def test_indices_unpool_as_pytorchs() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_window_in_the_padding_alone(rows: int, launches: list[str]) -> None:
-    """Columns -1 and 2 of an image two wide: nothing there, so -inf, and no gradient goes anywhere.
+    """Columns -1 and 2 of an image two wide are padding: the maximum is -inf, and no gradient flows.
 
-    PyTorch's value is the same; its backward pass writes to the element after the row, outside the tensor for the last one.
+    PyTorch has the same value; its backward pass writes to the element after the row, for the last row outside the tensor.
     """
     (x,) = _tensors(((1, rows, 2),), torch.float32)
     arguments = {"kernel_size": (1, 2), "padding": (0, 1), "dilation": 3}

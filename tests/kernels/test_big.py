@@ -1,7 +1,7 @@
-"""Offsets past 2^31 elements, in memory that costs nothing: few elements far apart, and the ends of outputs too large to fill.
+"""Offsets past 2^31 elements without the memory: few elements far apart, and the ends of outputs too large to fill.
 
-The interpreter checks every integer for overflow and every address for the tensors it may lie in, so an offset that is computed
-in 32 bits fails here however small the values around it are. On a GPU the last test does the real thing.
+The interpreter checks every integer for overflow and every address against the launch's tensors, so an offset computed in 32
+bits fails here even for small tensors. On a GPU the last test uses real memory.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from ..oracle import integers
 
 LIMIT = 2**31
 
-interpreted = pytest.mark.skipif(not INTERPRETED or UNDER_TTSEM, reason="needs memory that is not there")
+interpreted = pytest.mark.skipif(not INTERPRETED or UNDER_TTSEM, reason="needs the interpreter, and reserved memory")
 
-_NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 has no name for
+_NORESERVE = 0x4000  # Linux's MAP_NORESERVE, Python 3.11 has no name for it
 
 
 def sparse(elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, whose memory is taken when it is written to."""
+    """A tensor of zeros whose memory is allocated only when it is written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 def spread(tensor: Tensor, dim: int) -> Tensor:
-    """The same values in memory where ``dim``, of three or more, leads past :data:`LIMIT` in steps that do not."""
+    """The same values in memory where ``dim`` (of size 3 or more) leads past :data:`LIMIT` in smaller steps."""
     step = LIMIT // (tensor.shape[dim] - 1) + 2**18
     assert step < LIMIT
     strides = list(torch.empty(tensor.shape, device="meta").transpose(0, dim).contiguous().transpose(0, dim).stride())
@@ -71,7 +71,7 @@ MODULES = [
 
 
 def _range(*bounds: object) -> Iterator[object]:
-    """Counters of the type of their bounds, as when compiled: the interpreter makes Python's integers of int64 bounds."""
+    """Counters of the type of their bounds, as in compiled code; the interpreter makes Python integers of int64 bounds."""
     is_wide = any(isinstance(bound, tl.tensor) and bound.dtype == tl.int64 for bound in bounds)
     for i in range(*bounds):  # type: ignore[call-overload]
         yield tl.tensor(interpreter.TensorHandle(np.array([i], np.int64), tl.int64), tl.int64) if is_wide else i
@@ -79,7 +79,7 @@ def _range(*bounds: object) -> Iterator[object]:
 
 @pytest.fixture
 def _sparse_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing fills or copies a tensor as a whole: the interpreter would copy each onto itself after a launch."""
+    """Let nothing fill or copy a whole tensor: the interpreter would copy each tensor onto itself after a launch."""
     monkeypatch.setattr(launch, "poison_outputs", False)
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
     for module in MODULES:
@@ -91,14 +91,14 @@ def _sparse_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Far:
-    """An operation of small tensors, the shape of each by its name; ``grad`` is the output's gradient."""
+    """An operation on small tensors, and the shape of each tensor by name."""
 
     run: Callable[..., Tensor]
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype = torch.float32
 
     def results(self, tensors: dict[str, Tensor], grad: Tensor) -> list[Tensor]:
-        """The output and all gradients."""
+        """The output and all gradients for the output gradient ``grad``."""
         leaves = [t.detach().requires_grad_() for t in tensors.values()]
         output = self.run(*leaves)
         return [output, *torch.autograd.grad(output, leaves, grad)]
@@ -152,8 +152,8 @@ FAR = {
 }  # fmt: skip
 
 
-#: What of each is put far apart. A bias is copied into a row first, in all of them alike; and the first layer with its pool in
-#: one kernel reads what it reads alone.
+#: Operations and the tensor that is spread out. A bias is copied into a row first, the same way in all operations. The fused
+#: first layer reads the same tensors as the convolution alone.
 SPREAD = [
     (name, which)
     for name, far in FAR.items()
@@ -163,7 +163,7 @@ SPREAD = [
 
 
 def _dimensions(tensor: Tensor) -> list[int]:
-    """The first and the last that can lead far away."""
+    """The first and the last dimension that can be spread out."""
     found = [dim for dim, size in enumerate(tensor.shape) if size > 2]
     return sorted({found[0], found[-1]})
 
@@ -172,7 +172,7 @@ def _dimensions(tensor: Tensor) -> list[int]:
 @pytest.mark.usefixtures("_sparse_memory", "small_tiles")
 @pytest.mark.parametrize(("operation", "which"), SPREAD)
 def test_tensors_whose_elements_are_far_apart(operation: str, which: str) -> None:
-    """The output and every gradient have the bits that they have of the same values in a row, whichever dimension is far."""
+    """Output and gradients have the bits that they have for the same values in dense memory, for each dimension."""
     far = FAR[operation]
     tensors = {name: integers(*shape, dtype=far.dtype, high=1) for name, shape in far.shapes.items()}
     grad = integers(*far.run(*tensors.values()).shape, dtype=far.dtype, high=1, grad=False)
@@ -209,7 +209,7 @@ def test_images_whose_pixels_are_far_apart(augmentation: kernels.Augmentation | 
 
 @pytest.fixture
 def _corners(_sparse_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of each axis of a large grid only the first eight and the last eight programs run."""
+    """Run only the first eight and the last eight programs of each axis of a large grid."""
 
     def ends(*bounds: int) -> Iterable[int]:
         if len(bounds) > 1 or bounds[0] < 1000:
@@ -222,7 +222,7 @@ def _corners(_sparse_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def _images_for(elements: int) -> int:
-    """So many of an image of ``elements`` are just more than :data:`LIMIT`."""
+    """How many images of ``elements`` elements together just exceed :data:`LIMIT`."""
     return LIMIT // elements + 2
 
 
@@ -231,12 +231,12 @@ def _x(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def _many(image: Tensor, images: int) -> Tensor:
-    """``image`` so many times, in the memory of one."""
+    """A batch of ``images`` times the same image, in the memory of one."""
     return image.expand(images, *image.shape[1:])
 
 
 def _ends(got: Tensor, expected: Tensor) -> None:
-    """The first and the last image, of a batch of the same one throughout."""
+    """Check the first and the last image of a batch of equal images."""
     assert got.numel() > LIMIT
     for image in (got[0], got[-1]):
         assert torch.equal(image.float(), expected[0].float())
@@ -256,7 +256,7 @@ def _conv2d_dgrad() -> None:
 
 
 def _dense(image: Tensor) -> Tensor:
-    """More than :data:`LIMIT` elements of NHWC images, of which only the first and the last are not zero."""
+    """NHWC images with more than :data:`LIMIT` elements together, of which only the first and the last image are not zero."""
     _, c, h, w = image.shape
     n = _images_for(c * h * w)
     images = sparse(n * h * w * c, image.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
@@ -265,7 +265,7 @@ def _dense(image: Tensor) -> Tensor:
 
 
 def _conv2d_descriptor(images: int) -> None:
-    """A tile is a pixel of many images, or a box of a few: the first program has the first pixel, the last one the last."""
+    """A tile is a pixel of many images, or a box of a few: the first program has the first pixel, the last the last."""
     x, w, b = _x(1, 16, 2, 2), _x(16, 16, 1, 1), _x(16)
     with tables.override(IMAGES=images):
         y = kernels.conv2d(_dense(x), w, b)
@@ -286,13 +286,13 @@ def _max_pool2d(channels_last: bool) -> None:
 
 
 def _max_pool2d_dgrad(window: int) -> None:
-    """Of 2 x 2, whose windows are written out, and of 5 x 5."""
+    """Windows are 2 x 2, which are unrolled, or 5 x 5."""
     grad = _x(1, 6, 2, 2)
     position = torch.randint(0, window**2, grad.shape, dtype=torch.uint8)
     size, stride = window + 1 + (window == 2), 2 if window == 2 else 1
     n = _images_for(6 * size**2)
     geometry = [window] * 2, [stride] * 2, [0, 0], [1, 1]
-    with tables.override(SPLIT=n):  # a program for each image
+    with tables.override(SPLIT=n):  # one program for each image
         dx, _ = max_pool2d_dgrad(_many(grad, n), _many(position, n), [n, 6, size, size], *geometry, True, True, False)
     exact, _ = max_pool2d_dgrad(grad, position, [1, 6, size, size], *geometry, True, True, False)
     _ends(dx, exact)
@@ -308,7 +308,7 @@ def _stem() -> None:
 
 
 def _stem_pool() -> None:
-    """So many filters that the output is larger than what stands between the input and it."""
+    """There are so many filters that the output is larger than the cells."""
     x, w, b = _x(1, 1, 35, 35), _x(256, 1, 11, 11), _x(256)
     n = _images_for(9 * 256)
     y = kernels.conv2d_relu_max_pool2d(_many(x, n), w, b, 4, 1, pool_kernel_size=3, pool_stride=2)
@@ -324,7 +324,7 @@ def _linear() -> None:
 
 
 def _linear_wgrad() -> None:
-    """A weight of more than 2^31 elements, whose gradient is an outer product."""
+    """A weight of more than 2^31 elements; its gradient is an outer product."""
     side = 46342
     dz, x = _x(3, side), _x(3, side)
     dw = torch.ops.alexnet_triton.linear_wgrad(dz, x, torch.empty((), dtype=torch.float16).expand(side, side))
@@ -349,17 +349,17 @@ def _dropout() -> None:
 
 
 def _epilogue() -> None:
-    """Of a dropout, whose mask is drawn anew from the number of the element."""
+    """The backward pass of dropout, which draws the mask again from the element's index."""
     n = _images_for(64)
     grad = _x(1, 64, 1, 1) + 2
-    with tables.override(SPLIT=cdiv(n, 16)):  # a program for each block of rows
+    with tables.override(SPLIT=cdiv(n, 16)):  # one program for each block of rows
         dz, _, _ = epilogue_backward(_many(grad, n), None, torch.tensor(5), 0.5, write_dz=True, sum_columns=False)
     for image, number in ((dz[0], 0), (dz[-1], n - 1)):
         assert torch.equal(image.flatten(), grad.flatten() * 2 * _kept(number * 64, 64, 0.5, 5).half())
 
 
 def _parts() -> None:
-    """Five parts of a large weight's gradient: the last is past the limit, the weight itself is not."""
+    """Five parts of a large weight's gradient: the last part is past the limit, the weight itself is not."""
     elements = 2**29 + 64
     partial, out = sparse(5 * elements, torch.float32).view(5, elements), sparse(elements, torch.float16)
     ends = torch.arange(5.0)[:, None] + torch.arange(10.0)
@@ -415,7 +415,7 @@ def test_the_ends_of_tensors_of_more_than_2_to_the_31_elements(name: str) -> Non
 
 @interpreted
 @pytest.mark.usefixtures("_corners")
-@pytest.mark.parametrize("name", sorted(BIG.keys() - {"gather_resize"}))  # which counts images in 64 bits always
+@pytest.mark.parametrize("name", sorted(BIG.keys() - {"gather_resize"}))  # which always counts images in 64 bits
 def test_offsets_in_32_bits_would_be_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "needs_int64", lambda *_: False, raising=False)
@@ -430,7 +430,7 @@ def test_offsets_in_32_bits_would_be_noticed(name: str, monkeypatch: pytest.Monk
 @own_devices
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU with 32 GB")
 def test_the_first_layer_at_a_batch_of_8192() -> None:
-    """2.29e9 outputs, 4.6 GB: forward and backward of convolution, pool and dropout, at both ends of the batch."""
+    """2.29e9 outputs take 4.6 GB: convolution, pool and dropout, forward and backward, are checked at the batch's ends."""
     n, dtype = 8192, torch.bfloat16
     x = torch.randn(n, 1, 224, 224, dtype=dtype, device=DEVICE, requires_grad=True)
     w = (torch.randn(96, 1, 11, 11, device=DEVICE) / 11).to(dtype).requires_grad_()
@@ -445,7 +445,7 @@ def test_the_first_layer_at_a_batch_of_8192() -> None:
     grad = torch.zeros_like(y)
     grad[ends] = torch.randn_like(grad[ends])
     dx, dw, db = torch.autograd.grad(y, (x, w, b), grad)
-    # With the mask that the layer itself had: a sum that rounds to zero in bfloat16 alone would pass another gradient.
+    # With the layer's own mask: a sum that rounds to zero only in bfloat16 would pass another gradient.
     exact_grads = torch.autograd.grad(F.conv2d(*few, 4, 1), few, grad[ends].float() * (y[ends] > 0))
     for ours, theirs in zip((dx[ends], dw, db), exact_grads, strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())

@@ -1,12 +1,13 @@
-"""Every configuration that the chooser returns for AlexNet, each on a layer that is small and yet more than one ragged tile.
+"""Every configuration that the choosers return for AlexNet, run on a layer that is small yet larger than one ragged tile.
 
 :mod:`tests.configurations` records them: for batches of 1, 2, 7 and 128, bfloat16, float32 and TF32, an A100, an H100 (with the
-table that was measured on one) and a B200, in the forward pass and for either gradient. Here each distinct one runs once, with
-the tiles, the splits and the choice of kernel of the real layer, and is held to the float64 oracle.
+table measured on one) and a B200, in the forward pass and for each gradient. Here each distinct configuration runs once, with
+the real layer's tiles, splits and choice of kernel, and is checked against the float64 oracle.
 
-What a small layer has less of: images, pixels, channels, parts of a split reduction, and of conv2's filter 3 x 3 of its 5 x 5
-positions. Where a tile is one pixel of many images and a pool follows, the images fill one tile in part; without a pool, two.
-What it leaves out are warps and stages, which neither the interpreter nor the semantics of the IR have: ``python -m
+A small layer has fewer images, pixels, channels, parts of a split reduction and, for conv2, filter positions (3 x 3 instead of
+5 x 5). Where a tile is one pixel of many images and a pool follows, the images fill one tile in part; without a pool, two
+tiles.
+Warps and stages are left out, since neither the interpreter nor the semantics of the IR have them: ``python -m
 benchmarks.offline`` compiles them.
 """
 
@@ -62,7 +63,7 @@ NOT_ALEXNETS = {
     "_dropout_kernel": "AlexNet's dropout is done by the linear layer's last kernel",
     "_max_pool2d_gather_dgrad_kernel": "for windows of more than 16 positions",
     "_conv2d_stream_k_wgrad_kernel": "only where a table says so, and none does: test_stream_k_wgrad.py has its cases",
-    "_sum_stream_k_kernel": "the same",
+    "_sum_stream_k_kernel": "launched only with _conv2d_stream_k_wgrad_kernel",
 }
 
 PARTS = distinct_parts()
@@ -72,7 +73,7 @@ PARTS = distinct_parts()
 
 
 def _above(limit: int, step: int, remainder: int = 0) -> int:
-    """The smallest number above ``limit`` that is ``remainder`` more than a multiple of ``step``."""
+    """The smallest number above ``limit`` that leaves ``remainder`` when divided by ``step``."""
     return limit + 1 + (remainder - limit - 1) % step
 
 
@@ -81,13 +82,13 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _largest(part: Part, *names: str, of: str = "") -> int:
-    """The largest sum of the values ``names`` among the chooser's answers, of functions with ``of`` in their name; or 0."""
+    """The largest sum of the values ``names`` among answers of choosers with ``of`` in their name; 0 without such answers."""
     answers = [choice.tiles for choice in part.choices if of in choice.function]
     return max((sum(tiles.get(name, 0) for name in names) for tiles in answers), default=0)
 
 
-#: Functions of the chooser whose tiles divide channels exactly, and the values that add up to such a tile: of the channels that
-#: the product is reduced over, or for the weight's gradient of the input's channels.
+#: Choosers whose tiles must divide channels exactly, and the values that add up to such a tile. The tile is one of the channels
+#: that the product is reduced over or, for the weight gradient, of the input's channels.
 DIVIDING = {
     "conv2d_images_config": ("BLOCK_K",),
     "conv2d_box_config": ("BLOCK_K",),
@@ -95,7 +96,7 @@ DIVIDING = {
     "conv2d_by_batch_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
     "conv2d_stream_k_wgrad_config": ("BLOCK_N", "BLOCK_N2"),
 }
-#: And those of which a tile's images are images, by the value that says how many.
+#: Choosers whose tiles span several images, and the value that says how many.
 IMAGES = {
     "conv2d_images_config": "BLOCK_M",
     "conv2d_images_wgrad_config": "BLOCK_K",
@@ -113,23 +114,23 @@ IMAGES = {
 
 
 def _tile_of(part: Part, function: str) -> int:
-    """The channels that a tile of this function of the chooser takes at once, exactly; 1 where any number will do."""
+    """How many channels a tile of this chooser takes at once, exactly; 1 where any number of channels works."""
     if _largest(part, "FOLDED", of=function):
         return 1
     return _largest(part, *DIVIDING[function], of=function) or 1
 
 
 def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of input and weight, padding 1: a little more of everything than fits one tile."""
+    """Shapes of input and weight for padding 1: every dimension slightly larger than one tile."""
     first, gathered = conv.in_channels == 1, _largest(part, "BLOCK_M", of="matmul_config")
     written = _largest(part, "BLOCK_N", "BLOCK_N2")
     tile = math.lcm(16, *(_tile_of(part, function) for function in DIVIDING))
     rows_of_taps = _largest(part, "FOLDED", of="stream_k_wgrad") and part.dtype != torch.float32
     exact = {16: 48 if rows_of_taps else 24, 256: 256}.get(tile, 2 * tile)
     if rest := _largest(part, "BLOCK_K2", of="taps_config"):
-        exact = 3 * rest  # so that a row of three taps is whole chunks of twice the rest, and one rest
+        exact = 3 * rest  # so that a row of three taps is chunks of twice the rest and one rest
     wgrads = ("images_wgrad", "by_batch_wgrad", "stream_k_wgrad")
-    filters = max(_largest(part, "BLOCK_M", of=of) for of in wgrads)  # that a wgrad writes
+    filters = max(_largest(part, "BLOCK_M", of=of) for of in wgrads)  # filters of one tile of the weight gradient
     if part.phase == "input":
         c, k = _above(written, 16), exact
     elif part.phase == "weight":
@@ -141,13 +142,13 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
         c, k = exact, _above(written, 16)
     n = max(2, *(_largest(part, value, of=function) + 1 for function, value in IMAGES.items()))
     if pooled and not _largest(part, "NB"):
-        n = 5  # a pool has a tile an image, and hundreds of them would take long
+        n = 5  # a pool has a tile for each image, and hundreds would take long
     if gathered:
-        n, p, q = (2, 5, 6) if first and part.phase == "input" else (2, 9, 8)  # conv1's 16 phases are tiles each
+        n, p, q = (2, 5, 6) if first and part.phase == "input" else (2, 9, 8)  # each of conv1's 16 phases is a tile
     else:
         p, q = (4 if first else 3, 5) if pooled else (2, 3)  # conv1's kernels with the pool take whole cells of two rows
         p, q = max(p, _largest(part, "TH") + 1), max(q, _largest(part, "TW") + 1, _largest(part, "COLUMNS") + 1)
-    if first and pooled:  # the gradient of the weight takes blocks of 2 x 2 pixels
+    if first and pooled:  # the weight gradient takes blocks of 2 x 2 pixels
         p, q = p + p % 2, q + q % 2
     r, s = conv.kernel_size if first else (3, 3)
     step = conv.stride[0]
@@ -155,15 +156,15 @@ def _conv_shapes(part: Part, conv: nn.Conv2d, pooled: bool) -> tuple[tuple[int, 
 
 
 def _linear_shapes(part: Part, linear: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of input and weight. Rows start at multiples of 16 bytes where the real layer's do: that decides on the kernel."""
+    """Shapes of input and weight. Rows start at multiples of 16 bytes where the real layer's do, which decides the kernel."""
     narrow = next((c.tiles for c in part.choices if c.function == "linear_narrow_config"), {"NARROW": 0})
     if narrow["NARROW"]:
         rows = narrow.get("ROWS", narrow.get("BLOCK_M", 0))
         return (rows + 3, 2 * narrow["BLOCK_K"] + 3), (linear.out_features, 2 * narrow["BLOCK_K"] + 3)
     product = next(choice.tiles for choice in part.choices if choice.function == "linear_config")
     m, n, k = (product[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    split = product.get("SPLIT", 2)  # in equal shares, of which there are more than steps in these few tiles, each is a part
-    columns = _largest(part, "BLOCK_COLUMNS") if part.phase == "input" else 0  # of what is done to the gradient first
+    split = product.get("SPLIT", 2)  # equal shares: more shares than steps here, so each step is a part
+    columns = _largest(part, "BLOCK_COLUMNS") if part.phase == "input" else 0  # columns of a block of the gradient's epilogue
     blocks = split * (1 if split > 4 else 2)
     while (blocks - 1) * k < columns or _cdiv(blocks, _cdiv(blocks, split)) != split:  # as many parts as the real layer has
         blocks += 1
@@ -181,17 +182,16 @@ def _linear_shapes(part: Part, linear: nn.Linear) -> tuple[tuple[int, ...], tupl
 
 
 def _sparse(*shape: int, dtype: torch.dtype) -> Tensor:
-    """-1, 0 and 1, and in a large filter mostly 0: products add up to less than 256, to which bfloat16 counts.
+    """-1, 0 and 1, and mostly 0 in a large filter: sums of products stay below 256, up to which bfloat16 is exact.
 
-    With exact sums a pool's window has its maximum, ties included, at the same place in every dtype, and a ReLU its zeros in
-    TF32.
+    With exact sums a pool's maxima, ties included, are at the same places in every dtype, and so are a ReLU's zeros in TF32.
     """
     filled = torch.rand(shape, device=DEVICE) < 1000 / math.prod(shape[1:])
     return (integers(*shape, dtype=dtype, high=1, grad=False) * filled).requires_grad_()
 
 
 def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
-    """A small layer like the part's: the operation, its reference, and input, weight and bias for both."""
+    """A small layer like the part's: our operation, its reference, and the input, weight and bias for both."""
     assert part.run is not None
     layer = part.run.layers[0]
     operation = part.run.operation
@@ -238,13 +238,13 @@ def _layer(part: Part) -> tuple[Callable[..., Tensor], Callable[..., Tensor], li
 # ------------------------------------------------------------------------------------------------------------- tests
 
 
-#: Kernels that may be one program at real sizes too: few rows, or few elements.
+#: Kernels that may run as one program at real sizes too, for few rows or few elements.
 _ONE_PROGRAM = ("_sum_parts_kernel", "_epilogue_backward_kernel")
 
 
 @contextlib.contextmanager
 def _as_in(part: Part) -> Iterator[None]:
-    """Run the block with the part's configuration, and see that its launches are the part's and have several programs."""
+    """Run the block with the part's configuration; check that it launches the part's kernels, with several programs each."""
     launched: list[tuple[str, dict[str, Any]]] = []
     programs: dict[str, int] = {}
 
@@ -272,7 +272,7 @@ def like(request: pytest.FixtureRequest) -> Iterator[Part]:
 
 
 def _hold(part: Part, name: str, ours: Tensor, peer: Tensor, exact: Tensor) -> None:
-    if part.precision == "tf32" and not INTERPRETED:  # products of 10 bits, which PyTorch's CPU has not
+    if part.precision == "tf32" and not INTERPRETED:  # PyTorch's CPU has no products of 10-bit operands
         assert (ours - exact).abs().max() <= 2.0**-9 * exact.abs().max(), name
         return
     assert_within_tolerance(name, ours, peer, exact)
@@ -286,7 +286,7 @@ def test_a_layer_like_alexnets(like: Part) -> None:
     for i, tensor in enumerate(tensors):
         tensor.requires_grad_(i in asked or part.phase == "forward")
     if asked:
-        # What the forward pass keeps for a weight's gradient is decided by the number of images, of which AlexNet's has more.
+        # The number of images, which is larger in AlexNet, decides what the forward pass saves for the weight gradient.
         by_images = any(choice.function == "conv2d_wgrad_by_images" and choice.answer for choice in part.choices)
         with tables.override(IMAGES_WGRAD=1) if by_images else contextlib.nullcontext():
             y = ours(*tensors)
@@ -348,38 +348,38 @@ def test_the_optimizer(like: Part) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    """A kernel that no part launches is none of AlexNet's, and says here why."""
+    """Each kernel is launched by a part, or NOT_ALEXNETS says why not."""
     launched = set().union(*(part.kernels for part in PARTS))
     missing = kernel_names() - launched - set(NOT_ALEXNETS)
-    assert not missing, f"no layer of AlexNet was seen to launch {sorted(missing)}: give it a case, or a reason in NOT_ALEXNETS"
+    assert not missing, f"no layer of AlexNet launched {sorted(missing)}: add a case for it, or a reason in NOT_ALEXNETS"
     assert not launched & set(NOT_ALEXNETS)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), DTYPES, ids=["bfloat16", "float32", "tf32"])
 @pytest.mark.parametrize("capability", GPUS)
 def test_a_whole_step_launches_nothing_else(capability: int, dtype: torch.dtype, precision: str) -> None:
-    """The layers, walked one by one, are the training step."""
+    """A whole training step launches nothing beyond the layers' recorded parts."""
     covered = frozenset().union(*(part.keys for part in PARTS))
     for batch in BATCHES:
         assert step_keys(capability, dtype, precision, batch) - covered == set()
 
 
 def test_the_parts_are_those_of_the_table() -> None:
-    """Each configuration that was measured on an H100 is one that an H100 gets."""
+    """Each configuration in the H100's table is chosen for a layer of AlexNet."""
     name = GPUS[90]
     table = tables.read_table(name)
     answers = [c.tiles for p in all_parts() if (p.capability, p.batch) == (90, 128) for c in p.choices if c.tiles]
     for key, values in table.items():
         if key.startswith(("conv2d_stem_fprop", "conv2d_stem_wgrad", "linear_fprop m128 n10")):
-            continue  # a first layer without a pool, and few outputs without their own kernels: not AlexNet's
-        wanted = {n: v for n, v in values.items() if n not in ("IMAGES", "FUSED")}  # answers of their own
-        assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: nobody asked for {key}"
+            continue  # AlexNet has no first layer without a pool, and few outputs use their own kernels
+        wanted = {n: v for n, v in values.items() if n not in ("IMAGES", "FUSED")}  # separate choosers return these
+        assert any(wanted.items() <= tiles.items() for tiles in answers), f"{name}: no layer used the entry {key}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_pointer_tiles_are_large_where_there_is_enough_to_do(dtype: torch.dtype, precision: str) -> None:
-    """Large tiles read less; a small problem gets small ones, unless parts of its sums keep the multiprocessors busy."""
+    """Large tiles read less. A small problem gets small tiles, unless partial sums keep the SMs busy."""
     with mock.patch.object(rules, "INTERPRETED", False):
 
         def tile(m: int, n: int, **how: bool) -> tuple[int, int]:
@@ -388,10 +388,10 @@ def test_pointer_tiles_are_large_where_there_is_enough_to_do(dtype: torch.dtype,
 
         assert tile(1024 * 144, 256, whole=True) == (128, 128)
         assert tile(144, 256, whole=True) == (64, 32)
-        if dtype == torch.float32 and precision == "ieee":  # 2.2 rounds of large tiles take three, 8.7 of a quarter's size nine
+        if dtype == torch.float32 and precision == "ieee":  # 2.2 waves of large tiles take 3, 8.7 waves of quarter tiles take 9
             assert tile(128 * 144, 256, whole=True) == (64, 64)
         assert tile(256, 2304, whole=False) == (128, 128)
-        assert tile(128 * 144, 16, whole=True)[1] == 16  # no wider than the output
+        assert tile(128 * 144, 16, whole=True)[1] == 16  # not wider than the output
         assert tile(128 * 144, 256, whole=True, irregular_gather=True)[0] == 64
 
 
@@ -399,9 +399,9 @@ def test_a_replay_refuses_other_questions() -> None:
     part = next(p for p in PARTS if p.layer == "input")
     x = torch.zeros(2, 3, device=DEVICE)
     with (
-        pytest.raises(AssertionError, match="asks for linear_narrow_config, where AlexNet's asked for elementwise_config"),
+        pytest.raises(AssertionError, match="calls linear_narrow_config, where AlexNet's layer called elementwise_config"),
         replay(part),
     ):
         kernels.linear(x, x)
-    with pytest.raises(AssertionError, match=r"also asked for \['elementwise_config'\]"), replay(part):
+    with pytest.raises(AssertionError, match=r"also called \['elementwise_config'\]"), replay(part):
         pass

@@ -1,4 +1,4 @@
-"""cross_entropy and add_cross_entropy against PyTorch's: values, gradients, rows that are ignored, labels that are no class."""
+"""cross_entropy and add_cross_entropy against PyTorch's: values, gradients, ignored rows, labels that are no class."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from kernels.runtime import launch
 from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, assert_within_tolerance, dtype_id, randn
 
-# NumPy's, of the rows past the last one, where the interpreter computes too.
+# The interpreter also computes the rows past the last one; NumPy warns of their values.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF, NAN = float("inf"), float("nan")
 
-#: Several blocks of rows and of classes, in programs with several blocks of rows each; and one program.
+#: Several blocks of rows and classes, with several blocks of rows in each program; and a single program.
 TILES = {"many": {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 16, "SPLIT": 3}, "one": {"SPLIT": 1}}
 
-#: Logits' shapes: rows of a batch, of pixels, one row.
+#: Shapes of the logits: rows of a batch, pixels, a single row.
 SHAPES = [(37, 50), (1, 10), (5, 1), (2, 21, 3, 5), (2, 3, 4), (17,)]
 
 
@@ -40,7 +40,7 @@ def _tiles(request: pytest.FixtureRequest) -> Any:
 
 
 def labels_for(shape: tuple[int, ...], *, ignored: bool = True) -> Tensor:
-    """Random classes, one row in five ignored."""
+    """Random classes; one row in five is ignored."""
     classes = shape[min(1, len(shape) - 1)]
     rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
     labels = torch.randint(0, classes, rows, device=DEVICE)
@@ -50,7 +50,7 @@ def labels_for(shape: tuple[int, ...], *, ignored: bool = True) -> Tensor:
 
 
 def pair(labels: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Ours and PyTorch's as functions of the logits."""
+    """Our operation and PyTorch's, each as a function of the logits."""
 
     def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x: function(x, labels, weight=None if weight is None else weight.to(x.dtype), **options)
@@ -59,9 +59,9 @@ def pair(labels: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[
 
 
 def check(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], x: Tensor) -> None:
-    """Loss and gradient by the rule of the suite.
+    """Check loss and gradient by the suite's tolerance rule.
 
-    A loss is a sum of a few numbers, and PyTorch's may happen to be exact: a few roundings of float32 are allowed in any case.
+    A loss is a sum of few numbers, and PyTorch's may be exact by chance, so a few float32 roundings are always allowed.
     """
     grad_output = torch.randn_like(ours(x))
     results = []
@@ -103,7 +103,7 @@ def test_many_classes() -> None:
 
 
 def test_many_rows(launches: list[str]) -> None:
-    """So many that several programs share them by the rule, whatever the tiles."""
+    """There are so many rows that the rules give them to several programs, with any tiles."""
     kernels.cross_entropy(torch.zeros(20_000, 10, device=DEVICE), labels_for((20_000, 10)))
     assert launches == ["_cross_entropy_kernel", "_cross_entropy_sum_kernel"]
     ours, theirs = pair(labels_for((20_000, 10)))
@@ -130,7 +130,7 @@ SPECIAL = {
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.usefixtures("_tiles")
 def test_special_logits(name: str, smoothing: float) -> None:
-    """In a row of their own, and with finite ones before or behind them: a block may hold nothing else."""
+    """Special logits stand alone in a row, and before or behind finite ones: a block may hold only special logits."""
     row, label = SPECIAL[name]
     rows = torch.zeros(3, 35, device=DEVICE)
     fill = -INF if "all" in name else 0.5
@@ -386,7 +386,7 @@ def test_totals_and_gradient_of_a_step(rows: int, scale: float | None, dtype: to
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.usefixtures("_tiles")
 def test_totals_of_a_weighted_and_smoothed_step(weighted: bool, smoothing: float, dtype: torch.dtype) -> None:
-    """The weights are float32 whatever the logits are: what a training set's balance asks for is no multiple of 2^-8."""
+    """Weights are float32 for logits of any dtype: weights that balance a training set are no multiples of 2^-8."""
     x = torch.randn(37, 50, device=DEVICE).to(dtype)
     labels = torch.randint(0, 50, (37,), device=DEVICE)
     weight = torch.rand(50, device=DEVICE) + 0.5 if weighted else None
@@ -422,7 +422,7 @@ def test_bad_options_of_a_step(options: dict[str, Any], message: str, backend: A
 
 @pytest.mark.usefixtures("_tiles")
 def test_a_hit_is_where_argmax_is_the_label() -> None:
-    """The first of equal logits, the first NaN of all, and class 0 where all are -inf."""
+    """argmax takes the first of equal logits, the first NaN if there is one, and class 0 where all logits are -inf."""
     x = torch.randn(6, 40, device=DEVICE)
     x[0, [7, 30]] = 9.0
     x[1, [20, 33]] = NAN

@@ -1,6 +1,6 @@
-"""Derivatives beyond the first, and forward mode: every operation x what people do with such derivatives.
+"""Higher derivatives and forward mode: every operation in every common use of such derivatives.
 
-Each is held to the same use of PyTorch's own operations, in the same dtype and in float64. Dropout has the same seed in both.
+Each is compared with the same use of PyTorch's operations in the same dtype and in float64, with equal dropout seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kernels.matrix_product import linear_relu_dropout_reference
 from ..conftest import DEVICE
 from ..oracle import DTYPES, assert_within_tolerance, dtype_id
 
-#: What runs here in a kernel, other tests run in it too.
+#: Other tests run the same kernels under ttsem.
 pytestmark = pytest.mark.slow_under_ttsem
 
 SEED = 5
@@ -29,7 +29,7 @@ Operation = Callable[..., Tensor]
 
 
 def conv2d(**arguments) -> tuple[Operation, Operation]:
-    """The operation and PyTorch's own."""
+    """Our operation with ``arguments``, and PyTorch's."""
 
     def reference(*tensors: Tensor) -> Tensor:
         y = F.conv2d(*tensors, **{k: v for k, v in arguments.items() if k != "activation"})
@@ -54,7 +54,7 @@ def max_pool2d(**arguments) -> tuple[Operation, Operation]:
 
 
 def cells(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Of constant images, which cells are made of."""
+    """A block on cells made of constant images, times ``x``."""
     made = kernels.space_to_depth(IMAGES.to(w), w.shape[2:], 2, 1)
     return kernels.conv2d_relu_max_pool2d(made, w, b, stride=2, pool_kernel_size=2, cells=True) * x
 
@@ -84,7 +84,7 @@ def linked_block_reference(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Te
 
 
 def cross_entropy(*, weight: bool = False, **options: Any) -> tuple[Operation, Operation]:
-    """Ours and PyTorch's of six classes; one row in four is ignored."""
+    """Our operation and PyTorch's with six classes; one row in four is ignored."""
 
     def of(function: Callable[..., Tensor]) -> Operation:
         def loss(x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ IMAGES = torch.linspace(-2, 2, 2 * 3 * 7 * 7, device=DEVICE, dtype=torch.float64
 X, W, B = (2, 3, 5, 5), (4, 3, 3, 3), (4,)
 ROWS, MATRIX = (5, 6), (4, 6)
 
-#: Operation, PyTorch's own, sizes of the tensors.
+#: (our operation, PyTorch's), sizes of the tensors.
 OPERATIONS: dict[str, tuple[tuple[Operation, Operation], tuple[tuple[int, ...], ...]]] = {
     "conv2d": (conv2d(), (X, W, B)),
     "conv2d_relu": (conv2d(activation="relu", padding=1), (X, W, B)),
@@ -160,12 +160,12 @@ OPERATIONS: dict[str, tuple[tuple[Operation, Operation], tuple[tuple[int, ...], 
 
 
 def loss_of(operation: Operation, *tensors: Tensor) -> Tensor:
-    """With derivatives of every order."""
+    """A scalar with nonzero derivatives of every order."""
     return operation(*tensors).sin().sum()
 
 
 def directions(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Of the sizes of ``tensors``, never zero."""
+    """Tangents of the sizes of ``tensors``, without zeros."""
     return tuple(torch.linspace(-1, 1, t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in tensors)
 
 
@@ -174,7 +174,7 @@ def every(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def gradient_penalty(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """As of a critic: the loss and the norm of the input's gradient, in one backward pass."""
+    """As for a critic: loss and squared norm of the input's gradient in one backward pass."""
     loss = loss_of(operation, *tensors)
     (grad,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
     (loss + grad.square().sum()).backward()
@@ -182,13 +182,13 @@ def gradient_penalty(operation: Operation, tensors: Sequence[Tensor]) -> Sequenc
 
 
 def penalty_alone(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Of all gradients, without the loss."""
+    """The squared norm of all gradients, without the loss."""
     grads = torch.autograd.grad(loss_of(operation, *tensors), tensors, create_graph=True)
     return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
 
 
 def of_the_output_gradient(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Forward mode by two backward passes."""
+    """Forward mode as two backward passes."""
     y = operation(*tensors)
     cotangent = torch.zeros_like(y, requires_grad=True)
     grads = torch.autograd.grad(y, tensors, cotangent, create_graph=True)
@@ -220,7 +220,7 @@ def functional_hvp(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[
 
 
 def batched_gradients(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """As of ``torch.autograd.functional.jacobian(..., create_graph=True, vectorize=True)``."""
+    """As ``torch.autograd.functional.jacobian(..., create_graph=True, vectorize=True)`` does."""
     y = operation(*tensors)
     several = torch.stack([torch.ones_like(y), *directions([y])])
     grads = torch.autograd.grad(y.sin(), tensors, several, is_grads_batched=True, create_graph=True)
@@ -255,7 +255,7 @@ def func_grad_of_jvp(operation: Operation, tensors: Sequence[Tensor]) -> Sequenc
 
 
 def func_jvp_of_vjp(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The graph was made before forward mode began."""
+    """The graph is recorded before forward mode begins."""
     y, pull = torch.func.vjp(operation, *tensors)
     return torch.func.jvp(pull, (torch.ones_like(y),), directions([y]))[1]
 
@@ -267,7 +267,7 @@ def dual(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def dual_of_the_last_alone(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Forward over reverse, in one direction: the other tensors are plain ones."""
+    """Forward over reverse in one direction: only the last tensor has a tangent."""
     with forward_ad.dual_level():
         *plain, last = tensors
         given = [*plain, forward_ad.make_dual(last, *directions([last]))]
@@ -276,7 +276,7 @@ def dual_of_the_last_alone(operation: Operation, tensors: Sequence[Tensor]) -> S
 
 
 def dual_output_gradient(operation: Operation, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A graph of plain tensors, and a gradient with a tangent."""
+    """The output gradient has a tangent; the graph was recorded without."""
     y = operation(*tensors)
     with forward_ad.dual_level():
         grads = torch.autograd.grad(y, tensors, forward_ad.make_dual(torch.ones_like(y), *directions([y])))
@@ -304,14 +304,14 @@ USES = [
 
 
 def distinct(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Values in (-0.7, 0.7) far enough apart that no rounding moves a maximum."""
+    """Values in (-0.7, 0.7), far enough apart that rounding moves no maximum."""
     count = max(1, torch.Size(size).numel())
     values = (torch.randperm(count, device=DEVICE) - count / 2 + 0.25) * (1.4 / count)
     return values[: torch.Size(size).numel()].view(size).to(dtype).requires_grad_()
 
 
 def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: Operation, tensors: Sequence[Tensor]) -> None:
-    """The tolerance rule, of everything that ``use`` returns."""
+    """Check everything that ``use`` returns by the tolerance rule."""
 
     def results(operation: Operation, dtype: torch.dtype) -> list[Tensor]:
         found = use(operation, [t.detach().to(dtype).requires_grad_() for t in tensors])
@@ -320,7 +320,7 @@ def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: 
     dtype = tensors[0].dtype
     exact = results(reference, torch.float64)
     for i, (got, peer, truth) in enumerate(zip(results(ours, dtype), results(reference, dtype), exact, strict=True)):
-        # Rounding of the first derivatives is part of all later ones, and the peer's may happen to cancel.
+        # Errors of the first derivatives enter all later ones, and the peer's may cancel by chance.
         inherent = 16 * torch.finfo(dtype).eps * truth.abs().max().item()
         assert_within_tolerance(f"{use.__name__}, result {i}", got, peer, truth, inherent=inherent)
 
@@ -337,7 +337,7 @@ def test_as_pytorchs_operations(name: str, use: Callable, dtype: torch.dtype) ->
 
 
 def integers(*size: int, dtype: torch.dtype) -> Tensor:
-    """-1, 0 and 1: a convolution's sums of them are exact in every dtype."""
+    """-1, 0 and 1: a convolution's sums of such products are exact in every dtype."""
     return torch.randint(-1, 2, size, device=DEVICE).to(dtype).requires_grad_()
 
 
@@ -357,11 +357,11 @@ def _stem_reference(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("func", [False, True], ids=["autograd", "func"])
 @pytest.mark.parametrize("ours", [_stem, _stem_of_cells], ids=["images", "cells"])
 def test_a_first_layer_that_reads_cells(ours: Operation, func: bool) -> None:
-    """The gradient of its weight is one of the images, though what was saved are the cells that were made of them."""
+    """The weight's gradient is differentiable in the images, although the cells made of them were saved."""
     tensors = [integers(*size, dtype=torch.float16) for size in ((2, 1, 35, 31), (16, 1, 11, 11), (16,))]
     if DEVICE == "cpu":
         assert kernels.reads_cells(tensors[0], tensors[1], 4)
-    images = 0 if ours is _stem else 1  # of cells no gradient reaches the images
+    images = 0 if ours is _stem else 1  # no gradient reaches the images through cells
 
     def penalty(operation: Operation, given: Sequence[Tensor]) -> Sequence[Tensor]:
         def of(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -388,7 +388,7 @@ def test_an_empty_batch(name: str, use: Callable) -> None:
 
 
 def test_a_window_that_lets_nothing_pass() -> None:
-    """Where every value is below zero, and where a window lies in the padding alone."""
+    """Every value is below zero, or a window lies in the padding alone."""
     x = -distinct((1, 2, 6, 6), torch.float32).detach().abs() - 1
     tensors = [x.requires_grad_(), torch.eye(2, device=DEVICE).view(2, 2, 1, 1).requires_grad_()]
     assert_as(penalty_alone, *block({"kernel_size": 2}), tensors)
@@ -400,7 +400,7 @@ def test_a_window_that_lets_nothing_pass() -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_gradients_are_those_of_the_kernels(name: str) -> None:
-    """To the bit, whether they are to be differentiated or not."""
+    """Gradients are bit-identical, recorded for differentiation or not."""
     (ours, _), sizes = OPERATIONS[name]
     tensors = [distinct(size, torch.float32) for size in sizes]
     expected = torch.autograd.grad(loss_of(ours, *tensors), tensors)
@@ -422,7 +422,7 @@ def test_a_plain_tensor_beside_a_dual_one_runs_the_kernel(launches: list[str]) -
 
 @pytest.mark.parametrize("level", ["func", "dual"])
 def test_an_operator_by_itself_refuses_forward_mode(level: str) -> None:
-    """As in a graph that ``torch.export`` wrote: PyTorch would leave the tangent out."""
+    """PyTorch would drop the tangent, as in a graph exported by ``torch.export``."""
     x, w = torch.randn(1, 1, 4, 4, device=DEVICE), torch.randn(1, 1, 1, 1, device=DEVICE)
 
     def operator(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""dropout and dropout_mask: exact against the mask, the rate, independence, the seed."""
+"""dropout and dropout_mask: exact agreement with the mask, the rate, independence, the seed."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_kernel_and_reference_draw_the_same_mask(seed: int, p: float) -> None:
 
 
 def test_known_answers() -> None:
-    """First words of Philox4x32-10, from the known-answer file of Random123 (kat_vectors): counter 0, key 0 -> 6627e8d5."""
+    """The first word of Philox4x32-10 in Random123's known-answer file (kat_vectors): counter 0, key 0 -> 6627e8d5."""
     uniform = philox_uniform_reference(torch.tensor(0), 1)
     assert uniform.item() == pytest.approx(0x6627E8D5 / 2**31, rel=1e-6)
 
 
 def _agreement(a: Tensor, b: Tensor) -> float:
-    """Standard deviations by which the fraction of equal elements of two masks is off what independence gives."""
+    """By how many standard deviations the fraction of equal elements of two masks differs from that of independent masks."""
     p = 0.5
     expected = p * p + (1 - p) * (1 - p)
     return abs((a == b).double().mean().item() - expected) / math.sqrt(expected * (1 - expected) / a.numel())

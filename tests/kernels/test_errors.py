@@ -1,4 +1,4 @@
-"""What catches PyTorch's error for a bad call catches ours: the type of PyTorch's is a base of ours, case by case."""
+"""A handler that catches PyTorch's error for a bad call catches ours: PyTorch's type is a base of ours in every case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernels.runtime.arguments import ArgumentTypeError, ArgumentValueError
 
 from ..conftest import DEVICE, UNDER_TTSEM
 
-#: A call of F or of kernels: the module, and what ``torch.randn`` makes on the suite's device.
+#: A call of a function of ``module`` (F or kernels) on tensors that ``randn`` makes on the suite's device.
 Call = Callable[[Any, Callable[..., Tensor]], object]
 
 
@@ -43,7 +43,7 @@ def _dropout(*arguments: Any) -> Call:
     return lambda f, r: f.dropout(_x(r), *arguments)
 
 
-#: Values of a size in pixels, none of which a stride, padding or dilation of two numbers can be.
+#: Values that are no size in pixels: neither stride, padding nor dilation takes them.
 NO_SIZES: dict[str, Any] = {
     "negative": -1,
     "float": 1.5,
@@ -117,7 +117,7 @@ CALLS: dict[str, Call] = {
 
 
 def _mixed(dtype: torch.dtype) -> dict[str, Call]:
-    """Calls with one tensor of ``dtype``, the others of float32."""
+    """Calls with one tensor of ``dtype`` and the others in float32."""
     name = str(dtype).removeprefix("torch.")
     return {
         f"conv_input_{name}": lambda f, r: f.conv2d(_x(r).to(dtype), _w(r)),
@@ -130,7 +130,7 @@ def _mixed(dtype: torch.dtype) -> dict[str, Call]:
 
 
 def _not_a_tensor(name: str, value: Any) -> dict[str, Call]:
-    """Calls with ``value`` in the place of one tensor."""
+    """Calls with ``value`` in place of one tensor."""
     return {
         f"conv_input_{name}": lambda f, r: f.conv2d(value, _w(r)),
         f"conv_weight_{name}": lambda f, r: f.conv2d(_x(r), value),
@@ -146,7 +146,7 @@ for _dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.
 for _name, _value in {"none": None, "int": 3, "list": [1.0], "array": np.ones((2, 4, 7, 6), np.float32)}.items():
     CALLS |= _not_a_tensor(_name, _value)
 
-#: On the CPU, where PyTorch refuses them: other dtypes, layouts and devices.
+#: Dtypes, layouts and devices that PyTorch refuses on the CPU.
 ON_THE_CPU: dict[str, Call] = {
     "pool_bool": lambda f, r: f.max_pool2d(_x(r).bool(), 2),
     "pool_complex": lambda f, r: f.max_pool2d(_x(r).to(torch.complex64), 2),
@@ -168,12 +168,12 @@ def _randn(*size: int) -> Tensor:
 def _error(call: Call, module: Any) -> Exception | None:
     try:
         call(module, _randn)
-    except Exception as error:  # whatever it is
+    except Exception as error:  # of any type
         return error
     return None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 1: of its bool as an index
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy 1 warns of its bool as an index
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("name", CALLS | (ON_THE_CPU if DEVICE == "cpu" else {}))
 def test_what_catches_pytorchs_error_catches_ours(name: str, backend: Any, launches: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Every public operation on random shapes, arguments, dtypes, memory layouts and wanted gradients, against float64 PyTorch.
 
-CI runs the same few hundred cases every time; ``make fuzz`` hunts at random.
+CI runs the same few hundred cases every time; ``make fuzz`` runs new random cases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Call = tuple[tuple[Shape, ...], dict[str, Any]]
 
 SINGLE_AND_HALF = (torch.float32, torch.float16, torch.bfloat16)
 
-#: Kernels of an input's and of a weight's gradient.
+#: Parts of the names of kernels that compute an input gradient, a weight gradient, a matrix product.
 DGRAD = ("_conv2d_dgrad_kernel", "_conv2d_images_kernel", "_conv2d_box_kernel")
 WGRAD = ("wgrad",)
 MATMUL = ("_matmul_kernel", "_matmul_descriptor_kernel", "_linear_narrow_backward_kernel")
@@ -47,12 +47,12 @@ batches = st.one_of(st.just(()), st.tuples(st.sampled_from([1, 2, 3, 2, 1, 0])))
 
 
 def _up_to(high: int) -> st.SearchStrategy[int]:
-    """From 1, now and then 0."""
+    """Integers from 1 to ``high``, and sometimes 0."""
     return st.sampled_from([*range(1, high + 1)] * 4 + [0])
 
 
 def _is_refused(operation: str, ours: Callable, reference: Callable, tensors: Sequence[Tensor]) -> bool:
-    """Whether PyTorch refuses these arguments; then ours must, and name the one."""
+    """Whether PyTorch refuses these arguments; then ours must raise and name an argument."""
     try:
         reference(*(t.detach().double() for t in tensors))
     except (RuntimeError, ValueError):
@@ -85,14 +85,14 @@ def convolutions(draw: st.DrawFn) -> Call:
 
 @st.composite
 def descriptor_convolutions(draw: st.DrawFn) -> tuple[tuple[Shape, ...], dict[str, Any]]:
-    """Channels in sixteens, for TMA; in TF32 eights are enough."""
+    """Channels in multiples of 16, for TMA; in TF32 multiples of 8 are enough."""
     n, c, k = draw(st.integers(0, 5)), draw(st.sampled_from([16, 32, 8, 24])), draw(st.sampled_from([16, 48, 40]))
     filters = draw(st.tuples(small, small))
     shapes = ((n, c, draw(st.integers(1, 5)), draw(st.integers(1, 5))), (k, c, *filters), (k,))
     return shapes[: draw(st.sampled_from([2, 3]))], {"padding": draw(st.one_of(st.just("same"), st.tuples(small, small)))}
 
 
-#: Stride, channels and filter width whose cells make rows of 48 or 144 positions, for :mod:`kernels.convolution.stem`.
+#: (stride, channels, filter width) whose cells make rows of 48 or 144 positions, for :mod:`kernels.convolution.stem`.
 STEMS = ((4, 1, 11), (4, 3, 10), (4, 3, 3), (4, 9, 2), (3, 8, 5), (3, 16, 3), (2, 4, 6), (2, 6, 3), (2, 12, 2), (2, 12, 5))
 
 
@@ -149,7 +149,7 @@ def test_conv2d(case: Case, activation: str | None, launches: list[str]) -> None
 def test_conv2d_by_descriptors(
     case: Case, activation: str | None, by_images: int, folded: int, stream_k: int, taps: int, launches: list[str]
 ) -> None:
-    """float32 in TF32, which holds small integers."""
+    """float32 runs in TF32, which represents small integers exactly."""
     torch.backends.cudnn.allow_tf32 = True
     with tables.override(IMAGES=by_images, BLOCK_M=16, FOLDED=folded, STREAM_K=stream_k, TAPS=taps):
         _check_conv2d("conv2d_by_descriptors", case, activation, launches)
@@ -157,7 +157,7 @@ def test_conv2d_by_descriptors(
 
 @st.composite
 def convolutions_in_a_row(draw: st.DrawFn) -> Call:
-    """Sums of the second one's dgrad, over K R S, stay below 256, so that they are exact in bfloat16."""
+    """Sums of the second convolution's input gradient (over K R S) stay below 256, so they are exact in bfloat16."""
     c, k1, k2 = draw(st.sampled_from([(16, 16, 16), (1, 16, 16), (3, 16, 5), (2, 5, 3), (1, 1, 1)]))
     stride, dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]))
     image = (draw(st.integers(1, 5)), draw(st.integers(1, 5)))
@@ -200,10 +200,10 @@ def test_linked_conv2d(case: Case, by_images: int, tf32: bool, launches: list[st
 def _every_window_meets_the_image(
     image: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> bool:
-    """Whether no window lies in the padding alone: for one that does, PyTorch's backward pass writes outside its tensor."""
+    """Whether no window lies in the padding alone: for such a window PyTorch's backward pass writes outside its tensor."""
     steps = kernel_size if stride is None else np.broadcast_to(stride, 2)
     for size, window, step, pad, distance in zip(image, kernel_size, steps, padding, np.broadcast_to(dilation, 2), strict=True):
-        starts = range(-pad, size + pad, step)  # more than there are: the last ones of ceil_mode too
+        starts = range(-pad, size + pad, step)  # more than needed, also for the last windows of ceil_mode
         for start in starts[: (size + 2 * pad - distance * (window - 1) - 1) // step + 1 + ceil_mode]:
             if not any(0 <= start + distance * i < size for i in range(window)):
                 return False
@@ -212,7 +212,7 @@ def _every_window_meets_the_image(
 
 @st.composite
 def windows(draw: st.DrawFn, image: Sequence[int]) -> dict[str, Any]:
-    """Most of them no larger than ``image``."""
+    """Arguments of a pool whose windows are mostly no larger than ``image``."""
     window = tuple(draw(st.integers(1, min(high, max(size, 1)))) for high, size in zip((3, 5), image, strict=True))
     one_too_much = draw(st.sampled_from([0, 0, 0, 0, 0, 1]))
     return {
@@ -258,7 +258,7 @@ def test_max_pool2d(case: Case, return_indices: bool, launches: list[str]) -> No
         assert torch.equal(*indices)
 
 
-#: Whole windows of 3 x 3, 2 apart: with a strided first layer, one kernel.
+#: Whole 3 x 3 windows at stride 2: one fused kernel with a strided first layer.
 OVERLAPPING = {"kernel_size": (3, 3), "stride": (2, 2), "padding": (0, 0), "dilation": 1, "ceil_mode": False}
 
 
@@ -267,7 +267,7 @@ def blocks(draw: st.DrawFn, calls: st.SearchStrategy[Call]) -> Call:
     shapes, conv = draw(calls)
     try:
         image = F.conv2d(*(torch.empty(shape, device="meta") for shape in shapes), **conv).shape[-2:]
-    except RuntimeError:  # refused whatever the pool
+    except RuntimeError:  # refused with any pool
         image = torch.Size((1, 1))
     fused = min(image) >= 3 and draw(st.booleans())
     pool = OVERLAPPING if fused else draw(windows(image))
@@ -355,9 +355,9 @@ def test_space_to_depth(case: Case) -> None:
 @st.composite
 def linears(draw: st.DrawFn) -> Call:
     leading = draw(st.lists(st.integers(0, 5), max_size=3))
-    # Rows of whole sixteens of bytes, which the copy engine reads, are one number in eight.
+    # One number of features in eight gives rows of whole 16 bytes, which TMA can read.
     features = draw(st.one_of(st.integers(0, 40), st.sampled_from([8, 16, 24, 40])))
-    outputs = draw(st.one_of(st.integers(0, 20), st.integers(31, 45)))  # few have kernels of their own
+    outputs = draw(st.one_of(st.integers(0, 20), st.integers(31, 45)))  # few outputs have kernels of their own
     if draw(st.integers(0, 9)) == 0:
         return ((*leading, features), (features,)), {}
     bias = draw(st.sampled_from([(), ((outputs,),), ((1,),), ((),)]))
@@ -437,7 +437,7 @@ def test_dropout(case: Case, seed: int, as_tensor: bool, launches: list[str]) ->
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """A call of gather_resize; ``layouts``: of the images, the index, and the augmentation's tensors, of those ``parts``."""
+    """A call of gather_resize; ``layouts`` are those of the images, the index and the augmentation's tensors (``parts``)."""
 
     images: Shape
     n: int
@@ -449,7 +449,7 @@ class Gather:
     seed: int
 
 
-#: A filter is not larger than an image of 1 pixel with its padding.
+#: Filters no larger than an image of 1 pixel with its padding.
 of_filters = st.one_of(
     st.none(),
     st.builds(
@@ -490,7 +490,7 @@ def test_gather_resize(case: Gather) -> None:
     arguments = {"mean": 0.3, "std": 0.4, "augmentation": augmentation, "cells": case.cells}
     got = kernels.gather_resize(images, index, case.size, dtype=case.dtype, **arguments)
     peer, exact = (gather_resize_reference(images, index, case.size, dtype=d, **arguments) for d in (case.dtype, torch.float64))
-    # A coordinate of each axis is rounded twice in float32, and pixels differ by up to 1 / std from one to the next.
+    # Each coordinate is rounded twice in float32, and neighbouring pixels differ by up to 1 / std.
     side = max(*case.images[1:], 14)
     assert_within_tolerance("images", got, peer, exact, inherent=2 * side * torch.finfo(torch.float32).eps / 0.4)
 
@@ -512,7 +512,7 @@ def class_logits(draw: st.DrawFn) -> Call:
     split=st.sampled_from([1, 3]),
 )
 def test_cross_entropy(case: Case, reduction: str, label_smoothing: float, weighted: bool, split: int) -> None:
-    """Labels that are ignored among them, if not all are."""
+    """Some labels are ignored, but never all."""
     (logits,) = case.tensors()
     (shape,) = case.shapes
     classes = shape[len(shape) > 1]
@@ -534,14 +534,14 @@ def test_cross_entropy(case: Case, reduction: str, label_smoothing: float, weigh
         found = results(kernels.cross_entropy, case.dtype)
     expected = results(F.cross_entropy, case.dtype), results(F.cross_entropy, torch.float64)
     for name, got, peer, exact in zip(("loss", "gradient"), found, *expected, strict=False):
-        # Logarithms and exponentials of numbers up to 4 apart.
+        # Logarithms and exponentials of numbers that differ by up to 4.
         inherent = 4 * torch.finfo(case.dtype).eps if exact.numel() else 0.0
         assert_within_tolerance(name, got, peer, exact, inherent=inherent)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A call of sgd_step; of each tensor its shape, the order of its axes in memory, and the elements before it."""
+    """A call of sgd_step; for each tensor its shape, the memory order of its axes, and the number of elements before it."""
 
     tensors: tuple[tuple[Shape, tuple[int, ...], int], ...]
     dtype: torch.dtype
@@ -549,13 +549,13 @@ class Step:
     arguments: dict[str, Any]
     first_step: bool
     lr_in_memory: bool
-    negated: bool  # lazily, the gradients
+    negated: bool  # the gradients are lazily negated
     seed: int
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    """Every number a sum of few powers of 2, so that float32 rounds nothing."""
+    """Every number is a sum of few powers of 2, so float32 rounds nothing."""
     tensors = []
     for _ in range(draw(st.one_of(st.integers(0, 4), st.just(33)))):
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
@@ -579,7 +579,7 @@ def steps(draw: st.DrawFn) -> Step:
 @pytest.mark.usefixtures("small_tiles")
 @any_case("sgd_step", steps())
 def test_sgd_step(case: Step) -> None:
-    """As torch.optim.SGD does with float64 weights: the masters, or the parameters that are not their rounded masters."""
+    """The step of torch.optim.SGD on float64 weights: masters, or parameters where the master does not round to them."""
 
     def make(dtype: torch.dtype) -> list[Tensor]:
         placed = []
@@ -593,7 +593,7 @@ def test_sgd_step(case: Step) -> None:
     masters = None if case.dtype == torch.float32 else make(torch.float32)
     weights = [p.double() for p in params]
     for i, (param, master) in enumerate(zip(params, masters or [], strict=False)):
-        # Most round to the parameter, the others count as set by somebody else.
+        # Most masters round to the parameter; the other parameters count as set from outside.
         master.mul_(2.0**-11).add_(param)
         weights[i] = torch.where(master.to(case.dtype) == param, master.double(), param.double())
     expected = [torch.nn.Parameter(w) for w in weights]
@@ -625,6 +625,6 @@ def test_sgd_step(case: Step) -> None:
 
 
 def test_all_operations_are_here() -> None:
-    """But for what has no kernel."""
+    """All public operations are tested, except those without a kernel."""
     fuzzed = {operation.removesuffix("_by_descriptors") for operation in fuzz.CASES}
     assert fuzzed == {*kernels.__all__, "sgd_step"} - {"Augmentation", "Cells", "dropout_mask", "reads_cells", "use_backend"}

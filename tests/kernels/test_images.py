@@ -1,4 +1,4 @@
-"""From uint8 images to a network's input: against F.interpolate, torchvision, and every argument."""
+"""From uint8 images to the network's input: against F.interpolate and torchvision, and every argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..oracle import assert_within_tolerance, dtype_id
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: (D, H, W), N, size: the data set's own, odd and oblong ones, a size kept, one that shrinks, a single pixel.
+#: (D, H, W), N, size: Fashion-MNIST's, odd and oblong images, an unchanged size, a smaller one, a single pixel.
 SHAPES = {
     "D9-28x28-N3-S224": ((9, 28, 28), 3, 224),
     "D5-28x28-N7-S28": ((5, 28, 28), 7, 28),
@@ -30,20 +30,20 @@ SHAPES = {
 
 
 def random_images(*shape: int) -> torch.Tensor:
-    """Noise, so that no two neighbours are alike."""
+    """Noise, so that neighbouring pixels differ."""
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
 
 
 def random_index(n: int, depth: int) -> torch.Tensor:
-    """Some images twice, some never."""
+    """Random indices: some images twice, some never."""
     return torch.randint(0, depth, (n,), device=DEVICE)
 
 
 def random_augmentation(n: int, largest: int | None = None) -> Augmentation:
-    """Stronger than in training: windows that leave most of the image, factors that hit both limits.
+    """Stronger than in training: windows that keep most of the image, and factors that reach both limits.
 
-    With ``largest`` windows of their own sizes, up to that: single pixels, oblong ones, and if it is large ones that hold the
-    image.
+    With ``largest`` each window has its own size up to ``largest``: single pixels, oblong windows and, if ``largest`` is large,
+    windows that contain the image.
     """
     return Augmentation(
         torch.randint(-9, 10, (n, 2), dtype=torch.int32, device=DEVICE),
@@ -54,7 +54,7 @@ def random_augmentation(n: int, largest: int | None = None) -> Augmentation:
     )
 
 
-#: What is done to the images: nothing, all of it with windows of the image's size, and with others.
+#: Augmentations by name: none, with windows of the image's size, with windows of other sizes.
 AUGMENTED = {
     "plain": lambda n: None,
     "augmented": random_augmentation,
@@ -83,7 +83,7 @@ def test_values(shape: str, dtype: torch.dtype, augmented: str) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("augmented", AUGMENTED)
 def test_blocks_that_end_inside_an_image(augmented: str, launches: list[str]) -> None:
-    """Tiles of 128 pixels: 13 x 13 has a ragged second one, and the window is summed in several."""
+    """Tiles have 128 pixels: 13 x 13 pixels end inside the second tile, and a window is summed in several."""
     images, index = random_images(6, 28, 28), random_index(4, 6)
     augmentation = AUGMENTED[augmented](4)
     got = gather_resize(images, index, 13, augmentation=augmentation)
@@ -114,7 +114,7 @@ def test_a_size_kept_is_a_division_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_augmentation_is_torchvisions(backend: str) -> None:
-    """The same parameters, one image after the other, in torchvision's own functions."""
+    """torchvision's functions take one image after the other with the same parameters."""
     images, index, augmentation = random_images(6, 28, 28), random_index(5, 6), random_augmentation(5)
     with use_backend(backend):  # type: ignore[arg-type]
         got = gather_resize(images, index, 56, augmentation=augmentation)
@@ -128,13 +128,13 @@ def test_augmentation_is_torchvisions(backend: str) -> None:
         torch.testing.assert_close(got[n], tv.resize(image, [56, 56]), rtol=0, atol=1e-5)
 
 
-#: Windows of 28 x 28 images, (top, left, height, width): inside, of one pixel, the whole image, over each edge, around it, far
-#: from it.
+#: Windows of 28 x 28 images, (top, left, height, width): inside, of one pixel, the whole image, over each edge, around the
+#: image, far away.
 WINDOWS = ((3, 5, 11, 17), (27, 0, 1, 1), (0, 0, 28, 28), (-4, 20, 9, 30), (20, -6, 25, 8), (-3, -9, 40, 50), (90, -70, 6, 5))
 
 
 def windows_at(boxes: tuple[tuple[int, int, int, int], ...]) -> Augmentation:
-    """Nothing but these windows."""
+    """An augmentation of these windows only."""
     corners = torch.tensor(boxes, dtype=torch.int32, device=DEVICE)
     return Augmentation(offset=corners[:, :2], size=corners[:, 2:])
 
@@ -142,7 +142,7 @@ def windows_at(boxes: tuple[tuple[int, int, int, int], ...]) -> Augmentation:
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("changes", ["crop", "crop_and_flip", "all"])
 def test_windows_are_torchvisions(changes: str, backend: str) -> None:
-    """torchvision's own functions with the same parameters, one image after the other, enlarged to 56."""
+    """torchvision's functions with the same parameters, one image after the other, enlarged to 56."""
     n = len(WINDOWS)
     images, index, augmentation = random_images(6, 28, 28), random_index(n, 6), windows_at(WINDOWS)
     if changes != "crop":
@@ -163,12 +163,12 @@ def test_windows_are_torchvisions(changes: str, backend: str) -> None:
         torch.testing.assert_close(got[number], tv.resize(expected, [56, 56]), rtol=0, atol=1e-5)
         if changes == "crop":
             torch.testing.assert_close(got[number], tv.resized_crop(image, *box, [56, 56]), rtol=0, atol=1e-5)
-    assert got[-1].unique().numel() == 1  # outside of the image all is black, whose mean is black
+    assert got[-1].unique().numel() == 1  # outside of the image all is black, and so is the mean
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
-    """F.interpolate's meaning, as of a whole image."""
+    """F.interpolate treats a whole image so."""
     boxes = ((0, 0, 28, 28), (4, 2, 20, 25), (-5, 3, 31, 9))
     images, index = random_images(6, 28, 28), random_index(3, 6)
     with use_backend(backend):  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_a_window_larger_than_the_output_is_not_smoothed(backend: str) -> None:
 
 
 def test_a_window_of_the_images_size_is_a_plain_one_bit_for_bit() -> None:
-    """But for contrast: its mean may be summed in another order."""
+    """All parts agree except contrast, whose mean may be summed in another order."""
     images, index = random_images(6, 28, 28), random_index(4, 6)
     plain = random_augmentation(4)._replace(contrast=None)
     sized = plain._replace(size=torch.full((4, 2), 28, dtype=torch.int32, device=DEVICE))
@@ -205,7 +205,7 @@ def test_a_window_without_pixels_is_an_image_of_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_windows_at_the_ends_of_int32_are_black(backend: str) -> None:
-    """Where sums of a place and a size wrap around, nothing of the image may come back; and no memory be touched."""
+    """Where the sum of a position and a size wraps around, no pixel of the image may appear and no memory be accessed."""
     largest, smallest = 2**31 - 1, -(2**31)
     boxes = ((largest, 0, 28, 28), (0, largest, 5, largest), (smallest, smallest, 28, 28), (largest, largest, largest, largest))
     windows = windows_at(boxes)
@@ -267,7 +267,7 @@ def test_offsets_of_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_index_outside_is_an_image_of_nan_and_touches_no_memory() -> None:
-    """The guard of the suite would raise on the access."""
+    """The suite's memory guard would raise on such an access."""
     images = random_images(3, 28, 28)
     index = torch.tensor([0, 3, -1, 2**40, 2], device=DEVICE)
     for augmentation in (None, random_augmentation(5), random_augmentation(5, 28)):
@@ -283,7 +283,7 @@ def test_no_images() -> None:
     assert gather_resize(images, index, 56, cells=Cells(11, 4, 1)).shape == (0, 14, 14, 16)
 
 
-#: What images become cells by: AlexNet's first layer, one with a border, more padding than a cell, pixels that no filter sees,
+#: Side of the image, and cells: AlexNet's first layer, unequal padding, more padding than a cell, pixels that no filter reads,
 #: a filter as large as the image, cells of one pixel.
 CELLS = {
     "K11-S4-P1": (28, Cells(11, 4, 1)),
@@ -296,7 +296,7 @@ CELLS = {
 
 
 def equal_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Signs of zeros and payloads of NaN included."""
+    """Whether all bits are equal, signs of zeros and payloads of NaN included."""
     integers = {4: torch.int32, 2: torch.int16}[got.element_size()]
     return got.dtype == expected.dtype and torch.equal(got.contiguous().view(integers), expected.contiguous().view(integers))
 
@@ -308,7 +308,7 @@ def equal_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_cells_are_those_of_the_images_bit_for_bit(
     name: str, dtype: torch.dtype, augmented: str, backend: str, launches: list[str]
 ) -> None:
-    """Padding is zero, not a black pixel; one launch, and no images before the cells."""
+    """Padding is zero, not a black pixel. One launch makes the cells, without storing images first."""
     size, cells = CELLS[name]
     images, index = random_images(5, 28, 30), random_index(3, 5)
     change = random_augmentation(3, 40 if augmented == "windows" else None) if augmented != "plain" else None
@@ -327,7 +327,7 @@ def test_cells_are_those_of_the_images_bit_for_bit(
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("n", [1, 4])
 def test_cells_in_blocks_that_end_inside_a_cell(n: int) -> None:
-    """Cells of 25 pixels, 8 x 8 of them an image, in blocks of 128."""
+    """A cell has 25 pixels, an image has 8 x 8 cells, and a block has 128 pixels."""
     images, index, augmentation = random_images(6, 28, 28), random_index(n, 6), random_augmentation(n)
     cells = Cells(9, 5, 2)
     for augment in (None, augmentation):
@@ -358,7 +358,7 @@ ONES = torch.ones(2)
 
 @pytest.mark.parametrize("size", [np.int64(8), np.uint8(8)], ids=lambda size: type(size).__name__)
 def test_a_size_of_another_kind_of_integer(size: int) -> None:
-    """All integers are as good here as a convolution's padding, which PyTorch takes as well."""
+    """Any kind of integer works, as it does for a convolution's padding and in PyTorch."""
     images, index = IMAGES.to(DEVICE), INDEX.to(DEVICE)
     assert torch.equal(gather_resize(images, index, size), gather_resize(images, index, 8))
 
@@ -401,7 +401,7 @@ def test_bad_arguments_are_named(bad: str, launches: list[str]) -> None:
     assert launches == []
 
 
-@pytest.mark.skipif("ttsem" in sys.modules, reason="ttsem says of every tensor that it is on its one pretend GPU")
+@pytest.mark.skipif("ttsem" in sys.modules, reason="under ttsem every tensor reports the same pretended GPU")
 def test_another_device_is_named(launches: list[str]) -> None:
     with pytest.raises(ValueError, match="index must be on the device of images"):
         gather_resize(IMAGES, INDEX.to("meta"), 8)

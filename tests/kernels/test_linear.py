@@ -19,12 +19,12 @@ from ..oracle import DTYPES, check, dtype_id, randn
 
 @pytest.fixture(autouse=True)
 def _by_matrix_products() -> Iterator[None]:
-    """Few outputs too, which have kernels of their own (tests/kernels/test_linear_narrow.py)."""
+    """Use the matrix products for few outputs too, which have their own kernels (tests/kernels/test_linear_narrow.py)."""
     with tables.override(NARROW=0):
         yield
 
 
-#: (rows, in, out) and why.
+#: Why a shape is here -> (rows, in, out).
 SHAPES = {
     "one_tile": (5, 7, 11),
     "several_tiles": (37, 50, 45),
@@ -58,7 +58,7 @@ def test_forward_and_gradients(shape: str, activation: str | None, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype) -> None:
-    """The tiles that the configuration itself picks, over more than one of the widest."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     check(kernels.linear, F.linear, _tensors((140, 300, 530), dtype), names="input weight bias")
 
 
@@ -77,7 +77,7 @@ def test_dropout_is_exactly_the_mask(dtype: torch.dtype) -> None:
 
 
 def test_an_infinite_gradient_is_not_hidden_by_dropout() -> None:
-    """Where PyTorch gives NaN or infinity, so do we: a gradient scaler looks for them."""
+    """Ours is NaN or infinite where PyTorch's is: a gradient scaler looks for such values."""
     x, w, b = _tensors((9, 7, 33), torch.float32)
     y = kernels.linear_relu_dropout(x, w, b, 0.5, seed=7)
     mask = kernels.dropout_mask(y.shape, 0.5, 7, device=DEVICE)
@@ -145,7 +145,7 @@ def test_any_strides(layout: str) -> None:
 
 
 def test_gradient_of_an_expanded_sum() -> None:
-    """``sum().backward()`` hands an output gradient whose strides are all zero."""
+    """``sum().backward()`` passes an output gradient whose strides are all zero."""
     x, w, b = _tensors((5, 7, 11), torch.float32)
     ours = torch.autograd.grad(kernels.linear(x, w, b).sum(), (x, w, b))
     for got, exact in zip(ours, torch.autograd.grad(F.linear(x, w, b).sum(), (x, w, b)), strict=True):
@@ -254,7 +254,7 @@ def test_bad_probability_is_refused(p: float, launches: list[str]) -> None:
 @pytest.mark.parametrize("split", [1, 3, 50])
 @pytest.mark.parametrize(("m", "n", "k"), [(33, 40, 72), (1, 16, 200), (70, 8, 64)], ids=str)
 def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """All three passes by the copy engine, ragged in every direction, with and without a split along K."""
+    """All three passes use TMA, ragged in every direction, with and without a split along K."""
     tensors = [randn(m, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype)]
     with tables.override(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, SPLIT=split):
         check(
@@ -269,7 +269,7 @@ def test_through_descriptors(m: int, n: int, k: int, split: int, dtype: torch.dt
 
 @pytest.mark.parametrize("split", [1, 4])
 def test_dropout_of_a_split_product(split: int) -> None:
-    """The mask depends on the element alone, not on who adds its parts up."""
+    """The mask depends only on the element's index, not on the kernel that adds its parts."""
     x, w = randn(20, 64, dtype=torch.bfloat16, grad=False), randn(48, 64, dtype=torch.bfloat16, grad=False)
     with tables.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split):
         y = kernels.linear_relu_dropout(x, w, None, 0.5, seed=3)
@@ -279,7 +279,7 @@ def test_dropout_of_a_split_product(split: int) -> None:
 
 
 def test_rows_that_the_copy_engine_cannot_read(launches: list[str]) -> None:
-    """Ten columns of two bytes are no multiple of 16 bytes, so this goes through pointers."""
+    """Ten columns of two bytes are no multiple of 16 bytes, so the kernel loads through pointers."""
     tensors = [randn(5, 10, dtype=torch.float16), randn(32, 10, dtype=torch.float16)]
     check(kernels.linear, F.linear, tensors, names="input weight")
     assert launches.count("_matmul_kernel") >= 1

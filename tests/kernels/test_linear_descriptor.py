@@ -1,4 +1,4 @@
-"""linear through tensor descriptors, and its split along K: every pass, and that it is the kernel that runs."""
+"""linear through tensor descriptors, and its split along K: every pass, and that the expected kernel runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..conftest import DEVICE
 from ..oracle import check, dtype_id, integers, randn
 
 HALF = (torch.bfloat16, torch.float16)
-#: (rows, in, out): rows of all three matrices start at multiples of 16 bytes. With SMALL blocks several, the last ragged.
+#: (rows, in, out): rows of all three matrices start at multiples of 16 bytes. SMALL gives several blocks, the last ragged.
 SHAPES = {
     "several_tiles": (40, 72, 56),
     "odd_rows": (37, 104, 40),
@@ -31,13 +31,13 @@ SHAPES = {
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}
 
 hopper = pytest.mark.skipif(
-    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="descriptors are Hopper's and later"
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="descriptors need Hopper or later"
 )
 
 
 @pytest.fixture(autouse=True)
 def _by_matrix_products() -> Iterator[None]:
-    """Few outputs too, which have kernels of their own (tests/kernels/test_linear_narrow.py)."""
+    """Use the matrix products for few outputs too, which have their own kernels (tests/kernels/test_linear_narrow.py)."""
     with tables.override(NARROW=0):
         yield
 
@@ -61,7 +61,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype, split: int, launc
         )
     assert launches.count("_matmul_descriptor_kernel") == 3
     assert "_matmul_kernel" not in launches
-    # A part of a split is at least a block: the shortest K has but one.
+    # A part has at least one block, and the smallest K has only one.
     if shape == "several_tiles":
         assert launches.count("_matmul_finish_kernel") == (3 if split > 1 else 0)
 
@@ -69,7 +69,7 @@ def test_forward_and_gradients(shape: str, dtype: torch.dtype, split: int, launc
 @hopper
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype, launches: list[str]) -> None:
-    """The tiles that the configuration itself picks, over more than one of the widest."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     check(kernels.linear, F.linear, _tensors((280, 320, 264), dtype), names="input weight bias")
     assert launches.count("_matmul_descriptor_kernel") == 3
 
@@ -77,7 +77,7 @@ def test_own_configuration(dtype: torch.dtype, launches: list[str]) -> None:
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 def test_dropout_is_exactly_the_mask(dtype: torch.dtype, split: int) -> None:
-    """Whichever kernel multiplies, split or not, an element is dropped by its own index."""
+    """An element is dropped by its own index in every kernel, split or not."""
     seed = 2**40 + 12345
     mask = kernels.dropout_mask((37, 56), 0.5, seed, device=DEVICE)
     with tables.override(**SMALL, BLOCK=128, SPLIT=split):
@@ -102,8 +102,8 @@ def test_a_split_is_deterministic(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
-#: Programs of equal shares for the passes of (37, 104, 56), of 12, 21 and 28 tiles and 4, 2 and 2 steps of K each. Five: shares
-#: that end inside of tiles, of several tiles or less than one. 1000: more than there are units.
+#: (programs, CUT) for equal shares of the passes of (37, 104, 56), which have 12, 21 and 28 tiles and 4, 2 and 2 steps of K
+#: each. With 5 programs shares end inside tiles and have several tiles or less than one; 1000 is more than there are units.
 SHARES = {"whole_tiles": (5, 0), "cut": (5, 1), "less_than_a_tile": (23, 1), "one_step": (1000, 1), "one_program": (1, 1)}
 
 
@@ -127,7 +127,7 @@ def test_equal_shares(shares: str, dtype: torch.dtype, launches: list[str]) -> N
 @hopper
 @pytest.mark.parametrize("shares", ["whole_tiles", "cut", "less_than_a_tile"])
 def test_dropout_of_equal_shares(shares: str) -> None:
-    """The mask depends on the element alone, and falls on whole and cut tiles alike."""
+    """The mask depends only on the element's index, and applies to whole and cut tiles alike."""
     programs, cut = SHARES[shares]
     x, w, b = (t.detach() for t in _tensors((37, 104, 56), torch.bfloat16))
     with tables.override(**SMALL, PROGRAMS=programs, CUT=cut, BLOCK=128):
@@ -153,7 +153,7 @@ def test_equal_shares_are_deterministic_and_add_whole_tiles_as_one_program_does(
         assert torch.equal(whole, tiles)
 
 
-#: What changes a matrix [rows, in], and whether a descriptor can still describe it.
+#: Layouts of a matrix [rows, in], and whether a descriptor can describe them.
 LAYOUTS = {
     "transposed": (lambda t: t.t().contiguous().t(), True),
     "row_stride_of_16_bytes": (lambda t: F.pad(t, (0, 8))[:, : t.shape[1]], True),
@@ -181,7 +181,7 @@ def test_layouts(layout: str, launches: list[str]) -> None:
 
 @pytest.mark.parametrize("capability", [80, 89, 120])
 def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
-    """Before Hopper there is no copy engine; consumer Blackwell has one, but not the shared memory for these tiles."""
+    """GPUs before Hopper have no TMA; consumer Blackwell has TMA, but not the shared memory for these tiles."""
     monkeypatch.setattr(gpu, "capability", lambda device: capability)
     with tables.override(**SMALL, SPLIT=2):
         check(kernels.linear, F.linear, _tensors((40, 72, 56), torch.bfloat16), names="input weight bias")
@@ -190,7 +190,7 @@ def test_elsewhere_pointers_run(capability: int, monkeypatch: pytest.MonkeyPatch
 
 
 def _check_tf32(operation: Callable[..., Tensor], reference: Callable[..., Tensor], shape: tuple[int, int, int]) -> None:
-    """Output and gradients of small integers, which TF32 holds: wherever this runs, its products round nothing."""
+    """Check output and gradients on small integers: TF32 rounds none of their products on any device."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     rows, features, outputs = shape
     tensors = [integers(*size, dtype=torch.float32, high=3) for size in ((rows, features), (outputs, features), (outputs,))]
@@ -209,7 +209,7 @@ def _check_tf32(operation: Callable[..., Tensor], reference: Callable[..., Tenso
 @pytest.mark.parametrize("features", [(72, 56), (96, 36)], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 5, 17, 130])
 def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[str]) -> None:
-    """All three passes, features in whole panels of 16 and not, more rows than outputs and fewer."""
+    """All three passes run with features that are multiples of 16 and not, with more rows than outputs and fewer."""
     with tables.override(**SMALL, SPLIT=split):
         _check_tf32(
             lambda x, w, b: kernels.linear(x, w, b, activation="relu"),
@@ -225,7 +225,7 @@ def test_tf32(rows: int, features: tuple[int, int], split: int, launches: list[s
 @hopper
 @pytest.mark.parametrize("cut", [0, 1])
 def test_tf32_in_equal_shares(cut: int, launches: list[str]) -> None:
-    """With the input gradient's panels."""
+    """The input gradient's panels are tested too."""
     with tables.override(**SMALL, PROGRAMS=5, CUT=cut):
         _check_tf32(kernels.linear, F.linear, (17, 96, 36))
     assert launches.count("_matmul_shares_kernel") == 3
@@ -239,7 +239,7 @@ def test_tf32_of_the_own_configuration(launches: list[str]) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 10, 32), (5, 32, 10)], ids=str)
 def test_tf32_features_that_tma_cannot_read(shape: tuple[int, int, int], launches: list[str]) -> None:
-    """Ten columns of four bytes are no multiple of 16 bytes. Ten inputs: no pass can; ten outputs: the forward pass alone."""
+    """Ten columns of four bytes are no multiple of 16 bytes. Ten inputs: no pass can use TMA; ten outputs: only forward."""
     _check_tf32(kernels.linear, F.linear, shape)
     assert launches.count("_matmul_kernel") == (3 if shape[1] == 10 else 2)
 
@@ -261,7 +261,7 @@ def test_tf32_layouts(layout: str, launches: list[str]) -> None:
 
 
 def test_exact_float32_uses_no_tensor_cores(launches: list[str]) -> None:
-    """PyTorch's switch decides, whatever rows TMA could read."""
+    """PyTorch's switch decides, even where TMA could read the rows."""
     x, w, b = _tensors((40, 72, 56), torch.float32)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     check(kernels.linear, F.linear, [x, w, b], names="input weight bias")
@@ -272,7 +272,7 @@ def test_exact_float32_uses_no_tensor_cores(launches: list[str]) -> None:
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("swap", [1, 2])
 def test_transposed_product_of_exact_float32(swap: int, split: int, launches: list[str]) -> None:
-    """The weights by the input, in place of the input by the weights: bias, ReLU and mask still fall on the right elements."""
+    """Weights times input instead of input times weights: bias, ReLU and mask still apply to the right elements."""
     rows, copies = 37, swap - 1
     mask = kernels.dropout_mask((rows, 56), 0.5, 7, device=DEVICE)
     with tables.override(**SMALL, SPLIT=split, SWAP=swap):
@@ -282,7 +282,7 @@ def test_transposed_product_of_exact_float32(swap: int, split: int, launches: li
             _tensors((rows, 104, 56), torch.float32),
             names="input weight bias",
         )
-        assert launches.count("_row_major_kernel") == 2 * copies  # of the input, and of the output's gradient
+        assert launches.count("_row_major_kernel") == 2 * copies  # the input and the output gradient
         tensors = _tensors((rows, 104, 56), torch.float32)
         check(
             lambda *t: kernels.linear(*t, activation="relu"),
@@ -294,7 +294,7 @@ def test_transposed_product_of_exact_float32(swap: int, split: int, launches: li
         x, w, _ = tensors
         transposed = x.detach().t().contiguous().t()
         assert torch.equal(kernels.linear(transposed, w), kernels.linear(x, w))
-        assert launches.count("_row_major_kernel") == copies  # of the second alone
+        assert launches.count("_row_major_kernel") == copies  # only the second input
 
 
 def test_narrow_outputs_are_not_transposed(launches: list[str]) -> None:
@@ -319,7 +319,7 @@ def test_int64_offsets(config: dict[str, int], kernel: str, monkeypatch: pytest.
     assert launches.count(kernel) == 3
 
 
-#: (m, n, k) of AlexNet's linear passes that descriptors run, at a batch.
+#: (m, n, k) of AlexNet's linear passes through descriptors; 0 stands for the batch.
 PASSES = [(0, 4096, 6400), (0, 4096, 4096), (0, 10, 4096), (0, 6400, 4096), (4096, 6400, 0), (4096, 4096, 0)]
 
 
@@ -331,7 +331,7 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
         candidates = linear_rules.linear_candidates(m, n, k, itemsize)
         assert len({tuple(c.items()) for c in candidates}) == len(candidates) > 0
         tables.check_table({"configs": {str(i): c for i, c in enumerate(candidates)}})
-        assert len({frozenset(c) for c in candidates}) == 1  # a candidate leaves nothing of the rule's choice
+        assert len({frozenset(c) for c in candidates}) == 1  # a candidate sets every value that the rule sets
         for c in candidates:
             shared = c["num_stages"] * (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * itemsize
             if c["PROGRAMS"]:
@@ -343,7 +343,7 @@ def test_candidates_fit(batch: int, itemsize: int) -> None:
             assert -(-blocks // -(-blocks // c["SPLIT"])) == c["SPLIT"]  # no part is empty
 
 
-#: And of those that FMAs do: the forward passes as transposed products.
+#: (m, n, k) of the passes by FMAs, with forward passes as transposed products; 0 stands for the batch.
 FMA_PASSES = [(4096, 0, 6400), (4096, 0, 4096), (0, 10, 4096), (0, 6400, 4096), (0, 4096, 10), (4096, 6400, 0), (10, 4096, 0)]
 
 
@@ -369,9 +369,10 @@ def test_a_small_product_has_an_fma_configuration(size: int) -> None:
 
 @pytest.mark.parametrize("sizes", [s for s in FMA_PASSES if 10 not in s], ids=str)
 def test_exact_products_of_batch_128_fill_an_h100_without_a_split(sizes: tuple[int, int, int]) -> None:
-    """The parts of a split are bytes that the step would move twice; every multiprocessor has work without them.
+    """A split's parts are bytes written and read once more, and every SM has work without a split.
 
-    But for fc1's input gradient, 100 tiles of 64 x 128: ptxas 13.4 (Triton 3.9) spills in tiles of 64 x 64 with four warps.
+    The exception is fc1's input gradient, with 100 tiles of 64 x 128: ptxas 13.4 (Triton 3.9) spills in tiles of 64 x 64 with
+    four warps.
     """
     m, n, k = (size or 128 for size in sizes)
     chosen = linear_rules._fma_rule(m, n, k, True)
@@ -402,7 +403,7 @@ def test_every_multiprocessor_of_an_h100_has_work(sizes: tuple[int, int, int], b
 
 
 def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the rule would have equal shares and the table says nothing of them, its blocks are not those of shares."""
+    """A table's entry without equal shares means one program per tile, even where the rule would choose equal shares."""
     monkeypatch.setattr(linear_rules, "INTERPRETED", False)
     measured = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
     args = (torch.device("meta"), "wgrad", 4096, 6400, 128, torch.bfloat16, "ieee")
@@ -413,7 +414,7 @@ def test_a_table_of_before_equal_shares_means_a_program_a_tile(monkeypatch: pyte
 
 
 def test_float16_has_the_configurations_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules' and the tables', of linear layers and convolutions: a product of halves takes the same time in both."""
+    """Rules and tables of linear layers and convolutions agree: float16 products take the same time as bfloat16's."""
     halves = [
         linear_rules.linear_key("fprop", 128, 10, 4096, dtype, "ieee")
         + rules.conv2d_key("conv2d_fprop", 128, 12, 12, 256, 384, 3, 3, dtype)

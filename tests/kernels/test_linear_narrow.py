@@ -1,4 +1,4 @@
-"""Linear layers with few outputs: one kernel forward, one backward, and where the matrix products take over."""
+"""Linear layers with few outputs: one kernel forward, one backward, and the limits beyond which matrix products run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..conftest import DEVICE, own_devices
 from ..oracle import DTYPES, check, dtype_id, integers, randn
 
 FORWARD, BACKWARD = "_linear_narrow_fprop_kernel", "_linear_narrow_backward_kernel"
-#: (rows, in, out); blocks of 16 rows and 32 features leave several programs and steps, the last ragged.
+#: (rows, in, out): blocks of 16 rows and 32 features give several programs and steps, of which the last is ragged.
 SHAPES = {
     "classifier": (37, 100, 10),
     "one_row": (1, 40, 3),
@@ -108,7 +108,7 @@ def test_any_strides(layout: str, wide: bool, monkeypatch: pytest.MonkeyPatch, l
 
 
 def test_a_gradient_of_any_strides() -> None:
-    """``sum().backward()`` hands one whose strides are all zero; and one that lies transposed."""
+    """Gradients have strides of zero, as ``sum().backward()`` passes them, or transposed memory."""
     tensors = _tensors((20, 70, 10), torch.float32)
     for grad in (torch.ones(1, 1, device=DEVICE).expand(20, 10), randn(10, 20, dtype=torch.float32, grad=False).t()):
         ours = torch.autograd.grad(kernels.linear(*tensors), tensors, grad)
@@ -181,7 +181,7 @@ def test_compiled_it_is_one_graph_whose_gradients_are_the_same() -> None:
         return kernels.linear_relu_dropout(x, w, b, 0.5, seed=5).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (5, 600):  # of these one program does not walk down all
+    for rows in (5, 600):  # 600 rows are too many for one program
         x = randn(rows, 7, dtype=torch.float32)
         ours = torch.autograd.grad(compiled(x, *tensors[1:]), (x, *tensors[1:]))
         for got, exact in zip(ours, torch.autograd.grad(step(x, *tensors[1:]), (x, *tensors[1:])), strict=True):
@@ -199,7 +199,7 @@ def test_what_is_too_large_goes_to_the_matrix_products(launches: list[str]) -> N
         assert _narrow(pass_, 513, 32, 100) == _narrow(pass_, 512, 33, 100) == _narrow(pass_, 5, 0, 7) == 0
     assert _narrow("narrow_fprop", 1, 10, 10000) == 1
     assert _narrow("narrow_fprop", 1, 10, 20000) == _narrow("narrow_fprop", 1, 10, 10000, torch.float32) == 0
-    assert _narrow("narrow_fprop", 1, 10, 2978) == 1  # 11 rows of half types that cp.async does not bring: 64 KiB
+    assert _narrow("narrow_fprop", 1, 10, 2978) == 1  # 11 rows in half precision, which cp.async cannot load: 64 KiB
     assert _narrow("narrow_fprop", 1, 10, 2990) == 0
     assert _narrow("narrow_backward", 1, 10, 10**6) == 1
     check(kernels.linear, F.linear, _tensors((513, 7, 10), torch.float32), names="input weight bias")
@@ -228,7 +228,7 @@ def test_candidates_are_what_a_table_may_say(dtype: torch.dtype) -> None:
 
 
 def test_rows_at_once_of_a_half_type() -> None:
-    """What fits the registers: fewer where K's alignment is unknown, of many outputs, with int64 offsets."""
+    """These rows fit in registers: fewer where K's alignment is unknown, with many outputs, and with int64 offsets."""
 
     def rows(n: int, k: int, wide: bool = False) -> int:
         config = linear_narrow_config(torch.device("cpu"), "narrow_backward", 128, n, k, torch.float16, "ieee", wide=wide)

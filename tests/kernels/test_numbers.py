@@ -1,6 +1,6 @@
 """The ends of each dtype's range and long sums: subnormals, overflow to infinity, NaN in gradients, 100,000 products.
 
-Where every sum is exact in float32, a result must be the exact one rounded once, bit for bit.
+Where all sums are exact in float32, a result must be the exact result rounded once, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = DTYPES[1:]
 LONG = 100_000
 
-#: Triton 3.8's interpreter turns subnormal bfloat16 numbers into others wherever a kernel widens or stores them (100 times the
-#: smallest into 16 times, 3 times into 0), as it gives them float32's exponent 0 for a significand that it has normalised.
+#: Triton 3.8's interpreter changes subnormal bfloat16 numbers when a kernel widens or stores them (100 times the smallest
+#: becomes 16 times, 3 times becomes 0): it normalises the significand but sets float32's exponent to 0.
 SUBNORMAL_DTYPES = [
     pytest.param(torch.float32, id="float32"),
     pytest.param(torch.float16, id="float16"),
@@ -41,17 +41,17 @@ SUBNORMAL_DTYPES = [
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """The smallest subnormal number."""
+    """The dtype's smallest positive subnormal number."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def _subnormals(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Whole multiples, up to 5, of the smallest subnormal number."""
+    """Integer multiples, between -5 and 5, of the smallest subnormal number."""
     return (integers(*shape, dtype=torch.float64, high=5, grad=False) * _smallest(dtype)).to(dtype)
 
 
 def _weights(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Integers; in half precision eighths, so that sums lie between the dtype's numbers and are still exact in float32."""
+    """Integers, in half precision divided by 8: sums lie between the dtype's numbers but are exact in float32."""
     return integers(*shape, dtype=dtype, high=9, grad=False) / (1 if dtype == torch.float32 else 8)
 
 
@@ -60,7 +60,7 @@ def _assert_rounded_once(name: str, result: Tensor, exact: Tensor) -> None:
 
 
 def _assert_subnormal(exact: Tensor, dtype: torch.dtype) -> None:
-    """That there is something that flushing to zero would lose."""
+    """Check that some results are subnormal, which flushing to zero would lose."""
     assert ((exact != 0) & (exact.abs() < torch.finfo(dtype).smallest_normal)).any()
 
 
@@ -98,7 +98,7 @@ def test_subnormal_inputs_and_results_are_kept(name: str, small: str, dtype: tor
 @pytest.mark.parametrize("dtype", SUBNORMAL_DTYPES)
 @pytest.mark.parametrize("name", ["linear", "linear_narrow", "conv2d", "conv2d_descriptor"])
 def test_subnormal_gradients_are_kept(name: str, dtype: torch.dtype) -> None:
-    """Of input, weight and bias: the output's gradient is subnormal."""
+    """Gradients of input, weight and bias are right for a subnormal output gradient."""
     ours, meaning, *shapes = OPERATIONS[name]
     x, w = (_weights(*shape, dtype=dtype) for shape in shapes)
     wide = [t.double().requires_grad_() for t in (x, w)]
@@ -139,7 +139,7 @@ def test_max_pool2d_keeps_subnormals(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", SUBNORMAL_DTYPES)
 def test_sgd_keeps_subnormals(dtype: torch.dtype) -> None:
-    """With powers of 2 for learning rate and momentum everything is exact until a half type's parameter is rounded."""
+    """With powers of 2 for learning rate and momentum, only the rounding of a half-precision parameter is inexact."""
     param, grad = (2 * _subnormals(77, dtype=dtype) for _ in range(2))
     buffer = 2 * _subnormals(77, dtype=torch.float32 if dtype == torch.float32 else dtype).float()
     master = None if dtype == torch.float32 else param.float()
@@ -154,27 +154,27 @@ def test_sgd_keeps_subnormals(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_float16_overflows_at_the_store_and_only_there(sign: int) -> None:
-    """The largest number is 65504; halfway to 65536 a sum rounds to infinity. Float32 holds them all."""
+    """float16's largest number is 65504; sums from halfway to 65536 round to infinity. The float32 sums hold all of them."""
     w = torch.ones(1, 2, dtype=torch.float16, device=DEVICE)
     x = sign * torch.tensor([[65504, 15], [65504, 16], [65504, 65504], [65504, -1]], dtype=torch.float16, device=DEVICE)
     exact = F.linear(x.double(), w.double())
     assert exact.half().isinf().flatten().tolist() == [False, True, True, False]
     _assert_rounded_once("linear", kernels.linear(x, w), exact)
     _assert_rounded_once("conv2d", kernels.conv2d(x[:, :, None, None], w[:, :, None, None]), exact[:, :, None, None])
-    bias = torch.tensor([-sign * 10000.0], dtype=torch.float16, device=DEVICE)  # inside of the sum, not after its rounding
+    bias = torch.tensor([-sign * 10000.0], dtype=torch.float16, device=DEVICE)  # added before the sum is rounded
     _assert_rounded_once("linear with bias", kernels.linear(x, w, bias), exact + bias.double())
     _assert_rounded_once("gradient of weight", linear_wgrad(x, torch.ones_like(x[:, :1]), w.t()), x.double().sum(0)[:, None])
 
 
 def conv2d_wgrad(dz: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """Of a convolution with stride 1 and no padding."""
+    """The weight gradient of a convolution with stride 1 and no padding."""
     return wgrad(dz, x, w, Problem.of(x.shape, w, Geometry((1, 1), (0, 0), (1, 1), 1), dz.shape[2:]))
 
 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_float16_partial_sums_beyond_the_range(sign: int, split: int) -> None:
-    """First a hundred times 60000, then back: 6,000,000 on the way, and nothing is lost. With parts of a sum stored too."""
+    """The sum rises to 6,000,000 (100 times 60000) and falls back without loss, even when partial sums are stored."""
     column = torch.tensor([sign * 60000.0] * 100 + [-sign * 60000.0] * 100 + [3.0], dtype=torch.float16, device=DEVICE)
     ones = torch.ones_like(column)
     with tables.override(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLIT=split, BLOCK_ROWS=16):
@@ -208,7 +208,7 @@ def test_float16_overflow_of_a_pools_gradient_and_of_a_parameter() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_nan_and_infinity_reach_the_gradients(name: str, dtype: torch.dtype) -> None:
-    """Output and gradients are NaN or infinite exactly where float64's are: the oracle looks at both."""
+    """Output and gradients are NaN or infinite exactly where float64's are; the oracle checks both."""
     ours, meaning, *shapes = OPERATIONS[name]
     x, w = (randn(*shape, dtype=dtype, grad=False) for shape in shapes)
     x.view(-1)[7], x.view(-1)[40] = torch.nan, torch.inf
@@ -241,7 +241,7 @@ def test_gradients_over_many_rows(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_gradient_of_a_filter_over_many_pixels(dtype: torch.dtype) -> None:
-    """By descriptors in half precision, a pixel of many images at a time."""
+    """It runs in half precision through descriptors, one pixel of many images at a time."""
     images, side = (1600, 8) if dtype in HALF else (1, 317)
     channels = 16 if dtype in HALF else 3
     x, dz = (randn(images, channels, side, side, dtype=dtype, grad=False) for _ in range(2))

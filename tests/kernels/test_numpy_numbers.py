@@ -1,7 +1,7 @@
-"""NumPy's numbers and flags are as good as Python's, and none of them gets as far as a launch or a problem.
+"""NumPy's numbers and flags work as Python's do, and never reach a launch or a problem.
 
-On a GPU a launch that is given one is a compilation error, unless a kernel compiled for Python's number is there already. In
-the interpreter nothing is compiled, so it is looked at what launches are given.
+On a GPU a launch with a NumPy number fails to compile, unless a kernel compiled for Python's number exists already. The
+interpreter compiles nothing, so these tests look at the arguments of launches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from kernels.sgd import sgd_step
 
 from ..conftest import DEVICE
 
-#: What a launch may be given, and what a problem may hold: these types themselves, no classes derived from them.
+#: Types that launches and problems may hold: exactly these, no subclasses.
 PLAIN = (int, float, bool, str, type(None), Tensor, torch.nn.Parameter, TensorDescriptor, tl.dtype, torch.dtype, torch.device)
 
-#: Python's number to NumPy's.
+#: Converts Python's number to NumPy's.
 Numbers = Callable[[Any], Any]
 
 
@@ -117,7 +117,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor], Numbers], Tensor]] = {
 
 
 def _foreign(value: Any) -> Iterator[type]:
-    """Types in ``value`` that are neither plain nor tuples and lists of what is."""
+    """Types within ``value`` that are neither in :data:`PLAIN` nor tuples and lists of such values."""
     if isinstance(value, (tuple, list)):
         for inner in value:
             yield from _foreign(inner)
@@ -127,7 +127,7 @@ def _foreign(value: Any) -> Iterator[type]:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, type]]]:
-    """What launches are given and problems hold that is not plain: where, as what, of which type."""
+    """Non-plain values that launches or problems get: (where, name, type)."""
     found: list[tuple[str, str, type]] = []
     look_up = plans.find
 
@@ -145,7 +145,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, ty
 
 
 def _results(name: str, numbers: Numbers) -> list[Tensor]:
-    """Output and gradients of a call."""
+    """The output and the gradients of a call."""
     given = tensors()
     for t in given.values():
         t.requires_grad_(name not in ("space_to_depth", "conv2d_relu_max_pool2d_cells", "sgd_step"))
@@ -180,7 +180,7 @@ def test_every_public_operation_that_takes_numbers_is_called() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("size", [np.float64(2), np.True_, np.array([2, 2]), (np.True_, 2), (2, np.True_), (2, np.float32(2))])
 def test_what_is_no_integer_is_refused(size: Any, backend: Any) -> None:
-    """An array too, as by PyTorch."""
+    """An array is refused too, as by PyTorch."""
     t = tensors()
     with kernels.use_backend(backend):
         for option in ("stride", "padding", "dilation", "groups"):
@@ -193,7 +193,7 @@ def test_what_is_no_integer_is_refused(size: Any, backend: Any) -> None:
 
 @pytest.mark.parametrize("flag", [1, 0, None, "True", np.int64(1), 1.0])
 def test_what_is_no_flag_is_refused(flag: Any) -> None:
-    """As by F.max_pool2d, which takes anything for return_indices."""
+    """return_indices may have any value, as in F.max_pool2d."""
     t = tensors()
     with pytest.raises(TypeError, match="ceil_mode"):
         kernels.max_pool2d(t["x"], 3, ceil_mode=flag)

@@ -1,4 +1,4 @@
-"""The operators under the autograd Functions, by PyTorch's own check: schema, fake implementation, dynamic shapes."""
+"""The operators under the autograd Functions pass PyTorch's opcheck: schema, fake implementation, dynamic shapes."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_every_operator_has_a_sample() -> None:
 @own_devices
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A link holds nothing, and what nothing is written to cannot be compared.
+    # A link holds no data, and opcheck cannot compare uninitialized memory.
     monkeypatch.setattr(conv, "_new_link", lambda weight, make_link: weight.new_zeros(weight.shape[0] if make_link else 0))
     operator, arguments = SAMPLES[name]()
     torch.library.opcheck(operator, arguments)
@@ -205,7 +205,7 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @own_devices
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:
-    """Forward and backward, every kind of run; the compiled gradients are those of the eager network."""
+    """Forward and backward with every kind of run; the compiled gradients equal the eager ones."""
     from alexnet_triton import FusedSequential
 
     from ..alexnet_triton.test_fused import small_layers
@@ -225,7 +225,7 @@ def _linear(x: torch.Tensor) -> torch.Tensor:
 
 
 def _negated() -> torch.Tensor:
-    """Plain numbers to whoever asks PyTorch, the opposite ones in memory."""
+    """A tensor that is lazily negated: PyTorch shows the negative of the numbers in memory."""
     x = torch.randn(3, 16, dtype=torch.complex64, device=DEVICE).conj().imag
     assert x.is_neg()
     return x
@@ -287,7 +287,7 @@ def test_a_jit_trace() -> None:
 
 @own_devices
 def test_plain_eager_code_does_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which nothing but the host's time would show."""
+    """Calls through the dispatcher would only cost host time, which no other test sees."""
 
     def refuse(self: object, *_: object) -> None:
         raise AssertionError("called through the dispatcher")

@@ -1,4 +1,4 @@
-"""The optimizer's kernel on lists of tensors: values, what one launch takes, and what is refused."""
+"""The optimizer's kernel on lists of tensors: values, what one launch takes, errors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from kernels.sgd import (
 
 from ..conftest import DEVICE, UNDER_TTSEM
 
-#: One element, fewer than a block's alignment, ragged ends, whole blocks, nothing at all.
+#: One element, fewer than a block's alignment, ragged ends, whole blocks, an empty tensor.
 SHAPES = [(10,), (1,), (12, 7, 3, 3), (0,), (32, 16), (21, 5), (500,)]
 
 HALF = [torch.bfloat16, torch.float16]
 
 
 def settings() -> list[dict[str, Any]]:
-    """Every combination that SGD allows."""
+    """Every combination of options that SGD allows."""
     names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
     values = itertools.product((0.0, 0.9), (0.0, 0.3), (False, True), (0.0, 0.05), (False, True))
     combined = [dict(zip(names, chosen, strict=True)) for chosen in values]
@@ -50,13 +50,13 @@ def make(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> list[Ten
 
 
 def masters_of(params: list[Tensor]) -> list[Tensor]:
-    """Float32 weights that the parameters are the rounded values of, different from them."""
+    """Float32 weights that round to the parameters but differ from them."""
     ulp = torch.finfo(params[0].dtype).eps
     return [p.float() * (1 + 0.2 * ulp * torch.rand(p.shape, device=p.device)) for p in params]
 
 
 def split(masters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters, missing bits and ties of float32 masters."""
+    """Parameters, missing bits and tie flags of float32 masters."""
     bits = [torch.empty_like(m, dtype=torch.int16) for m in masters]
     ties = [torch.empty_like(m, dtype=torch.int8) for m in masters]
     for each in zip(masters, bits, ties, strict=True):
@@ -65,7 +65,7 @@ def split(masters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tenso
 
 
 def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
-    """Equal in all bits, zeros' signs too, but for a NaN's payload."""
+    """Check that all bits are equal, the signs of zeros too, except a NaN's payload."""
     integer = torch.int16 if ours.dtype == torch.bfloat16 else torch.int32
     nan = theirs.isnan()
     assert torch.equal(ours.isnan(), nan)
@@ -148,10 +148,10 @@ def test_a_weight_set_from_outside_becomes_its_master(dtype: torch.dtype) -> Non
     assert torch.isnan(param[50])
     kept = [*range(40), *range(51, 100)]
     assert torch.equal(master[kept], before[kept])
-    assert not torch.equal(before[kept], given[kept].float())  # else keeping them shows nothing
+    assert not torch.equal(before[kept], given[kept].float())  # otherwise keeping them would show nothing
 
 
-#: Upper halves of float32: zeros, subnormals, odd and even, the largest finite, infinities, NaN; of both signs.
+#: Upper halves of float32 of both signs: zeros, subnormals, odd and even ones, the largest finite number, infinities, NaN.
 UPPER = [sign | high for sign in (0, 0x8000) for high in (0, 1, 2, 0x7F, 0x80, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, 0x7F80, 0x7FC1)]
 
 
@@ -168,7 +168,7 @@ def test_a_parameter_and_its_missing_bits_are_the_master(upper: int) -> None:
 
 @pytest.mark.parametrize("upper", UPPER, ids=hex)
 def test_the_kernel_joins_and_splits_as_the_reference(upper: int) -> None:
-    """A step of -0, which leaves all but -0 as it is."""
+    """The step adds -0, which changes only -0."""
     if INTERPRETED and 0 < (upper + 1) & 0x7FFF <= 0x80 and upper & 0x7FFF != 0x7FFF:
         pytest.skip("the interpreter converts bfloat16's subnormals wrongly")
     master = with_every_lower_half(upper)
@@ -183,7 +183,7 @@ def test_the_kernel_joins_and_splits_as_the_reference(upper: int) -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("setting", settings(), ids=name)
 def test_missing_bits_make_the_steps_of_float32_masters(setting: dict[str, Any], backend: Any) -> None:
-    """Gradients of few bits and weights near 1, so that many masters lie between two bfloat16 numbers."""
+    """Gradients of few bits and weights near 1, so that many masters lie midway between two bfloat16 numbers."""
     shapes = [(500,), (1,), (21, 5)]
     weights = [1 + torch.randint(256, shape, device=DEVICE).float() / 256 for shape in shapes]
     their_params, masters = [w.bfloat16() for w in weights], clones(weights)
@@ -227,7 +227,7 @@ def test_thousands_of_steps_are_those_of_float32_masters() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_weight_set_from_outside_keeps_its_missing_bits(backend: Any) -> None:
-    """Its master rounds to it, whatever the bits are; where none of these bits does, it is the master."""
+    """The joined master rounds to the parameter, for any bits; where no bits allow this, the master is the parameter."""
     before = torch.randint(-(2**31), 2**31, (3, 4096), dtype=torch.int64, device=DEVICE).int().view(torch.float32)
     _, bits, ties = split([before.nan_to_num()])
     bits[0][0, ::2] = -0x8000
@@ -288,7 +288,7 @@ def test_more_tensors_than_one_launch_takes(launches: list[str]) -> None:
     params, grads = make(torch.bfloat16, shapes), make(torch.bfloat16, shapes)
     masters = [p.float() for p in params]
     expected = [p.float() - 0.5 * g.float() for p, g in zip(params, grads, strict=True)]
-    sgd_step(params, grads, masters, lr=0.5)  # half of a gradient is exact, so that fma or not is the same
+    sgd_step(params, grads, masters, lr=0.5)  # half of a gradient is exact, so fma changes nothing
     assert launches == ["_sgd_kernel"] * 3
     assert all(map(torch.equal, masters, expected))
 
@@ -310,7 +310,7 @@ def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unaligned_tensors() -> None:
-    """Addresses that no vector access may touch: views one element into their storage."""
+    """Addresses that vector accesses cannot use: views that start one element into their storage."""
     storage, gradient = torch.randn(5001, device=DEVICE), torch.randn(5001, device=DEVICE)
     before = storage.clone()
     params, grads = [storage[1:2001], storage[2002:]], [gradient[1:2001], gradient[2002:]]
@@ -324,7 +324,7 @@ def test_unaligned_tensors() -> None:
 
 
 def test_a_saved_parameter_is_known_to_have_changed() -> None:
-    """As after any in-place operation: a backward pass over the old value is an error, not a wrong gradient."""
+    """A backward pass that needs the old value raises, as after any in-place operation."""
     weight = torch.randn(4, 4, device=DEVICE, requires_grad=True)
     x = torch.randn(2, 4, device=DEVICE, requires_grad=True)
     y = (x @ weight).sum()
@@ -335,7 +335,7 @@ def test_a_saved_parameter_is_known_to_have_changed() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="guards the interpreter's memory")
 def test_the_guard_sees_tensors_in_tuples() -> None:
-    """An access beyond a tensor of a tuple argument is an error: here through a size that is a lie."""
+    """An access beyond a tensor inside a tuple argument is an error; the launch is given a wrong size."""
     from kernels import sgd
 
     (param,), (grad,) = make(torch.float32, [(100,)]), make(torch.float32, [(100,)])
@@ -428,7 +428,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"params\[0\] must not be lazily negated"):
             sgd_step([torch._neg_view(t) for t in tensors], tensors, lr=0.1)
 
-    @pytest.mark.skipif(UNDER_TTSEM, reason="devices are make-believe there")
+    @pytest.mark.skipif(UNDER_TTSEM, reason="ttsem only pretends that tensors are on a GPU")
     def test_devices(self) -> None:
         tensors = make(torch.float32, [(3,)])
         meta = [t.to("meta") for t in tensors]

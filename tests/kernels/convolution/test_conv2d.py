@@ -21,7 +21,7 @@ from ...oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_wit
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution; ``why`` says what it is here for."""
+    """A convolution; ``why`` says why the case is here."""
 
     why: str
     n: int = 2
@@ -93,7 +93,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.slow_under_ttsem  # 37 s of processor time; AlexNet's own configurations run there
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_own_configuration(dtype: torch.dtype) -> None:
-    """The tiles that the configuration itself picks, over more than one of the widest."""
+    """The rules choose the tiles; the tensors are larger than one of the widest tiles."""
     tensors = [randn(3, 70, 15, 14, dtype=dtype), randn(140, 70, 3, 3, dtype=dtype), randn(140, dtype=dtype)]
     check(
         lambda x, w, b: kernels.conv2d(x, w, b, padding=1, activation="relu"),
@@ -116,7 +116,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("small_tiles")
 def test_any_strides(layout: str) -> None:
-    """Input, weight and output gradient in every layout mean what their values mean."""
+    """Inputs, weights and output gradients of equal values give right results in every memory layout."""
     change = LAYOUTS[layout]
     x, w, b = (
         randn(2, 4, 7, 9, dtype=torch.float32),
@@ -246,7 +246,7 @@ def test_only_what_is_asked_for_is_launched(wanted: str, kernels_launched: list[
 
 @pytest.mark.usefixtures("small_tiles")
 def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels for tensors of more than 2^31 elements give the same results on small ones."""
+    """The kernels for tensors of more than 2^31 elements, run on small ones, are right."""
     monkeypatch.setattr(launch, "force_int64", True)
     case = Case("", c=6, k=9, groups=3, stride=2, padding=1)
     check(
@@ -260,7 +260,7 @@ def test_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("split", [1, 2, 5, 100])
 def test_any_split_of_the_reduction(split: int) -> None:
-    """The split weight gradient is right also with more parts than there are blocks; integers make it exact."""
+    """The split weight gradient is right, even with more parts than blocks; integers make the sums exact."""
     x, w = integers(2, 3, 9, 7, dtype=torch.float32), integers(4, 3, 3, 3, dtype=torch.float32)
     with tables.override(SPLIT=split):
         y = kernels.conv2d(x, w, padding=1)

@@ -1,6 +1,7 @@
-"""conv2d through tensor descriptors, in half precision and in TF32: every kernel of it, and that it is the one that runs.
+"""conv2d through tensor descriptors, in half precision and in TF32: every kernel, and that it is the kernel that runs.
 
-In TF32 tensors hold numbers of TF32: products are exact wherever this runs, and results are held to float32's tolerance.
+In TF32 the tensors hold numbers that TF32 represents exactly: products are exact on every device, and results are held to
+float32's tolerance.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ GENERAL = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution, configuration values forced for it, the kernels that must run; ``why`` says what it is for."""
+    """A convolution, forced configuration values, and the kernels that must run; ``why`` says what the case tests."""
 
     why: str
     n: int
@@ -68,13 +69,13 @@ class Case:
         return f"{self.why}-N{self.n}-C{self.c}-H{self.h}-W{self.w}-K{self.k}-R{self.r}-S{self.s}"
 
     def kernels(self, dtype: torch.dtype) -> frozenset[str]:
-        """That must run in ``dtype``."""
+        """The kernels that must run in ``dtype``."""
         if dtype != torch.float32:
             return self.runs
         return frozenset(ROW_STEM) if self.stride > 1 else self.runs | {"_by_batch_kernel"}
 
     def check(self, dtype: torch.dtype) -> torch.Tensor:
-        """Output and gradients against float64, with the case's configuration; the output."""
+        """Check output and gradients against float64 with the case's configuration; return the output."""
         draw = DRAW[dtype]
         tensors = [
             draw(self.n, self.c, self.h, self.w, dtype=dtype).to(memory_format=torch.channels_last).detach().requires_grad_(),
@@ -143,7 +144,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
     output = case.check(dtype)
     assert output.permute(0, 2, 3, 1).is_contiguous()
     assert case.kernels(dtype) <= set(launches)
-    # The gradient of a strided layer's input is that of cells, which takes filters in multiples of 16.
+    # The input gradient of a strided layer is computed on cells, which takes filters in multiples of 16.
     assert ("_conv2d_dgrad_kernel" in launches) == (case.k % 16 != 0)
     assert not {"_conv2d_fprop_kernel", "_conv2d_wgrad_kernel"} & set(launches)
     assert case.k % 16 != 0 or {"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)
@@ -152,7 +153,7 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[st
 @pytest.mark.parametrize("dtype", DRAW, ids=dtype_id)
 @pytest.mark.parametrize("pixels", [1, 2])
 def test_first_operand_from_registers(pixels: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """Two blocks of 64 and 32 columns, in the gradient of 96 channels; refused where an assembler is too old for it."""
+    """The gradient of 96 channels is computed in blocks of 64 and 32 columns, or refused where ptxas is too old."""
     tiles = {"REGISTERS": 1, "PIXELS": pixels, "BLOCK_N": 64, "BLOCK_N2": 32}
     case = images("registers", 3, 96, 2, 3, 16, 3, 1, tiles=tiles)
     if not INTERPRETED and descriptor.ptxas_version(capability(torch.device(DEVICE))) < (13, 3):
@@ -163,7 +164,7 @@ def test_first_operand_from_registers(pixels: int, dtype: torch.dtype, launches:
     assert case.kernels(dtype) <= set(launches)
 
 
-#: Channels and filters in multiples of 8, which are 32 bytes in float32, and batches that no block and no 16 bytes divide.
+#: Channels and filters in multiples of 8 (32 bytes in float32), and batches that neither blocks nor 16 bytes divide.
 TF32_CASES = (
     images("c8", 3, 8, 5, 4, 8, 3, 3),
     images("c8_to_24", 2, 8, 4, 5, 24, 3, 2, bias=False),
@@ -203,7 +204,7 @@ def test_tf32_other_channels_run_on_the_general_kernels(channels: tuple[int, int
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("case", [CASES[0], CASES[-6]], ids=lambda case: case.id)
 def test_exact_float32_runs_on_the_general_kernels(case: Case, launches: list[str]) -> None:
-    """PyTorch's switch decides."""
+    """PyTorch's switch decides between the kernels."""
     torch.backends.cudnn.allow_tf32 = False
     case.check(torch.float32)
     assert set(launches) >= GENERAL
@@ -213,7 +214,7 @@ def test_exact_float32_runs_on_the_general_kernels(case: Case, launches: list[st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 def test_nan_and_infinity_stay_where_they_belong(images: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """A zero that TMA fills in is no element of the image: what lies beside it must not be multiplied."""
+    """A zero that TMA fills in is not an element of the image: its neighbour must not be multiplied in its place."""
     draw = DRAW[dtype]
     x = draw(2, 16, 4, 4, dtype=dtype, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
@@ -242,7 +243,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str, images: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """What is not dense channels-last is made so first; the output's gradient too."""
+    """Tensors that are not dense channels-last are copied first, the output gradient too."""
     draw, change = DRAW[dtype], LAYOUTS[layout]
     x, w = (change(draw(*shape, dtype=dtype, grad=False)).detach() for shape in ((3, 16, 5, 4), (32, 16, 3, 3)))
     with tables.override(IMAGES=images, IMAGES_WGRAD=1):
@@ -278,7 +279,7 @@ def test_output_in_nchw(images: int, dtype: torch.dtype, launches: list[str]) ->
 @pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 160, 192, 256, 384])
 @pytest.mark.parametrize("c", [16, 48, 64, 96, 256])
 def test_configurations_fit(c: int, k: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks tile the channels they must tile exactly, within what one multiprocessor of an H100 can hold."""
+    """Blocks divide the channels where they must, and fit on one SM of an H100."""
     monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(rules, "tuned", lambda device, key: {})
     shared, itemsize, device = 227 * 1024, dtype.itemsize, torch.device(DEVICE)

@@ -16,7 +16,7 @@ from ...oracle import DTYPES, assert_within_tolerance, check, dtype_id, each_wit
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block; ``why`` says what it is here for."""
+    """A block; ``why`` says why the case is here."""
 
     why: str
     x: tuple[int, int, int, int] = (2, 3, 13, 11)
@@ -46,9 +46,9 @@ CASES = (
 @pytest.mark.parametrize(("case", "dtype"), each_with_dtypes(CASES))
 @pytest.mark.usefixtures("small_tiles")
 def test_exact_on_integers(case: Case, dtype: torch.dtype) -> None:
-    """Small integers: every sum is exact in every dtype and ties are many, so results must be equal, bit for bit.
+    """Sums of small integers are exact in every dtype and ties are frequent, so results must be equal bit for bit.
 
-    Of one sign in the filter so that sums stay below 256, the last integer that bfloat16 counts to.
+    Inputs and filters lie in [-1, 1], so sums stay below 256: bfloat16 holds no larger integers exactly.
     """
     x = integers(*case.x, dtype=dtype, high=1)
     w = integers(*case.w, dtype=dtype, high=1)
@@ -67,7 +67,7 @@ def test_exact_on_integers(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.why)
 @pytest.mark.usefixtures("small_tiles")
 def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
-    """Half types are left to the exact test: where rounding makes a tie, float64 has none and points elsewhere."""
+    """Dtypes are float32 and float64: where half precision rounds to a tie, float64 has none and takes another position."""
     tensors = [
         randn(*case.x, dtype=dtype),
         randn(*case.w, dtype=dtype),
@@ -108,7 +108,7 @@ def test_the_unpooled_activation_is_not_kept() -> None:
 
 
 def test_an_output_can_be_changed_in_place() -> None:
-    """Nothing of it is needed for the gradient, as in PyTorch."""
+    """The backward pass does not read the output, as in PyTorch."""
     x, w = integers(2, 3, 9, 9, dtype=torch.float32), integers(4, 3, 3, 3, dtype=torch.float32)
     ours, theirs = (
         torch.autograd.grad(block(x, w, pool_kernel_size=3, pool_stride=2).mul_(3).sum(), (x, w))
@@ -121,7 +121,7 @@ def test_an_output_can_be_changed_in_place() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.usefixtures("small_tiles")
 def test_output_format(dtype: torch.dtype) -> None:
-    """The same bits in either memory format, whatever the gradient's; and positions in the output's own."""
+    """Both memory formats have the same bits, for any format of the gradient; positions have the output's format."""
     x, w, b = (integers(*shape, dtype=dtype, high=1) for shape in ((2, 3, 13, 11), (6, 3, 3, 3), (6,)))
     results = []
     for output_format in (None, torch.channels_last, torch.contiguous_format):
@@ -149,14 +149,14 @@ GRADIENTS = {
     "input": ["_max_pool2d_dgrad_kernel", "_conv2d_dgrad_kernel"],
     "weight": ["_max_pool2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"],
     "bias": ["_max_pool2d_dgrad_kernel", "_sum_parts_kernel"],
-    # The sums of the bias are taken by the launch that sums the parts of the weight's gradient.
+    # The launch that sums the parts of the weight gradient also sums the bias gradient.
     "all": ["_max_pool2d_dgrad_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_sum_parts_kernel"],
 }
 
 
 @pytest.mark.parametrize("wanted", GRADIENTS)
 def test_only_what_is_asked_for_is_launched(wanted: str, launches: list[str]) -> None:
-    """The pool's kernel gives the gradient before the ReLU and the bias's sums in one pass."""
+    """The pool's kernel computes the gradient before the ReLU and the bias's partial sums in one pass."""
     shapes = {"input": (2, 3, 9, 9), "weight": (4, 3, 3, 3), "bias": (4,)}
     tensors = {name: randn(*shape, dtype=torch.float32, grad=wanted in (name, "all")) for name, shape in shapes.items()}
     y = kernels.conv2d_relu_max_pool2d(**tensors, pool_kernel_size=3, pool_stride=2)
@@ -169,7 +169,7 @@ def test_only_what_is_asked_for_is_launched(wanted: str, launches: list[str]) ->
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("pool", [{"pool_kernel_size": 3, "pool_stride": 2}, {"pool_kernel_size": 5, "pool_stride": 2}])
 def test_the_bias_gradient_is_the_sum_of_what_reaches_the_relu(pool: dict) -> None:
-    """By the kernel that writes its windows out, and by the one for larger windows."""
+    """The kernel with unrolled windows computes it, and so does the one for larger windows."""
     x, w = integers(3, 1, 17, 15, dtype=torch.float16, high=1), integers(5, 1, 3, 3, dtype=torch.float16, high=1)
     b = torch.zeros(5, dtype=torch.float16, device=DEVICE, requires_grad=True)
     z = torch.nn.functional.conv2d(x, w, b)

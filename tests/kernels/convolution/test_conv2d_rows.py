@@ -1,6 +1,6 @@
-"""A strided first layer in TF32, in the ways that people train one: what is saved, what is wanted, what is differentiated.
+"""A strided first layer in TF32 in training: what it saves, which gradients it computes, higher derivatives, compilation.
 
-Integers, whose products and sums TF32 rounds nowhere: results are those of PyTorch's own operations bit for bit.
+TF32 rounds no products or sums of small integers, so results equal those of PyTorch's own operations bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FUSED = "_conv2d_rows_pool_kernel"
 
 
 def tensors(n: int = 3, h: int = 31, w: int = 35, k: int = 16) -> list[Tensor]:
-    """Images, and a weight and a bias that want gradients."""
+    """Images, and a weight and a bias that require gradients."""
     x, weight, bias = (integers(*s, dtype=torch.float32, high=1) for s in ((n, 1, h, w), (k, 1, 11, 11), (k,)))
     return [x.detach(), weight, bias]
 
@@ -46,7 +46,7 @@ def reference(*given: Tensor | None) -> Tensor:
 
 
 def ones(y: Tensor) -> Tensor:
-    """A gradient of y, of -1, 0 and 1."""
+    """An output gradient of -1, 0 and 1."""
     return (torch.arange(y.numel(), device=DEVICE) % 3 - 1).view(y.shape).to(y.dtype)
 
 
@@ -61,7 +61,7 @@ def assert_all_equal(ours, theirs) -> None:
 
 # ------------------------------------------------------------------------------------------------- without the pool
 
-#: Batch, channels, rows, columns, filters, filter rows and columns, stride, padding: rows of whole 16 bytes, and not.
+#: Batch, channels, rows, columns, filters, filter rows and columns, stride, padding: image rows of whole 16 bytes, and not.
 ALONE = {
     "alexnet": (5, 1, 27, 31, 96, 11, 11, 4, 1),
     "one_image": (1, 1, 19, 24, 16, 11, 11, 4, 2),
@@ -102,7 +102,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str, launches: list[str]) -> None:
-    """Of images with rows of whole 16 bytes, which are read where they are if they can be, and of the weight."""
+    """Layouts of images with rows of whole 16 bytes, which the kernel reads in place if it can, and of the weight."""
     x, w, b = tensors(w=32)
     x, w = LAYOUTS[layout](x), LAYOUTS[layout](w.detach()).requires_grad_()
     ours, theirs = block(x, w, b), reference(x, w, b)
@@ -113,7 +113,7 @@ def test_any_layout(layout: str, launches: list[str]) -> None:
 
 @pytest.mark.parametrize("column", [0, 9, 14, 15, 26])
 def test_a_nan_pixel_reaches_what_is_multiplied_by_the_zeros_beside_a_filter(column: int) -> None:
-    """Filter rows of 11 columns are 16 long here: from a multiple of 4 at or before the first one on."""
+    """Filter rows of 11 columns are padded with zeros to 16, from a multiple of 4 at or before the first column."""
     x, w, _ = tensors(1, 31, 32)
     x[0, 0, 13, column] = torch.nan
     y = kernels.conv2d(x, w, None, **GEOMETRY)[0, 0]
@@ -129,7 +129,7 @@ def test_a_nan_pixel_reaches_what_is_multiplied_by_the_zeros_beside_a_filter(col
 
 
 def test_a_nan_outside_of_every_filter_row_reaches_nothing() -> None:
-    """Seven rows of pixels end at row 33 of 35."""
+    """The filters of the seventh output row end at image row 33 of 35."""
     x, w, b = tensors(2, 35, 48)
     x[:, :, 34:] = torch.nan
     y = kernels.conv2d(x, w, b, **GEOMETRY)
@@ -146,14 +146,14 @@ def test_only_what_is_wanted(wanted: str, has_bias: bool, launches: list[str]) -
     named = {"input": x, "weight": w, "bias": b if has_bias else None}
     leaves = [t.requires_grad_() for name, t in named.items() if name in wanted and t is not None]
     if not leaves:
-        pytest.skip("a bias that is not there")
+        pytest.skip("there is no bias")
     ours, theirs = (run(x, w, named["bias"]) for run in (block, reference))
     assert FUSED in launches
     launches.clear()
     assert torch.equal(ours, theirs)
     assert_all_equal(gradients(ours, leaves), gradients(theirs, leaves))
     assert ("_conv2d_rows_wgrad_kernel" in launches) == ("weight" in wanted)
-    # Only the gradient of the input reads an unpooled one.
+    # Only the input gradient reads the unpooled gradient.
     assert ("_max_pool2d_dgrad_kernel" in launches) == ("input" in wanted or wanted == "bias")
 
 
@@ -163,7 +163,7 @@ def saved_storages(y: Tensor) -> set[int]:
 
 @pytest.mark.parametrize("images_want_a_gradient", [False, True])
 def test_what_is_saved(images_want_a_gradient: bool) -> None:
-    """Cells with the batch innermost in place of the images; beside them where a gradient of the gradient leads there."""
+    """Cells with the batch innermost replace the images; the images are saved too where they require a gradient."""
     x, w, b = tensors(w=32)
     x.requires_grad_(images_want_a_gradient)
     y = block(x, w, b)
@@ -179,7 +179,7 @@ def test_a_frozen_weight_saves_no_cells(launches: list[str]) -> None:
 
 
 def test_images_are_freed_and_their_memory_may_change() -> None:
-    """Where nothing leads to the images the backward pass does not read them."""
+    """The backward pass does not read images that require no gradient."""
     x, w, b = tensors()
     ours, theirs = block(x, w, b), reference(x, w, b)
     expected = gradients(theirs, [w, b])
@@ -190,7 +190,7 @@ def test_images_are_freed_and_their_memory_may_change() -> None:
 
 
 def test_images_that_want_a_gradient_and_change_are_an_error() -> None:
-    """As in PyTorch: the images are saved then."""
+    """PyTorch saves such images, too."""
     x, w, b = tensors()
     images = x.requires_grad_() * 1
     for run in (block, reference):
@@ -243,7 +243,7 @@ def test_saved_on_the_host() -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["tf32_then_exact", "exact_then_tf32"])
 @pytest.mark.parametrize("wanted", ["weight", "all"])
 def test_the_switch_changes_between_forward_and_backward(before: bool, wanted: str, launches: list[str]) -> None:
-    """What was saved for one way is read by the other; in the first case the images are taken out of the cells again."""
+    """Each way reads what the other one saved; in the first case the images are taken out of the saved cells."""
     x, w, b = tensors(h=33, w=36)  # the last rows and columns are in no cell
     leaves = [w, b] if wanted == "weight" else [x.requires_grad_(), w, b]
     expected = gradients(reference(x, w, b), leaves)
@@ -288,7 +288,7 @@ def test_autocast_off_inside_of_autocast(launches: list[str]) -> None:
 @own_devices
 @pytest.mark.parametrize("images_want_a_gradient", [False, True])
 def test_gradient_penalty(images_want_a_gradient: bool, launches: list[str]) -> None:
-    """The norm of the weight's gradient, or of the images': by PyTorch's operations, from cells or from images."""
+    """PyTorch's operations compute the squared norm of the gradients, also of the images', from cells or images."""
     results = []
     x, w, b = tensors()
     x.requires_grad_(images_want_a_gradient)
@@ -306,7 +306,7 @@ def test_gradient_penalty(images_want_a_gradient: bool, launches: list[str]) -> 
 @own_devices
 @pytest.mark.parametrize("images_want_a_gradient", [False, True])
 def test_func_grad_of_grad(images_want_a_gradient: bool) -> None:
-    """Under a transform of torch.func images that want nothing are saved all the same."""
+    """A transform of torch.func saves even images that require no gradient."""
     x, w, b = tensors(1, 19, 23)
     argnums = (0, 1) if images_want_a_gradient else (1,)
     results = []
@@ -324,7 +324,7 @@ def test_func_grad_of_grad(images_want_a_gradient: bool) -> None:
 
 
 def network() -> nn.Module:
-    """A first layer and one that descriptors run, of small integers."""
+    """A first layer, and a layer that runs through descriptors, with small integers as parameters."""
     net = nn.Sequential(
         nn.Conv2d(1, 16, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
     ).to(DEVICE)
@@ -337,7 +337,7 @@ def network() -> nn.Module:
 @own_devices
 @pytest.mark.parametrize("backend", ["aot_eager", BACKEND], ids=["aot_eager", "own"])
 def test_compiled(backend, launches: list[str]) -> None:
-    """Dynamo cannot ask PyTorch's switches, so compiled code keeps images, and takes its gradients from them."""
+    """Dynamo cannot read PyTorch's switches, so compiled code saves the images and computes its gradients from them."""
     torch._dynamo.reset()
     net, (x, *_) = network(), tensors()
     compiled = torch.compile(net, fullgraph=True, backend=backend)

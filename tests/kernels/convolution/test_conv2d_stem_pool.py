@@ -1,6 +1,6 @@
-"""The first layer's convolution with its ReLU and pool in one kernel, against the two kernels and against PyTorch.
+"""The first layer's convolution, ReLU and pool in one kernel, against the separate kernels and against PyTorch.
 
-In half precision from cells, in TF32 row by row from the images.
+In half precision the kernel reads cells (space-to-depth); in TF32 it reads the images row by row.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ pytestmark = [hopper, pytest.mark.usefixtures("tf32")]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POOL = {"pool_kernel_size": 3, "pool_stride": 2}
-#: What runs: the fused forward pass, the convolution alone, the gradient of the weight.
+#: The kernels that run: the fused forward pass, the convolution alone, the weight gradient.
 OF_HALF = ["_space_to_depth_kernel", "_fold_filter_kernel", "_conv2d_stem_pool_kernel"]
 OF_TF32 = ["_fold_filter_kernel", "_conv2d_rows_pool_kernel"]
 FPROP = {torch.float16: OF_HALF, torch.bfloat16: OF_HALF, torch.float32: OF_TF32}
 CONVOLUTION = {d: "_conv2d_rows_kernel" if d == torch.float32 else "_conv2d_stem_kernel" for d in DTYPES}
 WGRAD = {d: "_conv2d_rows_wgrad_kernel" if d == torch.float32 else "_conv2d_stem_wgrad_kernel" for d in DTYPES}
-#: The same with the pool's gradient.
+#: The weight gradient with the pool's gradient fused into it.
 POOL_WGRAD = {d: WGRAD[d] if d == torch.float32 else "_conv2d_stem_pool_wgrad_kernel" for d in DTYPES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A block of 11 x 11 filters, 4 apart, and configuration values forced for it; ``why`` says what it is for."""
+    """A block with 11 x 11 filters at stride 4, and configuration values forced for it; ``why`` says what the case tests."""
 
     why: str
     n: int
@@ -62,17 +62,17 @@ class Case:
         return {"stride": 4, "padding": self.padding, **POOL}
 
     def fuses_wgrad(self, dtype: torch.dtype) -> bool:
-        """Whether the gradient of the weight takes the pool's along: in half precision where pixels come in blocks of 2 x 2."""
+        """Whether the weight gradient includes the pool's: in half precision only for even rows and columns of pixels."""
         rows, columns = ((size + 2 * self.padding - 11) // 4 + 1 for size in (self.h, self.w))
         return dtype == torch.float32 or (rows % 2 == columns % 2 == 0 and self.k % 16 == 0)
 
     def tensors(self, make, dtype: torch.dtype) -> list[Tensor | None]:
-        """Input, weight, bias."""
+        """Input, weight and bias (or None), drawn by ``make``."""
         x = make(self.n, self.c, self.h, self.w, dtype=dtype, grad=False)
         return [x, make(self.k, self.c, 11, 11, dtype=dtype), make(self.k, dtype=dtype) if self.bias else None]
 
 
-# A convolution of 4 * i - 1 + 2 * padding rows has i - 2 rows of output with padding 1.
+# With padding 1, images of 4 * i - 1 rows give i - 2 rows of convolution output.
 CASES = (
     Case("one_image", 1, 1, 31, 27, 16),
     Case("one_window", 2, 1, 17, 17, 16, padding=1),
@@ -100,9 +100,9 @@ CASES = (
     Case("batch_33", 33, 1, 17, 19, 8, tiles={"SPLIT": 4}),
     Case("last_pixels_unseen", 2, 1, 36, 34, 72),
 )
-#: Of which the gradient of the weight takes the pool's along in every dtype.
+#: A case whose weight gradient includes the pool's in every dtype.
 PAIRS = next(case for case in CASES if case.why == "pairs_ragged_images")
-#: Of three channels the filters in TF32 leave no room in shared memory.
+#: The TF32 filters of three channels leave no room in shared memory.
 EACH = [
     pytest.param(case, dtype, id=f"{case.id}-{dtype_id(dtype)}")
     for case in CASES
@@ -111,13 +111,13 @@ EACH = [
 ]
 
 
-#: What a block runs as; by images whatever their number.
+#: Configuration values for the fused kernel and for separate kernels; both use the weight gradient over images for any batch.
 FUSED, SEPARATE = {"IMAGES_WGRAD": 1}, {"IMAGES_WGRAD": 1, "FUSED": 0}
 
 
 @contextlib.contextmanager
 def configured(case: Case, way: dict[str, int]) -> Iterator[None]:
-    """With the case's configuration, one of the two ways."""
+    """Use the case's configuration in one of the two ways (:data:`FUSED`, :data:`SEPARATE`), inside the block."""
     with tables.override(**case.tiles | way), pytest.MonkeyPatch.context() as patch:
         if way is SEPARATE:
             patch.setattr(select, "conv2d_rows_pool_fused", lambda *_: False)
@@ -125,19 +125,19 @@ def configured(case: Case, way: dict[str, int]) -> Iterator[None]:
 
 
 def run(case: Case, tensors: list[Tensor | None], way: dict[str, int], **arguments) -> Tensor:
-    """The block, fused or by two kernels."""
+    """The block's output, fused or by separate kernels."""
     with configured(case, way):
         return kernels.conv2d_relu_max_pool2d(*tensors, **case.arguments, **arguments)
 
 
 def gradients(case: Case, output: Tensor, leaves: list[Tensor], grad: Tensor, way: dict[str, int]) -> tuple[Tensor, ...]:
-    """Of the ``leaves``, fused or by two kernels."""
+    """The gradients of ``leaves``, fused or by separate kernels."""
     with configured(case, way):
         return torch.autograd.grad(output, leaves, grad)
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are the same, in memory too; NaN is NaN, and -0.0 is 0.0."""
+    """Whether two tensors have equal values, strides and dtype; NaN equals NaN, and -0.0 equals 0.0."""
     equal = torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(0.0), theirs.nan_to_num(0.0))
     return equal and ours.stride() == theirs.stride() and ours.dtype == theirs.dtype
 
@@ -150,7 +150,7 @@ def positions(output: Tensor) -> Tensor:
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 @pytest.mark.parametrize("make", [randn, integers])
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
-    """Bit for bit, in both memory formats; integers make ties, and every third filter is dead then."""
+    """They are bit-identical in both memory formats. Integers make ties, and then every third filter is dead."""
     tensors = case.tensors(make, dtype)
     if make is integers and case.bias:
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: 
 
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
-    """Sums of small integers are exact in any order: the gradients must be those of the reference, bit for bit."""
+    """Sums of small integers are exact in any order, so the gradients must equal the reference's bit for bit."""
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     leaves = [t for t in (w, b) if t is not None]
     results = []
@@ -192,7 +192,7 @@ def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launche
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (17, 20), (18, 25), (30, 38)])
 def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int, dtype: torch.dtype) -> None:
-    """An image of one pixel that is 1: each element of the weight's gradient is that of one pixel before the activation."""
+    """The image is one pixel of value 1, so each element of the weight gradient is the gradient of one convolution output."""
     case = Case("", 1, 1, 31, 39, 32)
     x = torch.zeros(1, 1, 31, 39, dtype=dtype, device=DEVICE)
     x[0, 0, row, column] = 1
@@ -215,7 +215,7 @@ def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int
 
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
-    """Each window of the reference takes the pixel that ours took: where rounding makes a tie, float64 has none."""
+    """The reference's windows take the pixels that ours took: a tie that is due to rounding is none in float64."""
     draw = tf32_numbers if dtype == torch.float32 else randn
     x, w, b = case.tensors(draw, dtype)
     y = run(case, [x, w, b], FUSED)
@@ -231,7 +231,7 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
         values = z.flatten(2).gather(2, taken.flatten(2)).view(y.shape)
         return torch.where(where == no_gradient(torch.uint8), torch.zeros_like(values), values)
 
-    # Where windows overlap a pixel's gradient is a sum, which TF32 may not hold.
+    # Where windows overlap, a pixel's gradient is a sum, which TF32 may not hold exactly.
     rounded = dtype == torch.float32 and not INTERPRETED
     with configured(case, FUSED):
         check(lambda w, b: run(case, [x, w, b], FUSED), block, [w, b], names="weight bias", tf32=rounded, draw=draw)
@@ -239,10 +239,11 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
-    """NaN reaches every window that sees it and the last NaN of a window is what it points at, as in PyTorch.
+    """NaN reaches every window that contains it, and the saved position is that of the window's last NaN, as in PyTorch.
 
-    In TF32 one such pixel reaches a few outputs beside, of either way: see test_conv2d_rows.py. There only an image whose whole
-    rows are NaN is compared with PyTorch.
+    In TF32 such a pixel also reaches a few neighbouring outputs, fused or not: see test_conv2d_rows.py. So in TF32 only an
+        image
+    with a whole row of NaN is compared with PyTorch.
     """
     case = Case("", 3, 1, 39, 31, 16)
     x, w, b = case.tensors(randn, dtype)
@@ -303,7 +304,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype, launches: list[str]) -> None:
-    """Of the forward kernel's output, from the positions and cells that it saved: exact on integers."""
+    """The output gradient has any layout, with the positions and cells that the forward pass saved; exact on integers."""
     case = Case("", 3, 1, 31, 39, 16)
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
@@ -328,7 +329,8 @@ def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, lau
     grad = integers(*ours.shape, dtype=dtype, high=1, grad=False)
     for mine, other in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
-    # In half precision the weight's gradient reads what the input's has to have, the unpooled gradient.
+    # In half precision the unpooled gradient is computed where the input's gradient needs it; the weight's gradient then reads
+    # it.
     fused = "weight" in wanted and (dtype == torch.float32 or "input" not in wanted)
     assert (POOL_WGRAD[dtype] in launches) == fused
     assert ("_max_pool2d_dgrad_kernel" in launches) == ("input" in wanted or wanted == "bias")
@@ -371,7 +373,7 @@ def test_other_blocks_run_as_before(changed: str, dtype: torch.dtype, launches: 
 
 
 def test_three_channels_in_tf32_run_as_two_kernels(launches: list[str]) -> None:
-    """A pixel's rows and the filters do not fit shared memory."""
+    """The rows of one pixel and the filters do not fit in shared memory."""
     case = next(case for case in CASES if case.c == 3)
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), torch.float32)
     ours, theirs = run(case, [x, w, b], FUSED), conv2d_relu_max_pool2d_reference(x, w, b, **case.arguments)
@@ -401,7 +403,7 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 192])
 @pytest.mark.parametrize("fold", [48, 144])
 def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within what one multiprocessor of an H100 can hold; for one channel twice, so that programs overlap."""
+    """Configurations fit on one SM of an H100; with one channel two programs fit, so that they overlap."""
     for module in (rules, stem_rules):
         monkeypatch.setattr(module, "INTERPRETED", False)
         monkeypatch.setattr(module, "tuned", lambda device, key: {})
@@ -426,7 +428,7 @@ def test_configurations_fit(fold: int, k: int, batch: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("k", [16, 48, 64, 96, 128, 192])
 @pytest.mark.parametrize("positions", [16, 48])
 def test_configurations_in_tf32_fit(positions: int, k: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All filters of a block and the rows of two pixels in shared memory, a window's keys of 8 bytes in registers."""
+    """A block's filters and the rows of two pixels fit in shared memory, and a window's 8-byte keys fit in registers."""
     monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(rules, "tuned", lambda device, key: {})
     device, r = torch.device(DEVICE), 11
@@ -438,7 +440,7 @@ def test_configurations_in_tf32_fit(positions: int, k: int, batch: int, monkeypa
         assert fits or not rules.conv2d_rows_pool_fused(positions, k, r)
         assert positions % tiles["BLOCK_K"] == 0
         assert 1 <= tiles["COLUMNS"] <= 26
-        # The sum, and two keys of an int64 each.
+        # The accumulator and two int64 keys.
         assert tiles["BLOCK_M"] * filters * 5 / (32 * tiles["num_warps"]) <= (64 if narrow else 128)
     for pooled, narrow in ((False, False), (True, False), (True, True)):
         tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k, pooled, narrow)

@@ -1,4 +1,4 @@
-"""TF32's own rounding, and what convolutions in TF32 do otherwise than in half precision: copies with the batch innermost."""
+"""The suite's rounding to TF32, and what only convolutions in TF32 do: copies with the batch innermost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("tf32")
 
 
 def test_rounding_and_truncation() -> None:
-    """Of 10 mantissa bits a unit is 2^-10 just above 1; of a tie the number away from zero is taken."""
+    """With 10 mantissa bits the unit just above 1 is 2^-10; ties are rounded away from zero."""
     unit, tiny = 2.0**-10, 2.0**-23
     above = {1.0: 1.0, 1 + unit / 2 - tiny: 1.0, 1 + unit / 2: 1 + unit, 1 + 3 * unit / 2: 1 + 2 * unit, 2 - tiny: 2.0}
     for sign in (1.0, -1.0):
@@ -40,12 +40,12 @@ def test_rounding_and_truncation() -> None:
     assert (truncate(numbers).abs() <= numbers.abs()).all()
     assert ((round_to_tf32(numbers) - numbers) / numbers).abs().max() <= TF32_EPS / 2
     assert torch.equal(truncate(round_to_tf32(numbers)), round_to_tf32(numbers))
-    # Of bfloat16 a float32 has the upper half.
+    # bfloat16 is the upper half of a float32.
     assert torch.equal(truncate(numbers.bfloat16().float(), 16), numbers.bfloat16().float())
 
 
 class _Multiplied(torch.autograd.Function):
-    """A convolution whose passes multiply rounded operands: a model of what the tensor cores do."""
+    """A convolution that multiplies rounded operands in its passes: a model of the tensor cores."""
 
     @staticmethod
     def forward(ctx, x, w, b, roundings):
@@ -63,7 +63,7 @@ class _Multiplied(torch.autograd.Function):
 
 
 PASSES = ("output", "input", "weight")
-#: Input and weight: a few products, and as many as of AlexNet's largest sums.
+#: Shapes of input and weight: sums of a few products, and sums as long as AlexNet's largest.
 SHAPES = (((3, 16, 5, 4), (32, 16, 3, 3)), ((2, 256, 12, 12), (24, 256, 3, 3)), ((33, 24, 6, 5), (40, 24, 3, 3)))
 
 
@@ -83,7 +83,7 @@ def _check_model(roundings: dict[str, Callable[[Tensor], Tensor]], shapes: tuple
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("rounding", [truncate, round_to_tf32], ids=["truncated", "rounded"])
 def test_products_of_tf32_operands_obey_the_rule(rounding, shapes, seed: int) -> None:
-    """The tensor core's truncation, and a compiler's rounding."""
+    """Operands are truncated, as tensor cores do, or rounded, as a compiler does."""
     torch.manual_seed(seed)
     _check_model(dict.fromkeys(PASSES, rounding), shapes)
 
@@ -93,7 +93,7 @@ def test_products_of_tf32_operands_obey_the_rule(rounding, shapes, seed: int) ->
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 @pytest.mark.parametrize("which", PASSES)
 def test_products_of_bfloat16_operands_do_not(which: str, shapes, seed: int) -> None:
-    """In one of the three passes alone."""
+    """Only one of the three passes has bfloat16 operands."""
     torch.manual_seed(seed)
     roundings = dict.fromkeys(PASSES, truncate) | {which: lambda t: truncate(t, 16)}
     message = "^output: error" if which == "output" else f"^gradient of {which}: error"
@@ -103,7 +103,7 @@ def test_products_of_bfloat16_operands_do_not(which: str, shapes, seed: int) -> 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's own products must be exact in the model")
 def test_a_bias_has_no_tf32_in_it() -> None:
-    """Its gradient is a sum, and is held to float32's tolerance."""
+    """The bias gradient is a sum, and is held to float32's tolerance."""
 
     class Rough(_Multiplied):
         @staticmethod
@@ -123,7 +123,7 @@ def test_a_bias_has_no_tf32_in_it() -> None:
         )
 
 
-#: Shapes of input and weight, stride, configuration values, a kernel that runs: descriptors, a first layer, the general ones.
+#: Shapes of input and weight, stride, configuration values, a kernel that must run: by descriptors, first layer, general.
 KERNELS = {
     "images": ((19, 32, 6, 5), (48, 32, 3, 3), 1, {"IMAGES": 1}, "_conv2d_images_kernel"),
     "box": ((3, 32, 6, 5), (48, 32, 3, 3), 1, {"IMAGES": 0}, "_conv2d_box_kernel"),
@@ -134,10 +134,10 @@ KERNELS = {
 
 @pytest.mark.parametrize("case", KERNELS)
 def test_the_kernels_obey_the_rule(case: str, launches: list[str]) -> None:
-    """On a GPU and in the semantics of the IR, where TF32 rounds; in the interpreter products are exact."""
+    """On a GPU and in the semantics of the IR, products are rounded to TF32; in the interpreter they are exact."""
     x_shape, w_shape, stride, tiles, kernel = KERNELS[case]
     if DEVICE == "cuda" and kernel != "_conv2d_fprop_kernel" and torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("descriptors are Hopper's and Blackwell's")
+        pytest.skip("descriptors need Hopper or Blackwell")
     tensors = [randn(*shape, dtype=torch.float32) for shape in (x_shape, w_shape, w_shape[:1])]
     with tables.override(IMAGES_WGRAD=1, **tiles):
         output = check(
@@ -159,7 +159,7 @@ def test_the_kernels_obey_the_rule(case: str, launches: list[str]) -> None:
 @hopper
 @pytest.mark.parametrize(("wanted", "copies"), [("weight", 1), ("input", 1), ("input weight", 1), ("bias", 0)])
 def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> None:
-    """The filters for the input's gradient in a launch of their own; both operands of the weight's in the input's if any."""
+    """A launch copies the filters for the input gradient, and also the weight gradient's operands if both are computed."""
     copied: list[bool] = []
 
     def note(kernel, grid, arguments):
@@ -182,7 +182,7 @@ def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> N
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 17, 65])
 def test_copies_of_ragged_batches(batch: int, images: int, int64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles to copy than programs, and fewer; rows of the copy are whole 16 bytes, so of more images than there are."""
+    """There are more tiles to copy than programs, or fewer. Rows of a copy are padded to 16 bytes, so beyond the last image."""
     monkeypatch.setattr(launch, "force_int64", int64)
     r, h, w = (2, 3, 4) if batch < 65 else (1, 1, 2)
     for c, k in ((16, 144), (144, 16)):
@@ -198,7 +198,7 @@ def test_copies_of_ragged_batches(batch: int, images: int, int64: bool, monkeypa
                 )
 
 
-#: Channels, filter columns, BLOCK_N and BLOCK_N2: S * C columns of one filter row in blocks whose last is ragged.
+#: Channels, filter columns, BLOCK_N and BLOCK_N2: S * C columns of one filter row, in blocks of which the last is ragged.
 FOLDED = [(16, 3, 32, 0), (16, 5, 64, 32), (48, 3, 64, 32), (16, 3, 16, 16), (32, 2, 64, 0), (16, 3, 128, 0)]
 
 
@@ -209,12 +209,12 @@ FOLDED = [(16, 3, 32, 0), (16, 5, 64, 32), (48, 3, 64, 32), (16, 3, 16, 16), (32
 def test_folded_columns(
     folded: tuple[int, int, int, int], batch: int, padding, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:
-    """The weight gradient with all filter columns of one row as channels, split and not."""
+    """The weight gradient folds all filter columns of one row into the channels, with and without a split."""
     c, s, block_n, block_n2 = folded
     for split in (1, 3):
         config = {"POSITIONS": 1, "FOLDED": 1, "BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 16}
         config |= {"num_warps": 4, "num_stages": 1, "SPLIT": split}
-        for module in modules():  # wherever it was imported
+        for module in modules():  # every module that imported it
             if "conv2d_by_batch_wgrad_config" in vars(module):
                 monkeypatch.setattr(module, "conv2d_by_batch_wgrad_config", lambda *_, config=config: dict(config))
         tensors = [tf32_numbers(batch, c, 4, 5), tf32_numbers(48, c, 3, s)]
@@ -230,7 +230,7 @@ def test_folded_columns(
 
 @hopper
 def test_a_configuration_for_other_channels_writes_nothing_outside(launches: list[str]) -> None:
-    """BLOCK_N and BLOCK_N2 that do not divide the channels are replaced, whatever asked for them."""
+    """BLOCK_N and BLOCK_N2 that do not divide the channels are replaced, wherever they come from."""
     tensors = [tf32_numbers(3, 16, 4, 4), tf32_numbers(80, 16, 3, 3)]
     for tiles in ({"BLOCK_N": 32, "BLOCK_N2": 16}, {"BLOCK_N": 16, "BLOCK_N2": 16, "POSITIONS": 2}):
         with tables.override(FOLDED=0, IMAGES_WGRAD=1, **tiles):
@@ -261,7 +261,7 @@ def test_two_runs_give_the_same_bits(images: int) -> None:
 
 @hopper
 def test_an_empty_batch(launches: list[str]) -> None:
-    """As PyTorch: an empty output, gradients of zero."""
+    """The output is empty and gradients are zero, as in PyTorch."""
     x, w, b = (integers(*s, dtype=torch.float32) for s in ((0, 16, 5, 4), (32, 16, 3, 3), (32,)))
     y = kernels.conv2d(x, w, b, padding=1, activation="relu")
     dx, dw, db = torch.autograd.grad(y, (x, w, b), torch.ones_like(y))

@@ -1,4 +1,4 @@
-"""Convolutions in a row: the second takes the gradient of the first one's ReLU, and sums it, on its way."""
+"""Linked convolutions: the second one's backward pass applies the first one's ReLU mask and sums the bias gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Second = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def convolution(**arguments) -> tuple[Second, Second]:
-    """The operation and its reference."""
+    """A convolution with ReLU as the second of two, and its reference."""
 
     def reference(y, w, b, _):
         return F.relu(F.conv2d(y, w, b, **arguments))
@@ -29,7 +29,7 @@ def convolution(**arguments) -> tuple[Second, Second]:
 
 
 def block(**arguments) -> tuple[Second, Second]:
-    """The same with a pool."""
+    """A convolution with ReLU and pool as the second of two, and its reference."""
 
     def reference(y, w, b, _):
         return F.max_pool2d(F.relu(F.conv2d(y, w, b, **arguments)), 3, 2)
@@ -40,7 +40,7 @@ def block(**arguments) -> tuple[Second, Second]:
     return ours, reference
 
 
-#: What comes second, the batch, and configuration values; 16 channels in, 32 between, 48 out, filters of 3 x 3.
+#: The second operation, the batch, configuration values. 16 channels in, 32 between, 48 out; 3 x 3 filters.
 CASES = {
     "images": (convolution(padding=1), 19, {"IMAGES": 1, "BLOCK_M": 16, "BLOCK_N": 16}),
     "images_two_filter_blocks": (convolution(padding=1), 3, {"IMAGES": 1, "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_N2": 16}),
@@ -58,12 +58,12 @@ CASES = {
 
 
 def units(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """-1, 0 and 1: both convolutions' sums are exact in every dtype, so that no rounding moves a ReLU or a pool's maximum."""
+    """-1, 0 and 1: sums of both convolutions are exact in every dtype, so no rounding moves a ReLU or a pool's maximum."""
     return integers(*shape, dtype=dtype, high=1, grad=grad)
 
 
 def tensors(n: int, dtype: torch.dtype, make: Callable[..., Tensor] = randn) -> list[Tensor]:
-    """Input, and weight and bias of two convolutions."""
+    """The input, and the weights and biases of two convolutions."""
     shapes = ((n, 16, 5, 3), (32, 16, 3, 3), (32,), (48, 32, 3, 3), (48,))
     return [make(*shape, dtype=dtype) for shape in shapes]
 
@@ -73,7 +73,7 @@ def tensors(n: int, dtype: torch.dtype, make: Callable[..., Tensor] = randn) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients(case: str, dtype: torch.dtype, tf32: bool, launches: list[str]) -> None:
     if tf32 and dtype != torch.float32:
-        pytest.skip("TF32 is of float32")
+        pytest.skip("TF32 applies to float32 only")
     torch.backends.cudnn.allow_tf32 = tf32
     (second, reference), n, tiles = CASES[case]
 
@@ -93,13 +93,13 @@ def test_forward_and_gradients(case: str, dtype: torch.dtype, tf32: bool, launch
     described = dtype != torch.float32 or tf32
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == described
     if described and "general" not in case:
-        # Only a ReLU that nothing follows has a pass of its own.
+        # A ReLU without a following convolution or pool needs its own backward pass.
         assert launches.count("_epilogue_backward_kernel") == ("pool" not in case)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_of_the_operations_alone(case: str) -> None:
-    """But for the bias's, whose terms are summed before they are rounded."""
+    """The first bias's gradient is an exception: its terms are summed before they are rounded."""
     (second, _), n, tiles = CASES[case]
     x, w1, b1, w2, b2 = given = tensors(n, torch.float16)
     with tables.override(**tiles):
@@ -205,7 +205,7 @@ def test_the_torch_backend_gives_no_link() -> None:
 
 
 def test_three_in_a_row() -> None:
-    """The one in the middle takes a link and gives one."""
+    """The middle convolution takes a link and returns one."""
     x, w1, b1, w2, b2 = tensors(2, torch.float16)
     w3, b3 = randn(16, 48, 1, 1, dtype=torch.float16), randn(16, dtype=torch.float16)
     y, link = kernels.linked_conv2d(x, w1, b1, padding=1)

@@ -1,4 +1,4 @@
-"""NCHW written by the kernels themselves: strides, values and gradients of conv2d and max_pool2d in either memory format."""
+"""NCHW outputs written by the kernels: strides, values and gradients of conv2d and max_pool2d in both memory formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A convolution, configuration values, and the one kernel that its forward pass ends in."""
+    """A convolution, its configuration values, and the last kernel of its forward pass."""
 
     id: str
     runs: str
@@ -70,7 +70,7 @@ EACH = [
 
 
 def dense(size: tuple[int, ...], output_format: torch.memory_format | None) -> tuple[int, ...]:
-    """The strides of a dense (N, C, H, W) or (C, H, W) in a format; NHWC where none is asked for."""
+    """The strides of a dense (N, C, H, W) or (C, H, W) tensor in ``output_format``; None means NHWC."""
     *_, c, h, w = size
     strides = (c * h * w, h * w, w, 1) if output_format == torch.contiguous_format else (c * h * w, 1, w * c, c)
     return strides[-len(size) :]
@@ -82,7 +82,7 @@ def dense(size: tuple[int, ...], output_format: torch.memory_format | None) -> t
 def test_strides_and_bits(
     family: Family, dtype: torch.dtype, output_format: torch.memory_format | None, activation: str | None, launches: list[str]
 ) -> None:
-    """The same bits in every format, and by as many launches."""
+    """Every format has the same bits and the same number of launches."""
     tensors = family.tensors(integers, dtype)
     with tables.override(**family.tiles):
         due = kernels.conv2d(*tensors, **family.options, activation=activation)
@@ -113,7 +113,7 @@ def test_values_and_gradients(family: Family, dtype: torch.dtype, activation: st
 
 
 def test_boxes_write_nchw_where_nothing_is_said(launches: list[str]) -> None:
-    """Their pixels are neighbours in memory, one pixel of many images is none's."""
+    """A box's pixels are neighbours in NCHW memory; one pixel of many images is not."""
     x, w = randn(5, 16, 6, 6, dtype=torch.float16), randn(16, 16, 3, 3, dtype=torch.float16)
     if DEVICE != "cpu" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("no tensor descriptors")
@@ -130,7 +130,7 @@ def test_boxes_write_nchw_where_nothing_is_said(launches: list[str]) -> None:
 def test_every_operation_that_is_asked_for_a_format(
     dims: int, output_format: torch.memory_format, channels_last: bool, backend: Any
 ) -> None:
-    """Of whatever format the input is; of one image too, and in PyTorch's operations."""
+    """Each takes either input format, a batch or one image, on our kernels and on PyTorch's operations."""
     (x, w, b) = FAMILIES[0].tensors(randn, torch.float32)
     x = x.detach().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     x = (x[0] if dims == 3 else x).requires_grad_()
@@ -145,7 +145,7 @@ def test_every_operation_that_is_asked_for_a_format(
     assert torch.equal(pooled, theirs)
     assert torch.equal(indices, at)
     assert torch.equal(dx, torch.autograd.grad(theirs, x, torch.ones_like(theirs))[0])
-    if backend == "auto":  # of one image, PyTorch's is NCHW
+    if backend == "auto":  # PyTorch's gradient of one image is NCHW
         assert dx.stride() == x.stride()
 
 
@@ -169,7 +169,7 @@ def test_other_formats_are_refused(output_format: Any, launches: list[str]) -> N
 
 
 def test_a_linked_input_and_an_output_in_nchw() -> None:
-    """The second of two convolutions is the border; a linked output itself is NHWC always."""
+    """The second of two linked convolutions can write NCHW; a linked output itself is always NHWC."""
     x, w, w2 = (randn(*size, dtype=torch.float32) for size in ((2, 3, 8, 7), (6, 3, 3, 3), (5, 6, 3, 3)))
 
     def ours(x: Tensor, w: Tensor, w2: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
 @own_devices
 @pytest.mark.parametrize("output_format", [torch.contiguous_format, torch.channels_last, None])
 def test_compiled_code_knows_the_strides(output_format: torch.memory_format | None) -> None:
-    """Forward and backward, with a dynamic batch: what follows is compiled for the strides that the fake tensors have."""
+    """Forward and backward run with a dynamic batch: later operations are compiled for the fake tensors' strides."""
     x, w, b = FAMILIES[0].tensors(randn, torch.float32)
 
     def network(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ def test_compiled_code_knows_the_strides(output_format: torch.memory_format | No
 
 @own_devices
 def test_the_operator_takes_the_format_last_and_has_a_default() -> None:
-    """So programs exported before it had this argument load."""
+    """So programs that were exported before the argument existed can be loaded."""
     schema = torch.ops.alexnet_triton.conv2d_fprop.default._schema
     assert schema.arguments[-1].name == "channels_last"
     assert schema.arguments[-1].default_value is True

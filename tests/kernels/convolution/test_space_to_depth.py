@@ -1,4 +1,4 @@
-"""A strided first layer on cells: images rearranged before, by whoever makes them."""
+"""A strided first layer that reads cells: images that the caller has rearranged (space-to-depth)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_elements_are_where_they_are_said_to_be(backend: str, channels: int, dty
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_block_on_cells_is_the_block_on_images(backend: str, channels: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """The same bits, output and gradients, with one rearrangement fewer."""
-    # Integers, so that the order in which PyTorch adds does not matter.
+    """Output and gradients are bit-identical, with one rearrangement fewer."""
+    # Integers, so that PyTorch's order of summation does not matter.
     shapes = ((2, channels, 43, 40), (16, channels, 11, 11), (16,))
     x, w, b = (integers(*shape, dtype=dtype, high=1) for shape in shapes)
     x = x.detach()
@@ -62,7 +62,7 @@ def test_a_block_on_cells_is_the_block_on_images(backend: str, channels: int, dt
 
 
 def test_few_images_have_a_gradient_too() -> None:
-    """Where it would be taken from the images, were they there."""
+    """With few images the weight gradient normally reads the images, which do not exist here."""
     x, w = integers(1, 1, 27, 27, dtype=torch.float16, high=1), integers(16, 1, 11, 11, dtype=torch.float16, high=1)
     x = x.detach()
     with tables.override(IMAGES_WGRAD=0):
@@ -75,7 +75,7 @@ def test_few_images_have_a_gradient_too() -> None:
 
 
 def test_cells_that_are_not_aligned() -> None:
-    """A view that begins where no descriptor may: in both passes."""
+    """The cells are a view at an address where no descriptor may begin, in both passes."""
     x, w = integers(2, 1, 27, 27, dtype=torch.float16, high=1), integers(16, 1, 11, 11, dtype=torch.float16, high=1)
     cells = kernels.space_to_depth(x.detach(), 11, 4)
     memory = torch.empty(cells.numel() + 1, dtype=cells.dtype, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The gradient of a weight in equal shares: however shares and tiles meet, in half precision and in TF32."""
+"""The weight gradient in equal shares of the steps, for every way in which shares meet tiles; half precision and TF32."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES = {
     "no_padding": (3, 16, 5, 4, 16, 3, 2, 0, {}),
     "padding_over_filter": (2, 16, 3, 4, 16, 2, 3, 4, {"PROGRAMS": 6}),
     "padding_over_filter_in_rows": (2, 16, 3, 4, 16, 2, 3, 4, {"PROGRAMS": 6, "FOLDED": 1, "BLOCK_N": 16}),
-    # The outer rows of the filter meet nothing: tiles without a step, of which nothing is written.
+    # The outer filter rows meet only padding: their tiles have no step, so no part of them is written.
     "taps_in_the_padding": (2, 16, 1, 3, 16, 5, 3, (2, 1), {"PROGRAMS": 2}),
     "one_row": (3, 16, 5, 3, 32, 1, 3, (0, 2), {"PROGRAMS": 4}),
 }
@@ -101,7 +101,7 @@ def test_same_bits_twice() -> None:
 
 
 def test_shares_are_equal_where_a_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by a rule. The rule's tiles for AlexNet's conv2 at batch 128 fold a filter's row into two blocks of columns."""
+    """Only a table's entry chooses equal shares. For AlexNet's conv2 at batch 128 the rules fold a filter row in two blocks."""
     monkeypatch.setattr(rules, "INTERPRETED", False)
     monkeypatch.setattr(tables, "INTERPRETED", False)
     device, conv2 = torch.device("meta"), (128, 26, 26, 96, 256, 5, 5)

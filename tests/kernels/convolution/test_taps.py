@@ -1,4 +1,4 @@
-"""The forward pass over rows of taps: whatever is left of a row after whole chunks, wherever it lies at an edge."""
+"""The forward pass over rows of taps: with any rest of a filter row after whole chunks, at every edge of the image."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_int64_offsets(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, laun
     assert KERNEL in launches
 
 
-@pytest.mark.skipif(not _SUMS_OF_8, reason="before Triton 3.8 other kernels run it")
+@pytest.mark.skipif(not _SUMS_OF_8, reason="before Triton 3.8 other kernels run these channels")
 @pytest.mark.parametrize("c", [8, 24, 40])
 def test_channels_in_eights_in_tf32(c: int, launches: list[str]) -> None:
     x, w = tf32_numbers(3, c, 4, 5, dtype=torch.float32), tf32_numbers(24, c, 3, 3, dtype=torch.float32)
@@ -99,7 +99,7 @@ def test_channels_in_eights_in_tf32(c: int, launches: list[str]) -> None:
 @pytest.mark.parametrize("dtype", list(DRAW), ids=dtype_id)
 @pytest.mark.parametrize("c", [48, 96])
 def test_nan_and_infinity_stay_where_they_belong(c: int, dtype: torch.dtype, launches: list[str]) -> None:
-    """The pixel after a filter row's last is not multiplied, not even by zero; 3 C is no multiple of a chunk."""
+    """The pixel after a filter row's last is not multiplied, not even by zero, where 3 C is no multiple of a chunk."""
     draw = DRAW[dtype]
     x = draw(2, c, 4, 6, dtype=dtype, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 5], x[0, 5, 2, 0], x[1, 7, 3, 3] = torch.inf, torch.nan, -torch.inf
@@ -116,7 +116,7 @@ def test_nan_and_infinity_stay_where_they_belong(c: int, dtype: torch.dtype, lau
 
 
 def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AlexNet's conv2 where nothing was measured; not conv3, few images, 130 (two tiles), one tap, a table's entry, NCHW."""
+    """AlexNet's conv2 uses them without a table; conv3, few images, 130 (two tiles), 1 tap, a table's entry, NCHW do not."""
     for module in (rules, taps_rules, tables):
         monkeypatch.setattr(module, "INTERPRETED", False)
     device = torch.device("meta")
@@ -131,7 +131,7 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     with tables.untuned():
         assert chosen(128, *conv2)
         assert chosen(1024, *conv2)
-        for n in (47, 48):  # of fewer neither the rule nor tuning takes any
+        for n in (47, 48):  # neither the rule nor tuning takes fewer than 48
             assert chosen(n, 5, 5, 96, 128, 3, 3) == bool(list(candidates.taps(n, 96, 128, 3, 2))) == (n == 48)
         assert chosen(128, 26, 26, 48, 128, 5, 5)
         for sizes in ((16, *conv2), (130, *conv2), (128, 12, 12, 256, 384, 3, 3), (128, 26, 26, 96, 256, 1, 1)):
@@ -153,7 +153,7 @@ def test_where_channels_are_no_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("s", [1, 3, 5])
 @pytest.mark.parametrize("c", [16, 48, 80, 96, 256])
 def test_configurations_fit(c: int, s: int, k: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks make up a filter row exactly, and stages and sums fit one multiprocessor of an H100."""
+    """Chunks add up to exactly one filter row; stages and accumulators fit on one SM of an H100."""
     monkeypatch.setattr(taps_rules, "INTERPRETED", False)
     monkeypatch.setattr(taps_rules, "tuned", lambda *_: {})
     sizes = (batch, 12, 12, c, k, 3, s)

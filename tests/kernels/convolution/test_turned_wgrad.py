@@ -1,4 +1,4 @@
-"""The gradient of a weight in TF32 that turns the output's gradient in registers, and when it is chosen."""
+"""The TF32 weight gradient that transposes the output gradient in registers, and when it is chosen."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_values(case: str, input_grad: bool, launches: list[str]) -> None:
 
 
 def test_infinity_and_nan_reach_what_they_should() -> None:
-    """An infinity beside the image's edge is multiplied with no gradient that does not see it."""
+    """An infinity at the image's edge is multiplied only with gradients of outputs that read it."""
     x = tf32_numbers(3, 16, 4, 4, grad=False).to(memory_format=torch.channels_last)
     x[0, 3, 0, 3], x[1, 5, 3, 0] = torch.inf, torch.nan
     tensors = [x.requires_grad_(), tf32_numbers(16, 16, 3, 3), tf32_numbers(16)]
@@ -76,7 +76,7 @@ def test_same_bits_twice() -> None:
 
 
 def test_a_large_gradient_is_turned_and_a_small_one_copied() -> None:
-    """AlexNet's conv2 at batch 128 has 89 MB of it, conv4 28 MB."""
+    """The output gradient of AlexNet's conv2 at batch 128 is 89 MB, that of conv4 28 MB."""
     device = torch.device(DEVICE)
     with tables.untuned():
         assert rules.conv2d_wgrad_turns(device, 128, 26, 26, 96, 256, 5, 5)

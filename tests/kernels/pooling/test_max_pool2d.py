@@ -1,4 +1,4 @@
-"""max_pool2d against F.max_pool2d: values, indices and gradients, exactly."""
+"""max_pool2d has exactly the values, indices and gradients of F.max_pool2d."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...oracle import DTYPES, check, dtype_id, each_with_dtypes, integers, randn
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A pool; ``why`` says what it is here for."""
+    """A pool; ``why`` says why the case is here."""
 
     why: str
     shape: tuple[int, ...] = (2, 5, 13, 11)
@@ -64,7 +64,7 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize(("case", "dtype"), each_with_dtypes(CASES))
 @pytest.mark.usefixtures("small_tiles")
 def test_values_indices_and_gradient(case: Case, dtype: torch.dtype) -> None:
-    """Integers: many ties, and sums of gradients that are exact in any order and dtype."""
+    """With integers ties are frequent, and sums of gradients are exact in any order and dtype."""
     x = integers(*case.shape, dtype=dtype)
     ours, index = kernels.max_pool2d(x, *case.arguments(), True)
     theirs, their_index = F.max_pool2d(x, *case.arguments(), True)
@@ -75,7 +75,7 @@ def test_values_indices_and_gradient(case: Case, dtype: torch.dtype) -> None:
 
 
 def test_the_last_of_more_than_255_positions() -> None:
-    """Of a window of 17 x 17 whose values rise, the maximum is at position 288, which no byte holds."""
+    """In a 17 x 17 window of rising values the maximum is at position 288, which does not fit a byte."""
     x = torch.arange(18.0 * 18, device=DEVICE).view(1, 1, 18, 18).requires_grad_()
     ours, theirs = kernels.max_pool2d(x, 17, 1), F.max_pool2d(x, 17, 1)
     _same(ours, theirs)
@@ -159,7 +159,7 @@ def test_what_is_saved_is_a_byte_an_output() -> None:
 
 
 def test_positions_that_do_not_fit_a_byte_are_not_squeezed_into_one() -> None:
-    assert position_dtype((15, 17)) == torch.uint8  # 255 positions, and a value left that says "none"
+    assert position_dtype((15, 17)) == torch.uint8  # 255 positions, and one value for "no position"
     assert position_dtype((16, 16)) == torch.int32
 
 

@@ -1,7 +1,7 @@
-"""Shows what Triton's C launcher gets from :mod:`kernels.runtime.direct`, beside what ``kernel[grid](...)`` gives it.
+"""Compares what Triton's C launcher gets from :mod:`kernels.runtime.direct` and from ``kernel[grid](...)``.
 
-Run without TRITON_INTERPRET by ``test_direct.py``, with whatever Triton is installed. Prints, as JSON, how many
-launches of which kernels were compared.
+``test_direct.py`` runs this without TRITON_INTERPRET on the installed Triton. Prints as JSON how many launches of each kernel
+were compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels.runtime import direct, launch
 
 
 def flat_arguments(annotations: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """As the C code walks it: constants left out, tuples opened."""
+    """The arguments in the order in which the C code walks them: without constants, tuples opened."""
     from triton.backends.nvidia import driver
 
     found = []
@@ -38,7 +38,7 @@ def flat_arguments(annotations: Sequence[Any], arguments: Sequence[Any]) -> list
 
 
 class Comparison:
-    """Launches everything it is told of once more, directly, and compares what arrived."""
+    """Repeats each noted launch directly and compares what arrived."""
 
     def __init__(self, utils: IdleUtils) -> None:
         self.utils = utils
@@ -58,7 +58,7 @@ class Comparison:
         second, second_described = self.launched.pop(), self._take_described()
         assert not self.launched
         assert first_described == second_described, kernel.fn.__name__
-        assert len(first) == len(second), kernel.fn.__name__  # a tuple is one value
+        assert len(first) == len(second), kernel.fn.__name__  # a tuple counts as one value
         assert _comparable(first, leaves) == _comparable(second, leaves), kernel.fn.__name__
         self.kernels[kernel.fn.__name__] += 1
 
@@ -78,11 +78,10 @@ def _value(leaf: Any) -> Any:
 
 
 def _comparable(launched: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ...]:
-    """What a C launcher got: everything but the kernel's arguments, and those without constants and tuples, as addresses.
+    """What a C launcher got, made comparable: kernel arguments without constants, tuples opened, tensors as addresses.
 
-    Triton 3.6 ignores what stands in a constant's place, which may be a tuple, where ``leaves`` have None.
-
-    A hook that calls nobody is as good as none, and so is what only hooks are given.
+    Triton 3.6 ignores the value in a constant's place, which may be a tuple; ``leaves`` have None there. A hook without
+    callbacks counts as None, and so do values that only hooks get.
     """
     if direct.VERSION == (3, 6):
         head, arguments, of_all = launched[:13], [], iter(leaves)
@@ -102,10 +101,10 @@ def _comparable(launched: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, ..
 
 
 def main() -> None:
-    """A training step and what it does not use, in bfloat16 and float32."""
+    """Run a training step and the operations outside it, in bfloat16 and float32."""
     with idle_gpu() as utils:
         comparison = Comparison(utils)
-        # Watched, so that every launch goes through ``kernel[grid](...)``, and no plan is made.
+        # Observed, so that every launch goes through ``kernel[grid](...)`` and no plan is made.
         with launch.noting(comparison.note), launch.observe_launches(lambda *_: None):
             for dtype in (torch.bfloat16, torch.float32):
                 net = AlexNet().to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What the scenarios of ``plan_worker.py`` compare with: launches kept on their way to Triton's C launcher, addresses named."""
+"""What the scenarios of ``plan_worker.py`` compare: launches as they reach Triton's C launcher, with addresses named."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Tensors = dict[str, Tensor]
 
 
 class Launcher:
-    """Keeps what reaches the C launcher."""
+    """Keeps the arguments that reach the C launcher."""
 
     def __init__(self, utils: IdleUtils) -> None:
         self.launched: list[tuple[Any, ...]] = []
         utils.on_launch = lambda *arguments: self.launched.append(arguments)
 
     def of(self, call: Callable[[], Any]) -> tuple[list[tuple[Any, ...]], Any]:
-        """The launches of a call, and what it returned. No memory is freed meanwhile: an address stands for one tensor."""
+        """The launches of a call and its result. No memory is freed during the call, so an address stands for one tensor."""
         self.launched = []
         with kept_memory():
             result = call()
@@ -52,12 +52,12 @@ def kept_memory() -> Iterator[None]:
         yield
 
 
-#: Every number that is an address is larger, and no other is.
+#: Every address is larger than this, and no other number is.
 ADDRESSES = 2**40
 
 
 def named(launched: Sequence[tuple[Any, ...]], tensors: Tensors) -> list[tuple[Any, ...]]:
-    """Launches with their addresses as names of the tensors that they lie in; what is in none is ``"temporary"``."""
+    """Launches with each address replaced by the name of its tensor and the offset, or by ``"temporary"``."""
     storages = {name: t.untyped_storage() for name, t in tensors.items() if t.numel()}
     spans = [(name, s.data_ptr(), s.data_ptr() + s.nbytes()) for name, s in storages.items()]
 
@@ -79,29 +79,29 @@ def named(launched: Sequence[tuple[Any, ...]], tensors: Tensors) -> list[tuple[A
 
 
 def is_direct(launched: tuple[Any, ...]) -> bool:
-    """Whether a launch did not go through ``kernel[grid](...)``, which hands constants over too."""
+    """Whether a launch bypassed ``kernel[grid](...)``, which also passes constants."""
     *_, signature, arguments = launched
     return len(arguments) == len(signature)
 
 
 class Check:
-    """Calls the same function by plan and by launch functions, and compares."""
+    """Makes the same call by plan and by launch functions, and compares the launches."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
         self.calls = 0
 
     def __call__(self, call: Callable[[], Sequence[Tensor]], tensors: Tensors, *, name_results: bool = True) -> None:
-        """``call`` returns tensors that it made; ``tensors`` are those that were there.
+        """``call`` returns tensors that it makes; ``tensors`` are the tensors that exist before.
 
-        Without ``name_results`` a result is as good as a temporary: where PyTorch's own operations lie between ours, a result
-        may get the address that a temporary had.
+        Without ``name_results`` results count as temporaries: where PyTorch's own operations run between ours, a result may get
+        an address that a temporary had.
         """
-        call()  # may make plans
+        call()  # may record plans
         call()
         made = plans.made
         by_plan, results = self.launcher.of(call)
-        assert plans.made == made, "a plan for a call that was there before"
+        assert plans.made == made, "a repeated call made a plan"
         ours = named(by_plan, tensors | {f"result {i}": t for i, t in enumerate(results) if name_results})
         with launch.observe_launches(lambda *_: None):
             by_hand, results = self.launcher.of(call)
@@ -130,7 +130,7 @@ def images(n: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def step_of(net: nn.Module, x: Tensor) -> tuple[Callable[[], list[Tensor]], Tensors]:
-    """Forward and backward of a network, and the tensors that it has."""
+    """A function that runs a network's forward and backward pass, and the network's tensors."""
 
     def step() -> list[Tensor]:
         leaves = [p for p in net.parameters() if p.requires_grad]
@@ -149,5 +149,5 @@ def scenario(function: Scenario) -> Scenario:
     return function
 
 
-#: The driver's functions, once the worker has them.
+#: The driver's functions, set by the worker.
 idle_utils: list[IdleUtils] = []

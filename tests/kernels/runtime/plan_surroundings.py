@@ -1,4 +1,4 @@
-"""Scenarios of what surrounds a call: switches, modes, transforms, watchers, threads and processes (``plan_worker.py``)."""
+"""Scenarios about a call's surroundings: switches, modes, transforms, hooks, threads, processes (``plan_worker.py``)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def switches(check: Check) -> None:
 
 @scenario
 def autocast(check: Check) -> None:
-    """Casts are PyTorch's, for each call anew: compared is which kernels run."""
+    """PyTorch casts anew in each call, so only the launched kernels are compared."""
     net, x = small_net(torch.float32), images(dtype=torch.float32)
     step, _ = step_of(net, x)
     for dtype in (None, torch.bfloat16, torch.float16, None):
@@ -98,7 +98,7 @@ def checkpointing(check: Check) -> None:
 
 @scenario
 def transforms_and_modes(check: Check) -> None:
-    """Under a transform, a mode, a compiler or an exporter no plan is made or used; after it, the plans are as they were."""
+    """Under a transform, a mode, a compiler or an exporter no plan is made or used; afterwards plans work as before."""
     net, x = small_net(), images()
     step, tensors = step_of(net, x)
     check(step, tensors)
@@ -129,7 +129,7 @@ def transforms_and_modes(check: Check) -> None:
 
 @scenario
 def distributed_data_parallel(check: Check) -> None:
-    """Gradients are views of DistributedDataParallel's buckets; of one process here."""
+    """Gradients are views of DistributedDataParallel's buckets; with a single process."""
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
@@ -144,7 +144,7 @@ def distributed_data_parallel(check: Check) -> None:
                 optimizer.step()
                 return [y]
 
-            for _ in range(3):  # the buckets are built anew after the first
+            for _ in range(3):  # the buckets are rebuilt after the first step
                 step()
             tensors = {"x": x, **dict(net.named_parameters())}
             buckets = {p.grad.untyped_storage().data_ptr(): p.grad for p in net.parameters() if p.grad is not None}
@@ -157,7 +157,7 @@ def distributed_data_parallel(check: Check) -> None:
 
 @scenario
 def what_watches_sees_each_launch(check: Check) -> None:
-    """Hooks of Triton, pre-run hooks, a profiler: while they are there, launches go through ``kernel[grid](...)``."""
+    """With Triton's hooks, pre-run hooks or a profiler active, launches go through ``kernel[grid](...)``."""
     from triton import knobs
 
     from kernels.matmul_descriptor import _matmul_descriptor_kernel
@@ -235,7 +235,7 @@ def threads_at_once(check: Check) -> None:
 
 @scenario
 def each_kernel_may_begin_while_the_one_before_ends(check: Check) -> None:
-    """Programmatic dependent launch, by launch functions and by plans."""
+    """Programmatic dependent launch, by launch functions and by plan."""
     net, seen = small_net(), []
     step, _ = step_of(net, images())
     idle_utils[0].on_launch = lambda *arguments: seen.append(arguments[6])

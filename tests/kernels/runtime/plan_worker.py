@@ -1,8 +1,8 @@
-"""What reaches Triton's C launcher by plan, beside what reaches it by the launch functions, whatever changes between two calls.
+"""Compares what reaches Triton's C launcher by plan and by launch functions, after every kind of change between two calls.
 
-Run without TRITON_INTERPRET by ``test_plans.py``: ``python -m tests.kernels.runtime.plan_worker`` prints, as JSON, what each
-scenario came to. Kernels are compiled for an H100 and launched on nothing, so their arguments are compared, not their results:
-each address as the tensor that it lies in, each tensor map as what it was made of (``plan_harness.py``).
+``test_plans.py`` runs ``python -m tests.kernels.runtime.plan_worker`` without TRITON_INTERPRET; it prints each scenario's
+outcome as JSON. Kernels are compiled for an H100 but not executed, so their arguments are compared, not their results: each
+address as its tensor, each tensor map as what it was made of (``plan_harness.py``).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from .plan_harness import (
 
 @scenario
 def nothing_grows(check: Check) -> None:
-    """10,000 calls with 50 batch sizes: no plan after the first rounds, no object left over, no tensor held."""
+    """10,000 calls with 50 batch sizes: no plan after the first rounds, no leftover objects, no tensor kept alive."""
     idle_utils[0].on_launch = None
-    # PyTorch's tracing leaves graphs with tensors that the collector frees some time later: held, they change no count.
+    # PyTorch's tracing leaves graphs with tensors that are collected later. Kept alive here, they change no count.
     others = _tensors()
     net = fuse(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8)))
     inputs = [torch.zeros(n, 32) for n in range(1, 51)]
@@ -75,7 +75,7 @@ def nothing_grows(check: Check) -> None:
 
 def _tensors() -> list[Tensor]:
     gc.collect()
-    return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]  # isinstance would ask weak proxies for their class
+    return [o for o in gc.get_objects() if issubclass(type(o), Tensor)]  # isinstance would dereference weak proxies
 
 
 @scenario
@@ -109,7 +109,7 @@ def parameters_change(check: Check) -> None:
 
 @scenario
 def the_tf32_switch_changes(check: Check) -> None:
-    """Other kernels, other copies; also between a forward pass and its backward pass, and with a frozen first layer."""
+    """Other kernels and copies, also when TF32 changes between forward and backward, and with a frozen first layer."""
     cudnn, net = torch.backends.cudnn, small_net(torch.float32)
     x = images(dtype=torch.float32)
     seen = set()
@@ -128,7 +128,7 @@ def the_tf32_switch_changes(check: Check) -> None:
 
         other_way_back()
         other_way_back()
-        # PyTorch pads the images that are taken out of their cells: such a backward pass goes by launch functions every time.
+        # PyTorch pads the images that are taken out of their cells, so this backward pass runs by launch functions every time.
         assert set(plans.unrepeatable.values()) == {"aten::constant_pad_nd"}
         plans.unrepeatable.clear()
         cudnn.allow_tf32 = True
@@ -142,7 +142,7 @@ def the_tf32_switch_changes(check: Check) -> None:
 
 @scenario
 def float32_operations(check: Check) -> None:
-    """In TF32, PyTorch's default for convolutions."""
+    """The step runs in TF32, PyTorch's default for convolutions."""
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(shape, requires_grad=True)
@@ -214,7 +214,7 @@ def modules_change(check: Check) -> None:
 
 @scenario
 def a_hook_that_was_there_is_forgotten(check: Check) -> None:
-    """After a call with hooks, and after they are gone, the layers run fused again; lists that are changed in place count."""
+    """After the hooks are removed the layers run fused again; lists changed in place take effect."""
     net, x = small_net(), images()
     whole = len(check.launcher.of(lambda: net(x))[0])
     handles = [layer.register_forward_hook(lambda *_: None) for layer in net]
@@ -254,7 +254,7 @@ def frozen_layers_launch_nothing(check: Check) -> None:
 
 
 def optimizer_of(net: nn.Module, **options: Any) -> tuple[SGD, Callable[[], list[Tensor]], Callable[[], Tensors]]:
-    """An optimizer with gradients, its step, and the tensors that the step reads and writes."""
+    """An optimizer whose parameters have gradients, its step, and the tensors that the step reads and writes."""
     optimizer = SGD(net.parameters(), **options)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -275,7 +275,7 @@ def optimizer_of(net: nn.Module, **options: Any) -> tuple[SGD, Callable[[], list
 
 @scenario
 def the_optimizers_numpy_options(check: Check) -> None:
-    """Of kinds that no scenario steps with Python's numbers: a kernel that is compiled for these would hide NumPy's."""
+    """Options that no scenario uses as Python numbers: a kernel compiled for those would hide NumPy's."""
     optimizer, step, tensors = optimizer_of(
         small_net(torch.float16), lr=np.float32(0.1), momentum=np.float64(0.9), nesterov=np.True_, maximize=np.True_
     )
@@ -283,7 +283,7 @@ def the_optimizers_numpy_options(check: Check) -> None:
     group = optimizer.param_groups[0]
 
     def change(**options: Any) -> None:
-        """From steps by plan to steps by plan."""
+        """Change options between steps that run by plan."""
         step()
         step()
         group.update(options)
@@ -292,7 +292,7 @@ def the_optimizers_numpy_options(check: Check) -> None:
     for options in ({}, {"lr": np.float32(0.05)}, {"momentum": np.float32(0.5)}, {"weight_decay": np.float32(0.1)}):
         change(**options)
     change(dampening=0.6)
-    change(dampening=np.float32(0.6))  # equal, in NumPy's eyes, but 1 minus it is another float32
+    change(dampening=np.float32(0.6))  # equal in NumPy, but 1 minus this is another float32
     decay = torch.tensor(0.2)
     for value in (0.2, 0.3):
         step()
@@ -368,7 +368,7 @@ def single_operations(check: Check) -> None:
 
 @scenario
 def gradients_of_some(check: Check) -> None:
-    """Of a few weights, of the input; of a weight that is used twice."""
+    """Gradients of a few weights, of the input, and of a weight that is used twice."""
     net, x = small_net(), images().requires_grad_()
     step, tensors = step_of(net, x)
     check(step, tensors)
@@ -381,7 +381,7 @@ def gradients_of_some(check: Check) -> None:
         check(some, tensors)
     tied = fuse(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)))
     check(*step_of(tied, torch.zeros(5, 32)))
-    tied[2].weight = tied[0].weight  # two inputs in one memory: not planned
+    tied[2].weight = tied[0].weight  # two inputs share memory: no plan
     launched, results = check.launcher.of(step_of(tied, torch.zeros(5, 32))[0])
     assert not any(map(is_direct, launched))
     assert len(results) == len(list(tied.parameters())) + 1
@@ -393,7 +393,7 @@ def gradients_of_some(check: Check) -> None:
 
 @scenario
 def empty_results(check: Check) -> None:
-    """A batch of none, an output of no features."""
+    """An empty batch, and an output without features."""
     net = small_net()
     check(*step_of(net, images(64)))
     check(*step_of(net, images(0)))
@@ -454,7 +454,7 @@ def weights_are_described_once(check: Check) -> None:
 
 @scenario
 def temporaries(check: Check) -> None:
-    """The workspace, with a place of its own for each: every launch gets those that it gets by its launch function."""
+    """With a separate place for each temporary, every launch gets the same ones as by its launch function."""
     of_half = AlexNet().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
     of_float = AlexNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plans.forget()
@@ -476,7 +476,7 @@ def temporaries(check: Check) -> None:
 
 
 def _apart(seen: Any, elsewhere: set[int]) -> tuple[dict[int, int], int]:
-    """A workspace in which nothing shares its place."""
+    """A workspace layout in which no two tensors share memory."""
     offsets, end = {}, 0
     for source, tensor in enumerate(seen.kept, start=len(seen.inputs)):
         nbytes = tensor.untyped_storage().nbytes()
@@ -487,7 +487,7 @@ def _apart(seen: Any, elsewhere: set[int]) -> tuple[dict[int, int], int]:
 
 
 def named_by_address(launched: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-    """Arguments with tensors and tensor maps as their addresses."""
+    """The arguments of launches, with tensors and tensor maps as addresses."""
     found = []
     for *_, kinds, _, arguments in launched:
         values = [v.data_ptr() if isinstance(v, Tensor) else v for v in flat_arguments(kinds, arguments)]
@@ -496,7 +496,7 @@ def named_by_address(launched: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
 
 
 def _numbered(launched: Sequence[tuple[Any, ...]], results: Sequence[Tensor], tensors: Tensors) -> list[list[Any]]:
-    """Addresses as the number of their first appearance, those of known tensors as their names."""
+    """The arguments with unknown addresses numbered by first appearance, and addresses of known tensors as names."""
     names: dict[int, Any] = {t.data_ptr(): name for name, t in tensors.items()}
     names |= {t.data_ptr(): i for i, t in enumerate(results)}
     numbers: dict[int, str] = {}
@@ -510,7 +510,7 @@ def _numbered(launched: Sequence[tuple[Any, ...]], results: Sequence[Tensor], te
 
 
 def main() -> None:
-    """Run every scenario; print what each came to."""
+    """Run every scenario and print the outcomes."""
     assert direct.VERSION >= (3, 7)
     found: dict[str, str] = {}
     torch.set_num_threads(1)

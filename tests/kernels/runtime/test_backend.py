@@ -1,4 +1,4 @@
-"""use_backend: which implementation runs."""
+"""use_backend and the other process-wide switches: which implementation runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _ignore(kernel: object, grid: object, arguments: object) -> None:
     raise AssertionError
 
 
-#: Each of the process's switches: two blocks, and what holds.
+#: For each process-wide switch: two blocks, and a function that returns the current value.
 SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
     "use_backend": (lambda: kernels.use_backend("torch"), lambda: kernels.use_backend("triton"), current_backend),
     "override": (
@@ -76,7 +76,7 @@ SWITCHES: dict[str, tuple[Callable, Callable, Callable[[], object]]] = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_blocks_of_two_threads_that_overlap_leave_nothing_behind(name: str) -> None:
-    """The first one ends within the second: what it changed must go with it, and the second's must stay."""
+    """The first block ends inside the second: its change must be undone, and the second block's must stay."""
     first, second, current = SWITCHES[name]
     outside = current()
     with first():
@@ -127,7 +127,7 @@ def test_many_threads_that_overlap_leave_nothing_behind() -> None:
 
 @own_devices
 def test_the_backend_is_seen_by_other_threads_and_by_torch_compile() -> None:
-    """By a forward pass that autograd runs again in a thread of its own; and a graph is compiled anew for another backend."""
+    """Autograd may rerun a forward pass in another thread. A compiled graph is recompiled for another backend."""
     seen: list[str] = []
     with kernels.use_backend("torch"):
         thread = threading.Thread(target=lambda: seen.append(current_backend()))
@@ -183,7 +183,7 @@ assert not torch.cuda.is_initialized()
 
 
 def test_cpu_tensors_run_the_reference_or_say_why_not() -> None:
-    """In a process of its own without the interpreter; importing also neither touches CUDA nor loads the extras."""
+    """The process has no interpreter. Importing neither touches CUDA nor loads the extras."""
     import os
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -214,11 +214,11 @@ def test_pickles_do_not_depend_on_where_a_class_is_defined(older: bytes, value: 
 def test_what_builds_pipelines_is_the_packages_own() -> None:
     from kernels import advanced
 
-    older = set(advanced.__all__) - {"add_cross_entropy"}  # names that stood in the package itself stay there
+    older = set(advanced.__all__) - {"add_cross_entropy"}  # names that were in the package itself remain there
     assert all(getattr(advanced, name) is getattr(kernels, name) for name in older)
 
 
-#: Compute capability that ROCm says of a GPU, and the name of its instruction set.
+#: The compute capability that ROCm reports for a GPU, and the name of its instruction set.
 AMD = {
     "MI200": ((9, 0), "gfx90a:sramecc+:xnack-"),
     "MI300": ((9, 4), "gfx942:sramecc+:xnack-"),
@@ -228,7 +228,7 @@ AMD = {
 
 @pytest.fixture(params=AMD)
 def amd_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """PyTorch built for ROCm on a GPU of AMD's, as far as it is asked what the GPU is; the name of the instruction set."""
+    """PyTorch for ROCm on an AMD GPU, as far as the code asks; yields the name of the instruction set."""
     numbers, name = AMD[request.param]
     properties = types.SimpleNamespace(gcnArchName=name)
     with (
@@ -243,13 +243,13 @@ def amd_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_an_amd_gpu_is_no_hopper(amd_gpu: str) -> None:
-    """Its capability reads like NVIDIA's, 9.0 to 11.0, and it has neither TMA nor an H100's measured tables."""
+    """An AMD GPU's capability reads like NVIDIA's, 9.0 to 11.0, but there is no TMA and no H100 table."""
     device = torch.device("cuda", 0)
     assert backend.capability(device) == 0
     assert not backend.has_copy_engine(device)
     assert backend.dot_precision(device, "ieee") == "ieee"
     assert backend.dot_precision(device, "tf32") == ("tf32" if amd_gpu == "gfx942" else "ieee")
-    for c, stride in ((64, 1), (1, 4)):  # conv2's kind and conv1's
+    for c, stride in ((64, 1), (1, 4)):  # like conv2 and like conv1
         geometry = Geometry((stride, stride), (1, 1), (1, 1), 1)
         problem = Problem(128, c, 64, 64, 96, 11, 11, 14, 14, geometry, torch.bfloat16, device)
         passes = (select.fprop_kernels, select.dgrad_kernels, select.wgrad_kernels)
@@ -272,9 +272,9 @@ def test_an_nvidia_gpu_says_its_capability() -> None:
 
 
 def test_an_amd_launcher_is_not_launched_directly() -> None:
-    """Direct launches know the interface of NVIDIA's launcher in C alone; another goes through ``kernel[grid](...)``."""
+    """Direct launches know only NVIDIA's launcher in C; other launchers run through ``kernel[grid](...)``."""
     from triton.backends.amd.driver import HIPLauncher
 
     compiled: Any = types.SimpleNamespace(run=HIPLauncher.__new__(HIPLauncher))
-    with mock.patch.object(direct, "JITFunction", object):  # in the interpreter a kernel is none
+    with mock.patch.object(direct, "JITFunction", object):  # in the interpreter a kernel is no JITFunction
         assert direct.bind(object(), compiled, (1,)) is None

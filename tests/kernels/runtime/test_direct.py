@@ -1,4 +1,4 @@
-"""What Triton's C launcher gets from a direct launch is what ``kernel[grid](...)`` gives it, argument for argument."""
+"""Triton's C launcher gets the same arguments from a direct launch as from ``kernel[grid](...)``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_kernel_on_this_triton() -> None:
-    """In a process of its own, since the interpreter replaces the compiler at import."""
+    """They compile in a separate process, since the interpreter replaces the compiler at import."""
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SANITIZE_IR")}
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.runtime.direct_worker"],

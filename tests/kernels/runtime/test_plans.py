@@ -1,4 +1,4 @@
-"""Plans: whatever changes between two calls, the launcher gets what the launch functions give it (``plan_worker.py``)."""
+"""Plans: after any change between two calls the launcher gets what launch functions give it (``plan_worker.py``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
-    """What each scenario came to, in a process without Triton's interpreter, which replaces the compiler at import."""
+    """The outcome of each scenario, from a process without Triton's interpreter, which replaces the compiler at import."""
     ours = ("TRITON_INTERPRET", "SANITIZE_IR", "ALEXNET_TRITON_PDL")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     result = subprocess.run(
@@ -40,14 +40,14 @@ def found() -> dict[str, str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(direct.VERSION < (3, 7), reason="Triton 3.6 gets constants too, by their places")
+@pytest.mark.skipif(direct.VERSION < (3, 7), reason="Triton 3.6's launcher gets constants too, by position")
 @pytest.mark.parametrize("scenario", plan_worker.SCENARIOS)
 def test_the_launcher_gets_what_launch_functions_give(scenario: str, found: dict[str, str]) -> None:
     assert found[scenario] == "right", found[scenario]
 
 
 class _Recorded:
-    """As much of a recording as the workspace's layout looks at."""
+    """The part of a recording that the workspace's layout reads."""
 
     def __init__(self, sizes: list[int], steps: list[list[int]]) -> None:
         self.inputs: list[Any] = []
@@ -62,7 +62,7 @@ class _Recorded:
 
 
 def test_a_workspace_is_shared_by_those_that_never_meet() -> None:
-    """Random temporaries and launches: nobody alive at the same time overlaps, and memory is saved where it can be."""
+    """Random temporaries and launches: temporaries that are live at the same time never overlap, and memory is saved."""
     drawn = random.Random(1)
     saved = 0
     for _ in range(100):
@@ -86,7 +86,7 @@ def test_a_workspace_is_shared_by_those_that_never_meet() -> None:
 
 
 def test_what_a_recording_cannot_repeat_makes_no_plan() -> None:
-    """An operation of PyTorch's that is neither a copy nor an allocation; and the call is right all the same."""
+    """A PyTorch operation that is neither a copy nor an allocation makes no plan; the call still succeeds."""
 
     def function(x: torch.Tensor, problem: None) -> torch.Tensor:
         return x + 1
@@ -107,7 +107,7 @@ def test_inputs_that_overlap_make_no_plan() -> None:
 
 
 def test_an_equal_argument_of_another_type_is_not_the_one_that_passed() -> None:
-    """What was checked is looked up by value, and 1, 1.0 and True are equal."""
+    """Checked arguments are looked up by value, and 1, 1.0 and True are equal."""
     x, w = torch.ones(1, 2, 6, 6), torch.ones(2, 2, 1, 1)
     kernels.max_pool2d(x, 2, 1)
     kernels.conv2d(x, w, stride=1, padding=(1, 1))
@@ -121,5 +121,5 @@ def test_an_equal_argument_of_another_type_is_not_the_one_that_passed() -> None:
 
 
 def test_nothing_is_planned_where_nothing_is_launched_directly() -> None:
-    """In the interpreter, and for whatever is on the CPU."""
+    """The interpreter and tensors on the CPU get no plan."""
     assert direct.bind(SimpleNamespace(), SimpleNamespace(run=SimpleNamespace()), (1,)) is None

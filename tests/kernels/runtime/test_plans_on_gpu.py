@@ -1,4 +1,4 @@
-"""Calls by plan against the same calls by their launch functions, on a GPU: bit for bit, poisoned outputs, changing tensors."""
+"""Calls by plan equal calls by launch functions on a GPU, bit for bit, with poisoned outputs and changing tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nhwc(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def all_of(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all tensors that ask for one."""
+    """The output and the gradients of all tensors that require one."""
     output = run(*tensors)
     leaves = [t for t in tensors if t.requires_grad]
     torch.manual_seed(3)
@@ -52,12 +52,12 @@ def by_launch_functions(run: Callable[..., Tensor], tensors: list[Tensor]) -> li
 
 
 def check(run: Callable[..., Tensor], make: Callable[[], list[Tensor]], times: int = 4) -> None:
-    """``run`` on new tensors several times: by plan from the second time on, to the bits of its launch functions."""
+    """Call ``run`` on new tensors several times: by plan from the second call on, bit-identical to its launch functions."""
     for i in range(times):
         tensors = make()
         before = plans.made
         found = all_of(run, tensors)
-        assert i < 2 or plans.made == before, "a call of a kind that was there"
+        assert i < 2 or plans.made == before, "a repeated kind of call made a plan"
         for mine, other in zip(found, by_launch_functions(run, tensors), strict=True):
             assert mine.stride() == other.stride()
             assert torch.equal(mine, other) or torch.equal(mine.nan_to_num(7), other.nan_to_num(7))
@@ -103,7 +103,7 @@ def test_operations(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "default"])
 def test_alexnets_steps(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Logits, gradients and parameters of steps by plan are those of the same steps by launch functions."""
+    """Logits, gradients and parameters are bit-identical by plan and by launch functions."""
 
     def trained(watched: bool) -> list[Tensor]:
         torch.manual_seed(1)
@@ -136,13 +136,13 @@ def test_alexnets_steps(dtype: torch.dtype, memory_format: torch.memory_format) 
 
 
 def test_what_changes_between_two_calls() -> None:
-    """Parameters changed, replaced, moved; backends, switches, hooks, autocast: each call is right."""
+    """Changed, replaced and moved parameters, backends, switches, hooks, autocast: each call is right."""
     layers = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
     net = fuse(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 24), nn.ReLU(), nn.Dropout(0.5))).to("cuda")
     x = torch.randn(40, 16, 8, 8, device="cuda")
 
     def same() -> None:
-        """By plan twice, then by launch functions: the same bits."""
+        """Call by plan twice, then by launch functions: the results are bit-identical."""
         found = []
         for watched in (False, False, True):
             torch.manual_seed(0)
@@ -209,7 +209,7 @@ def test_what_changes_between_two_calls() -> None:
 
 
 def test_batches_in_turn_and_no_growth() -> None:
-    """50 batch sizes, over and over: right, and neither plans nor memory grow."""
+    """50 batch sizes in turn: results are right, and neither the number of plans nor memory grows."""
     net = fuse(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 8))).to("cuda", torch.bfloat16)
     inputs = [torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in range(1, 51)]
 
@@ -238,7 +238,7 @@ def test_misaligned_tensors() -> None:
 
 
 def test_in_a_cuda_graph() -> None:
-    """A captured call by plan reads what its tensors hold at each replay."""
+    """A captured call by plan reads its tensors' current values at each replay."""
     net = AlexNet().to("cuda", torch.bfloat16, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     x = torch.rand(8, 1, 224, 224, device="cuda", dtype=torch.bfloat16)
     stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Kernels from several threads at once, and in processes that a DataLoader forks or spawns."""
+"""Kernels called from several threads at once, and in processes that a DataLoader forks or spawns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _all_of_it(x: Tensor, w: Tensor, b: Tensor) -> list[Tensor]:
 
 
 def test_threads_do_not_disturb_each_other() -> None:
-    """Each on a stream of its own on CUDA; the interpreter runs one launch at a time."""
+    """On CUDA each thread has its own stream; the interpreter runs one launch at a time."""
     calls = [(randn(2, c, 6, 7, dtype=d), randn(5, c, 3, 3, dtype=d), randn(5, dtype=d)) for c in (3, 16) for d in HALF * 2]
     expected = [_all_of_it(*call) for call in calls]
     if DEVICE == "cuda":
@@ -55,7 +55,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 class _Pooled(Dataset):
-    """Items that a kernel computes, where it can run."""
+    """Items computed by a kernel on the CPU, in the interpreter."""
 
     def __len__(self) -> int:
         return 3
@@ -67,8 +67,8 @@ class _Pooled(Dataset):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_kernels_in_the_workers_of_a_data_loader(context: str) -> None:
-    """On tensors of the CPU: what PyTorch says of CUDA after a fork is its own clear error."""
-    # This process has launched kernels already, and so has what a fork copies.
+    """The tensors are on the CPU: for CUDA after a fork PyTorch raises its own clear error."""
+    # Launch kernels in this process first, so that a forked process copies its state.
     kernels.max_pool2d(integers(1, 1, 4, 4, dtype=torch.float32), 2)
     (batch,) = DataLoader(_Pooled(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
     pooled = torch.tensor([[7.0, 9.0, 11.0], [19.0, 21.0, 23.0]])
@@ -80,9 +80,9 @@ def _pool_and_leave() -> None:
     os._exit(0 if y.flatten().tolist() == [5, 7, 13, 15] else 1)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's lock")
+@pytest.mark.skipif(not INTERPRETED, reason="tests the interpreter's lock")
 def test_a_fork_in_the_middle_of_another_threads_launch() -> None:
-    """What that thread holds nobody would ever release in the child, which has no such thread."""
+    """A lock that the other thread holds is never released in the child, which does not have that thread."""
     inside, leave = threading.Event(), threading.Event()
 
     def launching() -> None:
@@ -116,7 +116,7 @@ class _OnTheGpu(_Pooled):
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_cuda_after_a_fork_is_a_clear_error_and_no_hang(context: str) -> None:
-    """CUDA is in use here: a forked worker cannot use it, a spawned one can."""
+    """CUDA is in use in this process: a forked worker cannot use it, a spawned one can."""
     kernels.max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), 2)
     loader = DataLoader(_OnTheGpu(), batch_size=3, num_workers=1, multiprocessing_context=context, timeout=120)
     if context == "spawn":
