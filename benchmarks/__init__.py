@@ -1,1 +1,1 @@
-"""Timings against PyTorch, and what can be known of the kernels without a GPU."""
+"""Timings against PyTorch, and checks of the compiled kernels that need no GPU."""

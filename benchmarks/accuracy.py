@@ -1,29 +1,29 @@
-"""How exact every operation is: the worst error against float64 over magnitudes from 1e-6 to 1e4, beside PyTorch's own.
+"""Accuracy of every operation: the worst error against float64 over magnitudes from 1e-6 to 1e4, beside PyTorch's own.
 
 ``python -m benchmarks.accuracy`` runs the cases of :mod:`benchmarks.cases` and a few more, forward and every gradient, from
 several seeds: on a CUDA GPU at AlexNet's sizes, else in Triton's interpreter on small tensors.
 
-**Unit.** An error is counted in units in the last place that the largest exact value of its tensor has in the result's dtype,
-so 0.5 is a correctly rounded result. Below the smallest normal number the unit stays what it is there. An infinity counts as
-the power of 2 after the dtype's largest number, and an exact value beyond that as that too: to be infinite where the exact
-result rounds to infinity is no error, to be finite there, or infinite elsewhere, is one of as many units as it is far.
+**Unit.** An error is counted in units in the last place of the largest exact value of its tensor, in the result's dtype. So a
+correctly rounded result has an error of at most 0.5. Below the smallest normal number the unit stays the same. An infinity, and
+an exact value beyond the dtype's range, count as the power of 2 after the dtype's largest number. So an infinite result is no
+error where the exact result rounds to infinity. Any other pair of a finite and an infinite value differs by their distance.
 
-**Rule.** For each result, dtype and magnitude the largest error of all seeds may be twice the largest that PyTorch makes of the
-same tensors in the same dtype on the same device, plus half a unit (eight units in float32 on a GPU, see tests/oracle.py); the
-exit code is 1 where it is more. One seed would compare two accidents: of a few float32 sums PyTorch's largest error is anything
-from 0.3 to 2.5 units. So PyTorch's is the largest of all magnitudes in float32 and bfloat16, whose range nothing here comes
-near: there another magnitude only rounds anew. In float16 every magnitude is held to PyTorch's error at that magnitude. Where
-PyTorch itself gives infinity or NaN for what fits the dtype, more than a unit from its end, its error is shown as inf, and
-those elements, computed in float32 and rounded once, take their own place in the rule.
+**Rule.** For each result, dtype and magnitude the largest error of all seeds may be twice PyTorch's largest error on the same
+tensors in the same dtype on the same device, plus half a unit (eight units in float32 on a GPU, see tests/oracle.py). The exit
+code is 1 if an error is larger. One seed would compare two accidents: on a few float32 sums PyTorch's largest error varies from
+0.3 to 2.5 units. In float32 and bfloat16 another magnitude only changes the rounding, since all values are far from the ends of
+the range; there PyTorch's error is its largest over all magnitudes. In float16 each magnitude is compared with PyTorch's error
+at that magnitude. Where PyTorch gives infinity or NaN although the exact value fits the dtype by more than a unit, its error is
+shown as inf; in the rule those elements are replaced by PyTorch's float32 results, rounded once.
 
-**Threads.** On the CPU PyTorch runs in one thread. With more it splits long sums among them, and shorter chains of additions
-err less: its weight gradients then depend on the machine, and so would the verdict.
+**Threads.** On the CPU PyTorch runs in one thread. With more threads it splits long sums, and shorter chains of additions have
+smaller errors: its weight gradients, and with them the verdict, would depend on the machine.
 
-**Decisions.** A ReLU whose argument is as good as zero, or a window with two maxima, passes a whole gradient or another one as
-rounding will have it, in PyTorch as here. The output's gradient is zero at those, so that errors are those of arithmetic.
+**Decisions.** If a ReLU's argument is nearly zero, or a window has two maxima, rounding decides whether or where a gradient
+passes, in PyTorch as here. The output's gradient is set to zero there, so that only errors of arithmetic are measured.
 
-A resized image errs by tens of units in float32, in PyTorch as here: a pixel's coordinate, rounded to float32, decides how much
-of each neighbour it takes.
+A resized image has errors of tens of units in float32, in PyTorch as here: a pixel's coordinate, rounded to float32, decides
+the weight of each neighbour.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Triton decides when a kernel is decorated, so this comes before anything imports ``kernels``.
+# Triton reads the variable when a kernel is decorated, so it is set before anything imports ``kernels``.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -62,25 +62,25 @@ from .cases import CASES, FUSED_CASES, PLAIN_CASES, POOL_BLOCK, Case, to_channel
 
 RESULTS = Path(__file__).parent / "results"
 
-#: Of inputs and of the gradients that come in; weights are of a trained network's size, see :class:`benchmarks.cases.Case`.
+#: Magnitudes of inputs and output gradients; weights have a trained network's magnitude, see :class:`benchmarks.cases.Case`.
 MAGNITUDES = tuple(10.0**exponent for exponent in range(-6, 5, 2))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEEDS = 5
 
-#: Half units always allowed; more where a GPU's thread adds up in one chain what a library splits: see tests/oracle.py.
+#: Half units always allowed; more on a GPU, where a thread may add in one chain a sum that a library splits: tests/oracle.py.
 _HALF_UNITS = {torch.float32: 16 if torch.cuda.is_available() else 1, torch.float16: 1, torch.bfloat16: 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One of an operation's results.
+    """One result of an operation, by each implementation.
 
     Attributes:
-        name: which.
-        ours: of our kernels.
-        peer: PyTorch's, in the same dtype.
-        wide: PyTorch's in float32.
-        exact: float64's.
+        name: of the result.
+        ours: by our kernels.
+        peer: by PyTorch in the same dtype.
+        wide: by PyTorch in float32.
+        exact: in float64.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation and how its results are made on a device, in a dtype, at a magnitude."""
+    """An operation, and the function that makes its results on a device, in a dtype, at a magnitude."""
 
     name: str
     results: Callable[[torch.device, torch.dtype, float], list[Result]]
@@ -107,7 +107,7 @@ class Error:
         magnitude: of the inputs.
         ours: of our kernels.
         peer: PyTorch's, inf where it overflows.
-        allowed: what ours may be.
+        allowed: the limit of ``ours``.
     """
 
     name: str
@@ -118,14 +118,14 @@ class Error:
 
     @property
     def within(self) -> bool:
-        """Whether the rule is kept."""
+        """Whether the error is within the rule."""
         return self.ours <= self.allowed
 
 
 def units(result: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The largest error in units in the last place that the largest exact value has in ``dtype``.
+    """The largest error in units in the last place of the largest exact value in ``dtype``.
 
-    For infinities see the module; inf where one is NaN and the other is not.
+    The module's docstring says how infinities count. The error is inf if only one of the two is NaN.
     """
     if not torch.equal(result.isnan(), exact.isnan()):
         return math.inf
@@ -137,21 +137,22 @@ def units(result: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
 
 
 def overflows_early(result: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where ``result`` is infinite or NaN where ``exact`` fits ``dtype``, by more than a unit."""
+    """Mask of the elements where ``result`` is infinite or NaN although ``exact`` fits ``dtype`` by more than a unit."""
     info = torch.finfo(dtype)
     return ~result.isfinite() & (exact.abs() < info.max * (1 - info.eps))
 
 
 def _undecided(case: Case, tensors: list[Tensor]) -> Tensor:
-    """Where rounding may decide a fused case's ReLU or maximum: a mask of its output.
+    """Mask of the output elements where rounding may decide a fused case's ReLU or maximum.
 
-    Up to two units of the value in the tensors' dtype, plus sixteen of the largest value in float32, in which sums are formed.
+    The margin is two units of the value in the tensors' dtype plus sixteen units of the largest value in float32, the dtype of
+    sums.
     """
     dtype = tensors[0].dtype
     layer, _, rest = case.name.partition("_")
     plain = next(c for c in PLAIN_CASES if c.name == layer)
     before = plain.meaning(*(t.detach().double() for t in tensors))
-    # A ReLU alone is a window of one, beside which there is nothing.
+    # A ReLU without a pool is a window of one element.
     windows = before.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2) if rest == POOL_BLOCK else before.unsqueeze(-1)
     top, second = F.pad(windows, (0, 1), value=-math.inf).topk(2).values.unbind(-1)
     info = torch.finfo(dtype)
@@ -160,7 +161,7 @@ def _undecided(case: Case, tensors: list[Tensor]) -> Tensor:
 
 
 def _results(case: Case, tensors: list[Tensor], magnitude: float) -> list[Result]:
-    """Output and gradients of ``case``, for an output's gradient of ``magnitude``."""
+    """Output and gradients of ``case``, with a random output gradient of ``magnitude``."""
     output = case.ours(*tensors)
     grad = torch.randn_like(output) * magnitude
     if case.name in {c.name for c in FUSED_CASES}:
@@ -200,9 +201,10 @@ def _unlinked(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tens
 
 
 def _linked_conv2d(device: torch.device, dtype: torch.dtype, magnitude: float) -> list[Result]:
-    """Two convolutions, whose channels are enough for tensor descriptors in half precision on small tensors too.
+    """Two linked convolutions with enough channels for tensor descriptors in half precision, on small tensors too.
 
-    The first bias decides the ReLU, for one half of the channels each way, as no mask of the output's gradient can.
+    A mask of the output's gradient cannot exclude undecided ReLUs of the first convolution. So its bias decides them: it is
+    large, positive for one half of the channels and negative for the other.
     """
     case = Case("linked_conv2d", (384, 12, 12), (384, 384, 3, 3), _linked, _unlinked, ((16, 5, 4), (16, 16, 3, 3)))
     case, batch = (case, 16) if device.type == "cuda" else (case.shrunk(), 2)
@@ -214,7 +216,7 @@ def _linked_conv2d(device: torch.device, dtype: torch.dtype, magnitude: float) -
 
 
 def _gather_resize(device: torch.device, dtype: torch.dtype, magnitude: float) -> list[Result]:
-    """Pixels are bytes: the magnitude is that of what they are divided by."""
+    """Resized images. Pixels are bytes, so the magnitude is set by the standard deviation that divides them."""
     images = torch.randint(0, 256, (9, 28, 28), dtype=torch.uint8, device=device)
     index, size, std = torch.tensor([3, 0, 8, 3], device=device), 45, 1 / magnitude
     ours = kernels.gather_resize(images, index, size, dtype=dtype, mean=0.3, std=std)
@@ -224,7 +226,7 @@ def _gather_resize(device: torch.device, dtype: torch.dtype, magnitude: float) -
 
 
 def _sgd(device: torch.device, dtype: torch.dtype, magnitude: float) -> list[Result]:
-    """A step with momentum and weight decay; with a float32 master for half types, as :mod:`kernels.sgd` has it."""
+    """An SGD step with momentum and weight decay, with float32 masters for half types as in :mod:`kernels.sgd`."""
     start = [(torch.randn(1037, device=device) * magnitude).to(kind) for kind in (dtype, dtype, torch.float32)]
     runs: list[list[Tensor]] = []
     for ours, kind in ((True, dtype), (False, dtype), (False, torch.float32), (False, torch.float64)):
@@ -243,12 +245,12 @@ def _sgd(device: torch.device, dtype: torch.dtype, magnitude: float) -> list[Res
 
 
 def operations(device: torch.device) -> list[Operation]:
-    """Every public operation: at AlexNet's sizes on a GPU, on small tensors elsewhere."""
+    """Every public operation: at AlexNet's sizes on a GPU, else on small tensors."""
     cases, batch = list(CASES), 16
     if device.type != "cuda":
         shrunk: dict[object, Case] = {}
         for case in cases:
-            # Layers that become the same small case are one.
+            # Layers with the same small case are measured once.
             shrunk.setdefault((*case.shrink, case.name.partition("_")[2], "fc" in case.name), case.shrunk())
         cases, batch = list(shrunk.values()), 2
     others = {"linked_conv2d": _linked_conv2d, "gather_resize": _gather_resize, "sgd_step": _sgd}
@@ -274,14 +276,14 @@ def measure(
     largest = {key: tuple(map(max, zip(*values, strict=True))) for key, values in found.items()}
     errors = []
     for (name, magnitude), (ours, peer, yardstick) in largest.items():
-        if dtype != torch.float16:  # wide enough that a magnitude only rounds anew
+        if dtype != torch.float16:  # the range is so wide that another magnitude only changes the rounding
             yardstick = max(values[2] for (other, _), values in largest.items() if other == name)
         errors.append(Error(name, magnitude, ours, peer, 2 * yardstick + 0.5 * _HALF_UNITS[dtype]))
     return errors
 
 
 def environment(device: torch.device) -> str:
-    """Where the errors were measured, with versions."""
+    """The device and the versions of the measurement, as text."""
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
@@ -294,7 +296,7 @@ HEADER = ("operation", "dtype", "error, units", "PyTorch's", "in", "at magnitude
 
 
 def rows(name: str, dtype: torch.dtype, errors: Sequence[Error]) -> tuple[str, ...]:
-    """The table's row of an operation in one dtype: ours at its worst, and what is beyond the rule before what is not."""
+    """The table's row of an operation in one dtype: our worst error, errors beyond the rule first."""
     worst = max(errors, key=lambda e: (not e.within, e.ours))
     peer = max(e.peer for e in errors)
     values = (f"{worst.ours:.2f}", f"{worst.peer:.2f}", worst.name, f"{worst.magnitude:.0e}", f"{peer:.2f}")
@@ -307,7 +309,7 @@ def _verdict(broken: list[str]) -> str | int:
 
 @contextlib.contextmanager
 def _as_the_suite() -> Iterator[None]:
-    """Float32 products exact, so that float32 is held to float32's error; in one thread. Afterwards as it was."""
+    """Exact float32 products, so that float32 is held to float32's error, and one thread, as in the test suite."""
     cudnn, matmul, threads = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
     before = cudnn.allow_tf32, matmul.fp32_precision
     cudnn.allow_tf32, matmul.fp32_precision = False, "ieee"
@@ -320,23 +322,23 @@ def _as_the_suite() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write the table; exit with 1 where the rule is broken."""
+    """Measure, print and write the table; exit with 1 if an error is beyond the rule."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--operations", nargs="+", help="names of those to measure; all by default")
-    parser.add_argument("--magnitudes", nargs="+", type=float, default=MAGNITUDES, help="of the inputs")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
-    parser.add_argument("--out", type=Path, help="of the Markdown file; by default, of the whole table, in benchmarks/results")
+    parser.add_argument("--operations", nargs="+", help="names of the operations to measure; default: all")
+    parser.add_argument("--magnitudes", nargs="+", type=float, default=MAGNITUDES, help="magnitudes of the inputs")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds, from 0 on")
+    parser.add_argument("--out", type=Path, help="Markdown file; the default, in benchmarks/results, is for the whole table")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = operations(device)
     if arguments.operations is not None:
         unknown = set(arguments.operations) - {o.name for o in chosen}
         if unknown:
-            parser.error(f"no operation {', '.join(sorted(unknown))}; there are {', '.join(o.name for o in chosen)}")
+            parser.error(f"there is no operation {', '.join(sorted(unknown))}, only {', '.join(o.name for o in chosen)}")
         chosen = [o for o in chosen if o.name in arguments.operations]
     table, broken = Table(*HEADER), []
     lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
-    # An overflow in the interpreter is NumPy's: the result is looked at, not the warning.
+    # NumPy warns of overflows in the interpreter; the results show them already.
     with _as_the_suite(), np.errstate(over="ignore", invalid="ignore"):
         for operation in chosen:
             for dtype in DTYPES:
@@ -353,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = arguments.out or RESULTS / f"accuracy-{slug}.md"
     whole = (len(chosen), [*arguments.magnitudes], arguments.seeds) == (len(operations(device)), [*MAGNITUDES], SEEDS)
     if not (whole or arguments.out):
-        print(f"a part of the table: {path} stays; --out writes one")
+        print(f"This is a part of the table: {path} stays as it is; --out FILE writes this part.")
         sys.exit(_verdict(broken))
     explained = (__doc__ or "").split("\n\n", 1)[1]
     seen = f"{environment(device)}; {arguments.seeds} seeds."

@@ -1,12 +1,12 @@
-"""What one training step of AlexNet launches, compiled for a GPU that is not there, and what that must cost at least.
+"""The launches of one training step of AlexNet, compiled for a GPU that is not there, and a lower bound of their time.
 
 ``python -m benchmarks.audit --arch sm_90 --batch 128 --dtype bfloat16`` walks the real code path (forward, loss, backward,
-optimizer) on CPU tensors. Each Triton launch is recorded with its arguments and compiled for the target instead of run; each
-PyTorch operator that would launch something is counted beside it. Beside the totals stand those of the same step of
-``nn.Sequential`` under bfloat16 or float16 autocast (float32: without), walked on fake tensors.
+optimizer) on CPU tensors. Each Triton launch is recorded with its arguments and compiled for the target instead of run. Each
+PyTorch operator that would launch a kernel is counted. The totals are compared with those of the same step of
+``nn.Sequential``, under autocast for bfloat16 and float16, on fake tensors.
 
-``--mode train`` is the step that ``python -m benchmarks.report`` times, on images that lie ready. ``--mode trainer`` is the one
-that ``alexnet-triton train`` runs, from the indices of uint8 images to the sums of loss and hits, beside the same loop around
+``--mode train`` is the step that ``python -m benchmarks.report`` times, on images that are ready. ``--mode trainer`` is the
+step of ``alexnet-triton train``, from the indices of uint8 images to the sums of loss and hits, beside the same loop around
 ``nn.Sequential``.
 
 Everything printed is static: read from compiled code and counted from tensors. No time is measured here.
@@ -47,7 +47,7 @@ from kernels.runtime import launch
 from .offline import compile_launch, offline_target
 from .work import flops, moved_bytes
 
-#: Totals that a change may not make worse without changing this file; ``--update`` rewrites it.
+#: The committed totals: a change that makes one worse must change this file too. ``--update`` rewrites it.
 COMMITTED = Path(__file__).parent / "audit.json"
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "flatten", "fc1", "fc2", "fc3")
@@ -55,12 +55,13 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "flatten", "fc1", "fc2", 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU, as far as occupancy and floors need it.
+    """The properties of a GPU that decide occupancy and floors.
 
     Attributes:
-        name: of the product the numbers are of.
-        multiprocessors, registers, shared_bytes, warps, blocks: how many, and what each multiprocessor has.
-        tflops, tbps: measured ceilings of half-precision products and of copies, where this project has them.
+        name: of the product.
+        multiprocessors: number of SMs.
+        registers, shared_bytes, warps, blocks: limits of each SM.
+        tflops, tbps: measured ceilings of half-precision products and of copies; None if not measured.
     """
 
     name: str
@@ -73,25 +74,25 @@ class Target:
     tbps: float | None = None
 
 
-#: Multiprocessors from NVIDIA's architecture papers, limits from the CUDA programming guide's table of compute capabilities,
-#: the H100's ceilings as DESIGN.md section 6 gives them.
+#: Numbers of SMs from NVIDIA's architecture papers, limits from the CUDA programming guide's table of compute capabilities,
+#: the H100's ceilings from DESIGN.md section 6.
 TARGETS = {
     "sm_80": Target("A100 SXM", 108, 65536, 164 * 1024, 64, 32),
     "sm_90": Target("H100 SXM", 132, 65536, 228 * 1024, 64, 32, tflops=798.0, tbps=3.0),
     "sm_100": Target("B200", 148, 65536, 228 * 1024, 64, 32),
 }
 
-#: Operators that launch nothing: they allocate, ask, or annotate.
+#: Operators that launch nothing: they allocate, query or annotate.
 _FREE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::alias", "aten::_unsafe_view", "prim::", "profiler::")
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the PyTorch operators that would launch something, and the bytes of their tensors.
+    """Counts the PyTorch operators that would launch a kernel, and the bytes of their tensors.
 
-    Operators of this project are not counted, their launches are recorded; ``current`` names the one that runs.
+    This project's operators are not counted, since their launches are recorded; ``current`` names the running one.
 
     Args:
-        on_call: given the name and the bytes of each.
+        on_call: called with the name and the bytes of each counted operator.
     """
 
     def __init__(self, on_call: Callable[[str, int], None] | None = None) -> None:
@@ -128,7 +129,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _operator_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Each input read once, each output written once; what is changed in place is both."""
+    """Bytes of each input read once and each output written once; a tensor changed in place counts twice."""
     read = {id(t): _size(t) for t in _tensors((args, kwargs))}
     written = {id(t): _size(t) for t in _tensors(result)}
     for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -139,7 +140,7 @@ def _operator_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One Triton launch of the step, or one PyTorch operator of it, of which nothing but the bytes is known."""
+    """One Triton launch of the step, or one PyTorch operator, of which only the bytes are known."""
 
     layer: str
     pass_: str
@@ -164,14 +165,14 @@ class Record:
     floor_us: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """With ``pass`` under its own name, which Python reserves."""
+        """The fields as a dict; ``pass_`` becomes ``pass``, which Python reserves as a name."""
         return {key.removesuffix("_"): value for key, value in dataclasses.asdict(self).items()}
 
 
 def programs_per_multiprocessor(target: Target, registers: int, shared_bytes: int, warps: int) -> int:
-    """How many programs fit one multiprocessor, by registers (allotted by warp in units of 256), shared memory and warps.
+    """How many programs fit on one SM, by registers (allocated per warp in units of 256), shared memory and warps.
 
-    A program's shared memory is what its code asks for and 1 KiB that CUDA keeps for each block.
+    A program takes the shared memory of its code and 1 KiB that CUDA reserves for each block.
     """
     by_registers = target.registers // (-(-registers * 32 // 256) * 256 * warps)
     by_shared = target.shared_bytes // (shared_bytes + 1024)
@@ -179,9 +180,9 @@ def programs_per_multiprocessor(target: Target, registers: int, shared_bytes: in
 
 
 def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes: int) -> float | None:
-    """Microseconds that neither the products nor the bytes can be done in less; None without measured ceilings.
+    """Lower bound in microseconds by products and bytes; None without measured ceilings.
 
-    The products' ceiling is that of half precision, so there is no floor in float32.
+    The products' ceiling is measured in half precision, so float32 has no floor.
     """
     if target.tflops is None or target.tbps is None or dtype == torch.float32:
         return None
@@ -189,9 +190,9 @@ def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes:
 
 
 def pass_of(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str:
-    """``linear_dgrad`` -> ``dgrad``; all launches of a pool are ``pool``, whatever the operator, an epilogue's ``epilogue``.
+    """The pass of a launch: ``linear_dgrad`` -> ``dgrad``. All launches of a pool are ``pool``, of an epilogue ``epilogue``.
 
-    The operator of a convolution's backward pass launches all of it: there the kernel tells.
+    One operator launches a convolution's whole backward pass, so there the kernel decides between ``dgrad`` and ``wgrad``.
     """
     name = operator or "other"
     if "max_pool2d" in kernel or name.startswith("max_pool2d"):
@@ -204,13 +205,13 @@ def pass_of(operator: str | None, kernel: str, arguments: dict[str, Any]) -> str
 
 
 class LayerMarker:
-    """Which layer is running: set before each run of the forward pass, and by a hook before its node of the backward pass."""
+    """Name of the running layer: set before each run of the forward pass, and by a hook before its backward node."""
 
     def __init__(self) -> None:
         self.name = "other"
 
     def forward(self, net: nn.Sequential, x: Any) -> Tensor:
-        """``net(x)``, run by run, as :meth:`FusedSequential.forward` does it."""
+        """``net(x)``, run by run as in :meth:`FusedSequential.forward`."""
         link = None
         runs = plan(list(net))
         for name, run, following in zip(LAYERS, runs, [*runs[1:], None], strict=True):
@@ -226,14 +227,14 @@ class LayerMarker:
 
 
 class MarkedSGD(SGD):
-    """The trainer's optimizer, which says when it is at work."""
+    """The trainer's optimizer, which sets the layer's name while it steps."""
 
     def __init__(self, params: Iterable[Tensor], layer: LayerMarker) -> None:
         super().__init__(params, lr=0.01)
         self.layer = layer
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """As the base class; the layer is ``"optimizer"`` meanwhile, then the ``"loss"``, whose sums come last."""
+        """Step under the layer name ``"optimizer"``, then set ``"loss"``, whose sums come last in the trainer's step."""
         self.layer._set("optimizer")
         super().step()
         self.layer._set("loss")
@@ -242,7 +243,7 @@ class MarkedSGD(SGD):
 def _step(
     net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, mode: str, on_optimizer: Callable[[], None]
 ) -> None:
-    """One training step, or one forward pass in eval mode."""
+    """Run one training step, or with ``mode="infer"`` one forward pass in eval mode."""
     if mode == "infer":
         net.eval()
         with torch.no_grad():
@@ -257,8 +258,8 @@ def _step(
 def _trainer_step(
     net: nn.Module, forward: Callable[[Any], Tensor], batch: int, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
-    """The step of a :class:`Trainer` that has made what it keeps; by ``optimizer`` in place of its own, if given."""
-    # No more images than a step reads, since a kernel that gathers is charged for all that it might.
+    """The step of a :class:`Trainer` that has already made its buffers; ``optimizer`` replaces the trainer's own."""
+    # Only as many images as a step reads, since a gathering kernel is charged for the whole tensor.
     split = Split(torch.zeros(batch, 28, 28, dtype=torch.uint8), torch.zeros(batch, dtype=torch.long))
     trainer = Trainer(net, split, Recipe(batch_size=batch), Where(torch.device("cpu")))
     trainer.parallel = cast(nn.Module, forward)
@@ -269,7 +270,7 @@ def _trainer_step(
 
 
 def _plain_input(_: nn.Module, images: Tensor, index: Tensor, size: int, **__: Any) -> Tensor:
-    """:func:`input_for` as a loop in PyTorch alone has it."""
+    """:func:`input_for` as a plain PyTorch training loop would write it."""
     return F.interpolate(images[index].unsqueeze(1).float() / 255, (size, size), mode="bilinear")
 
 
@@ -288,7 +289,7 @@ def _saved_bytes(forward: Callable[[Any], Tensor], x: Any) -> int:
 
 
 def _saved_bytes_an_image(forward: Callable[[Any], Tensor], images: Callable[[int], Any]) -> int:
-    """The part that grows with the batch: parameters, and their casts, are saved whatever the batch."""
+    """Saved bytes per image. Parameters and their casts do not count, since they do not grow with the batch."""
     return (_saved_bytes(forward, images(4)) - _saved_bytes(forward, images(2))) // 2
 
 
@@ -297,7 +298,7 @@ def _images(dtype: torch.dtype) -> Callable[[int], Tensor]:
 
 
 def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[list[Record], dict[str, Any]]:
-    """The step on the Triton kernels: a record a launch, and totals."""
+    """The step on the Triton kernels: one record per launch, and the totals."""
     target = TARGETS[arch]
     layer = LayerMarker()
     name = str(dtype).removeprefix("torch.")
@@ -366,7 +367,7 @@ def audit_ours(arch: str, dtype: torch.dtype, batch: int, mode: str) -> tuple[li
     with offline_target(int(arch.removeprefix("sm_"))):
         if mode == "trainer":
             step = _trainer_step(net, forward, batch, MarkedSGD(net.parameters(), layer))
-            layer.name = "data"  # until the network takes over
+            layer.name = "data"  # until the network's first layer sets its own
 
             def images(n: int) -> Tensor | CellImages:
                 return input_for(net, torch.zeros(n, 28, 28, dtype=torch.uint8), None, 224, dtype=dtype)
@@ -396,15 +397,15 @@ def _totals(records: list[Record], count: OperatorCount, saved: int) -> dict[str
 
 
 def _cuda_dropout(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-    """``F.dropout`` by the operator that it is on CUDA."""
+    """``F.dropout`` by the operator that PyTorch uses on CUDA."""
     return torch.native_dropout(input, p, training)[0] if training else input
 
 
 def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
-    """The same step of ``nn.Sequential`` in float32, under autocast for a half type: operator calls and their bytes.
+    """The same step of ``nn.Sequential`` with float32 parameters, under autocast for a half type: operator calls and bytes.
 
-    On fake CPU tensors. Dropout is counted as the one operator that it is on CUDA, and so is a convolution's backward pass,
-    which launches several kernels there.
+    It runs on fake CPU tensors. Dropout counts as one operator, as on CUDA. A convolution's backward pass counts as one too,
+    although it launches several kernels on CUDA.
     """
     count = OperatorCount()
 
@@ -437,7 +438,7 @@ def audit_peer(dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
 
 
 def audit(arch: str, dtype: torch.dtype, batch: int, mode: str) -> dict[str, Any]:
-    """The whole audit as JSON: ``records`` and ``totals``, the latter with ``nn.Sequential``'s beside ours."""
+    """The whole audit as JSON: ``records`` of our launches, and ``totals`` of ours and of ``nn.Sequential``."""
     records, ours = audit_ours(arch, dtype, batch, mode)
     peer = audit_peer(dtype, batch, mode)
     ratios = {key: round(ours[key] / peer[key], 4) for key in ("launches", "bytes", "saved_bytes_per_image") if peer[key]}
@@ -467,16 +468,16 @@ def by_layer(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def case_name(arch: str, dtype: str, batch: int, mode: str) -> str:
-    """Key of an audit in the committed file."""
+    """Key of an audit in :data:`COMMITTED`."""
     return f"{arch}-{dtype}-N{batch}-{mode}"
 
 
-#: The totals that are held, and whether more is worse.
+#: The totals that may not get worse, and whether more is worse.
 HELD = {"launches": True, "useful_over_issued": False, "bytes": True, "saved_bytes_per_image": True, "spill_bytes": True}
 
 
 def worse(totals: dict[str, Any], committed: dict[str, Any]) -> list[str]:
-    """In words, each held total that is worse than the committed one."""
+    """One text for each total of :data:`HELD` that is worse than the committed one."""
     complaints = []
     for key, more_is_worse in HELD.items():
         now, before = totals[key], committed[key]
@@ -485,7 +486,7 @@ def worse(totals: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     return complaints
 
 
-#: What only compiled code tells.
+#: The columns that come from compiled code.
 _COMPILED = (
     *("regs", "spill_bytes", "smem_bytes", "num_warps", "num_stages"),
     *("programs_per_multiprocessor", "tensor_core_ops", "tma_loads"),
@@ -493,7 +494,7 @@ _COMPILED = (
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """The launches grouped by layer and pass, and the totals."""
+    """Print the launches, ordered by layer, and the totals."""
     title = (
         f"{result['mode']} step, {result['dtype']}, batch {result['batch']}, compiled for {result['arch']} ({result['gpu']})"
     )
@@ -558,18 +559,18 @@ def total_rows(totals: dict[str, Any]) -> Iterable[tuple[str, str, str, str]]:
 
 
 def main() -> None:
-    """Audit, print, and optionally write or update files."""
+    """Audit, print the tables, and optionally write the JSON or update the committed totals."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", default="sm_90", choices=list(TARGETS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--mode", default="train", choices=["train", "trainer", "infer"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--untuned", action="store_true", help="the rules' configurations, whatever was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records and totals to FILE")
+    parser.add_argument("--untuned", action="store_true", help="use the rules' configurations, without tuned tables")
     parser.add_argument("--update", action="store_true", help=f"write the totals into {COMMITTED.name}")
     arguments = parser.parse_args()
     if arguments.update and arguments.untuned:
-        parser.error(f"{COMMITTED.name} holds what runs, which measured tables decide: leave out --untuned")
+        parser.error(f"{COMMITTED.name} holds the configurations of the tuned tables: leave out --untuned")
     try:
         with tables.untuned() if arguments.untuned else contextlib.nullcontext():
             result = audit(arguments.arch, getattr(torch, arguments.dtype), arguments.batch, arguments.mode)

@@ -1,6 +1,6 @@
-"""The cases that everything in this folder times: each operation at AlexNet's shapes, ours and PyTorch's.
+"""The cases that this folder's benchmarks time: each operation at AlexNet's shapes, ours and PyTorch's.
 
-One registry: a case makes its tensors, and runs forward or forward and backward on either implementation.
+A case makes its tensors and runs forward, or forward and backward, on either implementation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kernels.runtime.arguments import conv_input_precision, matmul_input_precisi
 from kernels.runtime.launch import new_output
 
 IMPLEMENTATIONS = ("triton", "torch")
-#: ``backward`` is all gradients, ``dgrad`` and ``wgrad`` the input's and the weight's alone.
+#: ``backward`` computes all gradients, ``dgrad`` only the input's, ``wgrad`` only the weight's.
 PASSES = ("forward", "backward", "dgrad", "wgrad")
 
 
 def to_channels_last(tensor: Tensor) -> Tensor:
-    """A copy that is NHWC in memory and says so by its strides.
+    """A copy that is NHWC in memory and has channels-last strides.
 
-    With one channel ``contiguous(memory_format=torch.channels_last)`` changes nothing, and PyTorch would take the tensor, and
-    all that it makes of it, for NCHW.
+    With one channel ``contiguous(memory_format=torch.channels_last)`` changes nothing, and PyTorch would treat the tensor and
+    everything computed from it as NCHW.
     """
     return new_output(tensor.shape, tensor.dtype, tensor.device, channels_last=True).copy_(tensor)
 
@@ -37,12 +37,12 @@ class Case:
 
     Attributes:
         name: of the layer.
-        input: its shape without the batch.
-        weight: shape of the weight, or None; a bias of ``weight[0]`` goes with it.
+        input: shape of the input without the batch.
+        weight: shape of the weight, or None; with a weight there is a bias of ``weight[0]`` elements.
         ours: the operation of ``kernels``, called with input, weight, bias.
-        theirs: the same from PyTorch, as it is timed.
-        shrink: shapes of a smaller case of the same kind, for a check that does not time.
-        reference: the values of ours in PyTorch's operations, where ``theirs`` draws other random numbers.
+        theirs: PyTorch's operation, which is timed.
+        shrink: input and weight shapes of a smaller case of the same kind, for checks without timing.
+        reference: our values in PyTorch's operations, if ``theirs`` draws other random numbers.
         single: whether it is a single operation of PyTorch, whose gradients are timed one by one.
     """
 
@@ -56,7 +56,7 @@ class Case:
     single: bool = False
 
     def meaning(self, *tensors: Tensor) -> Tensor:
-        """What ours should give, in PyTorch's operations and in the tensors' dtype."""
+        """The expected value of ours, computed by PyTorch's operations in the tensors' dtype."""
         return (self.reference or self.theirs)(*tensors)
 
     def shrunk(self) -> Case:
@@ -64,11 +64,11 @@ class Case:
         return dataclasses.replace(self, input=self.shrink[0], weight=self.shrink[1])
 
     def tensors(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-        """Random input, weight and bias that ask for gradients; channels-last where they have four dimensions."""
+        """Random input, weight and bias that require gradients; channels-last if they have four dimensions."""
         shapes = [(batch, *self.input)] + ([] if self.weight is None else [self.weight, self.weight[:1]])
         tensors = []
         for i, shape in enumerate(shapes):
-            # Weights so that outputs are of the input's size, as a trained network's are.
+            # Scale the weights so that outputs have the input's magnitude, as in a trained network.
             scale = torch.Size(shape[1:]).numel() ** -0.5 if i == 1 else 1.0
             tensor = (torch.randn(shape, device=device) * scale).to(dtype)
             if tensor.dim() == 4:
@@ -101,7 +101,7 @@ def _max_pool(x: Tensor) -> Tensor:
 
 
 def _dropped(y: Tensor) -> Tensor:
-    """Dropout of seed 1, as ours draws it."""
+    """``y`` after our dropout with seed 1."""
     return y * kernels.dropout_mask(y.shape, 0.5, 1, device=y.device) * 2
 
 
@@ -172,10 +172,10 @@ _PLAIN = (
     ),
 )
 
-#: One operation each, as PyTorch has it.
+#: Single operations of PyTorch.
 PLAIN_CASES = tuple(dataclasses.replace(case, single=True) for case in _PLAIN)
 
-#: Fused operations, against the run of separate ones that they stand for.
+#: Fused operations, against the separate operations that they replace.
 FUSED_CASES = (
     *map(_conv_block_case, _SHAPES),
     Case("fc1_relu", (6400,), (4096, 6400), _linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b)), _SMALL_LINEAR),
@@ -195,14 +195,14 @@ CASES = PLAIN_CASES + FUSED_CASES
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What a case should give on some tensors: in float64, and how far PyTorch is off in the tensors' dtype.
+    """The expected results of a case on some tensors: in float64, and PyTorch's in the tensors' dtype.
 
     Attributes:
         grad: the output's gradient.
         exact: output and gradients in float64.
-        peer: the same of PyTorch in the dtype under test.
-        tf32: of a fused case where TF32 is allowed, the same in float64 of operands cut to TF32; else None. PyTorch may have
-            multiplied exactly (cuDNN does with one channel); its error is then none that TF32 can be held to.
+        peer: output and gradients of PyTorch in the dtype under test.
+        tf32: for a fused case with TF32 allowed, output and gradients in float64 from operands cut to TF32; else None. PyTorch
+            may have multiplied exactly (cuDNN does with one channel), and its error is then no limit for TF32.
     """
 
     grad: Tensor
@@ -216,12 +216,12 @@ TF32_BITS = 13
 
 
 def cut(tensor: Tensor, bits: int = TF32_BITS) -> Tensor:
-    """In float32 without its last ``bits``: as the tensor cores read it (:func:`unit`)."""
+    """``tensor`` in float32 without its last ``bits`` bits, as the tensor cores read it (:func:`unit`)."""
     return (tensor.detach().float().view(torch.int32) & -(2**bits)).view(torch.float32)
 
 
 def _cut_to_tf32(tensors: list[Tensor]) -> list[Tensor] | None:
-    """The operands of a product, and a bias as it is, as the tensor cores read them; None where TF32 is not allowed."""
+    """The operands as the tensor cores read them, and the bias unchanged; None if TF32 is not allowed."""
     precision = conv_input_precision if tensors[0].dim() == 4 else matmul_input_precision
     if precision(tensors[0].dtype) != "tf32":
         return None
@@ -229,7 +229,7 @@ def _cut_to_tf32(tensors: list[Tensor]) -> list[Tensor] | None:
 
 
 def truth(case: Case, tensors: list[Tensor], grad: Tensor | None = None) -> Truth:
-    """The case's values and gradients by its meaning, of ``grad``, the output's gradient; normal numbers by default."""
+    """The case's expected values and gradients. ``grad`` is the output's gradient, by default random normal numbers."""
     cut = None if case.single or case.weight is None else _cut_to_tf32(tensors)
     runs = []
     for given, dtype in ((tensors, tensors[0].dtype), (tensors, torch.float64), (cut, torch.float64)):
@@ -244,9 +244,10 @@ def truth(case: Case, tensors: list[Tensor], grad: Tensor | None = None) -> Trut
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Distance of 1 and the next number of the type in which products are formed.
+    """Distance between 1 and the next number of the type in which products are formed.
 
-    For float32 on tensor cores twice TF32's, since they truncate both operands, where cuDNN may choose not to use them.
+    For float32 with TF32 allowed it is twice TF32's, since the tensor cores truncate both operands and cuDNN may choose not to
+    use them.
     """
     tf32 = dtype == torch.float32 and "tf32" in (conv_input_precision(dtype), matmul_input_precision(dtype))
     return 2.0**-9 if tf32 else torch.finfo(dtype).eps
@@ -257,12 +258,12 @@ def _size(tensor: Tensor, largest: bool) -> float:
 
 
 def verify(case: Case, function: Callable[..., Tensor], tensors: list[Tensor], expected: Truth) -> None:
-    """Before anything is timed: output and gradients against float64, at most twice PyTorch's own error.
+    """Compare output and gradients with float64: their error may be at most twice PyTorch's own.
 
-    The largest error of a single operation; of a fused one the norm, since a ReLU whose argument is as good as zero, or a
-    window with two maxima, passes a whole gradient or another one as rounding will have it. Where TF32 is allowed for a fused
-    one, PyTorch's error is at least that of exact sums of TF32's products (:attr:`Truth.tf32`): cut operands alone move the
-    maxima of 2 windows in 10,000.
+    The error of a single operation is the largest one, that of a fused operation the norm: if a ReLU's argument is nearly zero,
+    or a window has two maxima, rounding decides whether or where a gradient passes. For a fused operation with TF32 allowed,
+    PyTorch's error counts as at least that of exact sums of TF32 products (:attr:`Truth.tf32`): cutting the operands alone
+    moves the maxima of 2 windows in 10,000.
 
     Raises:
         AssertionError: a result is wrong.
@@ -284,7 +285,7 @@ def passes(case: Case) -> tuple[str, ...]:
 
 
 def pass_flops(case: Case, batch: int, which: str) -> int:
-    """FLOPs of a pass, of which ``backward`` has two products; 0 where nothing is multiplied. Counted by PyTorch."""
+    """FLOPs of a pass, counted by PyTorch; ``backward`` has two products, an operation without a weight 0 FLOPs."""
     if case.weight is None:
         return 0
     shapes = ((batch, *case.input), case.weight, case.weight[:1])
@@ -294,7 +295,7 @@ def pass_flops(case: Case, batch: int, which: str) -> int:
 
 
 def pass_bytes(case: Case, batch: int, which: str, like: Tensor) -> int:
-    """Fewest bytes of a pass in the dtype of ``like``: what it reads once and writes once."""
+    """Fewest bytes of a pass in the dtype of ``like``: each tensor is read or written once."""
     size = like.element_size()
     shapes = [(batch, *case.input)] + ([] if case.weight is None else [case.weight, case.weight[:1]])
     input, *weights = (torch.Size(shape).numel() for shape in shapes)
@@ -310,7 +311,7 @@ def pass_bytes(case: Case, batch: int, which: str, like: Tensor) -> int:
 
 
 def runner(function: Callable[..., Tensor], which: str, tensors: list[Tensor]) -> Callable[[], object]:
-    """What is timed: the forward pass without a graph, or one pass over the graph of a forward pass recorded before."""
+    """The timed function: the forward pass without an autograd graph, or a backward pass of a graph made here."""
     if which == "forward":
 
         def forward() -> Tensor:
@@ -319,7 +320,7 @@ def runner(function: Callable[..., Tensor], which: str, tensors: list[Tensor]) -
 
         return forward
     wanted = {"backward": tensors, "dgrad": tensors[:1], "wgrad": tensors[1:2]}[which]
-    # Only what is wanted may ask for a gradient: PyTorch computes what its graph needs, whatever grad() is asked for.
+    # Only the wanted tensors may require a gradient: PyTorch may compute others even if grad() does not ask for them.
     leaves = [t.detach().requires_grad_(any(t is w for w in wanted)) for t in tensors]
     output = function(*leaves)
     grad = torch.randn_like(output)

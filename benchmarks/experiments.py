@@ -1,7 +1,7 @@
-"""Experiments that wait for a GPU: what is predicted, and the command that settles it.
+"""Experiments that wait for a GPU: each is a prediction and the command that tests it.
 
-``python -m benchmarks.gpu`` runs them last and records what each printed. An experiment whose command is that of a stage is
-settled by the stage. Add one when its prediction is written down (``benchmarks/NOTES.md``); take it out when its outcome is.
+``python -m benchmarks.gpu`` runs the experiments last and records their output. If a stage has the same command, the stage
+serves as the experiment. Add an experiment when its prediction is in ``benchmarks/NOTES.md``; remove it when its outcome is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A prediction and the command that settles it.
+    """A prediction and the command that tests it.
 
     Attributes:
-        prediction: a sentence with the numbers that are expected, and where the command's output has them.
-        argv: after ``python -m``; ``{out}`` is a folder for results, ``{gpu}`` the GPU's name in file names.
-        seconds: that the command takes at most, as far as is known.
-        environment: variables that are set for it.
-        may_fail: whether a failure of the command, which its log shows, is an outcome too.
+        prediction: a sentence with the expected numbers, and where the command's output has them.
+        argv: arguments after ``python -m``; ``{out}`` is a folder for results, ``{gpu}`` the GPU's name in file names.
+        seconds: upper estimate of the command's time.
+        environment: variables that are set for the command.
+        may_fail: whether a failure of the command, which its log shows, counts as an outcome.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Experiment:
 
 
 def tune(dtype: str, layer: str, batch: int = 128) -> tuple[str, ...]:
-    """The command that tunes a layer into the table that the kernels read."""
+    """The command that tunes a layer and writes the table that the kernels read."""
     return ("alexnet_triton", "tune", "--dtype", dtype, "--batch", str(batch), "--layer", layer)
 
 
@@ -41,20 +41,20 @@ def report(dtype: str, batch: int, part: str) -> tuple[str, ...]:
 
 
 def variant(layer: str, pass_: str, *configurations: str) -> tuple[str, ...]:
-    """The command that times a pass under configurations, in bfloat16 at batch 128."""
+    """The command that times a pass under the given configurations, in bfloat16 at batch 128."""
     return ("benchmarks.variant", "--layer", layer, "--pass", pass_, *configurations)
 
 
 EXPERIMENTS = (
     Experiment(
         "fc1 input gradient in equal shares",
-        "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice; then the table's tiles.",
+        "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice, which is timed first.",
         variant("fc1", "dgrad", "--untuned", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),
         60,
     ),
     Experiment(
         "fc1 weight gradient in equal shares",
-        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles, the rule's choice; then the table's tiles.",
+        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles, the rule's choice, which is timed first.",
         variant("fc1", "wgrad", "--untuned", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
         60,
     ),
@@ -67,8 +67,8 @@ EXPERIMENTS = (
     ),
     Experiment(
         "float32 copies by batch",
-        "With the copies that it writes for the weight gradient, conv4's input gradient in TF32 takes at most 15% longer than "
-        "without them, which is the `dgrad` of the report's float32 operations.",
+        "conv4's input gradient in TF32 takes at most 15% longer with the copies that it writes for the weight gradient than "
+        "without them. The time without them is the `dgrad` of the report's float32 operations.",
         tune("float32", "conv4"),
     ),
     Experiment(
@@ -79,7 +79,7 @@ EXPERIMENTS = (
     ),
     Experiment(
         "float32 conv2 turned or copied, batch 1024",
-        "At batch 1024 it is slower turned in registers; then a table should say TURNED=0.",
+        "At batch 1024 the weight gradient is slower turned in registers; if so, a table should say TURNED=0.",
         (
             *("benchmarks.variant", "--dtype", "float32", "--layer", "conv2", "--pass", "wgrad"),
             *("--batch", "1024", "TURNED=0", "TURNED=1"),
@@ -109,14 +109,14 @@ EXPERIMENTS = (
     ),
     Experiment(
         "package of AOTInductor",
-        "PyTorch's loader of the package ends in a segmentation fault (_load_aoti) as on 2026-11-26, with today's kernels too.",
+        "PyTorch's loader of the package still ends in a segmentation fault (_load_aoti), as on 2026-11-26.",
         ("pytest", "-q", "tests/alexnet_triton/test_drop_in.py", "-k", "package_of_aot_inductor"),
         120,
         may_fail=True,
     ),
     Experiment(
         "more than 2^31 elements for real",
-        "The operations on tensors of more than 2^31 elements that are really there pass.",
+        "The tests of the operations on tensors with more than 2^31 elements in memory pass.",
         ("pytest", "-q", "tests/kernels/test_big.py", "-k", "8192"),
         240,
     ),

@@ -1,14 +1,14 @@
-"""One command for everything that a GPU has to settle: resumable, in calls of a few minutes.
+"""One command for all tests and measurements that need a GPU: resumable, in calls of a few minutes.
 
-``python -m benchmarks.gpu --minutes N [--out DIR]`` works through the stages of :mod:`benchmarks.gpu_stages` in order of worth
-and begins none that the minutes cannot hold. Each stage is a process. Its output is kept in ``DIR/logs``, and its record is in
-``DIR/state.json`` as soon as it ends, so that a call that is killed loses only the stage that ran. The next call goes on with
-what is open: a stage is done for one commit (and the same uncommitted changes) on one GPU. A stage that failed is tried again
-once a call, after the others. At the end the command prints what is recorded and what is open and why, and renders the report
-and the page on performance in DIR.
+``python -m benchmarks.gpu --minutes N [--out DIR]`` works through the stages of :mod:`benchmarks.gpu_stages`, most valuable
+first, and begins only stages that fit into the minutes left. Each stage is a process. Its output is kept in ``DIR/logs``. Its
+record is written to ``DIR/state.json`` when it ends, so a killed call loses only the running stage. The next call runs the
+remaining stages: a stage is done for one commit (and the same uncommitted changes) on one GPU. Each call retries a failed stage
+once, after the others. At the end the command prints the recorded stages and the open ones with the reason, and renders the
+report and docs/performance.md in DIR.
 
-``--dry`` needs no GPU: it walks the first piece of each kind of stage on something tiny. Its records and times say that they
-are fake. Where a command refuses to run without a GPU, its options have been parsed by then, and the record says ``parsed``.
+``--dry`` needs no GPU: it runs the first stage of each kind on tiny inputs. Its records and times are marked as fake. If a
+command refuses to run without a GPU after it has parsed its options, the record says ``parsed``.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from . import render, stale
 from .gpu_stages import Stage, stages
 from .report import commit, gpu_name, printed_by
 
-#: Of a call's time, for what comes after the last stage.
+#: Seconds of a call that are kept for the summary and the rendering after the last stage.
 _LAST_SECONDS = 15.0
 
-#: What may change without making a result another one: tuning and rendering write it.
+#: Files whose changes do not invalidate a record, since tuning and rendering write them.
 _RESULTS = ("kernels/configs/*.json", "benchmarks/results", "docs", "*.md")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a record holds for: the code and the machine."""
+    """The code and the machine for which a record is valid."""
 
     commit: str | None
     changes: str | None
@@ -63,7 +63,7 @@ class Setting:
 
     @classmethod
     def here(cls, fake: bool) -> Setting:
-        """Of this working tree and GPU; ``changes`` is a digest of what is not committed, None where all is."""
+        """The setting of this working tree and GPU; ``changes`` is a hash of the uncommitted changes, None without any."""
         excluded = [f":(top,exclude){pattern}" for pattern in _RESULTS]
         difference = printed_by("git", "diff", "HEAD", "--", ":/", *excluded) or ""
         new = (printed_by("git", "ls-files", "--others", "--exclude-standard", "--full-name", ":/*.py") or "").splitlines()
@@ -74,13 +74,13 @@ class Setting:
 
 
 def _end_with_parent() -> None:
-    """Let this process be killed when its parent is: nothing may go on working on the GPU that the next call measures on."""
+    """Let this process be killed with its parent: an orphan would disturb the next call's measurements on the GPU."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def run_command(command: Sequence[str], log: Path, timeout: float, environment: dict[str, str]) -> int | None:
-    """The exit status of a command, its output in ``log``; None where it was killed, its children too, after ``timeout``."""
+    """Run a command with its output in ``log``; return its exit status, or None if ``timeout`` killed it and its children."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -94,7 +94,7 @@ def run_command(command: Sequence[str], log: Path, timeout: float, environment: 
         )
         try:
             return process.wait(timeout)
-        except BaseException as end:  # a signal to this process ends the stage too
+        except BaseException as end:  # a signal to this process must end the stage too
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(end, subprocess.TimeoutExpired):
@@ -103,12 +103,12 @@ def run_command(command: Sequence[str], log: Path, timeout: float, environment: 
 
 
 class Session:
-    """One call: its folder, its time, what was recorded in it and before it.
+    """One call: its folder, its deadline, and the records of this call and earlier ones.
 
     Args:
-        out: the folder; made where it is not there.
-        setting: of this call.
-        seconds: that the call may take.
+        out: the folder; created if missing.
+        setting: the code and machine of this call.
+        seconds: the most that the call's stages may take.
         say: prints a line.
     """
 
@@ -121,33 +121,33 @@ class Session:
 
     @property
     def remaining(self) -> float:
-        """Seconds that stages may still take."""
+        """Seconds left for stages."""
         return self.deadline - time.monotonic()
 
     def filled(self, text: str) -> str:
-        """``text`` with the folder and the GPU's name in it."""
+        """``text`` with the folder for ``{out}`` and the GPU's name for ``{gpu}``."""
         return text.replace("{out}", str(self.out.resolve())).replace("{gpu}", gpu_slug(self.setting.gpu))
 
     def command(self, stage: Stage) -> tuple[str, ...]:
-        """A stage's command after ``python -m``, the dry one in a dry run; ``{out}`` and ``{gpu}`` still in it."""
+        """A stage's command after ``python -m``, the dry one in a dry run; ``{out}`` and ``{gpu}`` are not replaced yet."""
         return stage.dry if self.setting.fake and stage.dry else stage.argv
 
     def last(self, stage: Stage, here: bool = True) -> dict[str, Any] | None:
-        """The last record of a stage's command; ``here``: in this setting."""
+        """The last record of a stage's command, with ``here`` only of this setting; None if there is none."""
         wanted = {"argv": list(self.command(stage)), "cold": stage.cold}
         wanted |= dataclasses.asdict(self.setting) if here else {"fake": self.setting.fake}
         found = [r for r in self.records if wanted.items() <= r.items()]
         return found[-1] if found else None
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether its result is recorded in this setting and there."""
+        """Whether the stage is recorded as done in this setting and its files exist."""
         record = self.last(stage)
         if record is None or record["outcome"] not in ("done", "parsed"):
             return False
         return record["outcome"] == "parsed" or all((self.out / self.filled(path)).is_file() for path in stage.writes)
 
     def expected(self, stage: Stage) -> float:
-        """Seconds that it takes at most: by its last record where there is one, whatever the commit was."""
+        """Upper estimate of the stage's seconds, from its last record of any commit if there is one."""
         record = self.last(stage, here=False)
         if record is None or record["outcome"] == "failed":
             return min(stage.seconds, 60.0) if self.setting.fake else stage.seconds
@@ -157,7 +157,7 @@ class Session:
         """Run a stage and record it."""
         for path in stage.writes:
             folder = (self.out / self.filled(path)).parent
-            if stage.needs_data:  # no run of `train` begins where there is one
+            if stage.needs_data:  # `train` refuses a folder that already has a run
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
         log = self.out / "logs" / f"{''.join(c if c.isalnum() else '-' for c in stage.name)}.log"
@@ -191,18 +191,18 @@ class Session:
             "said": said,
             "log": str(log.relative_to(self.out)),
         }
-        for checkpoint in self.out.glob("train/*/*.pt"):  # hundreds of megabytes that belong to no result
+        for checkpoint in self.out.glob("train/*/*.pt"):  # hundreds of megabytes that are not part of a result
             checkpoint.unlink()
         self.records.append(record)
         write_atomically(self.state, (json.dumps({"records": self.records}, indent=1) + "\n").encode())
         return record
 
     def work(self, todo: Sequence[Stage], again: Sequence[str] = ()) -> None:
-        """Run what is open and fits, each stage once: those that have not failed yet first."""
+        """Run each open stage that fits once, those that have not failed yet first."""
         wanted = [s for s in todo if s.name in again or not self.is_done(s)]
         ran = set()
         for stage in sorted(wanted, key=lambda s: self.last(s) is not None and s.name not in again):
-            command = (self.command(stage), stage.cold)  # an experiment's may be another stage's
+            command = (self.command(stage), stage.cold)  # an experiment may have the command of another stage
             if command in ran or self.expected(stage) > self.remaining:
                 continue
             ran.add(command)
@@ -219,7 +219,7 @@ class Session:
         return json.loads(table.read_text())["measured"] if table.is_file() else {}
 
     def _keep_table(self, before: dict[str, Any]) -> None:
-        """Say in the entries that a stage made of which commit they are, and keep a copy of the table."""
+        """Write the commit into the table's entries that a stage changed, and keep a copy of the table."""
         table = TABLES / self.filled("{gpu}.json")
         if table.is_file():
             content = json.loads(table.read_text())
@@ -230,13 +230,13 @@ class Session:
             shutil.copy(table, self.out)
 
     def restore_table(self, everything: Sequence[Stage]) -> None:
-        """Bring back the table that an earlier call tuned for this commit, if one did: machines start anew."""
+        """Copy back the table that an earlier call tuned for this commit, if any: each call may get a fresh machine."""
         table = self.out / self.filled("{gpu}.json")
         if any(stage.tunes and self.last(stage) for stage in everything) and table.is_file():
             shutil.copy(table, TABLES)
 
     def tested(self) -> str | None:
-        """The last other commit whose changes' tests have all passed here, if there is one."""
+        """The last other commit whose stages ``tests`` have all passed here; None if there is none."""
         passed: dict[str, set[str]] = {}
         for record in self.records:
             if record["stage"].startswith("tests ") and record["outcome"] == "done" and record["commit"] != self.setting.commit:
@@ -246,7 +246,7 @@ class Session:
         return whole[-1] if whole else None
 
     def summary(self, todo: Sequence[Stage], left_out: dict[str, str]) -> str:
-        """What is recorded and what is open, as text."""
+        """The recorded stages and the open ones, as text."""
         lines = [f"Recorded in {self.state}" + (", FAKE: nothing was timed:" if self.setting.fake else ":")]
         open_stages = []
         for stage in todo:
@@ -263,9 +263,9 @@ class Session:
         return "\n".join([*lines, f"Open: {len(open_stages)}", *open_stages])
 
     def render(self, todo: Sequence[Stage]) -> list[Path]:
-        """The report's pieces of this commit as one, its tables, and (of real times) docs/performance.md with its tables.
+        """Merge this commit's pieces of the report and write its tables and (for real times) docs/performance.md; the paths.
 
-        What has no time because it is wrong is said.
+        Prints a line for each result that was wrong and got no time.
         """
         slug = gpu_slug(self.setting.gpu)
         written = []
@@ -292,13 +292,13 @@ class Session:
 
 
 def _has_data(data: str | None) -> bool:
-    """Whether Fashion-MNIST is in ``data``, or without one in a usual place."""
+    """Whether Fashion-MNIST is in ``data``, or if ``data`` is None in a usual place."""
     return any(holds_idx(Path(folder)) for folder in ([data] if data else usual_places()))
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, its stage with it."""
+    """Let SIGTERM end the block and its running stage, as Ctrl-C does."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -311,27 +311,27 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def main() -> None:
-    """Work through the stages."""
+    """Work through the stages, print the summary, render the results."""
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="that this call may take")
+    parser.add_argument("--minutes", type=float, default=10.0, help="the most minutes that this call may take")
     parser.add_argument(
-        "--out", type=Path, default=stale.ROOT / "runs/gpu", help="folder of the results; a later call goes on in it"
+        "--out", type=Path, default=stale.ROOT / "runs/gpu", help="folder of the results; a later call continues there"
     )
     parser.add_argument("--data", help="folder of Fashion-MNIST's IDX files, if not in a usual place")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="stages whose name begins so, alone")
-    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="these stages again, though they are done")
-    parser.add_argument("--dry", action="store_true", help="without a GPU, on something tiny; nothing is timed")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only stages whose name begins with NAME")
+    parser.add_argument("--again", nargs="+", default=[], metavar="NAME", help="run these stages again, even if done")
+    parser.add_argument("--dry", action="store_true", help="run tiny stages without a GPU; nothing is timed")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry:
         sys.exit("gpu: there is no CUDA GPU here; --dry walks through the stages without one")
     setting = Setting.here(arguments.dry)
     session = Session(arguments.out, setting, 60 * arguments.minutes - _LAST_SECONDS - (time.monotonic() - begin))
     if any(record["fake"] != arguments.dry for record in session.records):
-        parser.error(f"{arguments.out} holds {'real' if arguments.dry else 'fake'} records: another --out")
+        parser.error(f"{arguments.out} holds {'real' if arguments.dry else 'fake'} records: give another --out")
     everything = stages(arguments.data, since=session.tested() or stale.last_commit())
     if unknown := set(arguments.again) - {s.name for s in everything}:
-        parser.error(f"no stage {sorted(unknown)}")
+        parser.error(f"there is no stage {sorted(unknown)}")
     todo = [s for s in everything if s.name.startswith(tuple(arguments.only or [""]))]
     left_out = {}
     if arguments.dry:

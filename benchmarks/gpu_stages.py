@@ -1,4 +1,4 @@
-"""The stages of ``python -m benchmarks.gpu``, in order of worth."""
+"""The stages of ``python -m benchmarks.gpu``, most valuable first."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from . import stale
 from .experiments import EXPERIMENTS, report, tune
 from .kernelbench import PRECISIONS, PROBLEMS
 
-#: Test files of one stage hold about as much text as this: as many tests as a minute or two runs.
+#: The test files of one stage hold about this many bytes of text: tests for a minute or two.
 _PIECE_BYTES = 90_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command that fits into a call, and writes its result.
+    """A command that fits into a call and writes its result.
 
     Attributes:
-        name: its first word is its kind.
-        argv: after ``python -m``; ``{out}`` is the folder of the results, ``{gpu}`` the GPU's name in file names.
-        seconds: that it is expected to take at most. A guess until a call has recorded how long it took.
+        name: its first word is the stage's kind.
+        argv: arguments after ``python -m``; ``{out}`` is the folder of the results, ``{gpu}`` the GPU's name in file names.
+        seconds: upper estimate of its time, used until a call has recorded the time.
         writes: its files in the folder of the results.
-        dry: its command without a GPU on something tiny; None where the command itself refuses without one, its options parsed.
+        dry: a tiny command without a GPU; None if ``argv`` parses its options and then refuses to run without a GPU.
         needs_data: whether it reads Fashion-MNIST.
         cold: whether it starts with an empty compilation cache.
-        prediction: what is expected of the result, in a sentence.
-        environment: variables that are set for it.
-        may_fail: whether a failure of the command is an outcome too.
+        prediction: the expected result, in a sentence.
+        environment: variables that are set for the command.
+        may_fail: whether a failure of the command counts as an outcome.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What it is a piece of."""
+        """First word of the name; stages of one kind have it in common."""
         return self.name.split()[0]
 
     @property
     def tunes(self) -> bool:
-        """Whether it writes the table that the kernels read."""
+        """Whether the stage writes the table that the kernels read."""
         return self.argv[:2] == ("alexnet_triton", "tune") and "--out" not in self.argv
 
 
 def _pieces(name: str, tests: Iterable[str]) -> list[Stage]:
-    """Stages that run ``tests``, some files each."""
+    """Stages that run the test files ``tests``, a few files each."""
     pieces: list[list[str]] = []
     size = _PIECE_BYTES
     for test in tests:
@@ -85,20 +85,20 @@ def _report(dtype: str, batch: int, part: str, seconds: float) -> Stage:
 
 
 def _tuning() -> Iterator[Stage]:
-    """Each layer in a stage of its own."""
+    """A tuning stage for each dtype, batch size and layer."""
     layers = (*tuner.LAYERS, *tuner.LINEAR_LAYERS)
     for dtype, batch in (("bfloat16", 128), ("bfloat16", 1024), ("bfloat16", 1), ("float32", 128), ("tf32", 128)):
-        # Convolutions of float32 are in TF32 either way.
+        # float32 convolutions use TF32 under both settings.
         for layer in tuner.LINEAR_LAYERS if dtype == "tf32" else layers:
             yield Stage(f"tune {dtype} {batch} {layer}", tune(dtype, layer, batch), 100 if batch > 128 else 70)
     for layer in layers:
-        # float16 shares bfloat16's entries: a table of its own shows whether it would have others.
+        # float16 uses bfloat16's entries: its own table shows whether its best entries would differ.
         table = "float16/{gpu}.json"
         yield Stage(f"tune float16 128 {layer}", (*tune("float16", layer), "--out", f"{{out}}/{table}"), 70, (table,))
 
 
 def _training(data: str | None) -> Iterator[Stage]:
-    """Three seeds of each recipe, then a cold start."""
+    """Training runs: three seeds of each recipe, then a cold start."""
 
     def train(out: str, *options: str) -> tuple[str, ...]:
         return ("alexnet_triton", "train", *(("--data", data) if data else ()), *options, "--out", f"{{out}}/train/{out}")
@@ -127,7 +127,7 @@ def _training(data: str | None) -> Iterator[Stage]:
 
 
 def _imagenet() -> Iterator[Stage]:
-    """AlexNet by the paper's recipe on made images of many classes, one epoch."""
+    """One epoch of AlexNet by the paper's recipe on generated images of many classes."""
     make = ("tests.made_images", "--out", "{out}/made")
     train = ("alexnet_triton", "train", "--data", "{out}/made", "--recipe", "paper", "--epochs", "1", "--out")
     tiny = ("--model", "lenet", "--backend", "torch", "--limit", "12", "--batch-size", "4")
@@ -145,11 +145,11 @@ def _imagenet() -> Iterator[Stage]:
 
 
 def stages(data: str | None = None, since: str | None = None) -> list[Stage]:
-    """All of them.
+    """All stages in order.
 
     Args:
-        data: where Fashion-MNIST's files are, if not in the usual places.
-        since: the commit of the last run on a GPU; None where it is not known: then all tests come first.
+        data: folder of Fashion-MNIST's files, if not in the usual places.
+        since: the commit of the last run on a GPU; None if unknown, then all tests come first.
     """
     first = stale.tests_of(stale.changed_files(since))
     found = _pieces("tests", first) + _pieces("suite", [t for t in stale.all_tests() if t not in first])

@@ -1,13 +1,13 @@
 """Host time: how long Python works on a call, ours beside PyTorch's.
 
 ``python -m benchmarks.host [--json FILE]`` without a GPU runs our real code path on CPU tensors, with kernels compiled for an
-H100 by a stand-in driver (:mod:`benchmarks.idle`). All that Python does up to the call into the driver counts, Triton's part
-included. The driver's own work does not count, nor does any work on the values. The peer is an ``nn.Sequential`` of the same
-layers with tiny tensors and ``torch.optim.SGD``, or the operation of ``torch.nn.functional``. Both take turns in one process.
-The last table says where the time of a training step goes, by function.
+H100 by a stand-in driver (:mod:`benchmarks.idle`). Host time includes everything that Python does up to the call into the
+driver, Triton's part too. It excludes the driver's own work and all work on values. The peer is an ``nn.Sequential`` of the
+same layers with tiny tensors and ``torch.optim.SGD``, or the operation of ``torch.nn.functional``. Both take turns in one
+process. The last table shows the time of a training step by function.
 
-On a CUDA GPU the same command times the real thing. Host time is that of the same cases at the smallest batch, with the GPU
-idle before each call. For each batch the eager step stands beside its CUDA graph, ours beside channels-last PyTorch.
+On a CUDA GPU the same command launches real kernels. Host time is measured for the same cases at the smallest batch, with the
+GPU idle before each call. For each batch size the eager step and its CUDA graph are timed, ours and channels-last PyTorch's.
 
 A row of the JSON has these fields:
 
@@ -16,9 +16,9 @@ A row of the JSON has these fields:
   ``eager`` and ``graph``, whose times are the GPU's and the host's together.
 - ``batch`` and ``dtype`` of our tensors.
 - ``ours_us`` and ``peer_us``: median microseconds of a call. ``ratio``: ours over the peer's, the median of the rounds' ratios.
-- What one warm call of ours does: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,
-  the same by package in ``calls_by``, and ``plans`` made. A second run gives the same, but for ``descriptors`` of tensors that
-  the allocator puts elsewhere.
+- Counts of one warm call of ours: ``launches`` of kernels, ``descriptors`` encoded for the TMA, ``calls`` of Python functions,
+  the same by package in ``calls_by``, and ``plans`` made. A second run gives the same counts, except ``descriptors`` of tensors
+  to which the allocator gives another address.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ _WARM_CALLS = 5
 
 
 def plans_made() -> int:
-    """How many plans this process has made."""
+    """Number of plans that this process has made."""
     return plans.made
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Versions, CPU, GPU and commit that the figures depend on."""
     model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux alone has it
+    with contextlib.suppress(OSError):  # only Linux has this file
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
@@ -91,7 +91,7 @@ def _synchronize(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """One thread for PyTorch's operators and no garbage collection."""
+    """Run with one thread for PyTorch's operators and without garbage collection."""
     threads = torch.get_num_threads()
     collects = gc.isenabled()
     torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _turn(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Microseconds of host time a call. On a GPU each call finds it idle, and so never waits for it."""
+    """Microseconds of host time per call. The GPU is idle before each call, so a call never waits for it."""
     if device.type != "cuda":
         begin = time.perf_counter_ns()
         for _ in range(calls):
@@ -124,7 +124,7 @@ def _turn(function: Callable[[], object], calls: int, device: torch.device) -> f
 def take_turns(pair: Pair, rounds: int, device: torch.device) -> tuple[float, float, float]:
     """Median microseconds of a call, ours and the peer's, and their ratio. Both sides have a turn in each round.
 
-    The ratio is the median of the rounds' ratios: what slows the machine for longer than a round slows both sides of one.
+    The ratio is the median of the rounds' ratios: a disturbance longer than a round slows both sides of the round.
     """
     functions = (pair.ours, pair.peer)
     with _undisturbed():
@@ -139,7 +139,7 @@ def take_turns(pair: Pair, rounds: int, device: torch.device) -> tuple[float, fl
     return ours, peer, statistics.median(of_ours / of_peer for of_ours, of_peer in times)
 
 
-#: Directories and what a table calls the code in them.
+#: Directories and the name of their code in a table.
 _PACKAGES = {
     Path(kernels.__file__).parent: "this package",
     Path(alexnet_triton.__file__).parent: "this package",
@@ -151,7 +151,7 @@ _PREFIXES = {f"{directory}/": name for directory, name in _PACKAGES.items()}
 
 
 def package_of(filename: str, function: str) -> str:
-    """Whose code a function is, by what a code object or a profile says of it.
+    """The package of a function, from the file and function name of a code object or a profile.
 
     ``~`` is a profile's file name for functions written in C, ``<string>`` that of generated code, such as Triton's binder.
     """
@@ -165,15 +165,15 @@ def package_of(filename: str, function: str) -> str:
 
 @contextlib.contextmanager
 def _one_thread_of_python() -> Iterator[None]:
-    """Let autograd run backward passes in the calling thread on a GPU too, where a profile sees them."""
+    """Let autograd run backward passes in the calling thread on a GPU too, so that a profile sees them."""
     with torch.autograd.set_multithreading_enabled(False):
         yield
 
 
 def count_calls(function: Callable[[], object]) -> dict[str, int]:
-    """How many Python functions a call of ``function`` calls, by package; those that describe a tensor to TMA left out.
+    """How many Python functions a call of ``function`` calls, by package, without those that encode a TMA descriptor.
 
-    How often that is needed depends on the addresses that the allocator hands out.
+    How often a descriptor is encoded depends on the addresses that the allocator returns.
     """
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     encoding = 0
@@ -202,7 +202,7 @@ def count_calls(function: Callable[[], object]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def count_descriptors() -> Iterator[list[int]]:
-    """A list that gets an element for each tensor descriptor that Triton's launcher encodes in the block."""
+    """Yield a list to which each tensor descriptor that Triton's launcher encodes in the block adds an element."""
     utils = triton.runtime.driver.active.utils
     # Triton 3.6 has one function; later versions have one for tiles and one for im2col.
     names = [n for n in ("fill_tma_descriptor", "fill_tma_descriptor_tiled", "fill_tma_descriptor_im2col") if hasattr(utils, n)]
@@ -226,17 +226,17 @@ def count_descriptors() -> Iterator[list[int]]:
 
 
 def counts(function: Callable[[], object]) -> dict[str, Any]:
-    """What a call of ``function`` does, once it is warm: launches, descriptors, calls of Python functions, plans.
+    """Counts of a warm call of ``function``: launches, descriptors, calls of Python functions, plans.
 
-    A tensor that lies where it lay in one of the last calls is not described to TMA again: weights never are. PyTorch's CUDA
-    allocator hands the same addresses out step after step; malloc does so less regularly.
+    A tensor with the same address as in one of the last calls gets no new descriptor, so weights never do. PyTorch's CUDA
+    allocator returns the same addresses step after step; malloc does so less regularly.
     """
     calls = count_calls(function)
     launched: list[object] = []
     plans = plans_made()
     with count_descriptors() as encoded:
         function()
-    with launch.observe_launches(lambda *_: launched.append(None)):  # watched, none is left out
+    with launch.observe_launches(lambda *_: launched.append(None)):  # an observer sees every launch: no plan is used
         function()
     return {
         "launches": len(launched),
@@ -264,16 +264,15 @@ def _row(
 
 
 def measure(case: HostCase, pair: Pair, rounds: int, device: torch.device) -> dict[str, Any]:
-    """The row of a case: host time of both sides, and what ours does."""
+    """The row of a case: host time of both sides, and the counts of ours."""
     times = take_turns(pair, rounds, device)
     return {**_row(case.name, case.mode, case.batch, case.dtype, *times), **counts(pair.ours)}
 
 
 def profile(function: Callable[[], object], steps: int = 20) -> dict[str, Any]:
-    """Where the host time of a call goes: own time by package, and of the functions that take most.
+    """Profile the host time of a call: own time by package, and of the functions that take most.
 
-    Under Python's profiler, which makes calls of Python functions longer than they are: shares are rough, and the total is more
-    than a row's time.
+    Python's profiler slows down calls of Python functions: shares are rough, and the total is more than a row's time.
     """
     with _undisturbed(), _one_thread_of_python():
         for _ in range(_WARM_CALLS):
@@ -307,9 +306,9 @@ def profile(function: Callable[[], object], steps: int = 20) -> dict[str, Any]:
 
 
 def measure_parts(pair: Pair, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Median host microseconds of each part of a training step, with autograd's own threads (as ever) and without.
+    """Median host microseconds of each part of a training step, with autograd's own threads (the default) and without.
 
-    On a GPU a backward pass runs in a thread of autograd's, which has to be woken up and to take Python's lock.
+    On a GPU a backward pass runs in a thread of autograd, which has to wake up and take Python's global lock.
     """
     found = []
     for threads in (True, False):
@@ -331,7 +330,7 @@ def measure_parts(pair: Pair, rounds: int, device: torch.device) -> list[dict[st
 
 
 def _loop_us(function: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Median microseconds of a call in a loop of calls, until the GPU has done the last: what a training loop sees."""
+    """Median microseconds per call of a loop, the GPU's work included: the time that a training loop sees."""
 
     def loop(calls: int) -> float:
         _synchronize(device)
@@ -348,7 +347,7 @@ def _loop_us(function: Callable[[], object], rounds: int, device: torch.device) 
 
 
 def measure_steps(network: Network, batch: int, dtype: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of a training step and of inference, eager and as a CUDA graph, ours and the peer's on the same batch."""
+    """Rows of a training step and of inference, eager and as a CUDA graph, ours and the peer's at the same batch size."""
     rows = []
     for mode in ("train", "infer"):
         times: dict[str, list[float | None]] = {"eager": [], "graph": []}
@@ -370,7 +369,7 @@ def _number(value: Any, width: int, digits: int = 0) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text, a line each."""
+    """The rows as text, one line per row."""
     columns = {"ours_us": 10, "peer_us": 10, "ratio": 7, "launches": 9, "descriptors": 12, "calls": 7, "plans": 6}
     lines = [f"{'case':<24}{'mode':<17}{'batch':>6}  {'dtype':<9}" + "".join(f"{name:>{w}}" for name, w in columns.items())]
     for row in rows:
@@ -389,7 +388,7 @@ def parts_table(parts: Sequence[dict[str, Any]]) -> str:
 
 
 def profile_table(found: dict[str, Any], most: int = 25) -> str:
-    """Where the time goes, as text: a line for each package, then one for each of the first functions."""
+    """The profile as text: a line for each package, then one for each of the first functions."""
     lines = [f"Where a training step's host time goes, under Python's profiler: {found['total_us']:,.0f} us"]
     for name, entry in found["packages"].items():
         lines.append(f"{entry['own_us']:>9,.0f} us {entry['share']:>6.1%}  {name}")
@@ -401,7 +400,7 @@ def profile_table(found: dict[str, Any], most: int = 25) -> str:
 
 
 def run(cases: Sequence[HostCase], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Measure ``cases``, of which the first one named ``train`` is profiled too."""
+    """Measure ``cases``, and profile the first case named ``train``."""
     rows = []
     where, parts = None, None
     for case in cases:
@@ -414,18 +413,18 @@ def run(cases: Sequence[HostCase], rounds: int, device: torch.device) -> dict[st
 
 
 def main() -> None:
-    """Measure what the options say, print the tables, write the JSON."""
+    """Measure the chosen cases, print the tables, write the JSON."""
     names = list(dict.fromkeys(case.name for case in host_cases()))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--case", nargs="+", choices=names, default=names, help="these cases alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--case", nargs="+", choices=names, default=names, help="measure only these cases")
     parser.add_argument(
         "--batch",
         nargs="+",
         type=int,
-        help="images of ours: 128 by default, on a GPU 1, 128 and 1024; host time is of the smallest",
+        help="our batch sizes: by default 128, on a GPU 1, 128 and 1024; host time on a GPU is of the smallest",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="of our tensors")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="dtype of our tensors")
     parser.add_argument("--rounds", type=int, default=100, help="how often each case is timed")
     arguments = parser.parse_args()
     if backend.INTERPRETED:

@@ -1,7 +1,7 @@
-"""What the measurement of host time times: steps of the network and single operations, ours and PyTorch's, as functions.
+"""The cases of ``benchmarks.host``: steps of the network and single operations, ours and PyTorch's, as functions.
 
-Ours gets the sizes of AlexNet, so that it launches what it launches on a GPU. The peer gets tensors so tiny that nothing but
-the host's work is left of it.
+Ours gets the sizes of AlexNet, so that it makes the same launches as on a GPU. The peer gets tensors so tiny that almost all
+of its time is the host's work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A case's two functions, which take nothing: each call is one measured call."""
+    """A case's two functions without arguments: each call is one measured call."""
 
     ours: Callable[[], object]
     peer: Callable[[], object]
@@ -56,7 +56,7 @@ class HostCase:
 
     @property
     def id(self) -> str:
-        """Tells the case from all others."""
+        """Unique name of the case."""
         return f"{self.name}-{self.mode}-N{self.batch}-{self.dtype}"
 
     def pair(self, device: torch.device) -> Pair:
@@ -80,8 +80,8 @@ def narrow_alexnet() -> nn.Sequential:
     """AlexNet with 32 filters in every convolution.
 
     A drop-in user's filters are in PyTorch's default memory format, and PyTorch copies them into channels-last at every call.
-    On a GPU such a copy is a launch; on the CPU it takes as long as the filter is large, so that 384 filters of 3,456 weights
-    would hide the host's time.
+    On a GPU such a copy is a launch. On the CPU its time grows with the filter: 384 filters of 3,456 weights would hide the
+    host time.
     """
     net = reference_alexnet()
     net[0] = nn.Conv2d(1, 32, 11, stride=4, padding=1)
@@ -93,10 +93,10 @@ def narrow_alexnet() -> nn.Sequential:
 
 
 class ModuleAlexNet(nn.Module):
-    """AlexNet as most people write it: a class whose forward pass calls its layers, and functions between them."""
+    """AlexNet as most people write it: a class whose ``forward`` calls its layers, and functions between them."""
 
     def __init__(self, layers: nn.Sequential) -> None:
-        """Take the convolutions and linear layers of ``layers``, AlexNet's 21."""
+        """Take the convolutions and linear layers of ``layers``, a sequential AlexNet of 21 layers."""
         super().__init__()
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = (m for m in layers if isinstance(m, nn.Conv2d))
         self.fc1, self.fc2, self.fc3 = (m for m in layers if isinstance(m, nn.Linear))
@@ -115,7 +115,7 @@ class ModuleAlexNet(nn.Module):
 
 
 class TrainingStep:
-    """zero_grad, forward, backward from a given gradient of the logits, optimizer: no loss, whose operators are PyTorch's."""
+    """zero_grad, forward, backward from a given gradient of the logits, optimizer; without a loss, which PyTorch would run."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         self.net, self.optimizer, self.images = net.train(), optimizer, images
@@ -128,7 +128,7 @@ class TrainingStep:
         self.optimizer.step()
 
     def parts(self) -> dict[str, float]:
-        """One step, and the microseconds of the host that each part of it took."""
+        """Run one step; return the host's microseconds of each part."""
         times = [time.perf_counter()]
         self.optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter())
@@ -173,7 +173,7 @@ def _pair(kind: str, net: nn.Module, images: Tensor, peer: nn.Module) -> Pair:
 
 
 def _network(case: HostCase, device: torch.device) -> Pair:
-    """A fused network and the tiny peer; the case's name says which part of a step, and which memory format."""
+    """A fused network and the tiny peer; the case's name holds the part of a step and the memory format."""
     kind, _, default_format = case.name.partition("_")
     dtype = DTYPES[case.dtype]
     images = torch.zeros(case.batch, 1, 224, 224, dtype=dtype, device=device)
@@ -195,13 +195,13 @@ def _module(case: HostCase, device: torch.device) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """A public operation and its twin.
+    """A public operation and its PyTorch counterpart.
 
     Attributes:
-        ours: the operation of ``kernels`` on the tensors.
+        ours: the operation of ``kernels``.
         peer: the same in PyTorch's operations.
-        shapes: of our tensors, the input's without its batch.
-        tiny: of the peer's tensors.
+        shapes: shapes of our tensors, the input's without its batch.
+        tiny: shapes of the peer's tensors.
     """
 
     ours: Callable[..., Tensor]
@@ -222,7 +222,7 @@ def _labels_of(rows: int, device: torch.device) -> Tensor:
 
 
 def _labels(x: Tensor) -> Tensor:
-    """Class 0 for each row of ``x``; made once, or a call would be charged for them."""
+    """Class 0 for each row of ``x``; cached, so that a measured call does not create them."""
     return _labels_of(len(x), x.device)
 
 
@@ -231,7 +231,7 @@ _FC2 = ((4096,), (4096, 4096), (4096,))
 _TINY_CONV = ((1, 4, 8, 8), (4, 4, 3, 3), (4,))
 _TINY_LINEAR = ((1, 8), (8, 8), (8,))
 
-#: By name; sizes of AlexNet's fifth convolution, of the pool after it, and of its second linear layer.
+#: Operations by name, with the sizes of AlexNet's fifth convolution, the pool after it, and its second linear layer.
 OPERATIONS = {
     "conv2d": _Operation(
         lambda x, w, b: kernels.conv2d(x, w, b, padding=1), lambda x, w, b: F.conv2d(x, w, b, padding=1), _CONV5, _TINY_CONV
@@ -286,10 +286,10 @@ def _operation(case: HostCase, device: torch.device) -> Pair:
 
 
 def host_cases(batch: int = 128, dtype: str = "bfloat16") -> list[HostCase]:
-    """Every case: the network's with channels-last parameters, a drop-in user's, a module's, the operations'.
+    """Every case: the network with channels-last parameters, a drop-in user's network, a module, the single operations.
 
-    A drop-in user's network is ``fuse(nn.Sequential(...))`` in the default memory format, in ``dtype`` and in PyTorch's default
-    one (see :func:`narrow_alexnet`). A module is the same network as a class with a forward pass of its own.
+    A drop-in user's network is ``fuse(nn.Sequential(...))`` in the default memory format, in ``dtype`` and in float32 (see
+    :func:`narrow_alexnet`). A module is the same network as a class with its own ``forward``.
     """
     networks = [HostCase(name, "step", batch, dtype, _network) for name in ("train", "infer", "optimizer")]
     drop_ins = [

@@ -1,8 +1,8 @@
-"""A GPU that is not there and takes every launch: for measuring what the host does before a kernel runs.
+"""A stand-in for a GPU that accepts every launch and runs none: for measuring the host's work before a kernel runs.
 
 Inside :func:`idle_gpu` operations on CPU tensors walk the code path of a GPU. Triton compiles their kernels for that GPU and
 launches them with its own ``CudaLauncher``, tensor descriptors included. Only the functions that Triton gets from ``libcuda``
-are replaced: they do nothing. No tensor is read or written by a kernel, so values are whatever the allocator left there.
+are replaced: they do nothing. No kernel reads or writes a tensor, so outputs hold uninitialized memory.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from kernels.runtime import backend, launch, plans
 
 from .offline import SHARED_BYTES, OfflineDriver
 
-#: What a process with ``TRITON_INTERPRET=1`` is told.
+#: The error message in a process with ``TRITON_INTERPRET=1``.
 NEEDS_COMPILER = (
     "host time is that of compiled kernels' launches: unset TRITON_INTERPRET, whose interpreter replaces the compiler"
 )
 
 
 class _KernelArgument(NamedTuple):
-    """In place of the class by which Triton 3.7 and later describe an argument to their launcher in C."""
+    """Replaces the class by which Triton 3.7 and later describe an argument to their launcher in C."""
 
     nested_tuple: Any
     type: int
 
 
 class TensorMap(NamedTuple):
-    """In place of a ``CUtensorMap``, the 128 bytes of a tensor descriptor: what it was made of, the address first."""
+    """Replaces a ``CUtensorMap``, the 128 bytes of a tensor descriptor; holds the arguments of its encoding, address first."""
 
     arguments: tuple[Any, ...]
 
 
 class _Module:
-    """In place of the handle of loaded machine code."""
+    """Replaces the handle of loaded machine code."""
 
 
 class IdleUtils:
-    """In place of Triton's ``CudaUtils``: the driver's functions, which do nothing.
+    """Replaces Triton's ``CudaUtils``: driver functions that do nothing.
 
     Attributes:
-        on_launch: told the arguments of every launch if it is not None; for tests.
-        on_descriptor: told the arguments of every descriptor that is encoded, likewise.
+        on_launch: if not None, called with the arguments of every launch; for tests.
+        on_descriptor: if not None, called with the arguments of every encoded descriptor; for tests.
         module: the module of every kernel.
     """
 
@@ -61,7 +61,7 @@ class IdleUtils:
         self.module = _Module()
 
     def launch(self, *arguments: Any) -> None:
-        """A launcher as Triton keeps one for each compiled kernel."""
+        """Launch function of every compiled kernel; launches nothing."""
         if self.on_launch is not None:
             self.on_launch(*arguments)
 
@@ -71,22 +71,22 @@ class IdleUtils:
             self.on_descriptor(*arguments)
         return TensorMap(arguments)
 
-    #: Its name in Triton 3.6.
+    #: The function's name in Triton 3.6.
     fill_tma_descriptor = fill_tma_descriptor_tiled
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[_Module, int, int, int, int]:
-        """Module, function, registers, spills and threads of a kernel; the function's handle tells its code from others."""
+        """Module, function, registers, spills and threads of a kernel; the function's handle is a checksum of its code."""
         return self.module, zlib.crc32(binary), 128, 0, 1024
 
     def unload_module(self, module: object) -> None:
         """Unload what :meth:`load_binary` loaded."""
 
     def build_signature_metadata(self, signature: list[str]) -> bytes:
-        """The argument types of a kernel, a byte for each, as the launcher in C reads them."""
+        """The argument types of a kernel, one byte per argument, as the launcher in C reads them."""
         return bytes(sum(kind.encode()) % 256 for kind in signature)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """An H100's numbers, with the shared memory of the device's generation."""
+        """An H100's properties, with the shared memory of the device's generation."""
         return {
             "max_shared_mem": SHARED_BYTES[f"sm_{device}"],
             "max_num_regs": 65536,
@@ -115,11 +115,11 @@ class IdleDriver(OfflineDriver):
 
 
 def _idle_module(**_: Any) -> types.SimpleNamespace:
-    """In place of the launcher in C that Triton 3.6 compiles for each kernel, with a C compiler and against libcuda."""
+    """Replaces the launcher in C that Triton 3.6 compiles for each kernel, with a C compiler and against libcuda."""
     return types.SimpleNamespace(launch=UTILS.launch)
 
 
-#: What Triton's module gets from libcuda, by the name of its global variable, where the version at hand has it.
+#: Replacements for the parts of Triton's module that need libcuda, by global variable; each version has some of them.
 _FROM_LIBCUDA: dict[str, Any] = {
     "PyKernelArg": _KernelArgument,
     "PyCUtensorMap": TensorMap,
@@ -144,9 +144,9 @@ def _without_libcuda() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed, as PyTorch's CUDA allocator does, for the rest of the process.
+    """Let malloc keep freed memory, as PyTorch's CUDA allocator does, for the rest of the process.
 
-    Mapping a large tensor anew takes as long as ten launches. Pages that nobody writes take no memory.
+    Mapping a large tensor again takes as long as ten launches. Pages that are never written take no memory.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
@@ -155,10 +155,10 @@ def _keep_freed_memory() -> None:
 
 
 def _forget_modules() -> None:
-    """Take the stand-in's modules from compiled kernels, which keep their code and get a module again at their next launch.
+    """Remove the stand-in's modules from compiled kernels, which keep their code and load a module at their next launch.
 
-    A kernel unloads its module when it is deleted, with the driver that is active then. That one may be a real driver, to which
-    the stand-in's handle means nothing.
+    A deleted kernel unloads its module with the driver that is active then. That may be a real driver, which does not know the
+    stand-in's handle.
     """
     for kernel in gc.get_objects():
         if type(kernel) is CompiledKernel and kernel.module is UTILS.module:
@@ -173,7 +173,7 @@ def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
         The driver's functions, so that a test can see what they get.
 
     Raises:
-        RuntimeError: the process runs Triton's interpreter, so there is no compiler.
+        RuntimeError: the process runs Triton's interpreter, which replaces the compiler.
     """
     if backend.INTERPRETED:
         raise RuntimeError(NEEDS_COMPILER)

@@ -1,20 +1,21 @@
-"""Two networks that KernelBench's authors chose, through :func:`alexnet_triton.fuse`: verified, then timed.
+"""Two networks of KernelBench through :func:`alexnet_triton.fuse`: verified, then timed.
 
-``python -m benchmarks.kernelbench [--json FILE]`` takes AlexNet and LeNet-5, problems 5 and 4 of level 3 of KernelBench
-(https://github.com/ScalingIntelligence/KernelBench), written here anew: their layers, batches and random images, as two people
-would write a class. They run as KernelBench runs them: forward, without gradients, as constructed (in training mode; AlexNet's
+``python -m benchmarks.kernelbench [--json FILE]`` runs AlexNet and LeNet-5, problems 5 and 4 of level 3 of KernelBench
+(https://github.com/ScalingIntelligence/KernelBench), rewritten here with the same layers, batches and random images, in two
+styles of writing a class. They run as in KernelBench: forward, without gradients, as constructed (in training mode; AlexNet's
 dropout has p = 0).
 
-On a CUDA GPU each runs in three precisions: ``float32`` with exact products (the default of linear layers), ``tf32``, and
-``bfloat16`` for weights and images. Ours, eager and as a CUDA graph, stands beside eager PyTorch and ``torch.compile`` in its
-default mode and in ``reduce-overhead``. The results are written to ``benchmarks/results/kernelbench/<gpu>.json``. Without a GPU
-only ours is verified, at a small batch: in Triton's interpreter under ``TRITON_INTERPRET=1``, else on the PyTorch reference.
+On a CUDA GPU each network runs in three precisions: ``float32`` with exact products (the default of linear layers), ``tf32``,
+and ``bfloat16`` for weights and images. Ours, eager and as a CUDA graph, is compared with eager PyTorch and ``torch.compile``
+in its default mode and in ``reduce-overhead``. The results are written to ``benchmarks/results/kernelbench/<gpu>.json``.
+Without a GPU only ours is verified, at a small batch: in Triton's interpreter under ``TRITON_INTERPRET=1``, else on the PyTorch
+reference.
 
 No speed is reported for a wrong result. The error of every implementation against float64 may be twice eager PyTorch's own in
-the same precision, plus the rounding of the result. That is asked for PyTorch's initial weights, with which KernelBench runs,
-and for weights of He's variance. With the former AlexNet's logits are about 0.008 and differ by 0.0001 from image to image,
-which is less than bfloat16 can tell. Ours must also launch at least a kernel for each convolution and linear layer.
-KernelBench's own test is reported beside: whether ``torch.allclose`` to eager holds with both tolerances at 1e-4 and at 1e-2.
+the same precision, plus the rounding of the result. This is tested with PyTorch's initial weights, which KernelBench uses, and
+with weights of He's variance: with the initial weights AlexNet's logits are about 0.008 and differ by 0.0001 between images,
+less than bfloat16 can resolve. Ours must also launch at least one kernel for each convolution and linear layer. KernelBench's
+own test is reported too: whether ``torch.allclose`` to eager holds with both tolerances at 1e-4 and at 1e-2.
 
 The exit status is 0 if everything was verified and, on a GPU, timed; else 1.
 """
@@ -45,10 +46,10 @@ from .networks import OURS
 from .report import RESULTS, Report, Settings, float32_products, gpu_name, reason
 from .timing import CudaTimer, FakeTimer, captured, own_stream
 
-#: How many batches of images are verified on a GPU, of each kind of weights.
+#: Number of batches of images that are verified on a GPU, for each kind of weights.
 SEEDS = 3
 
-#: KernelBench's tolerances, absolute and relative alike.
+#: KernelBench's tolerances; each is both the absolute and the relative one.
 TOLERANCES = (1e-4, 1e-2)
 
 #: name -> (dtype of weights and images, how float32 products are formed).
@@ -107,7 +108,7 @@ class AlexNet(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 for grey images of 32 x 32: layers for what has weights, functions for the rest."""
+    """LeNet-5 for grey images of 32 x 32: modules for layers with weights, functions for the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,10 +131,10 @@ class Problem:
 
     Attributes:
         name: of the network.
-        make: makes it, with random weights.
+        make: makes the network with random weights.
         image: shape of an image.
-        batch: of KernelBench.
-        small: batch for the interpreter.
+        batch: KernelBench's batch size.
+        small: batch size for the interpreter.
     """
 
     name: str
@@ -150,16 +151,16 @@ PROBLEMS = (
 
 
 def products(net: nn.Module) -> int:
-    """How many convolutions and linear layers a network has."""
+    """Number of convolutions and linear layers of a network."""
     return sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Weights and images, and what they should give.
+    """Weights and images with their expected output.
 
     Attributes:
-        of_kernelbench: whether they are KernelBench's.
+        of_kernelbench: whether weights and images are KernelBench's.
         weights: a state dict.
         images: the input.
         exact: the plain network's output in float64.
@@ -174,7 +175,7 @@ class Trial:
 
 
 def make_trials(problem: Problem, device: torch.device, dtype: torch.dtype, batch: int, seeds: int) -> list[Trial]:
-    """Images of each seed for He's weights (normal numbers), then for PyTorch's (uniform in [0, 1], as KernelBench's)."""
+    """A trial per seed with He's weights (normal images), then with PyTorch's (images uniform in [0, 1], as KernelBench's)."""
     trials = []
     for of_kernelbench, images_of in ((False, torch.randn), (True, torch.rand)):
         torch.manual_seed(0)
@@ -193,11 +194,11 @@ def make_trials(problem: Problem, device: torch.device, dtype: torch.dtype, batc
 
 
 def verify(trial: Trial, output: Tensor, layers: int) -> tuple[float, float]:
-    """The largest errors of ``output`` and of PyTorch's: at most twice as large, and what storing the result costs anyone.
+    """Check ``output`` and return its largest error and PyTorch's: at most twice as large, plus the rounding of the result.
 
-    As in ``tests/oracle.py``, float32 on a GPU may have sixteen times as much: cuBLAS and cuDNN may split a sum that a kernel
-    of ours adds up in one chain. Where TF32 is allowed PyTorch may still multiply exactly: then each of the ``layers`` with a
-    product is ours alone to round.
+    As in ``tests/oracle.py``, float32 on a GPU is allowed sixteen times that rounding: cuBLAS and cuDNN may split a sum that
+    our kernel adds up in one chain. Where TF32 is allowed PyTorch may still multiply exactly, so the rounding is allowed once
+    for each of the ``layers`` with a product.
 
     Raises:
         AssertionError: the error is larger, or shape, dtype or strides are not PyTorch's.
@@ -215,10 +216,10 @@ def verify(trial: Trial, output: Tensor, layers: int) -> tuple[float, float]:
 
 
 def judge(net: Callable[[Tensor], Tensor], module: nn.Module, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Verify ``net``, which runs ``module``, on each trial, whose weights it keeps.
+    """Verify ``net``, which runs ``module``, on each trial; ``module`` keeps the last trial's weights.
 
     Returns:
-        The largest error over eager PyTorch's, KernelBench's verdicts, launches of ours a call.
+        The largest ratio of its error to eager PyTorch's, KernelBench's verdicts, and our launches per call.
 
     Raises:
         AssertionError: an output is wrong.
@@ -241,7 +242,7 @@ def judge(net: Callable[[Tensor], Tensor], module: nn.Module, trials: Sequence[T
 
 
 def _graph(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """``net`` as a CUDA graph into whose input a call copies its images, as ``reduce-overhead`` does."""
+    """``net`` as a CUDA graph. A call copies its images into the graph's input, as ``reduce-overhead`` does."""
     given = torch.empty_like(images)
     outputs: list[Tensor] = []
     replay = captured(lambda: outputs.append(net(given)), images.device)
@@ -255,7 +256,7 @@ def _graph(net: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def implementation(name: str, net: nn.Module, images: Tensor, compile_backend: str) -> Callable[[Tensor], Tensor]:
-    """An implementation of ``net``, which it runs; ``images`` are of the kind that it will be given.
+    """The implementation ``name`` of ``net``; ``images`` have the shape and dtype of its later inputs.
 
     Raises:
         NoGraph: ours cannot be captured.
@@ -271,7 +272,7 @@ def implementation(name: str, net: nn.Module, images: Tensor, compile_backend: s
 
 
 def measure(report: Report, problem: Problem, precision: str, timed: bool) -> None:
-    """Every implementation of a network in one precision; without ``timed`` ours alone is verified."""
+    """Measure every implementation of a network in one precision; without ``timed`` only verify ours."""
     settings = report.settings
     batch = problem.batch if timed else problem.small
     dtype, float32 = PRECISIONS[precision]
@@ -285,7 +286,7 @@ def measure(report: Report, problem: Problem, precision: str, timed: bool) -> No
 
 
 def _measure(report: Report, labels: dict[str, Any], module: nn.Module, trials: Sequence[Trial], timed: bool) -> None:
-    """Verify an implementation of ``module``, then time it with the last trial's weights, which are KernelBench's."""
+    """Verify an implementation of ``module``, then time it with the last trial's weights, which are KernelBench's own."""
     settings, images = report.settings, trials[-1].images
     row, layers = labels | {"verified": None}, products(module)
     try:
@@ -295,12 +296,12 @@ def _measure(report: Report, labels: dict[str, Any], module: nn.Module, trials: 
             raise AssertionError(f"{row['launches']} launches for {layers} convolutions and linear layers: it is not fused")
         row["verified"] = True
         if row["impl"] == GRAPH:
-            row["launches"] = None  # a replay has none that could be counted
+            row["launches"] = None  # a replay's launches cannot be counted
         if timed:
             report.add_timed(row, lambda: net(images), None)
         else:
             report.add_untimed(row, NOT_TIMED)
-    except Exception as error:  # whatever one implementation raises, the others are measured
+    except Exception as error:  # an error of one implementation does not stop the others
         if isinstance(error, AssertionError):
             report.add_untimed(row | {"verified": False}, f"WRONG: {reason(error)}")
         else:
@@ -308,7 +309,7 @@ def _measure(report: Report, labels: dict[str, Any], module: nn.Module, trials: 
 
 
 def table(rows: Sequence[dict[str, Any]], timed: bool) -> Table:
-    """The rows; a speed is how many times eager PyTorch's."""
+    """The rows as a table; speed is relative to eager PyTorch."""
     eager = {(r["case"], r["dtype"]): r["ms"] for r in rows if r["impl"] == EAGER}
     title = "milliseconds are medians; speed: eager PyTorch is 1" if timed else NOT_TIMED
     result = Table(title=f"KernelBench, {title}", title_justify="left")
@@ -328,7 +329,7 @@ def table(rows: Sequence[dict[str, Any]], timed: bool) -> Table:
 
 
 def run(settings: Settings, path: Path | None, console: Console, timed: bool, problems: Sequence[Problem] = PROBLEMS) -> bool:
-    """Measure ``problems`` in the precisions of ``settings``, writing ``path`` as it goes; whether all is right and timed."""
+    """Measure ``problems`` in the precisions of ``settings`` and write ``path``; return whether all were verified and timed."""
     report = Report(settings, path, console)
     with own_stream(settings.device):
         for problem in problems:
@@ -345,17 +346,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="of the results; on a GPU benchmarks/results/kernelbench/<gpu>.json"
+        "--json", type=Path, metavar="FILE", help="file of the results; on a GPU benchmarks/results/kernelbench/<gpu>.json"
     )
-    parser.add_argument("--network", nargs="+", choices=[p.name for p in PROBLEMS], help="these alone")
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), help="these alone")
-    parser.add_argument("--minutes", type=float, default=4.0, help="begin no new measurement after this long")
+    parser.add_argument("--network", nargs="+", choices=[p.name for p in PROBLEMS], help="only these networks")
+    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), help="only these precisions")
+    parser.add_argument("--minutes", type=float, default=4.0, help="begin no new measurement after this many minutes")
     arguments = parser.parse_args(argv)
     timed = torch.cuda.is_available()
     device = torch.device("cuda" if timed else "cpu")
     # The CPU has no TF32.
     precisions = arguments.precision or [p for p in PRECISIONS if timed or p != "tf32"]
-    # The interpreter takes what it takes.
+    # The interpreter gets no time limit.
     minutes = arguments.minutes if timed else math.inf
     settings = Settings(device, CudaTimer() if timed else FakeTimer(), minutes, dtypes=tuple(precisions))
     path = arguments.json or (RESULTS / "kernelbench" / f"{gpu_slug(gpu_name(device))}.json" if timed else None)

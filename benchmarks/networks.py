@@ -1,4 +1,4 @@
-"""The whole training step and inference, ours and every peer's, as functions to be timed."""
+"""The training step and inference of the network, ours and every peer's, as functions to be timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alexnet_triton import AlexNet, fuse, reference_alexnet
 from .cases import TF32_BITS, cut, to_channels_last, unit
 
 #: name -> (memory format, autocast over float32 parameters, torch.compile mode or None). Peers without autocast have
-#: parameters in the dtype itself, as ours have: the faster choice is the peer to beat.
+#: parameters in the dtype itself, as ours does; both forms are timed, since the faster one is the peer to beat.
 PEERS: dict[str, tuple[torch.memory_format, bool, str | None]] = {
     "eager_nchw": (torch.contiguous_format, True, None),
     "eager_channels_last_autocast": (torch.channels_last, True, None),
@@ -32,11 +32,11 @@ TUNED = "compile_max_autotune"
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What is built for each implementation.
+    """The network of a benchmark.
 
     Attributes:
         fused: makes our network.
-        reference: makes the plain one that it equals.
+        reference: makes the equal network of plain PyTorch layers.
         input: shape of an image.
         classes: number of labels.
     """
@@ -71,8 +71,8 @@ class Built:
     """A network to be timed.
 
     Attributes:
-        net: what is called, compiled where the implementation says so.
-        module: the module under it.
+        net: the callable, compiled if the implementation says so.
+        module: the module that ``net`` runs.
         autocast: whether it runs under autocast, with float32 parameters.
         images: the memory format of its images.
     """
@@ -86,7 +86,7 @@ class Built:
 def build(
     network: Network, implementation: str, dtype: torch.dtype, device: torch.device, compile_backend: str = "inductor"
 ) -> Built:
-    """The network of an implementation. ``compile_backend`` replaces Inductor, for tests."""
+    """Build the network of an implementation. ``compile_backend`` replaces Inductor, for tests."""
     if implementation == OURS:
         module = network.fused().to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Built(module, module, False, torch.channels_last)
@@ -113,7 +113,7 @@ def prepare(
     device: torch.device,
     compile_backend: str = "inductor",
 ) -> tuple[Built, Tensor, Tensor]:
-    """An implementation of :func:`build`, and images and labels of :func:`batch_of` as it takes them."""
+    """An implementation of :func:`build`, with images and labels of :func:`batch_of` in its dtype and memory format."""
     built = build(network, implementation, dtype, device, compile_backend)
     images, labels = batch_of(network, batch, torch.float32 if built.autocast else dtype, device)
     return built, to_channels_last(images) if built.images == torch.channels_last else images, labels
@@ -149,7 +149,7 @@ def step_function(built: Built, dtype: torch.dtype, mode: str, images: Tensor, l
 
 @contextmanager
 def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """p = 0 in every dropout layer: the same kernels run, and drop nothing."""
+    """Set p = 0 in every dropout layer: the same kernels run and drop nothing."""
     layers = [m for m in module.modules() if isinstance(m, nn.Dropout)]
     before = [layer.p for layer in layers]
     for layer in layers:
@@ -164,7 +164,7 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
 def _results(
     net: Callable[[Tensor], Tensor], module: nn.Module, mode: str, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Logits, and for training every parameter's gradient of the loss."""
+    """Logits, and for training the loss's gradient of every parameter."""
     module.train(mode == "train")
     if mode == "infer":
         with torch.no_grad():
@@ -178,7 +178,7 @@ def _results(
 
 
 class _CutProduct(torch.autograd.Function):
-    """A product of two operands, and those of its gradients, each of operands that are cut first."""
+    """A product of two operands and the products of its gradients, all with operands that are cut first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor], bits: int) -> Tensor:
@@ -197,7 +197,7 @@ class _CutProduct(torch.autograd.Function):
 
 
 def cut_products(module: nn.Module, bits: int = TF32_BITS) -> nn.Module:
-    """``module``, whose convolutions and linear layers from now on multiply operands without their last ``bits`` of float32."""
+    """Let the convolutions and linear layers of ``module`` multiply operands without their last ``bits`` bits; return it."""
 
     def forward_of(layer: nn.Conv2d | nn.Linear) -> Callable[[Tensor], Tensor]:
         def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -219,12 +219,13 @@ def cut_products(module: nn.Module, bits: int = TF32_BITS) -> nn.Module:
 
 
 def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str, images: Tensor, labels: Tensor) -> None:
-    """What is to be timed, on the batch it is timed on, against float64: the error's norm at most twice PyTorch's own.
+    """Compare a network with float64 on the batch of the timing: the error's norm may be at most twice PyTorch's own.
 
-    The logits; for a training step of a network that is not compiled also every parameter's gradient, with nothing dropped (a
-    compiled one would have to be compiled again for that). The norm, not the largest error: where two elements of a pool's
-    window round to a tie, one gradient moves to a neighbour in either implementation. Where TF32 is allowed PyTorch may still
-    multiply exactly. So its error counts for at least that of float64 sums of products whose operands are cut to TF32.
+    The logits are compared. For a training step of a network that is not compiled, every parameter's gradient is compared too,
+    without dropout (a compiled network would have to be compiled again for that). The norm is used, not the largest error: if
+    two elements of a pool's window round to a tie, a gradient moves to a neighbour in either implementation. Where TF32 is
+    allowed PyTorch may still multiply exactly, so its error counts as at least that of float64 sums of products of operands cut
+    to TF32.
 
     Raises:
         AssertionError: a result is wrong.
@@ -251,7 +252,7 @@ def verify_network(network: Network, built: Built, dtype: torch.dtype, mode: str
 
 
 def network_flops(network: Network, batch: int) -> tuple[int, int]:
-    """FLOPs of a forward pass and of a training step (the image's gradient not computed), counted by PyTorch."""
+    """FLOPs of a forward pass and of a training step (without the images' gradient), counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def count(train: bool) -> int:

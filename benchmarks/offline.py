@@ -1,18 +1,18 @@
-"""Compile what a piece of code launches, for a GPU that is not there.
+"""Compile the launches of a piece of code for a GPU that is not there.
 
 ``python -m benchmarks.offline --arch sm_90 --dtype bfloat16`` walks a training step of AlexNet, and single operations that it
-does not use, on CPU tensors, hands every launch to Triton's compiler instead of a GPU, and prints what came out as JSON lines.
-With ``--check`` it prints the launches that spill registers or ask for more shared memory than there is, and fails if there are
-any. This compiles every configuration that AlexNet gets:
+does not use, on CPU tensors. Every launch goes to Triton's compiler instead of a GPU, and its compiled code is described in a
+line of JSON. ``--check`` prints only the launches that spill registers or need more shared memory than the GPU has, and fails
+if there are any. This compiles every configuration that AlexNet gets:
 
     python -m benchmarks.offline --check --arch sm_80 sm_90 sm_100 gfx942 --dtype bfloat16 float32 --batch 1 2 7 128
 
-``--time`` compiles what a run of the trainer on Fashion-MNIST needs before its first epoch ends, from an empty cache on
-``--threads`` threads, and prints the seconds that each kernel takes:
+``--time`` compiles the kernels that a training run on Fashion-MNIST needs in its first epoch, from an empty cache on
+``--threads`` threads, and prints the seconds of each kernel:
 
     python -m benchmarks.offline --time --threads 1 --batch 128
 
-Must run without ``TRITON_INTERPRET``: the interpreter replaces the compiler at import.
+Unset ``TRITON_INTERPRET`` for it: the interpreter replaces the compiler at import.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ from kernels.advanced import add_cross_entropy
 from kernels.configs import tables
 from kernels.runtime import backend, launch
 
-#: Bytes of shared memory that a program may use, by the architecture of the GPU; AMD's are MI200, MI300 and MI350.
+#: Bytes of shared memory that a program may use, by GPU architecture; AMD's are MI200, MI300 and MI350.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 SHARED_BYTES |= {"gfx90a": 64 * 1024, "gfx942": 64 * 1024, "gfx950": 160 * 1024}
 
-#: Instructions of the tensor cores in PTX, by generation, and of AMD's matrix cores.
+#: Tensor-core instructions in PTX, by generation, and those of AMD's matrix cores.
 _TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)")
 
 
 def capability_of(arch: str) -> int | str:
-    """What :func:`offline_target` takes for a name: 90 for ``"sm_90"``, ``"gfx942"`` for itself."""
+    """The argument of :func:`offline_target` for an architecture: 90 for ``"sm_90"``, ``"gfx942"`` for ``"gfx942"``."""
     return int(arch.removeprefix("sm_")) if arch.startswith("sm_") else arch
 
 
 class OfflineDriver(DriverBase):  # type: ignore[misc]
-    """A driver whose target is any NVIDIA or AMD GPU and that can do nothing but say so: enough to compile."""
+    """A driver that only names its target, any NVIDIA or AMD GPU: enough to compile."""
 
     def __init__(self, capability: int | str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int | str:
-        # Triton keeps compiled kernels by device: another target must be another one.
+        # Triton caches compiled kernels by device, so each target must be a device of its own.
         return self.capability
 
     def get_current_stream(self, device: int = 0) -> int:
@@ -100,7 +100,7 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
 
 @dataclasses.dataclass(frozen=True)
 class CompiledLaunch:
-    """What is known of one launch from its compiled code."""
+    """Properties of one launch, read from its compiled code."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -108,41 +108,41 @@ class CompiledLaunch:
     num_warps: int
     num_stages: int
     registers: int
-    stack_bytes: int  # spills, and arrays that did not fit registers
+    stack_bytes: int  # spills, and arrays that did not fit into registers
     local_bytes: int
     shared_bytes: int
     tensor_core_ops: dict[str, int]
     tma_loads: int
-    async_copies: int  # to shared memory, past the registers: ``cp.async``
-    register_operands: int  # asynchronous products whose first operand waits in registers
+    async_copies: int  # to shared memory without passing registers: ``cp.async``
+    register_operands: int  # asynchronous products whose first operand is in registers
     float_atomics: int
     fused_products: int  # float32 products fused with a sum, or that ptxas may still fuse with one
     has_dot: bool
-    waits_first: bool  # for the kernel before, ahead of every access to memory; False without programmatic dependent launch
-    int32_program_products: int  # products with a program id in int32: must be none where offsets pass 2^31
-    linear_reductions: int  # of tensors in a layout of any bases: Triton before 3.7 adds up wrong elements of some
+    waits_first: bool  # it waits for the previous kernel before any memory access; False without dependent launch
+    int32_program_products: int  # int32 products with a program id: must be 0 where offsets pass 2^31
+    linear_reductions: int  # reductions of tensors in a linear layout: Triton before 3.7 adds wrong elements of some
 
 
-#: A copy of 4 to 16 bytes from memory to shared memory, which a thread does not wait for.
+#: An asynchronous copy of 4 to 16 bytes from memory to shared memory.
 _ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.")
-#: A warp group's product in Triton's GPU IR names the types of its operands: a tensor is in registers.
+#: A warp group's product in Triton's GPU IR names the types of its operands: the type ``tensor`` means registers.
 _REGISTER_OPERAND = re.compile(r"ttng\.warp_group_dot [^\n]* : tensor<")
-#: A product that names its rounding (``mul.rn``) is never fused. AMD's divisions are made of fused products too.
+#: A product that names its rounding (``mul.rn``) is never fused. AMD's divisions consist of fused products too.
 _FUSED_PRODUCT = re.compile(r"\b(?:fma\.rn(?:\.ftz)?|mul(?:\.ftz)?)\.f32(?:x2)?\b|\bv_(?:pk_)?fmac?_f32")
-#: An access to memory that another kernel may have written, or still read.
+#: An access to memory that another kernel may have written or may still read.
 _MEMORY_ACCESS = re.compile(r"\b(?:ld\.global|st\.global|atom|red|cp\.async|cp\.reduce)\b")
 _FLOAT_ATOMIC = re.compile(
     r"\b(?:atom|red)\.\S*\.(?:f16|f16x2|bf16|bf16x2|f32|f64)\b|\b(?:(?:global|flat|buffer)_atomic|ds)_(?:pk_)?add_(?:rtn_)?b?f\d+"
 )
-#: Which tensors a reduction adds up: their types end the operation, after its body.
+#: The types of the tensors that a reduction adds up: they follow the operation's body.
 _REDUCED = re.compile(r'"tt\.reduce"\(.*?^\s*\}\) : \(([^)]*)\)', re.DOTALL | re.MULTILINE)
 _OPERATION = re.compile(r"^\s*(%[\w:#]+) = ([\w.]+)(.*)$")
 
 
 def int32_program_products(ttir: str) -> int:
-    """How many int32 products in a kernel's Triton IR have an operand that is computed from a program id.
+    """Number of int32 products in a kernel's Triton IR with an operand that is computed from a program id.
 
-    With a tile's size as the other factor such a product overflows from 2^31 elements on, however wide what is added later.
+    With a tile's size as the other factor such a product overflows above 2^31 elements, even if a later sum is int64.
     """
     from_program: set[str] = set()
     products = 0
@@ -175,9 +175,9 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def _amd_resource_usage(assembly: str) -> dict[str, int]:
-    """The same from AMD's assembly. Scratch memory holds what is spilled to memory, of vector and of scalar registers.
+    """The same from AMD's assembly. Scratch memory holds the vector and scalar registers that are spilled to memory.
 
-    Scalar registers that are spilled to lanes of vector registers reach no memory. They are among the vector registers.
+    Scalar registers that are spilled to lanes of vector registers use no memory. They count as vector registers.
     """
     usage = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     registers = usage["vgpr_count"]  # with those of the accumulators
@@ -186,10 +186,10 @@ def _amd_resource_usage(assembly: str) -> dict[str, int]:
 
 @contextlib.contextmanager
 def offline_target(capability: int | str) -> Iterator[None]:
-    """Compile for an NVIDIA GPU of ``capability`` (80, 90, 100) or AMD's ``"gfx942"`` inside the block; nothing can run there.
+    """Compile for an NVIDIA GPU of ``capability`` (80, 90, 100) or AMD's ``"gfx942"`` inside the block; no kernel can run.
 
     Raises:
-        RuntimeError: the process runs Triton's interpreter, so there is no compiler.
+        RuntimeError: the process runs Triton's interpreter, which replaces the compiler.
     """
     if backend.INTERPRETED:
         raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET")
@@ -207,7 +207,7 @@ def _waits_first(ptx: str) -> bool:
 
 
 def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> CompiledLaunch:
-    """Compile one launch for the :func:`offline_target`, specialized as the launch itself would be."""
+    """Compile one launch for the :func:`offline_target`, with the specialization of the launch itself."""
     compiled = kernel.warmup(grid=grid, **arguments)
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
@@ -258,7 +258,7 @@ def training_step(dtype: torch.dtype, batch: int = 2) -> None:
 
 
 def single_operations(dtype: torch.dtype) -> None:
-    """Forward and backward of what the step does not use: no activation, groups, dilation, indices, large windows, data."""
+    """Forward and backward of operations outside the step: no activation, groups, dilation, indices, large windows, data."""
     x = torch.empty(2, 96, 27, 29, dtype=dtype, requires_grad=True)
     filters = torch.empty(256, 48, 3, 3, dtype=dtype, requires_grad=True)
     bias = torch.empty(256, dtype=dtype, requires_grad=True)
@@ -267,7 +267,7 @@ def single_operations(dtype: torch.dtype) -> None:
     pooled.sum().backward()
     large, _ = kernels.max_pool2d(x, 5, 2, return_indices=True)
     large.sum().backward()
-    pixels = torch.empty(128, 1, 224, 224, dtype=dtype)  # of which no gradient is wanted, as in training
+    pixels = torch.empty(128, 1, 224, 224, dtype=dtype)  # requires no gradient, as in training
     first = torch.empty(96, 1, 11, 11, dtype=dtype, requires_grad=True)
     first_bias = torch.empty(96, dtype=dtype, requires_grad=True)
     kernels.conv2d(pixels, first, first_bias, stride=4, padding=1, activation="relu").sum().backward()
@@ -285,8 +285,8 @@ def single_operations(dtype: torch.dtype) -> None:
         block(pixels, first, first_bias).sum().backward()
         with torch.no_grad():
             block(pixels, first, first_bias)
-    # AlexNet's conv2 at batch 128, whose output's gradient TF32 turns and does not copy; at batch 256 its weight's gradient and
-    # conv4's in equal shares, as a table may have them.
+    # AlexNet's conv2 at batch 128, for which TF32 transposes the output's gradient in registers instead of copying it; at batch
+    # 256 the weight gradients of conv2 and conv4 in equal shares, as a table may ask for.
     for batch, channels, count, size, r in ((128, 96, 256, 26, 5), (256, 96, 256, 26, 5), (256, 384, 384, 12, 3)):
         maps = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
         filters = torch.empty(count, channels, r, r, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
@@ -300,7 +300,7 @@ def single_operations(dtype: torch.dtype) -> None:
         with tables.override(NARROW=narrow):
             kernels.linear_relu_dropout(features, weight[:20]).sum().backward()
     if dtype != torch.float32:
-        # AlexNet's fc1 at a batch without a table: equal shares, of steps and of whole tiles.
+        # AlexNet's fc1 at a batch size without a table entry: equal shares of steps and of whole tiles.
         features = torch.empty(256, 6400, dtype=dtype, requires_grad=True)
         weight = torch.empty(4096, 6400, dtype=dtype, requires_grad=True)
         output = kernels.linear(features, weight)
@@ -330,7 +330,7 @@ def single_operations(dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _timed_compilations() -> Iterator[list[float]]:
-    """Prints what each kernel compiled in the block takes; yields the seconds in Python, which no other thread can use."""
+    """Print the seconds of each kernel compiled in the block; yield the seconds in Python, which hold its global lock."""
     python: list[float] = []
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
@@ -345,10 +345,10 @@ def _timed_compilations() -> Iterator[list[float]]:
 
 
 def time_run(capability: int | str, dtype: torch.dtype, batch: int, threads: int | None) -> None:
-    """Compile the kernels of AlexNet's training on 60,000 images and of its evaluation on 10,000, and print how long it takes.
+    """Compile the kernels of AlexNet's training on 60,000 images and of its evaluation on 10,000, and print the times.
 
     Args:
-        threads: that compile; None: one for each core.
+        threads: number of compiling threads; None: one for each core.
     """
     cpu, size = torch.device("cpu"), IMAGE_SIZE["alexnet"]
     net = new_model("alexnet", 0, cpu, dtype)
@@ -360,7 +360,7 @@ def time_run(capability: int | str, dtype: torch.dtype, batch: int, threads: int
 
     def steps(count: int) -> None:
         net.train()
-        for _ in range(2):  # the second one finds masters
+        for _ in range(2):  # the second step finds existing masters
             trainer.step(trainer.index[:count])
 
     def evaluation(count: int) -> None:
@@ -380,18 +380,18 @@ def time_run(capability: int | str, dtype: torch.dtype, batch: int, threads: int
 
 
 def main() -> None:
-    """Compile for each architecture and dtype; print a JSON line a launch."""
+    """Compile for each architecture and dtype; print a JSON line per launch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=list(SHARED_BYTES))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], help="float32, float16, bfloat16")
     parser.add_argument("--batch", nargs="+", type=int, default=[2])
-    parser.add_argument("--check", action="store_true", help="print what spills or does not fit, and fail if anything does")
+    parser.add_argument("--check", action="store_true", help="print launches that spill or do not fit; fail if there are any")
     parser.add_argument(
-        "--tf32", action=argparse.BooleanOptionalAction, help="for float32; PyTorch's own switches if not given"
+        "--tf32", action=argparse.BooleanOptionalAction, help="allow TF32 for float32; default: PyTorch's own switches"
     )
-    parser.add_argument("--wide", action="store_true", help="the kernels for tensors of more than 2^31 elements")
-    parser.add_argument("--time", action="store_true", help="how long the kernels of a run of the trainer take to compile")
-    parser.add_argument("--threads", type=int, help="that compile at the same time, for --time; one for each core if not given")
+    parser.add_argument("--wide", action="store_true", help="compile for tensors of more than 2^31 elements")
+    parser.add_argument("--time", action="store_true", help="print how long a training run's kernels take to compile")
+    parser.add_argument("--threads", type=int, help="number of compiling threads for --time; default: one for each core")
     arguments = parser.parse_args()
     launch.force_int64 = arguments.wide
     if backend.INTERPRETED:

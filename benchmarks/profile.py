@@ -1,8 +1,8 @@
-"""Where the time of a step goes: every kernel of it, in order, beside its floor.
+"""The time of every kernel of a step, in order, beside its floor.
 
 ``python -m benchmarks.profile [--batch 128] [--mode train] [--impl ours]`` captures a training step or a forward pass as a
-CUDA graph, replays it under the profiler and prints the median of each kernel. Ours are named by layer and pass, with the floor
-that ``python -m benchmarks.audit`` gives their launch; what PyTorch launches stands under its own names.
+CUDA graph, replays it under the profiler and prints the median of each kernel. Our kernels are named by layer and pass, with
+the floor of their launch by ``python -m benchmarks.audit``. PyTorch's kernels keep their own names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .work import fewest_bytes, flops
 
 @dataclasses.dataclass(frozen=True)
 class Noted:
-    """One Triton launch as it was made: what a kernel event of the profiler does not know."""
+    """One Triton launch, with the layer, pass and floor that the profiler's kernel event lacks."""
 
     layer: str
     pass_: str
@@ -45,7 +45,7 @@ class Noted:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel of a step: median microseconds over the replays, and its floor where it is ours."""
+    """One kernel of a step: median microseconds over the replays, and the floor if the kernel is ours."""
 
     layer: str
     pass_: str
@@ -55,7 +55,7 @@ class Row:
 
 
 def match(launches: Sequence[Noted], replays: Sequence[Sequence[tuple[str, float]]]) -> list[Row]:
-    """Give each kernel of the replays, (name, microseconds) in the order they ran, the layer and pass of its launch.
+    """Find the layer and pass of each kernel of the replays. A replay is a list of (name, microseconds) in execution order.
 
     Raises:
         ValueError: the replays differ, or a launch is not among their kernels: the profiler lost events.
@@ -78,7 +78,7 @@ def match(launches: Sequence[Noted], replays: Sequence[Sequence[tuple[str, float
 
 @contextmanager
 def noted_launches(arch: str, dtype: torch.dtype, layer: LayerMarker) -> Iterator[list[Noted]]:
-    """The launches that are made and run inside the block, in order."""
+    """Yield a list to which every launch in the block is added, in order."""
     launches: list[Noted] = []
     count = OperatorCount()
 
@@ -93,7 +93,7 @@ def noted_launches(arch: str, dtype: torch.dtype, layer: LayerMarker) -> Iterato
 
 
 def _replays(replay: Callable[[], object], times: int) -> list[list[tuple[str, float]]]:
-    """Kernel events of ``times`` replays, in order, cut into replays."""
+    """Profile ``times`` replays; return one list of kernel events, in order, per replay."""
     from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
@@ -114,7 +114,7 @@ def _replays(replay: Callable[[], object], times: int) -> list[list[tuple[str, f
 
 
 def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str, times: int = 20) -> tuple[list[Row], float]:
-    """Rows of one step, and the microseconds of one replay from start to end (the gaps between kernels are in it)."""
+    """Rows of one step, and the microseconds of one replay from start to end, with the gaps between kernels."""
     device = torch.device("cuda")
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     with float32_products("tf32"), own_stream(device):
@@ -135,7 +135,7 @@ def profile_step(implementation: str, dtype: torch.dtype, batch: int, mode: str,
 
 
 def print_rows(rows: list[Row], whole: float, console: Console) -> None:
-    """All kernels in order, then their sum beside the whole."""
+    """Print all kernels in order, then their sum and the time of the whole replay."""
     table = Table(title="kernels of a step, in order", title_justify="left")
     for name in ("layer", "pass", "kernel"):
         table.add_column(name, no_wrap=True, max_width=60)
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of profile/<gpu>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("profile: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
+        sys.exit("profile: there is no CUDA GPU here; python -m benchmarks.audit reads the compiled code without one")
     path = arguments.out / "profile" / f"{gpu_slug(torch.cuda.get_device_name())}.json"
     check_writable(path)
     rows, whole = profile_step(arguments.impl, DTYPES[arguments.dtype], arguments.batch, arguments.mode)

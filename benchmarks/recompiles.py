@@ -1,9 +1,9 @@
-"""What is compiled anew when only the batch size changes: ``python -m benchmarks.recompiles --batch 128 160 192``.
+"""Lists the kernels that a new batch size compiles: ``python -m benchmarks.recompiles --batch 128 160 192``.
 
-Walks AlexNet's training step on CPU tensors at each batch size and compares the launches with those of the sizes before. A
-launch runs code that is there already if its kernel, constants, dtypes, tensor descriptors' blocks and what Triton specializes
-integers on (1, multiples of 16, others) are those of an earlier one. What is left is listed with the arguments that made the
-difference. Nothing is compiled or run.
+It walks AlexNet's training step on CPU tensors at each batch size and compares the launches with those of the sizes before. A
+launch needs no compilation if an earlier one has the same kernel, constants, dtypes, tensor descriptors' blocks and integer
+specialization (1, multiples of 16, others). The other launches are listed with the arguments that differ. Nothing is compiled
+or run.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .offline import offline_target, training_step
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What code a launch runs.
+    """The compiled code that a launch runs.
 
     Attributes:
-        kernel: its name.
-        arguments: name and what Triton compiles for, of each argument.
+        kernel: the kernel's name.
+        arguments: each argument's name and its specialization.
     """
 
     kernel: str
     arguments: tuple[tuple[str, str], ...]
 
     def differences(self, other: Variant) -> list[str]:
-        """The arguments in which ``other``, of the same kernel, is compiled for something else: ``"N: 16k -> int"``."""
+        """The arguments whose specialization differs from that in ``other`` of the same kernel: ``"N: 16k -> int"``."""
         before = dict(other.arguments)
         return [f"{name}: {before[name]} -> {value}" for name, value in self.arguments if before[name] != value]
 
@@ -54,7 +54,7 @@ def _compiled_for(value: Any, constant: bool, specialized: bool = True) -> str:
 
 
 def variant(kernel: Any, arguments: dict[str, Any]) -> Variant:
-    """The code that a launch runs; an option of the compiler (``num_warps``) is a constant like others."""
+    """The variant of a launch; a compiler option (``num_warps``) counts as a constant."""
     constants = {p.name for p in kernel.params if p.is_constexpr} | arguments.keys() - {p.name for p in kernel.params}
     unspecialized = {p.name for p in kernel.params if p.do_not_specialize}
     values = ((n, _compiled_for(value, n in constants, n not in unspecialized)) for n, value in arguments.items())
@@ -62,7 +62,7 @@ def variant(kernel: Any, arguments: dict[str, Any]) -> Variant:
 
 
 def variants(batch: int, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
-    """Those of a training step, each once, in order."""
+    """The distinct variants of a training step, in order."""
     found: dict[Variant, None] = {}
     with (
         offline_target(capability),
@@ -73,7 +73,7 @@ def variants(batch: int, capability: int = 90, dtype: torch.dtype = torch.bfloat
 
 
 def new_variants(batches: list[int], capability: int = 90) -> Iterator[tuple[int, list[tuple[Variant, list[str]]]]]:
-    """For each batch size the variants that no earlier one had, each with its differences to the one most like it."""
+    """For each batch size the variants that no earlier size had, each with its differences to the most similar one."""
     seen: list[Variant] = []
     for batch in batches:
         new = [v for v in variants(batch, capability) if v not in seen]
@@ -83,7 +83,7 @@ def new_variants(batches: list[int], capability: int = 90) -> Iterator[tuple[int
 
 
 def main() -> None:
-    """Print the list."""
+    """Print the new variants of each batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 160, 192, 100, 99])
     parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100")

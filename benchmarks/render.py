@@ -1,7 +1,7 @@
 """Tables and plots from stored results alone.
 
 ``python -m benchmarks.render [--results FILE ...] [--out DIR]`` writes, for each ``<gpu>.json`` of ``benchmarks.report``, a
-Markdown table, a bar plot and a roofline. ``--pages`` also rewrites what stands between the markers in README.md and
+Markdown table, a bar plot and a roofline. ``--pages`` also rewrites the text between the markers in README.md and
 docs/performance.md, and the README's picture, from the committed audit and the stored results.
 """
 
@@ -28,8 +28,8 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 PICTURE = ROOT / "docs/pictures/images-per-second.svg"
 
-#: What the README's picture and its numbers are made from: the report, the eager and captured steps of ``benchmarks.host``,
-#: which are newer, and a training run.
+#: Sources of the README's picture and numbers: the report, the eager and captured steps of ``benchmarks.host``, which are
+#: newer, and a training run.
 FIRST_REPORT = RESULTS / "h100-80gb-hbm3.json"
 FIRST_HOST = RESULTS / "host/h100-80gb-hbm3.json"
 FIRST_RUN = RESULTS / "fashion-mnist-h100-seed0.jsonl"
@@ -46,12 +46,12 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
 
 
 def is_fake(content: dict[str, Any]) -> bool:
-    """Whether the results come from a timer that timed nothing."""
+    """Whether the results come from :class:`FakeTimer`, which times nothing."""
     return str(content["environment"]["timer"]).startswith("FAKE")
 
 
 def combined(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several of the same commit and GPU: the first one's ceilings and environment, the rows of all."""
+    """Merge reports of the same commit and GPU: the first one's ceilings and environment, the rows of all."""
     rows, left_out = ([entry for content in contents for entry in content[name]] for name in ("rows", "left_out"))
     return {**contents[0], "rows": rows, "left_out": left_out}
 
@@ -62,7 +62,7 @@ def is_ours(row: Row) -> bool:
 
 
 def _groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows of the same work, whoever did it."""
+    """Rows grouped by the work measured, over all implementations."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[k] for k in ("section", "case", "dtype", "batch", "pass")), []).append(row)
@@ -70,17 +70,17 @@ def _groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def best(rows: Iterable[Row], ours: bool) -> Row | None:
-    """The fastest of ours, or of the peers, that has a time."""
+    """The fastest row of ours (or of the peers) that has a time; None if there is none."""
     timed = [r for r in rows if r["ms"] is not None and is_ours(r) == ours]
     return min(timed, key=lambda r: float(r["ms"])) if timed else None
 
 
 def floor_ms(content: dict[str, Any], dtype: str, batch: int, mode: str) -> float | None:
-    """What the measured ceilings allow for a whole step of the network; None where its products' rate was not measured.
+    """Lower bound in ms of a whole step by the measured ceilings; None if the product's rate was not measured.
 
-    Training: its FLOPs at the product's rate (of float32 at TF32's), then plain SGD's three passes over the parameters at the
-    copy's (parameter and gradient read, parameter written). Inference: its FLOPs, or reading the parameters, whichever is
-    longer.
+    Training: its FLOPs at the product's rate (for float32 that of TF32), then plain SGD's three passes over the parameters at
+    the copy's rate (parameter and gradient read, parameter written). Inference: its FLOPs or one read of the parameters,
+    whichever takes longer.
     """
     network, ceilings = content["network"], content["ceilings"]
     tflops = ceilings.get("tf32_tflops" if dtype == "float32" else "bf16_tflops")
@@ -97,7 +97,7 @@ def _ratio(peer: Row | None, ours: Row | None) -> str | None:
 
 
 def step_table(content: dict[str, Any]) -> str:
-    """Every implementation of the training step and of inference."""
+    """Table of every implementation of the training step and of inference."""
     lines = []
     for (_, _, dtype, batch, mode), rows in _groups(r for r in content["rows"] if r["section"] == "step").items():
         peer, floor = best(rows, ours=False), floor_ms(content, dtype, batch, mode)
@@ -133,7 +133,7 @@ def step_table(content: dict[str, Any]) -> str:
 
 
 def operation_table(content: dict[str, Any], section: str) -> str:
-    """Each operation and pass: ours, the best peer, how many times faster."""
+    """Table of each operation and pass: ours, the best peer, how many times faster ours is."""
     lines = []
     for (_, case, dtype, batch, which), rows in _groups(r for r in content["rows"] if r["section"] == section).items():
         ours, peer = best(rows, ours=True), best(rows, ours=False)
@@ -176,7 +176,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def plot_bars(content: dict[str, Any], path: Path) -> None:
-    """Images a second of every implementation of the training step, by batch size."""
+    """Plot images/s of every implementation of the training step, by batch size."""
     groups = {k: v for k, v in _groups(r for r in content["rows"] if r["section"] == "step").items() if k[4] == "train"}
     figure = Figure(figsize=(9, 1.5 + 2.6 * max(len(groups), 1)), layout="constrained")
     axes = figure.subplots(max(len(groups), 1), 1, squeeze=False)[:, 0]
@@ -196,7 +196,7 @@ def plot_bars(content: dict[str, Any], path: Path) -> None:
 
 
 def roofline_points(content: dict[str, Any], ours: bool) -> list[tuple[float, float]]:
-    """(FLOPs a byte, TFLOP/s) of each pass of each single operation with a product, in half precision."""
+    """(FLOPs per byte, TFLOP/s) of each pass of each single operation with a product, in half precision."""
     points = []
     for rows in _groups(r for r in content["rows"] if r["section"] == "plain" and r["flops"]).values():
         row = best(rows, ours)
@@ -206,7 +206,7 @@ def roofline_points(content: dict[str, Any], ours: bool) -> list[tuple[float, fl
 
 
 def plot_roofline(content: dict[str, Any], path: Path) -> None:
-    """Each matrix operation of ours and of the best peer under the measured ceilings, by FLOPs a byte."""
+    """Plot each matrix operation of ours and of the best peer under the measured ceilings, by FLOPs per byte."""
     tflops, tbps = content["ceilings"]["bf16_tflops"], content["ceilings"]["copy_tbps"]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axis = figure.subplots()
@@ -223,7 +223,7 @@ def plot_roofline(content: dict[str, Any], path: Path) -> None:
 
 
 def commit_text(environment: dict[str, Any]) -> str:
-    """Which code was measured, in words."""
+    """The measured commit as text, with its number of changed files."""
     commit, changed = environment.get("commit"), environment.get("changed_files")
     if not commit:
         return "commit unknown"
@@ -237,7 +237,7 @@ def _title(content: dict[str, Any]) -> str:
 
 
 def render_results(path: Path, out: Path) -> list[Path]:
-    """Write ``<gpu>.md``, ``<gpu>-steps.png`` and ``<gpu>-roofline.png`` from a JSON of the report; their paths."""
+    """Write ``<gpu>.md``, ``<gpu>-steps.png`` and ``<gpu>-roofline.png`` from a report's JSON; return their paths."""
     content = json.loads(path.read_text())
     out.mkdir(parents=True, exist_ok=True)
     table, bars, roofline = (out / f"{path.stem}{suffix}" for suffix in (".md", "-steps.png", "-roofline.png"))
@@ -279,10 +279,10 @@ def _layer_table(layers: list[Row]) -> str:
 
 
 def replace_between(text: str, name: str, content: str) -> str:
-    """``text`` with what stands between ``<!-- name -->`` and ``<!-- /name -->`` replaced.
+    """``text`` with ``content`` between ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises:
-        ValueError: the markers are not there, once each and in order.
+        ValueError: the text does not have both markers, once each and in order.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -292,11 +292,11 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 
 def tuned_markdown(table: dict[str, Any]) -> str:
-    """What ``alexnet-triton tune`` measured on one GPU: each pass of each layer beside PyTorch's, in microseconds."""
+    """Table of the times of ``alexnet-triton tune`` on one GPU: each pass of each layer beside PyTorch's, in microseconds."""
     rows: dict[tuple[str, str, int], dict[str, str]] = {}
     for measured in table["measured"].values():
         ours, theirs = 1e3 * measured["ms"], 1e3 * measured["pytorch_ms"]
-        precision = measured["precision"] if "precision" in measured else table["dtype"]  # of all, in older tables
+        precision = measured["precision"] if "precision" in measured else table["dtype"]  # older tables have one for all
         few, pass_ = " in one kernel" if "narrow" in measured["pass"] else "", measured["pass"].removeprefix("narrow_")
         rows.setdefault((precision, measured["layer"] + few, measured["batch"]), {})[pass_] = (
             f"{ours:.1f} / {theirs:.1f} ({theirs / ours:.2f})"
@@ -317,7 +317,7 @@ def tuned_markdown(table: dict[str, Any]) -> str:
     return f"{title}\n\n{markdown_table(('layer', *columns.values()), lines)}"
 
 
-#: The audit's cases that the page on performance shows.
+#: The cases of the audit on docs/performance.md.
 SHOWN_AUDIT = (
     "sm_90-bfloat16-N128-train",
     "sm_90-float32-N128-train",
@@ -326,15 +326,18 @@ SHOWN_AUDIT = (
 )
 
 
-#: A GPU's report is named for the GPU. Those of other days have the date behind the name; the page's text links to them.
+#: A GPU's report is named after the GPU. Reports of other days have a date after the name; the page's text links to them.
 _DATED = re.compile(r"-\d{4}-\d{2}-\d{2}")
 
 
 def performance(text: str, results: Iterable[Path]) -> str:
     """docs/performance.md with its tables rebuilt.
 
-    They are the audit's, whole networks of each real undated report of ``results``, each GPU's tuned passes, the stored eager
-    steps, KernelBench's networks and training runs.
+    The tables are the audit, the whole networks of each undated report in ``results``, each GPU's tuned passes, the stored
+    eager steps, KernelBench's networks and the training runs.
+
+    Raises:
+        ValueError: a report's times are fake.
     """
     committed = json.loads(COMMITTED.read_text())
     text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in SHOWN_AUDIT}))
@@ -342,7 +345,7 @@ def performance(text: str, results: Iterable[Path]) -> str:
     for path in results:
         content = json.loads(path.read_text())
         if is_fake(content):
-            raise ValueError(f"{path}: its times are fake and belong on no page")
+            raise ValueError(f"{path}: its times are fake and must not be shown on a page")
         if _DATED.search(path.stem):
             continue
         tables.append(f"{_title(content)}, {commit_text(content['environment'])} (`{path.name}`):\n\n{step_table(content)}")
@@ -356,7 +359,7 @@ def performance(text: str, results: Iterable[Path]) -> str:
 
 
 def host_steps(content: dict[str, Any]) -> dict[tuple[str, int, bool], tuple[float, float]]:
-    """Whole steps that ``benchmarks.host`` timed: (train or infer, batch, as a graph) to milliseconds of ours and PyTorch's."""
+    """Whole steps of ``benchmarks.host``: (train or infer, batch, whether a graph) -> milliseconds of ours and PyTorch's."""
     return {
         (row["case"], row["batch"], row["mode"] == "graph"): (row["ours_us"] / 1e3, row["peer_us"] / 1e3)
         for row in content["rows"]
@@ -365,7 +368,7 @@ def host_steps(content: dict[str, Any]) -> dict[tuple[str, int, bool], tuple[flo
 
 
 def eager_table(steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
-    """Whole steps beside PyTorch's, without a CUDA graph and with one, in milliseconds."""
+    """Table of whole steps beside PyTorch's, without a CUDA graph and with one, in milliseconds."""
     lines = [
         (mode, batch, *(f"{time:.2f}" for graph in (False, True) for time in steps[mode, batch, graph]))
         for mode, batch in dict.fromkeys(key[:2] for key in sorted(steps, key=lambda key: (key[0] != "train", key[1])))
@@ -374,7 +377,7 @@ def eager_table(steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
 
 
 def kernelbench_table(content: dict[str, Any]) -> str:
-    """KernelBench's networks beside PyTorch, in milliseconds."""
+    """Table of KernelBench's networks beside PyTorch, in milliseconds."""
     times = {(row["case"], row["dtype"], row["batch"], row["impl"]): row["ms"] for row in content["rows"]}
     lines = [
         (*kind, *(f"{times[*kind, impl]:.2f}" for impl in ("ours", "eager", "compile_default")))
@@ -384,7 +387,7 @@ def kernelbench_table(content: dict[str, Any]) -> str:
 
 
 class Run(NamedTuple):
-    """A training run's last epoch, and over all epochs the seconds of training and images a second: 0 where none were kept."""
+    """A training run: number of epochs, the last epoch's metrics, total seconds and mean images/s (0 if not recorded)."""
 
     epochs: int
     last: Row
@@ -393,7 +396,7 @@ class Run(NamedTuple):
 
 
 def training_run(path: Path) -> Run:
-    """The run whose ``metrics.jsonl`` was stored as ``path``."""
+    """Read the run whose ``metrics.jsonl`` was stored as ``path``."""
     epochs = [json.loads(line) for line in path.read_text().splitlines()]
     timed = [epoch for epoch in epochs if "seconds" in epoch]
     seconds = sum(float(epoch["seconds"]) for epoch in timed)
@@ -402,7 +405,7 @@ def training_run(path: Path) -> Run:
 
 
 def runs_table(paths: Iterable[Path]) -> str:
-    """Training runs: what the last epoch reached, and how long the training took."""
+    """Table of training runs: the last epoch's loss and accuracies, images/s and seconds of training."""
     lines = []
     for path in paths:
         run = training_run(path)
@@ -422,7 +425,7 @@ def runs_table(paths: Iterable[Path]) -> str:
     )
 
 
-#: The peers of the report in words, as the README calls them.
+#: The names of the report's peers in the README.
 _PEERS = {
     "compile_default": "torch.compile",
     "eager_channels_last": "eager, channels-last",
@@ -443,9 +446,9 @@ def _graph_and_eager(rows: Iterable[Row], impl: str) -> tuple[float, float]:
 
 
 def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]], path: Path) -> None:
-    """Images a second of a step of 128 images, ours and each peer's, as a CUDA graph and without one.
+    """Plot images/s of a step of 128 images, ours and each peer's, as a CUDA graph and without one.
 
-    Ours stand twice: as ``benchmarks.host`` timed them with plans, and as the report did before there were plans.
+    Ours is drawn twice: as timed by ``benchmarks.host`` with plans, and as timed by the report before there were plans.
     """
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "alexnet-triton"}):
         figure = Figure(figsize=(9, 7), layout="constrained")
@@ -472,7 +475,7 @@ def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple
 
 
 def claim(content: dict[str, Any], run: Run) -> str:
-    """The README's numbers in two sentences: the captured training step beside the best peer, and a training run."""
+    """The README's two sentences of numbers: the captured training step beside the best peer, and a training run."""
     rows = _steps(content, "train")[128]
     ours, peer = best(rows, ours=True), best(rows, ours=False)
     assert ours is not None
@@ -492,7 +495,7 @@ def _named(row: Row) -> str:
 
 
 def speed_table(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
-    """The README's table: images a second as a graph beside the best peer, and eagerly beside eager PyTorch."""
+    """The README's table: images/s as a graph beside the best peer, and eagerly beside eager PyTorch."""
     lines = []
     for mode in ("train", "infer"):
         for batch, rows in _steps(content, mode).items():
@@ -514,16 +517,16 @@ def readme(text: str) -> str:
 
 
 def stored_results() -> list[Path]:
-    """The results in the repository."""
+    """Paths of the reports in the repository."""
     return sorted(RESULTS.glob("*.json"))
 
 
 def main() -> None:
-    """Render."""
+    """Render tables, plots and, with ``--pages``, the pages."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--results", type=Path, nargs="*", help="JSON files of the report; all stored ones by default")
+    parser.add_argument("--results", type=Path, nargs="*", help="JSON files of the report; by default all stored ones")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--pages", action="store_true", help="rebuild the tables of README.md and docs/performance.md too")
+    parser.add_argument("--pages", action="store_true", help="also rebuild the tables of README.md and docs/performance.md")
     arguments = parser.parse_args()
     paths = stored_results() if arguments.results is None else arguments.results
     for path in paths:

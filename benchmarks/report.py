@@ -1,11 +1,11 @@
-"""One command that tells the whole truth on a CUDA machine.
+"""One command that measures everything on a CUDA machine.
 
-``python -m benchmarks.report [--quick] [--part NAME ...] [--out DIR]`` measures the machine and its ceilings; the whole
-training step and inference; each operation at AlexNet's shapes; fused operations against the run of separate ones; each
-against every peer.
-bfloat16 at batch 128 comes first, then float32 at batch 128, TF32 allowed for all; then other batches and float16. Nothing is
-timed before it is verified against float64: a wrong result is reported as wrong and gets no time. Results are written after
-each section, so a run that is cut off is still useful, and what the time limit left out is named.
+``python -m benchmarks.report [--quick] [--part NAME ...] [--out DIR]`` measures the machine's ceilings, the training step and
+inference, each operation at AlexNet's shapes, and each fused operation against the separate ones. All of these are compared
+with every peer.
+bfloat16 at batch 128 comes first, then float32 at batch 128 with TF32 allowed for all, then other batches and float16. Every
+implementation is verified against float64 before it is timed: a wrong result is reported as wrong and gets no time. Results are
+written after each section, so an interrupted run is still useful. The report names the measurements that ran out of time.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ RESULTS = Path(__file__).parent / "results"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-#: What a report consists of: whole steps against every peer but the tuned one, single and fused operations against eager peers,
-#: whole steps that Inductor tunes for minutes, and operations that it compiles.
+#: The parts of a report: whole steps against every peer but the tuned one, single and fused operations against eager peers,
+#: whole steps that Inductor tunes for minutes, and operations that Inductor compiles.
 PARTS = ("steps", "operations", "tuned", "compiled_operations")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """What a report measures.
 
     Attributes:
-        minutes: after how long no new measurement is begun.
-        dtypes: the most telling first; the network is measured in the first two.
-        parts: those of :data:`PARTS`; compiled operations are of the first dtype and batch size alone.
-        compile_backend: in place of Inductor, for tests.
+        minutes: no new measurement begins after this time.
+        dtypes: the most important first; the network is measured in the first two.
+        parts: a choice of :data:`PARTS`; compiled operations are measured only in the first dtype and batch size.
+        compile_backend: replaces Inductor, for tests.
     """
 
     device: torch.device
@@ -81,7 +81,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """The same at one batch size and in one dtype, without what Inductor takes minutes for."""
+    """``settings`` with one batch size and one dtype, without the parts for which Inductor takes minutes."""
     return dataclasses.replace(
         settings,
         minutes=2.5,
@@ -93,7 +93,7 @@ def quick(settings: Settings) -> Settings:
 
 
 def tiny(settings: Settings) -> Settings:
-    """The same code path in float32 on shapes for the interpreter, with a timer that times nothing."""
+    """``settings`` with float32 shapes small enough for the interpreter, and a timer that times nothing."""
     return dataclasses.replace(
         settings,
         timer=FakeTimer(),
@@ -108,7 +108,7 @@ def tiny(settings: Settings) -> Settings:
 
 
 class Report:
-    """The results so far, and the file they are written to, if there is one."""
+    """The results so far, and the file that they are written to, if any."""
 
     def __init__(self, settings: Settings, path: Path | None, console: Console) -> None:
         self.settings, self.path, self.console = settings, path, console
@@ -116,7 +116,7 @@ class Report:
         self.content: dict[str, Any] = {"environment": environment(settings), "ceilings": {}, "rows": [], "left_out": []}
 
     def write(self) -> None:
-        """What there is, whole: a reader never sees half a file."""
+        """Write the results so far. The file is replaced at once, so a reader never sees half of it."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,14 +125,14 @@ class Report:
         partial.replace(self.path)
 
     def in_time(self, what: str, seconds: float = 0.0) -> bool:
-        """Whether there is time for one more measurement of about ``seconds``; else notes that it was left out."""
+        """Whether there is time for a measurement of about ``seconds``; if not, record ``what`` as left out."""
         if time.monotonic() + seconds < self.deadline:
             return True
         self.content["left_out"].append(what)
         return False
 
     def add(self, **row: Any) -> None:
-        """One row; it is printed too."""
+        """Add one row and print it."""
         self.content["rows"].append(row)
         value = "" if row["ms"] is None else f"{row['ms']:.4f} ms"
         note = f"  {row['note']}" if row.get("note") else ""
@@ -140,20 +140,20 @@ class Report:
         self.console.print(f"{labels}: {value}{note}", markup=False)
 
     def add_untimed(self, row: dict[str, Any], why: str) -> None:
-        """A row without a time."""
+        """Add a row without a time, with the reason as its note."""
         self.add(**row, ms=None, p20=None, p80=None, images_per_s=None, peak_mb=None, note=why)
 
     def add_timed(
         self, row: dict[str, Any], function: Callable[[], object], peak_mb: float | None, note: str | None = None
     ) -> None:
-        """A row with the time of ``function``, which handles the row's batch."""
+        """Add a row with the time of ``function``, which processes the row's batch."""
         timing = self.settings.timer(function)
         numbers = dataclasses.asdict(timing) | {"images_per_s": row["batch"] / timing.ms * 1e3, "peak_mb": peak_mb}
         self.add(**row, **numbers, note=note)
 
 
 def printed_by(*arguments: str) -> str | None:
-    """What a command prints, run in the repository; None if it cannot."""
+    """The standard output of a command run in the repository; None if the command fails."""
     try:
         result = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
@@ -162,12 +162,12 @@ def printed_by(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that is checked out; None outside of a repository."""
+    """Hash of the checked-out commit; None outside of a repository."""
     return printed_by("git", "rev-parse", "HEAD")
 
 
 def gpu_name(device: torch.device) -> str:
-    """The GPU's name; of the CPU that there is none."""
+    """The GPU's name, or a text that there is no GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({platform.machine()})"
 
 
@@ -192,11 +192,11 @@ def environment(settings: Settings) -> dict[str, Any]:
 
 
 def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**30) -> dict[str, float]:
-    """What this GPU does at best: a large product in TFLOP/s, a large copy in TB/s (bytes read and written).
+    """Measured ceilings of this GPU: a large product in TFLOP/s, a large copy in TB/s (bytes read and written).
 
-    The product in bfloat16, and in float32 as PyTorch's switches have it, which here is in TF32.
+    The product is measured in bfloat16, and in float32 under PyTorch's switches, which allow TF32 here.
     """
-    # A GPU that has just been idle runs at a low clock: work for a second first.
+    # An idle GPU runs at a low clock: keep it busy for a second first.
     if settings.device.type == "cuda":
         warm = torch.randn(4096, 4096, device=settings.device)
         until = time.monotonic() + 1.0
@@ -217,12 +217,12 @@ def measure_ceilings(settings: Settings, size: int = 8192, copy_bytes: int = 2**
 
 @contextmanager
 def float32_products(precision: Literal["tf32", "ieee"]) -> Iterator[None]:
-    """Products of float32 in TF32 or exact, for all implementations, and cuDNN free to choose its fastest algorithm."""
+    """Form float32 products in TF32 or exactly, in all implementations, and let cuDNN choose its fastest algorithm."""
     backends: Any = torch.backends  # some of its attributes are made at run time
     cudnn, matmul = backends.cudnn, backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.fp32_precision, cudnn.benchmark
-    # By the older switches, which Inductor and torch.export read: torch 2.11 refuses to answer them where only the newer
-    # ones were set.
+    # Set the older switches, which Inductor and torch.export read: torch 2.11 raises an error if they are read and only the
+    # newer ones were set.
     cudnn.allow_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     cudnn.benchmark = True
@@ -234,12 +234,12 @@ def float32_products(precision: Literal["tf32", "ieee"]) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """An error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _peak_mb(function: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory allocated during a second call: what a first call searches, compiles and tunes with does not count."""
+    """Peak memory in MB during a second call: searching, compiling and tuning in the first call do not count."""
     function()
     if device.type != "cuda":
         return None
@@ -255,7 +255,7 @@ Implementation = tuple[str, Callable[..., Tensor], list[Tensor]]
 
 
 def _implementations(case: Case, tensors: list[Tensor]) -> Iterator[Implementation]:
-    """Ours and each eager peer of an operation."""
+    """Our implementation and each eager peer of an operation."""
     yield OURS, case.ours, tensors
     if tensors[0].dim() == 4:
         yield "torch_nchw", case.theirs, [t.detach().contiguous().requires_grad_() for t in tensors]
@@ -273,7 +273,7 @@ def _implementations(case: Case, tensors: list[Tensor]) -> Iterator[Implementati
 
 
 def _compiled(settings: Settings, case: Case, tensors: list[Tensor]) -> Iterator[Implementation]:
-    """The peer from Inductor."""
+    """The peer that Inductor compiles."""
     torch.compiler.reset()
     yield "torch_compile", torch.compile(case.theirs, backend=settings.compile_backend), tensors
 
@@ -281,7 +281,7 @@ def _compiled(settings: Settings, case: Case, tensors: list[Tensor]) -> Iterator
 def measure_operations(
     report: Report, section: str, cases: Sequence[Case], dtype_name: str, batch: int, compiled: bool = False
 ) -> None:
-    """Each case and pass, ours against each eager peer, or the compiled peer alone; nothing whose results are wrong."""
+    """Verify and time each case and pass: ours and each eager peer, or with ``compiled`` the compiled peer alone."""
     settings = report.settings
     for case in cases:
         label = {"section": section, "case": case.name, "dtype": dtype_name, "batch": batch}
@@ -296,7 +296,7 @@ def measure_operations(
             for name, function, own in implementations:
                 _measure_operation(report, label | {"impl": name}, case, function, own, expected)
             del tensors, expected
-        except Exception as error:  # whatever one case raises, the others are measured
+        except Exception as error:  # an error of one case does not stop the others
             row = label | {"impl": "all", "pass": "all", "verified": None, "flops": 0, "bytes": 0}
             report.add_untimed(row, reason(error))
         report.write()
@@ -310,15 +310,15 @@ def _measure_operation(
     tensors: list[Tensor],
     expected: Truth,
 ) -> None:
-    """Verify one implementation, then time its passes, from a CUDA graph where one can be captured."""
+    """Verify one implementation, then time its passes, in a CUDA graph where one can be captured."""
     settings = report.settings
     wrong = None
     verified: bool | None = None
-    # A peer that draws random numbers of its own has no truth to be held to.
+    # A peer that draws other random numbers than ours has no reference.
     if label["impl"] == OURS or case.reference is None:
         try:
             verify(case, function, tensors, expected)
-        except Exception as error:  # a kernel that cannot be compiled or launched is as wrong as a wrong number
+        except Exception as error:  # a kernel that cannot be compiled or launched counts as wrong
             wrong = f"WRONG: {reason(error)}"
         verified = wrong is None
     for which in passes(case):
@@ -342,12 +342,12 @@ def _measure_operation(
             report.add_untimed(row, reason(error))
 
 
-#: Seconds that Inductor takes to tune a step of AlexNet, roughly: none is begun with less time left.
+#: Seconds that Inductor takes to tune a step of AlexNet, roughly: no tuning begins with less time left.
 _TUNING_SECONDS = 100.0
 
 
 def measure_steps(report: Report, implementations: Sequence[str], dtype: str, batches: Sequence[int]) -> None:
-    """The training step and inference: each implementation, eager and as a CUDA graph."""
+    """Measure the training step and inference of each implementation, eager and as a CUDA graph."""
     settings = report.settings
     for implementation in implementations:
         seconds = _TUNING_SECONDS if implementation == TUNED and settings.compile_backend == "inductor" else 0.0
@@ -360,7 +360,7 @@ def measure_steps(report: Report, implementations: Sequence[str], dtype: str, ba
 
 
 def _measure_step(report: Report, implementation: str, label: dict[str, Any]) -> None:
-    """Verify one implementation on the batch it is timed on, then time it eager and as a CUDA graph."""
+    """Verify one implementation on the batch that it is timed on, then time it eager and as a CUDA graph."""
     settings, mode = report.settings, label["pass"]
     dtype = DTYPES[label["dtype"]]
     eager, graph = (label | {"impl": implementation + suffix, "verified": None} for suffix in ("", "_graph"))
@@ -374,7 +374,7 @@ def _measure_step(report: Report, implementation: str, label: dict[str, Any]) ->
         step = step_function(built, dtype, mode, images, labels)
         peak = _peak_mb(step, settings.device)
         report.add_timed(eager, step, peak)
-    except Exception as error:  # whatever one implementation raises, the others are measured
+    except Exception as error:  # an error of one implementation does not stop the others
         wrong = isinstance(error, AssertionError)
         eager["verified"] = False if wrong else eager["verified"]
         report.add_untimed(eager, f"WRONG: {reason(error)}" if wrong else reason(error))
@@ -386,9 +386,9 @@ def _measure_step(report: Report, implementation: str, label: dict[str, Any]) ->
 
 
 def sections(report: Report) -> list[Callable[[], None]]:
-    """What is measured, in order: the step against every peer, then what each operation does in it.
+    """The measurements in order: the step against every peer, then the single operations.
 
-    float32 comes right after bfloat16; other batches, float16 and what Inductor takes minutes for come last.
+    float32 comes right after bfloat16. Other batches, float16 and the parts for which Inductor takes minutes come last.
     """
     settings = report.settings
     eager = [name for name in (OURS, *PEERS) if not name.startswith("compile")]
@@ -425,17 +425,17 @@ def sections(report: Report) -> list[Callable[[], None]]:
 
 
 def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 8192, copy_bytes: int = 2**30) -> Path:
-    """Measure everything, writing after each section; the path of the JSON.
+    """Measure everything and write the JSON after each section; return its path.
 
     Raises:
-        ValueError: fake times would land among the real results.
+        ValueError: fake times would be written among the real results.
     """
     if isinstance(settings.timer, FakeTimer) and out.resolve().is_relative_to(RESULTS.resolve()):
         raise ValueError(f"fake times do not belong into {out}")
     path = out / f"{gpu_slug(gpu_name(settings.device))}.json"
     report = Report(settings, path, console)
     console.print_json(json.dumps(report.content["environment"]))
-    # Inductor may free what a backward pass needs as it runs; here one is run many times over.
+    # By default Inductor frees a backward pass's saved tensors while it runs; here each backward pass runs many times.
     with float32_products("tf32"), own_stream(settings.device), functorch_config.patch(donated_buffer=False):
         report.content["ceilings"] = measure_ceilings(settings, ceiling_size, copy_bytes)
         forward, step = network_flops(settings.network, 1)
@@ -453,18 +453,18 @@ def run(settings: Settings, out: Path, console: Console, ceiling_size: int = 819
 def main() -> None:
     """Measure on the CUDA GPU of this machine, then render tables and plots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--quick", action="store_true", help="batch 128 in bfloat16 only, under three minutes")
+    parser.add_argument("--quick", action="store_true", help="measure only batch 128 in bfloat16, in under three minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of <gpu>.json, tables and plots")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin no new measurement after this long")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no new measurement after this many minutes")
     parser.add_argument(
-        "--dtype", nargs="+", choices=list(DTYPES), help="these alone; the network is measured in the first two"
+        "--dtype", nargs="+", choices=list(DTYPES), help="only these dtypes; the network is measured in the first two"
     )
-    parser.add_argument("--batch", nargs="+", type=int, help="these alone")
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="these alone")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes without a GPU, with a timer that says it is fake")
+    parser.add_argument("--batch", nargs="+", type=int, help="only these batch sizes")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="only these parts")
+    parser.add_argument("--dry", action="store_true", help="run tiny shapes without a GPU; all times are marked as fake")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry:
-        sys.exit("report: there is no CUDA GPU here; what can be known without one: python -m benchmarks.audit")
+        sys.exit("report: there is no CUDA GPU here; python -m benchmarks.audit reads the compiled code without one")
     settings = Settings(torch.device("cuda"), CudaTimer(), arguments.minutes, parts=tuple(arguments.part))
     if arguments.dtype:
         settings = dataclasses.replace(settings, dtypes=tuple(arguments.dtype))

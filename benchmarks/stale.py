@@ -1,9 +1,9 @@
-"""What has changed since it was measured: kernels, configurations, and the tests that these touch.
+"""Finds kernels and configurations that have changed since they were measured, and the tests that a change touches.
 
-``python -m benchmarks.stale`` compares the working tree with the commit that each result in ``benchmarks/results`` and each
-table in ``kernels/configs`` was measured at. Where a file does not say, the last commit that touched it stands in. A kernel has
-changed where its own code has, or a jitted function or a constant that it reaches; comments and docstrings are no code. A
-table's entry is stale where its kernel has changed or the rule that reads it.
+``python -m benchmarks.stale`` compares the working tree with the commit at which each result in ``benchmarks/results`` and each
+table in ``kernels/configs`` was measured. If a file does not name its commit, the last commit that changed the file is used. A
+kernel has changed if its own code has, or a jitted function or a constant that it reaches; comments and docstrings do not
+count. A table's entry is stale if its kernel or the rule that reads it has changed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def _names(node: Node) -> list[str]:
-    """What a definition defines."""
+    """The names that a definition binds."""
     if isinstance(node, ast.FunctionDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -87,7 +87,7 @@ def _jitted(node: Node) -> bool:
 
 
 def _code(node: Node) -> str:
-    """A definition without its docstring."""
+    """The source of a definition without its docstring."""
     if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node) is None:
         return ast.unparse(node)
     bare = ast.FunctionDef(**{**dict(ast.iter_fields(node)), "body": node.body[1:] or [ast.Pass()]})
@@ -95,7 +95,7 @@ def _code(node: Node) -> str:
 
 
 def _imported(path: str, body: list[ast.stmt]) -> dict[str, tuple[str, str]]:
-    """What a module imports from others of its package: name -> path, name there."""
+    """A module's imports from its own package: name -> (path, name there)."""
     found: dict[str, tuple[str, str]] = {}
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
@@ -105,7 +105,7 @@ def _imported(path: str, body: list[ast.stmt]) -> dict[str, tuple[str, str]]:
 
 
 class Code:
-    """The functions and constants of the package ``kernels``, from its sources by path."""
+    """The functions and constants of the package ``kernels``, parsed from its sources (path -> text)."""
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         self.modules: dict[str, dict[str, Node]] = {}
@@ -122,14 +122,15 @@ class Code:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """Every kernel and the file that it is in."""
+        """Every kernel and the path of its file."""
         return {name: path for name, path in self.jitted.items() if name.endswith("_kernel")}
 
     def meaning(self, name: str) -> frozenset[str]:
-        """The code that decides what a function does, wherever it stands; empty where there is no such function.
+        """The code that decides what a function does; empty if there is no such function.
 
-        That of the function and of what it reaches: in its module and in modules of rules that it imports from everything, of
-        other modules jitted functions and constants. How tables are read and checked decides no configuration.
+        This is the code of the function and of everything that it reaches in its own module and in imported modules of rules,
+        and of jitted functions and constants that it reaches in other modules. The code that reads and checks tables is left
+        out, since it decides no configuration.
         """
         path = self.jitted.get(name) or next((path for path, nodes in self.modules.items() if name in nodes), None)
         reached: dict[tuple[str, str], str] = {}
@@ -150,7 +151,7 @@ class Code:
 
 @functools.cache
 def code_at(commit: str | None) -> Code:
-    """The package at a commit of this repository; of None as it is in the working tree."""
+    """The package ``kernels`` at a commit of this repository; None means the working tree."""
     if commit is None:
         return Code({str(p.relative_to(ROOT)): p.read_text() for p in sorted((ROOT / "kernels").rglob("*.py"))})
     paths = (printed_by("git", "ls-tree", "-r", "--full-tree", "--name-only", commit, "kernels") or "").splitlines()
@@ -158,19 +159,19 @@ def code_at(commit: str | None) -> Code:
 
 
 def changed(before: Code, after: Code, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that mean something else now, or were not there."""
+    """Those of ``names`` whose :meth:`Code.meaning` differs between ``before`` and ``after``."""
     return [name for name in names if before.meaning(name) != after.meaning(name)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Something measured.
+    """A stored measurement.
 
     Attributes:
-        what: the file, and which part of it.
-        commit: of the code; None where neither the file nor its history says.
-        said: whether the file says.
-        keys: a table's entries.
+        what: the file, and the part of it.
+        commit: of the measured code; None if neither the file nor its history names one.
+        said: whether the file itself names the commit.
+        keys: the entries, if it is a table.
     """
 
     what: str
@@ -186,7 +187,7 @@ def _measured(path: Path, part: str, commit: str | None, keys: Collection[str] =
 
 
 def everything_measured() -> list[Measured]:
-    """All results and tables of the repository."""
+    """All stored results and tables of the repository."""
     found = []
     for path in sorted(RESULTS.rglob("*.json")):
         content: dict[str, Any] = json.loads(path.read_text())
@@ -203,18 +204,18 @@ def everything_measured() -> list[Measured]:
 
 
 def is_here(commit: str | None) -> bool:
-    """Whether this repository has a commit."""
+    """Whether this repository has the commit."""
     return commit is not None and printed_by("git", "cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
 def describe(measured: Measured) -> str:
-    """What has changed since, as text."""
+    """The kernels, or the table's entries, that have changed since the measurement, as text."""
     commit = measured.commit
     if commit is None or not is_here(commit):
-        return f"{measured.what}: measured at commit {commit or 'unknown'}, which is not here: nothing is known"
+        return f"{measured.what}: measured at commit {commit or 'unknown'}, which is not here: its changes are unknown"
     before, after = code_at(commit), code_at(None)
     stale = changed(before, after, after.kernels)
-    source = "" if measured.said else ", the file's last: it does not say"
+    source = "" if measured.said else ", the file's last commit: the file names none"
     lines = [f"{measured.what} (commit {commit[:10]}{source}): {len(stale)} of {len(after.kernels)} kernels have changed"]
     if not measured.keys:
         by_file: dict[str, list[str]] = {}
@@ -229,7 +230,7 @@ def describe(measured: Measured) -> str:
 
 
 def last_commit() -> str | None:
-    """That of the newest report in the repository; of one that does not say, the last of its day or of the day in its name."""
+    """Commit of the newest report in the repository. If the report names none: the last commit before its date."""
     dated: list[tuple[str, str | None]] = []
     for path in sorted(RESULTS.rglob("*.json")):
         environment = json.loads(path.read_text()).get("environment", {})
@@ -242,7 +243,7 @@ def last_commit() -> str | None:
 
 
 def changed_files(commit: str | None) -> list[str] | None:
-    """Files of the working tree that differ from a commit's; None where that cannot be known."""
+    """Files of the working tree that differ from a commit's; None if the commit is not known here."""
     if commit is None or not is_here(commit):
         return None
     tracked = printed_by("git", "diff", "--name-only", "--diff-filter=d", commit)
@@ -251,16 +252,17 @@ def changed_files(commit: str | None) -> list[str] | None:
 
 
 def all_tests() -> list[str]:
-    """Every test file, those of the kernels first, those of the benchmarks last."""
+    """Paths of all test files, those of the kernels first, those of the benchmarks last."""
     paths = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py")]
     order = ["tests/kernels", "tests", "tests/alexnet_triton", "tests/benchmarks"]
     return sorted(paths, key=lambda p: (order.index("/".join(p.split("/")[:-1][:2])), p))
 
 
 def tests_of(files: Collection[str] | None) -> list[str]:
-    """The test files that a change of ``files`` may break; of None, all.
+    """The test files that a change of ``files`` may break; all if ``files`` is None.
 
-    Of a module: those of the folder that mirrors its own, and any that names it. Of a test's helper: any that names it.
+    A module touches the tests in the folder that mirrors its own, and every test that names it. A helper of tests touches
+    every test that names it.
     """
     tests = all_tests()
     if files is None:
@@ -271,7 +273,7 @@ def tests_of(files: Collection[str] | None) -> list[str]:
     chosen = set(files) & texts.keys()
     for path in map(Path, set(files) - chosen):
         if path.suffix == ".py" or path.parent == TABLES.relative_to(ROOT):
-            # A folder's __init__.py and its tables go by the folder's name.
+            # A folder's __init__.py and its tables are looked up by the folder's name.
             name = path.stem if path.suffix == ".py" and path.stem != "__init__" else path.parent.name
             mirror = f"tests/{path.parent}/"
             chosen |= {test for test, text in texts.items() if test.startswith(mirror) or re.search(rf"\b{name}\b", text)}
@@ -279,7 +281,7 @@ def tests_of(files: Collection[str] | None) -> list[str]:
 
 
 def main() -> None:
-    """Print what is stale."""
+    """Print the changes since each stored measurement."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
     for measured in everything_measured():
         print(describe(measured))

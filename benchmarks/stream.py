@@ -1,7 +1,7 @@
-"""How fast images are read while one trains: ``python -m benchmarks.stream``.
+"""Speed of reading images for training: ``python -m benchmarks.stream``.
 
-Beside torchvision's ``ImageFolder`` and ``DataLoader`` on the same files, in turns. Options measure the memory that streaming
-takes, the time to the first batch of large folders, and, with a CUDA GPU, what its decoder and a training step do.
+Ours and torchvision's ``ImageFolder`` with ``DataLoader`` read the same files, in turns. Options measure the memory of
+streaming, the time to the first batch of large folders and, on a CUDA GPU, its JPEG decoder and a training step.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from alexnet_triton.training.trainer import Trainer
 
 from .host import environment
 
-#: Images per second that sixteen cores and a GPU are to feed.
+#: Target of images per second for sixteen cores and a GPU.
 WANTED = 20_000
 
-#: Side of the squares that are read.
+#: Side in pixels of the squares that the images become.
 SIZE = 224
 
 _CPU = torch.device("cpu")
@@ -54,18 +54,18 @@ _CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How much is measured.
+    """Sizes of the measurements.
 
     Attributes:
-        side: of the JPEGs.
-        distinct: JPEGs that differ; the other names are links to them.
-        images: of an epoch.
+        side: side of the JPEGs in pixels.
+        distinct: number of different JPEGs; all other names are links to them.
+        images: images of an epoch.
         batch: images of a batch.
         rounds: how often each way of reading is timed.
-        streamed: images that pass while memory is watched.
-        listed: names of each folder whose first batch is waited for.
-        per_class: of which a class has so many.
-        model: what trains, as in :class:`Recipe`.
+        streamed: images that are streamed while memory is watched.
+        listed: number of names of each folder whose time to the first batch is measured.
+        per_class: names in a class.
+        model: the network to train, as in :class:`Recipe`.
     """
 
     side: int = 256
@@ -79,15 +79,15 @@ class Amounts:
     model: str = "alexnet"
 
 
-#: So many workers as a GPU's host has read these in a second or two.
+#: The many workers of a GPU's host read these images in a second or two.
 ON_GPU = Amounts(images=25_600, per_class=100)
 
-#: Of a dry run, which shows that all of it runs.
+#: For a dry run, which only shows that everything runs.
 TINY = Amounts(side=64, distinct=4, images=24, batch=8, rounds=1, streamed=64, listed=(40,), per_class=10, model="lenet")
 
 
 def jpegs(count: int, side: int, seed: int = 0) -> list[bytes]:
-    """So many JPEGs of quality 90: noise of four scales, so that they are about as large as photographs of their size."""
+    """``count`` JPEGs of quality 90 with noise of four scales, so that the files are about as large as photographs'."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(seed)
@@ -105,9 +105,9 @@ def jpegs(count: int, side: int, seed: int = 0) -> list[bytes]:
 
 @contextlib.contextmanager
 def made_folder(names: int, amounts: Amounts) -> Iterator[Path]:
-    """A folder of images as :func:`load_data` takes it, of so many names to train on and one of each class to test with.
+    """A folder of images for :func:`load_data`, with ``names`` training images and one test image of each class.
 
-    In memory, since a disk is not what is measured.
+    The folder is in memory, since the disk is not measured.
     """
     with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
         folder = Path(temporary)
@@ -145,11 +145,11 @@ def _torchvisions(transform: Callable[[Any], Tensor], folder: Path, workers: int
     return sum(len(labels) for _, labels in loader)
 
 
-#: The same on Pillow's image, as torchvision's own recipes have it, and on a tensor, as :func:`read_image` has it.
+#: The same transform on Pillow's image, as in torchvision's own recipes, and on a tensor, as in :func:`read_image`.
 _ON_IMAGE = v2.Compose([v2.Resize(SIZE, antialias=True), v2.CenterCrop(SIZE), v2.PILToTensor()])
 _ON_TENSOR = v2.Compose([v2.PILToTensor(), v2.Resize(SIZE, antialias=True), v2.CenterCrop(SIZE)])
 
-#: Ways to read an epoch.
+#: Ways to read an epoch: each takes the folder, the number of workers and the batch size, and returns the images read.
 WAYS: dict[str, Callable[[Path, int, int], int]] = {
     "ours": _ours,
     "torchvision, on Pillow's image": functools.partial(_torchvisions, _ON_IMAGE),
@@ -158,7 +158,7 @@ WAYS: dict[str, Callable[[Path, int, int], int]] = {
 
 
 def speed(folder: Path, amounts: Amounts) -> list[dict[str, Any]]:
-    """Images per second of whole epochs, start and end of processes included: a row for each number of workers and way."""
+    """Images/s of whole epochs, start and end of processes included: a row for each number of workers and each way."""
     torch.set_num_threads(1)  # as in a worker
     rows = []
     for workers in (0, 1, 2):
@@ -179,7 +179,7 @@ def speed(folder: Path, amounts: Amounts) -> list[dict[str, Any]]:
 
 
 def resident_bytes() -> int:
-    """What this process and those that it has forked hold, what several share counted once."""
+    """Resident bytes of this process and its children; memory that several share counts once."""
     pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
     found = 0
     for pid in pids:
@@ -190,7 +190,7 @@ def resident_bytes() -> int:
 
 
 def memory(folder: Path, amounts: Amounts) -> dict[str, Any]:
-    """What streaming takes after the first hundredth of the images, and the most and the last of a hundred looks after it."""
+    """Resident bytes while streaming, looked at a hundred times: after the first hundredth, the most, and at the end."""
     split = _streamed(folder, 2)
     batches = _shuffled(split, amounts.batch)
     every = max(1, len(batches) // 100)
@@ -219,7 +219,7 @@ def first_batch(folder: Path, batch: int) -> float:
 
 
 def needs(one_worker: float) -> str:
-    """By arithmetic, what feeds :data:`WANTED` images per second, where a worker reads so many."""
+    """Estimate of the cores that :data:`WANTED` images/s need if one worker reads ``one_worker`` images/s."""
     squares = WANTED * 3 * SIZE * SIZE
     return (
         f"by arithmetic: {WANTED:,} images/s take {WANTED / one_worker:.1f} cores like this one; 16 cores read "
@@ -232,7 +232,7 @@ def needs(one_worker: float) -> str:
 
 
 def _batches_per_s(function: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Calls per second, after one that does not count."""
+    """Calls per second, after one untimed call."""
     function()
     synchronize(device)
     begin, calls = time.perf_counter(), 0
@@ -244,7 +244,7 @@ def _batches_per_s(function: Callable[[], object], device: torch.device, seconds
 
 
 def gpu_decoder(device: torch.device, amounts: Amounts, seconds: float) -> dict[str, float]:
-    """Images per second of ``torchvision.io.decode_jpeg`` on ``device``, a batch at a time, alone and resized to squares."""
+    """Images/s of ``torchvision.io.decode_jpeg`` on ``device`` in batches: decoding alone, and with resizing to squares."""
     files = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs(amounts.batch, amounts.side)]
 
     def decoded() -> list[Tensor]:
@@ -261,7 +261,7 @@ def gpu_decoder(device: torch.device, amounts: Amounts, seconds: float) -> dict[
 
 
 def feeds(folder: Path, device: torch.device, amounts: Amounts, workers: Sequence[int]) -> dict[int, float]:
-    """Images per second that reach ``device``, from so many workers, each of which has as many to read."""
+    """Images/s that reach ``device`` for each number of ``workers``; the images per worker are the same for all."""
     found = {}
     for count in workers:
         split = _streamed(folder, count, limit=amounts.images * count // max(workers))
@@ -275,7 +275,7 @@ def feeds(folder: Path, device: torch.device, amounts: Amounts, workers: Sequenc
 
 
 class _Waits(Listener):
-    """Keeps how long steps waited for images; nothing where that is too little to be told."""
+    """Keeps the seconds that steps waited for images; 0 if the trainer does not report them."""
 
     seconds = 0.0
 
@@ -284,7 +284,7 @@ class _Waits(Listener):
 
 
 def training(folder: Path, device: torch.device, amounts: Amounts, workers: int) -> dict[str, dict[str, float]]:
-    """An epoch in bfloat16, the step a CUDA graph, on images that are streamed and on the same ones in memory."""
+    """An epoch in bfloat16, with the step as a CUDA graph, on streamed images and on the same images in memory."""
     recipe = Recipe(amounts.model, channels=3, batch_size=amounts.batch, dtype="bfloat16")
     found = {}
     for name, stream in (("in memory", False), ("streamed", True)):
@@ -301,7 +301,7 @@ def training(folder: Path, device: torch.device, amounts: Amounts, workers: int)
 
 
 def on_gpu(device: torch.device, amounts: Amounts) -> dict[str, Any]:
-    """What a GPU's decoder, the workers of its host and a training step do."""
+    """Speeds of a GPU's JPEG decoder, of its host's workers, and of training."""
     most = default_workers()
     counts = sorted({min(1 << i, most) for i in range(5)})
     with made_folder(amounts.images, amounts) as folder:
@@ -313,14 +313,14 @@ def on_gpu(device: torch.device, amounts: Amounts) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what the options say, print it as it comes, write the JSON."""
+    """Measure the chosen parts, print each result, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--memory", action="store_true", help="measure memory while 100,000 images are streamed, nothing else")
-    parser.add_argument("--listing", action="store_true", help="measure time to the first batch of large folders, nothing else")
-    parser.add_argument("--cuda", action="store_true", help="measure the GPU's decoder, feeds and training, nothing else")
-    parser.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto", help="of --cuda's training step")
-    parser.add_argument("--dry", action="store_true", help="on something tiny, --cuda without a GPU: shows that all of it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--memory", action="store_true", help="measure only memory while 100,000 images are streamed")
+    parser.add_argument("--listing", action="store_true", help="measure only the time to the first batch of large folders")
+    parser.add_argument("--cuda", action="store_true", help="measure only the GPU's decoder, feeds and training")
+    parser.add_argument("--backend", choices=["auto", "triton", "torch"], default="auto", help="backend of --cuda's training")
+    parser.add_argument("--dry", action="store_true", help="run on tiny inputs, --cuda without a GPU, to show that all runs")
     arguments = parser.parse_args()
     if arguments.cuda and not (torch.cuda.is_available() or arguments.dry):
         sys.exit("stream: there is no CUDA GPU here; --dry walks through --cuda without one")

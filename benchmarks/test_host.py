@@ -1,7 +1,7 @@
 """``pytest benchmarks``: host time of each case of ``python -m benchmarks.host``, ours and PyTorch's, by pytest-benchmark.
 
-Without a GPU kernels are launched on nothing (:mod:`benchmarks.idle`). With one the host's time is taken with the GPU idle
-before each call. Compare runs with pytest-benchmark's own options: ``--benchmark-json=FILE``, ``--benchmark-compare``.
+Without a GPU a stand-in accepts the launches (:mod:`benchmarks.idle`). A real GPU is idle before each timed call. Compare runs
+with pytest-benchmark's own options: ``--benchmark-json=FILE``, ``--benchmark-compare``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ON_GPU = torch.cuda.is_available()
 
 @pytest.fixture(scope="module", autouse=True)
 def _device_and_threads() -> Iterator[None]:
-    """A GPU that does nothing, where there is no real one, and one thread for PyTorch's operators."""
+    """One thread for PyTorch's operators, and the idle GPU if there is no real one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.nullcontext() if ON_GPU or backend.INTERPRETED else idle_gpu():
@@ -35,7 +35,7 @@ def _device_and_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=host_cases(batch=1 if ON_GPU else 128), ids=lambda case: case.id)
 def built(request: pytest.FixtureRequest) -> tuple[HostCase, Pair]:
-    """A case and its two functions, built once for both."""
+    """A case and its two functions, built once for both tests."""
     case: HostCase = request.param
     return case, case.pair(torch.device("cuda" if ON_GPU else "cpu"))
 

@@ -1,6 +1,6 @@
 """``pytest benchmarks``: each operation at AlexNet's shapes, forward and backward, ours against PyTorch.
 
-Needs a CUDA GPU; host time, in ``test_host.py``, does not. Compare runs with pytest-benchmark's own options:
+It needs a CUDA GPU (``test_host.py``, for host time, does not). Compare runs with pytest-benchmark's own options:
 ``--benchmark-json=FILE``, ``--benchmark-compare``.
 """
 

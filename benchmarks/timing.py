@@ -1,4 +1,4 @@
-"""How time is taken: the median of many runs with a cold L2, from a CUDA graph where one can be captured."""
+"""Timers: the median of many runs with a cold L2 cache, of a CUDA graph where one can be captured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Timing:
 
 
 class Timer(Protocol):
-    """Takes the time of a function."""
+    """Times a function."""
 
-    #: How it takes it; in every result, so that a result says what it is.
+    #: The method of timing; every result names it.
     name: str
 
     def __call__(self, function: Callable[[], object]) -> Timing: ...
@@ -33,7 +33,7 @@ class CudaTimer:
 
     name = "triton.testing.do_bench: CUDA events, median, L2 flushed before each run"
 
-    #: A run that takes long is still taken this often.
+    #: Fewest timed runs, also if each takes long.
     least_runs = 12
 
     def __init__(self, warmup_ms: int = 10, measure_ms: int = 60) -> None:
@@ -53,7 +53,7 @@ class CudaTimer:
 
 
 class FakeTimer:
-    """Runs the function once and says one millisecond: for tests of the code path where there is nothing to time."""
+    """Runs the function once and returns one millisecond: for tests of the code path without a GPU."""
 
     name = "FAKE: nothing was timed"
 
@@ -63,12 +63,12 @@ class FakeTimer:
 
 
 class NoGraph(RuntimeError):
-    """A function cannot be captured in a CUDA graph here; the message says why."""
+    """A function cannot be captured in a CUDA graph; the message says why."""
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Run on a stream other than the default one, which cannot be captured."""
+    """Run the block on a new stream, since the default stream cannot be captured."""
     if device.type != "cuda":
         yield
         return
@@ -80,10 +80,12 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``function`` as a CUDA graph: launches without the host's overhead. Inside :func:`own_stream` only.
+    """Capture ``function`` as a CUDA graph and return its replay, which launches without the host's overhead.
+
+    Call it inside :func:`own_stream`.
 
     Raises:
-        NoGraph: not on CUDA, or the capture fails.
+        NoGraph: ``device`` is not CUDA, or the capture fails.
     """
     if device.type != "cuda":
         raise NoGraph(f"there are no CUDA graphs on {device.type}")
@@ -92,7 +94,7 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
             function()
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # On the stream that is current: a backward pass runs where its forward pass ran, which must be where it is captured.
+        # Capture on the current stream: a backward pass runs on its forward pass's stream, which must be the captured one.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
             function()
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""One pass of one layer under configurations that are given: for experiments that no table has yet.
+"""Times one pass of one layer under the given configurations: for experiments with values that no table has yet.
 
 ``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 TURNED=0 TURNED=1,num_stages=3`` verifies
-and times the pass as ``alexnet-triton tune`` does, but with the tables: as they and the rules have it, then with each
-configuration laid over that (``--untuned``: over what the rules have). Needs a GPU.
+and times the pass as ``alexnet-triton tune`` does: first with the configuration of the tables and rules, then with each given
+configuration overriding its values. With ``--untuned`` the tables are not used, only the rules. It needs a GPU.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from kernels.configs import tables
 
 
 class Overridden(tune.Job):
-    """A job whose one candidate is what :func:`kernels.configs.tables.override` says around it."""
+    """A job with one empty candidate: :func:`kernels.configs.tables.override` around it sets the configuration."""
 
     def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
-        """The one that says nothing."""
+        """One empty configuration."""
         return [{}]
 
 
 def configuration(text: str) -> Candidate:
-    """``"A=1,B=2"`` as a configuration.
+    """Parse ``"A=1,B=2"`` into a configuration.
 
     Raises:
-        argparse.ArgumentTypeError: it is not one.
+        argparse.ArgumentTypeError: ``text`` has another form.
     """
     try:
         return {name: int(value) for name, value in (pair.split("=") for pair in text.split(","))}
@@ -39,14 +39,14 @@ def configuration(text: str) -> Candidate:
 
 
 def main() -> None:
-    """Verify and time what the options say."""
+    """Verify and time the chosen pass under each configuration."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("configuration", nargs="+", type=configuration, help="NAME=NUMBER,NAME=NUMBER,...")
     parser.add_argument("--layer", required=True, choices=[*tune.LAYERS, *tune.LINEAR_LAYERS])
     parser.add_argument("--pass", dest="pass_", required=True, choices=["fprop", "dgrad", "wgrad", *tune.NARROW_PASSES])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=list(tune.PRECISIONS))
-    parser.add_argument("--untuned", action="store_true", help="lay them over what the rules have, not the tables")
+    parser.add_argument("--untuned", action="store_true", help="override the rules' configuration, without the tables")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("variant: there is no CUDA GPU here")
@@ -62,12 +62,12 @@ def main() -> None:
             stack.enter_context(tables.override(**given))
             try:
                 result = tune.tune_job(job, dtype)
-            except IndexError:  # no run was right: there is nothing to take the best of
+            except IndexError:  # no run was correct, so there is no best one
                 refused.append(given)
-                print(f"{given}: it is wrong or cannot run")
+                print(f"{given}: this configuration is wrong or cannot run")
                 continue
-        print(f"{given or 'as it is'}: {1e3 * result.best_ms:.1f} us, PyTorch {1e3 * result.peer_ms:.1f}")
-    sys.exit(f"variant: {refused} gave no time" if refused else 0)
+        print(f"{given or 'no override'}: {1e3 * result.best_ms:.1f} us, PyTorch {1e3 * result.peer_ms:.1f}")
+    sys.exit(f"variant: there is no time of {refused}" if refused else 0)
 
 
 if __name__ == "__main__":

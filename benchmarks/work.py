@@ -1,4 +1,4 @@
-"""What a launch computes and must move, from its own arguments: useful and issued FLOPs, fewest bytes."""
+"""Work of a launch, computed from its arguments: useful and issued FLOPs, fewest bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kernels.runtime.launch import tensors_of
 
 
 def fewest_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct tensors among ``tensors``, each read or written once; an expanded one counts what it stores."""
+    """Bytes of the distinct tensors among ``tensors``, each read or written once; an expanded tensor counts its storage."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         size = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -21,22 +21,22 @@ def fewest_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-#: Arguments of a kernel that it reads and writes again.
+#: Arguments that a kernel reads and writes.
 _IN_PLACE = {"_sgd_kernel": ("param_ptrs", "master_ptrs", "buffer_ptrs")}
 
-#: Arguments of which a kernel reads or writes next to nothing: ties of a weight are one in 65,536 where bits are random.
+#: Arguments that a kernel hardly reads or writes: with random bits one weight in 65,536 is a tie.
 _HARDLY_TOUCHED = {"_sgd_kernel": ("tie_ptrs",)}
 
 
 def moved_bytes(kernel: str, arguments: dict[str, Any]) -> int:
-    """Bytes that a launch must move: :func:`fewest_bytes` of its tensors, of those that it changes in place twice."""
+    """Bytes that a launch must move: :func:`fewest_bytes` of its tensors; tensors changed in place count twice."""
     arguments = {name: value for name, value in arguments.items() if name not in _HARDLY_TOUCHED.get(kernel, ())}
     changed = {name: arguments[name] for name in _IN_PLACE.get(kernel, ())}
     return fewest_bytes(tensors_of(arguments)) + fewest_bytes(tensors_of(changed))
 
 
 def _tile_flops(a: dict[str, Any], reduction: int) -> int:
-    """FLOPs of one program: whole tiles, whole steps along the reduction."""
+    """Issued FLOPs of one program: whole tiles, whole steps along the reduction."""
     return 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"] * triton.cdiv(reduction, a["BLOCK_K"])
 
 
@@ -46,7 +46,7 @@ def _conv2d_fprop(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _meeting(size: int, stride: int, dilation: int, phase: int) -> int:
-    """How many of ``size`` filter rows meet a phase of the input."""
+    """Number of the ``size`` filter rows that meet a phase of the input."""
     return sum(r * dilation % stride == phase for r in range(size))
 
 
@@ -69,15 +69,15 @@ def _conv2d_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _meets(pixels: int, filter_size: int, size: int, pad: int, step: int, first: int) -> int:
-    """How many filter rows meet the input in any of ``pixels`` output rows from ``first`` on; ``step`` -1 for a gradient."""
+    """Number of filter rows that meet the input for any of ``pixels`` output rows from ``first``; ``step`` is -1 in dgrad."""
     return sum(any(0 <= first + i - step * pad + step * r < size for i in range(pixels)) for r in range(filter_size))
 
 
 def _conv2d_images(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """Filter positions in the padding are not issued, but useful all the same: as cuDNN counts. Issued can be the smaller."""
+    """Filter positions in the padding count as useful, as in cuDNN, but are not issued, so issued can be less than useful."""
     step = -1 if a["DGRAD"] else 1
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["C"] * a["R"] * a["S"]
-    if a["DGRAD"]:  # P, Q are the input's here: the product is counted over the output's pixels
+    if a["DGRAD"]:  # here P, Q are the input's size; the product is counted over the output's pixels
         useful = 2 * a["N"] * a["H"] * a["W"] * a["K"] * a["C"] * a["R"] * a["S"]
     rows = sum(_meets(1, a["R"], a["H"], a["pad_h"], step, p) for p in range(a["P"]))
     strips = range(0, a["Q"], a["PIXELS"])
@@ -88,7 +88,7 @@ def _conv2d_images(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _conv2d_taps(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """As :func:`_conv2d_images`; chunks of a filter row that lie in the padding are not issued."""
+    """As :func:`_conv2d_images`; chunks of a filter row in the padding are not issued."""
     row = a["S"] * a["C"]
     whole = row // a["BLOCK_K"] * a["BLOCK_K"]
     chunks = [(i, a["BLOCK_K"]) for i in range(0, whole, a["BLOCK_K"])]
@@ -139,7 +139,7 @@ def _positions(first: int, together: int, a: dict[str, Any]) -> tuple[list[int],
 
 
 def _conv2d_stem(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """Useful is told by the filter before folding, which only the launch knows: its USEFUL_POSITIONS."""
+    """Useful FLOPs count the filter before folding; the launch passes its size as USEFUL_POSITIONS."""
     pixels = a["N"] * a["P"] * a["Q"]
     useful = 2 * pixels * a["K"] * a["USEFUL_POSITIONS"]
     if "SPLIT" in a:
@@ -151,7 +151,7 @@ def _conv2d_stem(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _conv2d_stem_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """Useful is the convolution once, all of it, the rows and columns too that no window sees; a neighbour's row is issued."""
+    """Useful is the whole convolution once, with pixels that no window sees; rows shared with a neighbour are issued again."""
     useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
     tile = 2 * 3 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"])
     strips = triton.cdiv(a["Q"], a["columns"])
@@ -160,14 +160,14 @@ def _conv2d_stem_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, in
 
 
 def _conv2d_stem_pool_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """Of 2 x 2 pixels a step, each pair of columns beside each other with the positions that both read."""
+    """A step has 2 x 2 pixels; each pair of neighbouring columns is multiplied with the positions that both read."""
     useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
     step = 2 * 2 * 3 * a["BLOCK_M"] * 2 * a["BLOCK_N"] * a["BLOCK_K"]
     return useful, grid[0] * (a["P"] + 1) * (a["Q"] + 1) * triton.cdiv(a["N"], a["BLOCK_K"]) * step
 
 
 def _conv2d_rows(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """A first layer row by row of its filters; rows in the padding above and below are not issued."""
+    """A first layer by rows of its filters; rows in the padding above and below are not issued."""
     useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["USEFUL_POSITIONS"]
     rows = sum(0 <= p * a["STRIDE_H"] - a["pad_h"] + r < a["H"] for p in range(a["P"]) for r in range(a["R"]))
     tile = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["POSITIONS"]
@@ -204,7 +204,7 @@ def _linear_narrow_backward(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[i
     return products * 2 * a["M"] * a["N"] * a["K"], products * issued
 
 
-#: Kernels with a matrix product; all others count no FLOPs, since what they cost is bytes.
+#: Kernels with a matrix product; all others count no FLOPs, since bytes bound their time.
 _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] = {
     "_conv2d_fprop_kernel": _conv2d_fprop,
     "_conv2d_dgrad_kernel": _conv2d_dgrad,
@@ -231,10 +231,10 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
 
 
 def flops(kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> tuple[int, int]:
-    """(useful, issued) FLOPs of a launch, a multiply and an add counting two.
+    """(useful, issued) FLOPs of a launch; a multiply and an add count as two.
 
-    Useful is what the operation's definition asks for (zero padding included, as cuDNN and the papers count), issued what the
-    tiles compute.
+    Useful FLOPs follow from the operation's definition (zero padding included, as cuDNN and the papers count). Issued FLOPs are
+    those of the computed tiles.
     """
     count = _FLOPS.get(kernel)
     return count(grid, arguments) if count is not None else (0, 0)

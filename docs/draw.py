@@ -12,12 +12,12 @@ ZERO = "#d3dfee"  # padding under a filter
 
 
 def number(value: float) -> str:
-    """At most one decimal, so that the text is the same on every machine."""
+    """``value`` with at most one decimal, so that the SVG text is the same on every machine."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 class Drawing:
-    """Shapes on white paper of ``width`` x ``height`` pixels, as the text of an SVG file."""
+    """Shapes on a white background of ``width`` x ``height`` pixels, as the text of an SVG file."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.parts = [
@@ -30,23 +30,23 @@ class Drawing:
         self.box(0, 0, width, height, PAPER, line="none")
 
     def box(self, x: float, y: float, width: float, height: float, fill: str, line: str = LINE, thick: float = 1) -> None:
-        """A rectangle."""
+        """Draw a rectangle."""
         at = f'x="{number(x)}" y="{number(y)}" width="{number(width)}" height="{number(height)}"'
         self.parts.append(f'<rect {at} fill="{fill}" stroke="{line}" stroke-width="{number(thick)}"/>')
 
     def text(self, x: float, y: float, words: str, anchor: str = "middle", size: int = 13, bold: bool = False) -> None:
-        """Words whose baseline is at ``y``."""
+        """Draw ``words`` with the baseline at ``y``."""
         weight = "bold" if bold else "normal"
         at = f'x="{number(x)}" y="{number(y)}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}"'
         self.parts.append(f'<text {at} fill="{INK}">{words}</text>')
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float) -> None:
-        """A line with a tip."""
+        """Draw an arrow to (``to_x``, ``to_y``)."""
         at = f'x1="{number(x)}" y1="{number(y)}" x2="{number(to_x)}" y2="{number(to_y)}"'
         self.parts.append(f'<line {at} stroke="{INK}" stroke-width="1.5" marker-end="url(#tip)"/>')
 
     def grid(self, x: float, y: float, rows: int, columns: int, cell: float, colors: dict[tuple[int, int], str]) -> None:
-        """Cells; ``colors`` by row and column, white where it says nothing."""
+        """Draw a grid of cells; ``colors`` maps (row, column) to a color, other cells are white."""
         for i in range(rows):
             for j in range(columns):
                 self.box(x + j * cell, y + i * cell, cell, cell, colors.get((i, j), PAPER))
@@ -56,7 +56,7 @@ class Drawing:
 
 
 def tile() -> Drawing:
-    """A 3 x 3 convolution of a 5 x 5 image with padding 1, and the product that it is."""
+    """A 3 x 3 convolution of a 5 x 5 image with padding 1, and its matrix product."""
     d = Drawing(760, 330, "A tile of the implicit product, and the pixels that it reads")
     size, padding, cell, rows = 5, 1, 28, range(4, 8)  # rows of the product that one program owns
     m, j = 5, 1 * 3 + 2  # one row, and one column: filter position (1, 2), one channel
@@ -147,7 +147,7 @@ def images() -> Drawing:
 
 
 def split() -> Drawing:
-    """A long sum in three parts."""
+    """A long sum, split into three parts."""
     d = Drawing(760, 260, "Parts of a sum in a workspace, added in order")
     d.text(110, 26, "dz x patches, all pixels", bold=True)
     d.text(420, 26, "workspace", bold=True)
@@ -169,7 +169,7 @@ def split() -> Drawing:
 
 
 def pool() -> Drawing:
-    """Windows of 3 x 3 with stride 2 over 7 x 7 pixels, and the four that share one."""
+    """Windows of 3 x 3 with stride 2 over 7 x 7 pixels, and the four windows that share a pixel."""
     d = Drawing(760, 330, "Windows of the pool, and the four that share a pixel")
     cell, shared = 34, (2, 4)
     d.text(30, 26, "the convolution's output", "start", bold=True)
@@ -205,7 +205,7 @@ def pool() -> Drawing:
 
 
 def drawings() -> dict[str, str]:
-    """The text of each file of ``docs/tutorial``, by its name."""
+    """The text of each SVG file of ``docs/tutorial``, by file name."""
     return {f"{draw.__name__}.svg": draw().svg() for draw in (tile, passes, images, split, pool)}
 
 

@@ -1,6 +1,6 @@
-"""Brings what lies outside of docs/ into the built pages: README.md as the first page, and every file that a page links to.
+"""Adds files outside of docs/ to the built pages: README.md as the first page, and every file that a page links to.
 
-So a relative link is right on GitHub and in the built pages. MkDocs calls the functions by their names.
+So a relative link works both on GitHub and in the built pages. MkDocs calls these functions by their names.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 FIRST = "README.md"
 
-#: A fenced block or code in a line, which holds no links; or a link's beginning and its target without the anchor.
+#: A fenced block or inline code, which has no links; or the beginning of a link and its target without the anchor.
 _CODE_OR_LINK = re.compile(r"^```.*?^```$|`[^`\n]+`|(\]\(|src=\")([^)\s\"#:]+)(?=[)\"#])", re.MULTILINE | re.DOTALL)
 
 
 def _source(path: str) -> str:
-    """Where the repository's ``path`` lies among MkDocs' sources."""
+    """The path among MkDocs' sources of the repository's file ``path``."""
     return "index.md" if path == FIRST else path.removeprefix("docs/")
 
 
 def _with_links(text: str, path: str, change: Callable[[str], str]) -> str:
-    """``text`` of the file ``path`` with the target of each relative link changed, given as a path in the repository."""
+    """``text`` of the file ``path`` with each relative link's target replaced; ``change`` gets it as a repository path."""
 
     def changed(match: re.Match[str]) -> str:
         if match[1] is None:
@@ -38,7 +38,7 @@ def _with_links(text: str, path: str, change: Callable[[str], str]) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the first page and, page by page, the files outside of docs/ that are linked to."""
+    """Add the first page and, page by page, the linked files outside of docs/."""
     known = {f"docs/{file.src_uri}" for file in files}
     pages = [FIRST, *sorted(path for path in known if path.endswith(".md"))]
     wanted = [FIRST]
@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             pages.extend([path] * path.endswith(".md"))
         return path
 
-    for page in pages:  # which grows
+    for page in pages:  # the list grows meanwhile
         _with_links((ROOT / page).read_text(encoding="utf-8"), page, want)
     for path in wanted:
         files.append(File.generated(config, _source(path), abs_src_path=str(ROOT / path)))
@@ -57,7 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Point the page's links to where their targets lie among MkDocs' sources."""
+    """Point the page's links to their targets among MkDocs' sources."""
     assert page.file.abs_src_path is not None
     path = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
     folder = posixpath.dirname(page.file.src_uri) or "."
@@ -65,5 +65,5 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Leave out the roles of names in docstrings, which are Sphinx's."""
+    """Remove Sphinx's roles from the names in docstrings."""
     return re.sub(r":(?:class|func|meth|mod|attr|data):(?=<code>)", "", html)

@@ -50,7 +50,7 @@ def test_the_table_is_written_and_a_planted_error_fails(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         accuracy.main(["--operations", "fc9"])
-    assert "no operation fc9; there are conv1, " in capsys.readouterr().err
+    assert "there is no operation fc9, only conv1, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", [ARGUMENTS[:3], ["--magnitudes", "1"], ["--seeds", "1"]], ids=lambda part: part[0])

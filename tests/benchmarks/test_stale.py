@@ -140,7 +140,7 @@ def test_what_stale_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == f"results/x.json (commit {'c' * 10}): 1 of 1 kernels have changed\n  kernels/a.py: _a_kernel"
     table = stale.describe(Measured("configs/x.json", "c" * 40, False, ("op n128", "same n1")))
     assert table.endswith("1 of 1 kernels have changed\n  op n128: a_config")
-    assert "it does not say" in table
+    assert "the file names none" in table
     assert "unknown, which is not here" in stale.describe(Measured("results/y.json", None, False))
 
 
