@@ -277,7 +277,7 @@ def load_data(
         on_note: function that is called with a line about ignored files that are no images, skipped images or streaming.
 
     Returns:
-        The data set. Its images are in the order of the sorted names of classes and files, whatever ``workers`` is.
+        The data set. Images of a folder are in the order of the sorted names of classes and files, whatever ``workers`` is.
 
     Raises:
         DataError: nothing is found, a file is broken, a class has no image or only damaged ones, there are fewer than two
