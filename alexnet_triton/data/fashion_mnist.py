@@ -117,8 +117,8 @@ def check_folder(folder: Path) -> None:
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not holds_idx(folder):
         raise DataError(
-            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val, valid, "
-            "validation); of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
+            f"{folder}: holds neither Fashion-MNIST's files nor folders of images, train and test (or val, valid, "
+            "validation); if it holds the class folders themselves, --validation 0.2 takes a fifth for the test"
         )
 
 
@@ -164,13 +164,13 @@ def _download() -> Path:
     try:
         from torchvision.datasets import FashionMNIST as Download
     except ImportError as error:
-        raise DataError(f"Fashion-MNIST is not here, and downloading it needs torchvision: {hint}") from error
+        raise DataError(f"Fashion-MNIST was not found, and downloading it needs torchvision: {hint}") from error
     roots = (*_caches(), Path("data"))
     root = next(filter(_writable, roots), None)
     if root is None:
-        raise DataError(f"Fashion-MNIST is not here, and {' and '.join(map(str, roots))} cannot be written: {hint}")
+        raise DataError(f"Fashion-MNIST was not found, and {' and '.join(map(str, roots))} cannot be written: {hint}")
     try:
         Download(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"Fashion-MNIST is not here and could not be downloaded to {root} ({error}): {hint}") from error
+        raise DataError(f"Fashion-MNIST was not found and could not be downloaded to {root} ({error}): {hint}") from error
     return root / "FashionMNIST/raw"

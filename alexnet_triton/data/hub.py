@@ -93,7 +93,7 @@ class SavedDataset:
         except Exception as error:  # what datasets raises for damaged Arrow files is not documented
             raise DataError(f"{name}: damaged: {error}") from error
         if found is None or found["bytes"] is None:
-            named = f"the name of a file alone, {found['path']}" if found and found["path"] else "nothing"
+            named = f"only the name of a file, {found['path']}" if found and found["path"] else "nothing"
             raise DataError(f"{name}: the data set holds {named}, and no image")
         return decode_image(found["bytes"], name, channels, size)
 

@@ -288,7 +288,7 @@ def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
     with Image.open(file, formats=_formats()) as image:
         if _is_deep(image, file):
             raise DataError(
-                f"{name}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8"
+                f"{name}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8 bits"
             )
         image.load()
         turn = _turn(image)
@@ -308,7 +308,7 @@ def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Ten
     try:
         if isinstance(image_file, Path):
             if image_file.exists() and not (image_file.is_file() or image_file.is_dir()):
-                raise DataError(f"{name}: no regular file")  # opening a pipe would wait for a writer
+                raise DataError(f"{name}: not a regular file")  # opening a pipe would wait for a writer
             file: BinaryIO = image_file.open("rb")
         else:
             file = io.BytesIO(image_file)

@@ -154,7 +154,7 @@ def _list_images(data: Path, folder: Path, classes: Sequence[str] | None, note: 
     top, *below = walk(folder)
     _check_links(data, folder, (top, *below))
     if not top.folders:
-        raise DataError(f"{folder}: no folder of a class in it")
+        raise DataError(f"{folder}: holds no class folder")
     names = tuple(top.folders if classes is None else classes)
     if unknown := [name for name in top.folders if name not in names]:
         raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {some(names)}")
@@ -178,7 +178,7 @@ def _list_images(data: Path, folder: Path, classes: Sequence[str] | None, note: 
         passed_over += others
     if passed_over:
         files = "1 file that is no image" if len(passed_over) == 1 else f"{len(passed_over)} files that are no images"
-        note(f"{folder}: passed over {files} of a class: {some(passed_over)}")
+        note(f"{folder}: ignored {files} of a class: {some(passed_over)}")
     return _Listing(folder, names, images, labels)
 
 
@@ -213,8 +213,8 @@ def _holds_classes(train: Path) -> bool:
     images = list(filter(is_image, listed.files))
     if listed.folders and images:
         raise DataError(
-            f"{train}: holds folders, as training images do, and images, such as {images[0]}, as a class does: move these "
-            f"away, or, if {train.name} is a class, give its folder another name"
+            f"{train}: holds folders, like a folder of training images, and images, such as {images[0]}, like the folder of a "
+            f"class: move the images away, or, if {train.name} is a class, give its folder another name"
         )
     return not images
 
@@ -351,8 +351,6 @@ def load_test(
         return reader.read(listing.source(), classes, str(listing.folder))
     _check_fashion_mnist(data, validation)
     if tuple(classes) != CLASSES:
-        raise DataError(
-            f"the network tells {some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"
-        )
+        raise DataError(f"the network has the classes {some(classes)}, not those of Fashion-MNIST: give --data its own images")
     found = load_fashion_mnist(data)
     return _fashion_mnist(found.test.limited(limit), found.source, stream, workers)

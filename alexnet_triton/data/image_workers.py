@@ -104,7 +104,7 @@ class _Worker:
             self.process.start()
         except OSError as error:
             raise DataError(
-                f"process {number} of {count} to decode images cannot be started: {error.strerror}: --workers N"
+                f"process {number} of {count} to decode images cannot be started: {error.strerror}: use fewer with --workers N"
             ) from error
         theirs.close()  # so that the pipe ends when the worker does
         self.given: deque[tuple[int, int, list[int]]] = deque()

@@ -98,7 +98,7 @@ class Reader:
         try:
             images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-            raise DataError(f"{size}, more than {self.device} has free: --stream, or take fewer with --limit") from error
+            raise DataError(f"{size}, more than {self.device} has free: use --stream, or take fewer with --limit") from error
         return self._held(source, classes, what, images, workers)
 
     def _held(self, source: Source, classes: Sequence[str], what: str, images: Tensor, workers: int) -> Split:

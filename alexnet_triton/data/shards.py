@@ -97,7 +97,7 @@ class _Tar:
         Raises:
             DataError: the file is no tar file, or ends early.
         """
-        begin, place = 0, "at its begin"
+        begin, place = 0, "at its beginning"
         more: dict[bytes, bytes] = {}  # a long name or a length, from extended headers before the member's own
         while True:
             header = self.read(begin, _BLOCK)
@@ -118,7 +118,7 @@ class _Tar:
             except ValueError as error:
                 compressed = ": it is compressed, and no image can be read alone: decompress it"
                 why = compressed if header.startswith(b"\x1f\x8b") else f": no header {place}"
-                raise DataError(f"{self._path}: no tar file, or a damaged one{why}") from error
+                raise DataError(f"{self._path}: not a tar file, or a damaged one{why}") from error
             member = os.fsdecode(name)
             if begin + length > self._size:
                 raise DataError(f"{self._path}: {member}: the shard ends early, in this member")
@@ -145,7 +145,7 @@ def _label(path: Path, member: str, text: bytes) -> int:
             raise ValueError("range")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         shown = f"{text[:20]!r}{'...' * (len(text) > 20)}"
-        raise DataError(f"{path}: {member}: no label in it, a whole number from 0 on: {shown}") from error
+        raise DataError(f"{path}: {member}: holds no label, a whole number from 0 on: {shown}") from error
     return label
 
 
@@ -165,7 +165,7 @@ def _image(path: Path, key: str, parts: dict[str, tuple[str, int, int, bytes]]) 
         raise DataError(f"{path}: {key}: several images of one key, {images[0][0]} and {images[1][0]}")
     if not images:
         if label is not None:
-            raise DataError(f"{path}: {label[0]}: a label without an image {key}.jpg, or of another suffix")
+            raise DataError(f"{path}: {label[0]}: a label without an image {key}.jpg, or with another suffix")
         if other := next((name for name, *_ in parts.values() if Path(name).suffix.lower() in suffixes()), None):
             raise DataError(f"{path}: {other}: an image whose name has several dots: the key ends at the first, {key}")
         return None
@@ -192,7 +192,7 @@ def _index(path: Path, split: Callable[[str], tuple[str | None, str]]) -> list[_
 
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no {'regular' if path.exists() else 'such'} file")
+            raise DataError(f"{path}: {'not a regular' if path.exists() else 'no such'} file")
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead: it would read the skipped images
             tar = _Tar(path, file.fileno(), os.fstat(file.fileno()).st_size)
@@ -283,7 +283,7 @@ class Shards:
                 file.seek(self._begins[row])
                 data = file.read(self._lengths[row])
         except FileNotFoundError as error:
-            raise DataError(f"{name}: the shard is not there any more") from error
+            raise DataError(f"{name}: the shard no longer exists") from error
         except OSError as error:
             raise DataError(f"{name}: cannot be read: {error.strerror}") from error
         if len(data) < self._lengths[row]:
@@ -365,7 +365,7 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if len(set(names)) < max(len(names), 1):
-        raise DataError(f"{path}: names no class, or one twice")
+        raise DataError(f"{path}: names no class, or names one twice")
     return names
 
 
@@ -395,7 +395,7 @@ def find_shards(data: str | Path, buffer: int = BUFFER) -> Parts:
             raise DataError(f"{data}: names no shards: {error}") from error
         given = [Path(path) for name in named for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not given:
-        raise DataError(f"{data}: no shards there")
+        raise DataError(f"{data}: there are no such shards")
     folder = given[0].parent
     train = [path for path in given if not any(_is_part(path, name) for name in TESTS)]
     if found.is_dir() and any(_is_part(path, TRAIN) for path in train):

@@ -129,7 +129,7 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{path}: not a checkpoint: not a regular file")  # opening a pipe would wait for a writer
         if not of_torch or zipfile.is_zipfile(path):
             _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -138,7 +138,7 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint, or one cut short: {error}") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint, or a truncated one: {error}") from error
     except pickle.UnpicklingError as error:
         # A few bytes of any other file can look like a pickle.
         what = "not the weights of a network" if of_torch else "not a checkpoint of alexnet-triton train"
@@ -148,7 +148,9 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
     # What the parser raises for damaged bytes is not documented. Any exception means a damaged file here.
     except Exception as error:
         if of_torch:
-            raise CheckpointError(f"{path}: not the weights of a network: no file of torch.save, or a damaged one") from error
+            raise CheckpointError(
+                f"{path}: not the weights of a network: torch.save did not write it, or it is damaged"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
 
@@ -176,17 +178,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     kinds = {"model": str, "classes": list, "metrics": list, "state_dict": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise CheckpointError(f"{path}: damaged: {key!r} is missing or no {kind.__name__}")
+            raise CheckpointError(f"{path}: damaged: {key!r} is missing or not a {kind.__name__}")
     training = content.get("training")
     if not isinstance(training, dict | None):
-        raise CheckpointError(f"{path}: damaged: 'training' is no dict")
+        raise CheckpointError(f"{path}: damaged: 'training' is not a dict")
     # Older files did not record channels and size. They are all of Fashion-MNIST.
     images = {"channels": content.get("channels", 1), "size": content.get("size", 28)}
     if images["channels"] not in (1, 3) or type(images["size"]) is not int or images["size"] < 1:
         raise CheckpointError(f"{path}: damaged: no network takes images of {images}")
     for key in ("classes", "state_dict"):
         if not all(isinstance(name, str) for name in content[key]):
-            raise CheckpointError(f"{path}: damaged: {key!r} are not names" + " and weights" * (key == "state_dict"))
+            raise CheckpointError(f"{path}: damaged: {key!r} does not hold names" + " and weights" * (key == "state_dict"))
     images["normalization"] = _normalization(content.get("normalization"), images["channels"], path)
     return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
 
@@ -204,7 +206,7 @@ def _normalization(kept: Any, channels: int, path: Path) -> Normalization | None
         if len(normalization.mean) != channels:
             raise ValueError(f"it is for {len(normalization.mean)} channels, not for {channels}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: no images are normalized by {str(kept)[:100]}") from error
+        raise CheckpointError(f"{path}: damaged: this is not a normalization: {str(kept)[:100]}") from error
     return normalization
 
 
@@ -272,7 +274,7 @@ def from_file(kind: type[T], values: object, source: Path | None) -> T:
     if not isinstance(values, dict):
         raise CheckpointError(f"{source}: damaged: its options are a {type(values).__name__}")
     if unknown := [name for name in values if name not in allowed_of(kind)]:
-        raise CheckpointError(f"{source}: made by another version of this program: it has an option {unknown[0]}")
+        raise CheckpointError(f"{source}: made by another version of this program: unknown option {unknown[0]}")
     try:
         return kind(**values)
     except ValueError as error:
@@ -288,7 +290,7 @@ def frozen_of(checkpoint: Checkpoint) -> list[str] | None:
     configuration = training_state(checkpoint).get("configuration")
     names = configuration.get(FROZEN) if isinstance(configuration, dict) else None
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise CheckpointError(f"{checkpoint.path}: damaged: {FROZEN!r} are no names")
+        raise CheckpointError(f"{checkpoint.path}: damaged: {FROZEN!r} does not hold names")
     return names
 
 
@@ -300,7 +302,7 @@ def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[st
     """
     state = training_state(checkpoint)
     if not isinstance(there := state.get("configuration"), dict):
-        raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or no dict")
+        raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or not a dict")
     trained_by = from_file(Recipe, state["recipe"], checkpoint.path)
     kept = [name for name, allowed in allowed_of(Recipe).items() if not allowed.may_change]
     differing = [(name, getattr(trained_by, name), getattr(recipe, name)) for name in kept]

@@ -21,7 +21,7 @@ def _partial(path: Path) -> Path:
 
 
 def _refused(path: Path, error: OSError) -> WriteError:
-    return WriteError(f"{path}: cannot be written, what was there stays: {error.strerror or error}")
+    return WriteError(f"{path}: cannot be written and is unchanged: {error.strerror or error}")
 
 
 @contextlib.contextmanager

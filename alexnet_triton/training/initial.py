@@ -29,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content.get("state_dict")
     if not isinstance(content, dict) or not content or not all(map(_is_weight, content, content.values())):
-        raise CheckpointError(f"{path}: holds no weights by their names: no state_dict of a network")
+        raise CheckpointError(f"{path}: not a state_dict: it does not hold weights by their names")
     return content
 
 
@@ -70,7 +70,7 @@ class Kept:
 
     def __str__(self) -> str:
         said = f"kept {self.tensors} of {self.of} tensors; new: {', '.join(self.new) or 'none'}"
-        return said + f"; {self.unknown} of other names" * (self.unknown > 0)
+        return said + f"; {self.unknown} unknown to the network" * (self.unknown > 0)
 
 
 @torch.no_grad()

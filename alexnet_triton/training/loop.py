@@ -86,14 +86,14 @@ def train(
     if resume is None and where.processes.leads and holds_run(folder):
         raise CheckpointError(f"{folder}: already holds a run")
     if (dtype := next(net.parameters()).dtype) != recipe.torch_dtype:
-        raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
+        raise ValueError(f"net has dtype {dtype}, but the recipe says {recipe.dtype}")
     if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
-        raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
+        raise ValueError(f"data is {'not ' * recipe.normalize}normalized, but the recipe says normalize={recipe.normalize}")
     recipe.check_side(data.train.size)
     # Layers that ``init`` did not have are new and not frozen. Only the checkpoint of a resumed run says which layers they are.
     all_or_none = recipe.init is None or recipe.freeze == "none" or (resume is not None and frozen_of(resume) is None)
     if all_or_none and frozen_layers(net) != (list(features(net)) if recipe.freeze == "features" else []):
-        raise ValueError(f"net is not frozen as {recipe.freeze} says")
+        raise ValueError(f"the frozen layers of net are not those of freeze={recipe.freeze!r}")
     run = _Run(net, data, recipe, where, folder, listener, resume)
     if resume is None and weights is not None:
         run.trainer.set_weights(weights)
@@ -254,7 +254,7 @@ class _Run:
         with self._advice(epoch):
             self.trainer.check_finite()
         self._save(self.folder / LAST)
-        return DataError(f"{error}; what epoch {epoch} came to is saved: --resume {self.folder} goes on with it")
+        return DataError(f"{error}; the steps of epoch {epoch} so far are saved: resume with --resume {self.folder}")
 
     def _keep(self, metrics: EpochMetrics) -> None:
         """Record a finished epoch: append ``metrics`` to the history and write checkpoints and ``metrics.jsonl``."""

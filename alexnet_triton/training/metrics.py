@@ -83,7 +83,7 @@ def history_of(checkpoint: Checkpoint) -> list[EpochMetrics]:
     try:
         history = [EpochMetrics(**metrics) for metrics in checkpoint.metrics]
     except TypeError as error:
-        raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not those of epochs: {error}") from error
+        raise CheckpointError(f"{checkpoint.path}: damaged: its metrics are not valid: {error}") from error
     if all(metrics.lr is not None for metrics in history):
         return history
     return [dataclasses.replace(m, lr=rate) for m, rate in zip(history, _old_learning_rates(checkpoint), strict=True)]

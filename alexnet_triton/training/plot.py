@@ -142,5 +142,5 @@ def plot_most_wrong(split: AnySplit, predictions: Predictions, names: Sequence[s
         axes.set_axis_off()
         true, predicted = (_drawable(names[int(label)]) for label in (predictions.labels[i], predictions.classes[i]))
         axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
-    figure.suptitle(_drawable(title) + (": nothing is wrong" if not indices else ""), fontsize=10)
+    figure.suptitle(_drawable(title) + (": no image is misclassified" if not indices else ""), fontsize=10)
     figure.savefig(path, dpi=120)

@@ -124,7 +124,7 @@ def check_fields(value: Any) -> None:
         fits = isinstance(found, kind | int if kind is float else kind)
         fits = fits and (not isinstance(found, bool) or bool in (kind, *get_args(kind)))
         if not fits or not allowed.allows(found):
-            raise ValueError(f"no --{name.replace('_', '-')} can be {str(found)[:50]!r}")
+            raise ValueError(f"--{name.replace('_', '-')} cannot be {str(found)[:50]!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.warmup > self.epochs:
-            raise ValueError(f"no --warmup of {self.warmup:g} epochs fits into a run of {self.epochs}")
+            raise ValueError(f"--warmup of {self.warmup:g} epochs does not fit into a run of {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("--nesterov needs a --momentum above 0")
 

@@ -72,7 +72,7 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            reason = "another run goes on in it" if isinstance(error, BlockingIOError) else error.strerror
+            reason = "another run is writing into it" if isinstance(error, BlockingIOError) else error.strerror
             raise OSError(error.errno, reason, str(folder)) from error  # the errno makes it a BlockingIOError again
         if not os.path.samestat(os.fstat(descriptor), folder.stat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
@@ -96,7 +96,7 @@ def held(folder: Path, warn: Callable[[str], object], *, wait: bool = False) -> 
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            warn(f"{folder} cannot be locked ({error.strerror}): start no other run in it while this one goes on")
+            warn(f"{folder} cannot be locked ({error.strerror}): start no other run in it while this one is running")
         yield
 
 
@@ -169,4 +169,4 @@ def weights_file(path: Path) -> Path:
     for name in (BEST, LAST):
         if (path / name).exists():
             return path / name
-    raise CheckpointError(f"{path}: no run's folder: neither {BEST} nor {LAST} is in it")
+    raise CheckpointError(f"{path}: not the folder of a run: it has neither {BEST} nor {LAST}")

@@ -298,7 +298,7 @@ class Trainer:
                 if not self.processes.grouped:
                     raise
                 reason = str(error).partition("\n")[0]
-                advice = "no CUDA graph can hold the step of several processes here (--no-graph runs it without)"
+                advice = "a CUDA graph cannot capture the step of several processes here (--no-graph runs without a graph)"
                 raise RuntimeError(f"{advice}: {reason}") from error
             self.replay = graph.replay
         synchronize(self.device)
@@ -455,16 +455,16 @@ class Trainer:
         if not isinstance(momentum, dict):
             raise TypeError(f"momentum is a {type(momentum).__name__}")
         if not isinstance(all_own, list) or len(all_own) != self.processes.size:
-            raise ValueError(f"processes is no list of {self.processes.size}")
+            raise ValueError(f"processes is not a list of length {self.processes.size}")
         if type(steps) is not int or not 0 <= steps <= len(self.loss_sums):
-            raise ValueError(f"steps is no number up to {len(self.loss_sums)}")
+            raise ValueError(f"steps is not an integer from 0 to {len(self.loss_sums)}")
         check_number("seconds", seconds)
         total = self.total
         if order is not None and not (
             # An index out of range aborts the process on a GPU, and reads arbitrary memory on a CPU.
             isinstance(order, torch.Tensor) and order.dtype == torch.int64 and order.sort()[0].equal(torch.arange(total))
         ):
-            raise ValueError(f"order is no permutation of {total} images")
+            raise ValueError(f"order is not a permutation of {total} images")
         self.net.load_state_dict(weights)
         self.set_weights(weights)
         for name, param in self.net.named_parameters():
