@@ -255,10 +255,10 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def _plain_jpeg(file: BinaryIO) -> Tensor | None:
-    """The pixels of a JPEG as most are, uint8 (3, H, W), the same as Pillow's; None: it is no such file, or is damaged.
+    """Decode a plain JPEG (:func:`_is_plain_jpeg`) with torchvision: uint8 (3, H, W); None for other or damaged files.
 
-    torchvision decodes by the same library, and has no copy to make: benchmarks/NOTES.md, "Streams". Of damage that leaves an
-    image this library writes a line to stderr.
+    The pixels are the same as Pillow's: both use the same library. torchvision saves a copy (benchmarks/NOTES.md, "Streams").
+    For damage that still leaves an image the library writes a line to stderr.
     """
     if file.read(3) != b"\xff\xd8\xff":
         file.seek(0)
@@ -274,7 +274,7 @@ def _plain_jpeg(file: BinaryIO) -> Tensor | None:
                 warnings.simplefilter("ignore")  # bytes that a tensor may not write, and that TorchCodec will do this one day
                 return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
     except (IndexError, RuntimeError):
-        pass  # Pillow says what is wrong
+        pass  # Pillow will raise an error with the reason
     return None
 
 

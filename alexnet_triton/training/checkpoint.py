@@ -36,7 +36,7 @@ FROZEN = "frozen layers"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, used or written; the message names the file."""
+    """A checkpoint cannot be read, used or written; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
