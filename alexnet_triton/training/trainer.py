@@ -65,12 +65,12 @@ class Trainer:
     """Trains a network with SGD, running each step eagerly or as one CUDA graph.
 
     A step gathers, augments, resizes, scales and casts its images (into cells if the first layer reads cells), runs forward,
-    loss, backward and optimizer, and accumulates loss and hits. A captured step is one launch for the host, and the host does
-    not wait for the GPU within an epoch. The last, smaller batch of an epoch runs eagerly.
+    loss, backward and optimizer, and accumulates loss and hits. A captured step is one launch for the host. The host does not
+    wait for a step within an epoch unless the listener wants batches. The last, smaller batch of an epoch runs eagerly.
 
     Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). In float16 the loss is scaled by a
     constant and the learning rate by its inverse, which gives the same step, with momentum too. If a gradient overflows all
-    the same, the loss becomes NaN and the epoch raises at its end. Nothing else reads the loss, so no step waits for one.
+    the same, the loss becomes NaN and the epoch raises at its end.
 
     Between any two steps :meth:`state_dict` and :meth:`float32_weights` hold everything on which the rest of the training
     depends. After :meth:`load_state_dict` of both, training on the same device is bit-identical.
