@@ -1,1 +1,1 @@
-"""Images and labels: Fashion-MNIST, folders of images, and what is changed in them at random."""
+"""Data: Fashion-MNIST, image folders, tar shards and saved data sets; streaming and augmentation."""

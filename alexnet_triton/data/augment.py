@@ -1,4 +1,4 @@
-"""What a network is called with: images gathered, changed at random, resized and cast on the device."""
+"""Network inputs: images gathered, augmented, resized, normalized and cast on the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import kernels
 from ..fused import CellImages, first_layer_cells
 from .dataset import Normalization
 
-#: Side of Fashion-MNIST's images, for which :data:`SHIFT` is given.
+#: Side of Fashion-MNIST's images. :data:`SHIFT` is in pixels of such an image.
 _SIDE = 28
 
 
@@ -29,23 +29,25 @@ def network_input(
     cells: kernels.Cells | None = None,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """The images of ``index`` as :func:`kernels.gather_resize` makes them, which knows one channel: of three, each by itself.
+    """Gather the images ``index`` and resize them to ``size`` by :func:`kernels.gather_resize`.
+
+    That function takes images of one channel. Each channel of a colour image is passed to it as an image.
 
     Args:
         images: uint8, (D, H, W) or (D, C, H, W).
-        index: (N,) int64 on their device.
+        index: (N,) int64 on the device of ``images``.
         size: side of the images returned.
         dtype: float32, float16 or bfloat16.
-        augmentation: the same for all channels of an image.
-        cells: return the images' cells in their place; of one channel only, since those of three have their channels innermost.
-        normalization: of as many channels.
+        augmentation: augmentation of each image, the same for all its channels.
+        cells: return cells in place of images. One channel only: cells of colour images have their channels innermost.
+        normalization: normalization with as many channels as the images.
 
     Returns:
-        (N, C, size, size), contiguous, in [0, 1] unless normalized; C is 1 for ``images`` of three dimensions. Or their cells,
-        as :func:`kernels.gather_resize` writes them.
+        (N, C, size, size), contiguous, in [0, 1] unless normalized; C is 1 for ``images`` of three dimensions. With ``cells``
+        the cells that :func:`kernels.gather_resize` writes.
 
     Raises:
-        ValueError: ``cells`` of images of three channels, or a ``normalization`` of another number of channels.
+        ValueError: ``cells`` is given for images (D, C, H, W), or ``normalization`` has another number of channels.
     """
     if normalization is not None and len(normalization.mean) != (1 if images.ndim == 3 else images.shape[1]):
         raise ValueError(f"images of shape {tuple(images.shape)} cannot be normalized by {normalization}")
@@ -66,14 +68,14 @@ def network_input(
 
 
 def _normalized(inputs: Tensor, by: Normalization) -> Tensor:
-    """``inputs`` (N, C, H, W) in [0, 1], computed in float32; in place, by Python's numbers: it can be captured."""
+    """Normalize ``inputs`` (N, C, H, W) in place, computing in float32. Python scalars make it capturable in a CUDA graph."""
     for channel, mean, std in zip(inputs.unbind(1), by.mean, by.std, strict=True):
         channel.copy_((channel.float() - mean) / std)
     return inputs
 
 
 def to_input(images: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All of ``images`` as :func:`network_input` makes them."""
+    """:func:`network_input` of all ``images``, without augmentation."""
     return network_input(images, torch.arange(len(images), device=images.device), image_size, dtype=dtype)
 
 
@@ -81,29 +83,30 @@ Crop = Literal["none", "pad", "resized", "patch"]
 
 
 def patch_side(size: int) -> int:
-    """Side that images are held at for patches of side ``size`` to be cut from: the paper's 256 for 224, in proportion."""
+    """Side of the stored images from which patches of side ``size`` are cut: in the paper's proportion of 256 to 224."""
     return round(size * 256 / 224)
 
 
 def _patch(images: Tensor, size: int, top: int, left: int) -> Tensor:
-    """A view of ``images`` (..., side, side): (..., size, size)."""
+    """A view of ``images`` (..., side, side), cropped to (..., size, size) from ``top`` and ``left``."""
     return images[..., top : top + size, left : left + size]
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What is changed at random in each training image, anew at every step; by default nothing.
+    """Random augmentation of training images, drawn anew at every step; by default none.
 
     Attributes:
-        flip: an image is mirrored with probability 1/2.
-        crop: ``"pad"``: the image is moved by up to :data:`SHIFT` pixels of 28 along each axis, black coming in from outside.
-            ``"resized"``: a box of it takes its place, enlarged: :func:`draw_boxes`. ``"patch"``, the paper's: a box of the
-            network's own size, anywhere in an image that is held larger (:func:`patch_side`), pixel for pixel. ``"none"``: all
-            of it, as it stands, or of an image held so the patch in its middle.
-        colour: of images of one channel brightness and contrast (:data:`FACTORS`), of three the light (:func:`draw_light`).
+        flip: mirror an image with probability 1/2.
+        crop: ``"pad"``: shift the image by up to :data:`SHIFT` pixels of 28 along each axis, with black outside.
+            ``"resized"``: replace the image by a random box of it, resized (:func:`draw_boxes`). ``"patch"``, the paper's: cut
+            a patch of the network's input size anywhere from a larger stored image (:func:`patch_side`), without resizing.
+            ``"none"``: use the whole image, or the middle patch of an image stored for patches.
+        colour: change brightness and contrast of grey images (:data:`FACTORS`), the light of colour images
+            (:func:`draw_light`).
 
     Raises:
-        TypeError, ValueError: another type or another crop.
+        TypeError, ValueError: a flag is no bool, or the crop is unknown.
     """
 
     flip: bool = False
@@ -122,18 +125,18 @@ class Augment:
         return ", ".join(name for name, on in parts.items() if on) or "nothing"
 
 
-#: The plain recipe's, and the paper's.
+#: No augmentation, and every part of it with the crop ``"pad"``.
 NOTHING, EVERYTHING = Augment(), Augment(flip=True, crop="pad", colour=True)
 
-#: Pixels of :data:`_SIDE` that an augmented image is moved by at most, and the factors of its brightness and contrast.
+#: The largest shift of an image, in pixels of a side of :data:`_SIDE`, and the range of brightness and contrast factors.
 SHIFT, FACTORS = 2, (0.8, 1.2)
 
-#: Of a resized crop: the part of the image's area, its width by its height, and how often both are drawn at most for a box that
-#: fits. torchvision's, which are those of the Inception networks.
+#: A resized crop: the range of its fraction of the image's area, the range of width over height, and the most tries to draw a
+#: box that fits. The values are torchvision's, which are those of the Inception networks.
 AREA, ASPECT, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 
-#: Of the paper's change of colour: the principal components of red, green and blue in ImageNet, a row each, and their factors
-#: for pixels in [0, 1], both as published with fb.resnet.torch; and the standard deviation of what multiplies them.
+#: The paper's colour augmentation: the principal components of red, green and blue in ImageNet, one per row, and their factors
+#: for pixels in [0, 1], both as published with fb.resnet.torch; and the standard deviation of the random multipliers.
 LIGHT = ((-0.5675, -0.5808, -0.5836), (0.7192, -0.0045, -0.6948), (0.4009, -0.8140, 0.4203))
 LIGHT_FACTORS, LIGHT_STD = (0.2175, 0.0188, 0.0045), 0.1
 
@@ -143,12 +146,13 @@ def _uniform(shape: tuple[int, ...], device: torch.device, low: float = 0.0, hig
 
 
 def draw_boxes(n: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-    """Of ``n`` images of side ``size`` a box each: (top, left) and (height, width), both (n, 2) int32.
+    """Draw a random box in each of ``n`` images of side ``size``: (top, left) and (height, width), both (n, 2) int32.
 
-    The distribution is that of ``torchvision.transforms.v2.RandomResizedCrop``: an area uniform in :data:`AREA` and an aspect
-    ratio whose logarithm is uniform in that of :data:`ASPECT`, drawn again until the box fits, or after :data:`TRIES` times the
-    whole image; its place is uniform. There a loop asks whether it fits; here all tries are drawn at once, since to ask is to
-    wait for the device, and the first one that fits is taken. Drawn and capturable as by :func:`draw_augmentation`.
+    The distribution is that of ``torchvision.transforms.v2.RandomResizedCrop``. The area is uniform in :data:`AREA` and the
+    logarithm of the aspect ratio is uniform in that of :data:`ASPECT`. Both are drawn again until the box fits; after
+    :data:`TRIES` failures the box is the whole image. The box's position is uniform. torchvision loops until a box fits. That
+    would wait for the device, so here all tries are drawn at once and the first that fits is used. The generator and CUDA graph
+    capture are as for :func:`draw_augmentation`.
     """
     area = _uniform((n, TRIES), device, *AREA) * size**2
     aspect = _uniform((n, TRIES), device, *map(math.log, ASPECT)).exp()
@@ -156,7 +160,7 @@ def draw_boxes(n: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]
     fits = ((boxes > 0) & (boxes <= size)).all(2)
     first = fits.int().argmax(1)[:, None, None].expand(n, 1, 2)
     box = boxes.gather(1, first)[:, 0].masked_fill(~fits.any(1)[:, None], size)
-    # In float32 the product of a number below 1 and a whole one below 2^24 is below that: no corner is one too far.
+    # In float32 the product of a number below 1 and an integer below 2^24 is below that integer: no corner is out of range.
     corner = (_uniform((n, 2), device) * (size - box + 1)).floor()
     return corner.int(), box.int()
 
@@ -164,11 +168,12 @@ def draw_boxes(n: int, device: torch.device, size: int) -> tuple[Tensor, Tensor]
 def draw_augmentation(
     n: int, device: torch.device, size: int = _SIDE, augment: Augment = EVERYTHING, patch: int | None = None
 ) -> kernels.Augmentation:
-    """The parts of ``augment`` for ``n`` images of side ``size`` and one channel; nothing is drawn for a part that is off.
+    """Draw the parameters of ``augment`` for ``n`` images of side ``size`` and one channel; None for a part that is off.
 
-    The crop ``"patch"`` needs the side of its patches, at most ``size``.
+    The crop ``"patch"`` needs ``patch``, the side of its patches, at most ``size``.
 
-    From torch's generator on ``device``, without waiting for it; in a captured CUDA graph anew at every replay.
+    Numbers come from torch's generator on ``device``, and the host does not wait for the device. A captured CUDA graph draws
+    new numbers at every replay.
     """
     offset = box = None
     if augment.crop == "pad":
@@ -190,8 +195,8 @@ def draw_augmentation(
 
 
 def draw_light(n: int, device: torch.device) -> Tensor:
-    """What the paper adds to the red, green and blue of ``n`` images, (n, 3) float32: light of another colour and strength."""
-    # Of scalars: a captured step cannot copy a matrix of constants from the host.
+    """Draw what the paper adds to red, green and blue of ``n`` images for another colour of light: (n, 3) float32."""
+    # Use Python scalars: a captured step cannot copy a matrix of constants from the host.
     along = torch.randn((3, n), device=device) * LIGHT_STD
     first, second, third = (
         torch.stack([along[k] * (LIGHT_FACTORS[k] * component) for component in LIGHT[k]], dim=1) for k in range(3)
@@ -208,15 +213,15 @@ def augmented_input(
     cells: kernels.Cells | None = None,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """:func:`network_input` of images changed at random as ``augment`` says; the same numbers for all channels of an image.
+    """:func:`network_input` of images with the random augmentation ``augment``, the same for all channels of an image.
 
-    Of images that are held for patches (:func:`patch_side`), without a crop the middle ones.
+    Without a crop, images stored for patches (:func:`patch_side`) give the patch in their middle.
     """
     if augment.crop == "none" and images.shape[-1] == patch_side(size) > size:
         margin = (images.shape[-1] - size) // 2
         images = _patch(images, size, margin, margin)
     grey, n = images.ndim == 3, len(index)
-    # Light is added to what the kernel makes, whose changes of colour are one channel's.
+    # The kernel changes brightness and contrast of single channels. The light of colour images is added to its output.
     drawn = augment if grey else dataclasses.replace(augment, colour=False)
     augmentation = draw_augmentation(n, index.device, images.shape[-1], drawn, size)
     lit = drawn.colour != augment.colour
@@ -238,10 +243,10 @@ def input_for(
     augment: Augment = NOTHING,
     normalization: Normalization | None = None,
 ) -> Tensor | CellImages:
-    """What ``net`` is called with for the images of ``index``, None for all: :func:`augmented_input` of them.
+    """The input of ``net`` for the images ``index`` (None: all): :func:`augmented_input`, as images or cells.
 
-    In cells where ``net`` reads those (:func:`alexnet_triton.first_layer_cells`), which changes no bit of what it computes: so
-    nothing writes the images only to have them rearranged. Images of three channels stay images.
+    Grey images become cells if ``net`` reads cells (:func:`alexnet_triton.first_layer_cells`). The network's result is
+    bit-identical, and no kernel writes images that another one rearranges. Colour images stay images.
     """
     if index is None:
         index = torch.arange(len(images), device=images.device)
@@ -259,17 +264,17 @@ def ten_crops(
     dtype: torch.dtype = torch.float32,
     normalization: Normalization | None = None,
 ) -> Iterator[Tensor | CellImages]:
-    """The ten inputs that the paper averages a network over: patches at the corners and in the middle, then each mirrored.
+    """Yield the ten inputs over which the paper averages: the corner patches and the middle patch, each also mirrored.
 
     Args:
-        net, normalization: as of :func:`input_for`.
-        images: uint8, (D, side, side) or (D, 3, side, side), ``side`` above ``size``: :func:`patch_side` of it is the paper's.
-        index: (N,) int64 on their device.
+        net, normalization: as for :func:`input_for`.
+        images: uint8, (D, side, side) or (D, 3, side, side), with ``side`` above ``size``. The paper's is :func:`patch_side`.
+        index: (N,) int64 on the device of ``images``.
         size: side of a patch.
         dtype: float32, float16 or bfloat16.
 
     Returns:
-        Ten times (N, C, size, size), or its cells where ``net`` reads those.
+        An iterator of ten inputs (N, C, size, size), or of their cells if ``net`` reads cells.
     """
     cells = first_layer_cells(net, size, dtype=dtype, device=images.device) if images.ndim == 3 else None
     far = images.shape[-1] - size

@@ -1,4 +1,4 @@
-"""What a data set is: images and labels, on the host or on a device."""
+"""Data sets: images and labels, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ AnySplitT = TypeVar("AnySplitT", bound="AnySplit")
 
 
 class DataError(ValueError):
-    """A data set that is missing or broken; the message names the file or folder and what is wrong with it."""
+    """A data set is missing or broken; the message names the file or folder and the reason."""
 
 
 def expand(data: str | Path) -> Path:
-    """``data`` with its ``~`` or ``~user`` replaced by that home.
+    """``data`` with a leading ``~`` or ``~user`` replaced by the home folder.
 
     Raises:
-        DataError: there is no such user, or this one has no home.
+        DataError: there is no such user, or the current user has no home.
     """
     try:
         return Path(data).expanduser()
@@ -35,10 +35,10 @@ def expand(data: str | Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """What is subtracted from pixels in [0, 1], and what they are divided by then: a number a channel each.
+    """Mean and standard deviation per channel: a pixel in [0, 1] becomes ``(pixel - mean) / std``.
 
     Raises:
-        ValueError: not 1 or 3 channels, a number that is not finite, a ``std`` that is not above 0.
+        ValueError: there are not 1 or 3 channels, a number is not finite, or a ``std`` is not above 0.
     """
 
     mean: tuple[float, ...]
@@ -53,12 +53,12 @@ class Normalization:
 
     @classmethod
     def of(cls, parts: Iterable[Tensor]) -> Normalization:
-        """That by which the pixels of images have mean 0 and standard deviation 1 in each channel.
+        """The normalization by which the pixels of all images have mean 0 and standard deviation 1 in each channel.
 
-        Computed exactly, from how often each of the 256 values occurs. Where all pixels are equal nothing is divided.
+        It is computed from exact counts of the 256 pixel values. A channel whose pixels are all equal has ``std`` 1.
 
         Args:
-            parts: the images, as in a :class:`Split`, of which bincount makes an int64 a pixel: a few thousand at a time.
+            parts: the images, as in a :class:`Split`, a few thousand at a time: bincount makes an int64 of each pixel.
         """
         counts: list[Tensor] = []
         for images in parts:
@@ -81,10 +81,11 @@ class Split:
     """Images and their labels.
 
     Attributes:
-        images: uint8, (N, H, W) of one channel or (N, 3, H, W) of three.
+        images: uint8, (N, H, W) for one channel or (N, 3, H, W) for three.
         labels: int64 (N,).
-        normalization: what a network sees of the images; None: pixels in [0, 1].
-        order: draws the order of an epoch, int64 (N,), from a generator, on its device; None: :func:`torch.randperm` does.
+        normalization: how images are normalized for the network; None: pixels in [0, 1].
+        order: function that draws the order of an epoch, int64 (N,), from a generator, on its device; None:
+            :func:`torch.randperm`.
     """
 
     images: Tensor
@@ -97,7 +98,7 @@ class Split:
 
     @property
     def channels(self) -> int:
-        """Of an image: 1 or 3."""
+        """Channels of an image: 1 or 3."""
         return 1 if self.images.ndim == 3 else self.images.shape[1]
 
     @property
@@ -106,13 +107,13 @@ class Split:
         return self.images.shape[-1]
 
     def limited(self, limit: int | None) -> Split:
-        """The first ``limit`` images, or all."""
+        """A split of the first ``limit`` images; None: of all."""
         if limit is None:
             return self
         return dataclasses.replace(self, images=self.images[:limit], labels=self.labels[:limit], order=None)
 
     def parts(self) -> Iterator[Tensor]:
-        """All images, some thousand at a time."""
+        """All images, 4,096 at a time."""
         return iter(self.images.split(4096))
 
     def image(self, index: int) -> Tensor:
@@ -120,15 +121,20 @@ class Split:
         return self.images[index].cpu()
 
     def to(self, device: torch.device) -> Split:
-        """On ``device``; itself if it is there."""
+        """The split on ``device``. Tensors that are there already are not copied."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(Generic[AnySplitT]):
-    """Both splits, the folder they were read from, the names of the labels in their order, and what to call it all.
+    """A data set of a training and a test split.
 
-    ``skipped`` are the damaged images that were left out, each with what is wrong with it.
+    Attributes:
+        train, test: the splits.
+        source: folder from which the data set was read.
+        classes: class names in the order of the labels.
+        name: name of the data set, for display.
+        skipped: damaged images that were left out, each with the reason.
     """
 
     train: AnySplitT
@@ -139,7 +145,7 @@ class Dataset(Generic[AnySplitT]):
     skipped: tuple[tuple[Path, str], ...] = ()
 
     def normalized(self, by: Normalization | None = None) -> Dataset[AnySplitT]:
-        """With ``by`` for both splits; None: with the :meth:`Normalization.of` the training images, which reads all of them."""
+        """The data set with the normalization ``by``; None: with that of the training images, for which all are read."""
         by = by or Normalization.of(self.train.parts())
         train, test = (dataclasses.replace(split, normalization=by) for split in (self.train, self.test))
         return dataclasses.replace(self, train=train, test=test)

@@ -15,7 +15,7 @@ from .dataset import DataError, Dataset, Split, expand
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
-#: The data set's own files, with or without ``.gz``: (images, labels) of each split.
+#: Names of the data set's files, without ``.gz``: (images, labels) of each split.
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -24,15 +24,15 @@ FILES = {
 SAMPLE = Path(__file__).parent / "sample"
 
 _SIDE = 28
-#: Far above the 60,000 of the real files: a header that claims more is wrong. So a gzip of any size takes 784 MB at most.
+#: Far above the 60,000 of the real files: a header that claims more is wrong. This limits an unpacked gzip to 784 MB.
 _MOST_ITEMS = 1_000_000
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an IDX file (Y. LeCun's format: magic 0x0000 08 DD, DD big-endian int32 sizes, then bytes).
+    """Read the uint8 array of an IDX file (Y. LeCun's format: magic 0x0000 08 DD, DD big-endian int32 sizes, then bytes).
 
     Raises:
-        DataError: not such a file, unreadable, shorter or longer than its header says.
+        DataError: the file is unreadable, no IDX file of these ``dimensions``, or shorter or longer than its header says.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -51,7 +51,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                 )
             chunks: list[bytes] = []
             got = 0
-            # In chunks, and one byte further than announced: memory follows the file, not its header.
+            # Read in chunks, so that memory depends on the file and not on its header, and one byte more than announced.
             while got <= size and (chunk := file.read(min(1 << 20, size + 1 - got))):
                 chunks.append(chunk)
                 got += len(chunk)
@@ -66,7 +66,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _caches() -> tuple[Path, ...]:
-    """Below the home, where there is one: a container with a random user has neither $HOME nor an entry in /etc/passwd."""
+    """The cache folder below the home, if there is a home: a container's random user may have no $HOME and no passwd entry."""
     try:
         return (Path.home() / ".cache/alexnet-triton",)
     except RuntimeError:
@@ -74,7 +74,7 @@ def _caches() -> tuple[Path, ...]:
 
 
 def usual_places() -> tuple[Path, ...]:
-    """Where the files usually are: torchvision's folder under its usual roots, Debian's package dataset-fashion-mnist."""
+    """Folders to search for the files: torchvision's below its usual roots, and Debian's package dataset-fashion-mnist."""
     roots = (Path("data"), Path("../data"), *_caches())
     return (*(root / "FashionMNIST/raw" for root in roots), Path("/usr/share/datasets/fashion-mnist"))
 
@@ -108,22 +108,22 @@ def _read_split(folder: Path, split: str) -> Split:
 
 
 def check_folder(folder: Path) -> None:
-    """That ``folder`` is there and has any of Fashion-MNIST's files.
+    """Check that ``folder`` exists and holds any of Fashion-MNIST's files.
 
     Raises:
-        DataError: it is not, or has none.
+        DataError: it does not.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not holds_idx(folder):
         raise DataError(
-            f"{folder}: neither Fashion-MNIST's files are in it nor folders of images, train and test (or val, valid, "
-            "validation); of a folder that holds those of the classes themselves --validation 0.2 takes a fifth for the test"
+            f"{folder}: holds neither Fashion-MNIST's files nor folders of images, train and test (or val, valid, "
+            "validation); if it holds the class folders themselves, --validation 0.2 takes a fifth for the test"
         )
 
 
 def read_folder(folder: Path) -> Dataset[Split]:
-    """Both splits from a folder of the four IDX files, gzipped or not.
+    """Read both splits from a folder of the four IDX files, gzipped or not.
 
     Raises:
         DataError: a file is missing or broken.
@@ -133,14 +133,14 @@ def read_folder(folder: Path) -> Dataset[Split]:
 
 
 def load_fashion_mnist(data: str | Path | None = None) -> Dataset[Split]:
-    """Fashion-MNIST.
+    """Read Fashion-MNIST, downloading it if necessary.
 
     Args:
         data: a folder of the IDX files; ``"sample"`` for the small balanced sample inside this package (1,000 training and
-            500 test images); None to look in :func:`usual_places` and else download with torchvision.
+            500 test images); None to search :func:`usual_places` and else download with torchvision.
 
     Raises:
-        DataError: nothing found, or a broken file.
+        DataError: the files are not found or broken, or the download fails.
     """
     if data is not None:
         return read_folder(SAMPLE if str(data) == "sample" else expand(data))
@@ -159,18 +159,18 @@ def _writable(root: Path) -> bool:
 
 
 def _download() -> Path:
-    """To the first of :func:`usual_places` that can be written: below the home, else below this folder."""
+    """Download with torchvision below the home's cache folder, else below ``data``; return the folder of the files."""
     hint = "give the folder of its IDX files with --data PATH, or use the small sample with --data sample"
     try:
         from torchvision.datasets import FashionMNIST as Download
     except ImportError as error:
-        raise DataError(f"Fashion-MNIST is not here, and downloading it needs torchvision: {hint}") from error
+        raise DataError(f"Fashion-MNIST was not found, and downloading it needs torchvision: {hint}") from error
     roots = (*_caches(), Path("data"))
     root = next(filter(_writable, roots), None)
     if root is None:
-        raise DataError(f"Fashion-MNIST is not here, and {' and '.join(map(str, roots))} cannot be written: {hint}")
+        raise DataError(f"Fashion-MNIST was not found, and {' and '.join(map(str, roots))} cannot be written: {hint}")
     try:
         Download(str(root), download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"Fashion-MNIST is not here and could not be downloaded to {root} ({error}): {hint}") from error
+        raise DataError(f"Fashion-MNIST was not found and could not be downloaded to {root} ({error}): {hint}") from error
     return root / "FashionMNIST/raw"

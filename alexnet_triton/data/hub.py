@@ -1,4 +1,4 @@
-"""Images of a data set of Hugging Face's package ``datasets`` that its ``save_to_disk`` has written."""
+"""Images of a Hugging Face ``datasets`` data set written by ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from .splits import TESTS, TRAIN, Parts
 if TYPE_CHECKING:
     import datasets
 
-#: Columns of labels without names; of several columns of images, or of named labels, the first of these that is there.
+#: Names of columns. ``LABELS``: columns of whole numbers that can be labels. Of several columns of images or of ``ClassLabel``
+#: the first of these names is used.
 LABELS, IMAGES = ("label", "labels"), ("image", "img")
 
 
 def _column(found: Sequence[str], usual: Sequence[str], what: str, all_columns: Sequence[str], where: Path) -> str:
-    """The one of the columns ``found``, or of several the ``usual`` one.
+    """The only column of ``found``, or of several the first that has a ``usual`` name.
 
     Raises:
-        DataError: none, or several of other names.
+        DataError: there is no column, or there are several of other names.
     """
     if len(found) == 1:
         return found[0]
@@ -38,19 +39,20 @@ def _column(found: Sequence[str], usual: Sequence[str], what: str, all_columns: 
 
 
 class SavedDataset:
-    """The images and labels of a ``datasets.Dataset``, a :class:`.sources.Source`.
+    """A :class:`.sources.Source` of the images and labels of a ``datasets.Dataset``.
 
     Args:
-        dataset: with one column of images (of several: ``image`` or ``img``) and one of labels: a ``ClassLabel`` (of several:
-            ``label`` or ``labels``), or whole numbers called so. It must hold the images' bytes.
-        where: what messages call it.
+        dataset: a data set with a column of images (of several: ``image`` or ``img``) and a column of labels: a ``ClassLabel``
+            (of several: ``label`` or ``labels``), or else whole numbers in a column of that name. It must hold the images'
+            bytes.
+        where: name of the data set in messages.
 
     Attributes:
         labels: int64 (N,), on the CPU.
-        classes: the names that the ``ClassLabel`` has; None for whole numbers.
+        classes: class names of the ``ClassLabel``; None for whole numbers.
 
     Raises:
-        DataError: no such columns, no images, an image without a label.
+        DataError: the columns are missing or ambiguous, there are no images, or an image has no label.
     """
 
     def __init__(self, dataset: datasets.Dataset, where: Path) -> None:
@@ -76,7 +78,7 @@ class SavedDataset:
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """The place of image ``index`` in the whole data set."""
+        """The row of image ``index`` in the whole data set, as text."""
         return str(self._rows[index])
 
     def name(self, index: int) -> Path:
@@ -84,14 +86,14 @@ class SavedDataset:
         return Path(f"{self._where}: image {self.key(index)}")
 
     def read(self, index: int, channels: int, size: int) -> Tensor:
-        """As :meth:`.sources.Source.read`. Nothing outside of the data set is read: of a file's name alone it does not."""
+        """As :meth:`.sources.Source.read`. A row with only a file's name is an error: no file outside of the set is read."""
         name = self.name(index)
         try:
             found = self._images[int(self._rows[index])][self._image]
-        except Exception as error:  # what damaged files of Arrow make it raise is not documented
+        except Exception as error:  # what datasets raises for damaged Arrow files is not documented
             raise DataError(f"{name}: damaged: {error}") from error
         if found is None or found["bytes"] is None:
-            named = f"the name of a file alone, {found['path']}" if found and found["path"] else "nothing"
+            named = f"only the name of a file, {found['path']}" if found and found["path"] else "nothing"
             raise DataError(f"{name}: the data set holds {named}, and no image")
         return decode_image(found["bytes"], name, channels, size)
 
@@ -100,7 +102,7 @@ class SavedDataset:
         return torch.randperm(len(self), generator=generator, device=generator.device)
 
     def checksum(self) -> int:
-        """As :meth:`.sources.Source.checksum`: of the images' places and labels, since they have no names."""
+        """As :meth:`.sources.Source.checksum`: of the rows and labels, since images have no names."""
         return zlib.crc32(self.labels.numpy().tobytes(), zlib.crc32(self._rows.tobytes()))
 
     def subset(self, keep: Tensor) -> SavedDataset:
@@ -111,10 +113,10 @@ class SavedDataset:
 
 
 def is_saved_dataset(data: str | Path | None) -> bool:
-    """Whether ``data`` is a folder that ``save_to_disk`` has written.
+    """Whether ``data`` is a folder written by ``save_to_disk``.
 
     Raises:
-        DataError: ``data`` begins with the home of a user that there is not.
+        DataError: ``data`` begins with ``~`` of an unknown user.
     """
     if data is None:
         return False
@@ -125,13 +127,13 @@ def is_saved_dataset(data: str | Path | None) -> bool:
 
 
 def find_saved_dataset(data: str | Path) -> Parts:
-    """The data set in the folder ``data``, to be opened by :func:`.splits.open_sources`.
+    """Find the data set in the folder ``data``, to be opened by :func:`.splits.open_sources`.
 
-    Of several splits ``train`` is trained on, and the first of :data:`.splits.TESTS` that is there is for the test. A data set
-    of no splits is trained on.
+    The training images are the split ``train``, or all images of a data set without splits. The test images are the first
+    existing split of :data:`.splits.TESTS`.
 
     Raises:
-        DataError: ``datasets`` is not installed; a file of the data set that is missing or damaged.
+        DataError: ``datasets`` is not installed, or a file of the data set is missing or damaged.
     """
     try:
         import datasets
@@ -142,7 +144,7 @@ def find_saved_dataset(data: str | Path) -> Parts:
     folder = expand(data)
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # what damaged files make it raise is not documented
+    except Exception as error:  # what datasets raises for damaged files is not documented
         raise DataError(f"{folder}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     if isinstance(found, datasets.Dataset):
         parts = {TRAIN: functools.partial(SavedDataset, found, folder)}

@@ -1,4 +1,4 @@
-"""Image files: which ones are in a folder, and how one is decoded to a small square. Needs Pillow and torchvision."""
+"""Image files: find those in a folder, and decode one to a small square. Needs Pillow and torchvision."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from .dataset import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
 
-#: Pillow's name of 8-bit pixels, by number of channels.
+#: Pillow's mode of 8-bit pixels, by number of channels.
 _MODES = {1: "L", 3: "RGB"}
 
-#: Formats left out: for PostScript Pillow runs another program, whatever the file is called; of the others it knows the header.
+#: Pillow's formats that are not read. For PostScript Pillow runs another program, whatever the file's suffix; of the others it
+#: reads only the header.
 _UNREADABLE = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
-#: EXIF's tag that says how a camera was held.
+#: EXIF's orientation tag.
 _ORIENTATION = 0x0112
 
-#: Pillow's decoders for 16 bits a channel where it keeps 8 of them, and for DDS's half floats. "BGR;16" are 16 bits a pixel.
+#: Pillow's decoders that reduce 16 bits a channel to 8, and the one for DDS's half floats. "BGR;16" has 16 bits a pixel.
 _DEEP_DECODER = re.compile(r"(?<!BGR);16|^SGI16$|^BC6H")
 
-#: An image is cut before it is resized if it would have more pixels than these, and more than it has, once it is resized.
+#: An image is cropped before it is resized if the resized image would have more pixels than this, and more than the original.
 _MOST_RESIZED = 1 << 22
 
-#: Markers of a JPEG's segments: what a frame begins with, baseline, extended or progressive; the first that may come before it.
+#: Markers of a JPEG's segments: those of a frame header (baseline, extended, progressive), and the least other marker that may
+#: precede it.
 _FRAMES, _FIRST_OTHER = (0xC0, 0xC1, 0xC2), 0xC3
 
-#: Marker of a JPEG's segments of EXIF and of XMP.
+#: Marker of a JPEG's EXIF and XMP segments.
 _APP1 = 0xE1
 
-#: Folders that file systems and archives leave behind; hidden ones begin with a dot.
+#: Folders that file systems and archives leave behind. They count as hidden, like names that begin with a dot.
 _LEFT_BEHIND = ("__MACOSX", "lost+found")
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """What Pillow decodes by itself."""
+    """Names of the formats that Pillow decodes without another program."""
     from PIL import Image
 
     Image.init()
@@ -57,20 +59,20 @@ def _formats() -> list[str]:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Of the files that :func:`read_image` reads, in small letters."""
+    """Suffixes of the files that :func:`read_image` reads, in lower case."""
     from PIL import Image
 
-    formats = {*_formats(), "MPO"}  # which are JPEG files, with no entry of their own among those that are opened
+    formats = {*_formats(), "MPO"}  # MPO files are opened as JPEG, and Pillow has no opener of that name
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no part of a data set."""
+    """Whether a file or folder of this name is ignored in a data set."""
     return name.startswith(".") or name in _LEFT_BEHIND
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is one or a link to one; what a link leads to may be out of reach."""
+    """Whether ``entry`` is a folder or a link to one. A link whose target is inaccessible is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -79,13 +81,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """What a folder holds that is not hidden, by sorted names.
+    """The sorted names in a folder, without hidden ones.
 
     Attributes:
-        path: of the folder.
-        folders: in it, links to folders included.
-        files: in it, links to files and to nothing included.
-        links: those of both that are links.
+        path: path of the folder.
+        folders: names of folders, including links to folders.
+        files: names of files, including links to files and broken links.
+        links: names of ``folders`` and ``files`` that are links.
     """
 
     path: str
@@ -95,10 +97,10 @@ class Listed:
 
 
 def list_folder(path: str) -> Listed:
-    """What is in one folder. It is looked at once, since of a million names each look counts.
+    """List one folder with a single scan, which matters for a million names.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the folder cannot be read.
     """
     found = Listed(path, [], [], [])
     try:
@@ -117,12 +119,12 @@ def list_folder(path: str) -> Listed:
 
 
 def walk(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> list[Listed]:
-    """``folder`` and all folders below it, sorted by path; links to folders are named, not followed.
+    """List ``folder`` and all folders below it, sorted by path. Links to folders are listed but not followed.
 
-    A folder that cannot be read is left out if ``on_unreadable`` takes the error.
+    If ``on_unreadable`` is given, it is called with the error for an unreadable folder, which is left out.
 
     Raises:
-        DataError: a folder that cannot be read.
+        DataError: a folder cannot be read, and ``on_unreadable`` is None.
     """
     found = []
     waiting = [str(folder)]
@@ -146,19 +148,19 @@ def is_image(name: str) -> bool:
 
 
 def find_images(folder: Path, on_unreadable: Callable[[DataError], object] | None = None) -> tuple[list[Path], list[Path]]:
-    """The image files in ``folder`` and in all folders below it, and the other files; each sorted by folder, then by name.
+    """The image files (:func:`is_image`) below ``folder`` and the other files, each sorted by folder, then by name.
 
-    An image is what :func:`is_image` says. Hidden files and folders are neither.
+    Hidden files and folders are ignored.
 
     Raises:
-        DataError: a folder that cannot be read, unless ``on_unreadable`` takes it as in :func:`walk`, or that is none.
+        DataError: a folder cannot be read, and ``on_unreadable`` is None as in :func:`walk`.
     """
     paths = [Path(listed.path, name) for listed in walk(folder, on_unreadable) for name in listed.files]
     return [path for path in paths if is_image(path.name)], [path for path in paths if not is_image(path.name)]
 
 
 def _j2k_bits(file: BinaryIO) -> int:
-    """Bits of a JPEG 2000's deepest channel, from the SIZ segment that opens its codestream."""
+    """The most bits of a channel of a JPEG 2000 file, from the SIZ segment at the begin of its codestream."""
     file.seek(0)
     data = file.read()
     file.seek(0)
@@ -168,7 +170,7 @@ def _j2k_bits(file: BinaryIO) -> int:
 
 
 def _is_deep(image: Image, file: BinaryIO) -> bool:
-    """Whether ``file``, opened as ``image``, has more than 8 bits a channel, of which Pillow may hand over 8 without a word."""
+    """Whether ``file``, opened as ``image``, has more than 8 bits a channel. Pillow may silently reduce them to 8."""
     from PIL import Jpeg2KImagePlugin, TiffImagePlugin
 
     if image.mode[0] in "IF":
@@ -187,16 +189,16 @@ def _is_deep(image: Image, file: BinaryIO) -> bool:
 
 
 def _turn(image: Image) -> Transpose | None:
-    """What makes ``image`` upright. Of EXIF that cannot be read, or says nothing of the kind: nothing.
+    """The transposition that turns ``image`` upright; None without a valid EXIF orientation.
 
-    Not :func:`PIL.ImageOps.exif_transpose`, which writes all tags anew and fails where one of them is not as it should be.
+    :func:`PIL.ImageOps.exif_transpose` is not used: it rewrites all EXIF tags and fails on any invalid one.
     """
     from PIL.Image import Transpose
 
     try:
         value = image.getexif().get(_ORIENTATION, 1)
         value = int(value[0] if isinstance(value, (bytes, tuple)) else value)
-    except Exception:  # no pixel is the worse for it
+    except Exception:  # damaged EXIF does not affect the pixels
         return None
     return {
         2: Transpose.FLIP_LEFT_RIGHT,
@@ -210,10 +212,10 @@ def _turn(image: Image) -> Transpose | None:
 
 
 def _square(image: Tensor, size: int) -> Tensor:
-    """The middle of ``image``, (C, H, W), its shorter side made ``size``.
+    """Resize ``image`` (C, H, W) so that its shorter side is ``size``, and cut out the middle: (C, size, size).
 
-    An image so narrow that it would grow beyond :data:`_MOST_RESIZED` is first cut to what the square shows, with one side
-    of the square and more on either side for the filter.
+    An image so narrow that the resized one would exceed :data:`_MOST_RESIZED` pixels is first cropped to the part that the
+    square shows, plus at least one side of the square at either end for the filter.
     """
     from torchvision.transforms.v2.functional import center_crop, resize
 
@@ -221,14 +223,14 @@ def _square(image: Tensor, size: int) -> Tensor:
     short, long = min(height, width), max(height, width)
     if size * (size * long // short) > max(_MOST_RESIZED, short * long):
         kept = min(long, short * max(4, _MOST_RESIZED // size**2))
-        kept -= (long - kept) % 2  # as many from either end
+        kept -= (long - kept) % 2  # the same number of pixels is cut from either end
         image = center_crop(image, [min(height, kept), min(width, kept)])
     return center_crop(resize(image, [size], antialias=True), [size, size])
 
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """PyTorch's error where memory is short is Python's."""
+    """Turn a RuntimeError, which PyTorch raises when memory is short, into a MemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -236,7 +238,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether ``data`` is a JPEG of three channels of 8 bits, not too large, without EXIF and XMP, which could turn it."""
+    """Whether ``data`` is a JPEG of three 8-bit channels, not too large, without EXIF and XMP, which could rotate it."""
     from PIL import Image
 
     begin = 2
@@ -263,10 +265,10 @@ def _jpeg_decoder() -> Callable[[Tensor], Tensor] | None:
 
 
 def _plain_jpeg(file: BinaryIO) -> Tensor | None:
-    """The pixels of a JPEG as most are, uint8 (3, H, W), the same as Pillow's; None: it is no such file, or is damaged.
+    """Decode a plain JPEG (:func:`_is_plain_jpeg`) with torchvision: uint8 (3, H, W); None for other or damaged files.
 
-    torchvision decodes by the same library, and has no copy to make: benchmarks/NOTES.md, "Streams". Of damage that leaves an
-    image this library writes a line to stderr.
+    The pixels are the same as Pillow's: both use the same library. torchvision saves a copy (benchmarks/NOTES.md, "Streams").
+    For damage that still leaves an image the library writes a line to stderr.
     """
     decoder = _jpeg_decoder()
     if file.read(3) != b"\xff\xd8\xff" or decoder is None:
@@ -281,7 +283,7 @@ def _plain_jpeg(file: BinaryIO) -> Tensor | None:
                 warnings.simplefilter("ignore")  # bytes that a tensor may not write, and that TorchCodec will do this one day
                 return decoder(torch.frombuffer(data, dtype=torch.uint8))
     except (IndexError, RuntimeError):
-        pass  # Pillow says what is wrong
+        pass  # Pillow will raise an error with the reason
     return None
 
 
@@ -295,7 +297,7 @@ def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
     with Image.open(file, formats=_formats()) as image:
         if _is_deep(image, file):
             raise DataError(
-                f"{name}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8"
+                f"{name}: pixels of more than 8 bits (Pillow's mode {image.mode}) are not supported: convert it to 8 bits"
             )
         image.load()
         turn = _turn(image)
@@ -305,22 +307,23 @@ def _decode(file: BinaryIO, name: Path, channels: int, size: int) -> Tensor:
 
 
 def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Tensor:
-    """:func:`read_image` of a file or of its bytes, which errors call ``name``.
+    """:func:`read_image` of a file or of its bytes; errors name it ``name``.
 
-    Pillow gets no path: it would map an uncompressed file into memory, and it maps a TIFF whose EXIF turns it with the sides
-    exchanged, so that its rows are sheared.
+    Pillow gets an open file, not a path. With a path it maps an uncompressed file into memory, and a TIFF rotated by EXIF is
+    mapped with width and height exchanged, which shears its rows.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         if isinstance(image_file, Path):
             if image_file.exists() and not (image_file.is_file() or image_file.is_dir()):
-                raise DataError(f"{name}: no regular file")  # to open a pipe would wait for a writer
+                raise DataError(f"{name}: not a regular file")  # opening a pipe would wait for a writer
             file: BinaryIO = image_file.open("rb")
         else:
             file = io.BytesIO(image_file)
         with file, warnings.catch_warnings():
-            # From 89 million pixels on Pillow warns, from twice as many on it refuses: a picture to classify has neither.
+            # Pillow warns from 89 million pixels on, and refuses from twice as many on. Refuse both: no image to classify is so
+            # large.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = _decode(file, name, channels, size)
     except DataError:
@@ -335,42 +338,42 @@ def _read(image_file: Path | bytes, name: Path, channels: int, size: int) -> Ten
         raise DataError(f"{name}: too large to be decoded: it takes more memory than there is") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
-    # What damaged bytes make a decoder raise is not documented: all of it means the same here.
+    # What a decoder raises for damaged bytes is not documented. Any exception means a damaged file here.
     except Exception as error:
         raise DataError(f"{name}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     return image.squeeze(0) if channels == 1 else image
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """The image in the file ``path``, as the paper on AlexNet takes it: its shorter side made ``size``, the middle cut out.
+    """Read the image file ``path`` as in the AlexNet paper: resize its shorter side to ``size`` and cut out the middle.
 
-    Resized bilinearly and smoothed before it shrinks, as by ``torchvision.transforms.v2.functional.resize``. Turned as its EXIF
-    orientation says; transparency is left out; of an animation it is the first frame. Takes memory for a few times the file's
-    own pixels, however narrow the image is.
+    Resizing is bilinear with antialiasing, as in ``torchvision.transforms.v2.functional.resize``. The EXIF orientation is
+    applied, transparency is dropped, and of an animation the first frame is used. The memory needed is a few times that of the
+    file's pixels, however narrow the image is.
 
     Args:
-        path: a file of any format that Pillow decodes without another program, which it would run for EPS.
-        channels: 1 for grey, 3 for red, green, blue: what the image is converted to.
+        path: a file of any format that Pillow decodes without another program. EPS needs one.
+        channels: 1 converts the image to grey, 3 to red, green, blue.
         size: side of the square returned.
 
     Returns:
         uint8 (size, size) for one channel, (3, size, size) for three.
 
     Raises:
-        DataError: no such file, unreadable, no image, a damaged one, of more than 8 bits a channel (16-bit grey and 48-bit
-            RGB too: what is white in them is not always 65,535; only AVIF's 10 and 12 bits are made 8, by its own decoder),
-            of more pixels than Pillow takes to be safe (89 million), or too large for the memory that is left.
+        DataError: the file does not exist, is unreadable, damaged or no image, has more than 8 bits a channel (including 16-bit
+            grey and 48-bit RGB, whose white is not always 65,535; only AVIF's 10 and 12 bits are reduced to 8, by its decoder),
+            has more pixels than Pillow takes to be safe (89 million), or needs more memory than is left.
     """
     return _read(path, path, channels, size)
 
 
 def decode_image(data: bytes, name: Path, channels: int, size: int) -> Tensor:
-    """:func:`read_image` of a file's bytes ``data``, which errors call ``name``."""
+    """:func:`read_image` of ``data``, the bytes of a file; errors name it ``name``."""
     return _read(data, name, channels, size)
 
 
 def read_images(paths: list[Path], channels: int, size: int) -> tuple[Tensor, list[Path], list[DataError]]:
-    """:func:`read_image` of each of ``paths``: the images that can be read as one tensor, their paths, the others' errors."""
+    """:func:`read_image` of each of ``paths``; return one tensor of the readable images, their paths, and the other errors."""
     images: list[Tensor] = []
     readable: list[Path] = []
     errors: list[DataError] = []

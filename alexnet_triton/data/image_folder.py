@@ -1,7 +1,7 @@
-"""Own images, in torchvision's ``ImageFolder`` layout: a folder for each class, within ``train`` and one of :data:`TESTS`.
+"""Load a user's images in torchvision's ``ImageFolder`` layout: a folder per class, within ``train`` and one of :data:`TESTS`.
 
-Where they fit the device's memory (150,528 bytes an image of 3 x 224 x 224, 7.5 GB for 50,000), the files are decoded once, by
-several processes, to squares of uint8 that stay there: an epoch decodes nothing, and its data kernel is that of Fashion-MNIST.
+If the images fit the device's memory (150,528 bytes for one of 3 x 224 x 224, 7.5 GB for 50,000), several processes decode
+them once to uint8 squares that stay on the device. Epochs then decode nothing, and use the same data kernel as Fashion-MNIST.
 Larger sets are streamed (:mod:`.stream`).
 """
 
@@ -32,14 +32,14 @@ _CPU = torch.device("cpu")
 
 
 def _parts(data: str | Path | None, buffer: int) -> Parts | None:
-    """What there is of tar shards or of a saved data set; None: ``data`` is neither."""
+    """The parts of tar shards or of a saved data set; None if ``data`` is neither."""
     if is_shards(data):
         return find_shards(str(data), buffer)
     return find_saved_dataset(str(data)) if is_saved_dataset(data) else None
 
 
 def is_own(data: str | Path | None, validation: float | None = None) -> bool:
-    """Whether ``data`` holds images of one's own, in whatever form, and not Fashion-MNIST."""
+    """Whether ``data`` holds the user's own images (shards, saved data set or image folder) and not Fashion-MNIST."""
     return is_shards(data) or is_saved_dataset(data) or is_image_folder(data, validation)
 
 
@@ -47,7 +47,7 @@ def is_image_folder(data: str | Path | None, validation: float | None = None) ->
     """Whether ``data`` (as for :func:`load_data`) is a folder of images, not one of Fashion-MNIST's files.
 
     Raises:
-        DataError: ``data`` begins with the home of a user that there is not.
+        DataError: ``data`` begins with ``~`` of an unknown user.
     """
     if data is None or str(data) == "sample":
         return False
@@ -57,22 +57,22 @@ def is_image_folder(data: str | Path | None, validation: float | None = None) ->
 
 
 def default_channels(data: str | Path | None, validation: float | None = None) -> int:
-    """Of the images of ``data``, where nobody says how many: 1 for Fashion-MNIST, 3 for one's own images."""
+    """The default number of channels for ``data``: 1 for Fashion-MNIST, 3 for the user's own images."""
     return 3 if is_own(data, validation) else 1
 
 
 def lacks_test(data: str | Path | None) -> bool:
-    """Whether ``data`` is there and can be images of which none are for the test: ``validation`` divides it."""
+    """Whether ``data`` exists and holds images but no test images, so that ``validation`` must divide it."""
     if (parts := _parts(data, BUFFER)) is not None:
         return parts.test is None
     return data is not None and is_image_folder(data, 0.5) and _test_folder(expand(data)) is None
 
 
 def _check_fashion_mnist(data: str | Path | None, validation: float | None) -> None:
-    """That ``data``, no folder of images, is there and holds Fashion-MNIST, which ``validation`` does not divide.
+    """Check that ``data``, which is no image folder, holds Fashion-MNIST, and that there is no ``validation``.
 
     Raises:
-        DataError: it does not, or there is a ``validation``.
+        DataError: ``data`` does not hold Fashion-MNIST, or ``validation`` is given.
     """
     if data is not None and str(data) != "sample":
         check_folder(expand(data))
@@ -81,13 +81,13 @@ def _check_fashion_mnist(data: str | Path | None, validation: float | None) -> N
 
 
 def _check_links(data: Path, folder: Path, walked: Sequence[Listed]) -> None:
-    """That what is in ``folder``, one of ``data``'s, is in ``data``; ``walked``: all below it.
+    """Check the links in ``folder``, a folder of ``data``, as listed in ``walked``.
 
-    Else a data set from elsewhere could show any file of this machine. Nor may a link lead to a folder: one that leads to its
-    own would be read again and again.
+    Links must not leave ``data``: else a data set from elsewhere could show any file of this machine. Links must not lead to
+    folders: a link to its own folder would be read endlessly.
 
     Raises:
-        DataError: a link that leads out of ``data``, to a folder, or nowhere.
+        DataError: a link leaves ``data``, or leads to a folder or nowhere.
     """
     root = os.path.realpath(data)
     links = [folder] if folder.is_symlink() else []
@@ -102,9 +102,9 @@ def _check_links(data: Path, folder: Path, walked: Sequence[Listed]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Listing:
-    """The image files of ``folder``, sorted by class and name; the label of each is its class's place in ``classes``.
+    """The image files of ``folder``, sorted by class and name.
 
-    ``names`` are paths below ``folder``.
+    ``names`` are paths relative to ``folder``. ``labels`` are indices into ``classes``.
     """
 
     folder: Path
@@ -116,13 +116,16 @@ class _Listing:
         return dataclasses.replace(self, names=[self.names[i] for i in keep], labels=[self.labels[i] for i in keep])
 
     def source(self) -> Files:
-        """The images, to be read."""
+        """The images as a source for a reader."""
         return Files(self.folder, self.names, torch.tensor(self.labels))
 
     def halves(self, validation: float, seed: int) -> tuple[_Listing, _Listing]:
-        """Of each class the part ``validation`` by itself, one image at least, and the rest before it.
+        """Split off the fraction ``validation`` of each class, at least one image; return (the rest, the images split off).
 
-        Which ones is decided by a hash of seed and name: the same on every machine, and another file changes little.
+        A hash of seed and name decides. So the choice is the same on every machine, and additional files change it little.
+
+        Raises:
+            DataError: a class has only one image.
         """
         held: set[int] = set()
         for label, images in itertools.groupby(range(len(self.labels)), key=self.labels.__getitem__):
@@ -140,15 +143,22 @@ class _Listing:
 
 
 def _list_images(data: Path, folder: Path, classes: Sequence[str] | None, note: Note) -> _Listing:
-    """The images of ``data``'s ``folder`` of class folders, whose sorted names are the classes unless ``classes`` are given."""
+    """List the images in the class folders of ``folder``, a folder of ``data``.
+
+    The classes are the sorted names of the class folders, unless ``classes`` are given.
+
+    Raises:
+        DataError: a link is not allowed, there is no class folder, a class is unknown or has no image, or a folder is
+            unreadable.
+    """
     top, *below = walk(folder)
     _check_links(data, folder, (top, *below))
     if not top.folders:
-        raise DataError(f"{folder}: no folder of a class in it")
+        raise DataError(f"{folder}: holds no class folder")
     names = tuple(top.folders if classes is None else classes)
     if unknown := [name for name in top.folders if name not in names]:
         raise DataError(f"{folder / unknown[0]}: not one of the classes that are trained on: {some(names)}")
-    # The folders of each class, each with the part of its path that its files' names begin with.
+    # The folders below each class folder, each with its path relative to ``folder``, the prefix of its files' names.
     parts: dict[str, list[tuple[str, Listed]]] = {name: [] for name in top.folders}
     for listed in below:
         prefix = os.path.relpath(listed.path, folder) + "/"
@@ -168,7 +178,7 @@ def _list_images(data: Path, folder: Path, classes: Sequence[str] | None, note: 
         passed_over += others
     if passed_over:
         files = "1 file that is no image" if len(passed_over) == 1 else f"{len(passed_over)} files that are no images"
-        note(f"{folder}: passed over {files} of a class: {some(passed_over)}")
+        note(f"{folder}: ignored {files} of a class: {some(passed_over)}")
     return _Listing(folder, names, images, labels)
 
 
@@ -192,10 +202,10 @@ def _list_training(data: Path, folder: Path, classes: Sequence[str] | None, note
 
 
 def _holds_classes(train: Path) -> bool:
-    """Whether ``train`` is the folder of the training images, not that of a class of this name or none.
+    """Whether ``train`` is the folder of the training images: it exists and is not the folder of a class of that name.
 
     Raises:
-        DataError: it holds images as a class does, and folders too.
+        DataError: ``train`` holds images, as a class folder does, and folders too.
     """
     if not train.is_dir():
         return False
@@ -203,8 +213,8 @@ def _holds_classes(train: Path) -> bool:
     images = list(filter(is_image, listed.files))
     if listed.folders and images:
         raise DataError(
-            f"{train}: holds folders, as training images do, and images, such as {images[0]}, as a class does: move these "
-            f"away, or, if {train.name} is a class, give its folder another name"
+            f"{train}: holds folders, like a folder of training images, and images, such as {images[0]}, like the folder of a "
+            f"class: move the images away, or, if {train.name} is a class, give its folder another name"
         )
     return not images
 
@@ -212,7 +222,7 @@ def _holds_classes(train: Path) -> bool:
 def _list_halves(
     folder: Path, classes: Sequence[str] | None, validation: float, seed: int, note: Note
 ) -> tuple[_Listing, _Listing]:
-    """Images to train on and to test with, where there are none for the test: :meth:`_Listing.halves` of one folder's."""
+    """Training and test images of a data set without test images: :meth:`_Listing.halves` of its one folder."""
     if not 0 < validation < 1:
         raise DataError(f"validation must be between 0 and 1, got {validation}")
     if (test := _test_folder(folder)) is not None:
@@ -243,35 +253,36 @@ def load_data(
     buffer: int = BUFFER,
     on_note: Note = _say_nothing,
 ) -> Dataset[Any]:
-    """What to train on: images of one's own, or Fashion-MNIST.
+    """Load training and test images: the user's own, or Fashion-MNIST.
 
     Args:
-        data: a folder of ``train`` and ``test`` (or the next of :data:`TESTS`), each of a folder for every class with its
-            images, and no links out of it; tar shards (:func:`.shards.find_shards`); a saved data set
-            (:func:`.hub.find_saved_dataset`); anything else as in :func:`.fashion_mnist.load_fashion_mnist`. An image is what
-            has the suffix of a format that :func:`.image_files.read_image` reads; hidden files and folders are no part of it.
-        size: side of a folder's images. Fashion-MNIST's are 28 x 28.
-        channels: 1 or 3; Fashion-MNIST has one.
-        limit: take so many images of each split at most, spread evenly over the sorted files, so that every class has its
-            share; of Fashion-MNIST the first ones.
-        workers: processes that decode; 0 decodes in this one; None: :func:`.image_workers.default_workers`.
-        device: where the images go, some at a time.
-        validation: part of each class's images, between 0 and 1, that are the test images. Then ``data`` has none itself: it
-            holds ``train`` alone, or the folders of the classes themselves.
-        seed: which images ``validation`` takes. The same ones in every run, and nearly so if files are added.
-        skip_damaged: leave out what cannot be read: :attr:`.dataset.Dataset.skipped`; of streamed images see
+        data: a folder with ``train`` and ``test`` (or another of :data:`TESTS`), each with a folder of images per class and no
+            links that leave ``data``; tar shards (:func:`.shards.find_shards`); a saved data set
+            (:func:`.hub.find_saved_dataset`); else as for :func:`.fashion_mnist.load_fashion_mnist`. Images are files with a
+            suffix of a format that :func:`.image_files.read_image` reads. Hidden files and folders are ignored.
+        size: side of the images. Fashion-MNIST's are 28 x 28 whatever this says.
+        channels: 1 or 3. Fashion-MNIST has one.
+        limit: the most images of each split, spread evenly over the sorted files, so that every class has its share. Of
+            Fashion-MNIST the first images are taken.
+        workers: number of processes that decode; 0: decode in this process; None: :func:`.image_workers.default_workers`.
+        device: device to which the images are copied, in batches.
+        validation: fraction of each class's images, between 0 and 1, that is held out as test images. ``data`` must then have
+            no test images: it holds only ``train``, or the class folders themselves.
+        seed: decides which images ``validation`` holds out. The choice is the same in every run, and changes little if files
+            are added.
+        skip_damaged: leave out unreadable images and list them in :attr:`.dataset.Dataset.skipped`. For a stream see
             :class:`.stream.StreamedSplit`.
-        stream: whether images are read while one trains, not all before; None: where they do not fit ``device``.
-        buffer: of tar shards, among how many images that follow each other an epoch's order is drawn.
-        on_note: is called with a line about files that were passed over since they are no images, and one about skipped ones.
+        stream: whether to read images during training instead of all in advance; None: if they do not fit ``device``.
+        buffer: size of the shuffle buffer for tar shards, in images.
+        on_note: function that is called with a line about ignored files that are no images, skipped images or streaming.
 
     Returns:
-        Images in the order of the sorted names of classes and files, whatever ``workers`` is.
+        The data set. Images of a folder are in the order of the sorted names of classes and files, whatever ``workers`` is.
 
     Raises:
-        DataError: nothing found, a broken file, a class without images or with damaged ones only, fewer than two classes, a
-            test image of a class without training images, a class of one image for ``validation``, more than ``device``
-            holds, a process that dies while it decodes.
+        DataError: nothing is found, a file is broken, a class has no image or only damaged ones, there are fewer than two
+            classes, a test image is of a class without training images, a class has too few images for ``validation``, the
+            images need more memory than ``device`` has free, or a worker process dies.
     """
     reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
     if (parts := _parts(data, buffer)) is not None:
@@ -287,7 +298,7 @@ def load_data(
         train, test = (_fashion_mnist(split, whole.source, stream, workers) for split in splits)
         return Dataset(train, test, whole.source, whole.classes, whole.name)
     folder = expand(str(data))
-    # All is listed before anything is decoded, which can take minutes.
+    # List all files first, so that errors appear before decoding, which can take minutes.
     if validation is not None:
         training, tests = _list_halves(folder, None, validation, seed, on_note)
     elif (folder / TRAIN).is_dir():
@@ -300,7 +311,7 @@ def load_data(
 
 
 def _fashion_mnist(split: Split, folder: Path, stream: bool | None, workers: int | None) -> AnySplit:
-    """A split of Fashion-MNIST, which fits any memory; streamed if that is asked for."""
+    """A split of Fashion-MNIST, as a stream only if ``stream`` is True: it fits any memory."""
     if not stream:
         return split
     count = default_workers() if workers is None else workers
@@ -323,10 +334,10 @@ def load_test(
     buffer: int = BUFFER,
     on_note: Note = _say_nothing,
 ) -> AnySplit:
-    """The test images of ``data`` for a network that tells ``classes`` apart; the other arguments are :func:`load_data`'s.
+    """Load the test images of ``data`` for a network with ``classes``. The other arguments are those of :func:`load_data`.
 
     Raises:
-        DataError: as :func:`load_data`, and where the images are not of these classes.
+        DataError: as for :func:`load_data`, or the images are of other classes.
     """
     reader = Reader(size, channels, limit, workers, device, skip_damaged, stream, on_note)
     if (parts := _parts(data, buffer)) is not None:
@@ -340,8 +351,6 @@ def load_test(
         return reader.read(listing.source(), classes, str(listing.folder))
     _check_fashion_mnist(data, validation)
     if tuple(classes) != CLASSES:
-        raise DataError(
-            f"the network tells {some(classes)} apart, not the classes of Fashion-MNIST: give --data its own images"
-        )
+        raise DataError(f"the network has the classes {some(classes)}, not those of Fashion-MNIST: give --data its own images")
     found = load_fashion_mnist(data)
     return _fashion_mnist(found.test.limited(limit), found.source, stream, workers)

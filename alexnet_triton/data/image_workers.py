@@ -1,7 +1,7 @@
-"""Images read by several processes, which write them into memory that all share.
+"""Worker processes that decode images into shared memory.
 
-Not a ``DataLoader``, whose processes hand over through /dev/shm: of that a container has 64 MB if nobody says how much, and
-where it is full nothing comes any more. Memory that a process shares with those that it forks lies in no file system.
+A ``DataLoader`` is not used. Its workers pass images through /dev/shm, which has 64 MB in a container by default, and when it
+is full they hang. The anonymous memory that a process shares with its forks is in no file system.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from torch import Tensor
 from .dataset import DataError
 from .sources import Source
 
-#: Images that a process is given at a time.
+#: Images per chunk. A worker is sent one chunk at a time.
 CHUNK = 16
 
-#: Chunks that it is given ahead: the next one waits for it.
+#: The most chunks that a worker has at a time, so that the next chunk is there when it has finished one.
 _AHEAD = 2
 
-#: Seconds after which a process that has sent nothing is given up.
+#: Seconds without an answer after which a worker counts as hung.
 PATIENCE = 600.0
 
-#: Seconds between two looks at whether to stop, while there is nothing to do but to wait.
+#: Seconds between two checks whether to stop, while waiting for workers.
 _GLANCE = 0.1
 
-#: What could not be read, by its place in the batch.
+#: Errors of unreadable images, by position in the batch.
 Errors = dict[int, DataError]
 
 
 def default_workers() -> int:
-    """Processes that decode: one for each core that may be used, torchrun's processes sharing them."""
+    """The default number of workers: one per usable core, divided among torchrun's processes on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def useful_workers(batches: Sequence[Sized], workers: int) -> int:
-    """Of ``workers`` processes as many as ``batches`` have chunks: more would have nothing to read."""
+    """The number of ``workers`` that get work: at most the number of chunks in ``batches``."""
     return min(workers, sum(math.ceil(len(batch) / CHUNK) for batch in batches))
 
 
 def image_shape(channels: int, size: int) -> tuple[int, ...]:
-    """Of an image as :func:`.image_files.read_image` returns it."""
+    """The shape of an image returned by :func:`.image_files.read_image`."""
     return (size, size) if channels == 1 else (channels, size, size)
 
 
 def read_into(room: Tensor, source: Source, index: Sequence[int], channels: int) -> Errors:
-    """Read the images ``index`` into the first places of ``room``, (B, H, W) or (B, 3, H, W); what cannot be read."""
+    """Read the images ``index`` into the first rows of ``room``, (B, H, W) or (B, 3, H, W); return the errors."""
     errors: Errors = {}
     for place, i in enumerate(index):
         try:
@@ -70,30 +70,30 @@ def read_into(room: Tensor, source: Source, index: Sequence[int], channels: int)
 
 
 def _end_with(parent: int) -> None:
-    """Let this process be killed when the one that forked it ends, however that is."""
+    """Have the system kill this process when its parent ends in any way."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
 
 
 def _work(pipe: Connection, theirs: Connection, parent: int, source: Source, room: Tensor, channels: int) -> None:
-    """One process: reads what it is told to read into the places that it is told, and says what it could not."""
-    theirs.close()  # a copy of which the fork made: with it the pipe would not end where the other process does
-    # A terminal, a batch system or `timeout` may send these to all processes; the first one heeds them, and ends the others.
+    """Main loop of a worker: receive (slot, begin, index), read the images into ``room[slot, begin:]``, send the errors."""
+    theirs.close()  # this fork's copy of the parent's end: with it open, the pipe would not end when the parent does
+    # A terminal, a batch system or `timeout` may send these signals to all processes. The parent handles them and ends workers.
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     _end_with(parent)
-    gc.disable()  # what the other process has left is none of this one's business
-    torch.set_num_threads(1)  # after a fork there are no others
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody wants any more
+    gc.disable()  # the parent's garbage is not to be collected here
+    torch.set_num_threads(1)  # a fork does not copy the parent's threads
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has closed the pipe
         while True:
             slot, begin, index = pipe.recv()
             pipe.send(read_into(room[slot, begin:], source, index, channels))
 
 
 class _Worker:
-    """A process that reads, and what it has been told to."""
+    """A worker process, and its queue of chunks."""
 
     def __init__(self, number: int, count: int, source: Source, room: Tensor, channels: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -104,9 +104,9 @@ class _Worker:
             self.process.start()
         except OSError as error:
             raise DataError(
-                f"process {number} of {count} to decode images cannot be started: {error.strerror}: --workers N"
+                f"process {number} of {count} to decode images cannot be started: {error.strerror}: use fewer with --workers N"
             ) from error
-        theirs.close()  # so that the pipe ends with the process
+        theirs.close()  # so that the pipe ends when the worker does
         self.given: deque[tuple[int, int, list[int]]] = deque()
         self.heard = time.monotonic()
 
@@ -114,14 +114,14 @@ class _Worker:
         if not self.given:
             self.heard = time.monotonic()
         self.given.append(chunk)
-        with contextlib.suppress(OSError):  # of a process that has ended, which is seen where it should answer
+        with contextlib.suppress(OSError):  # the worker has ended; answer() will raise
             self.pipe.send(chunk)
 
     def answer(self) -> tuple[int, Errors]:
-        """The slot of what it has read, and what it could not.
+        """Receive the worker's oldest chunk: its slot, and the errors by position in the slot.
 
         Raises:
-            EOFError, OSError: the process has ended.
+            EOFError, OSError: the worker has ended.
         """
         errors: Errors = self.pipe.recv()
         slot, begin, _ = self.given.popleft()
@@ -129,7 +129,7 @@ class _Worker:
         return slot, {begin + place: error for place, error in errors.items()}
 
     def end(self) -> str:
-        """In words, how the process ended."""
+        """Describe, for a message, how the worker ended."""
         self.process.join(5)
         code = self.process.exitcode or 0
         said = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -142,24 +142,25 @@ class _Worker:
 
 
 class Decoders:
-    """Processes that read batches of a source's images, into slots of ``batch`` places each.
+    """Workers that read batches of a source's images into slots of shared memory.
 
-    A slot is put to use by :meth:`put`; :meth:`get` waits for the one that was put first. Which process reads what changes no
-    bit. The processes begin by a fork: what ``source`` is then they have, and nothing of it is sent. Close it, or they stay.
+    :meth:`put` queues a batch for a slot. :meth:`get` waits for the batch that was queued first. The result does not depend on
+    which worker reads an image. Workers are forked: they have ``source`` as it was at the fork, and nothing of it is sent. Call
+    :meth:`close`, or the workers stay.
 
     Args:
-        source: what is read.
+        source: source of the images.
         channels: 1 or 3.
         size: side of the images.
-        batch: images of a slot, at most.
-        workers: processes; with 0 the images are read in this one, in :meth:`get`.
+        batch: the most images of a slot.
+        workers: number of processes; 0: :meth:`get` reads the images in this process.
 
     Attributes:
-        room: uint8 (slots, batch, size, size), of three channels (slots, batch, 3, size, size), in memory that is shared. At
-            least three slots, and as many that every process has chunks ahead while one slot is taken.
+        room: uint8 (slots, batch, size, size), for three channels (slots, batch, 3, size, size), in shared memory. There are at
+            least three slots, and enough to keep every worker's queue full while one slot is in use.
 
     Raises:
-        DataError: no memory for it, or a process that cannot be started.
+        DataError: there is not enough memory, or a process cannot be started.
     """
 
     def __init__(self, source: Source, channels: int, size: int, batch: int, workers: int) -> None:
@@ -173,7 +174,7 @@ class Decoders:
                 f"no memory for {self.slots} batches of {batch} images of {channels} x {size} x {size}, "
                 f"{math.prod(shape) / 1e9:.1f} GB: fewer with --batch-size N or --workers N"
             ) from error
-        #: Slots in the order in which they were put, each with its images, how many of them are still to come, and errors.
+        #: Queued slots in their order; of each slot its images, the number of images still to be read, and the errors.
         self._put: deque[int] = deque()
         self._index: dict[int, list[int]] = {}
         self._missing: dict[int, int] = {}
@@ -181,18 +182,18 @@ class Decoders:
         self._chunks: deque[tuple[int, int, list[int]]] = deque()
         self._workers: list[_Worker] = []
         if workers:
-            import torchvision.transforms.v2.functional  # noqa: F401 here, once: else each process imports it by itself
+            import torchvision.transforms.v2.functional  # noqa: F401 before the fork: else each worker imports it
         try:
             for i in range(workers):
                 self._workers.append(_Worker(i, workers, source, self.room, channels))
         except BaseException:
             self.close()
             raise
-        # Before multiprocessing's own, which asks by SIGTERM and waits.
+        # This runs before multiprocessing's own exit handler, which sends SIGTERM and waits.
         atexit.register(self.close)
 
     def put(self, slot: int, index: Sequence[int]) -> None:
-        """Let the images ``index`` be read into ``slot``, which nobody reads any more."""
+        """Queue the images ``index`` to be read into ``slot``, whose former content is no longer needed."""
         self._put.append(slot)
         self._index[slot], self._missing[slot], self._errors[slot] = list(index), len(index), {}
         if self._workers:
@@ -200,10 +201,10 @@ class Decoders:
             self._give()
 
     def get(self, stop: Callable[[], bool] | None = None) -> tuple[int, Errors] | None:
-        """The slot that was put first, its images read, and what of it cannot be; None where ``stop`` said so meanwhile.
+        """Wait for the slot that was queued first; return the slot and its errors, or None once ``stop`` returns True.
 
         Raises:
-            DataError: a process has died, or has sent nothing for :data:`PATIENCE`.
+            DataError: a worker has died, or has sent nothing for :data:`PATIENCE` seconds.
         """
         slot = self._put[0]
         if not self._workers:
@@ -219,10 +220,10 @@ class Decoders:
         return slot, self._errors.pop(slot)
 
     def _listen(self) -> None:
-        """Wait a moment for processes that have read something, and give them more."""
+        """Wait up to :data:`_GLANCE` seconds for workers' answers, and send new chunks."""
         busy = {worker.pipe: worker for worker in self._workers if worker.given}
         for pipe in wait(list(busy), _GLANCE):
-            worker = busy[pipe]  # type: ignore[index]  # a Connection, as they all are
+            worker = busy[pipe]  # type: ignore[index]  # always a Connection here
             index = worker.given[0][2]
             try:
                 slot, errors = worker.answer()
@@ -252,7 +253,7 @@ class Decoders:
         return str(first) + (f" to {last}" if len(index) > 1 else "")
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the workers."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.close()
@@ -262,13 +263,13 @@ class Decoders:
 def decode(
     source: Source, batches: Sequence[Sequence[int]], channels: int, size: int, workers: int
 ) -> Generator[tuple[Tensor, Errors], None, None]:
-    """The images of each of ``batches``, whatever ``workers`` is, and which of them cannot be read.
+    """Yield the images of each of ``batches`` with the errors of unreadable ones, the same whatever ``workers`` is.
 
-    Images are uint8, (B, H, W) or (B, 3, H, W), and hold until the next are asked for. The processes end with the iterator:
-    close it.
+    Images are uint8, (B, H, W) or (B, 3, H, W), and valid until the next batch is requested. Close the iterator to end the
+    workers.
 
     Raises:
-        DataError: as :class:`Decoders` does.
+        DataError: as :class:`Decoders`.
     """
     if not batches:
         return
@@ -278,7 +279,7 @@ def decode(
             decoders.put(i, batch)
         for i, batch in enumerate(batches):
             found = decoders.get()
-            assert found is not None  # nobody says stop
+            assert found is not None  # no stop function was passed
             slot, errors = found
             yield decoders.room[slot, : len(batch)], errors
             if i + decoders.slots < len(batches):

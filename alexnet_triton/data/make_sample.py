@@ -1,6 +1,6 @@
-"""Make the sample that this package ships from the full data set: ``python -m alexnet_triton.data.make_sample SOURCE [OUT]``.
+"""Make the package's sample from full Fashion-MNIST: ``python -m alexnet_triton.data.make_sample SOURCE [OUT]``.
 
-The first images of each class in the data set's own order, classes in turn, so that any prefix is balanced too.
+The sample has the first images of each class in the data set's order. Classes alternate, so that any prefix is balanced too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def balanced(split: Split, per_class: int) -> Split:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """Write a uint8 array as a gzipped IDX file, the same bytes every time."""
+    """Write a uint8 array as a gzipped IDX file. The same array always gives the same bytes."""
     header = (0x0800 + array.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
     path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=9, mtime=0))
 

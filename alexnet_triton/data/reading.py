@@ -1,4 +1,4 @@
-"""How a source's images are read: all at once into a device's memory, or streamed."""
+"""Reading a source's images: all into the memory of a device, or as a stream."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from .image_workers import decode, default_workers, image_shape
 from .sources import Source
 from .stream import AnySplit, StreamedSplit
 
-#: Is told what was left out, a line at a time.
+#: Function that is called with one line of text for the user.
 Note = Callable[[str], object]
 
-#: Images that are copied to a device at a time.
+#: Number of images that are copied to a device at a time.
 _AT_A_TIME = 64
 
-#: Of the memory that is free, what the images of a set may take.
+#: The fraction of the free memory that the images of a set may take.
 _PART = 0.7
 
 
 def some(names: Sequence[object], separator: str = ", ") -> str:
-    """Ten of ``names``, and how many more there are."""
+    """The first ten of ``names``, and the number of the others, for a message."""
     return separator.join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What a set may take of the memory that ``device`` has free: a network and its step need some, too."""
+    """Bytes of the free memory of ``device`` that a set may take. The network and its steps need the rest."""
     if device.type == "cuda":
         return int(_PART * torch.cuda.mem_get_info(device)[0])
-    # Of several processes of a machine each has a part: all read at the same time.
+    # Processes of one machine share its memory: all of them read at the same time.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    assert available is not None  # Linux has it since 3.14
+    assert available is not None  # Linux has MemAvailable since 3.14
     return int(_PART * 1024 * int(available[1])) // processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How sources are read.
+    """Settings for reading sources, and the damaged images met so far.
 
     Attributes:
         size: side of the images.
         channels: 1 or 3.
-        limit: at most so many images of a source, spread evenly, so that every class has its share; None: all.
-        workers: processes that decode; None: :func:`.image_workers.default_workers`.
-        device: where images go that are held in memory.
-        skip_damaged: leave out what cannot be read, if in memory; if streamed, see :class:`.stream.StreamedSplit`.
-        stream: whether sources are streamed; None: those that do not fit the memory that ``device`` has free, which is said.
-        note: is called with a line about what was skipped or is streamed.
-        skipped: what was left out so far.
+        limit: the most images of a source, spread evenly, so that every class has its share; None: all.
+        workers: number of processes that decode; None: :func:`.image_workers.default_workers`.
+        device: device for images that are kept in memory.
+        skip_damaged: leave out unreadable images that would be kept in memory. For a stream see :class:`.stream.StreamedSplit`.
+        stream: whether to stream sources; None: stream those that do not fit the free memory of ``device``, and say so.
+        note: function that is called with a line about skipped images or streaming.
+        skipped: the images left out so far, each with the reason.
     """
 
     size: int
@@ -70,10 +70,16 @@ class Reader:
     skipped: list[tuple[Path, str]] = dataclasses.field(default_factory=list)
 
     def read(self, source: Source, classes: Sequence[str], what: str) -> AnySplit:
-        """The images of ``source`` in its order, whatever ``workers`` is; ``what`` is how messages call it.
+        """Read or stream the images of ``source``, in its order, whatever ``workers`` is.
+
+        Args:
+            source: the images.
+            classes: class names in the order of the labels.
+            what: name of the source in messages.
 
         Raises:
-            DataError: an image cannot be read, or all of a class; more than the device holds; a process that dies.
+            DataError: an image cannot be read, all images of a class are damaged, the device has not enough memory, or a worker
+                process dies.
         """
         if self.limit is not None and self.limit < len(source):
             source = source.subset(torch.arange(self.limit) * len(source) // self.limit)
@@ -91,12 +97,12 @@ class Reader:
         shape = (len(source), *image_shape(self.channels, self.size))
         try:
             images = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
-            raise DataError(f"{size}, more than {self.device} has free: --stream, or take fewer with --limit") from error
+        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+            raise DataError(f"{size}, more than {self.device} has free: use --stream, or take fewer with --limit") from error
         return self._held(source, classes, what, images, workers)
 
     def _held(self, source: Source, classes: Sequence[str], what: str, images: Tensor, workers: int) -> Split:
-        """All of ``source``, in ``images``."""
+        """Decode all of ``source`` into ``images`` and return them as a split, without skipped ones."""
         batches = torch.arange(len(source)).split(_AT_A_TIME)
         kept: list[Tensor] = []
         good = 0

@@ -1,8 +1,8 @@
-"""Images in tar files, as WebDataset writes them: of each image a member ``KEY.jpg`` and one ``KEY.cls``, its label.
+"""Images in tar shards as WebDataset writes them: for each image a member ``KEY.jpg`` and its label, a member ``KEY.cls``.
 
-Reading needs an index of all members: the shards' headers are read once, at the start, and the images are passed over. The
-package ``webdataset`` expands the names of shards and divides a member's name into key and suffix. It has no index by which
-an image can be read alone, and Python's ``tarfile`` makes an object of each member: the headers are read here.
+At the start the headers of all shards are read once, without the images, to build an index of all members. The package
+``webdataset`` expands the names of shards and splits a member's name into key and suffix. It has no index for reading single
+images, and Python's ``tarfile`` creates an object for each member. So this module parses the headers itself.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from .image_files import decode_image, is_hidden, suffixes
 from .sources import Names
 from .splits import TESTS, TRAIN, Parts
 
-#: Images among which the next one is drawn.
+#: Default size of the shuffle buffer, in images.
 BUFFER = 10_000
 
-#: A tar file is made of blocks of so many bytes.
+#: Bytes of a block of a tar file.
 _BLOCK = 512
 
-#: Bytes that are read at a time: a label with its header, and the header of the image behind it.
+#: Bytes per read of headers: enough for a label with its header and the header of the next image.
 _WINDOW = 4096
 
-#: The longest member that is no image and read: a label has a few digits, JSON and a long name of the tar format may have more.
+#: The most bytes that are read of a member other than an image. A label has a few digits; JSON and long names may have more.
 _LONGEST = 1 << 20
 
-#: File with the names of the classes, one a line, beside the shards.
+#: File beside the shards with the class names, one per line.
 CLASSES = "classes.txt"
 
 
 def _number(field: bytes) -> int:
-    """A number of a tar header: octal digits, or binary where the first bit is set."""
+    """Decode a number of a tar header: octal digits, or binary if the first bit is set."""
     return int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
 
 
 def _parse(header: bytes) -> tuple[bytes, bytes, int]:
-    """A member's kind, name and length.
+    """Parse a tar header; return the member's type flag, name and length.
 
     Raises:
-        ValueError: it is no tar header, or a damaged one.
+        ValueError: ``header`` is no tar header, or a damaged one.
     """
-    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:  # its own eight bytes count as spaces
+    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * 32:  # the checksum's own bytes count as spaces
         raise ValueError("sum")
     name = header[:100].partition(b"\0")[0]
     if header[257:263] == b"ustar\0" and header[345]:
@@ -63,10 +63,10 @@ def _parse(header: bytes) -> tuple[bytes, bytes, int]:
 
 
 def _records(body: bytes) -> dict[bytes, bytes]:
-    """The records of a POSIX header that belongs to the next member: each is ``LENGTH NAME=VALUE`` and a line's end.
+    """Parse the records of a POSIX extended header, each of the form ``LENGTH NAME=VALUE`` and a newline.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the records are damaged.
     """
     found = {}
     while body:
@@ -79,26 +79,26 @@ def _records(body: bytes) -> dict[bytes, bytes]:
 
 
 class _Tar:
-    """A tar file that is open as ``file``, ``size`` bytes long."""
+    """A tar file of ``size`` bytes, open as the file descriptor ``file``."""
 
     def __init__(self, path: Path, file: int, size: int) -> None:
         self._path, self._file, self._size = path, file, size
         self._window, self._begin = b"", 0
 
     def read(self, begin: int, length: int) -> bytes:
-        """Bytes of the file; fewer where it ends."""
+        """Read ``length`` bytes from ``begin``, or fewer at the end of the file."""
         if not self._begin <= begin <= begin + length <= self._begin + len(self._window):
             self._window, self._begin = os.pread(self._file, max(length, _WINDOW), begin), begin
         return self._window[begin - self._begin : begin - self._begin + length]
 
     def members(self) -> Iterator[tuple[str, int, int]]:
-        """Of each regular file its name, where it begins, its length.
+        """Yield (name, offset, length) of each member that is a regular file.
 
         Raises:
-            DataError: no tar file, or one that ends early.
+            DataError: the file is no tar file, or ends early.
         """
-        begin, place = 0, "at its begin"
-        more: dict[bytes, bytes] = {}  # what headers before a member's own say of it: a long name, a length
+        begin, place = 0, "at its beginning"
+        more: dict[bytes, bytes] = {}  # a long name or a length, from extended headers before the member's own
         while True:
             header = self.read(begin, _BLOCK)
             if len(header) < _BLOCK:
@@ -108,7 +108,7 @@ class _Tar:
             begin += _BLOCK
             try:
                 kind, name, length = _parse(header)
-                if kind in (b"L", b"x"):  # of GNU and POSIX
+                if kind in (b"L", b"x"):  # extended headers of GNU and POSIX
                     body = self.read(begin, min(length, _LONGEST))
                     more |= {b"path": body.rstrip(b"\0")} if kind == b"L" else _records(body)
                 else:
@@ -118,7 +118,7 @@ class _Tar:
             except ValueError as error:
                 compressed = ": it is compressed, and no image can be read alone: decompress it"
                 why = compressed if header.startswith(b"\x1f\x8b") else f": no header {place}"
-                raise DataError(f"{self._path}: no tar file, or a damaged one{why}") from error
+                raise DataError(f"{self._path}: not a tar file, or a damaged one{why}") from error
             member = os.fsdecode(name)
             if begin + length > self._size:
                 raise DataError(f"{self._path}: {member}: the shard ends early, in this member")
@@ -129,10 +129,10 @@ class _Tar:
 
 
 def _label(path: Path, member: str, text: bytes) -> int:
-    """The label that a member ``text`` holds: a number, in JSON that of the name ``label``.
+    """Parse the label in ``text``, the content of ``member``: a number, or in JSON the value of ``label``.
 
     Raises:
-        DataError: it holds none.
+        DataError: there is no such label.
     """
     try:
         if member.lower().endswith(".json"):
@@ -145,19 +145,19 @@ def _label(path: Path, member: str, text: bytes) -> int:
             raise ValueError("range")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         shown = f"{text[:20]!r}{'...' * (len(text) > 20)}"
-        raise DataError(f"{path}: {member}: no label in it, a whole number from 0 on: {shown}") from error
+        raise DataError(f"{path}: {member}: holds no label, a whole number from 0 on: {shown}") from error
     return label
 
 
-#: Of an image its name, where it begins, its length, its label.
+#: An image of a shard: (name, offset, length, label).
 _Image = tuple[str, int, int, int]
 
 
 def _image(path: Path, key: str, parts: dict[str, tuple[str, int, int, bytes]]) -> _Image | None:
-    """The image among the members of one key, by suffix; None where they are neither image nor label.
+    """The image among ``parts``, the members of one key by suffix; None if they are neither image nor label.
 
     Raises:
-        DataError: an image without a label or a label without an image, a label that cannot be read, several images.
+        DataError: an image has no label or a label no image, a label cannot be read, or there are several images.
     """
     images = [member for suffix, member in parts.items() if f".{suffix}" in suffixes()]
     label = parts.get("cls") or (parts.get("json") if images else None)
@@ -165,7 +165,7 @@ def _image(path: Path, key: str, parts: dict[str, tuple[str, int, int, bytes]]) 
         raise DataError(f"{path}: {key}: several images of one key, {images[0][0]} and {images[1][0]}")
     if not images:
         if label is not None:
-            raise DataError(f"{path}: {label[0]}: a label without an image {key}.jpg, or of another suffix")
+            raise DataError(f"{path}: {label[0]}: a label without an image {key}.jpg, or with another suffix")
         if other := next((name for name, *_ in parts.values() if Path(name).suffix.lower() in suffixes()), None):
             raise DataError(f"{path}: {other}: an image whose name has several dots: the key ends at the first, {key}")
         return None
@@ -176,7 +176,7 @@ def _image(path: Path, key: str, parts: dict[str, tuple[str, int, int, bytes]]) 
 
 
 def _index(path: Path, split: Callable[[str], tuple[str | None, str]]) -> list[_Image]:
-    """The images of one shard, in its order; ``split`` makes key and suffix of a member's name.
+    """The images of the shard ``path``, in its order; ``split`` splits a member's name into key and suffix.
 
     Raises:
         DataError: as :class:`Shards`.
@@ -192,9 +192,9 @@ def _index(path: Path, split: Callable[[str], tuple[str | None, str]]) -> list[_
 
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no {'regular' if path.exists() else 'such'} file")
+            raise DataError(f"{path}: {'not a regular' if path.exists() else 'no such'} file")
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # else what is passed over is read, too
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead: it would read the skipped images
             tar = _Tar(path, file.fileno(), os.fstat(file.fileno()).st_size)
             images = []
             for key, group in itertools.groupby(members(tar), key=lambda member: member[0]):
@@ -213,10 +213,10 @@ def _index(path: Path, split: Callable[[str], tuple[str | None, str]]) -> list[_
 
 
 def _webdataset() -> tuple[Callable[[str], list[str]], Callable[[str], tuple[str | None, str]]]:
-    """Of the package ``webdataset`` what expands the names of shards, and what makes key and suffix of a member's name.
+    """Two functions of the package ``webdataset``: to expand names of shards, and to split a name into key and suffix.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the package is not installed.
     """
     try:
         from webdataset.shardlists import expand_urls
@@ -227,23 +227,22 @@ def _webdataset() -> tuple[Callable[[str], list[str]], Callable[[str], tuple[str
 
 
 class Shards:
-    """The images of tar files, a :class:`.sources.Source`: each is read alone, at the place that an index says.
+    """A :class:`.sources.Source` of the images of tar shards. Each image is read by itself, at the offset in an index.
 
-    A member ``KEY.jpg``, or of another suffix that :func:`.image_files.suffixes` has, is an image. Its label is the number in
-    ``KEY.cls`` or else that of the name ``label`` in ``KEY.json``. The key ends at the first dot. The other members are no part
-    of it.
+    A member ``KEY.jpg``, or with another suffix of :func:`.image_files.suffixes`, is an image. Its label is the number in
+    ``KEY.cls``, or else the value of ``label`` in ``KEY.json``. The key ends at the first dot. Other members are ignored.
 
     Args:
-        paths: of the shards.
-        buffer: images among which :meth:`order` draws the next one.
-        classes: the names of the labels; None: nobody names them.
+        paths: paths of the shards.
+        buffer: size of the shuffle buffer of :meth:`order`, in images.
+        classes: class names in the order of the labels; None: there are no names.
 
     Attributes:
         labels: int64 (N,), on the CPU.
 
     Raises:
-        DataError: ``webdataset`` is not installed; a shard that is not there, no tar file, compressed, without images, or that
-            ends early; an image without a label or a label without an image; a label that is no number; a ``buffer`` of none.
+        DataError: ``webdataset`` is not installed; a shard does not exist, is no tar file, is compressed, has no images or ends
+            early; an image has no label or a label no image; a label is no number; ``buffer`` is less than 1.
     """
 
     def __init__(self, paths: Sequence[Path], buffer: int = BUFFER, classes: tuple[str, ...] | None = None) -> None:
@@ -260,7 +259,7 @@ class Shards:
         self._names = Names(names)
         self._shards, self._begins, self._lengths, labels = np.concatenate(places).T.copy()
         self.labels = torch.from_numpy(labels)
-        self._rows = np.arange(len(names))  # of all images, the ones of this source
+        self._rows = np.arange(len(names))  # this source's images, as rows of the index
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -269,7 +268,7 @@ class Shards:
         return self._paths[self._shards[self._rows[index]]]
 
     def key(self, index: int) -> str:
-        """The member that is image ``index``: the same whichever shard has it."""
+        """The member's name of image ``index``, which does not depend on the shard that holds it."""
         return self._names[int(self._rows[index])]
 
     def name(self, index: int) -> Path:
@@ -277,14 +276,14 @@ class Shards:
         return Path(f"{self._path(index)}: {self.key(index)}")
 
     def read(self, index: int, channels: int, size: int) -> Tensor:
-        """As :meth:`.sources.Source.read`. The shard is opened for each image: forked processes share no file's position."""
+        """As :meth:`.sources.Source.read`. The shard is opened for each image: forks would share an open file's position."""
         row, name = self._rows[index], self.name(index)
         try:
             with self._path(index).open("rb") as file:
                 file.seek(self._begins[row])
                 data = file.read(self._lengths[row])
         except FileNotFoundError as error:
-            raise DataError(f"{name}: the shard is not there any more") from error
+            raise DataError(f"{name}: the shard no longer exists") from error
         except OSError as error:
             raise DataError(f"{name}: cannot be read: {error.strerror}") from error
         if len(data) < self._lengths[row]:
@@ -292,10 +291,10 @@ class Shards:
         return decode_image(data, name, channels, size)
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """As :meth:`.sources.Source.order`: the shards shuffled, their images, one shard behind the other, through a buffer.
+        """As :meth:`.sources.Source.order`: the shards are shuffled, and their images pass through a shuffle buffer.
 
-        The buffer's places are filled in their order. Then each image takes a place that is drawn, and the image that was
-        there is the next one. In the end those in the buffer come, shuffled.
+        The first images fill the buffer. Each further image replaces the one at a random place of the buffer, which comes next
+        in the order. The images left in the buffer come last, shuffled.
         """
         device, count = generator.device, len(self)
         rank = torch.randperm(len(self._paths), generator=generator, device=device)
@@ -303,7 +302,7 @@ class Shards:
         room = min(self._buffer, count)
         drawn = torch.randint(room, (count - room,), generator=generator, device=device)
         places = torch.cat((torch.arange(room, device=device), drawn))
-        by_place = places.argsort(stable=True)  # the images of a place follow each other: the later sends the earlier on
+        by_place = places.argsort(stable=True)  # groups the images of a place; each image releases the one before it
         follows = torch.cat((places[by_place].diff() == 0, torch.zeros(1, dtype=torch.bool, device=device)))
         order = torch.empty(count, dtype=torch.int64, device=device)
         order[by_place[1:][follows[:-1]] - room] = by_place[follows]
@@ -318,7 +317,7 @@ class Shards:
         return self._names.checksum(checksum)
 
     def subset(self, keep: Tensor) -> Shards:
-        """As :meth:`.sources.Source.subset`. Both have the same index."""
+        """As :meth:`.sources.Source.subset`. Both sources share one index."""
         part = copy.copy(self)
         part._rows, part.labels = self._rows[keep.numpy()], self.labels[keep]
         return part
@@ -329,10 +328,10 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def is_shards(data: str | Path | None) -> bool:
-    """Whether ``data`` names tar files, or is a folder of tar files with no folders and none of Fashion-MNIST's files in it.
+    """Whether ``data`` names tar files, or is a folder with tar files, no folders and none of Fashion-MNIST's files.
 
     Raises:
-        DataError: ``data`` begins with the home of a user that there is not.
+        DataError: ``data`` begins with ``~`` of an unknown user.
     """
     if data is None:
         return False
@@ -345,7 +344,7 @@ def is_shards(data: str | Path | None) -> bool:
 
 
 def _is_part(path: Path, name: str) -> bool:
-    """Whether ``name`` is in the name of a shard, as in ``train-000.tar`` and ``imagenet_train_000.tar``."""
+    """Whether ``name`` is a word of a shard's name, as ``train`` is in ``train-000.tar`` and ``imagenet_train_000.tar``."""
     return name in path.stem.replace("_", "-").replace(".", "-").split("-")
 
 
@@ -354,7 +353,11 @@ def _test_shards(paths: Sequence[Path]) -> list[Path]:
 
 
 def _read_classes(path: Path) -> tuple[str, ...] | None:
-    """The lines of ``path``; None where there is no such file."""
+    """The class names in the file ``path``, one per line; None if there is no such file.
+
+    Raises:
+        DataError: the file cannot be read, names no class, or names one twice.
+    """
     if not path.exists():
         return None
     try:
@@ -362,22 +365,22 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if len(set(names)) < max(len(names), 1):
-        raise DataError(f"{path}: names no class, or one twice")
+        raise DataError(f"{path}: names no class, or names one twice")
     return names
 
 
 def find_shards(data: str | Path, buffer: int = BUFFER) -> Parts:
-    """The shards that ``data`` names, to be opened by :func:`.splits.open_sources`.
+    """Find the shards that ``data`` names, to be opened by :func:`.splits.open_sources`.
 
     Args:
-        data: shards such as ``dir/train-{000000..000127}.tar``, or ``dir/train-*.tar``, or the folder. Those that one of
-            :data:`.splits.TESTS` is in the names of are for the test; without any among them, such shards beside them. Of a
-            folder that has shards with ``train`` in their names, no others are trained on. The classes are called by
-            the lines of ``classes.txt`` beside the shards, else by the numbers of the labels.
-        buffer: that of :class:`Shards`.
+        data: shards such as ``dir/train-{000000..000127}.tar`` or ``dir/train-*.tar``, or their folder. Shards with a word of
+            :data:`.splits.TESTS` in their names are test images. If ``data`` names none, those in the same folder are. If a
+            folder has shards with ``train`` in their names, only these are training images. The class names are the lines of
+            ``classes.txt`` beside the shards, else the label numbers.
+        buffer: as for :class:`Shards`.
 
     Raises:
-        DataError: no shards; ``webdataset`` is not installed; a ``classes.txt`` that cannot be read.
+        DataError: there are no shards, ``webdataset`` is not installed, or ``classes.txt`` cannot be read.
     """
     expand_urls, _ = _webdataset()
     if "://" in str(data) or str(data).startswith("pipe:"):
@@ -388,11 +391,11 @@ def find_shards(data: str | Path, buffer: int = BUFFER) -> Parts:
     else:
         try:
             named = expand_urls(str(found))
-        except (ValueError, AssertionError) as error:  # of braces that do not match, and of ${NAME} without such a variable
+        except (ValueError, AssertionError) as error:  # unbalanced braces, and ${NAME} of an unset variable
             raise DataError(f"{data}: names no shards: {error}") from error
         given = [Path(path) for name in named for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
     if not given:
-        raise DataError(f"{data}: no shards there")
+        raise DataError(f"{data}: there are no such shards")
     folder = given[0].parent
     train = [path for path in given if not any(_is_part(path, name) for name in TESTS)]
     if found.is_dir() and any(_is_part(path, TRAIN) for path in train):

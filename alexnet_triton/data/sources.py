@@ -1,4 +1,4 @@
-"""Where a stream's images come from: each is read by its number, in a process that has the source since its start."""
+"""Sources of images: each image is read by its number, in this process or in a worker forked from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .image_files import read_image
 class Source(Protocol):
     """Images that are read one by one, and their labels.
 
-    Processes that read have it from a fork. What it keeps of each image should be in arrays: a list's strings would be copied
-    into every process, one by one, when they are counted.
+    Workers get the source by a fork. Data per image should be in arrays: a list's strings would be copied into every worker
+    one by one, when their reference counts change.
 
     Attributes:
         labels: int64 (N,), on the CPU.
@@ -28,33 +28,33 @@ class Source(Protocol):
     labels: Tensor
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     def read(self, index: int, channels: int, size: int) -> Tensor:
-        """Image ``index`` as :func:`.image_files.read_image` returns it.
+        """Read image ``index`` in the form of :func:`.image_files.read_image`.
 
         Raises:
-            DataError: it cannot be read; the message names it.
+            DataError: the image cannot be read; the message names it.
         """
 
     def name(self, index: int) -> Path:
-        """What messages call image ``index``."""
+        """The name of image ``index`` in messages."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """All images in the order of an epoch, int64 (N,), drawn from ``generator``, on its device."""
+        """Draw the order of all images for an epoch from ``generator``: int64 (N,), on its device."""
 
     def checksum(self) -> int:
-        """Of names and labels, without reading an image: a run goes on with the data that it began with."""
+        """Checksum of names and labels, without reading images: a run resumes only on the data it began with."""
 
     def subset(self, keep: Tensor) -> Source:
-        """The images ``keep``, int64 (M,), in that order."""
+        """A source of the images ``keep``, int64 (M,), in that order."""
 
 
 class Names:
-    """Many strings in two arrays.
+    """A sequence of strings stored in one bytes object and one array.
 
     Args:
-        names: of files, say; of any characters that Python's paths can have.
+        names: strings of any characters that Python's paths can have.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -71,16 +71,16 @@ class Names:
         return os.fsdecode(self._text[begin : int(self._ends[index])])
 
     def checksum(self, checksum: int = 0) -> int:
-        """CRC-32 of all, beginning with ``checksum``."""
+        """CRC-32 of all strings, starting from ``checksum``."""
         return zlib.crc32(self._ends.tobytes(), zlib.crc32(self._text, checksum))
 
 
 class Files:
-    """Image files of a folder.
+    """A :class:`Source` of the image files of a folder.
 
     Args:
-        folder: in which they are.
-        names: of the files, below ``folder``.
+        folder: the folder.
+        names: paths of the files, relative to ``folder``.
         labels: int64 (N,).
     """
 
@@ -113,10 +113,10 @@ class Files:
 
 
 class Arrays:
-    """Images that the host holds, decoded, such as Fashion-MNIST's.
+    """A :class:`Source` of decoded images in host memory, such as Fashion-MNIST's.
 
     Args:
-        folder: which they are from.
+        folder: folder from which the images were read.
         images, labels: as in :class:`.dataset.Split`, on the CPU.
     """
 
@@ -131,7 +131,7 @@ class Arrays:
         return self.folder / str(index)
 
     def read(self, index: int, channels: int, size: int) -> Tensor:
-        """As :meth:`Source.read`; the images have but one form."""
+        """As :meth:`Source.read`; ``channels`` and ``size`` are ignored."""
         return self.images[index]
 
     def order(self, generator: torch.Generator) -> Tensor:

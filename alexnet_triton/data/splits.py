@@ -1,4 +1,4 @@
-"""Training and test images of sources that are opened one by one: which are for the test, and what the classes are called."""
+"""Training and test images of tar shards and saved data sets: opening the sources, holding out a part, naming the classes."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from torch import Tensor
 from .dataset import DataError
 from .sources import Source
 
-#: What the training images are called, and the test images: the first of these that is there.
+#: Name of the training images, and names of the test images, of which the first that exists is used.
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 
 
 class Keyed(Source, Protocol):
-    """A source whose images have names that do not change when others are added, and that may name its classes.
+    """A source whose images have stable keys, which do not change when images are added, and which may name its classes.
 
     Attributes:
-        classes: in the order of the labels; None: nothing names them.
+        classes: class names in the order of the labels; None: there are no names.
     """
 
     classes: tuple[str, ...] | None
 
     def key(self, index: int) -> str:
-        """The name of image ``index``."""
+        """The key of image ``index``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What there is to open; None for images that there are not.
+    """The parts of a data set that can be opened.
 
     Attributes:
-        folder: which messages name, and after which the data set is called.
-        how_to_name: says in a message where classes get their names.
+        folder: folder of the data set, which gives its name, also in messages.
+        how_to_name: advice in a message on how to name the classes.
+        train, test: function that opens the source; None: there are no such images.
     """
 
     folder: Path
@@ -49,7 +50,7 @@ class Parts:
 
 
 class Sources(NamedTuple):
-    """Training and test images, the names of the classes in the order of the labels, the folder and what to call it all."""
+    """Training and test images, class names in the order of the labels, the folder and the name of the data set."""
 
     train: Source
     test: Source
@@ -59,10 +60,10 @@ class Sources(NamedTuple):
 
 
 def _check_labels(source: Source, count: int) -> None:
-    """That all labels are of ``count`` classes.
+    """Check that all labels of ``source`` are from 0 to ``count - 1``.
 
     Raises:
-        DataError: one is not.
+        DataError: a label is not.
     """
     wrong = ((source.labels < 0) | (source.labels >= count)).nonzero()
     if len(wrong):
@@ -71,10 +72,11 @@ def _check_labels(source: Source, count: int) -> None:
 
 
 def _name_classes(source: Keyed, parts: Parts) -> tuple[str, ...]:
-    """The classes of the training images ``source``: without names, the numbers from 0 to the largest label.
+    """Class names of the training images ``source``; if it has no names, the numbers from 0 to the largest label.
 
     Raises:
-        DataError: fewer than two classes, a label of none, or, without names, a number below the largest that no image has.
+        DataError: there are fewer than two classes, a label is out of range, or, without names, a number below the largest
+            label has no image.
     """
     found = source.labels.unique()
     count = len(found) if source.classes is None else len(source.classes)
@@ -90,10 +92,10 @@ def _name_classes(source: Keyed, parts: Parts) -> tuple[str, ...]:
 
 
 def _check_classes(source: Keyed, classes: tuple[str, ...], folder: Path) -> None:
-    """That the images of ``source`` are of ``classes``.
+    """Check that the class names and labels of ``source`` are those of ``classes``.
 
     Raises:
-        DataError: they are of others.
+        DataError: they are not.
     """
     if source.classes not in (None, classes):
         few = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
@@ -102,19 +104,21 @@ def _check_classes(source: Keyed, classes: tuple[str, ...], folder: Path) -> Non
 
 
 def hold_out(source: Keyed, part: float, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
-    """Of each class the images to train on, and the part ``part`` that is for the test: one image at least, and not all.
+    """Hold out the fraction ``part`` of each class for the test: at least one image, and not all.
 
-    Which ones is decided by a hash of seed and key: the same on every machine, and another image changes little.
+    A hash of seed and key decides. So the choice is the same on every machine, and additional images change it little.
 
     Args:
-        source: whose labels are from 0 on.
-        folder: which messages name.
+        source: images with labels from 0 on.
+        part: the fraction, between 0 and 1.
+        seed: seed of the choice.
+        folder: folder named in messages.
 
     Returns:
-        int64 numbers of images, in their order.
+        (training images, test images): int64 image numbers, ascending.
 
     Raises:
-        DataError: a ``part`` that is not between 0 and 1; a class of one image.
+        DataError: ``part`` is not between 0 and 1, or a class has only one image.
     """
     if not 0 < part < 1:
         raise DataError(f"validation must be between 0 and 1, got {part}")
@@ -129,14 +133,18 @@ def hold_out(source: Keyed, part: float, seed: int, folder: Path) -> tuple[Tenso
         )
     held = np.clip(np.rint(counts * part), 1, np.maximum(counts - 1, 1))
     order = np.lexsort((hashes, labels))
-    place = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]  # of an image among those of its class
+    place = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]  # position of an image within its class
     is_held = np.empty(len(labels), dtype=bool)
     is_held[order] = place < held[labels[order]]
     return torch.from_numpy(np.flatnonzero(~is_held)), torch.from_numpy(np.flatnonzero(is_held))
 
 
 def _open(parts: Parts, validation: float | None, *, train: bool) -> Keyed:
-    """The training images, or else what the test images are or are held out of."""
+    """Open the training images (``train``), or the source of the test images: with ``validation`` they are held out of it.
+
+    Raises:
+        DataError: the images do not exist, or ``validation`` is given although there are test images.
+    """
     if parts.train is None and (train or validation is not None):
         raise DataError(f"{parts.folder}: no training images in it")
     if parts.test is None and validation is None:
@@ -149,11 +157,11 @@ def _open(parts: Parts, validation: float | None, *, train: bool) -> Keyed:
 
 
 def open_sources(parts: Parts, validation: float | None = None, seed: int = 0) -> Sources:
-    """The training and test images of ``parts``; ``validation`` and ``seed`` are those of :func:`.image_folder.load_data`.
+    """Open the training and test images of ``parts``. ``validation`` and ``seed`` are as for :func:`.image_folder.load_data`.
 
     Raises:
-        DataError: images that are not there or cannot be listed; labels of no class; fewer than two classes; a ``validation``
-            where there are test images, or where a class has one image.
+        DataError: images do not exist or cannot be listed; a label is out of range; there are fewer than two classes;
+            ``validation`` is given although there are test images, or a class has only one image for it.
     """
     whole = _open(parts, validation, train=True)
     classes = _name_classes(whole, parts)
@@ -167,10 +175,10 @@ def open_sources(parts: Parts, validation: float | None = None, seed: int = 0) -
 
 
 def open_test(parts: Parts, classes: tuple[str, ...], validation: float | None = None, seed: int = 0) -> Source:
-    """The test images alone, for a network that tells ``classes`` apart.
+    """Open only the test images of ``parts``, for a network with ``classes``.
 
     Raises:
-        DataError: as :func:`open_sources`, and where the images are not of these classes.
+        DataError: as for :func:`open_sources`, or the images are of other classes.
     """
     found = _open(parts, validation, train=False)
     _check_classes(found, classes, parts.folder)

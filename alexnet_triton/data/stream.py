@@ -1,8 +1,8 @@
-"""Images that are read while a network trains on them: a set may be larger than the device, and than the host.
+"""Streaming: images are read while the network trains. A set may be larger than the memory of device and host.
 
-Processes decode the images of the next batches (:mod:`.image_workers`). A batch goes to the device beside the step before it,
-into one of a few places that are always the same, from which a captured step reads. All after that is as for images that live
-there.
+Workers decode the images of the next batches (:mod:`.image_workers`). A batch is copied to the device during the step before
+it, into one of a few fixed buffers from which a captured step reads. The rest is the same as for images that stay on the
+device.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from .dataset import DataError, Normalization, Split
 from .image_workers import Decoders, Errors, image_shape, useful_workers
 from .sources import Source
 
-#: Images one after the other that cannot be read, before it is given up to look for one that can.
+#: The most unreadable images in sequence that are tried in the search for a readable one.
 _TRIES = 1000
 
-#: Batches on a GPU: one that a step reads, one that is ready, one that is on its way.
+#: Batches on a GPU: one that a step reads, one that is ready, one that is being copied.
 _ON_DEVICE = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """Images that are read as they are needed, and their labels.
+    """Images that are read when they are needed, and their labels.
 
     Attributes:
-        source: what reads them.
+        source: source of the images.
         size: side of an image.
         channels: 1 or 3.
-        workers: processes that read; 0: it is done between two steps.
+        workers: number of processes that read; 0: images are read between two steps.
         normalization: as in :class:`.dataset.Split`.
-        skip_damaged: whether an image that cannot be read is no error. In training the one before it in its batch takes its
-            place, or the first that can be read; where none can, the next image of the set that can. Else it is left out.
-        skipped: images that could not be read so far, each with what is wrong with it.
+        skip_damaged: whether unreadable images are no error. In training such an image is replaced by the last readable one
+            before it in its batch, else by the first readable one of the batch, else by the next readable one of the set.
+            Elsewhere it is left out.
+        skipped: unreadable images so far, each with the reason.
     """
 
     source: Source
@@ -59,36 +60,36 @@ class StreamedSplit:
         return self.source.labels
 
     def limited(self, limit: int | None) -> StreamedSplit:
-        """The first ``limit`` images, or all."""
+        """A stream of the first ``limit`` images; None: of all."""
         if limit is None or limit >= len(self):
             return self
         return dataclasses.replace(self, source=self.source.subset(torch.arange(limit)))
 
     def to(self, device: torch.device) -> StreamedSplit:
-        """Itself: its images go to a device when they are needed."""
+        """The stream itself: its images are copied to a device when they are needed."""
         return self
 
     def blank(self, count: int) -> Split:
-        """So many black images of the first class, on the CPU: for what is compiled before there are others."""
+        """A split of ``count`` black images of the first class, on the CPU, to compile kernels before any image is read."""
         images = torch.zeros(count, *image_shape(self.channels, self.size), dtype=torch.uint8)
         return Split(images, torch.zeros(count, dtype=torch.int64), self.normalization)
 
     def image(self, index: int) -> Tensor:
-        """Image ``index``, now, on the CPU."""
+        """Read image ``index`` in this process; on the CPU."""
         return self.source.read(index, self.channels, self.size)
 
     def parts(self) -> Iterator[Tensor]:
-        """All images that can be read, some hundred at a time, on the CPU."""
+        """All readable images, up to 256 at a time, on the CPU."""
         batches = torch.arange(len(self)).split(256)
         with contextlib.closing(Feed(self, batches, torch.device("cpu"), replace=False)) as feed:
             for part, index in feed:
                 yield part.images[index]
 
     def note(self, index: Tensor, errors: Errors) -> None:
-        """Add to :attr:`skipped` those of the images ``index`` that cannot be read.
+        """Add the images of ``index`` that have ``errors`` to :attr:`skipped`.
 
         Raises:
-            DataError: there is one, and such are not skipped.
+            DataError: there is an error, and :attr:`skip_damaged` is false.
         """
         if errors and not self.skip_damaged:
             raise errors[min(errors)]
@@ -97,10 +98,10 @@ class StreamedSplit:
             self.skipped[name] = str(error).removeprefix(f"{name}: ")
 
     def mend(self, images: Tensor, index: Tensor, errors: Errors) -> Tensor:
-        """Which images are where those of ``index`` were asked for, once those of ``errors`` have been replaced.
+        """Replace, in ``images``, those that have ``errors`` by others; return ``index`` with the numbers of the replacements.
 
         Raises:
-            DataError: none of very many can be read.
+            DataError: no image of the batch can be read, and none after its first, :data:`_TRIES` in sequence.
         """
         if not errors:
             return index
@@ -116,7 +117,10 @@ class StreamedSplit:
         return index
 
     def _next_after(self, index: int, images: Tensor, last: DataError) -> int:
-        """The next image that can be read after ``index``, which cannot; it is then the first of ``images``."""
+        """Read the next readable image after ``index`` into ``images[0]``; return its number.
+
+        ``last`` is the error of image ``index``.
+        """
         for ahead in range(1, min(len(self), _TRIES)):
             number = (index + ahead) % len(self)
             try:
@@ -127,20 +131,20 @@ class StreamedSplit:
         raise DataError(f"{min(len(self), _TRIES)} images one after the other cannot be read: {last}")
 
 
-#: What a network trains on or is tested with.
+#: Images and labels, in memory or streamed.
 AnySplit = Split | StreamedSplit
 
 
 class Ring:
-    """The places of batches on a GPU: a captured step reads the same memory at each replay.
+    """A ring buffer of batches on a GPU, in fixed memory from which a captured step reads at each replay.
 
     Args:
-        split: whose batches.
-        batch: images of one, at most.
+        split: the stream.
+        batch: the most images of a batch.
         device: the GPU.
 
     Attributes:
-        split: the images of all places, one batch after the other.
+        split: the images and labels of all slots of the ring, one batch after the other.
     """
 
     def __init__(self, split: StreamedSplit, batch: int, device: torch.device) -> None:
@@ -152,13 +156,16 @@ class Ring:
         places = torch.arange(_ON_DEVICE * batch, device=device)
         self.places = places.split(batch)
         self.copies = torch.cuda.Stream(device)
-        self.copies.wait_stream(torch.cuda.current_stream(device))  # for the zeros
-        #: Of each place, when it was last filled, and when a step had last read it.
+        self.copies.wait_stream(torch.cuda.current_stream(device))  # until the buffers are zeroed
+        #: Events of each slot: its last copy is complete, and the last step that reads it is complete.
         self.filled = [torch.cuda.Event(blocking=True) for _ in range(_ON_DEVICE)]
         self.read = [torch.cuda.Event() for _ in range(_ON_DEVICE)]
 
     def fill(self, place: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Copy a batch to ``place``, beside what the current stream does, which then waits for it; where its images are."""
+        """Copy a batch into slot ``place`` on a stream of its own; return the numbers of its images in :attr:`split`.
+
+        The current stream waits for the copy.
+        """
         begin = place * self.batch
         self.copies.wait_event(self.read[place])
         with torch.cuda.stream(self.copies):
@@ -171,10 +178,10 @@ class Ring:
 
 @contextlib.contextmanager
 def _pinned(room: Tensor, device: torch.device) -> Iterator[None]:
-    """Let the GPU copy from ``room`` by itself. After the fork of the processes that write it: they need no part in it."""
+    """Pin ``room`` for asynchronous copies during the block. Enter it after the workers are forked: they need no pinning."""
     runtime = torch.cuda.cudart()
     pinned = int(runtime.cudaHostRegister(room.data_ptr(), room.numel(), 0)) == 0
-    if not pinned:  # so copies wait. CUDA keeps the error for whoever asks next: nobody else may get it
+    if not pinned:  # copies are then synchronous. CUDA reports the error at the next call: make that call here
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)
     try:
@@ -186,21 +193,21 @@ def _pinned(room: Tensor, device: torch.device) -> Iterator[None]:
 
 
 class Feed:
-    """The batches of a set on the device, one after the other: each as a split there, and where in it the batch is.
+    """Iterator over batches on the device, each as (split on the device, indices of the batch's images in it).
 
-    Of images that live on the device that is the split itself and the batch. Close it: processes may read for it.
+    For images that stay on the device these are the split itself and the given batch. Call :meth:`close`, which ends workers.
 
     Args:
-        split: on ``device``, or streamed.
-        batches: int64, each the images of a batch.
-        device: where they are wanted.
-        ring: of a GPU, for a streamed split; None: one for these batches.
-        stop: asked while the next batch is waited for; where it says yes, the iterator ends.
-        replace: whether other images take the places of those that cannot be read; if not, these are left out.
+        split: a split on ``device``, or a stream.
+        batches: image numbers of each batch, int64.
+        device: device of the yielded batches.
+        ring: ring buffer on a GPU for a stream; None: the feed makes its own.
+        stop: called while waiting for the next batch; if it returns True, the iterator ends.
+        replace: whether unreadable images are replaced by others; if not, they are left out.
 
     Attributes:
-        waited: seconds in which there was nothing to compute for want of images.
-        missing: images that were left out.
+        waited: seconds during which the device was idle because images were not ready.
+        missing: numbers of the images that were left out.
     """
 
     def __init__(
@@ -225,13 +232,13 @@ class Feed:
         return self._parts
 
     def close(self) -> None:
-        """End the processes that read for it."""
+        """End the workers."""
         self._parts.close()
 
     def _streamed(self, split: StreamedSplit, ring: Ring | None) -> Generator[tuple[Split, Tensor], None, None]:
         batches = [batch.cpu() for batch in self._batches]
         most = max(map(len, batches), default=0)
-        if most == 0:  # a process may have no share of any batch
+        if most == 0:  # this process may have an empty share of every batch
             yield from ((split.blank(1).to(self._device), batch.to(self._device)) for batch in batches)
             return
         on_gpu = self._device.type == "cuda"
@@ -263,12 +270,12 @@ class Feed:
                     place = number % _ON_DEVICE
                     yield ring.split, ring.fill(place, images, labels.pin_memory())[keep]
                     ring.read[place].record(torch.cuda.current_stream(self._device))
-                    ring.filled[place].synchronize()  # a copy that began before the step did
+                    ring.filled[place].synchronize()  # before the slot is refilled; this copy began before the step did
                 if number + ahead < len(batches):
                     decoders.put(slot, batches[number + ahead].tolist())
 
     def _get(self, decoders: Decoders, ring: Ring | None, number: int) -> tuple[int, Errors] | None:
-        """The next batch, and the time from when there was nothing more to compute: a GPU may still be at the step before."""
+        """Wait for the next batch, and add the time to :attr:`waited` from when the GPU has finished the step before."""
         idle: float | None = None
 
         def glance() -> bool:

@@ -1,1 +1,1 @@
-"""The training loop, and what a run reads and writes."""
+"""The training loop, and the files that a run reads and writes."""

@@ -1,6 +1,6 @@
-"""Checkpoints: a run in one file, which is whole or not there.
+"""Checkpoints: the state of a run in one file, written and read.
 
-:mod:`alexnet_triton.training.files` writes it: whatever ends the process or the machine, the old file or the new one is there.
+:mod:`alexnet_triton.training.files` writes it atomically: after a crash of process or machine the old or the new file is there.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ T = TypeVar("T")
 
 FORMAT = "alexnet-triton checkpoint 1"
 
-#: In the folder of a run: the newest checkpoint, and that of the best test accuracy.
+#: Files in the folder of a run: the newest checkpoint, and the one with the best test accuracy.
 LAST, BEST = "checkpoint.pt", "best.pt"
 
-#: In a run's configuration, where its recipe freezes: names of the layers. Older checkpoints lack it: all were.
+#: Key of a run's configuration: names of the frozen layers, if the recipe freezes any. Older checkpoints lack the key: there
+#: all convolutions were frozen.
 FROZEN = "frozen layers"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, used or written; the message names the file."""
+    """A checkpoint cannot be read, used or written; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         model: name of the network.
-        classes: names of what it tells apart.
+        classes: names of the classes, in the order of the labels.
         metrics: the lines of ``metrics.jsonl`` so far.
         weights: the network's ``state_dict`` in float32, on the CPU.
-        training: what training needs besides to go on as if it had never stopped; None where the file is for evaluation only.
-        path: the file that it was read from.
-        channels: of the images, 1 or 3.
-        size: side of the images as they are kept: smaller than the network's input where that is enlarged, larger where that
-            is a patch of them (:func:`alexnet_triton.data.augment.patch_side`).
-        normalization: what the network sees of them; None: pixels in [0, 1].
+        training: the rest of the training state, for an exact resume; None: the file is for evaluation only.
+        path: the file from which the checkpoint was read.
+        channels: channels of the images, 1 or 3.
+        size: side of the stored images. It is smaller than the network's input if they are enlarged, and larger if the input is
+            a patch of them (:func:`alexnet_triton.data.augment.patch_side`).
+        normalization: how images are normalized for the network; None: pixels in [0, 1].
     """
 
     model: str
@@ -75,10 +76,10 @@ def _as_checkpoint_error() -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a file that ``torch.load(path, weights_only=True)`` reads: a dict with the weights under ``"state_dict"``.
+    """Write ``checkpoint`` to ``path``: a dict with the weights under ``"state_dict"``, for ``torch.load(weights_only=True)``.
 
     Raises:
-        CheckpointError: it cannot be written (no space, no permission, ...); what was there stays.
+        CheckpointError: the file cannot be written (no space, no permission, ...). An older file at ``path`` stays.
     """
     content = {
         "format": FORMAT,
@@ -91,43 +92,44 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "state_dict": checkpoint.weights,
         "training": checkpoint.training,
     }
-    # In memory first: where a disk is full, torch's own writer reports its position, not the reason.
+    # Serialize to memory first: on a full disk torch's own file writer reports its position, not the reason.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    # Not getbuffer(): Python 3.12.1 can crash when it collects a view of a BytesIO, which a traceback keeps.
+    # Not getbuffer(): Python 3.12.1 can crash when it collects a view of a BytesIO, and a traceback keeps such a view.
     with _as_checkpoint_error():
         write_atomically(path, buffer.getvalue())
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Give the file ``source`` the second name ``target``, in place of what that named.
+    """Make ``target`` a hard link to the checkpoint ``source``, or a copy of it, in place of an older file.
 
     Raises:
-        CheckpointError: it cannot be written (no space, no permission, ...); what was there stays.
+        CheckpointError: ``target`` cannot be written (no space, no permission, ...). An older file there stays.
     """
     with _as_checkpoint_error(), replacing(target) as partial:
-        partial.unlink(missing_ok=True)  # a crash may have left it, and a link does not overwrite
+        partial.unlink(missing_ok=True)  # a crash may have left one, and os.link does not overwrite
         try:
-            # A checkpoint is replaced, never changed: two names of one file stay what they are, and nothing is written twice.
+            # Checkpoints are replaced, never modified in place. So a hard link is as good as a copy and writes no data.
             os.link(source, partial)
-        except OSError:  # a file system without second names
+        except OSError:  # a file system without hard links
             write(partial, source.read_bytes())
 
 
 def read_file(path: Path, *, of_torch: bool = True) -> Any:
-    """What ``torch.save`` has written into a file, on the CPU: tensors, numbers, strings, and lists and dicts of these.
+    """Read a file of ``torch.save`` to the CPU: tensors, numbers, strings, and lists and dicts of these.
 
-    Every byte is checked against the checksums that the file carries.
+    Every byte of a zip archive is checked against the archive's checksums.
 
     Args:
-        of_torch: also in the form of versions of PyTorch before 1.6, which carries none, as torchvision's AlexNet does.
+        path: the file.
+        of_torch: whether to accept the format of PyTorch before 1.6 too. It has no checksums; torchvision's AlexNet is in it.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that holds something else.
+        CheckpointError: the file does not exist, is damaged, or holds something else.
     """
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a checkpoint: no regular file")  # to open a pipe would wait for a writer
+            raise CheckpointError(f"{path}: not a checkpoint: not a regular file")  # opening a pipe would wait for a writer
         if not of_torch or zipfile.is_zipfile(path):
             _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -136,26 +138,28 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint, or one cut short: {error}") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint, or a truncated one: {error}") from error
     except pickle.UnpicklingError as error:
-        # Of a few bytes of anything a pickle is read, too.
+        # A few bytes of any other file can look like a pickle.
         what = "not the weights of a network" if of_torch else "not a checkpoint of alexnet-triton train"
         raise CheckpointError(f"{path}: {what}: it holds more than tensors and numbers") from error
     except CheckpointError:
         raise
-    # What damaged bytes make a parser raise is not documented: all of it means the same here.
+    # What the parser raises for damaged bytes is not documented. Any exception means a damaged file here.
     except Exception as error:
         if of_torch:
-            raise CheckpointError(f"{path}: not the weights of a network: no file of torch.save, or a damaged one") from error
+            raise CheckpointError(
+                f"{path}: not the weights of a network: torch.save did not write it, or it is damaged"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Look at the checksums of the archive that a checkpoint is, which torch.load does not."""
+    """Verify the checksums of the zip archive ``path``, which torch.load does not do; refuse a compressed archive."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            # torch.save compresses nothing, and torch.load would fill the memory with what a few bytes swell to.
+            # torch.save never compresses. A few compressed bytes could expand until torch.load has filled the memory.
             raise CheckpointError(f"{path}: not a checkpoint of alexnet-triton train: it is compressed")
         damaged = archive.testzip()
     if damaged is not None:
@@ -163,10 +167,10 @@ def _check_archive(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The content of a file of :func:`save_checkpoint`, every byte of it checked against the checksums that it carries.
+    """Read a file written by :func:`save_checkpoint`, checking every byte against the file's checksums.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one of another program.
+        CheckpointError: the file does not exist, is damaged, or is no such file.
     """
     content = read_file(path, of_torch=False)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -174,26 +178,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     kinds = {"model": str, "classes": list, "metrics": list, "state_dict": dict}
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise CheckpointError(f"{path}: damaged: {key!r} is missing or no {kind.__name__}")
+            raise CheckpointError(f"{path}: damaged: {key!r} is missing or not a {kind.__name__}")
     training = content.get("training")
     if not isinstance(training, dict | None):
-        raise CheckpointError(f"{path}: damaged: 'training' is no dict")
-    # A file from before these were recorded is of Fashion-MNIST.
+        raise CheckpointError(f"{path}: damaged: 'training' is not a dict")
+    # Older files did not record channels and size. They are all of Fashion-MNIST.
     images = {"channels": content.get("channels", 1), "size": content.get("size", 28)}
     if images["channels"] not in (1, 3) or type(images["size"]) is not int or images["size"] < 1:
         raise CheckpointError(f"{path}: damaged: no network takes images of {images}")
     for key in ("classes", "state_dict"):
         if not all(isinstance(name, str) for name in content[key]):
-            raise CheckpointError(f"{path}: damaged: {key!r} are not names" + " and weights" * (key == "state_dict"))
+            raise CheckpointError(f"{path}: damaged: {key!r} does not hold names" + " and weights" * (key == "state_dict"))
     images["normalization"] = _normalization(content.get("normalization"), images["channels"], path)
     return Checkpoint(content["model"], content["classes"], content["metrics"], content["state_dict"], training, path, **images)
 
 
 def _normalization(kept: Any, channels: int, path: Path) -> Normalization | None:
-    """Of images of so many ``channels``, from what a file holds.
+    """The normalization that a checkpoint holds as ``kept``, for images of ``channels``.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: ``kept`` is not a normalization for that many channels.
     """
     if kept is None:
         return None
@@ -202,15 +206,15 @@ def _normalization(kept: Any, channels: int, path: Path) -> Normalization | None
         if len(normalization.mean) != channels:
             raise ValueError(f"it is for {len(normalization.mean)} channels, not for {channels}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged: no images are normalized by {str(kept)[:100]}") from error
+        raise CheckpointError(f"{path}: damaged: this is not a normalization: {str(kept)[:100]}") from error
     return normalization
 
 
 def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
-    """That the weights are those of a network like ``net``.
+    """Check that the checkpoint's weights have the names and shapes of those of ``net``.
 
     Raises:
-        CheckpointError: a weight is missing, of another shape, or has no place in ``net``.
+        CheckpointError: a weight is missing, has another shape, or is unknown to ``net``.
     """
     expected = net.state_dict()
     for key in sorted(expected.keys() | checkpoint.weights.keys()):
@@ -223,7 +227,7 @@ def check_weights(net: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _with_parts(settings: Any) -> dict[str, Any]:
-    """``settings`` of a file from before the parts of the augmentation had flags of their own: what was one for all of them."""
+    """``settings`` of an older file with its single ``augment`` flag replaced by the flags of the parts of augmentation."""
     if not isinstance(settings, dict):
         return {}
     if not isinstance(settings.get("augment"), bool):
@@ -233,11 +237,11 @@ def _with_parts(settings: Any) -> dict[str, Any]:
 
 
 def _renewed(checkpoint: Checkpoint, training: dict[str, Any]) -> dict[str, Any]:
-    """``training`` of a file from before there was a :class:`.recipe.Recipe`: its fields were in two dicts, some in both."""
+    """``training`` of an older file converted to today's keys: the fields of its recipe were in two dicts, some in both."""
     if not isinstance(options := training.get("options", {}), dict):
         raise CheckpointError(f"{checkpoint.path}: damaged: its options are a {type(options).__name__}")
     configuration, options = _with_parts(training.get("configuration")), _with_parts(options)
-    if str(configuration.get("dtype")).startswith("torch."):  # less than an option says, which may be tf32
+    if str(configuration.get("dtype")).startswith("torch."):  # the option of this name overrides it: it may say tf32
         configuration = configuration | {"dtype": configuration["dtype"].removeprefix("torch.")}
     names = allowed_of(Recipe)
     recipe = {key: value for key, value in (configuration | options).items() if key in names}
@@ -251,10 +255,10 @@ def _renewed(checkpoint: Checkpoint, training: dict[str, Any]) -> dict[str, Any]
 
 
 def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What training needs to go on from ``checkpoint``, in the words of today.
+    """The training state of ``checkpoint``, with the keys of the current version.
 
     Raises:
-        CheckpointError: it holds weights only, or what is no file of any version.
+        CheckpointError: the checkpoint holds weights only, or no version of this package wrote its training state.
     """
     if checkpoint.training is None:
         raise CheckpointError(f"{checkpoint.path}: holds weights but not the state of a training run: it cannot be resumed")
@@ -262,15 +266,15 @@ def training_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def from_file(kind: type[T], values: object, source: Path | None) -> T:
-    """A dataclass made of :func:`.recipe.field`, from ``values`` that are in the file ``source``; what lacks has its default.
+    """Build ``kind``, a dataclass of :func:`.recipe.field` fields, from ``values`` of the file ``source`` and its defaults.
 
     Raises:
-        CheckpointError: ``values`` are not such fields, or what no command line could have given.
+        CheckpointError: ``values`` is no dict, has an unknown field, or has a value that the field does not accept.
     """
     if not isinstance(values, dict):
         raise CheckpointError(f"{source}: damaged: its options are a {type(values).__name__}")
     if unknown := [name for name in values if name not in allowed_of(kind)]:
-        raise CheckpointError(f"{source}: made by another version of this program: it has an option {unknown[0]}")
+        raise CheckpointError(f"{source}: made by another version of this program: unknown option {unknown[0]}")
     try:
         return kind(**values)
     except ValueError as error:
@@ -278,27 +282,27 @@ def from_file(kind: type[T], values: object, source: Path | None) -> T:
 
 
 def frozen_of(checkpoint: Checkpoint) -> list[str] | None:
-    """Names of the layers that the run of ``checkpoint`` kept frozen; None where it does not say: all that its recipe freezes.
+    """Names of the frozen layers of the run of ``checkpoint``; None, in an older file: all that its recipe freezes.
 
     Raises:
-        CheckpointError: it holds weights only, or what are no names.
+        CheckpointError: the checkpoint holds weights only, or something else than names.
     """
     configuration = training_state(checkpoint).get("configuration")
     names = configuration.get(FROZEN) if isinstance(configuration, dict) else None
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise CheckpointError(f"{checkpoint.path}: damaged: {FROZEN!r} are no names")
+        raise CheckpointError(f"{checkpoint.path}: damaged: {FROZEN!r} does not hold names")
     return names
 
 
 def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[str, object]) -> dict[str, Any]:
-    """:func:`training_state` of ``checkpoint``, which must have been trained by ``recipe``, on data and device of ``here``.
+    """Check that ``checkpoint`` was trained by ``recipe`` in the configuration ``here``; return its :func:`training_state`.
 
     Raises:
-        CheckpointError: it holds weights only, or something that may not change differs.
+        CheckpointError: the checkpoint holds weights only, or a setting differs that may not change.
     """
     state = training_state(checkpoint)
     if not isinstance(there := state.get("configuration"), dict):
-        raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or no dict")
+        raise CheckpointError(f"{checkpoint.path}: damaged: 'configuration' is missing or not a dict")
     trained_by = from_file(Recipe, state["recipe"], checkpoint.path)
     kept = [name for name, allowed in allowed_of(Recipe).items() if not allowed.may_change]
     differing = [(name, getattr(trained_by, name), getattr(recipe, name)) for name in kept]
@@ -310,7 +314,7 @@ def check_configuration(checkpoint: Checkpoint, recipe: Recipe, here: Mapping[st
 
 
 def position(checkpoint: Checkpoint) -> tuple[int, bool, int]:
-    """How far a run had come, as a value to compare: whole epochs, whether the next one lacks but its evaluation, its steps."""
+    """Sort key of a run's progress: (completed epochs, whether the next is trained but not evaluated, its steps)."""
     state = training_state(checkpoint)
     trainer = state.get("trainer")
     steps = trainer.get("steps") if isinstance(trainer, dict) and trainer.get("order") is not None else 0

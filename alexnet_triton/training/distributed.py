@@ -1,4 +1,4 @@
-"""Many processes that train as one: ``torchrun`` starts them, ``torch.distributed`` joins them, one GPU each."""
+"""Data-parallel training: ``torchrun`` starts the processes, one per GPU, and ``torch.distributed`` connects them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen by one of them. Every method but :meth:`share` is to be called by all of them alike.
+    """The processes of a run, as seen by one of them. All processes must make the same calls, except of :meth:`share`.
 
     Attributes:
-        rank: of this process; 0 leads: it reads, writes and prints.
-        size: how many there are.
-        local_rank: of this process on its machine, and of its GPU.
-        grouped: whether ``torch.distributed`` joins them, as it does more than one; of one process, gradients go that way too.
-        launched: whether a launcher (torchrun, Slurm, MPI) started them, one process too. It hands on to them the signals that
-            it gets itself, and may get once more, so that one request to stop reaches a process several times.
+        rank: rank of this process. Rank 0 is the leader, which reads, writes and prints.
+        size: number of processes.
+        local_rank: index of this process on its machine, and of its GPU.
+        grouped: whether the processes form a ``torch.distributed`` group. More than one always do. A single process may: its
+            gradients then go through DistributedDataParallel too.
+        launched: whether a launcher (torchrun, Slurm, MPI) started the processes, even a single one. A launcher forwards the
+            signals that it gets, so one request to stop can reach a process several times.
     """
 
     rank: int = 0
@@ -43,33 +44,33 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process reads, writes and prints for all."""
+        """Whether this process is the leader, which reads, writes and prints for all."""
         return self.rank == 0
 
     def share(self, index: Tensor) -> Tensor:
-        """This process's part of a batch; parts differ by one image at most, and may be empty."""
+        """This process's share of the batch ``index``. Shares differ in size by at most one image, and may be empty."""
         return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """``tensor``, which becomes the sum of all processes' tensors."""
+        """Sum ``tensor`` over all processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true in any process. Between hosts: nobody waits for a GPU."""
+        """Whether ``flag`` is true in any process. Only CPUs communicate: no GPU is waited for."""
         return self.any_of(flag)[0]
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """:meth:`any` of each of ``flags``, of which every process has as many."""
+        """:meth:`any` of each of ``flags``. Every process passes the same number of flags."""
         return list(flags) if self.size == 1 else self.add_up(torch.tensor(flags).int()).bool().tolist()
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have made this call."""
         self.any(False)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's ``value``, by rank, in the process that leads; an empty list in the others."""
+        """In the leader, the ``value`` of every process in order of rank; in the others an empty list."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.leads else None
@@ -77,10 +78,10 @@ class Processes:
         return values or []
 
     def from_leader(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the process that leads, in all of them.
+        """Call ``make`` in the leader and return its result in all processes.
 
         Raises:
-            SystemExit: in the others, if it raised in the one that leads, which says why.
+            SystemExit: in the other processes, if ``make`` raised in the leader. The leader reports the error.
         """
         if self.size == 1:
             return make()
@@ -95,16 +96,16 @@ class Processes:
         return sent[0]
 
     def first_on_each_machine(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns, called by one process of a machine before the others: it may download what those then find."""
+        """Call ``make``, in one process of each machine before the others: it may download files that the others then find."""
         early = make() if self.local_rank == 0 else None
         self.wait()
         return early if early is not None else make()
 
     def parallel(self, net: nn.Module, device: torch.device) -> nn.Module:
-        """``net`` with gradients that are the mean of all processes', and the leader's weights in all.
+        """Wrap ``net`` in DistributedDataParallel, which averages gradients and broadcasts the leader's weights.
 
-        A bucket's gradients are added up while the backward pass goes on. On CUDA a step can be captured on the stream on which
-        this was called.
+        Buckets of gradients are all-reduced while the backward pass continues. On CUDA a step can be captured on the stream on
+        which this method was called. Without a group ``net`` itself is returned.
         """
         if not self.grouped:
             return net
@@ -112,22 +113,23 @@ class Processes:
         return DistributedDataParallel(net, device_ids, bucket_cap_mb=_BUCKET_MIB, gradient_as_bucket_view=True)
 
 
-#: Gradients are added up whenever so many MiB are there. Of AlexNet's backward pass the weights of the two large linear layers
-#: come first and fill a bucket each. What is left when it ends, and overlaps nothing, is less than this: with PyTorch's 25 MiB
-#: it would be all convolutions, 15 MB in float32 (arithmetic).
+#: Bucket size of DistributedDataParallel in MiB. In AlexNet's backward pass the weight gradients of the two large linear layers
+#: come first and fill a bucket each. The last bucket overlaps no computation, and is smaller than this. With PyTorch's 25 MiB
+#: it would hold all convolutions, 15 MB in float32 (arithmetic).
 _BUCKET_MIB = 4
 
-#: A run of one process.
+#: The only process of a run.
 ALONE = Processes()
 
-#: Where the processes of this run leave word for each other, without waiting; None where there is one.
+#: Key-value store shared by the processes of this run; None for a single process.
 _store: Any = None
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no process of this run has said ``message`` yet: what all of them find out, one tells the user.
+    """Whether no process of this run has printed ``message`` yet, so that only one of them prints it.
 
-    It waits for nobody, so that one that fails can ask it. Where the store has gone with the process that kept it: yes.
+    This waits for no other process, so a failing process can call it. If the process that holds the store has ended, the
+    answer is True.
     """
     if _store is None:
         return True
@@ -138,14 +140,14 @@ def first_to_say(message: str) -> bool:
 
 
 def leave() -> None:
-    """Take leave of the other processes, when all have come here; the group must be able to talk on the CPU, by gloo.
+    """Destroy the process group once all processes have made this call. The group must have gloo on the CPU.
 
-    gloo's thread lets go of a tensor only after it has said that it is done with it, and wants Python's lock for that. If
-    Python has come to its end by then, the process aborts, with all its work done: "terminate called without an active
-    exception" (torch 2.14). So this waits until the thread holds nothing.
+    gloo's thread reports an operation as done before it releases the tensor, and it needs Python's lock for the release. If the
+    interpreter is finalizing by then, the process aborts with all its work done: "terminate called without an active
+    exception" (torch 2.14). So this function waits until the thread has released its tensor.
     """
-    # A DistributedDataParallel that is left holds the group, and the group its threads. NCCL lets no group go before each CUDA
-    # graph that holds its launches.
+    # A DistributedDataParallel object keeps the group and its threads alive. NCCL destroys a group only after every CUDA graph
+    # with launches of that group.
     gc.collect()
     last = torch.zeros(())
     count: Callable[[], int] = last._use_count  # type: ignore[attr-defined]
@@ -157,16 +159,16 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-#: Seconds that :func:`leave` gives gloo's thread, which needs less than a millisecond of its own.
+#: The most seconds that :func:`leave` waits for gloo's thread, which needs less than a millisecond.
 _PATIENCE = 10.0
 
 
 def _own_part(store: Any, rank: int, size: int) -> Any:
-    """The part of ``store`` that these processes use. Called by all of them alike.
+    """``store`` with a key prefix that only this start of the processes uses. All processes call this.
 
-    torchrun keeps its store when it starts processes again, with the addresses in it of those that have gone. How many times it
-    did so no process knows: after a fault on another machine its own agent does not count. So the leader says a new name, and
-    another process believes it as soon as the leader has answered by that name.
+    torchrun keeps its store when it restarts processes, with the addresses of the ended processes in it. No process knows the
+    number of restarts: after a fault on another machine the local agent does not count one. So the leader writes a new prefix.
+    Another process trusts a prefix once the leader has answered it under that prefix.
 
     Raises:
         RuntimeError: the leader does not answer within the store's timeout.
@@ -189,7 +191,7 @@ def _own_part(store: Any, rank: int, size: int) -> Any:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that ``torchrun`` started, joined for the block; :data:`ALONE` where it started none."""
+    """Join the processes that ``torchrun`` started for the time of the block; yields :data:`ALONE` if it started none."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Processes(launched=True) if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
@@ -197,12 +199,12 @@ def joined() -> Iterator[Processes]:
     global _store
     store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     _store = _own_part(store, rank, size)
-    # Both: what hosts tell each other goes by gloo also where the gradients go by NCCL.
+    # Both backends: CPU tensors go by gloo even where gradients go by NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     own = dist.PrefixStore("group", _store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=own, rank=rank, world_size=size)
     processes = Processes(dist.get_rank(), size, dist.get_node_local_rank(), launched=True)
     yield processes
-    # Not after an error: taking leave could wait for processes that wait for this one. torchrun ends them when it has gone.
+    # Not after an error: leave() could wait for processes that wait for this one. torchrun ends them when this one has ended.
     leave()
     _store = None

@@ -1,4 +1,4 @@
-"""What a network makes of images: loss and accuracy of a set, probabilities of single images, speed."""
+"""Evaluation of a network: loss and accuracy on a split, class probabilities of images, training speed."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .signals import Stop, Stopped
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was given."""
+    """Wait until ``device`` has finished all work launched on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-#: Of more classes than this an evaluation counts how often the true one is among five.
+#: Top-5 accuracy is computed only for more classes than this.
 _FEW_CLASSES = 10
 
 
 class Evaluation(NamedTuple):
-    """What :func:`evaluate` finds.
+    """The result of :func:`evaluate`.
 
     Attributes:
         loss: mean cross-entropy, in nats.
         accuracy: fraction of images whose class has the largest logit.
-        top5: fraction of images whose class has one of the five largest logits; None of ten classes or fewer.
+        top5: fraction of images whose class has one of the five largest logits; None for ten classes or fewer.
     """
 
     loss: float
@@ -46,16 +46,16 @@ class Evaluation(NamedTuple):
 
 
 def top5_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of how many rows of ``logits`` (N, 5 classes or more) the label (N,) is one of ``topk(5)``; int64, without waiting.
+    """Number of rows of ``logits`` (N, 5 classes or more) whose label (N,) is one of ``topk(5)``: an int64 tensor.
 
-    A row with a NaN is no hit.
+    The host does not wait for the device. A row with a NaN is no hit.
     """
     among = (logits.topk(5).indices == labels[:, None]).any(1)
     return (among & ~logits.isnan().any(1)).sum()
 
 
 def _ten_crop_logits(net: nn.Module, images: Tensor, index: Tensor, size: int, options: dict[str, Any]) -> Tensor:
-    """(N, classes) float32: the logarithms of the mean of the probabilities for :func:`ten_crops`."""
+    """Logarithm of the class probabilities averaged over :func:`ten_crops`: (N, classes) float32."""
     found = [net(inputs).float().log_softmax(1) for inputs in ten_crops(net, images, index, size, **options)]
     return torch.stack(found).logsumexp(0) - math.log(len(found))
 
@@ -72,15 +72,15 @@ def evaluate(
     processes: Processes = ALONE,
     ten_crop: bool = False,
 ) -> Evaluation:
-    """Loss and accuracy on ``split``, in eval mode and the network's dtype.
+    """Loss and accuracy of ``net`` on ``split``, in eval mode and the network's dtype.
 
-    With ``ten_crop`` of the mean of the probabilities for :func:`.augment.ten_crops` of each image, which is held larger than
-    ``image_size``.
+    With ``ten_crop`` the probabilities are averaged over the :func:`.augment.ten_crops` of each image. The stored images must
+    then be larger than ``image_size``. Of several processes, pass ``stop`` to all or to none.
 
     Raises:
-        DataError: an image cannot be read, or none can.
-        ValueError: ``ten_crop`` of images that are not.
-        Stopped: ``stop`` said so, in any process; all of them are given one, or none.
+        DataError: an image cannot be read, or, if damaged images are skipped, none can.
+        ValueError: ``ten_crop`` is set and the images are no larger than ``image_size``.
+        Stopped: ``stop`` returned True in any process.
     """
     if ten_crop and split.size <= image_size:
         raise ValueError(f"ten crops of side {image_size} need larger images, got side {split.size}")
@@ -89,7 +89,7 @@ def evaluate(
     loss_sum, correct, top5 = (torch.zeros((), device=device) for _ in range(3))
     few_classes = True
     shares = [processes.share(index) for index in torch.arange(len(split), device=device).split(batch_size)]
-    stop_waiting = stop if processes.size == 1 else None  # several would wait for one that turned back
+    stop_waiting = stop if processes.size == 1 else None  # of several, the others would wait for the one that stopped
     seen = 0
     with contextlib.closing(Feed(split.to(device), shares, device, stop=stop_waiting, replace=False)) as feed:
         parts = iter(feed)
@@ -125,9 +125,9 @@ def classify(
     device: torch.device,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """Probabilities of the classes for each of ``images`` (uint8, as in a :class:`Split`): (N, classes) float32 on the CPU.
+    """Class probabilities of ``images`` (uint8, as in a :class:`Split`): (N, classes) float32 on the CPU.
 
-    In eval mode and the network's dtype; the softmax is computed in float32.
+    The network runs in eval mode and in its own dtype. The softmax is computed in float32.
     """
     net.eval()
     dtype = next(net.parameters()).dtype
@@ -139,13 +139,13 @@ def classify(
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a network says of each image of a set, on the CPU.
+    """A network's predictions for the N readable images of a split, on the CPU.
 
     Attributes:
-        classes: the most probable class, int64 (N,).
-        labels: the true one, int64 (N,).
-        true: its probability, float32 (N,).
-        index: which images of the set these are, int64 (N,): all that can be read, in their order.
+        classes: the most probable class of each image, int64 (N,).
+        labels: the true class, int64 (N,).
+        true: probability of the true class, float32 (N,).
+        index: the image's number in the split, int64 (N,), ascending.
     """
 
     classes: Tensor
@@ -155,7 +155,7 @@ class Predictions:
 
 
 def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_size: int, device: torch.device) -> Predictions:
-    """The predictions for ``split``, in eval mode."""
+    """Predictions of ``net`` for all readable images of ``split``, in eval mode."""
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "device": device}
     batches = torch.arange(len(split)).split(batch_size)
     with contextlib.closing(Feed(split, batches, torch.device("cpu"), replace=False)) as feed:
@@ -168,9 +168,9 @@ def predict_split(net: nn.Module, split: AnySplit, *, batch_size: int, image_siz
 
 
 def measure_speed(net: nn.Module, split: Split, batch_size: int, image_size: int, device: torch.device) -> float:
-    """Images a second of a forward and backward pass, timed on one batch (on the CPU a small one) after a first one.
+    """Images per second of a forward and backward pass, timed on one batch (on the CPU of at most 8 images) after a warm-up.
 
-    Leaves parameters, gradients and random state as they were.
+    Parameters and random state stay unchanged. Gradients are set to None.
     """
     few = min(batch_size, len(split), batch_size if device.type == "cuda" else 8)
     options: dict[str, Any] = {"dtype": next(net.parameters()).dtype, "normalization": split.normalization}

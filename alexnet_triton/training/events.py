@@ -1,4 +1,4 @@
-"""A run's epochs as TensorBoard shows them."""
+"""TensorBoard events of a run's epochs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .metrics import EpochMetrics
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-#: In the folder of a run.
+#: Folder of the event files, in the folder of a run.
 EVENTS = "tensorboard"
 
 
 def summary_writer() -> type[SummaryWriter]:
-    """PyTorch's writer, which needs the package ``tensorboard``.
+    """PyTorch's ``SummaryWriter``, which needs the package ``tensorboard``.
 
     Raises:
-        ImportError: it is not there, or one that PyTorch cannot use; the message says what to install.
+        ImportError: the package is missing, or PyTorch cannot use its version. The message says what to install.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -35,19 +35,19 @@ def summary_writer() -> type[SummaryWriter]:
 
 
 class EpochEvents:
-    """In its block, writes losses, accuracies, images a second and learning rate of each epoch into ``out / EVENTS``.
+    """Context manager that writes losses, accuracies, images per second and learning rate of each epoch to ``out / EVENTS``.
 
-    All epochs before are written anew, and TensorBoard leaves out what older files of the folder say: a run may go on from an
-    older checkpoint than its newest, a process may have ended between a checkpoint and its events, and a run may have begun
-    without events.
+    All earlier epochs are written again, and TensorBoard ignores those of older files in the folder. This is needed since a run
+    may resume from an older checkpoint than its newest, a process may have ended between a checkpoint and its events, and a
+    run may have begun without events.
 
     Args:
         out: folder of the run.
-        before: the epochs so far.
+        before: metrics of the epochs so far.
 
     Raises:
         ImportError: as :func:`summary_writer`.
-        OSError: in the block and at its begin: a file cannot be written; it names the folder.
+        OSError: a file cannot be written, on entering or within the block. The error names the folder.
     """
 
     def __init__(self, out: Path, before: Sequence[EpochMetrics]) -> None:
@@ -69,7 +69,7 @@ class EpochEvents:
         return self
 
     def _note_thread(self, failed: threading.ExceptHookArgs) -> None:
-        """No traceback of the writer's thread: what it met, the next flush raises."""
+        """Exception hook without a traceback for the writer's thread: the next flush raises that thread's error."""
         if not type(failed.thread).__module__.startswith("tensorboard."):
             self._excepthook(failed)
 
@@ -82,7 +82,7 @@ class EpochEvents:
 
     @contextlib.contextmanager
     def _naming_the_folder(self) -> Iterator[None]:
-        """TensorBoard's writer hands on what its thread met, which names no file."""
+        """Add the folder to an OSError: the error that TensorBoard's writer passes on from its thread names no file."""
         try:
             yield
         except OSError as error:
@@ -99,11 +99,11 @@ class EpochEvents:
             "learning_rate": metrics.lr,
         }
         for tag, value in values.items():
-            if value is not None:  # of an epoch from before it was kept
+            if value is not None:  # epochs of older checkpoints lack some values
                 self.writer.add_scalar(tag, value, metrics.epoch)
 
     def write(self, metrics: EpochMetrics) -> None:
-        """Write one epoch; it is in the file when this returns."""
+        """Write the metrics of one epoch and flush them to the file."""
         with self._naming_the_folder():
             self._add(metrics)
-            self.writer.flush()  # else a killed process would take up to two minutes of epochs with it
+            self.writer.flush()  # else a killed process would lose up to two minutes of epochs

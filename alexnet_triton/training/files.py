@@ -1,7 +1,7 @@
-"""Files that are whole or not there.
+"""Atomic file writes.
 
-A file is written beside the one that it replaces, forced to the disk, and only then renamed over it. Whatever ends the process
-or the machine in between, the old file or the new one is under the name, never half of one.
+A new file is written beside the one that it replaces, synced to the disk, and only then renamed over it. If the process or the
+machine dies in between, the name has the old file or the new one, never a part of one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the message names it."""
+    """A file cannot be written; the message names it."""
 
 
 def _partial(path: Path) -> Path:
@@ -21,12 +21,14 @@ def _partial(path: Path) -> Path:
 
 
 def _refused(path: Path, error: OSError) -> WriteError:
-    return WriteError(f"{path}: cannot be written, what was there stays: {error.strerror or error}")
+    return WriteError(f"{path}: cannot be written and is unchanged: {error.strerror or error}")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, which takes its place when the block ends; on any error it is removed.
+    """Yield the path of a temporary file beside ``path``, which replaces ``path`` when the block ends.
+
+    The block must write the file. On any error in the block it is removed.
 
     Raises:
         WriteError: as :func:`write_atomically`.
@@ -45,30 +47,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write ``path`` itself, and force it to the disk."""
+    """Write ``content`` to ``path`` itself, not atomically, and sync it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())  # before a rename: else a power cut could leave the name on an empty file
+        os.fsync(file.fileno())  # before the rename: else a power cut could leave an empty file under the final name
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Make ``content`` the content of ``path``; a failure or a crash at any moment leaves what was there.
+    """Replace the content of ``path`` by ``content``. A failure or a crash at any moment leaves the old file.
 
     Raises:
-        WriteError: it cannot be written (no space, no permission, ...); nothing is left of the attempt.
+        WriteError: the file cannot be written (no space, no permission, ...). The temporary file is removed.
     """
     with replacing(path) as partial:
         write(partial, content)
 
 
 def check_writable(path: Path) -> None:
-    """That :func:`write_atomically` can write ``path``, as far as that can be known without doing it; it is not touched.
+    """Check that :func:`write_atomically` can write ``path``, as far as possible without touching ``path``.
 
-    Its folder is made. For what takes long before there is something to write.
+    Creates the folder of ``path``. Call this before long work whose result is to be written.
 
     Raises:
-        WriteError: it cannot.
+        WriteError: ``path`` cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,7 @@ def check_writable(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force the folder's names to the disk: a rename is a change of the folder."""
+    """Sync ``folder`` to the disk: a rename changes the folder, not the file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

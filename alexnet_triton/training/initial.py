@@ -1,4 +1,4 @@
-"""Weights that a network begins with instead of random ones: fine-tuning."""
+"""Initial weights from a file, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .run_folder import weights_file
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a file, by their names in the network: on the CPU.
+    """Read the weights in a file: tensors on the CPU by their names in the network.
 
     Args:
-        path: a checkpoint of :func:`.loop.train`, or the folder of a run, of which the best one is taken, else the last; or
-            a ``state_dict`` that ``torch.save`` wrote, such as torchvision's; or a ``.safetensors``.
+        path: a checkpoint of :func:`.loop.train`; the folder of a run (its best checkpoint, else its last); a ``state_dict``
+            written by ``torch.save``, such as torchvision's; or a ``.safetensors`` file.
 
     Raises:
-        CheckpointError: no such file, or there is something else in it; the package safetensors is missing.
+        CheckpointError: the file does not exist or holds something else, or the package safetensors is missing.
     """
     path = weights_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read_file(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         content = content.get("state_dict")
     if not isinstance(content, dict) or not content or not all(map(_is_weight, content, content.values())):
-        raise CheckpointError(f"{path}: holds no weights by their names: no state_dict of a network")
+        raise CheckpointError(f"{path}: not a state_dict: it does not hold weights by their names")
     return content
 
 
@@ -46,20 +46,20 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
-    except Exception as error:  # its own errors are of no documented class
+    except Exception as error:  # safetensors does not document the classes of its errors
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What :func:`take_weights` did.
+    """The result of :func:`take_weights`.
 
     Attributes:
-        tensors: how many of the network's were taken.
-        of: how many it has.
-        new: names of the layers that stayed what they were.
-        unknown: how many of the weights have names that the network does not have.
-        weights: what was taken, by its names in the network, in float32: of more digits than a network in half precision has.
+        tensors: number of the network's tensors that were set.
+        of: number of the network's tensors.
+        new: names of the layers that were left unchanged.
+        unknown: number of given weights whose names the network does not have.
+        weights: the values set, by name, in float32, which is more precise than a network in half precision.
     """
 
     tensors: int
@@ -70,18 +70,18 @@ class Kept:
 
     def __str__(self) -> str:
         said = f"kept {self.tensors} of {self.of} tensors; new: {', '.join(self.new) or 'none'}"
-        return said + f"; {self.unknown} of other names" * (self.unknown > 0)
+        return said + f"; {self.unknown} unknown to the network" * (self.unknown > 0)
 
 
 @torch.no_grad()
 def take_weights(net: nn.Module, weights: Mapping[str, Tensor]) -> Kept:
-    """Copy into each layer of ``net`` those of ``weights`` that have its names, if all of them are there and of its shapes.
+    """Set the layers of ``net`` for which ``weights`` has all parameters in the right shapes; leave the others unchanged.
 
-    A layer is taken as a whole: a bias belongs to its weights. The others stay what they are, as new as they were.
+    A layer is set as a whole, since a bias belongs to its weights.
 
     Args:
-        net: of any dtype, on any device.
-        weights: of floating-point numbers of any dtype.
+        net: network of any dtype, on any device.
+        weights: tensors by name, of any floating-point dtype. Tensors of other dtypes are not used.
     """
     taken: dict[str, Tensor] = {}
     names: set[str] = set()

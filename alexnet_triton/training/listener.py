@@ -1,4 +1,4 @@
-"""Who is told what happens in a run."""
+"""The callbacks of a run."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ from .metrics import EpochMetrics
 
 
 class Listener:
-    """What a run tells, and what it asks. Here nothing comes of it: a subclass prints, draws, asks the run to stop.
+    """Callbacks of a run, which do nothing here. A subclass prints, draws, or asks the run to stop.
 
     Attributes:
-        wants_batches: whether :meth:`batch` is to be called: what it is told is read from the device, for which the host waits.
-        restart: what its user can do with a smaller learning rate where a loss is not finite and there is no checkpoint yet.
+        wants_batches: whether to call :meth:`batch`. Its loss is read from the device, for which the host waits.
+        restart: advice in the error message if a loss is not finite and there is no checkpoint yet. The message continues with
+            "with a smaller --lr".
     """
 
     wants_batches: bool = False
     restart: str = "start again"
 
     def compiling(self, line: str) -> None:
-        """Kernels are compiled: a line about that."""
+        """Called while kernels are compiled, with a line of progress."""
 
     def ready(self) -> None:
-        """Everything is compiled and captured, and the first epoch begins. Called once; from here on a run can be saved."""
+        """Called once, when everything is compiled and captured and the first epoch begins. From then on a run can be saved."""
 
     def epoch_begins(self, epoch: int) -> None:
-        """An epoch, counted from 1, is trained, or the rest of one that was stopped."""
+        """Called when training of ``epoch`` (from 1) begins, or of the rest of one that was stopped."""
 
     def batch(self, seen: int, loss: float, images_per_s: float) -> None:
-        """A few times a second and at the end of an epoch, how far it is.
+        """Called a few times a second and at the end of an epoch, with the progress of the epoch.
 
         Args:
-            seen: images so far, of all processes.
-            loss: their mean loss, of this process's images.
-            images_per_s: of all processes.
+            seen: images of the epoch so far, over all processes.
+            loss: mean loss of this process's images among them.
+            images_per_s: images per second over all processes.
         """
 
     def waited(self, seconds: float, of: float) -> None:
-        """So many ``seconds`` of an epoch, which took ``of`` of them, were without images to compute on."""
+        """Called if training waited for images for a large part of an epoch: ``seconds`` out of the epoch's ``of`` seconds."""
 
     def epoch_ends(self, metrics: EpochMetrics) -> None:
-        """An epoch is trained, evaluated and saved."""
+        """Called when an epoch has been trained, evaluated and saved."""
 
     def stop(self) -> bool:
-        """Asked before each step and each batch of an evaluation: whether the run is to save and end."""
+        """Whether the run is to save and end. Called before each step and before each batch of an evaluation."""
         return False
 
     def save(self) -> bool:
-        """Asked before each step: whether the run is to save and go on. To be answered by True once for each such wish."""
+        """Whether the run is to save and continue. Called before each step; return True once for each request."""
         return False
 
     def saved(self, line: str) -> None:
-        """The run was asked to save, and has: a line about that."""
+        """Called with a line for the user: about a requested checkpoint, or about images that cannot be read."""
 
 
-#: Tells nobody.
+#: A listener that ignores everything.
 SILENT = Listener()

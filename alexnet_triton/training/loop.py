@@ -1,4 +1,4 @@
-"""A run: its epochs, their evaluation, and the files that it writes."""
+"""A training run: the loop over epochs, the evaluation after each, and the files written."""
 
 from __future__ import annotations
 
@@ -47,51 +47,53 @@ def train(
     resume: Checkpoint | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> list[EpochMetrics]:
-    """Train ``net`` and write into ``folder``, after each epoch: a line of ``metrics.jsonl``, ``checkpoint.pt``, ``best.pt``.
+    """Train ``net`` by ``recipe``, writing ``metrics.jsonl``, ``checkpoint.pt`` and ``best.pt`` into ``folder``.
 
-    ``best.pt`` is the checkpoint of the first epoch with the highest test accuracy.
+    All three are written at the end of an epoch. ``best.pt`` is the checkpoint of the first epoch with the highest test
+    accuracy.
 
-    A resumed run computes the same bits as one that was never stopped, wherever in an epoch that was: on the same device,
-    versions and ``where.graph``, and while ``recipe`` stays what it was, but for ``epochs`` and ``data``.
+    A resumed run is bit-identical to an uninterrupted one, wherever in an epoch the stop came. This holds for the same device,
+    versions, ``where.graph`` and ``recipe``. Only its ``data`` (the path) may differ, and ``epochs`` where the schedule is
+    constant.
 
     Args:
-        net: a model of :func:`.networks.new_model`, on the device of ``where``, in the dtype of ``recipe`` and with what that
-            freezes frozen (:func:`.networks.freeze`).
-        data: the images, their classes in the order of the labels.
-        recipe: what decides the numbers. Its ``data``, ``limit``, ``validation`` and ``init`` are kept, not read: ``data`` and
-            ``net`` are what comes of them.
-        where: processes that train together do so each by this call, on equal shares of each batch. The one that leads writes.
-            Each draws its own dropout and augmentation.
-        folder: which is there.
-        listener: told what happens, and asked to stop.
-        resume: go on from there, up to ``recipe.epochs`` in all; ``recipe.early_stop`` counts those before too.
-            ``metrics.jsonl`` becomes its epochs, and goes on.
-        weights: float32 values, by their names, of parameters that ``net`` has rounded; a resumed run has its own.
+        net: a model of :func:`.networks.new_model`, on the device of ``where``, in the dtype of ``recipe``, with the layers
+            frozen that ``recipe`` freezes (:func:`.networks.freeze`).
+        data: training and test images, and the class names in the order of the labels.
+        recipe: the training settings. ``data``, ``limit``, ``validation`` and ``init`` are only recorded: the arguments
+            ``data`` and ``net`` already result from them.
+        where: the device and the processes. Processes that train together each make this call. Each trains on an equal share
+            of every batch and draws its own dropout and augmentation. The leader writes the files.
+        folder: an existing folder.
+        listener: receives the events of the run, and is asked whether to stop.
+        resume: the checkpoint to resume from, up to ``recipe.epochs`` in all. ``recipe.early_stop`` counts its epochs too.
+            ``metrics.jsonl`` is rewritten with the checkpoint's epochs and then extended.
+        weights: float32 values by name for parameters that ``net`` holds rounded. A resumed run takes the checkpoint's.
 
     Returns:
-        The metrics of all epochs, those before ``resume`` too.
+        The metrics of all epochs, including those before ``resume``.
 
     Raises:
-        ValueError: ``net`` is of another dtype than ``recipe``'s, other layers of it are frozen, one of ``data`` and
-            ``recipe`` is normalized, or the images are not of :attr:`.recipe.Recipe.image_side` where patches are cut.
-        CheckpointError: ``folder`` holds a run that is not resumed, ``resume`` is of another configuration, or a file cannot be
-            written.
-        DataError: an image of a stream cannot be read, or nothing reads them any more; of one process all is saved.
-        FloatingPointError: a loss or a weight is not finite; nothing is saved of that epoch. The message names the step, the
+        ValueError: ``net`` has another dtype or other frozen layers than ``recipe`` says, only one of ``data`` and ``recipe``
+            is normalized, or patches are to be cut from images that are not of :attr:`.recipe.Recipe.image_side`.
+        CheckpointError: ``folder`` holds a run and ``resume`` is None, ``resume`` has another configuration, or a file cannot
+            be written.
+        DataError: a streamed image cannot be read, or a worker process has died. A single-process run is saved first.
+        FloatingPointError: a loss or a weight is not finite. Nothing of that epoch is saved. The message names the step, the
             last good checkpoint and what to try.
-        Stopped: ``listener`` said so; all is saved.
+        Stopped: ``listener`` asked to stop; the run has been saved.
     """
     if resume is None and where.processes.leads and holds_run(folder):
         raise CheckpointError(f"{folder}: already holds a run")
     if (dtype := next(net.parameters()).dtype) != recipe.torch_dtype:
-        raise ValueError(f"net is of {dtype}, which {recipe.dtype} is not")
+        raise ValueError(f"net has dtype {dtype}, but the recipe says {recipe.dtype}")
     if any((split.normalization is not None) != recipe.normalize for split in (data.train, data.test)):
-        raise ValueError(f"data is {'not ' * recipe.normalize}normalized, of which the recipe says {recipe.normalize}")
+        raise ValueError(f"data is {'not ' * recipe.normalize}normalized, but the recipe says normalize={recipe.normalize}")
     recipe.check_side(data.train.size)
-    # After an init some may be new, and not frozen: the checkpoint of a run that is resumed says which.
+    # Layers that ``init`` did not have are new and not frozen. Only the checkpoint of a resumed run says which layers they are.
     all_or_none = recipe.init is None or recipe.freeze == "none" or (resume is not None and frozen_of(resume) is None)
     if all_or_none and frozen_layers(net) != (list(features(net)) if recipe.freeze == "features" else []):
-        raise ValueError(f"net is not frozen as {recipe.freeze} says")
+        raise ValueError(f"the frozen layers of net are not those of freeze={recipe.freeze!r}")
     run = _Run(net, data, recipe, where, folder, listener, resume)
     if resume is None and weights is not None:
         run.trainer.set_weights(weights)
@@ -102,9 +104,9 @@ def train(
 
 
 class _Run:
-    """A run between two steps: what of it a checkpoint keeps, and how.
+    """The state of a run between two steps, with methods to train an epoch, save it and load it.
 
-    The arguments are :func:`train`'s.
+    The arguments are those of :func:`train`.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class _Run:
         resume: Checkpoint | None,
     ) -> None:
         self.net, self.recipe, self.where, self.folder, self.listener = net, recipe, where, folder, listener
-        #: What decides the bits besides the recipe.
+        #: What the results depend on besides the recipe. A resumed run must have the same.
         self.configuration: dict[str, object] = {
             "device": where.device.type,
             "processes": where.processes.size,
@@ -127,10 +129,10 @@ class _Run:
         }
         if recipe.freeze != "none":
             self.configuration[FROZEN] = frozen_layers(net)
-        #: How many streamed images could not be read when it was last said.
+        #: How many unreadable streamed images the listener was last told about.
         self.skipped = 0
         self.history: list[EpochMetrics] = []
-        #: Loss, accuracy and seconds of an epoch that is trained and not evaluated.
+        #: Loss, accuracy and seconds of an epoch that is trained but not yet evaluated; else None.
         self.trained: tuple[float, float, float] | None = None
         state: dict[str, Any] = {}
         if resume is not None:
@@ -138,22 +140,22 @@ class _Run:
             state = check_configuration(resume, recipe, self.configuration)
             self.history = history_of(resume)
         if not where.processes.leads:
-            torch.manual_seed(recipe.seed + where.processes.rank)  # masks of its own
-        self.generator = torch.Generator(where.device).manual_seed(recipe.seed)  # the same order of images in all
-        # The test images once, not at each evaluation.
+            torch.manual_seed(recipe.seed + where.processes.rank)  # each process draws its own dropout masks
+        self.generator = torch.Generator(where.device).manual_seed(recipe.seed)  # the same image order in all processes
+        # Copy the test images to the device once, not at each evaluation.
         self.data = dataclasses.replace(data, test=data.test.to(where.device))
         self.trainer = Trainer(net, data.train, recipe, where, evaluated=self.data.test, listener=listener)
         if resume is not None:
             self._load(resume, state)
 
     def _load(self, resume: Checkpoint, state: dict[str, Any]) -> None:
-        """Become the run of ``resume``, whose training state is ``state``."""
+        """Restore the run from the checkpoint ``resume``, whose training state is ``state``."""
         try:
             self.trainer.load_state_dict(resume.weights, state["trainer"])
             self.generator.set_state(state["generator"])
             if state["trained"] is not None:
                 self.trained = _trained(*state["trained"])
-        # What a tensor of another kind makes PyTorch raise is not documented: all of it means the same here.
+        # PyTorch does not document what it raises for a wrong kind of tensor. Any exception means a damaged file here.
         except Exception as error:
             raise CheckpointError(f"{resume.path}: damaged: its training state does not load: {error!r}") from error
         if self.where.processes.leads:
@@ -162,11 +164,11 @@ class _Run:
             except WriteError as error:
                 raise CheckpointError(str(error)) from error
             best, last = self.folder / BEST, self.folder / LAST
-            if resume.path == best and not last.exists():  # a crash came between the two
+            if resume.path == best and not last.exists():  # the process died between writing the two
                 copy_checkpoint(best, last)
 
     def _save(self, path: Path) -> None:
-        """Write a checkpoint; called by all processes, of which one writes."""
+        """Write a checkpoint to ``path``. All processes call this; the leader writes."""
         state = {
             "recipe": dataclasses.asdict(self.recipe),
             "configuration": self.configuration,
@@ -185,13 +187,13 @@ class _Run:
         save_checkpoint(path, dataclasses.replace(content, **seen))
 
     def _list_skipped(self) -> None:
-        """Add to the run's list the streamed images that could not be read so far; called by all processes."""
+        """Add unreadable streamed images to the run's file :data:`.run_folder.SKIPPED`. All processes call this."""
         streams = [split for split in (self.data.train, self.data.test) if isinstance(split, StreamedSplit)]
         if not any(split.skip_damaged for split in streams):
             return
         own = {str(path): reason for split in streams for path, reason in split.skipped.items()}
         found = {path: reason for each in self.where.processes.gather(own) for path, reason in each.items()}
-        if len(found) > self.skipped:  # in the process that leads
+        if len(found) > self.skipped:  # only in the leader, which gathers
             list_skipped(self.folder, found, more=True)
             first, reason = next(iter(found.items()))
             rest = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -199,10 +201,10 @@ class _Run:
             self.skipped = len(found)
 
     def epoch(self, epoch: int) -> None:
-        """Train the epoch, or what is left of it, evaluate and save it.
+        """Train ``epoch``, or the rest of it, evaluate the network and save the run.
 
         Raises:
-            FloatingPointError, Stopped: as :func:`train`.
+            DataError, FloatingPointError, Stopped: as :func:`train`.
         """
         try:
             if self.trained is None:
@@ -222,7 +224,7 @@ class _Run:
             with self._advice(epoch):
                 self.trainer.check_finite()
             self._save(self.folder / LAST)
-            self.where.processes.wait()  # torchrun ends all when the first has gone
+            self.where.processes.wait()  # torchrun ends all processes as soon as the first one exits
             raise Stopped(f"in epoch {epoch} {stopped}") from None
         except DataError as error:
             if self.trained is None:
@@ -233,7 +235,7 @@ class _Run:
         self._keep(EpochMetrics(epoch, loss, train_acc, tested.accuracy, speed, seconds, tested.loss, lr, tested.top5))
 
     def _train(self, epoch: int) -> None:
-        """Train the epoch to its end, or to where a checkpoint is asked for, and save that."""
+        """Train ``epoch`` to its end, or until a checkpoint is requested, and then write that checkpoint."""
         try:
             with self._advice(epoch):
                 self.trained = self.trainer.epoch(self.generator, epoch)
@@ -246,20 +248,20 @@ class _Run:
             raise self._saved_all_the_same(error, epoch) from error
 
     def _saved_all_the_same(self, error: DataError, epoch: int) -> DataError:
-        """What to raise for ``error``. The steps so far are saved, if this process is the only one."""
+        """The error to raise in place of ``error``. A single process first saves the steps done so far."""
         if self.where.processes.size > 1:
             return error
         with self._advice(epoch):
             self.trainer.check_finite()
         self._save(self.folder / LAST)
-        return DataError(f"{error}; what epoch {epoch} came to is saved: --resume {self.folder} goes on with it")
+        return DataError(f"{error}; the steps of epoch {epoch} so far are saved: resume with --resume {self.folder}")
 
     def _keep(self, metrics: EpochMetrics) -> None:
-        """Write the files of an epoch."""
+        """Record a finished epoch: append ``metrics`` to the history and write checkpoints and ``metrics.jsonl``."""
         best = all(metrics.test_acc > earlier.test_acc for earlier in self.history)
         self.history.append(metrics)
         self.trained = None
-        # The best one first: a crash before the other repeats the epoch, and both are written again.
+        # Write best.pt first: a crash before the second write repeats the epoch, and both files are written again.
         self._save(self.folder / (BEST if best else LAST))
         if self.where.processes.leads:
             if best:
@@ -270,7 +272,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _advice(self, epoch: int) -> Iterator[None]:
-        """Add to a FloatingPointError of the block where it happened, what is left, and what to try."""
+        """Extend the message of a FloatingPointError in the block: the epoch, the last good checkpoint and what to try."""
         try:
             yield
         except FloatingPointError as error:
@@ -285,17 +287,17 @@ class _Run:
 
 
 def _checksum(split: AnySplit) -> int:
-    """CRC-32 of images and labels, of streamed images that of their names: a run goes on with the data that it began with."""
+    """CRC-32 of images and labels, or of a streamed source's names and labels. A run resumes only on the data it began with."""
     if isinstance(split, StreamedSplit):
         return split.source.checksum()
     checksum = 0
-    for images in split.images.split(4096):  # a set may fill the device, and the host need not have room for another
+    for images in split.images.split(4096):  # the images may fill the device, and the host may lack memory for a full copy
         checksum = zlib.crc32(images.cpu().numpy().tobytes(), checksum)
     return zlib.crc32(split.labels.cpu().numpy().tobytes(), checksum)
 
 
 def _trained(loss: object, accuracy: object, seconds: object) -> tuple[Any, Any, Any]:
-    """What :meth:`Trainer.epoch` returned, from a file: numbers."""
+    """The values that :meth:`Trainer.epoch` returned, as read from a checkpoint, checked to be numbers."""
     for name, value in {"loss": loss, "accuracy": accuracy, "seconds": seconds}.items():
         check_number(name, value)
     return loss, accuracy, seconds

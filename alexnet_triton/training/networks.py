@@ -1,4 +1,4 @@
-"""The networks that are trained: made, read from a checkpoint, and what they compute in."""
+"""Networks to train: built new or from a checkpoint, with frozen layers, dtype and precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, CheckpointError, check_weights, read_checkpo
 
 
 def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> nn.Module:
-    """``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet: fused, for so many channels and classes.
+    """Build the fused network ``"alexnet"``, ``"lenet"`` or ``"torchvision"`` (torchvision's AlexNet).
 
     Raises:
         RuntimeError: torchvision is missing.
@@ -29,7 +29,7 @@ def build_model(model: str, classes: int = len(CLASSES), channels: int = 1) -> n
 
 
 def torchvision_alexnet(classes: int, channels: int) -> nn.Module:
-    """``torchvision.models.alexnet`` as torchvision initialises it; of its three channels as many as are asked for.
+    """``torchvision.models.alexnet`` as torchvision initialises it, with a new first layer unless ``channels`` is 3.
 
     Raises:
         RuntimeError: torchvision is missing.
@@ -51,10 +51,12 @@ def features(net: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def freeze(net: nn.Module, what: str, layers: Collection[str] | None = None) -> None:
-    """Let no parameter of the layers of ``what``, as in :class:`.recipe.Recipe`, require a gradient.
+    """Freeze layers of ``net``: their parameters no longer require gradients.
 
     Args:
-        layers: of these names, and no others; None: all of them.
+        net: the network.
+        what: the ``freeze`` of a :class:`.recipe.Recipe`: ``"features"`` for the convolutions, or ``"none"``.
+        layers: names of the convolutions to freeze; None: all.
     """
     if what == "features":
         for name, layer in features(net).items():
@@ -63,7 +65,7 @@ def freeze(net: nn.Module, what: str, layers: Collection[str] | None = None) -> 
 
 
 def frozen_layers(net: nn.Module) -> list[str]:
-    """Names of the convolutions of which no parameter requires a gradient."""
+    """Names of the frozen convolutions: no parameter of them requires a gradient."""
     return [name for name, layer in features(net).items() if not any(each.requires_grad for each in layer.parameters())]
 
 
@@ -77,7 +79,7 @@ def new_model(
 ) -> nn.Module:
     """:func:`build_model` with weights drawn from ``seed``, channels-last, on ``device``, in ``dtype``.
 
-    The weights are Xavier-uniform, as d2l has them, torchvision's AlexNet's as torchvision has them.
+    The weights are Xavier-uniform, as in d2l. Those of torchvision's AlexNet are initialised by torchvision.
     """
     torch.manual_seed(seed)
     net = build_model(model, classes, channels)
@@ -87,10 +89,10 @@ def new_model(
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
-    """The network of a checkpoint on ``device``, in float32, and what else the file holds.
+    """Read a checkpoint; return its network on ``device``, in float32, channels-last, and the :class:`Checkpoint`.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint of :func:`train`.
+        CheckpointError: the file does not exist, or is not a checkpoint of :func:`.loop.train`.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.model not in IMAGE_SIZE:
@@ -111,9 +113,9 @@ def default_precision(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """PyTorch's switches for float32 products inside the block: in TF32 for ``"tf32"``, else exact.
+    """Set PyTorch's switches for float32 products for the time of the block: TF32 for ``"tf32"``, else exact float32.
 
-    Of convolutions and of linear layers alike, where PyTorch's default is TF32 for convolutions alone.
+    Convolutions and linear layers get the same setting. PyTorch's default is TF32 for convolutions only.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
@@ -125,7 +127,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def describe_backend(device: torch.device) -> str:
-    """In words, what the operations run on under the current backend."""
+    """Name, for display, of the backend that runs operations on ``device``."""
     if not runs_triton(torch.empty(0, device=device)):
         return "PyTorch reference"
     return "Triton kernels" if device.type == "cuda" else "Triton kernels in Triton's interpreter (for checking, slow)"

@@ -1,4 +1,4 @@
-"""A run as pictures: training curves, confusion matrix, the most wrong images."""
+"""Plots of a run: training curves, confusion matrix, the images whose true class is least probable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .metrics import EpochMetrics
 
 matplotlib.use("Agg")
 
-#: More classes than these are not named beside the confusion matrix, nor, more than those, counted in it: nobody could read it.
+#: The most classes that are named beside a confusion matrix, and the most for which counts are written in it: more would be
+#: illegible.
 MOST_NAMED, MOST_COUNTED = 50, 30
 
 _P = ParamSpec("_P")
@@ -27,7 +28,7 @@ _R = TypeVar("_R")
 
 
 def _names_as_they_stand(plot: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Formulas are not parsed in what ``plot`` writes: the name of a class or of a folder may have dollar signs in it."""
+    """Decorate ``plot`` so that Matplotlib parses no formulas: names of classes and folders may contain dollar signs."""
 
     @functools.wraps(plot)
     def plain(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -38,7 +39,7 @@ def _names_as_they_stand(plot: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _drawable(name: str) -> str:
-    """``name`` with what is no character written as an escape: a file's name is bytes, which need not be UTF-8."""
+    """``name`` with invalid characters written as escapes: the bytes of a file's name need not be UTF-8."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -47,19 +48,19 @@ _CURVE_COLOURS = ("tab:red", "tab:orange", "tab:blue", "tab:green")
 
 
 def plot_curves(history: Sequence[EpochMetrics], path: Path, title: str) -> None:
-    """Write both losses (left axis) and both accuracies (right axis) over epochs as a PNG."""
+    """Write a PNG of training and test loss (left axis) and training and test accuracy (right axis) over epochs."""
     _plot_runs([("", history, _CURVE_COLOURS)], path, title)
 
 
 def plot_comparison(histories: Mapping[str, Sequence[EpochMetrics]], path: Path, title: str) -> None:
-    """Write the curves of :func:`plot_curves` of several runs into one PNG, each run in a colour of its own."""
+    """Write one PNG with the curves of :func:`plot_curves` for several runs, each run in its own colour."""
     runs = [(f"{_drawable(name)}: ", history, (f"C{i}",) * 4) for i, (name, history) in enumerate(histories.items())]
     _plot_runs(runs, path, title)
 
 
 @_names_as_they_stand
 def _plot_runs(
-    runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # what the labels begin with, metrics, four colours
+    runs: Sequence[tuple[str, Sequence[EpochMetrics], Sequence[str]]],  # (prefix of the labels, metrics, four colours)
     path: Path,
     title: str,
 ) -> None:
@@ -69,7 +70,7 @@ def _plot_runs(
     lines = []
     for label, history, colours in runs:
         epochs = [m.epoch for m in history]
-        # Of an epoch from before the test loss was kept, the curve has no point.
+        # Older files lack test losses: the curve has no point there.
         test_loss = [math.nan if m.test_loss is None else m.test_loss for m in history]
         lines += [
             *loss_axis.plot(epochs, [m.loss for m in history], "o-", color=colours[0], label=f"{label}training loss"),
@@ -83,14 +84,14 @@ def _plot_runs(
     loss_axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axis.set(ylabel="accuracy", ylim=(0, 1))
     loss_axis.grid(alpha=0.3)
-    # A legend is filled column by column: a column for each run, or for each line of a single one.
+    # Matplotlib fills a legend column by column: one column for each run, or two columns for a single run.
     figure.legend(handles=lines, loc="outside lower center", ncols=len(runs) if len(runs) > 1 else 2, frameon=False)
     loss_axis.set_title(_drawable(title), fontsize=10)
     figure.savefig(path, dpi=150)
 
 
 def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> torch.Tensor:
-    """How many images of each class (rows) are taken for each class (columns): int64 (classes, classes)."""
+    """Number of images of each true class (rows) predicted as each class (columns): int64 (classes, classes)."""
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
@@ -98,7 +99,8 @@ def confusion_matrix(labels: torch.Tensor, predicted: torch.Tensor, classes: int
 def plot_confusion(predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
     """Write the confusion matrix as a PNG: counts, coloured by their share of the true class.
 
-    The picture's side grows with the classes up to :data:`MOST_NAMED`; more than these are numbered in the order of ``names``.
+    The picture's side grows with the number of classes up to :data:`MOST_NAMED`. More classes are not named but numbered, in
+    the order of ``names``.
     """
     counts = confusion_matrix(predictions.labels, predictions.classes, len(names))
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -123,14 +125,14 @@ def plot_confusion(predictions: Predictions, names: Sequence[str], path: Path, t
 
 
 def most_wrong(predictions: Predictions, most: int) -> torch.Tensor:
-    """Places of wrongly classified images among the predictions, those first whose true class is least probable."""
+    """Indices into ``predictions`` of at most ``most`` wrongly classified images, least probable true class first."""
     wrong = (predictions.classes != predictions.labels).nonzero()[:, 0]
     return wrong[predictions.true[wrong].argsort(stable=True)][:most]
 
 
 @_names_as_they_stand
 def plot_most_wrong(split: AnySplit, predictions: Predictions, names: Sequence[str], path: Path, title: str) -> None:
-    """Write the 25 most wrong images as a PNG, each with its true class, that one's probability, and the predicted class."""
+    """Write a PNG of the 25 :func:`most_wrong` images, each with its true class, its probability, and the predicted class."""
     figure = Figure(figsize=(10, 11), layout="constrained")
     indices = most_wrong(predictions, 25).tolist()
     for place, i in enumerate(indices, start=1):
@@ -140,5 +142,5 @@ def plot_most_wrong(split: AnySplit, predictions: Predictions, names: Sequence[s
         axes.set_axis_off()
         true, predicted = (_drawable(names[int(label)]) for label in (predictions.labels[i], predictions.classes[i]))
         axes.set_title(f"{true} ({predictions.true[i]:.1%})\nas {predicted}", fontsize=8)
-    figure.suptitle(_drawable(title) + (": nothing is wrong" if not indices else ""), fontsize=10)
+    figure.suptitle(_drawable(title) + (": no image is misclassified" if not indices else ""), fontsize=10)
     figure.savefig(path, dpi=120)

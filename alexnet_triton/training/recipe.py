@@ -1,4 +1,4 @@
-"""What decides a run's numbers, and where it runs."""
+"""The settings of a run: :class:`Recipe` decides its numbers, :class:`Where` the device and processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models import IMAGE_SIZE
 from .distributed import ALONE, Processes
 from .schedule import Schedule, ScheduleName
 
-#: For each ``--recipe``, the fields of a :class:`Recipe` that it decides where no option does.
+#: For each ``--recipe``, its values for fields of :class:`Recipe`. An option on the command line overrides them.
 RECIPES: dict[str, dict[str, Any]] = {
     "d2l": {
         "epochs": 10,
@@ -46,11 +46,11 @@ RECIPES["modern"] = RECIPES["d2l"] | {
     "crop": "pad",
 }
 
-#: That of Krizhevsky, Sutskever and Hinton, 2012. They divided the learning rate by ten three times in about 90 epochs, by
-#: hand, whenever the error on the validation images stopped falling; here it is divided after 30 and after 60 epochs, as
-#: torchvision's reference script for ImageNet does. They subtracted the mean of each pixel; --normalize has one for each
-#: channel, and divides by a standard deviation. Left out is what PyTorch's form of the network lacks: local response
-#: normalization, biases that begin at 1, weights drawn with a standard deviation of 0.01.
+#: The recipe of Krizhevsky, Sutskever and Hinton, 2012, with these differences. They divided the learning rate by ten three
+#: times in about 90 epochs, by hand, whenever the validation error stopped falling; here the rate is divided after 30 and
+#: after 60 epochs, as in torchvision's reference script for ImageNet. They subtracted a mean per pixel; --normalize subtracts a
+#: mean per channel and divides by a standard deviation. Local response normalization, biases that begin at 1 and weights with
+#: a standard deviation of 0.01 are left out, since PyTorch's form of the network lacks them.
 RECIPES["paper"] = RECIPES["d2l"] | {
     "epochs": 90,
     "momentum": 0.9,
@@ -62,25 +62,25 @@ RECIPES["paper"] = RECIPES["d2l"] | {
     "colour": True,
 }
 
-#: The learning rate of each recipe for each network; of ``"d2l"`` those of the book, its AlexNet's for torchvision's. The paper
-#: has no LeNet: the book's is divided by ten, by which momentum 0.9 lengthens a step.
+#: The learning rate of each recipe for each network. ``"d2l"`` has the book's rates; torchvision's AlexNet gets the rate of the
+#: book's AlexNet. The paper has no LeNet: the book's rate is divided by ten, the factor by which momentum 0.9 lengthens a step.
 LEARNING_RATES = {
     "d2l": {"alexnet": 0.01, "lenet": 0.9, "torchvision": 0.01},
     "modern": {"alexnet": 0.02, "lenet": 0.3, "torchvision": 0.02},
     "paper": {"alexnet": 0.01, "lenet": 0.09, "torchvision": 0.01},
 }
 
-#: The largest number that torch takes for a size, a step or a seed: that of an int64.
+#: The largest int64, which is the largest size, step or seed that torch takes.
 MOST = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """What a field can hold besides what its type says.
+    """The values that a field accepts, besides the restriction of its type.
 
     Attributes:
-        least, most: of a number.
-        among: the values that there are; empty: all.
+        least, most: bounds of a number, both accepted.
+        among: the accepted values; empty: all.
         may_change: whether a resumed run may have another value than it began with.
     """
 
@@ -90,7 +90,7 @@ class Allowed:
     may_change: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether ``value``, which is of the field's type, is one of these. NaN and infinity are not."""
+        """Whether the field accepts ``value``, which has the field's type. NaN and infinity are never accepted."""
         return (
             not (isinstance(value, float) and not math.isfinite(value))
             and (not self.among or value in self.among)
@@ -100,68 +100,68 @@ class Allowed:
 
 
 def field(default: object, **allowed: Any) -> Any:
-    """A dataclass's field with an :class:`Allowed` of these attributes, for :func:`check_fields`."""
+    """A dataclass field with a default and, for :func:`check_fields`, an :class:`Allowed` made of ``allowed``."""
     return dataclasses.field(default=default, metadata={"allowed": Allowed(**allowed)})
 
 
 def allowed_of(kind: Any) -> dict[str, Allowed]:
-    """What each field of a dataclass made of :func:`field` can hold, by its name."""
+    """The :class:`Allowed` of each field by name, for a dataclass whose fields are made by :func:`field`."""
     return {each.name: each.metadata["allowed"] for each in dataclasses.fields(kind)}
 
 
 def check_fields(value: Any) -> None:
-    """That each field of ``value``, a dataclass made of :func:`field`, holds what it can.
+    """Check the type and value of each field of ``value``, a dataclass whose fields are made by :func:`field`.
 
     Raises:
-        ValueError: one does not; the message names it as an option of the command line.
+        ValueError: a field does not accept its value. The message names the field as a command-line option.
     """
     kinds = get_type_hints(type(value))
     for name, allowed in allowed_of(value).items():
         kind, found = kinds[name], getattr(value, name)
         if found is None and isinstance(None, kind):
             continue
-        # An int is a float, as Python's own type hints have it; a bool is no number.
+        # As in Python's type hints an int is accepted for a float. A bool is not accepted for a number.
         fits = isinstance(found, kind | int if kind is float else kind)
         fits = fits and (not isinstance(found, bool) or bool in (kind, *get_args(kind)))
         if not fits or not allowed.allows(found):
-            raise ValueError(f"no --{name.replace('_', '-')} can be {str(found)[:50]!r}")
+            raise ValueError(f"--{name.replace('_', '-')} cannot be {str(found)[:50]!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run's numbers: the command line makes it, the trainer reads it, a checkpoint keeps it.
+    """All settings that decide a run's numbers. The command line makes a recipe, the trainer reads it, a checkpoint keeps it.
 
-    A run is resumed by a recipe that equals its own in every field but those that may change (:class:`Allowed`). The default of
-    a field that is added later is what runs did before: a checkpoint that lacks the field gets it.
+    A run can be resumed with a recipe that equals its own in every field except those marked "may change". A checkpoint that
+    lacks a field, because the field was added later, gets the field's default: the default is what runs did before.
 
     Attributes:
-        model: the network, ``"alexnet"``, ``"lenet"`` or ``"torchvision"``, torchvision's AlexNet.
+        model: the network: ``"alexnet"``, ``"lenet"`` or ``"torchvision"`` (torchvision's AlexNet).
         data: as for :func:`alexnet_triton.data.image_folder.load_data`; may change, since the images are compared.
-        channels: of the images, 1 or 3.
-        limit: at most so many training images, and test images; None: all.
-        epochs: in all, those before a resumption too; may change.
-        batch_size: images of a step, of all processes together.
-        lr: learning rate, of a schedule the highest one; may change, for a run that diverged.
+        channels: channels of the images, 1 or 3.
+        limit: the most training images, and the most test images; None: all.
+        epochs: epochs of the whole run, including those before it was resumed; may change.
+        batch_size: images per step, over all processes.
+        lr: learning rate, the highest one of the schedule; may change, for a run that diverged.
         momentum, nesterov, weight_decay: as in :class:`alexnet_triton.optim.SGD`; the last may change.
-        schedule, warmup: as in :class:`.schedule.Schedule`. Where ``epochs`` changes, the rest of the run has the
-            learning rates of a run that has always had so many.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, of the training loss.
-        class_weights: ``"balanced"``: a training image's loss counts by the inverse of how many there are of its class, and the
-            mean of these weights over the training images is 1. ``"none"``: all count alike.
-        normalize: the network sees images by the :class:`alexnet_triton.data.dataset.Normalization` of the training images.
-        seed: of the weights, the order of the images, dropout and augmentation.
+        schedule, warmup: as in :class:`.schedule.Schedule`. If ``epochs`` changes, the rest of the run has the learning rates
+            of a run of the new length.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in the training loss.
+        class_weights: ``"balanced"``: a training image's loss is weighted by the inverse of its class's number of images; the
+            mean of these weights over the training images is 1. ``"none"``: no weights.
+        normalize: whether images are normalized by the :class:`alexnet_triton.data.dataset.Normalization` of the training
+            images.
+        seed: seed of the weights, the order of the images, dropout and augmentation.
         dtype: what the network computes in: ``"float32"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"``.
         flip, crop, colour: as in :class:`alexnet_triton.data.augment.Augment`.
-        validation: part of the training images that are the test images; None: the data has its own.
-        init: file or run's folder of the weights that the network began with, see :func:`.initial.read_weights`; None: random.
-        freeze: what keeps its weights: ``"features"``, all convolutions but those that ``init`` did not have, or ``"none"``.
-        shuffle_buffer: of tar shards, which come in another order in each epoch, among how many images that of the images is
-            drawn.
-        early_stop: end after so many epochs without a better test loss; None: never; may change.
+        validation: fraction of the training images that is held out for the test; None: the data has its own test images.
+        init: file or run folder of the initial weights, see :func:`.initial.read_weights`; None: random weights.
+        freeze: which layers are frozen: ``"features"``: all convolutions except those that ``init`` lacks; ``"none"``.
+        shuffle_buffer: size of the shuffle buffer for tar shards, in images. The order of the shards is shuffled as well.
+        early_stop: end after this number of epochs without a better test loss; None: never; may change.
 
     Raises:
-        ValueError: a value is of another type or not one that its field can hold, a warm-up is longer than the run, or
-            ``nesterov`` has no momentum.
+        ValueError: a field does not accept its value, the warm-up is longer than the run, or ``nesterov`` is set without
+            momentum.
     """
 
     model: str = field("alexnet", among=tuple(IMAGE_SIZE))
@@ -193,7 +193,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.warmup > self.epochs:
-            raise ValueError(f"no --warmup of {self.warmup:g} epochs fits into a run of {self.epochs}")
+            raise ValueError(f"--warmup of {self.warmup:g} epochs does not fit into a run of {self.epochs}")
         if self.nesterov and not self.momentum:
             raise ValueError("--nesterov needs a --momentum above 0")
 
@@ -204,24 +204,24 @@ class Recipe:
 
     @property
     def augment(self) -> Augment:
-        """What is changed in the training images at random."""
+        """The random augmentation of the training images."""
         return Augment(self.flip, self.crop, self.colour)  # type: ignore[arg-type]  # among which crop is
 
     @property
     def image_size(self) -> int:
-        """Side of what the network takes."""
+        """Side of the network's input."""
         return IMAGE_SIZE[self.model]
 
     @property
     def image_side(self) -> int:
-        """Side that the images are held at: above :attr:`image_size` where patches are cut from them."""
+        """Side of the stored images: larger than :attr:`image_size` if patches are cut from them."""
         return patch_side(self.image_size) if self.crop == "patch" else self.image_size
 
     def check_side(self, side: int) -> None:
-        """That images of ``side`` x ``side`` have patches, where the crop is those.
+        """Check that patches can be cut from stored images of ``side`` x ``side``, if the crop is ``"patch"``.
 
         Raises:
-            DataError: they have none.
+            DataError: ``side`` is not :attr:`image_side`.
         """
         if self.crop == "patch" and side != self.image_side:
             raise DataError(
@@ -231,7 +231,7 @@ class Recipe:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the network's parameters."""
+        """The dtype of the network's parameters."""
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
 
@@ -240,15 +240,15 @@ class Where:
     """Where a run computes its numbers.
 
     Attributes:
-        device: of the network and of the images.
-        graph: each step is one CUDA graph.
-        processes: that train together, each on a shard of every batch.
-        checkpoint_every: in the middle of an epoch, save after so many steps, counted from the run's first; None: never.
-        options: how whoever made this would make it again: numbers, strings, None. Checkpoints keep them, nothing else reads
-            them.
+        device: device of the network and of the images.
+        graph: run each step as one CUDA graph.
+        processes: the processes that train together, each on a share of every batch.
+        checkpoint_every: steps between checkpoints within an epoch, counted from the run's first step; None: none.
+        options: the caller's options from which this value was made: numbers, strings, None. Checkpoints keep them; nothing
+            else reads them.
 
     Raises:
-        ValueError: ``graph`` on a device without CUDA graphs.
+        ValueError: ``graph`` is set and ``device`` is not a CUDA device.
     """
 
     device: torch.device

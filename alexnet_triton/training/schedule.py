@@ -1,6 +1,6 @@
-"""Learning-rate schedules: the learning rate of each step as a function of the step alone.
+"""Learning-rate schedules: the learning rate is a function of the step number alone.
 
-Nothing is carried from step to step, so a resumed run has no state of a schedule to restore.
+A schedule has no state, so a resumed run has none to restore.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Literal, get_args
 
 ScheduleName = Literal["constant", "step", "cosine", "onecycle"]
 
-#: ``"step"``: what the learning rate is multiplied by, and the equal parts of training between which that happens: as in
-#: torchvision's reference script for ImageNet, which divides it by ten every 30 of 90 epochs.
+#: ``"step"``: the factor of the learning rate between two of the equal parts of training, and the number of parts. They are
+#: those of torchvision's reference script for ImageNet, which divides the rate by ten every 30 of 90 epochs.
 _DECAY, _PARTS = 0.1, 3
 
-#: ``"onecycle"``, as in ``torch.optim.lr_scheduler.OneCycleLR``: the part of training in which the learning rate rises where no
-#: warm-up says so, and what the highest rate is divided by for the first one, and the first one for the last one.
+#: ``"onecycle"``, the defaults of ``torch.optim.lr_scheduler.OneCycleLR``: the fraction of training in which the rate rises if
+#: there is no warm-up, the highest rate divided by the first, and the first rate divided by the last.
 _RISE, _FIRST, _LAST = 0.3, 25.0, 1e4
 
 
 def _cosine(begin: float, end: float, part: float) -> float:
-    """From ``begin`` to ``end`` along half a period of a cosine, ``part`` of it done."""
+    """Value between ``begin`` and ``end`` on half a period of a cosine, at the fraction ``part``."""
     return end + (begin - end) * (1 + math.cos(math.pi * part)) / 2
 
 
@@ -32,14 +32,14 @@ class Schedule:
     Attributes:
         name: ``"constant"``; ``"step"``: divided by ten after each third; ``"cosine"``: down to 0 along half a cosine
             (Loshchilov and Hutter, "SGDR", 2017, without restarts); ``"onecycle"``: up and then down to almost 0 (Smith and
-            Topin, "Super-convergence", 2018), as ``torch.optim.lr_scheduler.OneCycleLR`` has it.
+            Topin, "Super-convergence", 2018), as in ``torch.optim.lr_scheduler.OneCycleLR``.
         lr: the highest learning rate.
-        epochs: of the whole run.
-        warmup: epochs in which the learning rate rises from almost 0 to ``lr``, linearly; the schedule takes the remaining
-            epochs. Of ``"onecycle"`` the epochs in which it rises, by default three tenths of all.
+        epochs: epochs of the whole run.
+        warmup: epochs in which the learning rate rises linearly from almost 0 to ``lr``. The schedule takes the remaining
+            epochs. For ``"onecycle"``: the epochs in which the rate rises; 0: three tenths of all.
 
     Raises:
-        ValueError: another name, a negative number, or a warm-up that is longer than the run.
+        ValueError: the name is unknown, a number is negative, or the warm-up is longer than the run.
     """
 
     name: ScheduleName = "constant"
@@ -56,7 +56,7 @@ class Schedule:
             raise ValueError(f"warmup must be between 0 and the {self.epochs} epochs of the run, got {self.warmup!r}")
 
     def at(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of the run's step number ``step``, from 0."""
+        """The learning rate of step number ``step`` of the run, from 0."""
         total = self.epochs * steps_per_epoch
         if self.name == "onecycle":
             return self._onecycle(step, total)
@@ -72,7 +72,7 @@ class Schedule:
 
     def _onecycle(self, step: int, total: int) -> float:
         rise = self.warmup / self.epochs if self.warmup else _RISE
-        # The step with the highest rate, and the last one, as PyTorch numbers them.
+        # The step with the highest rate and the last step, numbered as in PyTorch.
         top, last = rise * total - 1, total - 1
         first = self.lr / _FIRST
         if step <= top:

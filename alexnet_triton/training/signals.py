@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, or to save and go on."""
+"""Signals that request a run to stop, or to save and continue."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
-#: Asked between two steps; True ends training there with :class:`Stopped`.
+#: Called between two steps. True ends training there with :class:`Stopped`.
 Stop = Callable[[], bool]
 
 
 class Stopped(Exception):
-    """Training was asked to stop and did, between two steps. The message says where."""
+    """Training stopped on request between two steps. The message says where."""
 
 
 class SaveAsked(Exception):
-    """Training was asked to save and go on, and waits between two steps. The message says where."""
+    """Training paused between two steps because a checkpoint was requested. The message says where."""
 
 
-#: Signals that ask to stop: Ctrl-C, that of schedulers, and that of a terminal which is closed.
+#: Signals that request a stop: Ctrl-C, a scheduler's, and that of a closed terminal.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """In its block the first of :data:`STOPS` is noted, so that a run can finish its step and save, and each SIGUSR1 is.
+    """Context manager that records the first signal of :data:`STOPS`, so that a run can finish its step and save.
 
-    A second one to stop does what it does to any process: ends it at once. Not SIGHUP, which comes more than once for one
-    reason: from a shell and from its terminal, or right after SIGTERM from systemd. A signal that was ignored before
-    (``nohup``, a background job of a script) stays ignored. To be entered in the main thread.
+    Each SIGUSR1 is recorded too, as a request to save and continue. A second stop signal ends the process at once, by its
+    default action. SIGHUP does not: it can come twice for one reason, from a shell and from its terminal, or right after
+    SIGTERM from systemd. A signal that was ignored before (``nohup``, a background job of a script) stays ignored. Enter the
+    block in the main thread.
 
     Args:
-        repeats: whether one request comes as several signals, as to the processes of a launcher
-            (:attr:`.distributed.Processes.launched`). Then all after the first are ignored, until the process has
-            ended: they must not end it while it still saves, or while others wait for it to leave with them. The launcher has
-            SIGKILL for one that does not end.
+        repeats: whether one request can come as several signals, as it does to the processes of a launcher
+            (:attr:`.distributed.Processes.launched`). Then all signals after the first are ignored until the process has
+            ended. They must not end it while it saves, or while other processes wait for it. The launcher can use SIGKILL.
 
     Attributes:
-        received: the signal; None as long as there was none.
+        received: the first stop signal; None if there was none.
     """
 
     def __init__(self, *, repeats: bool = False) -> None:
@@ -55,27 +55,27 @@ class StopSignals:
 
     @contextlib.contextmanager
     def hearing_saves(self) -> Iterator[None]:
-        """In this longer block SIGUSR1 is noted, before and after that of the others too: it never ends the process."""
+        """Record SIGUSR1 in this longer block too, before and after the block for stop signals: it never ends the process."""
         before = signal.getsignal(signal.SIGUSR1)
         if before is not signal.SIG_IGN:
             signal.signal(signal.SIGUSR1, self._note_save)
         try:
             yield
         finally:
-            if signal.getsignal(signal.SIGUSR1) == self._note_save:  # it may be ignored up to the end
+            if signal.getsignal(signal.SIGUSR1) == self._note_save:  # __exit__ may have left it ignored until the end
                 signal.signal(signal.SIGUSR1, before)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Of two that came at once, both handlers run, whatever the first one sets.
+        # If two signals come at once, both handlers run, even if the first handler changes the second signal's action.
         self.received = self.received or signal.Signals(number)
         for each in self._before.keys() & set(STOPS):
             signal.signal(each, signal.SIG_IGN if self._repeats or each == signal.SIGHUP else signal.SIG_DFL)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        # Stopped without a signal: that came to another process, and is still to come to this one.
+        # Stopped without a signal: another process received it, and it is still to come to this process.
         ending = self._repeats and (self.received is not None or isinstance(error, Stopped))
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
@@ -86,6 +86,6 @@ class StopSignals:
         return self.received is not None
 
     def take_save(self) -> bool:
-        """Whether to save and go on: once for all SIGUSR1 since it was asked last."""
+        """Whether to save and continue: True if a SIGUSR1 came since the last call."""
         asked, self._save = self._save, False
         return asked

@@ -1,4 +1,4 @@
-"""The training of a network, a step at a time: plain SGD on images that live on the device or come to it, cross-entropy."""
+"""Training step by step: SGD on the cross-entropy, with images that stay on the device or are streamed to it."""
 
 from __future__ import annotations
 
@@ -26,67 +26,68 @@ from .signals import SaveAsked, Stopped
 
 
 def _copy(into: torch.Tensor, value: object, name: str) -> None:
-    """Copy a tensor of the same shape; ``copy_`` alone would repeat a smaller one."""
+    """Copy ``value`` into ``into``, and raise a ValueError unless the shapes match: ``copy_`` alone would broadcast."""
     if not isinstance(value, torch.Tensor) or value.shape != into.shape:
         found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name} is {found}, not a tensor of shape {list(into.shape)}")
     into.copy_(value)
 
 
-#: Float16 gradients of a mean over a batch are as small as 1e-7: losses are multiplied by this, the learning rate divided. A
-#: constant: a scale that adapts reads on the host whether a gradient overflowed, which no captured step can do.
+#: Gradient scale in float16: gradients of a mean over a batch are as small as 1e-7. The learning rate is divided by the same
+#: factor. It is constant since an adaptive scale reads on the host whether a gradient overflowed; a captured step cannot do so.
 _FLOAT16_SCALE = 1024.0
 
-#: Of an epoch's time, what it may wait for images without a word; a second too.
+#: The listener is told of time spent waiting for images if it exceeds this fraction of the epoch, and one second.
 _MOST_WAITED = 0.05
 
-#: To tell of a batch its loss is read, for which the host waits: not more often than this, in seconds.
+#: The least seconds between two calls of :meth:`.Listener.batch`: each reads the loss, for which the host waits.
 _PROGRESS_INTERVAL = 0.25
 
 
 def balanced_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """A weight for each class, float32 (``classes``,): the inverse of how many of ``labels`` (int64) are of it.
+    """Loss weights, float32 (``classes``,): the inverse of the number of ``labels`` (int64) of each class.
 
-    Scaled so that their mean over ``labels`` is 1. A class without labels has 0.
+    They are scaled so that their mean over ``labels`` is 1. A class without labels has weight 0.
     """
     counts = torch.bincount(labels, minlength=classes)
     present = (counts > 0).sum()
     return torch.where(counts > 0, len(labels) / (present * counts.clamp(min=1)), 0.0).float()
 
 
-#: Steps before a capture: the first compiles and makes the masters, the others settle the allocator.
+#: Steps before a capture: the first compiles kernels and makes float32 masters, the others settle the caching allocator.
 _WARM_UP_STEPS = 3
 
-#: As many as PyTorch's notes on CUDA graphs ask for where DistributedDataParallel is captured, which times its first ten.
+#: Steps before a capture with DistributedDataParallel: PyTorch's notes on CUDA graphs ask for 11. DDP times its first ten.
 _GROUPED_WARM_UP_STEPS = 11
 
 
 class Trainer:
-    """Plain SGD: one step at a time, or as a CUDA graph of the whole step.
+    """Trains a network with SGD, running each step eagerly or as one CUDA graph.
 
-    The step is data (gather, augment, resize, scale, cast; cells where the first layer reads those), forward, loss, backward,
-    optimizer and the sums of loss and hits. Captured, it is one launch for the host, and nothing in an epoch waits for the GPU.
-    The last, smaller batch of an epoch runs eagerly. Half-precision parameters have float32 masters
-    (:class:`alexnet_triton.optim.SGD`). float16 losses are scaled by a constant and the learning rate by its inverse, which is
-    the same step, with momentum too; a gradient that overflows all the same makes the loss NaN, and the epoch says so. Nothing
-    else reads a loss, so that no step waits for one.
+    A step gathers, augments, resizes, scales and casts its images (into cells if the first layer reads cells), runs forward,
+    loss, backward and optimizer, and accumulates loss and hits. A captured step is one launch for the host. The host does not
+    wait for a step within an epoch unless the listener wants batches. The last, smaller batch of an epoch runs eagerly.
 
-    Between two steps, in the middle of an epoch too, :meth:`state_dict` and :meth:`float32_weights` are all that the rest of
-    the training depends on, and :meth:`load_state_dict` of them goes on with the same bits on the same device.
+    Half-precision parameters have float32 masters (:class:`alexnet_triton.optim.SGD`). In float16 the loss is scaled by a
+    constant and the learning rate by its inverse, which gives the same step, with momentum too. If a gradient overflows all
+    the same, the loss becomes NaN and the epoch raises at its end.
 
-    On CUDA the constructor runs the step on batches of both sizes, so that everything is compiled before the first epoch.
-    Weights and random state are afterwards what they were.
+    Between any two steps :meth:`state_dict` and :meth:`float32_weights` hold everything on which the rest of the training
+    depends. After :meth:`load_state_dict` of both, training on the same device is bit-identical.
 
-    Where the learning rate changes, a captured step reads it from the device, where it is filled before the replay. Elsewhere
-    it is a number that the optimizer is told.
+    On CUDA the constructor runs the step on batches of both sizes, so that everything is compiled before the first epoch. It
+    then restores weights and random state.
+
+    If the learning rate changes, a captured step reads it from a device tensor that is filled before the replay. Otherwise the
+    learning rate is a Python number in the optimizer.
 
     Args:
-        net: on the device of ``where``, in the dtype it trains in. A parameter without ``requires_grad`` stays what it is.
-        split: training images; copied to the device, unless they are streamed: a step then finds its own in a place there.
-        recipe: of which all is read that decides a step: image size, batch size, learning rates, loss, optimizer, augmentation.
-        where: processes that train together call the methods of this class alike, except for :meth:`float32_weights`.
-        evaluated: images of the run's evaluations, whose kernels are compiled with those of the steps.
-        listener: told about compilation and batches, and asked whether to stop.
+        net: network on the device of ``where``, in its training dtype. Parameters without ``requires_grad`` stay unchanged.
+        split: training images. They are copied to the device, or streamed to it batch by batch.
+        recipe: image size, batch size, learning rates, loss, optimizer and augmentation are read from here.
+        where: processes that train together must make the same calls on this class, except of :meth:`float32_weights`.
+        evaluated: images of the run's evaluations. The kernels for them are compiled together with those of the steps.
+        listener: receives compilation and batch events, and is asked whether to stop or save.
     """
 
     def __init__(
@@ -102,31 +103,31 @@ class Trainer:
         self.net, self.recipe, self.device, self.processes = net, recipe, where.device, where.processes
         self.image_size, self.augment, self.schedule = recipe.image_size, recipe.augment, recipe.learning_rates
         self.given, self.total = split.to(self.device), len(split)
-        #: Of an epoch that has fewer images than a batch, they are its only one.
+        #: If the set has fewer images than a batch, an epoch is one smaller batch.
         self.batch_size = min(recipe.batch_size, self.total)
-        #: What a captured step reads: each replay finds the next batch's images, or this process's of them, here.
+        #: Image numbers that a captured step reads. Before each replay this process's share of the next batch is copied here.
         self.index = torch.zeros(self._share(self.batch_size), dtype=torch.int64, device=self.device)
         self.ring: Ring | None = None
-        #: Where a step's images are on the device.
+        #: Images and labels on the device, into which a step indexes.
         self.split = self._on_device()
         self.evaluated, self.listener, self.checkpoint_every = evaluated, listener, where.checkpoint_every
         self.dtype = next(net.parameters()).dtype
         self.scale = _FLOAT16_SCALE if self.dtype == torch.float16 else 1.0
-        #: Of each class, in the training loss. The last layer is linear: its last parameter has a row for each class.
+        #: Class weights of the training loss. The last parameter of the network, a linear layer's, has a row for each class.
         self.class_weights = (
             balanced_weights(split.labels.to(self.device), len(list(net.parameters())[-1]))
             if recipe.class_weights == "balanced"
             else None
         )
         self.loss_sum, self.correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        #: The sum of losses after each step of the epoch: at its end it says which step was the first to go wrong.
+        #: The running loss sum after each step of the epoch. From it the end of the epoch finds the first non-finite step.
         self.loss_sums = torch.zeros(-(-self.total // self.batch_size), device=self.device)
-        #: The learning rate of the last step, whatever the scale.
+        #: The learning rate of the last step, before the division by the scale.
         self.lr = self.learning_rate(1, 0)
         rate: float | torch.Tensor = self.lr / self.scale
         if where.graph and (recipe.schedule != "constant" or recipe.warmup):
             rate = torch.tensor(rate, device=self.device)
-        # The penalty is not a part of the loss: it is scaled as the gradients are, so that lr / scale takes it back.
+        # Weight decay is not part of the scaled loss: scale it like the gradients, so that lr / scale undoes both.
         self.optimizer = SGD(
             [param for param in net.parameters() if param.requires_grad],
             lr=rate,
@@ -134,26 +135,26 @@ class Trainer:
             weight_decay=recipe.weight_decay * self.scale,
             nesterov=recipe.nesterov,
         )
-        #: Float32 values of parameters that the optimizer does not have, by their names, where they were given.
+        #: Given float32 values, by name, of frozen parameters. The optimizer has no masters for those.
         self.frozen: dict[str, torch.Tensor] = {}
         self.replay: Callable[[], None] | None = None
         #: The epoch's permutation of the images; None between two epochs.
         self.order: torch.Tensor | None = None
-        #: Of the epoch: steps done, the seconds that they took up to the last stop, and those without images to compute on.
+        #: Of the current epoch: steps done, seconds of training so far, and seconds of waiting for images.
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 self._prepare(where.graph and self.total >= recipe.batch_size)
         else:
-            #: What a step calls: it makes the gradients of all processes one.
+            #: The module that a step calls. DistributedDataParallel averages the gradients of all processes.
             self.parallel = self.processes.parallel(net, self.device)
             if self.processes.grouped:
                 self._settle()
 
     def _settle(self) -> None:
-        """Take a backward pass of no image, after which DistributedDataParallel sums in another order than before.
+        """Run one backward pass on an empty batch, after which DistributedDataParallel sums gradients in another order.
 
-        So the first step of a resumed run has the bits that it has in one that never stopped.
+        So the first step of a resumed run is bit-identical to the same step of an uninterrupted run.
         """
         images = torch.empty(0, self.split.channels, self.image_size, self.image_size, dtype=self.dtype, device=self.device)
         with torch.random.fork_rng([]):
@@ -161,11 +162,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _share(self, count: int) -> int:
-        """Images of this process in a batch of ``count``."""
+        """Number of images of this process in a batch of ``count``."""
         return len(self.processes.share(torch.empty(count, device="meta")))
 
     def _on_device(self) -> Split:
-        """Images and labels where a step reads them; of a stream there are none yet."""
+        """The split that a step indexes: all images, or for a stream a ring or blank images until the first batch arrives."""
         if isinstance(self.given, Split):
             return self.given
         if self.device.type == "cuda":
@@ -174,7 +175,7 @@ class Trainer:
         return self.given.blank(max(len(self.index), 1))
 
     def _new_order(self, generator: torch.Generator) -> torch.Tensor:
-        """All images in the order of an epoch: on the device, or where a stream's are asked for."""
+        """A permutation of all images for one epoch, drawn from ``generator``: on the device, or on the CPU for a stream."""
         if isinstance(self.given, StreamedSplit):
             return self.given.source.order(generator).cpu()
         if self.given.order is not None:
@@ -182,16 +183,16 @@ class Trainer:
         return torch.randperm(self.total, generator=generator, device=generator.device).to(self.device)
 
     def learning_rate(self, epoch: int, step: int = -1) -> float:
-        """Of a step, counted from 0, of an epoch, counted from 1; -1: of its last step."""
+        """The learning rate of ``step`` (from 0) in ``epoch`` (from 1); -1: of the epoch's last step."""
         steps = len(self.loss_sums)
         return self.schedule.at(self._steps_of_run(epoch, step % steps), steps)
 
     def _steps_of_run(self, epoch: int, step: int) -> int:
-        """How many steps come before ``step``, counted from 0, of an epoch, counted from 1."""
+        """Number of steps of the run before ``step`` (from 0) of ``epoch`` (from 1)."""
         return (epoch - 1) * len(self.loss_sums) + step
 
     def _set_learning_rate(self, lr: float) -> None:
-        """Of the steps to come; nothing is launched where it is what it was."""
+        """Set the learning rate of the following steps. An unchanged rate launches nothing."""
         if lr == self.lr:
             return
         self.lr, group = lr, self.optimizer.param_groups[0]
@@ -201,17 +202,17 @@ class Trainer:
             group["lr"] = lr / self.scale
 
     def step(self, index: torch.Tensor, count: int | None = None) -> None:
-        """One step, run operation by operation, on the images of ``index``, a process's share of ``count``; None: all of them.
+        """Run one eager step on the images ``index`` of ``self.split``.
 
-        They are places in ``self.split``.
+        ``index`` is this process's share of a batch of ``count`` images; None: the whole batch.
         """
         options: dict[str, Any] = {"dtype": self.dtype, "augment": self.augment, "normalization": self.split.normalization}
         inputs = input_for(self.net, self.split.images, index, self.image_size, **options)
         labels = self.split.labels[index]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.parallel(inputs)
-        # The gradient of the mean over the batch. Processes take the mean of theirs, each of which therefore counts size-fold:
-        # right for unequal shares too, and for an empty one.
+        # This gives the gradient of the mean over the whole batch. Processes average their gradients, so each scales its own by
+        # the number of processes. Unequal and empty shares are right too.
         scale = self.scale * self.processes.size / (len(index) if count is None else count)
         # Sums stay on the device: reading one would make the host wait for the step.
         sums, smoothing = (self.loss_sum, self.correct), self.recipe.label_smoothing
@@ -220,15 +221,15 @@ class Trainer:
         self.optimizer.step()
 
     def precompile(self) -> int:
-        """Compile the kernels of the steps and evaluations of a run in parallel; returns how many Triton's cache lacked.
+        """Compile the kernels of a run's steps and evaluations in parallel; return how many Triton's cache lacked.
 
-        Where kernels run, that is; elsewhere nothing happens. Masters, momentum, gradients and sums hold nonsense afterwards.
-        Of several processes on a machine the first one compiles for all.
+        Without Triton kernels nothing happens. Masters, momentum, gradients and sums are undefined afterwards. Of several
+        processes on a machine the first one compiles for all.
         """
         return self.processes.first_on_each_machine(lambda: precompile(self._walk, tell=self.listener.compiling))
 
     def _walk(self) -> None:
-        """The steps and evaluations of a run that launch different kernels; what processes exchange launches none."""
+        """Run steps and evaluations of each batch size, for their kernels. Communication is left out: it launches none."""
         parallel, self.parallel = self.parallel, self.net
         try:
             self._steps(_WARM_UP_STEPS)
@@ -246,14 +247,14 @@ class Trainer:
                     evaluate(self.net, few, batch_size=size, image_size=self.image_size, device=self.device)
 
     def _steps(self, count: int) -> None:
-        """``count`` steps on whole batches, and one on the smaller batch of an epoch."""
+        """Run ``count`` steps on whole batches, and one on the epoch's smaller last batch if there is one."""
         self.net.train()
         whole, rest = self.batch_size, self.total % self.batch_size
         for size in [whole] * count + [rest] * (rest > 0):
             self.step(self.index[: self._share(size)], size)
 
     def warm_up(self) -> None:
-        """Compile everything and take a few steps; everything that they changed is as it was."""
+        """Compile everything and run a few steps, then restore weights, momentum, sums and random state."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             params = self.optimizer.param_groups[0]["params"]
             before = [param.detach().clone() for param in params]
@@ -264,22 +265,22 @@ class Trainer:
                 self.optimizer.set_master(param, value)
                 state = self.optimizer.state[param]
                 if "momentum_buffer" in state:
-                    state["momentum_buffer"].zero_()  # from which the next step makes the gradient, as a first step does
+                    state["momentum_buffer"].zero_()  # then the next step stores the gradient, as a first step does
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum.zero_()
         self.correct.zero_()
 
     def _prepare(self, capture: bool) -> None:
-        """:meth:`warm_up`, and the step on ``self.index`` as a CUDA graph, which computes nothing yet.
+        """:meth:`warm_up`, then capture the step on ``self.index`` as a CUDA graph if ``capture`` is set.
 
-        The graph of several processes holds NCCL's all-reduce of each bucket, on NCCL's stream, beside the backward pass. All
-        of them replay it in the same steps, as NCCL demands: a batch is whole in all or in none.
+        With several processes the graph contains NCCL's all-reduce of each bucket, on NCCL's stream, overlapping the backward
+        pass. NCCL demands that all processes replay it in the same steps. They do: a batch is whole in all of them or in none.
 
         Raises:
-            RuntimeError: several processes cannot capture. None goes on without a graph: the others might have one.
+            RuntimeError: the capture fails. With several processes none falls back to eager steps: others may have a graph.
         """
-        # Not on the default stream, on which nothing can be captured. One stream for all, so that the allocator knows it, and
-        # since DistributedDataParallel accumulates gradients on the stream that it is made on.
+        # The default stream cannot be captured. Use one other stream for warm-up and capture: its memory is then reused, and
+        # DistributedDataParallel accumulates gradients on the stream on which it was made.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -288,7 +289,7 @@ class Trainer:
         torch.cuda.current_stream().wait_stream(stream)
         if capture:
             graph = torch.cuda.CUDAGraph()
-            # Threads of gloo and NCCL may call CUDA meanwhile.
+            # Threads of gloo and NCCL may call CUDA during the capture.
             mode = "thread_local" if self.processes.grouped else "global"
             try:
                 with torch.random.fork_rng([self.device]), torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
@@ -297,24 +298,25 @@ class Trainer:
                 if not self.processes.grouped:
                     raise
                 reason = str(error).partition("\n")[0]
-                advice = "no CUDA graph can hold the step of several processes here (--no-graph runs it without)"
+                advice = "a CUDA graph cannot capture the step of several processes here (--no-graph runs without a graph)"
                 raise RuntimeError(f"{advice}: {reason}") from error
             self.replay = graph.replay
         synchronize(self.device)
 
     def epoch(self, generator: torch.Generator, number: int = 1) -> tuple[float, float, float]:
-        """One pass over the images in an order drawn from ``generator``, on its device; mean loss, accuracy, seconds.
+        """Train one epoch and return its mean loss, accuracy and seconds.
 
-        ``number`` counts the run's epochs from 1: the learning rates are those of its steps.
+        The order of the images is drawn from ``generator``, on its device. ``number`` is the number of the epoch in the run,
+        from 1, and decides the learning rates.
 
-        After a :class:`Stopped` or :class:`SaveAsked`, or a :meth:`load_state_dict` of a state in the middle of an epoch, the
-        rest of that epoch; what is returned is of the whole one.
+        After a :class:`Stopped` or :class:`SaveAsked`, or after :meth:`load_state_dict` of a state within an epoch, this trains
+        the rest of that epoch. The returned values are those of the whole epoch.
 
         Raises:
-            FloatingPointError: the loss is not finite, or a weight is not. Seen when the epoch is over, or where the listener
-                is told the loss; the message names the step.
-            DataError: an image of a stream cannot be read, or nothing reads them any more.
-            SaveAsked, Stopped: the listener said so, of any process; or it is time for one of the checkpoints of ``where``.
+            FloatingPointError: a loss or a weight is not finite. This is checked at the end of the epoch, and when the listener
+                is told the loss. The message names the step.
+            DataError: a streamed image cannot be read, or a worker process has died.
+            SaveAsked, Stopped: the listener of any process asked for it, or ``where.checkpoint_every`` steps have passed.
         """
         self.net.train()
         total = self.total
@@ -327,10 +329,10 @@ class Trainer:
             self.correct.zero_()
         start = begin - self.seconds
         shown, seen = begin, self.steps * self.batch_size
-        # Of this process, whose losses are all that it can show: to add up all would make every process wait.
+        # Images of this process. Progress shows this process's loss only: a sum over processes would make each of them wait.
         own = sum(len(self.processes.share(index)) for index in self.order.split(self.batch_size)[: self.steps])
         rest = self.order.split(self.batch_size)[self.steps :]
-        # One process may turn back from waiting for images; several would wait for each other.
+        # A single process may stop while it waits for images. Of several, the others would wait for the one that stopped.
         stop_waiting = self.listener.stop if self.processes.size == 1 else None
         shares = [self.processes.share(batch) for batch in rest]
         feed = Feed(self.given, shares, self.device, ring=self.ring, stop=stop_waiting)
@@ -353,13 +355,13 @@ class Trainer:
                     self.step(index, len(batch))
                 self.loss_sums[self.steps].copy_(self.loss_sum)
                 self.steps += 1
-                # The same in all processes, without asking them.
+                # All processes compute the same value, without communication.
                 due = self.checkpoint_every is not None and self._steps_of_run(number, self.steps) % self.checkpoint_every == 0
                 seen += len(batch)
                 own += len(index)
                 now = time.perf_counter()
                 if self.listener.wants_batches and (now - shown > _PROGRESS_INTERVAL or seen == total):
-                    loss = self.loss_sum.item() / max(own, 1)  # it may have had no share yet
+                    loss = self.loss_sum.item() / max(own, 1)  # all shares so far may have been empty
                     self.listener.batch(seen, loss, seen / (now - start))
                     if not math.isfinite(loss) and self.processes.size == 1:
                         break
@@ -374,7 +376,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _timed(self, start: float, feed: Feed) -> Iterator[None]:
-        """Note, however the block ends, the seconds of the epoch, which began at ``start``."""
+        """When the block ends, even by an exception, record the epoch's seconds since ``start`` and those without images."""
         try:
             yield
         finally:
@@ -383,23 +385,25 @@ class Trainer:
             self.waited += feed.waited
 
     def check_finite(self) -> None:
-        """Wait for the steps of the epoch so far, and look at their losses and at the weights.
+        """Wait for the steps of the epoch so far, and check their losses and the weights.
 
         Raises:
-            FloatingPointError: one is not finite; the message names the first such step.
+            FloatingPointError: a loss or a weight is not finite. The message names the first step with such a loss, else the
+                last step.
         """
         bad = (~torch.isfinite(self.processes.add_up(self.loss_sums[: self.steps].clone()))).nonzero()
         if len(bad):
             raise FloatingPointError(f"the loss of step {bad[0].item() + 1} of {len(self.loss_sums)} is not finite")
-        # The last step made weights that no loss has seen. A master that is not finite makes a parameter that is not.
+        # No loss has been computed with the weights of the last step. A non-finite master makes its parameter non-finite.
         if not torch.stack([torch.isfinite(param).all() for param in self.net.parameters()]).all():
             raise FloatingPointError(f"the weights are not finite after step {self.steps} of {len(self.loss_sums)}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What training depends on besides :meth:`float32_weights` and the generator of :meth:`epoch`; tensors on the CPU.
+        """The training state besides :meth:`float32_weights` and the generator of :meth:`epoch`; tensors on the CPU.
 
-        That is momentum, the states of torch's random generators (from which dropout and augmentation draw), and the place
-        within an epoch: order of the images, steps done, sums so far. The states of all processes are in that of the leader.
+        It holds momentum, the states of torch's random generators (from which dropout and augmentation draw), and the position
+        within the epoch: order of the images, steps done, sums so far. The leader's has the random states and sums of all
+        processes.
         """
         momentum = {}
         for name, param in self.net.named_parameters():
@@ -423,9 +427,9 @@ class Trainer:
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give parameters the float32 values that ``weights`` has by their names, to the bit, of any precision.
+        """Set parameters to the float32 values that ``weights`` has for their names, exact in masters too.
 
-        A captured step reads them: they are copied into the tensors that are there.
+        The values are copied into the existing tensors, since a captured step reads those.
         """
         for name, param in self.net.named_parameters():
             if (value := weights.get(name)) is None:
@@ -438,28 +442,29 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Become what another trainer was when it gave its :meth:`float32_weights` and its :meth:`state_dict`.
+        """Restore ``weights``, from :meth:`float32_weights`, and ``state``, from :meth:`state_dict`, of another trainer.
 
-        Everything is copied into the tensors that are there, which a captured step reads.
+        Everything is copied into the existing tensors, since a captured step reads those.
 
         Raises:
-            KeyError, TypeError, ValueError, RuntimeError: ``state`` is not one of such a trainer; this one is then neither.
+            KeyError, TypeError, ValueError, RuntimeError: ``state`` is not that of such a trainer. This trainer may then be
+                restored in part and must not be used.
         """
         momentum, order, all_own = state["momentum"], state["order"], state["processes"]
         steps, seconds = state["steps"], state["seconds"]
         if not isinstance(momentum, dict):
             raise TypeError(f"momentum is a {type(momentum).__name__}")
         if not isinstance(all_own, list) or len(all_own) != self.processes.size:
-            raise ValueError(f"processes is no list of {self.processes.size}")
+            raise ValueError(f"processes is not a list of length {self.processes.size}")
         if type(steps) is not int or not 0 <= steps <= len(self.loss_sums):
-            raise ValueError(f"steps is no number up to {len(self.loss_sums)}")
+            raise ValueError(f"steps is not an integer from 0 to {len(self.loss_sums)}")
         check_number("seconds", seconds)
         total = self.total
         if order is not None and not (
-            # An index that is no image would end the process on a GPU, and read any memory on none.
+            # An index out of range aborts the process on a GPU, and reads arbitrary memory on a CPU.
             isinstance(order, torch.Tensor) and order.dtype == torch.int64 and order.sort()[0].equal(torch.arange(total))
         ):
-            raise ValueError(f"order is no permutation of {total} images")
+            raise ValueError(f"order is not a permutation of {total} images")
         self.net.load_state_dict(weights)
         self.set_weights(weights)
         for name, param in self.net.named_parameters():
@@ -476,14 +481,14 @@ class Trainer:
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
     def _momentum_buffer(self, param: torch.Tensor) -> torch.Tensor:
-        """The optimizer's for ``param``, made where it takes its first step later."""
+        """The optimizer's momentum buffer of ``param``, created if ``param`` has not had its first step."""
         state = self.optimizer.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
         return state["momentum_buffer"]
 
     def float32_weights(self) -> dict[str, torch.Tensor]:
-        """The network's state in float32 on the CPU, from the masters where there are any; plain contiguous tensors."""
+        """The network's state in float32 on the CPU, from the masters where they exist, as plain contiguous tensors."""
         weights = {}
         for key, value in self.net.state_dict(keep_vars=True).items():
             master = self.optimizer.master(value)

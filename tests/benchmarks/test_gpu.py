@@ -402,7 +402,7 @@ def test_fake_and_real_records_share_no_folder(
 
 
 def test_two_calls_share_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with held(tmp_path, print), pytest.raises(SystemExit, match="another run goes on in it"):
+    with held(tmp_path, print), pytest.raises(SystemExit, match="another run is writing into it"):
         _main(monkeypatch)("--dry", "--out", str(tmp_path))
 
 

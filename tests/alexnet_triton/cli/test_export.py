@@ -182,7 +182,7 @@ def test_what_cannot_be_asked_for(run: tuple[Path, nn.Sequential], tmp_path: Pat
     assert nowhere.returncode == 1
     assert "cannot be written" in nowhere.stderr
     empty = run_here("export", str(tmp_path), "--format", "pt2")
-    assert empty.stderr == f"alexnet-triton: {tmp_path}: no run's folder: neither best.pt nor checkpoint.pt is in it\n"
+    assert empty.stderr == f"alexnet-triton: {tmp_path}: not the folder of a run: it has neither best.pt nor checkpoint.pt\n"
     assert {path.name for path in folder.iterdir()} == {"odd.pt2", "checkpoint.pt"}
 
 

@@ -155,7 +155,7 @@ BAD = {
     "changed": (_png()[:200] + bytes(20) + _png()[220:], "cannot be read: broken data stream"),
     "swollen": (_with_a_long_text(), "damaged: Decompressed data too large"),
     "sixteen_bits": (_deep(), "pixels of more than 8 bits"),
-    "pipe": (None, "no regular file"),
+    "pipe": (None, "not a regular file"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 30\n%%EndComments\nshowpage\n", "not an image"),
     "bomb": (_bomb(20_000), "too large to be decoded: .* exceeds limit"),
     "half_a_bomb": (_bomb(12_000), "too large to be decoded: .* exceeds limit"),
@@ -210,7 +210,7 @@ def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     nothing = run_here("predict", str(run), str(tmp_path / "a.png"), *ON_PYTORCH)
-    expected = f"alexnet-triton: {run}: no run's folder: neither best.pt nor checkpoint.pt is in it\n"
+    expected = f"alexnet-triton: {run}: not the folder of a run: it has neither best.pt nor checkpoint.pt\n"
     assert (nothing.returncode, nothing.stderr) == (1, expected)
     last, best = checkpoint_of(tmp_path, classes=("a", "b")), checkpoint_of(tmp_path, channels=3, classes=("c", "d"))
     for taken, name, classes in ((last, "checkpoint.pt", {"a", "b"}), (best, "best.pt", {"c", "d"})):

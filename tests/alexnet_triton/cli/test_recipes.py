@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_its_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--warmup", "3", "--epochs", "2"), "no --warmup of 3 epochs fits into a run of 2"),
+        (("--warmup", "3", "--epochs", "2"), "--warmup of 3 epochs does not fit into a run of 2"),
         (("--nesterov",), "--nesterov needs a --momentum above 0"),
         (("--label-smoothing", "1.5"), "--label-smoothing"),
         (("--schedule", "linear"), "--schedule"),

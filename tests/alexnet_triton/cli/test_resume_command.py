@@ -373,7 +373,7 @@ def test_options_that_no_command_line_could_have_given_are_one_line(name: str, v
     before = path.read_bytes()
     result = command("train", "--resume", path)
     assert result.exit_code == 1
-    assert re.fullmatch(rf"alexnet-triton: {path}: damaged: (no --[a-z-]+ can be .*|its options are a \w+)\n", result.output)
+    assert re.fullmatch(rf"alexnet-triton: {path}: damaged: (--[a-z-]+ cannot be .*|its options are a \w+)\n", result.output)
     assert isinstance(result.exception, SystemExit)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

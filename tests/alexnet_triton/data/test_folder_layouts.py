@@ -51,13 +51,13 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         (folder / name).write_text("?")
     found, notes = load(folder)
     assert notes == [
-        f"{folder}/train: passed over 3 files that are no images of a class: in_no_class.png, brick/Thumbs.db, sky/a.txt",
-        f"{folder}/test: passed over 1 file that is no image of a class: sky/b.csv",
+        f"{folder}/train: ignored 3 files that are no images of a class: in_no_class.png, brick/Thumbs.db, sky/a.txt",
+        f"{folder}/test: ignored 1 file that is no image of a class: sky/b.csv",
     ]
     assert len(found.train) == 6
     notes.clear()
     load_test(folder, classes=CLASSES, size=20, channels=3, workers=0, on_note=notes.append)
-    assert notes == [f"{folder}/test: passed over 1 file that is no image of a class: sky/b.csv"]
+    assert notes == [f"{folder}/test: ignored 1 file that is no image of a class: sky/b.csv"]
     shutil.rmtree(folder / "train" / "grass")
     (folder / "train" / "grass").mkdir()
     (folder / "train" / "grass" / "a.heic").touch()
@@ -133,7 +133,7 @@ def test_what_cannot_be_divided(tmp_path: Path) -> None:
     shutil.rmtree(folder / "train" / "grass")
     with pytest.raises(DataError, match=r"train: holds one class only, brick"):
         load(folder, validation=0.2)
-    with pytest.raises(DataError, match=r"train: neither Fashion-MNIST's files .*--validation 0\.2"):
+    with pytest.raises(DataError, match=r"train: holds neither Fashion-MNIST's files .*--validation 0\.2"):
         load_data(folder / "train", size=20, channels=1)
     for wrong in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(DataError, match="validation must be between 0 and 1"):
@@ -159,7 +159,7 @@ def test_a_class_has_the_name_of_a_split(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_missing_or_has_no_test_is_the_first_thing_said(tmp_path: Path) -> None:
     write_images(tmp_path / "a", {"sky": 2, "brick": 2})
-    for folder, said in ((tmp_path / "b", "b: no such folder"), (tmp_path / "a", r"a: neither .*--validation 0\.2")):
+    for folder, said in ((tmp_path / "b", "b: no such folder"), (tmp_path / "a", r"a: holds neither .*--validation 0\.2")):
         with pytest.raises(DataError, match=said):
             load_data(folder, size=20, channels=3)
         with pytest.raises(DataError, match=said):

@@ -249,7 +249,7 @@ def _pipe(file: Path) -> None:
 
 
 TRAPS: dict[str, tuple[Trap, str]] = {
-    "pipe": (_pipe, "no regular file"),
+    "pipe": (_pipe, "not a regular file"),
     "bomb": (lambda file: file.write_bytes(_bomb(20_000)), "too large to be decoded: "),
     "cut_short": (lambda file: file.write_bytes(_png()[:400]), "cannot be read: image file is truncated"),
     "closed": (lambda file: (file.write_bytes(_png()), file.chmod(0)), "cannot be read: Permission denied"),

@@ -140,7 +140,7 @@ def test_an_image_that_is_not_there_or_damaged(tmp_path: Path) -> None:
     for index, message in enumerate(
         (
             "the data set holds nothing, and no image",
-            "the data set holds the name of a file alone, /etc/passwd, and no image",
+            "the data set holds only the name of a file, /etc/passwd, and no image",
             "not an image, or of a format that Pillow does not know",
         )
     ):

@@ -127,7 +127,7 @@ def test_what_is_a_folder_of_images(colours: Path, tmp_path: Path) -> None:
     assert load_data("sample", size=224, channels=1, limit=4).train.images.shape == (4, 28, 28)
     with pytest.raises(DataError, match="images have one channel, not 3"):
         load_data("sample", size=28, channels=3)
-    with pytest.raises(DataError, match=r"neither Fashion-MNIST's files are in it nor folders of images, train and test"):
+    with pytest.raises(DataError, match=r"holds neither Fashion-MNIST's files nor folders of images, train and test"):
         load_data(tmp_path, size=28, channels=1)
 
 
@@ -139,7 +139,7 @@ FAULTS = {
     "one_class": (_without("train/sky", "train/grass"), r"train: holds one class only, brick: there must be two or more"),
     "no_train": (_without("train"), "no folder train in it"),
     "no_test": (_without("test"), "no folder test, val, valid or validation in it; --validation 0.2 takes a fifth"),
-    "no_class": (_without(*(f"train/{name}" for name in COLOURS)), "train: no folder of a class in it"),
+    "no_class": (_without(*(f"train/{name}" for name in COLOURS)), "train: holds no class folder"),
     "empty_class": (lambda folder: (folder / "train" / "water").mkdir(), "train/water: no image in it"),
     "class_without_training_images": (
         lambda folder: write_images(folder / "test", {"water": 1}),
@@ -165,7 +165,7 @@ def test_a_fault_is_named(fault: str, tmp_path: Path) -> None:
 
 
 def test_more_images_than_the_device_holds(colours: Path) -> None:
-    message = r"train: 24 images of 3 x 1000000000 x 1000000000 take .* GB, more than cpu has free: --stream, or take fewer"
+    message = r"train: 24 images of 3 x 1000000000 x 1000000000 take .* GB, more than cpu has free: use --stream, or take fewer"
     with pytest.raises(DataError, match=message):
         load_data(colours, size=10**9, channels=3, workers=0, stream=False)
 
@@ -240,7 +240,7 @@ def test_train_evaluate_predict_and_resume(colours: Path, tmp_path: Path) -> Non
 
     elsewhere = run_here("evaluate", str(path), "--data", "sample", *ON_PYTORCH)
     assert elsewhere.returncode == 1
-    assert "the network tells brick, grass, sky apart, not the classes of Fashion-MNIST" in elsewhere.stderr
+    assert "the network has the classes brick, grass, sky, not those of Fashion-MNIST" in elsewhere.stderr
 
     parts = run_here("train", *options, "--epochs", "1", "--workers", "0", "--out", "parts", cwd=tmp_path)
     assert parts.returncode == 0, parts.stderr

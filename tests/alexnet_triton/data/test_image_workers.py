@@ -105,7 +105,7 @@ def test_a_process_that_dies_is_one_line(
     assert some.count(str(folder / "train")) == 2
     message = f"{some}: the process that decodes them {said}: take fewer with --workers N, or none with --workers 0"
     if stream == "--stream":
-        message += f"; what epoch 1 came to is saved: --resume {tmp_path / 'out'} goes on with it"
+        message += f"; the steps of epoch 1 so far are saved: resume with --resume {tmp_path / 'out'}"
     assert (result.returncode, result.stderr) == (1, f"alexnet-triton: {message}\n")
 
 

@@ -230,7 +230,7 @@ def test_forked_processes_read_the_same_shard(tmp_path: Path) -> None:
     read_in_processes(Shards([write_plain(tmp_path / "a.tar", [0, 1] * 20)]))
 
 
-NO_LABEL = "no label in it, a whole number from 0 on"
+NO_LABEL = "holds no label, a whole number from 0 on"
 GOOD: Members = (("a.cls", b"0"), ("a.png", picture(1)), ("b.cls", b"1"), ("b.png", picture(2)))
 
 
@@ -238,7 +238,7 @@ GOOD: Members = (("a.cls", b"0"), ("a.png", picture(1)), ("b.cls", b"1"), ("b.pn
     ("members", "message"),
     [
         ((*GOOD, ("c.png", b"")), "c.png: an image without a label: no c.cls, nor c.json"),
-        ((("a.cls", b"0"), ("b.png", b""), ("a.png", b"")), "a.cls: a label without an image a.jpg, or of another suffix"),
+        ((("a.cls", b"0"), ("b.png", b""), ("a.png", b"")), "a.cls: a label without an image a.jpg, or with another suffix"),
         ((*GOOD, ("c.cls", b"cat"), ("c.png", b"")), f"c.cls: {NO_LABEL}: b'cat'"),
         ((*GOOD, ("c.cls", b"-1"), ("c.png", b"")), f"c.cls: {NO_LABEL}: b'-1'"),
         ((*GOOD, ("c.cls", b"7" * 30), ("c.png", b"")), f"c.cls: {NO_LABEL}: {b'7' * 20!r}..."),
@@ -262,7 +262,7 @@ def test_a_shard_that_ends_early(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", [("a.cls", b"0"), ("a.png", b"x" * 1000), ("b.cls", b"1"), ("b.png", b"y")])
     data, path = whole.read_bytes(), tmp_path / "a.tar"
     ends = {
-        0: "the shard ends early, at its begin: it has no end mark",
+        0: "the shard ends early, at its beginning: it has no end mark",
         512: "a.cls: the shard ends early, in this member",
         1024: "the shard ends early, behind a.cls: it has no end mark",
         1100: "the shard ends early, behind a.cls: it has no end mark",  # within a header
@@ -282,10 +282,10 @@ def test_a_shard_that_ends_early(tmp_path: Path) -> None:
 def test_what_is_no_tar_file(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", GOOD)
     data = bytearray(path.read_bytes())
-    zipped = "no tar file, or a damaged one: it is compressed, and no image can be read alone: decompress it"
-    damaged = "no tar file, or a damaged one: no header behind a.cls"
+    zipped = "not a tar file, or a damaged one: it is compressed, and no image can be read alone: decompress it"
+    damaged = "not a tar file, or a damaged one: no header behind a.cls"
     for content, message in (
-        (b"no tar" * 1000, "no tar file, or a damaged one: no header at its begin"),
+        (b"no tar" * 1000, "not a tar file, or a damaged one: no header at its beginning"),
         (gzip.compress(os.urandom(4000)), zipped),
         (data[:1024] + b"\1" + data[1025:], damaged),  # a changed byte of the name
         (data[:1024] + _header("a.png", -1024), damaged),  # a negative size would make the reader go back forever
@@ -297,7 +297,7 @@ def test_what_is_no_tar_file(tmp_path: Path) -> None:
             Shards([path])
         assert str(caught.value) == f"{path}: {message}"
     os.mkfifo(tmp_path / "pipe.tar")
-    for name, message in (("pipe.tar", "no regular file"), ("not-there.tar", "no such file")):
+    for name, message in (("pipe.tar", "not a regular file"), ("not-there.tar", "no such file")):
         with pytest.raises(DataError) as caught:
             Shards([tmp_path / name])
         assert str(caught.value) == f"{tmp_path / name}: {message}"
@@ -316,7 +316,7 @@ def test_a_shard_that_changes_while_one_trains(tmp_path: Path) -> None:
     os.truncate(paths[2], 2000)
     assert source.read(1, 3, 4).shape == (3, 4, 4)
     for index, message in (
-        (2, "1.tar: k0000.png: the shard is not there any more"),
+        (2, "1.tar: k0000.png: the shard no longer exists"),
         (5, "2.tar: k0001.png: the shard ends early, in this member: it has become shorter"),
     ):
         with pytest.raises(DataError) as caught:
@@ -395,7 +395,7 @@ def test_validation_of_few_images(tmp_path: Path) -> None:
 
 def test_shards_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for data, message in (
-        (tmp_path / "a-*.tar", "no shards there"),
+        (tmp_path / "a-*.tar", "there are no such shards"),
         ("a-{0..3.tar", "names no shards: Unbalanced braces: 'a-{0..3.tar'"),
         ("a-${NO_SUCH}.tar", "names no shards: missing environment variable wds_WDS_NO_SUCH"),
         ("https://example.org/a-{0..3}.tar", "shards are read from a disk: download them first"),
@@ -407,7 +407,7 @@ def test_shards_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for content in (b"a\nb\na\n", b"\n", b"\xff\n"):
         write_tar(tmp_path / "train-0.tar", GOOD)
         (tmp_path / "classes.txt").write_bytes(content)
-        with pytest.raises(DataError, match=r"classes.txt: (names no class, or one twice|cannot be read)"):
+        with pytest.raises(DataError, match=r"classes.txt: (names no class, or names one twice|cannot be read)"):
             find_shards(tmp_path)
     with pytest.raises(DataError, match=r"the buffer of shards must hold 1 image or more, got 0$"):
         Shards([tmp_path / "train-0.tar"], buffer=0)

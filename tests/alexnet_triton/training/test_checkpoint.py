@@ -151,7 +151,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in [0, 1, 4, *range(100, len(whole), 150), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a readable checkpoint, or one cut short"):
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a readable checkpoint, or a truncated one"):
             read_checkpoint(path)
         assert path.read_bytes() == whole[:length]
 
@@ -270,5 +270,5 @@ def test_a_tensor_larger_than_its_record_is_refused(tmp_path: Path) -> None:
 
 def test_weights_without_names_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", dataclasses.replace(tiny(), weights={1: torch.ones(3), "b": torch.ones(3)}))  # type: ignore[dict-item]
-    with pytest.raises(CheckpointError, match=r"a\.pt: damaged: 'state_dict' are not names and weights"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: damaged: 'state_dict' does not hold names and weights"):
         read_checkpoint(tmp_path / "a.pt")

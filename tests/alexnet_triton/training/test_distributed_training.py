@@ -115,7 +115,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     process = start(*TORCHRUN, "-m", "alexnet_triton", "train", *options, "--epochs", "100000", "--out", out)
     read_until(process, "epoch   1 ")
     other = CliRunner().invoke(cli.app, ["train", "--resume", str(out)])
-    assert (other.exit_code, other.output) == (1, f"alexnet-triton: {out}: another run goes on in it\n")
+    assert (other.exit_code, other.output) == (1, f"alexnet-triton: {out}: another run is writing into it\n")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -35,7 +35,7 @@ def no_warning(message: str) -> None:
 def test_a_lock_keeps_others_out_and_goes_with_its_block(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
-        pytest.raises(BlockingIOError, match="another run goes on in it"),
+        pytest.raises(BlockingIOError, match="another run is writing into it"),
         locked(tmp_path, wait=False),
     ):
         pass
@@ -147,7 +147,7 @@ def test_a_file_system_without_locks_is_said_and_other_errors_are_raised(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with held(tmp_path, said.append):
         pass
-    assert said == [f"{tmp_path} cannot be locked (No locks available): start no other run in it while this one goes on"]
+    assert said == [f"{tmp_path} cannot be locked (No locks available): start no other run in it while this one is running"]
     number = errno.EIO
     with pytest.raises(OSError, match="No locks available") as error, held(tmp_path, no_warning):
         pass
@@ -190,7 +190,7 @@ def test_nobody_else_gets_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> No
         for name, command in commands.items():
             result = run_here(*command)
             assert (result.returncode, result.stdout) == (1, ""), name
-            assert result.stderr == f"alexnet-triton: {out}: another run goes on in it\n", name
+            assert result.stderr == f"alexnet-triton: {out}: another run is writing into it\n", name
         read_until(process, "epoch   1 ")
         process.send_signal(signal.SIGKILL)
     finally:

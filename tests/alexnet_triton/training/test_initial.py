@@ -76,14 +76,17 @@ def _module(path: Path) -> None:
 
 NO_WEIGHTS: dict[str, tuple[Any, str]] = {
     "absent": (lambda path: None, "no such file"),
-    "folder": (lambda path: path.mkdir(), r"neither best\.pt nor checkpoint\.pt is in it"),
-    "numbers": (lambda path: torch.save({"a": 1}, path), "no state_dict"),
-    "list": (lambda path: torch.save([torch.ones(1)], path), "no state_dict"),
-    "empty": (lambda path: torch.save({}, path), "no state_dict"),
+    "folder": (lambda path: path.mkdir(), r"neither best\.pt nor checkpoint\.pt"),
+    "numbers": (lambda path: torch.save({"a": 1}, path), "not a state_dict"),
+    "list": (lambda path: torch.save([torch.ones(1)], path), "not a state_dict"),
+    "empty": (lambda path: torch.save({}, path), "not a state_dict"),
     "module": (_module, "holds more than tensors and numbers"),
     "text": (lambda path: path.write_text("features"), "not "),
-    "lines": (lambda path: path.write_text("root:x:0:0:root:/root:/bin/bash\n"), "no file of torch.save, or a damaged one$"),
-    "no bytes": (lambda path: path.touch(), "no file of torch.save, or a damaged one$"),
+    "lines": (
+        lambda path: path.write_text("root:x:0:0:root:/root:/bin/bash\n"),
+        "torch.save did not write it, or it is damaged$",
+    ),
+    "no bytes": (lambda path: path.touch(), "torch.save did not write it, or it is damaged$"),
 }
 
 
@@ -116,7 +119,7 @@ def test_what_does_not_fit_is_new_as_in_a_new_network() -> None:
     new = new_model("lenet", 2, CPU, classes=5, channels=3).state_dict()
     kept = take_weights(net, trained.state_dict() | {"other": torch.ones(1)})
     assert kept == Kept(6, 10, ("0", "11"), 1)
-    assert str(kept) == "kept 6 of 10 tensors; new: 0, 11; 1 of other names"
+    assert str(kept) == "kept 6 of 10 tensors; new: 0, 11; 1 unknown to the network"
     for name, weight in net.state_dict().items():
         expected = new if name.split(".")[0] in kept.new else trained.state_dict()
         assert torch.equal(weight, expected[name]), name
@@ -287,19 +290,19 @@ def test_which_layers_are_frozen_is_the_checkpoints_and_all_of_an_older_one(tmp_
         del kept.training["configuration"]["frozen layers"]
         assert frozen_of(kept) is None
         train(net, sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
-        with pytest.raises(ValueError, match="net is not frozen as features says"):
+        with pytest.raises(ValueError, match="the frozen layers of net are not those of freeze='features'"):
             train(small_net(), sample(8, 8), recipe, Where(CPU), tmp_path, resume=kept)
     kept.training["configuration"]["frozen layers"] = "0"
-    with pytest.raises(CheckpointError, match="damaged: 'frozen layers' are no names"):
+    with pytest.raises(CheckpointError, match="damaged: 'frozen layers' does not hold names"):
         frozen_of(kept)
 
 
 def test_a_network_that_is_not_frozen_as_the_recipe_says_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="net is not frozen as features says"):
+    with pytest.raises(ValueError, match="the frozen layers of net are not those of freeze='features'"):
         train(small_net(), sample(8, 8), small_recipe(freeze="features"), Where(CPU), tmp_path)
     net = small_net()
     freeze(net, "features")
-    with pytest.raises(ValueError, match="net is not frozen as none says"):
+    with pytest.raises(ValueError, match="the frozen layers of net are not those of freeze='none'"):
         train(net, sample(8, 8), small_recipe(), Where(CPU), tmp_path)
 
 

@@ -198,7 +198,7 @@ def test_balanced_weights_are_the_inverse_counts_with_mean_1() -> None:
 
 def test_data_is_normalized_where_the_recipe_says_so(tmp_path: Path) -> None:
     for data, recipe in ((sample(8, 8), small_recipe(normalize=True)), (sample(8, 8).normalized(), small_recipe())):
-        with pytest.raises(ValueError, match="normalized, of which the recipe says"):
+        with pytest.raises(ValueError, match="normalized, but the recipe says normalize="):
             train(small_net(), data, recipe, Where(CPU), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -218,7 +218,7 @@ def test_a_checkpoint_keeps_the_normalization(tmp_path: Path) -> None:
     damaged: list[Any] = [3, {}, {"mean": [0.5]}, {"mean": [0.5], "std": [0.0]}, {"mean": [0.5] * 3, "std": [1.0] * 3}]
     for value in damaged:
         torch.save(content | {"normalization": value}, path)
-        with pytest.raises(CheckpointError, match="damaged: no images are normalized by"):
+        with pytest.raises(CheckpointError, match="damaged: this is not a normalization:"):
             read_checkpoint(path)
     del content["normalization"]  # as in an old file
     torch.save(content, path)
@@ -255,9 +255,9 @@ def test_the_default_recipe_is_that_of_runs_before_there_were_recipes() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"warmup": 3.5, "epochs": 3}, r"no --warmup of 3\.5 epochs fits into a run of 3"),
+        ({"warmup": 3.5, "epochs": 3}, r"--warmup of 3\.5 epochs does not fit into a run of 3"),
         ({"nesterov": True}, "--nesterov needs a --momentum above 0"),
-        *(({name: value}, f"no --{name.replace('_', '-')} can be") for name, value in [
+        *(({name: value}, f"--{name.replace('_', '-')} cannot be") for name, value in [
             ("warmup", -1.0), ("schedule", "linear"), ("label_smoothing", 1.5), ("label_smoothing", float("nan")),
             ("class_weights", "equal"), ("class_weights", None), ("nesterov", 1), ("normalize", "yes"),
         ]),

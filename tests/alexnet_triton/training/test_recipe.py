@@ -131,14 +131,14 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=str)
 def test_a_recipe_refuses_what_no_command_line_can_give(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^no --{name.replace('_', '-')} can be "):
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} cannot be "):
         Recipe(**{name: value})
 
 
 def test_a_network_of_another_dtype_is_refused(tmp_path: Path) -> None:
     from alexnet_triton.training.loop import train
 
-    with pytest.raises(ValueError, match=r"net is of torch\.float32, which bfloat16 is not"):
+    with pytest.raises(ValueError, match=r"net has dtype torch\.float32, but the recipe says bfloat16"):
         train(small_net(), sample(8, 8), small_recipe(dtype=torch.bfloat16), Where(CPU), tmp_path)
 
 
