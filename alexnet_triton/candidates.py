@@ -70,7 +70,7 @@ def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
 
 
 def _splits(programs: int, stage: int, stages: int) -> list[int]:
-    """Parts of a sum: as many as one multiprocessor holds programs at once, a little less and twice that."""
+    """Parts of a sum: as many as one SM holds programs at once, a little less and twice that."""
     held = min(2, SHARED_BYTES // (stages * stage))
     return sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)})
 

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .linear_rules import row_major_config
 from .matmul_finish import bias_relu
 from .primitives import cast, dot, program_id
-from .runtime.backend import HALF, has_copy_engine
+from .runtime.backend import HALF, has_tma
 from .runtime.launch import cdiv, launch, needs_int64, new_output
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -192,7 +192,7 @@ def row_major(matrix: Tensor) -> Tensor:
 def operands(pass_: str, a: Tensor, b: Tensor, precision: str) -> tuple[Operand, Operand] | None:
     """Both operands for :func:`_matmul_descriptor_kernel`; None where the pointer kernel has to run instead."""
     half = a.dtype in HALF
-    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_copy_engine(a.device):
+    if not (half or precision == "tf32") or a.numel() == 0 or b.numel() == 0 or not has_tma(a.device):
         return None
     a_rows, b_rows = _dense_side(a), _dense_side(b)
     if a_rows is None or b_rows is None or half:

@@ -23,7 +23,7 @@ import kernels
 from kernels.advanced import add_cross_entropy
 from kernels.configs import tables
 from kernels.runtime import launch
-from kernels.runtime.backend import capability, has_copy_engine
+from kernels.runtime.backend import capability, has_tma
 from kernels.sgd import sgd_step
 
 from .configurations import DTYPES, kernel_names, precision_of_float32
@@ -130,7 +130,7 @@ def missing_kernels(launched: set[str], device: torch.device) -> set[str]:
     missing = kernel_names() - launched
     if capability(device) >= 100:  # there conv1 and its pool run as two kernels
         missing = {k for k in missing if "_stem_pool_" not in k and "_rows_pool_" not in k}
-    return missing if has_copy_engine(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
+    return missing if has_tma(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
 
 
 def find_sanitizer() -> str | None:

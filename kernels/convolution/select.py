@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..pooling.problem import Window
-from ..runtime.backend import HALF, capability, has_copy_engine
+from ..runtime.backend import HALF, capability, has_tma
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
 from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, taps, turned_wgrad
@@ -138,7 +138,7 @@ def _takes_descriptors(problem: Problem) -> bool:
 
 def _by_tensor_cores(problem: Problem) -> bool:
     """Whether precision and GPU suit kernels over tensor descriptors: half precision or TF32, sm_90 and later."""
-    return (problem.dtype in HALF or problem.precision == "tf32") and has_copy_engine(problem.device)
+    return (problem.dtype in HALF or problem.precision == "tf32") and has_tma(problem.device)
 
 
 def _is_row_stem(problem: Problem) -> bool:

@@ -13,7 +13,7 @@ from .gpu import HALF as HALF
 from .gpu import INTERPRETED as INTERPRETED
 from .gpu import capability as capability
 from .gpu import dot_precision as dot_precision
-from .gpu import has_copy_engine as has_copy_engine
+from .gpu import has_tma as has_tma
 from .switch import Switch
 
 Backend = Literal["auto", "triton", "torch"]

@@ -18,7 +18,7 @@ PROGRAMMATIC_DEPENDENT_LAUNCH: bool = not INTERPRETED and os.environ.get("ALEXNE
 HALF = (torch.float16, torch.bfloat16)
 
 
-def has_copy_engine(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Whether kernels on ``device`` load through tensor descriptors by TMA: Hopper and data-centre Blackwell.
 
     False for consumer GPUs of capability 12.0, which have TMA but less than half of the shared memory, and for AMD GPUs.

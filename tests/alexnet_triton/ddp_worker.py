@@ -21,7 +21,7 @@ import kernels
 from alexnet_triton import CellImages, FusedSequential
 from alexnet_triton.data.augment import input_for, network_input
 from alexnet_triton.training.distributed import leave
-from kernels.runtime.backend import has_copy_engine
+from kernels.runtime.backend import has_tma
 
 backend = kernels.use_backend("triton")
 backend.__enter__()  # for the rest of the script: raises an error where the kernels cannot run
@@ -42,7 +42,7 @@ nn.functional.cross_entropy(parallel(x[half]), labels[half]).backward()
 for ours, whole in zip(net.parameters(), alone.parameters(), strict=True):
     torch.testing.assert_close(ours.grad, whole.grad)
 # Gradients of a batch as cells and as images are bit-identical; the shares are of two images and one, then of one and none.
-if has_copy_engine(torch.device(device)):
+if has_tma(torch.device(device)):
     first = (nn.Conv2d(1, 8, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Flatten())
     net = FusedSequential(*first, nn.Linear(32, 3)).to(device, torch.bfloat16)
     parallel = DistributedDataParallel(net, device_ids=[device] if device == "cuda" else None)

@@ -29,7 +29,7 @@ from alexnet_triton.training.evaluation import evaluate, measure_speed, predict_
 from alexnet_triton.training.networks import float32_products
 from alexnet_triton.training.recipe import Recipe, Where
 from alexnet_triton.training.trainer import Trainer
-from kernels.runtime.backend import HALF, INTERPRETED, has_copy_engine
+from kernels.runtime.backend import HALF, INTERPRETED, has_tma
 
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import dtype_id
@@ -38,7 +38,7 @@ DEVICE_ = torch.device(DEVICE)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not (INTERPRETED or has_copy_engine(DEVICE_)), reason="cells are read on Hopper and later only"),
+    pytest.mark.skipif(not (INTERPRETED or has_tma(DEVICE_)), reason="cells are read on Hopper and later only"),
 ]
 
 #: Side in pixels of the network's input, and of the stored images that patches are cut from.
@@ -106,7 +106,7 @@ def test_on_other_gpus_images_stay_images(monkeypatch: pytest.MonkeyPatch) -> No
     """``first_layer_cells`` follows the kernels' own selection."""
     net = network(torch.bfloat16)
     assert cells_for(net, torch.bfloat16) == CONV1
-    monkeypatch.setattr("kernels.convolution.select.has_copy_engine", lambda _: False)
+    monkeypatch.setattr("kernels.convolution.select.has_tma", lambda _: False)
     assert cells_for(net, torch.bfloat16) is None
 
 

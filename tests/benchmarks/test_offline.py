@@ -106,7 +106,7 @@ def test_products_run_on_tensor_cores(half: bool, launches: list[dict]) -> None:
     assert [r for r in warp_group if not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
-def test_the_copy_engine_feeds_the_tensor_cores(launches: list[dict]) -> None:
+def test_tma_feeds_the_tensor_cores(launches: list[dict]) -> None:
     """Operands come by TMA and none goes through registers, where Triton 3.6 lets it be overwritten too early."""
     records = [r for r in launches if r["kernel"] in DESCRIPTOR_PRODUCTS]
     assert {r["kernel"] for r in records} == (DESCRIPTOR_PRODUCTS if launches[0]["arch"] != "sm_80" else set())

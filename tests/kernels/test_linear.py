@@ -278,7 +278,7 @@ def test_dropout_of_a_split_product(split: int) -> None:
     assert torch.equal(y, torch.where(kept, 2 * plain, 0))
 
 
-def test_rows_that_the_copy_engine_cannot_read(launches: list[str]) -> None:
+def test_rows_that_tma_cannot_read(launches: list[str]) -> None:
     """Ten columns of two bytes are no multiple of 16 bytes, so the kernel loads through pointers."""
     tensors = [randn(5, 10, dtype=torch.float16), randn(32, 10, dtype=torch.float16)]
     check(kernels.linear, F.linear, tensors, names="input weight")

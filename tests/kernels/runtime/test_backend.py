@@ -246,7 +246,7 @@ def test_an_amd_gpu_is_no_hopper(amd_gpu: str) -> None:
     """An AMD GPU's capability reads like NVIDIA's, 9.0 to 11.0, but there is no TMA and no H100 table."""
     device = torch.device("cuda", 0)
     assert backend.capability(device) == 0
-    assert not backend.has_copy_engine(device)
+    assert not backend.has_tma(device)
     assert backend.dot_precision(device, "ieee") == "ieee"
     assert backend.dot_precision(device, "tf32") == ("tf32" if amd_gpu == "gfx942" else "ieee")
     for c, stride in ((64, 1), (1, 4)):  # like conv2 and like conv1
@@ -266,7 +266,7 @@ def test_an_nvidia_gpu_says_its_capability() -> None:
     ):
         gpu._gpu_architecture.cache_clear()
         assert backend.capability(device) == 90
-        assert backend.has_copy_engine(device)
+        assert backend.has_tma(device)
         assert backend.dot_precision(device, "tf32") == "tf32"
     gpu._gpu_architecture.cache_clear()
 
