@@ -80,7 +80,7 @@ def explain(module: nn.Module) -> Explanation:
     """
     name = plain_name(type(module))
     if _is_leaf(module) and not isinstance(module, nn.Sequential) and not owns_layers(module):
-        alone = ExplainedRun("", ("",), (name,), None, "a layer by itself: fuse changes the modules that call layers")
+        alone = ExplainedRun("", ("",), (name,), None, "a single layer: fuse changes the modules that call layers")
         return Explanation(name, (alone,))
     return Explanation(name, tuple(_explain(module, "")))
 
@@ -92,7 +92,7 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
         if isinstance(trace, Trace) or recorded_runs(container):
             yield from _explain_forward(container, path, trace)
             return
-        why = f" ({trace}: call it once)"
+        why = f" ({trace}: call the module once)"
     children = [(name, child) for name, child in container._modules.items() if child is not None]
     if is_container(container):
         names = iter(name for name, _ in children)

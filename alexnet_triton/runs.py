@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 class CellImages(NamedTuple):
-    """Images in the form of cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of images.
+    """Images as the cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of images.
 
     ``DistributedDataParallel`` and ``torch.compile`` take this named tuple as they take a tensor.
 
@@ -82,7 +82,7 @@ def check_cells(run: Run, given: kernels.Cells) -> None:
         names = " + ".join(type(layer).__name__ for layer in run.layers)
         what = "images" if reads is None else f"images or their {reads}"
         why = f" ({run.note})" if run.note else ""
-        raise ValueError(f"what the network begins with, {names}{why}, reads {what}, got their {given}")
+        raise ValueError(f"the network begins with {names}{why}, which reads {what}, got {given}")
 
 
 #: Tensor classes that operations take: PyTorch's own, and those by which PyTorch traces a computation without data.
@@ -189,7 +189,7 @@ def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
     if "forward" in vars(layer) or "_conv_forward" in vars(layer) or "_call_impl" in vars(layer):
         return f"the {kind.__name__}'s forward was replaced"
     if computed_by()[_PARTS[kind]] != _AS_SHIPPED[_PARTS[kind]]:
-        return f"what all of {kind.__name__} compute was replaced"
+        return f"the function of all {kind.__name__} layers was replaced"
     if any(getattr(layer, hooks) for hooks in HOOK_DICTS):
         return f"the {kind.__name__} carries a hook"
     for name in ("weight", "bias"):
@@ -222,11 +222,11 @@ def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
     if obstacle is not None:
         return obstacle
     if len(layers) == 1:
-        return "what comes after the container may work in place, on what the fused backward pass needs"
+        return "a layer after the container may work in place on the output that the fused backward pass needs"
     if obstacle_of(layers[1]) is None and isinstance(layers[1], (nn.Linear, nn.Conv2d, nn.MaxPool2d)):
         return None
     works = "works" if getattr(layers[1], "inplace", False) else "may work"
-    return f"the {type(layers[1]).__name__} after the Dropout {works} in place, on what the fused backward pass needs"
+    return f"the {type(layers[1]).__name__} after the Dropout {works} in place on the output that the fused backward pass needs"
 
 
 LONE_RELU = "a ReLU is only fused into a Conv2d or Linear right before it"
@@ -269,7 +269,7 @@ def _longest_run(layers: Sequence[nn.Module]) -> Run:
     if isinstance(first, nn.ReLU):
         return Run("module", (first,), LONE_RELU)
     if isinstance(first, nn.Sequential):
-        return Run("module", (first,), "a container of its own: runs do not cross its border")
+        return Run("module", (first,), "a nested container: runs do not cross its border")
     return Run("module", (first,), f"no operation for {type(first).__name__}")
 
 
@@ -299,7 +299,7 @@ def _extended_run(layers: Sequence[nn.Module]) -> Run:
 def _dropout_obstacle(layer: nn.Module) -> str | None:
     obstacle = _obstacle(layer, nn.Dropout)
     if obstacle is None and cast(nn.Dropout, layer).inplace:
-        return "the Dropout works in place, on a tensor that its caller may hold on to"
+        return "the Dropout works in place on a tensor that the caller may still use"
     return obstacle
 
 
@@ -313,7 +313,7 @@ _STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
 
 
 def obstacle_of(layer: nn.Module) -> str | None:
-    """Why a layer that has an operation is called as it stands; None if nothing prevents fusing, or if there is no operation."""
+    """Why a layer that has an operation is called as it stands; None without such a reason, or without an operation."""
     if isinstance(layer, nn.ReLU):
         return _obstacle(layer, nn.ReLU)
     return next((obstacle(layer) for kind, obstacle in _STARTS.items() if isinstance(layer, kind)), None)

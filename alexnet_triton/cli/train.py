@@ -126,8 +126,8 @@ def train_command(
         typer.Option(
             metavar="[PATH]",
             help="Resume the run of this checkpoint or folder; the result is bit-identical to an uninterrupted run. Without a "
-            "path, resume the newest run in runs/; with --out, resume the run in that folder, or begin one if there is none. The "
-            "run keeps its options, but for these, which may be given anew: "
+            "path, resume the newest run in runs/; with --out, resume the run in that folder, or begin it if there is none. "
+            "The run keeps its options, but for these, which may be given anew: "
             + ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
             + ".",
             show_default=False,
