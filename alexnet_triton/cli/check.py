@@ -123,4 +123,4 @@ def check_command(run: RunArgument, device: DeviceOption = "auto") -> None:
     wrong = [each.name for each in found if not each.within]
     if wrong:
         raise fail(f"the kernels' error is more than twice PyTorch's: {', '.join(wrong)}")
-    console.print(f"all {len(found)} results are within twice PyTorch's own error, and half a unit in the last place")
+    console.print(f"all {len(found)} results are within twice PyTorch's own error, plus the allowance for rounding")

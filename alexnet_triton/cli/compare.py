@@ -336,7 +336,7 @@ def _what_to_compare(
         out = while_comparing.enter_context(claimed(out or default, console.print, renamed=out is None))
         if (out / COMPARISON).exists():
             raise typer.BadParameter(
-                f"{out} already holds a comparison; choose another folder, or go on with it by --resume {out}",
+                f"{out} already holds a comparison; choose another folder, or resume it by --resume {out}",
                 param_hint="--out",
             )
         for folder in (out, *(out / model for model in networks)):
@@ -423,7 +423,7 @@ def _compare_in(out: Path, comparison: _Comparison, first: Run, stops: StopSigna
             if isinstance(end, Stopped):
                 return report_stop(end, "compare", out, processes, stops)
             if (out / COMPARISON).exists():
-                console.print(f"go on with: alexnet-triton compare --resume {shlex.quote(str(out))}")
+                console.print(f"resume with: alexnet-triton compare --resume {shlex.quote(str(out))}")
             raise
         columns[model], histories[model] = compared(finished, recipe), finished.history
         del finished  # otherwise its weights stay on the device while the next network trains

@@ -32,5 +32,5 @@ def load_run(run: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
     """
     file = weights_file(run)
     if file != run:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"the network of {file}", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"reading the network from {file}", markup=False)
     return load_checkpoint(file, device)

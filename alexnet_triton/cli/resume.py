@@ -64,8 +64,8 @@ def check_nothing_is_lost(checkpoint: Checkpoint, path: Path) -> None:
         return
     if further:
         raise CheckpointError(
-            f"{path} has {len(checkpoint.metrics)} whole epoch(s), the run in {last} came further ({len(newer.metrics)}): that "
-            f"would be lost; --resume {path.parent}, or copy {path.name} into a folder of its own, as {LAST}, and resume that"
+            f"{path} has {len(checkpoint.metrics)} whole epoch(s), but {last} is further ({len(newer.metrics)}) and would be "
+            f"lost: give --resume {path.parent}, or copy {path.name} into another folder as {LAST} and resume that folder"
         )
 
 

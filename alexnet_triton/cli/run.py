@@ -431,5 +431,5 @@ def report_stop(stopped: Stopped, command: str, out: Path, processes: Processes,
     again = f"{command} --resume {shlex.quote(str(out))}"
     if processes.size > 1:
         again += f" in {processes.size} processes"
-    console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+    console.print(f"{received.name}: stopped {stopped}; resume with: alexnet-triton {again}")
     return 128 + received

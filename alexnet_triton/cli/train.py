@@ -161,7 +161,7 @@ def _what_to_train(
     """
     try:
         if resume == "" and out is not None and not holds_run(out):
-            console.print(f"{out} holds no run yet: one begins there", markup=False)
+            console.print(f"{out} holds no run yet: a new run begins there", markup=False)
         elif resume is not None:
             path = checkpoint_to_resume(resume, out)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # read_checkpoint has a better message
@@ -178,7 +178,7 @@ def _what_to_train(
         raise fail(error) from error
     if holds_run(out):
         raise typer.BadParameter(
-            f"{out} already holds a run; choose another folder, or go on with it by --resume {out}", param_hint="--out"
+            f"{out} already holds a run; choose another folder, or resume it by --resume {out}", param_hint="--out"
         )
     return None, out
 
@@ -199,7 +199,7 @@ def _needs_nothing(out: Path, checkpoint: Checkpoint, recipe: Recipe, processes:
     return complete
 
 
-_MISSING = "not all its files are there: they are written now"
+_MISSING = "but some files are missing: they are written now"
 
 
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:

@@ -161,7 +161,7 @@ def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monk
     assert stopped.returncode == 128 + signal.SIGTERM
     where = "before alexnet began" if late else "in epoch 1 before its evaluation"
     last = stopped.stdout.splitlines()[-1]
-    assert last == f"SIGTERM: stopped {where}; go on with: alexnet-triton compare --resume both"
+    assert last == f"SIGTERM: stopped {where}; resume with: alexnet-triton compare --resume both"
     assert ("test accuracy" in cells(stopped.stdout)) == late  # the table of what has finished
     assert re.findall(r"^(\w+) on PyTorch", stopped.stdout, re.MULTILINE) == ["lenet"]  # nothing of the second one was loaded
     assert not (tmp_path / "both" / "alexnet").exists()
@@ -195,7 +195,7 @@ def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
         "(alexnet-triton train --model alexnet) with a smaller --lr\n"
     )
     assert cells(failed.stdout)["regularisation"] == ["weight decay 0.01"]
-    assert failed.stdout.splitlines()[-1] == "go on with: alexnet-triton compare --resume both"
+    assert failed.stdout.splitlines()[-1] == "resume with: alexnet-triton compare --resume both"
     written = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert written["networks"] == ["lenet", "alexnet"]
     assert list(written["models"]) == ["lenet"]
@@ -235,7 +235,7 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", signalling)
         first = run_here("compare", *options, "--out", "runs/compare-1", cwd=tmp_path)
-        assert first.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; go on with: ")
+        assert first.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; resume with: ")
         assert json.loads((folder / "comparison.json").read_text())["models"] == {}
         for option, value in (("--batch-size", "4"), ("--crop", "none"), ("--weight-decay", "0.1"), ("--momentum", "0.1")):
             refused = run_here("compare", "--resume", "runs/compare-1", option, value, cwd=tmp_path)
@@ -246,7 +246,7 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
             assert refused.returncode == 2, refused.stderr
         assert not (tmp_path / "elsewhere").exists()
         second = run_here("compare", "--resume", cwd=tmp_path)
-        assert second.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; go on with: ")
+        assert second.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; resume with: ")
         assert list(cells(second.stdout)["parameters"]) == ["61,706"]  # the first run's alone
     alone = run_here("train", "--resume", "runs/compare-1/alexnet", "--lr", "0.125", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
