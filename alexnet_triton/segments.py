@@ -277,8 +277,7 @@ class _Layers:
         for attributes, own, inplace, parameters, get, values in self.facts:
             if (
                 get(attributes) != values
-                or attributes.get("inplace")
-                is not inplace  # decides, for any layer after a dropout, whether to fuse that dropout
+                or attributes.get("inplace") is not inplace  # decides whether a dropout before the layer is fused
                 or attributes["_parameters"] is not parameters
                 or ("forward" in attributes or "_conv_forward" in attributes or "_call_impl" in attributes) is not own
             ):

@@ -360,7 +360,7 @@ def _frozen(net: nn.Module, kept: Kept | None, checkpoint: Checkpoint | None) ->
 def _print_frozen(net: nn.Module, kept: Kept | None) -> None:
     """Print what may surprise about ``--freeze``: random weights are frozen, or a new convolution is trained."""
     if kept is None:
-        console.print("the convolutions are frozen at random weights: --freeze is meant for those of an --init")
+        console.print("the convolutions are frozen at random weights: --freeze is meant to be used with --init")
         return
     for name in features(net):
         if name in kept.new:
