@@ -1,4 +1,4 @@
-"""AlexNet on hand-written Triton kernels: a drop-in for the ``nn.Sequential`` everybody writes."""
+"""AlexNet on hand-written Triton kernels: a drop-in replacement for its ``nn.Sequential``."""
 
 import kernels as _kernels
 

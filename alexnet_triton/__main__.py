@@ -11,26 +11,26 @@ from pathlib import Path
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Whether this process can write in ``folder``, or in the nearest folder above it that is there."""
+    """Whether this process can write in ``folder``, or in its nearest existing parent."""
     there = next(each for each in (folder, *folder.parents) if each.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _own_temporary_folder() -> Path:
-    """A folder for this user alone, the same one every time: what lies in it is loaded as code."""
+    """A folder that only this user can write to, because its files are loaded as code; normally the same one every time."""
     folder = Path(tempfile.gettempdir(), f"alexnet-triton-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         return folder
-    return Path(tempfile.mkdtemp(prefix="alexnet-triton-"))  # somebody else has taken the name
+    return Path(tempfile.mkdtemp(prefix="alexnet-triton-"))  # another user has taken the name
 
 
 def _place_caches() -> None:
-    """Give Triton and matplotlib folders for their caches where there is no home folder, and torch a name for the user.
+    """Set cache folders for Triton and matplotlib if there is no usable home folder, and a user name for torch.
 
-    A container whose user is any number has no entry for it in /etc/passwd, and no HOME or one that it cannot write: Triton
-    would make a folder called ~ here, or end with a traceback. What the environment names already stays.
+    In a container that runs as an arbitrary user id, /etc/passwd has no entry for the user, and HOME is unset or not writable.
+    Triton would then create a folder called ~ here, or end with a traceback. Variables that are set already are kept.
     """
     home = Path(os.path.expanduser("~"))
     caches = {"TRITON_HOME": home / ".triton", "MPLCONFIGDIR": home / ".config/matplotlib"}
@@ -39,7 +39,7 @@ def _place_caches() -> None:
             if not os.environ.get(variable) and not (home.is_absolute() and _can_be_made(folder)):
                 os.environ[variable] = str(_own_temporary_folder())
     except OSError:
-        pass  # nothing can be written anywhere: what has to be will say so
+        pass  # nothing is writable: whatever has to write will report it
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -47,7 +47,7 @@ def _place_caches() -> None:
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it."""
+    """Run the command line, or name the package that it lacks."""
     _place_caches()
     try:
         from .cli.app import main as run

@@ -1,6 +1,6 @@
-"""Configurations of the convolutions' kernels that are worth a measurement (:mod:`alexnet_triton.tune`).
+"""Configurations of the convolution kernels that :mod:`alexnet_triton.tune` measures.
 
-Names and sizes are the kernels' own: n images of c channels, k filters.
+Names are those of the kernels: n images, c channels, k filters of r rows and s columns, ``itemsize`` bytes per element.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Candidate = dict[str, int]
 
 
 def _fits(bytes_a_stage: int, stages: int, accumulators: int, warps: int, most: int = 192) -> bool:
-    """Whether so many stages fit shared memory, and the accumulators the registers: ``most`` a thread."""
+    """Whether ``stages`` fit into shared memory, and the accumulators into registers: from 32 to ``most`` per thread."""
     return stages * bytes_a_stage <= SHARED_BYTES - 1024 and 32 <= accumulators / (32 * warps) <= most
 
 
 def images(n: int, c: int, k: int, itemsize: int, linked: bool = False) -> Iterator[Candidate]:
-    """Of the images kernel, forward or input gradient; c is reduced.
+    """Configurations of the images kernel, for the forward pass or input gradient; the sum is over c channels.
 
-    ``linked``: with a ReLU's gradient in the epilogue. Beside 128 sums a thread and the copies that a launch in float32 makes,
-    four warps have no registers for it (compiled for sm_90).
+    ``linked``: the epilogue applies a ReLU's gradient. With four warps, 128 accumulators per thread and the copies that a
+    float32 launch makes leave no registers for that (compiled for sm_90).
     """
     if n < 64:
         return
@@ -39,7 +39,7 @@ def images(n: int, c: int, k: int, itemsize: int, linked: bool = False) -> Itera
 
 
 def boxes(n: int, size: int, c: int, k: int, itemsize: int) -> Iterator[Candidate]:
-    """Of the box kernel, forward or input gradient; c is reduced, ``size`` the rows and columns written."""
+    """Configurations of the box kernel, forward or input gradient; the sum is over c, the output is ``size`` x ``size``."""
     block_k = min(c & -c, 128 // itemsize)
     small = n * size * size * k < 2**22
     for pixels, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6)):
@@ -52,7 +52,7 @@ def boxes(n: int, size: int, c: int, k: int, itemsize: int) -> Iterator[Candidat
 
 
 def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
-    """Of a forward pass over rows of taps: where channels are no multiple of 128 bytes."""
+    """Configurations of the forward pass over rows of taps, for channels that are no multiple of 128 bytes."""
     block_k = 128 // itemsize
     if n < taps_rules.FEWEST_IMAGES or c % block_k == 0 or s * c < block_k:
         return
@@ -70,13 +70,13 @@ def taps(n: int, c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
 
 
 def _splits(programs: int, stage: int, stages: int) -> list[int]:
-    """Parts of a sum: as many as one SM holds programs at once, a little less and twice that."""
+    """Numbers of parts to split a sum into: they give 0.95 and 2 times as many programs as all SMs hold at once."""
     held = min(2, SHARED_BYTES // (stages * stage))
-    return sorted({max(1, round(132 * held * share / programs)) for share in (0.95, 2.0)})
+    return sorted({max(1, round(MULTIPROCESSORS * held * share / programs)) for share in (0.95, 2.0)})
 
 
 def images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
-    """Of the weight's gradient in half precision; ``positions``: of a filter."""
+    """Configurations of the weight gradient in half precision; a filter has ``positions`` positions."""
     channels = [(64, 32)] if c == 96 else [(128, 0), (256, 0)] if c % 256 == 0 else [(128, 0)]
     rows = (128, 256) if k % 256 == 0 else (128,)
     for block_m, (n1, n2), together, block_k, warps, stages in itertools.product(
@@ -92,7 +92,7 @@ def images_wgrad(c: int, k: int, positions: int) -> Iterator[Candidate]:
 
 
 def stream_k_wgrad(c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]:
-    """Of the weight's gradient in equal shares."""
+    """Configurations of the weight gradient in equal shares (stream-K)."""
     rows = (128, 256) if k % 256 == 0 else (128,)
     blocks = ((256, 128), (256, 0), (128, 64), (128, 0))
     for block_m, (n1, n2), folded, block_k, warps, stages in itertools.product(
@@ -110,9 +110,9 @@ def stream_k_wgrad(c: int, k: int, s: int, itemsize: int) -> Iterator[Candidate]
 
 
 def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
-    """Of the weight's gradient in TF32, from copies with the batch innermost.
+    """Configurations of the weight gradient in TF32, which reads copies with the batch innermost.
 
-    FOLDED a block's columns are of all filter columns of a row: at most a sixth of them may be beyond the last.
+    If FOLDED, a block's columns span all filter columns of a row; at most a sixth of them may lie beyond the last one.
     """
     rows = (128, 256) if k % 256 == 0 else (128,)
     blocks = ((256, 0), (128, 64), (128, 0), (64, 32))
@@ -131,7 +131,7 @@ def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
 
 
 def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
-    """Of the weight's gradient in TF32 that turns the output's gradient in registers, BLOCK_N filters of 32 images."""
+    """Configurations of the TF32 weight gradient that transposes (32 images, BLOCK_N filters) of the output gradient."""
     for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
         columns = cdiv(s * c, block_m)
         stage = (block_m + block_n) * 128
@@ -144,7 +144,7 @@ def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
 
 
 def stem_fprop(columns: int) -> Iterator[Candidate]:
-    """Of a strided first layer in half precision."""
+    """Configurations of the forward pass of a strided first layer in half precision."""
     for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
         ((64, 4), (128, 8)), ((64, 32), (128, 0)), ((32, 16), (64, 0)), (1, 2, 3, 6), (2, 3, 4)
     ):
@@ -154,18 +154,18 @@ def stem_fprop(columns: int) -> Iterator[Candidate]:
 
 
 def stem_wgrad(n: int) -> Iterator[Candidate]:
-    """Of its weight's gradient in half precision."""
+    """Configurations of the weight gradient of a strided first layer in half precision."""
     for block_k, (n1, n2), warps, stages, split in itertools.product(
-        (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (132, 264)
+        (64, 128), ((64, 32), (128, 0)), (4, 8), (2, 3, 4), (MULTIPROCESSORS, 2 * MULTIPROCESSORS)
     ):
         shared = stages * (3 * 64 + n1 + n2) * block_k * 2
-        if shared * (split // 132) < SHARED_BYTES and block_k <= max(64, n):
+        if shared * (split // MULTIPROCESSORS) < SHARED_BYTES and block_k <= max(64, n):
             values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k, "SPLIT": split}
             yield values | {"num_warps": warps, "num_stages": stages}
 
 
 def stem_pool_fprop(columns: int) -> Iterator[Candidate]:
-    """Of a strided first layer with its pool in half precision, in one kernel or in two; ``columns`` of windows."""
+    """Configurations of a strided first layer and its pool in half precision, fused or not; ``columns`` counts pool windows."""
     yield {"FUSED": 0}
     for rows, (block_m, warps), (n1, n2), strips, stages in itertools.product(
         (1, 2), ((64, 4), (128, 8)), ((64, 32), (32, 16), (32, 0)), (3, 5, 9, 13), (1, 2, 3)
@@ -176,9 +176,9 @@ def stem_pool_fprop(columns: int) -> Iterator[Candidate]:
 
 
 def stem_pool_wgrad(n: int) -> Iterator[Candidate]:
-    """Of its weight's gradient with the pool's in half precision, in one kernel or in two; of 96 filters.
+    """Configurations of that layer's weight gradient and the pool's in half precision, fused or not, for 96 filters.
 
-    Compiled for sm_90 what passes 128 images of all stages spills on Triton 3.6. 32 filters leave registers for two programs.
+    Compiled for sm_90 by Triton 3.6, more than 128 images over all stages spill. 32 filters leave registers for two programs.
     """
     yield {"FUSED": 0}
     for block_k, block_n, stages, held in itertools.product((32, 64), (16, 32), (2, 3, 4), (1, 2, 3, 4)):
@@ -189,7 +189,7 @@ def stem_pool_wgrad(n: int) -> Iterator[Candidate]:
 
 
 def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
-    """Of a strided first layer in TF32; ``positions`` of a filter row."""
+    """Configurations of the forward pass of a strided first layer in TF32; a filter row has ``positions`` positions."""
     block_k = min(positions & -positions, 32)
     for block_m, (n1, n2), warps, stages in itertools.product((64, 128), ((64, 32), (128, 0)), (4, 8), (3, 4, 6)):
         if _fits((block_m + n1 + n2) * block_k * 4, stages, block_m * (n1 + n2), warps, 128) and block_m <= max(64, n):
@@ -198,10 +198,10 @@ def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
 
 
 def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Candidate]:
-    """Of a strided first layer with its pool in TF32; ``columns`` of windows, ``positions`` of each of r filter rows.
+    """Configurations of a strided first layer and its pool in TF32; ``columns`` counts pool windows.
 
-    A thread keeps sums and two int64 keys of each of its elements: 5 registers each. 24 of these fit eight warps of one block
-    of 64 images in up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
+    Each of r filter rows has ``positions`` positions. Per element a thread keeps a sum and two int64 keys: 5 registers.
+    24 elements fit with eight warps, one block of 64 images and up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
     """
     block_k = min(positions & -positions, 32)
     for block_m, (n1, n2), warps, strips, stages in itertools.product(
@@ -216,18 +216,19 @@ def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Ca
 
 
 def rows_wgrad(n: int, pooled: bool) -> Iterator[Candidate]:
-    """Of its weight's gradient in TF32, with the pool's gradient or without.
+    """Configurations of that layer's weight gradient in TF32; ``pooled``: with the pool's gradient.
 
-    Three filter rows of 64 positions. Of the pool's gradient come four windows' values and positions, one stage fewer.
+    A block has three filter rows of 64 positions. The pool's gradient loads values and positions of four windows, in one stage
+    fewer.
     """
     for (n1, n2), block_k, warps, stages, held in itertools.product(
         ((64, 32), (64, 0), (32, 16)), (32, 64), (4, 8), (2, 3, 4), (1, 2)
     ):
         threads = 32 * warps
         shared = (3 * 64 * stages + (n1 + n2) * (5 * stages - 4 if pooled else stages)) * block_k * 4
-        # As compiled for sm_90: more sums, or more of the gradient, spill.
+        # Compiled for sm_90, more accumulators or a larger tile of the gradient spill.
         fits = 192 * (n1 + n2) / threads <= (72 if pooled else 96) and (not pooled or block_k * (n1 + n2) / threads <= 16)
         if fits and shared * held <= SHARED_BYTES - 1024 and block_k <= max(32, n):
             values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
-            split = max(1, 132 * held // cdiv(96, n1 + n2))
+            split = max(1, MULTIPROCESSORS * held // cdiv(96, n1 + n2))
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}

@@ -1,4 +1,4 @@
-"""What ``fuse`` makes of a module, and why."""
+"""``explain``: which operation each layer of a module runs on after ``fuse``, or why it runs on none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .runs import LONE_RELU, obstacle_of, plan
 
 
 class ExplainedRun(NamedTuple):
-    """Layers that are run together: one line of an :class:`Explanation`.
+    """Layers that run together: one line of an :class:`Explanation`.
 
     Attributes:
         container: qualified name of the module that calls them, ``""`` for the root.
-        layers: their names in it, in order; a function that ``forward`` calls has its own.
-        kinds: their classes' names, a function's name for a function.
-        operation: name of the operation of ``kernels`` that runs them, or None: each is called as it stands.
-        note: why they are called as they stand, or why the run is not longer; empty where there is nothing to say.
+        layers: names of the layers in ``container``, in order; a function that ``forward`` calls has the name of its call.
+        kinds: class names of the layers; for a function the function's name.
+        operation: name of the operation of ``kernels`` that runs the layers, or None if each is called as it stands.
+        note: why the layers are called as they stand, or why the run is not longer; may be empty.
     """
 
     container: str
@@ -34,10 +34,10 @@ class ExplainedRun(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What :func:`fuse` makes of a module; ``str()`` of it is a table.
+    """The runs of layers that :func:`fuse` makes of a module. ``str()`` returns a table.
 
     Attributes:
-        name: of the module's class.
+        name: name of the module's class.
         runs: all of the module's layers (modules without children, and functions that are layers), in order.
     """
 
@@ -46,12 +46,12 @@ class Explanation(NamedTuple):
 
     @property
     def fused_layers(self) -> int:
-        """How many layers run on the operations of ``kernels``."""
+        """Number of layers that run on the operations of ``kernels``."""
         return sum(len(run.layers) for run in self.runs if run.operation is not None)
 
     @property
     def layers(self) -> int:
-        """How many layers there are."""
+        """Number of layers in total."""
         return sum(len(run.layers) for run in self.runs)
 
     def __str__(self) -> str:
@@ -69,18 +69,18 @@ class Explanation(NamedTuple):
 
 
 def explain(module: nn.Module) -> Explanation:
-    """Which runs of layers :func:`fuse` hands to which operation, and why the others are called as they stand.
+    """Explain which operation each run of layers is given to by :func:`fuse`, or why its layers are called as they stand.
 
-    Hooks count as they are registered now. What depends on the input (its dtype or device) is not looked at. A ``forward`` that
-    calls its layers is traced by ``torch.fx``, on a copy that shares the parameters, with its arguments' defaults. Where that
-    fails (``forward`` may look at what its input holds), this tells what the last recording of a fused module's call ran.
+    Hooks count as they are registered now. The dtype and device of an input are not considered. A ``forward`` that calls its
+    layers is traced by ``torch.fx``, on a copy that shares the parameters, with its arguments' defaults. If tracing fails, as
+    where ``forward`` reads values of its input, the result shows the last recorded call of a fused module.
 
     Args:
-        module: any module, fused or not; it is left as it is.
+        module: any module, fused or not; it is not changed.
     """
     name = plain_name(type(module))
     if _is_leaf(module) and not isinstance(module, nn.Sequential) and not owns_layers(module):
-        alone = ExplainedRun("", ("",), (name,), None, "a layer by itself: fuse changes the modules that call layers")
+        alone = ExplainedRun("", ("",), (name,), None, "a single layer: fuse changes the modules that call layers")
         return Explanation(name, (alone,))
     return Explanation(name, tuple(_explain(module, "")))
 
@@ -92,7 +92,7 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
         if isinstance(trace, Trace) or recorded_runs(container):
             yield from _explain_forward(container, path, trace)
             return
-        why = f" ({trace}: call it once)"
+        why = f" ({trace}: call the module once)"
     children = [(name, child) for name, child in container._modules.items() if child is not None]
     if is_container(container):
         names = iter(name for name, _ in children)
@@ -118,7 +118,7 @@ def _explain(container: nn.Module, path: str) -> Iterator[ExplainedRun]:
 
 
 def _explain_forward(module: nn.Module, path: str, trace: Trace | str) -> Iterator[ExplainedRun]:
-    """Of a module whose ``forward`` calls its layers, and those of the modules in it."""
+    """Explain a module whose own ``forward`` calls its layers and those of the modules in it."""
     leaves = {name: child for name, child in module.named_modules() if name and _is_leaf(child)}
     why = "" if isinstance(trace, Trace) else "not called"
     runs: Sequence[GraphRun] = trace.runs if isinstance(trace, Trace) else recorded_runs(module)
@@ -136,7 +136,7 @@ def _explain_forward(module: nn.Module, path: str, trace: Trace | str) -> Iterat
 
 
 def _reason(layer: nn.Module, called: bool) -> str:
-    """Why a layer that a ``forward`` calls is not in a run."""
+    """Why a layer in a module with its own ``forward`` is not in a run; ``called``: whether ``forward`` calls it."""
     if not called:
         return "not called"
     if isinstance(layer, nn.ReLU):
@@ -145,12 +145,12 @@ def _reason(layer: nn.Module, called: bool) -> str:
 
 
 def _neighbouring_leaves(children: list[tuple[str, nn.Module]]) -> Iterator[list[tuple[str, nn.Module]]]:
-    """Children without children of their own together with their neighbours, others by themselves."""
+    """Group neighbouring children that are single layers; every other child is a group of its own."""
     groups = itertools.groupby(children, key=lambda child: _is_leaf(child[1]))
     for are_leaves, group in [(key, list(members)) for key, members in groups]:
         yield from [group] if are_leaves else ([child] for child in group)
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether it is one layer: without children, or with none but its parametrizations (as weight_norm hangs them on)."""
+    """Whether ``module`` is one layer: it has no children but parametrizations, such as that of weight_norm."""
     return not module._modules or is_parametrized(module)

@@ -1,8 +1,8 @@
-"""Modules whose own ``forward`` calls their layers: it is compiled, by this package's backend, when it is first called.
+"""Compile the ``forward`` of modules that call their layers themselves, with this package's backend, at the first call.
 
-Dynamo (``torch.compile``'s front end) records what ``forward`` computes and guards it: another branch, shape, option or layer
-is recorded anew. What its guards do not look at is looked at here, before each call: hooks, methods that were replaced after
-the recording, and both of modules that are held in plain lists.
+Dynamo (``torch.compile``'s front end) records the computation of ``forward`` under guards: another branch, shape, option or
+layer is recorded anew. Before each call this module checks what those guards do not cover: hooks, methods that were replaced
+after the recording, and both of modules that are held in plain lists.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from . import graphs
 from .runs import HOOK_DICTS, OWN_METHODS
 from .segments import has_function_mode, hooks_everywhere
 
-#: Layers that operations are for.
+#: Layers that a run of an operation can begin with.
 _LAYERS = (nn.Conv2d, nn.Linear, nn.MaxPool2d, nn.Dropout)
 
 
 def owns_layers(module: nn.Module) -> bool:
-    """Whether ``module`` has a ``forward`` of its own that may call layers: its children, those in lists, or parameters."""
+    """Whether ``module`` has its own ``forward`` and layers that it may call: children, children in lists, or parameters."""
     defined_in = getattr(type(module).forward, "__module__", None) or ""
     if type(module).__module__.startswith("torch.") or defined_in.startswith("torch."):
         return False
@@ -42,7 +42,7 @@ def owns_layers(module: nn.Module) -> bool:
 
 
 def _own_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The children, those of lists and dicts among them in their place."""
+    """The children of ``module``, with the members of a ModuleList or ModuleDict in place of it."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _own_children(child)
@@ -51,11 +51,11 @@ def _own_children(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def fused_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """What takes the place of ``kind.forward`` in the class that :func:`alexnet_triton.fuse` makes of ``kind``."""
+    """The ``forward`` of the class that :func:`alexnet_triton.fuse` makes of ``kind``; it compiles ``kind.forward``."""
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # its calls are recorded
+        if torch.compiler.is_compiling():  # an outer compilation records its calls
             return kind.forward(self, *args, **kwargs)
         return _run(self, kind, args, kwargs)
 
@@ -73,11 +73,11 @@ def _run(module: nn.Module, kind: type[nn.Module], args: tuple[Any, ...], kwargs
 
 
 def _is_as_it_stands(module: nn.Module, args: tuple[Any, ...]) -> bool:
-    """Whether ``forward`` is to run as Python runs it: where kernels cannot, and where somebody watches what it calls."""
+    """Whether Python runs ``forward`` uncompiled: the kernels cannot run, or a mode or tracer observes its calls."""
     tensor = args[0] if args and isinstance(args[0], Tensor) else next(module.parameters(), None)
     if tensor is None or (not can_run_triton(tensor) and current_backend() != "triton"):
         return True
-    if any(isinstance(argument, np.ndarray) for argument in args):  # which the compiler would take for tensors
+    if any(isinstance(argument, np.ndarray) for argument in args):  # the compiler would make tensors of them
         return True
     return (
         torch._C._get_tracing_state() is not None
@@ -86,16 +86,16 @@ def _is_as_it_stands(module: nn.Module, args: tuple[Any, ...]) -> bool:
         or has_function_mode()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or getattr(module, "_is_replica", False)  # of DataParallel, made for one call
+        or getattr(module, "_is_replica", False)  # DataParallel makes replicas for one call
     )
 
 
 class _Compiled:
-    """A module's forward, compiled, and what of the modules in it the compiler does not guard.
+    """A module's compiled ``forward``, with the facts about the modules in it that the compiler does not guard.
 
     Args:
-        module: it belongs to.
-        plain: its class's forward.
+        module: the module.
+        plain: the ``forward`` of its class.
     """
 
     def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
@@ -109,17 +109,17 @@ class _Compiled:
             if not kind.__module__.startswith(("torch.", "builtins"))
         ]
         self.facts, self.methods, self.everywhere = self._facts(), self._methods(), hooks_everywhere()
-        #: By what the compiler is not to tell apart in one list of guards, which it goes through one by one.
+        #: Compiled forwards by mode: the compiler checks its recordings one by one, so each mode has a list of its own.
         self.forwards: dict[Any, Callable[..., Any]] = {}
         self.runs: list[graphs.GraphRun] = []
         self.records = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle of the module compiles its own."""
+        """Copy and pickle as None: a copy of the module compiles its own forward."""
         return _nothing, ()
 
     def _facts(self) -> list[Any]:
-        """Of each module: its children, its hooks, and what was set on itself in place of methods."""
+        """Children, hooks and replaced methods of each module."""
         facts: list[Any] = []
         for module in self.modules:
             attributes = module.__dict__
@@ -133,7 +133,7 @@ class _Compiled:
         return facts
 
     def _methods(self) -> list[Any]:
-        """What the modules' classes are made of: all methods of somebody's own, of PyTorch's those that layers compute by."""
+        """Methods of the modules' classes: all methods of users' classes, and those by which PyTorch's layers compute."""
         methods: list[Any] = [getattr(kind, name, None) for kind in self.kinds for name in ("forward", "_conv_forward")]
         for attributes, names in self.own_kinds:
             methods.append(len(attributes))
@@ -141,7 +141,7 @@ class _Compiled:
         return methods
 
     def holds(self, module: nn.Module, plain: Callable[..., Any]) -> bool:
-        """Whether all is as it was."""
+        """Whether the module, its parts, their hooks and methods are those that were compiled."""
         return (
             self.module is module
             and self.plain is plain
@@ -159,7 +159,7 @@ class _Compiled:
         return forward(module, *args, **kwargs)
 
     def _compile(self) -> Callable[..., Any]:
-        """What ``torch.compile`` makes of the forward, with settings of our own for its recordings alone."""
+        """The forward compiled as by ``torch.compile``, with our own settings that hold only while Dynamo records."""
         context: Any = torch._dynamo.optimize(backend=self._backend)
         context.callback = _Recording(context.callback, self.name)
         return cast(Callable[..., Any], context(_copy(self.plain)))
@@ -174,7 +174,7 @@ class _Compiled:
 
 
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in ``module``, and those that they hold without having registered them: in lists, dicts and attributes."""
+    """The modules in ``module``, and unregistered ones that these hold in lists, dicts and attributes."""
     seen: set[int] = set()
     waiting = [module]
     while waiting:
@@ -189,25 +189,26 @@ def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
             waiting += [part for part in parts if isinstance(part, nn.Module)]
 
 
-#: Of a class.
+#: Types of a class's methods.
 _METHODS = (types.FunctionType, staticmethod, classmethod, property)
-#: A module's attributes that hold something else than modules of its own.
+#: A module's attributes that are not searched for unregistered modules.
 _OWN_DICTS = {"_parameters", "_buffers", "_modules", "_compiled_forward", "_known_layers", *HOOK_DICTS}
 
 
 class _Recording:
-    """The compiler's function that records a frame, which its evaluator of frames calls where nothing recorded holds.
+    """Dynamo's callback that records a frame, called if no recording of the frame holds; here it runs under our settings.
 
-    A number that a module counts is no reason to record anew. What the compiler cannot record Python runs: so an error in
-    forward is the one that it always was. (Settings around each call of a compiled forward would take longer than the call.)
+    An integer attribute that a module changes does not cause a new recording. Python runs the parts that Dynamo cannot record,
+    so an error in ``forward`` stays the original one. (Settings around each call of a compiled forward would take longer than
+    the call.)
 
     Args:
-        record: the compiler's.
-        name: of the module's class.
+        record: Dynamo's callback.
+        name: name of the module's class.
     """
 
     def __init__(self, record: Callable[..., Any], name: str) -> None:
-        self._torchdynamo_orig_backend = record  # by which the evaluator knows whose recordings are whose
+        self._torchdynamo_orig_backend = record  # Dynamo compares this to find the recordings of a backend
         self.name = name
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -223,7 +224,7 @@ class _Recording:
 
 
 class _Named(threading.local):
-    """The class of the module whose forward is being recorded in this thread."""
+    """Name of the class of the module whose ``forward`` is being recorded in this thread."""
 
     name: str | None = None
 
@@ -232,7 +233,7 @@ _recording = _Named()
 
 
 def _shorten(record: logging.LogRecord) -> bool:
-    """Let a line say what the compiler, which cannot record a forward, says on a hundred; the error itself comes afterwards."""
+    """Shorten Dynamo's warning of a hundred lines on a forward that it cannot record to one line. An error is still raised."""
     if _recording.name is None or record.levelno < logging.WARNING:
         return True
     if not record.name.endswith("convert_frame"):
@@ -253,18 +254,18 @@ def _nothing() -> None:
 
 
 def recorded_runs(module: nn.Module) -> list[graphs.GraphRun]:
-    """The runs of the last call of ``module`` in which the compiler recorded something; none if there was none."""
+    """The runs of the last call of ``module`` in which Dynamo recorded a graph; an empty list if there was none."""
     known: _Compiled | None = module.__dict__.get("_compiled_forward")
     return known.runs if known is not None else []
 
 
 def forget(module: nn.Module) -> None:
-    """Drop what was compiled for ``module``."""
+    """Drop the compiled forward of ``module``."""
     module.__dict__.pop("_compiled_forward", None)
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own, by which the compiler keeps what it recorded: of this module alone."""
+    """``function`` with its own code object: Dynamo keeps recordings by code object, so these are this module's alone."""
     if not isinstance(function, types.FunctionType):
         return lambda *args, **kwargs: function(*args, **kwargs)
     code = function.__code__.replace()

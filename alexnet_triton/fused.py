@@ -1,4 +1,4 @@
-"""An ``nn.Sequential`` that runs the layers it knows on fused Triton kernels, and how any module is made to run on them."""
+"""``FusedSequential``, an ``nn.Sequential`` that runs known layers on fused Triton kernels; ``fuse`` and ``unfuse``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["CellImages", "FusedSequential", "first_layer_cells", "fuse", "unfuse
 def first_layer_cells(
     net: nn.Module, image_size: int | Sequence[int], *, dtype: torch.dtype, device: torch.device, channels: int = 1
 ) -> kernels.Cells | None:
-    """The cells that ``net`` reads faster than the images they are made of: it would rearrange those itself, first.
+    """The cells that ``net`` can read in place of images, which saves the pass that rearranges images into cells; or None.
 
-    The answer is that of the kernels (:func:`kernels.reads_cells`) for the current backend, the GPU, and the layers as they are
-    now, hooks included. In a training loop::
+    :func:`kernels.reads_cells` decides for the current backend and GPU, and for the layers as they are now, with their hooks.
+    In a training loop::
 
         cells = first_layer_cells(net, 224, dtype=torch.bfloat16, device=device)
         inputs = kernels.gather_resize(images, index, 224, dtype=torch.bfloat16, cells=cells)
@@ -43,8 +43,8 @@ def first_layer_cells(
         channels: of the images.
 
     Returns:
-        None where ``net`` is to be given the images: it is no :class:`FusedSequential`, carries a hook (which expects images),
-        begins with something else than Conv2d + ReLU + MaxPool2d, or its first layer's kernel reads images.
+        None if ``net`` needs images: it is no :class:`FusedSequential`, carries a hook (which expects images), does not begin
+        with Conv2d + ReLU + MaxPool2d, or its first layer's kernel reads images.
     """
     if not isinstance(net, FusedSequential) or type(net).forward is not FusedSequential.forward:
         return None
@@ -56,25 +56,25 @@ def first_layer_cells(
         return None
     conv = cast(nn.Conv2d, runs[0].layers[0])
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    # Nothing is read but dtype and device: one element for all of an image.
+    # Only shape, dtype and device are read: one element stands for all images.
     images = torch.empty(1, dtype=dtype, device=device).expand(1, channels, *size)
     readable = channels == conv.in_channels and kernels.reads_cells(images, conv.weight, cells.stride)
     return cells if readable else None
 
 
 class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` whose forward pass runs known runs of layers as one fused operation each.
+    """An ``nn.Sequential`` whose forward pass runs each known run of layers as one fused operation.
 
     Its children are the ordinary modules, so everything done with an ``nn.Sequential`` (iterating and calling each layer,
-    ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) means the same. The
-    runs are cut anew whenever a layer, an option or a hook changes. Shapes and dtypes are those of the operations in
-    :mod:`kernels`; their errors are both the ValueError or TypeError named there and PyTorch's RuntimeError. The output has the
+    ``apply``, slicing, replacing a layer, ``state_dict``, hooks, train and eval, pickling, deepcopy) works the same. Layers are
+    grouped into runs again whenever a layer, an option or a hook changes. Shapes and dtypes are those of the operations in
+    :mod:`kernels`. An error is both the ValueError or TypeError named there and PyTorch's RuntimeError. The output has the
     memory format that the ``nn.Sequential`` would return.
 
-    Layers are called as they stand where the kernels cannot run (on a CPU), where TorchScript traces them and where FX
+    Layers are called one by one, unfused, where the kernels cannot run (on a CPU), where TorchScript traces them and where FX
     quantization prepares them.
 
-    Where the first layers are a Conv2d, a ReLU and a MaxPool2d, the input may be :class:`CellImages` as well.
+    If the first layers are a Conv2d, a ReLU and a MaxPool2d, the input may also be :class:`CellImages`.
     """
 
     def forward(self, input: Any) -> Any:
@@ -85,14 +85,14 @@ class FusedSequential(nn.Sequential):
             for segment in segments_of(self):
                 input = segment(input)
         except Exception:
-            forget_segments(self)  # of an option that is no option an equal one may be made
+            forget_segments(self)  # an invalid option may compare equal to its correction
             raise
         return input
 
     def children(self) -> Iterator[nn.Module]:
-        """The layers; for :func:`torch.utils.checkpoint.checkpoint_sequential`, what runs its segments fused."""
+        """The layers; if :func:`torch.utils.checkpoint.checkpoint_sequential` asks, modules that run its segments fused."""
         layers = super().children()
-        if torch.compiler.is_compiling():  # which cannot look at frames
+        if torch.compiler.is_compiling():  # Dynamo cannot trace sys._getframe
             return layers
         caller = sys._getframe(1)
         return _checkpointed(list(layers), caller) if caller.f_code is checkpoint_sequential.__code__ else layers
@@ -100,17 +100,17 @@ class FusedSequential(nn.Sequential):
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or for a slice a :class:`FusedSequential` of the same layers under the same keys."""
         if isinstance(index, slice):
-            # As nn.Sequential, a subclass that fuse was given makes another of itself.
+            # A slice of a fused subclass has that class, as a slice of the subclass has.
             kind = type(self) if type(self) in _plain_classes else FusedSequential
             return kind(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def __add__(self, other: nn.Sequential) -> FusedSequential:
-        """The layers of both."""
+        """A :class:`FusedSequential` of the layers of both."""
         return FusedSequential(*super().__add__(other))
 
     def __mul__(self, times: int) -> FusedSequential:
-        """The layers ``times`` times over; the same layers, not copies."""
+        """A :class:`FusedSequential` of the layers repeated ``times`` times; the same layers, not copies."""
         return FusedSequential(*super().__mul__(times))
 
     def __rmul__(self, times: int) -> FusedSequential:
@@ -118,26 +118,26 @@ class FusedSequential(nn.Sequential):
         return self * times
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by :func:`torch.jit.script`, which cannot compile what runs the operations."""
+        """Refuse :func:`torch.jit.script`, which calls this and cannot compile the forward pass."""
         return _refuse_to_be_scripted(self)
 
 
 def _is_as_it_stands(input: Any) -> bool:
-    """Whether the layers are to be called one by one, as an ``nn.Sequential`` calls them."""
+    """Whether the layers are called one by one, unfused, as an ``nn.Sequential`` calls them."""
     if isinstance(input, Tensor):
         if not can_run_triton(input) and current_backend() != "triton":
             return True
     elif isinstance(input, torch.fx.Proxy):
         tracer = input.tracer
         if isinstance(tracer, LayerTracer) or type(tracer).__module__.startswith("torch.ao."):
-            return True  # explain, and FX quantization, which want PyTorch's layers
+            return True  # explain and FX quantization need PyTorch's layers
     if torch.compiler.is_compiling():
         return is_traced_for_fusing()
     return torch._C._get_tracing_state() is not None
 
 
 def _checkpointed(layers: list[nn.Module], caller: FrameType) -> Iterator[nn.Module]:
-    """As many modules as there are layers, of which the first of each segment of ``checkpoint_sequential`` runs all of it."""
+    """One module per layer: the first of each segment of ``checkpoint_sequential`` runs that segment, the others do nothing."""
     segments = caller.f_locals["segments"]
     size = len(layers) // segments
     starts = [*range(0, size * (segments - 1), size), size * (segments - 1)] if size else [0]
@@ -149,24 +149,24 @@ def _checkpointed(layers: list[nn.Module], caller: FrameType) -> Iterator[nn.Mod
 # torch.fx copies annotations into its graph, and PyTorch 2.11's cannot pickle a graph with one that is still a string.
 FusedSequential.forward.__annotations__.clear()
 
-#: What fuse makes of an instance of a class, and back.
+#: The fused class of each class that was fused, and the class of each fused class.
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}
 _plain_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Unregistered(nn.Module):
-    """Keeps a class that it is the first base of from a base's ``__init_subclass__``: nobody has written that class."""
+    """As first base, keeps a generated class from the ``__init_subclass__`` of its other bases, which may register classes."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Do nothing."""
 
 
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``kind`` that runs fused; :class:`FusedSequential` for an ``nn.Sequential``."""
+    """The subclass of ``kind`` whose forward pass is fused; :class:`FusedSequential` for ``nn.Sequential``."""
     if kind not in _fused_classes:
         body: dict[str, Any] = {"__reduce_ex__": _reduce_fused, "__module__": kind.__module__, "__doc__": kind.__doc__}
         if kind.forward is nn.Sequential.forward:
-            # What the subclass defines by itself comes first, and its super() is the fused container.
+            # Methods of the subclass come first; its super() is FusedSequential.
             bases: tuple[type, ...] = (_Unregistered, kind, FusedSequential)
         else:
             bases = (_Unregistered, kind)
@@ -177,15 +177,15 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that ``kind`` is the fused one of; ``kind`` itself if there is none."""
+    """The class from which :func:`fuse` made ``kind``; ``kind`` itself if it is not a fused class."""
     if kind in _plain_classes:
         return _plain_classes[kind]
-    # FusedSequential and AlexNet have nothing beside their layers; of other subclasses nobody knows a plain class.
+    # FusedSequential and AlexNet hold nothing but layers. The plain class of any other subclass is unknown.
     return nn.Sequential if issubclass(kind, FusedSequential) and kind.__module__.startswith("alexnet_triton.") else kind
 
 
 def plain_name(kind: type[nn.Module]) -> str:
-    """Of the class of which :func:`fuse` made ``kind``, or of ``kind`` itself."""
+    """Name of the class from which :func:`fuse` made ``kind``, or of ``kind`` itself."""
     return (plain_class(kind) if kind in _plain_classes or kind is FusedSequential else kind).__name__
 
 
@@ -197,7 +197,7 @@ def _refuse_to_be_scripted(module: nn.Module) -> nn.Module:
 
 
 def _reduce_fused(module: nn.Module, protocol: Any) -> Any:
-    """Pickle and copy by the class that was fused: the one made by :func:`_fused_class` has no name to import."""
+    """Pickle and copy by the original class, because the class made by :func:`_fused_class` cannot be imported."""
     fused = type(module)
     kind = _plain_classes[fused]
     reduced = super(fused, module).__reduce_ex__(protocol)
@@ -214,7 +214,7 @@ def _fused_again(make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> 
 
 
 def _new_fused(kind: type[nn.Sequential]) -> nn.Module:
-    """What pickles of version 0.1 name."""
+    """An empty module of the fused class; pickles of version 0.1 refer to this function."""
     fused = _fused_class(kind)
     return fused.__new__(fused)
 
@@ -223,16 +223,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fuse(module: M, *, report: bool = False) -> M:
-    """Change ``module`` in place so that its layers run on the fused operations of :mod:`kernels`, and return it.
+    """Change ``module`` in place so that its layers run on the fused operations of :mod:`kernels`, and return ``module``.
 
-    Every ``nn.Sequential`` in it becomes a :class:`FusedSequential`, and every module whose own ``forward`` calls its layers is
-    compiled (by ``torch.compile`` with this package's backend) when it is first called. They stay the same objects: parameters,
-    ``state_dict`` keys, hooks, optimizers and whatever else refers to a part of the network keep their meaning. Only classes
-    change: each becomes a subclass of what it was. A copy or a pickle of a fused module is fused.
+    Every ``nn.Sequential`` in it becomes a :class:`FusedSequential`. Every module in it whose own ``forward`` calls its layers
+    is compiled by ``torch.compile``, with this package's backend, at its first call. All modules stay the same objects, so
+    parameters, ``state_dict`` keys, hooks, optimizers and other references to parts of the network stay valid. Only classes
+    change: each changed module gets a subclass of its class. A copy or a pickle of a fused module is fused.
 
     Args:
         module: any module.
-        report: print what :func:`alexnet_triton.explain` says of it.
+        report: print the result of :func:`alexnet_triton.explain`.
 
     Returns:
         ``module`` itself. For a fused copy: ``fuse(copy.deepcopy(module))``.
@@ -248,9 +248,9 @@ def fuse(module: M, *, report: bool = False) -> M:
 
 
 def unfuse(module: M) -> M:
-    """Undo :func:`fuse`: ``module`` and the modules in it get their own classes back, in place; and return it.
+    """Undo :func:`fuse` in place, and return ``module``: every module in it gets its original class back.
 
-    A :class:`FusedSequential` becomes an ``nn.Sequential``, an :class:`alexnet_triton.AlexNet` too.
+    A :class:`FusedSequential` and an :class:`alexnet_triton.AlexNet` become an ``nn.Sequential``.
     """
     for each in list(module.modules()):
         plain = plain_class(type(each))
@@ -269,6 +269,6 @@ def _can_fuse(module: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether ``module`` is a sequence of its layers, and calls one after the other."""
+    """Whether ``module`` is an ``nn.Sequential`` that calls its layers one after the other."""
     forwards = (nn.Sequential.forward, FusedSequential.forward)
     return isinstance(module, nn.Sequential) and type(module).forward in forwards and "forward" not in vars(module)

@@ -1,9 +1,8 @@
-"""Graphs of calls, as PyTorch's compiler records them, with the layers in them run by fused operations.
+"""Run the layers in the graphs that Dynamo records on fused operations: the backend ``"alexnet_triton"`` of ``torch.compile``.
 
-The backend ``"alexnet_triton"`` of ``torch.compile`` is here. Dynamo records what a function computes as a graph of PyTorch's
-calls, under guards that say when the graph holds. Here each call that is a layer's (a convolution, a ReLU, a pool, a linear
-layer, dropout, however it was written) is recognised, and neighbouring ones become a :class:`.segments.Segment`. Everything
-else in the graph runs as it stands.
+Dynamo records the computation of a function as a graph of calls, under guards that say when the graph is valid. This module
+recognises the calls of layers (convolution, ReLU, max-pool, linear layer, dropout, as modules or functions) and replaces
+neighbouring ones by a :class:`.segments.Segment`. All other calls in the graph run as they stand.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .segments import Segment, cut
 
 
 class Conv2d(NamedTuple):
-    """A convolution's options, as :class:`torch.nn.Conv2d` names them, and its parameters where it is called."""
+    """A convolution's options, as :class:`torch.nn.Conv2d` names them, and in a call its parameters."""
 
     stride: Any = 1
     padding: Any = 0
@@ -38,7 +37,7 @@ class Conv2d(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer's parameters where it is called."""
+    """A linear layer, and in a call its parameters."""
 
     weight: Any = None
     bias: Any = None
@@ -73,12 +72,12 @@ Layer = Conv2d | Linear | ReLU | MaxPool2d | Dropout
 
 
 class Call(NamedTuple):
-    """A node of a graph that is a layer's call.
+    """The call of a layer by a node of a graph.
 
     Attributes:
-        layer: without its parameters.
-        input: of the layer.
-        weights: weight and bias, if it has them.
+        layer: the layer, without its parameters.
+        input: the node of the layer's input.
+        weights: the nodes of weight and bias, for layers that have them.
     """
 
     layer: Layer
@@ -120,13 +119,13 @@ def _torch_dropout(input: Any, p: float, train: bool) -> Call:
     return Call(Dropout(p, train), input)
 
 
-#: What a call of PyTorch's is, of its arguments: functions, and names of a tensor's methods.
+#: Functions of PyTorch and names of tensor methods, each with the function that makes a :class:`Call` of its arguments.
 _CALLS: Mapping[Any, Callable[..., Call]] = {
-    torch.conv2d: _conv2d,  # which F.conv2d is too
+    torch.conv2d: _conv2d,  # F.conv2d is the same object
     F.linear: _linear,
     F.relu: _relu,
     torch.relu: _relu,
-    torch.relu_: _relu_in_place,  # which F.relu_ is too
+    torch.relu_: _relu_in_place,  # F.relu_ is the same object
     Tensor.relu: _relu,
     Tensor.relu_: _relu_in_place,
     "relu": _relu,
@@ -140,7 +139,7 @@ _CALLS: Mapping[Any, Callable[..., Call]] = {
 
 
 def _called_module(node: fx.Node) -> Call | None:
-    """The layer's call where ``node`` calls a module, if the module is what it seems; of graphs that hold modules."""
+    """The layer's call by ``node``, which calls a module; None if the module may compute something else than its class."""
     assert node.graph.owning_module is not None
     module: Any = node.graph.owning_module.get_submodule(str(node.target))
     input, *others = node.args
@@ -161,7 +160,7 @@ def _called_module(node: fx.Node) -> Call | None:
 
 
 def _call_of(node: fx.Node) -> Call | None:
-    """The layer's call that ``node`` is, if an operation can take its tensors; None if it is none."""
+    """The layer's call by ``node``; None if ``node`` calls no known layer, or no operation takes its tensors."""
     if node.op == "call_module":
         return _called_module(node)
     make = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
@@ -169,13 +168,13 @@ def _call_of(node: fx.Node) -> Call | None:
         return None
     try:
         call = make(*node.args, **node.kwargs)
-    except TypeError:  # arguments that the layer does not have: out=, say
+    except TypeError:  # an argument that the layer does not have, such as out=
         return None
     tensors = [call.input, *call.weights]
     if not isinstance(call.input, fx.Node) or not all(t is None or isinstance(t, fx.Node) for t in call.weights):
         return None
     if any(isinstance(option, fx.Node) for value in call.layer for option in _flat(value)):
-        return None  # an option that is not known before the graph runs
+        return None  # the value of an option is only known when the graph runs
     values = [tensor.meta.get("example_value") for tensor in tensors if tensor is not None]
     if any(value is not None and (type(value) not in KNOWN_TENSORS or not takes(value)) for value in values):
         return None
@@ -199,9 +198,9 @@ class GraphRun(NamedTuple):
     """A run of layers in a graph.
 
     Attributes:
-        run: with layers that have no parameters.
-        nodes: the layers' calls, in order.
-        calls: what they are.
+        run: the run; its layers have no parameters.
+        nodes: the nodes of the layers' calls, in order.
+        calls: the calls of ``nodes``.
     """
 
     run: Run
@@ -210,17 +209,17 @@ class GraphRun(NamedTuple):
 
     @property
     def input(self) -> fx.Node:
-        """Of the first layer."""
+        """The node of the first layer's input."""
         return self.calls[0].input
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its layers, as the module that calls them knows them; a function has its node's."""
+        """Names of the layers in the module that calls them; for a function the name of its node."""
         return tuple(_path(node) or node.name for node in self.nodes)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Names of its layers' classes; of a function the function's."""
+        """Class names of the layers; for a function the function's name."""
         return tuple(
             type(call.layer).__name__ if _path(node) else getattr(node.target, "__name__", str(node.target))
             for node, call in zip(self.nodes, self.calls, strict=True)
@@ -228,12 +227,12 @@ class GraphRun(NamedTuple):
 
     @property
     def weights(self) -> tuple[fx.Node | None, ...]:
-        """Weight and bias of the first layer."""
+        """The nodes of the first layer's weight and bias."""
         return self.calls[0].weights
 
 
 def _path(node: fx.Node) -> str:
-    """Of the module whose call ``node`` is; of a function none."""
+    """Path of the module that ``node`` calls; empty if it calls a function."""
     if node.op == "call_module":
         return str(node.target)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -243,7 +242,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _settle_in_place_relus(graph: fx.Graph) -> None:
-    """Let what reads a tensor after a ReLU in place read the ReLU's result, which is the same tensor."""
+    """Make nodes that read a tensor after a ReLU in place read the ReLU's result instead, which is the same tensor."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         call = _call_of(node)
@@ -251,7 +250,7 @@ def _settle_in_place_relus(graph: fx.Graph) -> None:
             call.input.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])  # type: ignore[misc]
 
 
-#: Where the functions of a graph that only compute something come from.
+#: Modules whose functions only compute something, but for those that :func:`_is_barrier` names.
 _COMPUTING_MODULES = ("_operator", "operator", "math", "builtins", "torch", "torch._C._nn", "torch.nn.functional")
 _IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv, operator.imod),
@@ -261,7 +260,7 @@ _IN_PLACE_OPERATORS = {
 
 
 def _is_barrier(node: fx.Node) -> bool:
-    """Whether no call may be moved past ``node``: it may change a tensor, or what calls mean (autocast, gradient mode)."""
+    """Whether no call may be moved past ``node``, which may change a tensor or a mode (autocast, gradient mode)."""
     if node.op in ("placeholder", "get_attr", "output", "call_module"):
         return False
     if node.op == "call_method":
@@ -281,7 +280,7 @@ def _is_barrier(node: fx.Node) -> bool:
     )
 
 
-#: Functions that may change an argument (a weight's norm, running statistics).
+#: Functions that may change an argument: embeddings renormalise weights, norms update running statistics.
 _WRITE_WHAT_THEY_ARE_GIVEN = {"embedding", "embedding_bag", "batch_norm", "instance_norm"}
 #: Functions of torch.nn.functional that take ``inplace`` by position.
 _TAKE_INPLACE = {
@@ -290,7 +289,7 @@ _TAKE_INPLACE = {
 
 
 class _Order:
-    """The order of a graph's nodes, and the barriers in it."""
+    """The positions of a graph's nodes, and its barriers."""
 
     def __init__(self, graph: fx.Graph) -> None:
         nodes = list(graph.nodes)
@@ -298,13 +297,13 @@ class _Order:
         self.barriers = [node for node in nodes if _is_barrier(node)]
 
     def are_together(self, nodes: Sequence[fx.Node]) -> bool:
-        """Whether all of ``nodes``, calls of layers, may be made where the last of them is."""
+        """Whether all calls of ``nodes`` may be moved to the position of the last one."""
         first, last = self.place[nodes[0]], self.place[nodes[-1]]
         return not any(first < self.place[node] < last and node not in nodes for node in self.barriers)
 
 
 def runs_of(graph: fx.Graph) -> list[GraphRun]:
-    """The runs of layers in a graph, in its order."""
+    """The runs of layers in a graph, in the graph's order."""
     order, runs = _Order(graph), []
     taken: set[fx.Node] = set()
     for node in graph.nodes:
@@ -317,7 +316,7 @@ def runs_of(graph: fx.Graph) -> list[GraphRun]:
 
 
 def _next(node: fx.Node, kind: type, order: _Order, so_far: tuple[fx.Node, ...]) -> tuple[fx.Node, Call] | None:
-    """The call of a ``kind`` that is all that reads ``node``, if it may be made together with those ``so_far``."""
+    """The only reader of ``node``, if it calls a ``kind`` and may be moved together with the nodes ``so_far``."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
@@ -350,13 +349,13 @@ def _longest_run(node: fx.Node, call: Call, order: _Order) -> GraphRun:
     if isinstance(layer, MaxPool2d) and (layer.return_indices or set(_flat(layer.dilation)) != {1}):
         return made(operation)
     if isinstance(layer, Dropout) and not _is_only_read_by_layers(last[0]):
-        return made(operation)  # the fused backward pass needs its output, which nobody may change then
+        return made(operation)  # the fused backward pass needs its output unchanged
     nodes, calls = (*nodes, last[0]), (*calls, last[1])
     return made("conv2d_relu_max_pool2d" if operation == "conv2d" else "linear_relu_dropout")
 
 
 def _is_only_read_by_layers(node: fx.Node) -> bool:
-    """Whether all that reads ``node`` makes a new tensor of it."""
+    """Whether only layers read ``node`` that return a new tensor."""
     calls = [_call_of(user) for user in node.users]
     return all(call is not None and isinstance(call.layer, (Conv2d, Linear, MaxPool2d)) for call in calls)
 
@@ -365,18 +364,18 @@ def _is_only_read_by_layers(node: fx.Node) -> bool:
 
 
 class GraphSegment(Segment):
-    """A segment of a graph's runs: a function of an input and the weights and biases of the layers that have them."""
+    """A segment of a graph's runs, called with the input and with the weights and biases of its layers."""
 
     def __init__(self, runs: tuple[Run, ...]) -> None:
         super().__init__(runs)
         self.__name__ = self.__qualname__ = "__".join(run.operation for run in runs)
 
     def __call__(self, input: Any, *weights: Tensor | None) -> Any:
-        """What the operations make of ``input``."""
+        """The output of the last operation for ``input``."""
         return self.compute(input, list(weights))
 
     def bound(self, weights: list[Tensor | None]) -> list[Run]:
-        """The runs, with layers that have these weights."""
+        """The runs, with ``weights`` put into their layers."""
         given = iter(weights)
         runs = []
         for run in self.runs:
@@ -388,12 +387,12 @@ class GraphSegment(Segment):
 
 
 def rewrite(module: fx.GraphModule) -> list[list[GraphRun]]:
-    """Replace the calls of layers in a graph by segments, in place; returns the segments' runs, in the graph's order."""
+    """Replace the calls of layers in a graph by segments, in place; return the runs of each segment, in the graph's order."""
     graph = module.graph
     checkpointing: Any = next((n.target for n in graph.nodes if _is_checkpoint(n)), None)
     if checkpointing is not None:
-        # Recorded, a checkpoint would draw another dropout when it is repeated, and count a batch twice. With this error the
-        # compiler stops recording there: the checkpoint is Python's, and what it calls is recorded by itself.
+        # A recorded checkpoint would draw another dropout mask in its recomputation, and count a batch twice. This error makes
+        # Dynamo stop recording there: Python runs the checkpoint, and the functions that it calls are recorded separately.
         raise UnsupportedOperatorException(checkpointing)
     _settle_in_place_relus(graph)
     segments = _segments(runs_of(graph), _Order(graph))
@@ -420,7 +419,7 @@ def _is_checkpoint(node: fx.Node) -> bool:
 
 
 def _segments(runs: Sequence[GraphRun], order: _Order) -> list[list[GraphRun]]:
-    """Runs that read one another, and that one segment can run."""
+    """Group runs into chains, each run reading the one before, that one segment can run."""
     chains: list[list[GraphRun]] = []
     ending: dict[fx.Node, list[GraphRun]] = {}
     for run in runs:
@@ -453,7 +452,7 @@ def _dimensions(node: fx.Node) -> int | None:
 
 
 class LayerTracer(fx.Tracer):
-    """Records the calls of a module's layers; modules with a ``forward`` of their own are looked into."""
+    """Records the calls of a module's layers; it traces into the modules that ``looks_into`` accepts."""
 
     def __init__(self, looks_into: Callable[[nn.Module], bool]) -> None:
         super().__init__()
@@ -461,7 +460,7 @@ class LayerTracer(fx.Tracer):
         self.modules: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of ``m`` is one node."""
+        """Whether a call of ``m`` is recorded as one node."""
         leaf = not self.looks_into(m)
         if leaf:
             self.modules.append(module_qualified_name)
@@ -469,11 +468,11 @@ class LayerTracer(fx.Tracer):
 
 
 class Trace(NamedTuple):
-    """What a module's ``forward`` calls.
+    """The layers that a module's ``forward`` calls.
 
     Attributes:
-        runs: that operations run.
-        modules: names of all layers that it calls, in order.
+        runs: the runs that operations compute.
+        modules: names of all layers called, in order.
     """
 
     runs: list[GraphRun]
@@ -481,7 +480,7 @@ class Trace(NamedTuple):
 
 
 def traced(module: nn.Module, looks_into: Callable[[nn.Module], bool]) -> Trace | str:
-    """The trace of ``module``, or in a word why there is none."""
+    """The trace of ``module``, or the first line of the error if it cannot be traced."""
     shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
     try:
         copied = copy.deepcopy(module, dict(shared))
@@ -490,7 +489,7 @@ def traced(module: nn.Module, looks_into: Callable[[nn.Module], bool]) -> Trace 
         tracer = LayerTracer(looks_into)
         graph = tracer.trace(copied, concrete_args=defaults)
         recorded = fx.GraphModule(copied, graph)
-    except Exception as error:  # whatever the module's own code raises when it meets a proxy
+    except Exception as error:  # the module's code may raise anything when it is given a proxy
         return f"{type(error).__name__}: {error}".splitlines()[0]
     _settle_in_place_relus(recorded.graph)
     return Trace(runs_of(recorded.graph), tracer.modules)
@@ -502,16 +501,16 @@ def traced(module: nn.Module, looks_into: Callable[[nn.Module], bool]) -> Trace 
 def backend(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend ``"alexnet_triton"`` of :func:`torch.compile`: convolutions, pools and linear layers on the fused operations.
+    """The backend ``"alexnet_triton"`` of :func:`torch.compile`: run layers on the fused operations.
 
     Args:
-        module: the graph that Dynamo recorded; it is changed.
-        example_inputs: of the graph.
-        options: ``{"rest": "inductor"}`` hands what is not ours to TorchInductor; ``{"rest": "eager"}``, the default, runs it
-            as it stands.
+        module: the graph that Dynamo recorded; it is changed in place.
+        example_inputs: example inputs of the graph.
+        options: ``{"rest": "inductor"}`` gives the rest of the graph to TorchInductor; ``{"rest": "eager"}``, the default, runs
+            it as it stands.
 
     Raises:
-        ValueError: other options.
+        ValueError: ``options`` has another key or value.
     """
     given = dict(options or {})
     rest = given.pop("rest", "eager")
@@ -525,25 +524,25 @@ def backend(
     return module.forward
 
 
-#: Says of a backend that it wants PyTorch's own calls in its graphs, those of fused containers too.
+#: Marks a backend that needs PyTorch's own calls in its graphs, also inside fused containers.
 backend.wants_layers = True  # type: ignore[attr-defined]
 
 
 def is_traced_for_fusing() -> bool:
-    """Whether the compiler is recording a graph for a backend that wants PyTorch's own calls in it."""
+    """Whether Dynamo is recording a graph for a backend that needs PyTorch's own calls (``wants_layers``)."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         compiler: Any = InstructionTranslator.current_tx().output.compiler_fn
-    except AttributeError:  # torch.export records in a way of its own
+    except AttributeError:  # torch.export has no such translator
         return False
     while compiler is not None and not hasattr(compiler, "wants_layers"):
-        # The compiler's own wrappers, and functools.partial.
+        # Unwrap Dynamo's wrappers and functools.partial.
         wrapped = ("_torchdynamo_orig_backend", "compiler_fn", "func")
         compiler = next((getattr(compiler, name) for name in wrapped if hasattr(compiler, name)), None)
     return compiler is not None
 
 
-# The compiler asks while it records, and takes the answer as it is then (what torch.compiler.assume_constant_result says, which
-# would import the compiler here and now).
+# Dynamo calls the function while it records, and takes the result for a constant. torch.compiler.assume_constant_result would
+# set the same mark, but it imports the compiler.
 is_traced_for_fusing._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""AlexNet, and the plain ``nn.Sequential`` networks it is compared with."""
+"""AlexNet, and the plain ``nn.Sequential`` networks that it is compared with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from .fused import FusedSequential
 
-#: Side of the square image that the network takes, by model name.
+#: Side of the square input image, by model name.
 IMAGE_SIZE = {"alexnet": 224, "lenet": 28, "torchvision": 224}
 
 
@@ -56,12 +56,12 @@ class AlexNet(FusedSequential):
 
 
 def reference_alexnet(num_classes: int = 10, in_channels: int = 1, dropout: float = 0.5) -> nn.Sequential:
-    """The plain ``nn.Sequential`` that :class:`AlexNet` equals, on PyTorch's own operations."""
+    """The same network as :class:`AlexNet` as a plain ``nn.Sequential``, on PyTorch's own operations."""
     return nn.Sequential(*_alexnet_layers(num_classes, in_channels, dropout))
 
 
 def reference_lenet(num_classes: int = 10, in_channels: int = 1) -> nn.Sequential:
-    """LeNet-5 as in d2l, the baseline that AlexNet is compared with: (N, in_channels, 28, 28) to (N, num_classes)."""
+    """LeNet-5 as in d2l, the baseline for AlexNet: maps (N, in_channels, 28, 28) to (N, num_classes)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),
         nn.Sigmoid(),
@@ -79,6 +79,6 @@ def reference_lenet(num_classes: int = 10, in_channels: int = 1) -> nn.Sequentia
 
 
 def init_xavier_uniform(layer: nn.Module) -> None:
-    """d2l's initialisation, for ``net.apply``: Xavier-uniform weights of Conv2d and Linear, biases as PyTorch draws them."""
+    """d2l's initialisation, for ``net.apply``: Xavier-uniform weights of Conv2d and Linear. Biases are left as they are."""
     if type(layer) in (nn.Linear, nn.Conv2d):
         nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The optimizer: plain SGD, with float32 master weights for half-precision parameters, in one launch."""
+"""SGD in one kernel launch, with float32 master weights for half-precision parameters."""
 
 from __future__ import annotations
 
@@ -38,67 +38,67 @@ from kernels.sgd import (
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, *_HALF)
 
-#: Of a parameter's state: its master in one form or the other.
+#: Keys and dtypes of the bits that a bfloat16 parameter lacks; keys of all forms of a master in a parameter's state.
 _MISSING = (("master_bits", torch.int16), ("master_ties", torch.int8))
 _MASTER_KEYS = ("master", "master_bits", "master_ties")
 
 
 class SGD(Optimizer):
-    """:class:`torch.optim.SGD` as one Triton kernel over all parameters of a group, and exact for half precision.
+    """:class:`torch.optim.SGD` in one Triton kernel over all parameters of a group, exact for half precision.
 
-    bfloat16 keeps 8 bits of a weight, so an update below 1/512 of it is lost to rounding, step after step. For a bfloat16 or
-    float16 parameter this optimizer therefore keeps the weight in float32, its master: the step changes the master, and the
-    parameter becomes the master rounded. Momentum is kept in float32 too. A float32 parameter is its own master.
+    bfloat16 keeps 8 bits of a weight, so rounding loses every update below 1/512 of the weight. For a bfloat16 or float16
+    parameter this optimizer therefore keeps a float32 copy, the master: a step updates the master, and sets the parameter to
+    the rounded master. Momentum is kept in float32 too. A float32 parameter is its own master.
 
-    Of a bfloat16 parameter's master only the 16 bits are kept that the parameter lacks, and a byte for ties, which a step
-    hardly accesses. A step moves 10 bytes an element, not 14, and its results are those of float32 masters bit for bit.
+    For a bfloat16 parameter only the master's 16 bits that the parameter lacks are stored, and a byte for ties, which a step
+    hardly accesses. A step moves 10 bytes per element, not 14, and the results are bit-identical to those of float32 masters.
     :meth:`master` joins parameter and bits.
 
-    A parameter's master is made from it at its first step. Whoever changes a parameter by other means later (loads a
-    checkpoint, clips it, sets ``.data``) is obeyed. A changed float16 element becomes its master. The master of a changed
-    bfloat16 element is within half a unit in its last place: the element keeps its missing bits, or becomes its master where no
-    master with these bits rounds to it. :meth:`set_master` sets a parameter and its master exactly.
+    A parameter's first step makes its master. Later changes of a parameter by other code (loading a checkpoint, clipping,
+    setting ``.data``) are respected. The master of a changed float16 element becomes that element. The master of a changed
+    bfloat16 element is within half a unit in its last place: it keeps the missing bits, or becomes the element if no master
+    with these bits rounds to it. :meth:`set_master` sets a parameter and its master exactly.
 
-    Under the Triton kernels a step is one launch for up to 32 parameters of a group that share device and dtype (and one more
-    where some make their first step with momentum). On other devices, and for float64, it is done by PyTorch.
+    With the Triton kernels a step is one launch for up to 32 parameters of a group that share device and dtype (and one more
+    if some take their first step with momentum). PyTorch computes the step on other devices and for float64.
 
-    With float32 parameters the results are those of ``torch.optim.SGD(..., foreach=False)`` bit for bit, on the CPU in
-    PyTorch's operations and on a GPU in the kernel: the kernel writes out the fused multiply-adds that PyTorch's code compiles
-    to. (In Triton's interpreter, which has no such instruction, one result in 2^29 may differ in its last bit.)
+    With float32 parameters the results are bit-identical to ``torch.optim.SGD(..., foreach=False)``, on the CPU by PyTorch's
+    operations and on a GPU by the kernel, which writes out the fused multiply-adds that PyTorch's code compiles to. (Triton's
+    interpreter has no such instruction: there one result in 2^29 may differ in its last bit.)
 
-    A captured CUDA graph repeats what Python passed at its capture. Give ``lr`` as a tensor on the parameters' device to change
-    it later (schedulers then change it in place), and take a first step before the capture: it makes masters and buffers.
+    A captured CUDA graph repeats the values that Python passed at its capture. To change ``lr`` later, give it as a tensor on
+    the parameters' device, which schedulers change in place. Take a step before the capture, to make masters and buffers.
 
-    Gradients must be dense tensors. One whose strides are not its parameter's, or that is not aligned to 16 bytes, is copied
-    first. ``GradScaler`` and ``clip_grad_norm_`` work as with ``torch.optim.SGD``.
+    Gradients must be dense tensors. A gradient is copied first if its strides differ from its parameter's or if it is not
+    aligned to 16 bytes. ``GradScaler`` and ``clip_grad_norm_`` work as with ``torch.optim.SGD``.
 
     A parameter may be a DTensor, of FSDP2 (``fully_shard``) or of tensor parallelism: each process steps its local shard, which
-    may be empty, and the state is a DTensor placed as the parameter is. A gradient that is placed otherwise (a pending sum,
+    may be empty, and the state is a DTensor with the parameter's placement. A gradient with another placement (a pending sum,
     ``Partial``) is redistributed first. Parameters of other classes with ``__torch_dispatch__`` are stepped by PyTorch.
 
-    ``state_dict()`` has the form of ``torch.optim.SGD``'s, with ``"momentum_buffer"`` and, where there is one, ``"master"`` for
-    a parameter, both float32; either class loads the other's. ``load_state_dict`` copies tensors and keeps them float32. (In
-    ``state``, a bfloat16 parameter has ``"master_bits"`` and ``"master_ties"`` once it was stepped.)
+    ``state_dict()`` has the form of ``torch.optim.SGD``'s: per parameter ``"momentum_buffer"`` and ``"master"``, if they exist,
+    both float32. Each class loads the other's. ``load_state_dict`` copies tensors and keeps them float32. (In ``state``, a
+    bfloat16 parameter has ``"master_bits"`` and ``"master_ties"`` after its first step.)
 
-    NumPy's numbers are as good as Python's, here, in a group's dict and assigned to ``param_groups`` later.
+    NumPy numbers are accepted like Python's: as arguments, in a group's dict, and assigned to ``param_groups`` later.
 
     Args:
         params: parameters, named parameters, or dicts that define groups: float32, float16 or bfloat16, on the CPU float64 too.
         lr: learning rate: a number, or a tensor of one element, which the kernel reads if it is on the parameters' device.
-        momentum: factor of the momentum buffer; 0 keeps none.
+        momentum: factor of the momentum buffer; without momentum (0) there is no buffer.
         dampening: 1 minus the factor of the gradient in the momentum buffer, from the second step on.
         weight_decay: factor of the L2 penalty's gradient: a number, or a tensor of one element, which each step reads.
-        nesterov: Nesterov momentum.
-        maximize: go up instead of down.
-        foreach, fused: which of its implementations ``torch.optim.SGD`` takes; this class has one, and takes it.
+        nesterov: use Nesterov momentum.
+        maximize: maximize the objective instead of minimizing it.
+        foreach, fused: accepted as in ``torch.optim.SGD``, where they select an implementation; here there is only one.
         differentiable: must be False: no gradient flows through the kernel.
 
     Raises:
         ValueError: a negative ``lr``, ``momentum`` or ``weight_decay``; an ``lr`` of more than one element; ``nesterov``
             without momentum or with dampening.
-        TypeError: parameters of another dtype; a ``momentum``, ``dampening`` or ``weight_decay`` that is no number.
-        NotImplementedError: ``differentiable``. It is a RuntimeError, as is what ``torch.optim.SGD`` raises.
-        RuntimeError: both ``foreach`` and ``fused``.
+        TypeError: a parameter of another dtype; a ``momentum``, ``dampening`` or ``weight_decay`` that is no number.
+        NotImplementedError: ``differentiable`` is true. It is a RuntimeError, the type that ``torch.optim.SGD`` raises.
+        RuntimeError: both ``foreach`` and ``fused`` are true.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class SGD(Optimizer):
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-        #: By the identity of a group: what its last step was made of.
+        #: By the id of a group: the cached facts of its last step.
         self._known: dict[int, _Known] = {}
         super().__init__(params, defaults)
 
@@ -145,8 +145,8 @@ class SGD(Optimizer):
         """As :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            TypeError: a parameter of a dtype that :class:`SGD` does not take; an option that should be a number and is none.
-            RuntimeError: options of the group that :class:`SGD` refuses.
+            TypeError: :class:`SGD` does not take the dtype of a parameter; an option is no number but should be.
+            RuntimeError: :class:`SGD` refuses the options of the group.
         """
         super().add_param_group(param_group)
         group = self.param_groups.pop()
@@ -161,19 +161,19 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def master(self, param: Tensor) -> Tensor | None:
-        """The weight that the next step begins with, where it is kept more exactly than ``param``.
+        """The master of ``param``: the weight, more exact than ``param``, that the next step begins with.
 
         Returns:
-            float32, of the shape of ``param`` (a DTensor if it is one). None before the first step, and after one in float32 or
-            float64. A bfloat16 parameter's is a new tensor. A float16 parameter's is the one in ``state``: it counts only where
-            ``param`` is still its rounded value.
+            float32, of the shape of ``param`` (a DTensor if ``param`` is one). None before the first step, and for a float32 or
+            float64 parameter. For bfloat16 a new tensor. For float16 the tensor in ``state``, which is valid only in elements
+            where ``param`` is still its rounded value.
         """
         state = self.state.get(param, {})
         if "master_bits" not in state and ("master" not in state or param.dtype != torch.bfloat16):
             return state.get("master")
-        # After net.half() or net.float() the parameter is of another dtype than its bits.
+        # After net.half() or net.float() the parameter no longer has the dtype that the bits belong to.
         made, weight = _new_state(param, torch.float32), _local(param.detach()).bfloat16()
-        if "master" in state:  # loaded
+        if "master" in state:  # from load_state_dict
             _local(made).copy_(_counting(_local(state["master"]), weight))
         else:
             _local(made).copy_(join_master(weight, *(_local(state[key]) for key, _ in _MISSING)))
@@ -181,11 +181,11 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Set ``param`` to ``value`` rounded, and its master to ``value``, in the tensors that are there.
+        """Set ``param`` to ``value`` rounded, and its master to ``value``; existing tensors are changed in place.
 
         Args:
             param: one of the optimizer's parameters.
-            value: of its shape, on any device; a DTensor exactly if ``param`` is one.
+            value: of the shape of ``param``, on any device; a DTensor exactly if ``param`` is one.
         """
         param.copy_(value)
         if param.dtype not in _HALF:
@@ -201,7 +201,7 @@ class SGD(Optimizer):
             state["master"].copy_(value)
 
     def state_dict(self) -> StateDict:
-        """As :meth:`torch.optim.Optimizer.state_dict`, with every master in float32: of a bfloat16 parameter a new tensor."""
+        """As :meth:`torch.optim.Optimizer.state_dict`, with every master in float32, for bfloat16 in a new tensor."""
 
         def join(_: Optimizer, made: StateDict) -> None:
             numbers = itertools.chain(*(group["params"] for group in made["param_groups"]))
@@ -212,7 +212,7 @@ class SGD(Optimizer):
                     others = {key: value for key, value in state.items() if key not in _MASTER_KEYS}
                     made["state"][index] = {"master": self.master(param)} | others
 
-        # As a hook, so that other hooks see masters.
+        # A hook that runs first, so that other hooks see masters.
         hook = self.register_state_dict_post_hook(join, prepend=True)
         try:
             return super().state_dict()
@@ -230,12 +230,12 @@ class SGD(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As :meth:`torch.optim.Optimizer.load_state_dict`, but masters and momentum buffers are copied and stay float32.
 
-        The next step makes missing bits of a bfloat16 parameter's master: take one before a CUDA graph is captured.
+        The next step splits the master of a bfloat16 parameter into bits: take a step before a CUDA graph is captured.
 
         Raises:
-            ValueError: groups of other sizes; a state of another shape than its parameter, or not a DTensor as it is.
-            TypeError: an option that should be a number and is none.
-            RuntimeError: options of a group that :class:`SGD` refuses. Whatever is raised, nothing is loaded.
+            ValueError: groups have other sizes; a state and its parameter differ in shape or in being a DTensor.
+            TypeError: an option is no number but should be.
+            RuntimeError: :class:`SGD` refuses the options of a group. Whatever is raised, nothing is loaded.
         """
         given: list[tuple[Tensor, str, Tensor]] = []
 
@@ -245,11 +245,11 @@ class SGD(Optimizer):
             given.extend(self._checked_states(final))
 
         def restore(_: Optimizer) -> None:
-            # The base class rounded all to the parameters' dtype.
+            # The base class has rounded the states to the dtype of their parameters.
             for param, key, value in given:
                 self.state[param][key] = _new_state(param, _wide(param)).copy_(value)
 
-        # As hooks, so that they see what other hooks make of the dict, and come before those that look at the result.
+        # Hooks: the first sees the dict as other hooks changed it, the second runs before hooks that read the result.
         hooks = (
             self.register_load_state_dict_pre_hook(remember),
             self.register_load_state_dict_post_hook(restore, prepend=True),
@@ -265,7 +265,7 @@ class SGD(Optimizer):
         numbers = [group["params"] for group in state_dict["param_groups"]]
         params = [group["params"] for group in self.param_groups]
         if list(map(len, numbers)) != list(map(len, params)):
-            return  # which the base class refuses
+            return  # the base class raises the error
         for index, param in zip(itertools.chain(*numbers), itertools.chain(*params), strict=True):
             for key in ("master", "momentum_buffer"):
                 value = state_dict["state"].get(index, {}).get(key)
@@ -287,20 +287,19 @@ class SGD(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Change every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss again, with gradients; called first.
+            closure: recomputes the loss and the gradients; it is called first.
 
         Returns:
-            What ``closure`` returned.
+            The loss that ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient; a first step inside a CUDA graph capture that needs masters or momentum buffers;
-                options set in ``param_groups`` that :class:`SGD` refuses.
-            TypeError: an option set there that should be a number and is none; a gradient that is not a DTensor as its
-                parameter is.
-            ValueError: a parameter with gaps in its memory.
+            RuntimeError: a gradient is sparse; a first step, which makes masters or momentum buffers, is captured in a CUDA
+                graph; :class:`SGD` refuses options set in ``param_groups``.
+            TypeError: an option set there is no number but should be; of a gradient and its parameter, only one is a DTensor.
+            ValueError: a parameter has gaps in its memory.
         """
         if closure is not None and type(self).step is SGD.step:
             return self._step_observed(closure)
@@ -314,12 +313,12 @@ class SGD(Optimizer):
                     self._step_group(group)
         return None
 
-    # What Optimizer.__init__ would wrap in hooks and a mark for the profiler: :meth:`_step_observed` has them, where there is
-    # somebody to see them.
+    # Keeps Optimizer.__init__ from wrapping step in hooks and a profiler mark. :meth:`_step_observed` has these, and runs only
+    # if there are hooks or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_observed(self) -> bool:
-        if type(self).step is not SGD.step:  # a subclass's step, which Optimizer has wrapped, calls this one
+        if type(self).step is not SGD.step:  # a subclass's step, wrapped by Optimizer, calls this one
             return False
         return bool(
             self._optimizer_step_pre_hooks
@@ -344,12 +343,12 @@ class SGD(Optimizer):
         return loss
 
     def _repeat_step(self, group: dict[str, Any]) -> bool:
-        """Make the step of a group that was stepped before, if all is as it was but values and addresses."""
+        """Repeat the last launch of a group; returns False if more than values and addresses may have changed."""
         known = self._known.get(id(group))
         if known is None or not known.holds(group, self.state):
             return False
         problem = known.problem
-        tensors: list[Any] = [*known.params, *[param.grad for param in known.params]]  # without a gradient nothing is found
+        tensors: list[Any] = [*known.params, *[param.grad for param in known.params]]  # with a None no launch is found
         if problem.ties:
             if any("master" in state for state in known.states):
                 return False
@@ -362,22 +361,22 @@ class SGD(Optimizer):
         numbers = known.numbers
         if problem.lr_in_memory:
             tensors.append(group["lr"])
-        elif group["lr"] != known.lr:  # a scheduler's, perhaps at every step
+        elif group["lr"] != known.lr:  # a scheduler may change it at every step
             numbers = step_numbers(group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
         return repeat_step(tensors, problem, numbers)
 
-    # torch.compile runs it as it stands, between two graphs. (torch.compiler.disable would import the compiler here and now.)
+    # Excluded from torch.compile, which breaks its graph here. (torch.compiler.disable would import the compiler.)
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step_group(self, group: dict[str, Any]) -> None:
         values = _step_values(group)
-        # What one launch takes: tensors of one device and dtype that all make their first step or none.
+        # Tensors that one launch takes: of one device and dtype, and all in their first step or none.
         together: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
             weight, grad = _shards(param)
             master = tie = None
-            if param.dtype != torch.bfloat16:  # whatever it was before
+            if param.dtype != torch.bfloat16:  # it may have been bfloat16 before
                 for missing, _ in _MISSING:
                     self.state.get(param, {}).pop(missing, None)
             if param.dtype == torch.bfloat16 and not has_own_dispatch(weight):
@@ -392,7 +391,7 @@ class SGD(Optimizer):
                 if buffer is None:
                     first_step = True
                     buffer = self._make_state(param, "momentum_buffer")
-            # What PyTorch has to step: no kernel takes it.
+            # No kernel takes these tensors.
             by_torch = weight.dtype == torch.float64 or has_own_dispatch(weight) or has_own_dispatch(grad)
             by_torch = by_torch and current_backend() != "triton"
             key = (weight.device, weight.dtype, grad.dtype, tie is None, first_step, by_torch)
@@ -407,17 +406,17 @@ class SGD(Optimizer):
                     sgd_step_reference(*each, **values, first_step=first_step)
             else:
                 sgd_step(weights, grads, masters, buffers, **values, first_step=first_step, ties=ties)
-            if first_step:  # only now: a step that is refused leaves no buffer that nothing was written to
+            if first_step:  # only now: a step that raised must leave no unwritten buffer
                 for param, buffer in zip(params, states[1], strict=True):
                     self.state[param]["momentum_buffer"] = buffer
             sharded = [param for param, weight in zip(params, weights, strict=True) if weight is not param]
-            torch.autograd.graph.increment_version(sharded)  # which a DTensor counts apart from its shard
+            torch.autograd.graph.increment_version(sharded)  # a DTensor has its own version counter
             once = len(together) == 1 and not (first_step or by_torch or sharded)
             if once and _is_fixed(_OPTIONS(group)) and has_plans(params[0]):
                 self._known[id(group)] = _Known(group, list(params), self.state)
 
     def _state(self, param: Tensor, key: str) -> Tensor | None:
-        """``param``'s state, moved into its memory order where that changed (``net.to(memory_format=...)``)."""
+        """A state of ``param``, moved into the memory order of ``param`` if that changed (``net.to(memory_format=...)``)."""
         state = self.state[param]
         value: Tensor | None = state.get(key)
         if value is not None and memory_order(_local(value)) != memory_order(_local(param)):
@@ -425,10 +424,7 @@ class SGD(Optimizer):
         return value
 
     def _missing_bits(self, param: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Shards of the two states that say what a bfloat16 ``param`` lacks; ``weight`` is its shard.
-
-        They are made of a float32 master where one was loaded, else of the parameter itself.
-        """
+        """Local shards of a bfloat16 ``param``'s missing bits and ties, made first if needed; ``weight``: its local shard."""
         state = self.state[param]
         bits, ties = self._state(param, "master_bits"), self._state(param, "master_ties")
         if bits is None or ties is None or "master" in state:
@@ -449,32 +445,32 @@ class SGD(Optimizer):
 
 
 def _counting(master: Tensor, weight: Tensor) -> Tensor:
-    """``master``, but the weight where it is no longer its rounded master: somebody else set it then."""
+    """``master``, but ``weight`` in elements where ``weight`` is not the rounded master because other code has set it."""
     return torch.where(master.to(weight.dtype) == weight, master, weight.float())
 
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _FLAGS = ("nesterov", "maximize", "foreach", "differentiable", "fused")
 
-#: All but the learning rate, which a scheduler changes at every step.
+#: All options but the learning rate, which a scheduler may change at every step.
 _OPTIONS = operator.itemgetter(*_NUMBERS[1:], *_FLAGS)
 
-#: Of options that a group in an old file lacks.
+#: Defaults of options that a group in an old file lacks.
 _OLD_DEFAULTS = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": False}
 
 
 def _python_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group with Python's numbers and booleans for NumPy's; an ``lr`` or ``weight_decay`` may be a tensor.
+    """The options of a group, with NumPy's numbers and booleans made Python's; ``lr`` and ``weight_decay`` may be tensors.
 
     Raises:
-        TypeError: what should be a number is none.
-        NotImplementedError: a step that is differentiable.
-        RuntimeError: a step that is both foreach and fused.
+        TypeError: an option is no number but should be.
+        NotImplementedError: ``differentiable`` is true.
+        RuntimeError: both ``foreach`` and ``fused`` are true.
     """
     options: dict[str, Any] = {}
     for name in filter(group.__contains__, _NUMBERS):
         value = group[name]
-        # Tensors are kept, since they may be changed in place.
+        # Tensors are kept, because they may be changed in place.
         kept = isinstance(value, Tensor) and (name == "lr" or (name == "weight_decay" and value.numel() == 1))
         options[name] = value if kept else number(name, value)
     for name in filter(group.__contains__, _FLAGS):
@@ -489,7 +485,7 @@ def _python_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a step of the group is asked to compute, as :func:`sgd_step` takes it."""
+    """The options of a group's step, as keyword arguments of :func:`sgd_step`."""
     options = _python_options(group)
     values = {name: options[name] for name in (*_NUMBERS, "nesterov", "maximize")}
     if isinstance(values["weight_decay"], Tensor):
@@ -500,17 +496,17 @@ def _step_values(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_fixed(options: Sequence[Any]) -> bool:
-    """Whether options keep their values: no tensor or array that may be changed in place."""
+    """Whether the options cannot change in place: none is a tensor or an array."""
     return all(value is None or isinstance(value, (int, float, np.generic)) for value in options)
 
 
 class _Known:
-    """What a group's step was made of, so that the next one need not look it all up.
+    """The cached facts of a group's last step, with which the next step repeats its launch.
 
     Args:
-        group: it was stepped.
-        params: those with a gradient.
-        state: of the optimizer.
+        group: the group that was stepped.
+        params: its parameters with a gradient.
+        state: the optimizer's state.
     """
 
     def __init__(self, group: dict[str, Any], params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -533,7 +529,7 @@ class _Known:
         return SGDProblem(len(self.params), masters, ties, momentum, in_memory, False, weight_decay, *options)
 
     def _takes_options(self, group: dict[str, Any]) -> bool:
-        """Whether other options ask for the same launch: other numbers."""
+        """Whether the group's new options need the same launch with other numbers; if so, they are stored."""
         _python_options(group)
         if not _is_fixed(_OPTIONS(group)) or self._problem(group) != self.problem:
             return False
@@ -542,7 +538,7 @@ class _Known:
         return True
 
     def holds(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether the group has the same parameters, the optimizer the same states, and a step is asked to do the same."""
+        """Whether the parameters, the states and the kind of the step are the same as in the last step."""
         params = group["params"]
         return (
             len(params) == len(self.group_params)
@@ -550,7 +546,7 @@ class _Known:
             and state is self.state
             and len(state) == len(self.all_states)
             and all(map(operator.is_, state.values(), self.all_states))
-            # By identity: NumPy's float32 equals a float that it is not.
+            # Compared by identity: a NumPy float32 may equal a Python float.
             and (all(map(operator.is_, _OPTIONS(group), self.options)) or self._takes_options(group))
             and isinstance(group["lr"], Tensor) == self.problem.lr_in_memory
             and all(param.grad is None for param in self.without_grad)
@@ -558,30 +554,30 @@ class _Known:
 
 
 def _wide(param: Tensor) -> torch.dtype:
-    """In which momentum buffers and float32 masters are kept: float32 at least."""
+    """The dtype of momentum buffers and masters: float32, or float64 for a float64 parameter."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def _new_state(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in ``param``'s memory order."""
+    """An uninitialised tensor of the shape and memory order of ``param``."""
     return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
 def _is_dtensor(value: Any) -> bool:
-    """Asked without importing the class, which takes long: where nobody has imported it, there is none."""
+    """Whether ``value`` is a DTensor, without the slow import of that class: until it is imported, no DTensor exists."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def _local(tensor: Any) -> Any:
-    """This process's shard of a DTensor; another tensor as it is. A collective that was to bring it has ended."""
+    """This process's shard of a DTensor, or any other tensor itself. Waits for a pending collective of the tensor."""
     if _is_dtensor(tensor):
         tensor = tensor.to_local()
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def _shards(param: Any) -> tuple[Tensor, Tensor]:
-    """What this process has to step of a parameter, and the gradient of that, in one memory order."""
+    """This process's shards of a parameter and of its gradient, in the same memory order."""
     grad = param.grad
     if grad.layout != torch.strided:
         raise RuntimeError(f"SGD takes dense gradients only, got layout {grad.layout} (sparse=True of an embedding?)")
@@ -595,8 +591,8 @@ def _shards(param: Any) -> tuple[Tensor, Tensor]:
     weight, grad = _local(param), _local(grad)
     if not is_dense(weight):
         raise ValueError(f"parameters must be dense in memory, got shape {tuple(weight.shape)} and strides {weight.stride()}")
-    # One pointer that is not aligned to 16 bytes splits the kernel's accesses to all gradients into single elements. Views of
-    # DistributedDataParallel's buckets are not, behind a bias of ten classes.
+    # One pointer that is not aligned to 16 bytes splits the kernel's accesses to all gradients into single elements. A view of
+    # a DistributedDataParallel bucket is unaligned if it follows the bias of ten classes.
     if memory_order(grad) != memory_order(weight) or grad.data_ptr() % 16:
         grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     return weight, grad

@@ -1,4 +1,4 @@
-"""The kernels of a piece of code, compiled on all cores before it runs."""
+"""``precompile``: compile the kernels of a piece of code on all cores before it runs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from kernels.runtime import backend, launch
 
 
 def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | None = None, threads: int | None = None) -> int:
-    """Compile the Triton kernels that ``walk()`` launches and that Triton's cache on disk lacks, in parallel.
+    """Compile in parallel the Triton kernels that ``walk()`` launches and that are not yet in Triton's cache on disk.
 
-    ``walk`` is called once. Its launches are recorded, not run, so tensors that kernels would write keep uninitialised memory.
-    PyTorch's own operators run and autograd accumulates gradients, on values that mean nothing. For a training step:
+    ``walk`` is called once. Its launches are recorded, not run, so tensors that kernels would write stay uninitialised.
+    PyTorch's own operators run, and autograd accumulates gradients, on these meaningless values. For a training step:
     ``alexnet_triton.precompile(lambda: net(images).sum().backward())``, then ``net.zero_grad()``. No other thread may launch
     this package's kernels meanwhile.
 
-    Does nothing, and does not call ``walk``, in Triton's interpreter and without a GPU.
+    In Triton's interpreter, and without a GPU, this does nothing and does not call ``walk``.
 
     Args:
         walk: calls operations on tensors of the dtypes, shapes and strides of the run to come.
-        tell: given a line while kernels are compiled and one when all are; none where none is.
-        threads: that compile; by default one for each core of this process. Threads are enough: Triton's compiler releases
-            Python's lock while it optimises and assembles, and holds it only to read a kernel's Python.
+        tell: called with a line when compilation begins and with one when it ends; not called if nothing is compiled.
+        threads: number of compiling threads; by default one for each core of this process. Processes are not needed: Triton's
+            compiler releases the GIL while it optimises and assembles, and holds it only to read a kernel's Python source.
 
     Returns:
         The number of kernels compiled.
 
     Warns:
-        RuntimeWarning: a kernel does not compile. It is left to its first launch, which raises what is wrong with it.
+        RuntimeWarning: a kernel does not compile. Its first launch raises the error.
     """
     if backend.INTERPRETED or not (torch.cuda.is_available() or launch.cpu_counts_as_gpu()):
         return 0
@@ -47,7 +47,7 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
     launched: set[Any] = set()
     pool = ThreadPoolExecutor(threads)
     mode = triton.AsyncCompileMode(pool, ignore_errors=True)
-    # Triton finds the mode in a context variable. Autograd runs backward passes on CUDA in a thread with a context of its own.
+    # Triton reads the mode from a context variable. Autograd runs CUDA backward passes in a thread that has another context.
     context = contextvars.Context()
 
     def compile_launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
             with launch.record_launches(compile_launch, on_cpu=False):
                 walk()
             told = tell is None
-            futures = list(mode.raw_futures)  # which Triton 3.9 forgets at the end
+            futures = list(mode.raw_futures)  # Triton 3.9 clears the list when the mode ends
             for _ in as_completed(futures):
                 if not told and False in hits and tell is not None:
                     tell(f"compiling up to {len(futures) - hits.count(True)} kernels {on_cores}")
@@ -83,7 +83,7 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[bool]]:
-    """For each kernel that Triton gets inside the block, whether its cache on disk had it."""
+    """A list that grows by one bool per kernel that Triton loads or compiles in the block: whether the disk cache had it."""
     hits: list[bool] = []
     before = knobs.compilation.listener
 
@@ -100,7 +100,7 @@ def _cache_hits() -> Iterator[list[bool]]:
 
 
 def _settle(kernels: set[Any]) -> None:
-    """Put compiled kernels in the place of their futures in ``kernels``' caches, and forget those that did not compile."""
+    """Replace the futures in the caches of ``kernels`` by compiled kernels, and remove those that did not compile."""
     for kernel in kernels:
         for compiled, *_ in kernel.device_caches.values():
             for key, value in list(compiled.items()):

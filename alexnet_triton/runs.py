@@ -1,4 +1,4 @@
-"""Which layers of an ``nn.Sequential`` run as one operation, and the call of that operation."""
+"""Group the layers of an ``nn.Sequential`` into runs that one operation computes, and call that operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import kernels
 from kernels.runtime.arguments import pair
 from kernels.runtime.torch_interop import overridable
 
-#: Attributes of a module in which hooks on its forward or backward pass live.
+#: Attributes of a module that hold the hooks on its forward and backward pass.
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOK_DICTS = (
     "_global_forward_hooks",
@@ -26,18 +26,18 @@ GLOBAL_HOOK_DICTS = (
 )
 
 
-#: Methods that, set on a layer itself, say what it computes.
+#: Methods that change what a layer computes if they are set on the layer itself.
 OWN_METHODS = frozenset(("forward", "_conv_forward", "_call_impl"))
 
 
 class Run(NamedTuple):
-    """Neighbouring layers that are run by one call.
+    """Neighbouring layers that one call runs.
 
     Attributes:
         operation: name of the operation of ``kernels``, or ``"module"``: the layer is called as it stands.
-        layers: the layers, in order: modules, or of a graph of calls what stands for them (:mod:`.graphs`).
-        note: why the run is not longer, or why the layer is called as it stands; empty where there is nothing to say.
-        output_format: the memory format that what comes next wants, or None for the one that PyTorch's layers would return.
+        layers: the layers, in order: modules, or for a graph of calls the named tuples of :mod:`.graphs`.
+        note: why the run is not longer, or why the layer is called as it stands; may be empty.
+        output_format: the memory format that the next layer needs, or None for the one that PyTorch's layers would return.
     """
 
     operation: str
@@ -47,25 +47,25 @@ class Run(NamedTuple):
 
 
 class CellImages(NamedTuple):
-    """Images as the cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of the images.
+    """Images as the cells that a network's first layer reads: an input of a :class:`FusedSequential` in place of images.
 
-    They go through ``DistributedDataParallel`` and ``torch.compile`` as a tensor does.
+    ``DistributedDataParallel`` and ``torch.compile`` take this named tuple as they take a tensor.
 
     Attributes:
-        data: (N, rows, columns, stride * stride * C), of :func:`kernels.space_to_depth` or :func:`kernels.gather_resize`.
-        cells: what they were made by; a layer that reads other cells refuses them.
+        data: (N, rows, columns, stride * stride * C), from :func:`kernels.space_to_depth` or :func:`kernels.gather_resize`.
+        cells: the parameters that ``data`` was made by. A layer that reads other cells raises ValueError.
     """
 
     data: Tensor
     cells: kernels.Cells
 
 
-# Where it was first: what is pickled stays.
+# The module that it was first defined in, so that old pickles load.
 CellImages.__module__ = "alexnet_triton.fused"
 
 
 def cells_of(run: Run) -> kernels.Cells | None:
-    """The cells that ``run`` can read instead of its images; None if it reads none."""
+    """The cells that ``run`` can read instead of images; None if it can read none."""
     if run.operation != "conv2d_relu_max_pool2d":
         return None
     conv = cast(nn.Conv2d, run.layers[0])
@@ -82,18 +82,18 @@ def check_cells(run: Run, given: kernels.Cells) -> None:
         names = " + ".join(type(layer).__name__ for layer in run.layers)
         what = "images" if reads is None else f"images or their {reads}"
         why = f" ({run.note})" if run.note else ""
-        raise ValueError(f"what the network begins with, {names}{why}, reads {what}, got their {given}")
+        raise ValueError(f"the network begins with {names}{why}, which reads {what}, got {given}")
 
 
-#: Tensors that operations take from a network: PyTorch's own, and those by which it follows a computation without data.
+#: Tensor classes that operations take: PyTorch's own, and those by which PyTorch traces a computation without data.
 KNOWN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(input: Any) -> bool:
-    """Whether an operation is for ``input`` (a tensor, cells, or a trace's), or its layers are called as they stand.
+    """Whether operations take ``input`` (a tensor, cells, or a trace's proxy). If not, layers are called as they stand.
 
-    They are for quantized and sparse tensors, subclasses (which may compute something else), integers, and float64 on a GPU.
+    Not taken are quantized and sparse tensors, subclasses (which may compute differently), integers, and float64 on a GPU.
     """
     if not isinstance(input, Tensor):
         return isinstance(input, (CellImages, fx.Proxy))
@@ -102,7 +102,7 @@ def takes(input: Any) -> bool:
 
 
 def returned_format(input: Any, weights: Sequence[Tensor | None]) -> torch.memory_format:
-    """The memory format that PyTorch's convolutions by ``weights``, and pools, would hand on from ``input``."""
+    """The memory format that PyTorch's convolutions with ``weights``, and pools, would return for ``input``."""
     if isinstance(input, CellImages):
         return _returned_format(*weights)
     return _returned_format(input, *weights) if isinstance(input, Tensor) else memory_format_of(input, *weights)  # type: ignore[arg-type]
@@ -117,16 +117,16 @@ def _returned_format(*tensors: Any) -> torch.memory_format:
 
 @overridable
 def memory_format_of(*tensors: Tensor) -> torch.memory_format:
-    """As :func:`returned_format`; a trace records its call."""
+    """As :func:`returned_format`, for a trace, which records the call of this function."""
     return _returned_format(*tensors)
 
 
 def _is_like_channels_last(tensor: Any) -> bool:
-    """Whether PyTorch counts a tensor as channels-last by its strides, as c10/core/MemoryFormat.h does."""
+    """Whether PyTorch takes a tensor for channels-last by its strides: the rule of c10/core/MemoryFormat.h."""
     if tensor.dim() != 4:
         return False
     sizes, strides = tensor.shape, tensor.stride()
-    if strides[3] == 1 and sizes[1] > 1:  # of nearly all that are not
+    if strides[3] == 1 and sizes[1] > 1:  # true of nearly all contiguous tensors
         return False
     least = 0
     for d in (1, 3, 2, 0):
@@ -143,13 +143,13 @@ def call(
     following: Run | None = None,
     output_format: torch.memory_format | None = None,
 ) -> tuple[Any, Tensor | None]:
-    """The output of the last layer of a run, and its link (:func:`kernels.linked_conv2d`) where the ``following`` run takes it.
+    """The output of a run's last layer, and its link (:func:`kernels.linked_conv2d`) if the ``following`` run takes one.
 
-    ``link`` is what the run before returned beside ``input``: nothing but this run reads that. ``output_format`` is by
-    default the run's, or the operation's own.
+    ``link`` is the link that the previous run returned with ``input``; this run must be the only reader of ``input`` then.
+    ``output_format`` is by default that of the run, or the operation's own.
 
     Raises:
-        ValueError: ``input`` are :class:`CellImages`, and the run reads images or other cells.
+        ValueError: ``input`` is :class:`CellImages`, but the run reads images or other cells.
     """
     if isinstance(input, CellImages):
         check_cells(run, input.cells)
@@ -163,7 +163,7 @@ def call(
 
 
 def computed_by() -> tuple[Any, ...]:
-    """What says what the layers that operations know compute: methods of their classes, and PyTorch's functions."""
+    """The methods and functions of PyTorch by which the known layers compute; a user may have replaced one."""
     return (
         *(nn.Conv2d.forward, nn.Conv2d._conv_forward, F.conv2d, nn.Linear.forward, F.linear, nn.ReLU.forward, F.relu),
         *(nn.MaxPool2d.forward, F.max_pool2d, nn.Dropout.forward, F.dropout, nn.Flatten.forward),
@@ -171,7 +171,7 @@ def computed_by() -> tuple[Any, ...]:
 
 
 _AS_SHIPPED = computed_by()
-#: Where in that is what each kind of layer computes by.
+#: Part of :func:`computed_by` for each class of layers.
 _PARTS: dict[type[nn.Module], slice] = {
     nn.Conv2d: slice(0, 3),
     nn.Linear: slice(3, 5),
@@ -183,13 +183,13 @@ _PARTS: dict[type[nn.Module], slice] = {
 
 
 def _obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why calling ``layer``, a ``kind``, may do something else than what ``kind`` does; None if it does just that."""
+    """Why ``layer``, an instance of ``kind``, may compute something else than ``kind`` does; None if it computes the same."""
     if type(layer) is not kind:
         return f"{type(layer).__name__} is a subclass of {kind.__name__}"
     if "forward" in vars(layer) or "_conv_forward" in vars(layer) or "_call_impl" in vars(layer):
         return f"the {kind.__name__}'s forward was replaced"
     if computed_by()[_PARTS[kind]] != _AS_SHIPPED[_PARTS[kind]]:
-        return f"what all of {kind.__name__} compute was replaced"
+        return f"the function of all {kind.__name__} layers was replaced"
     if any(getattr(layer, hooks) for hooks in HOOK_DICTS):
         return f"the {kind.__name__} carries a hook"
     for name in ("weight", "bias"):
@@ -217,29 +217,29 @@ def _pool_after_relu_obstacle(layer: nn.Module) -> str | None:
 
 
 def _dropout_after_relu_obstacle(layers: Sequence[nn.Module]) -> str | None:
-    """Of the first layer; the second, if there is one, comes after the dropout."""
+    """Why ``layers[0]``, a dropout, cannot be fused into a linear layer; ``layers[1]`` is the next layer, if there is one."""
     obstacle = _obstacle(layers[0], nn.Dropout)
     if obstacle is not None:
         return obstacle
     if len(layers) == 1:
-        return "what comes after the container may work in place, on what the fused backward pass needs"
+        return "a layer after the container may work in place on the output that the fused backward pass needs"
     if obstacle_of(layers[1]) is None and isinstance(layers[1], (nn.Linear, nn.Conv2d, nn.MaxPool2d)):
         return None
     works = "works" if getattr(layers[1], "inplace", False) else "may work"
-    return f"the {type(layers[1]).__name__} after the Dropout {works} in place, on what the fused backward pass needs"
+    return f"the {type(layers[1]).__name__} after the Dropout {works} in place on the output that the fused backward pass needs"
 
 
 LONE_RELU = "a ReLU is only fused into a Conv2d or Linear right before it"
 
-#: Layers that are looked at for one run: at most three of it, and the next.
+#: Layers that are looked at for one run: at most three layers of the run, and the next one.
 LONGEST_LOOK = 4
 
 
 def plan(layers: Sequence[nn.Module]) -> list[Run]:
-    """Cut a sequence of layers into the longest runs that one operation can do, first to last.
+    """Cut a sequence of layers into the longest runs that one operation can compute, from first to last.
 
-    Known: Conv2d [ReLU [MaxPool2d]], MaxPool2d, Linear [ReLU [Dropout]], Dropout. Anything else, and any layer that carries
-    a hook, is a run of its own.
+    Fused are Conv2d [ReLU [MaxPool2d]], MaxPool2d, Linear [ReLU [Dropout]] and Dropout. Any other layer, and any layer that
+    carries a hook, is a run of its own.
     """
     if any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOK_DICTS):
         return [Run("module", (layer,), "a hook on all modules is registered") for layer in layers]
@@ -249,18 +249,18 @@ def plan(layers: Sequence[nn.Module]) -> list[Run]:
         run = _longest_run(layers[i : i + LONGEST_LOOK])
         i += len(run.layers)
         if run.operation in IMAGES and i < len(layers) and _obstacle(layers[i], nn.Flatten) is None:
-            # Flatten's order is NCHW. The operation can write that just as well, and then flattening is a view.
+            # Flatten's order is NCHW. The operation can write its output in that order, which makes Flatten a view.
             run = run._replace(output_format=torch.contiguous_format)
         runs.append(run)
     return runs
 
 
-#: Operations that write images.
+#: Operations that return images, as opposed to rows of features.
 IMAGES = ("conv2d", "conv2d_relu_max_pool2d", "max_pool2d")
 
 
 def _longest_run(layers: Sequence[nn.Module]) -> Run:
-    """The run that starts with the first of the next (at most four) layers; the fourth is only looked at."""
+    """The run that starts with ``layers[0]``; ``layers`` are at most four, the last of which is only looked at."""
     first = layers[0]
     for kind, start_obstacle in _STARTS.items():
         if isinstance(first, kind):
@@ -269,12 +269,12 @@ def _longest_run(layers: Sequence[nn.Module]) -> Run:
     if isinstance(first, nn.ReLU):
         return Run("module", (first,), LONE_RELU)
     if isinstance(first, nn.Sequential):
-        return Run("module", (first,), "a container of its own: runs do not cross its border")
+        return Run("module", (first,), "a nested container: runs do not cross its border")
     return Run("module", (first,), f"no operation for {type(first).__name__}")
 
 
 def _extended_run(layers: Sequence[nn.Module]) -> Run:
-    """The longest run that starts with the first layer, which an operation can do by itself."""
+    """The longest run that starts with ``layers[0]``, a layer without an obstacle that an operation can run alone."""
     first, *rest = layers
     if isinstance(first, (nn.MaxPool2d, nn.Dropout)):
         return Run("max_pool2d" if isinstance(first, nn.MaxPool2d) else "dropout", (first,))
@@ -299,11 +299,11 @@ def _extended_run(layers: Sequence[nn.Module]) -> Run:
 def _dropout_obstacle(layer: nn.Module) -> str | None:
     obstacle = _obstacle(layer, nn.Dropout)
     if obstacle is None and cast(nn.Dropout, layer).inplace:
-        return "the Dropout works in place, on a tensor that its caller may hold on to"
+        return "the Dropout works in place on a tensor that the caller may still use"
     return obstacle
 
 
-#: Layers that a run can start with, and what says why one does not.
+#: Layers that a run can start with, and the function that says why a layer cannot.
 _STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
     nn.Conv2d: _conv_obstacle,
     nn.Linear: lambda layer: _obstacle(layer, nn.Linear),
@@ -313,7 +313,7 @@ _STARTS: dict[type[nn.Module], Callable[[nn.Module], str | None]] = {
 
 
 def obstacle_of(layer: nn.Module) -> str | None:
-    """Why a layer that an operation is for is called as it stands; None if there is no such reason, or no operation."""
+    """Why a layer that has an operation is called as it stands; None without such a reason, or without an operation."""
     if isinstance(layer, nn.ReLU):
         return _obstacle(layer, nn.ReLU)
     return next((obstacle(layer) for kind, obstacle in _STARTS.items() if isinstance(layer, kind)), None)
@@ -347,7 +347,7 @@ def _run_conv2d_relu_max_pool2d(
     weight, bias, stride, padding, dilation, groups = conv_arguments(conv)
     cells = isinstance(input, CellImages)
     if isinstance(input, CellImages):
-        input, padding = input.data, 0  # which is in the cells
+        input, padding = input.data, 0  # cells include the padding
     return kernels.conv2d_relu_max_pool2d(
         input,
         weight,
@@ -384,7 +384,7 @@ def _run_linear_relu_dropout(input: Tensor, linear: nn.Linear, relu: nn.ReLU, dr
 def _run_dropout(input: Tensor, dropout: nn.Dropout) -> Tensor:
     output = kernels.dropout(input, dropout.p, dropout.training)
     if isinstance(input, Tensor) and not input.is_contiguous() and output is not input:
-        output = torch.empty_like(input).copy_(output)  # PyTorch's keeps the strides
+        output = torch.empty_like(input).copy_(output)  # PyTorch's dropout keeps the strides
     return output
 
 
@@ -403,5 +403,5 @@ _OPERATIONS: dict[str, Any] = {
 }
 
 
-#: Operations that take the gradient of the ReLU right before them, if they are given its link.
+#: Operations whose backward pass applies the mask of the ReLU right before them, if they are given its link.
 TAKE_LINKS = ("conv2d", "conv2d_relu_max_pool2d")

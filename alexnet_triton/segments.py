@@ -1,4 +1,4 @@
-"""Runs of layers that follow each other as one call, and how it is seen in microseconds that the layers are what they were."""
+"""Call consecutive runs of layers as one sequence, and check in microseconds that the layers have not changed since."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from .runs import (
 
 
 class Segment:
-    """Neighbouring runs whose operations may be called as one (:mod:`kernels.sequence`).
+    """Neighbouring runs whose operations may be called as one sequence (:mod:`kernels.sequence`).
 
-    What it returns has PyTorch's memory format; what lies between its operations is channels-last.
+    The output has the memory format that PyTorch would return. Images between its operations are channels-last.
 
     Args:
-        runs: of operations on images or of operations on rows of features; or one run, of a module.
+        runs: all of operations on images, or all of operations on rows of features; or one run of a module.
     """
 
     def __init__(self, runs: tuple[Run, ...]) -> None:
@@ -57,7 +57,7 @@ class Segment:
         self._as_one: dict[tuple[bool, Any], _AsOne | None] = {}
 
     def __call__(self, input: Any) -> Any:
-        """What the layers make of ``input``."""
+        """The output of the last layer for ``input``."""
         if self.runs[0].operation == "module":
             if isinstance(input, CellImages):
                 check_cells(self.runs[0], input.cells)
@@ -69,14 +69,14 @@ class Segment:
         return input
 
     def _weights(self) -> list[Tensor | None]:
-        """Weight and bias of each layer that has them."""
+        """Weight and bias of each convolution and linear layer."""
         try:
             return [layer._parameters[name] for layer in self.weighted for name in ("weight", "bias")]
-        except KeyError:  # one that is computed
+        except KeyError:  # an attribute that is computed, as by a parametrization
             return [getattr(layer, name) for layer in self.weighted for name in ("weight", "bias")]
 
     def compute(self, input: Any, weights: list[Tensor | None]) -> Any:
-        """What the operations make of ``input``, with these weights and biases."""
+        """The output of the last operation for ``input``, with these weights and biases."""
         output_format = self.runs[-1].output_format
         if self.writes_images and output_format is None:
             output_format = returned_format(input, weights[::2])
@@ -84,18 +84,18 @@ class Segment:
         if output is not None:
             return output
         if isinstance(input, Tensor) and input.dim() == 3 and self.runs[-1].operation.endswith("max_pool2d"):
-            output_format = torch.contiguous_format  # PyTorch's, of an image without a batch
+            output_format = torch.contiguous_format  # PyTorch's format for an image without a batch
         link = None
         for run, following in itertools.zip_longest(self.bound(weights), self.runs[1:]):
             input, link = call(run, input, link, following, output_format if following is None else None)
         return input
 
     def bound(self, weights: list[Tensor | None]) -> Sequence[Run]:
-        """The runs, with layers that have these weights: those that they have."""
+        """The runs, whose layers hold ``weights`` already. A subclass puts them into the layers."""
         return self.runs
 
     def _stages(self, cells: bool, output_format: torch.memory_format | None) -> _AsOne | None:
-        """The runs as one sequence; None where they cannot be."""
+        """The runs as one sequence; None if they cannot be one."""
         stages: list[sequence.Stage] = []
         tensors, seeds = 1, itertools.count(1 + 2 * len(self.weighted))
         for run, following in itertools.zip_longest(self.runs, self.runs[1:]):
@@ -109,14 +109,14 @@ class Segment:
         count = next(seeds) - 1 - 2 * len(self.weighted)
         try:
             recorded, unrecorded = (sequence.Hashed(sequence.Sequenced(tuple(stages), records)) for records in (True, False))
-        except TypeError:  # an option that has no hash: whether it is one at all the operation says
+        except TypeError:  # an option cannot be hashed; the operation itself checks whether it is valid
             return None
         return _AsOne(recorded, unrecorded, count)
 
     def _compute_as_one(
         self, input: Any, weights: list[Tensor | None], output_format: torch.memory_format | None
     ) -> Tensor | None:
-        """What the runs make of ``input``, in one call; None where they are to be called one after the other."""
+        """The output of all runs by one call; None if they have to be called one after the other."""
         if self.dimensions is None or torch.compiler.is_compiling() or has_function_mode() or is_observed():
             return None
         cells = type(input) is CellImages
@@ -125,7 +125,7 @@ class Segment:
         x = input.data if cells else input
         if not isinstance(x, Tensor) or x.dim() != self.dimensions or not runs_triton(x):
             return None
-        if torch.is_autocast_enabled(x.device.type):  # which casts for each operation
+        if torch.is_autocast_enabled(x.device.type):  # autocast casts for each operation
             return None
         if (cells, output_format) not in self._as_one:
             self._as_one[cells, output_format] = self._stages(cells, output_format)
@@ -136,7 +136,7 @@ class Segment:
 
 
 def has_function_mode() -> bool:
-    """Whether a mode wants to see functions; one that says on which device tensors are made does not."""
+    """Whether a ``TorchFunctionMode`` is active, other than the one of ``torch.device`` as a context."""
     return any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(torch._C._len_torch_function_stack())
     )
@@ -148,14 +148,14 @@ def _reads_cells(cells: Tensor, weight: Tensor | None, run: Run) -> bool:
 
 
 class _AsOne(NamedTuple):
-    """A segment as one sequence: with a backward pass and without, and how many seeds it takes."""
+    """A segment as one sequence: recorded for a backward pass, unrecorded, and the number of seeds that it takes."""
 
     recorded: sequence.Hashed
     unrecorded: sequence.Hashed
     seeds: int
 
 
-#: Dimensions of an operation's input: images, or rows of features.
+#: Number of dimensions of an operation's input: 4 for images, 2 for rows of features.
 _DIMENSIONS = {"conv2d": 4, "conv2d_relu_max_pool2d": 4, "max_pool2d": 4, "linear": 2, "linear_relu_dropout": 2, "dropout": 2}
 
 
@@ -168,13 +168,13 @@ def _returns_indices(run: Run) -> bool:
 
 
 class _Given(NamedTuple):
-    """What the runs around a run give it.
+    """The context of a run within a sequence.
 
     Attributes:
-        own: indices of its parameters among a sequence's tensors.
-        seeds: indices of seeds to come.
+        own: indices of the run's parameters among the sequence's tensors.
+        seeds: iterator over the indices of seeds that are not yet used.
         links: whether the next operation takes a link.
-        cells: whether the input are cells.
+        cells: whether the run's input is cells.
         output_format: of the sequence's output if the run is its last, else None.
     """
 
@@ -185,7 +185,7 @@ class _Given(NamedTuple):
     output_format: torch.memory_format | None
 
 
-#: What a run adds to a sequence.
+#: Type of the functions that make the stages of a run.
 _Stages = Callable[[Run, _Given], list[sequence.Stage]]
 
 
@@ -228,7 +228,7 @@ def _dropout(run: Run, given: _Given) -> list[sequence.Stage]:
 
 
 def _probability(dropout: Any) -> float | None:
-    """Of dropping an element; None where the layer drops none, and so draws nothing."""
+    """The probability of dropping an element; None if the layer drops none, and so needs no seed."""
     check_probability(dropout.p)
     return float(dropout.p) if dropout.training and dropout.p > 0 else None
 
@@ -244,10 +244,10 @@ _STAGES: dict[str, _Stages] = {
 
 
 class _Layers:
-    """A container's children as they were when they were cut into segments.
+    """A container's children, their state when they were cut into segments, and these segments.
 
     Args:
-        children: of the container.
+        children: the container's children.
     """
 
     def __init__(self, children: tuple[nn.Module, ...]) -> None:
@@ -271,13 +271,13 @@ class _Layers:
         return [type(parameters.get(name)) for parameters, name in self.weights]
 
     def hold(self, children: tuple[nn.Module, ...]) -> bool:
-        """Whether ``children`` are the same modules, of the same classes, with the same options, and the same carry hooks."""
+        """Whether ``children`` are the same modules, of the same classes, with the same options and hooks."""
         if children != self.children or [type(child) for child in children] != self.types:
             return False
         for attributes, own, inplace, parameters, get, values in self.facts:
             if (
                 get(attributes) != values
-                or attributes.get("inplace") is not inplace  # which matters of any layer after a dropout
+                or attributes.get("inplace") is not inplace  # decides whether a dropout before the layer is fused
                 or attributes["_parameters"] is not parameters
                 or ("forward" in attributes or "_conv_forward" in attributes or "_call_impl" in attributes) is not own
             ):
@@ -291,10 +291,10 @@ class _Layers:
 
 
 class _Known(list[_Layers]):
-    """The last two ways in which a container was cut: training and evaluation, mostly."""
+    """The two most recent segmentations of a container, typically those of training and of evaluation."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle of the container looks at its own children."""
+        """Copy and pickle as an empty list: a copy of the container cuts its own children."""
         return list, ()
 
 
@@ -303,11 +303,11 @@ def _truths(values: Sequence[Any]) -> list[bool]:
 
 
 def hooks_everywhere() -> list[Any]:
-    """The hooks that all modules have."""
+    """The global hooks, which PyTorch calls for every module."""
     return [hook for hooks in GLOBAL_HOOK_DICTS for hook in (hooks, *(getattr(torch_module, hooks, None) or {}).values())]
 
 
-#: What decides how runs are cut, and what operations are told, of each kind of layer.
+#: Attributes of each kind of layer that decide how runs are cut, or that operations are given.
 _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -316,7 +316,7 @@ _OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def cut(runs: Sequence[Run]) -> list[list[Run]]:
-    """Neighbouring operations on images together, those on rows of features together, anything else by itself."""
+    """Group neighbouring runs: operations on images together, those on rows of features together, any other run alone."""
     groups: list[list[Run]] = []
     before = None
     for run in runs:
@@ -330,12 +330,12 @@ def cut(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def forget_segments(net: nn.Module) -> None:
-    """Cut ``net`` anew at the next call."""
+    """Forget the segments of ``net``, so that its next call cuts the layers anew."""
     net.__dict__.pop("_known_layers", None)
 
 
 def segments_of(net: nn.Sequential) -> list[Segment]:
-    """The segments that ``net`` consists of: those of the last call, where its layers are what they were."""
+    """The segments of ``net``: those of an earlier call if its layers have not changed since, else new ones."""
     children = tuple(net._modules.values())
     if torch.compiler.is_compiling():
         return [Segment(tuple(runs)) for runs in cut(plan(children))]

@@ -1,8 +1,8 @@
 """Find the fastest configuration of each kernel on the GPU at hand: ``alexnet-triton tune``.
 
-Each candidate runs its operation on random tensors, is held to the same operation in float32 (that of float32 to float64), and
-only then is timed. The winners are written to ``kernels/configs/<gpu>.json``, which :mod:`kernels.configs.tables` reads; what
-was not measured follows its rules.
+Each candidate runs its operation on random tensors. Its result is compared with the same operation in float32 (for float32 in
+float64), and only a correct candidate is timed. The fastest are written to ``kernels/configs/<gpu>.json``, which
+:mod:`kernels.configs.tables` reads. Kernels without an entry follow their rules.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .candidates import Candidate
 from .training.files import check_writable, write_atomically
 from .training.run_folder import held
 
-#: --dtype: what tensors are in, and whether linear layers multiply in TF32. Convolutions of float32 always do, which is
-#: PyTorch's default; exact ones run on general kernels, which no table is for.
+#: Values of --dtype: the tensors' dtype, and whether linear layers multiply in TF32. float32 convolutions are tuned in TF32,
+#: PyTorch's default. Exact convolutions run on general kernels, which have no table.
 PRECISIONS = {
     "bfloat16": (torch.bfloat16, False),
     "float16": (torch.float16, False),
@@ -54,7 +54,7 @@ PRECISIONS = {
 
 @contextlib.contextmanager
 def float32_switches(linear_tf32: bool) -> Iterator[None]:
-    """PyTorch's switches inside the block: TF32 for convolutions, and for linear layers as is said."""
+    """Set PyTorch's switches in the block: TF32 for convolutions, and for linear layers if ``linear_tf32``."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32, matmul.allow_tf32 = True, linear_tf32
@@ -64,7 +64,7 @@ def float32_switches(linear_tf32: bool) -> Iterator[None]:
         cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-#: Convolutions. name: channels, image size, filters, filter size, stride, padding
+#: Convolutions, by name: (channels, image size, filters, filter size, stride, padding).
 LAYERS = {
     "conv1": (1, 224, 96, 11, 4, 1),
     "conv1_pool": (1, 224, 96, 11, 4, 1),
@@ -74,22 +74,22 @@ LAYERS = {
     "conv5": (384, 12, 256, 3, 1, 1),
 }
 
-#: The first layer with its ReLU and 3 x 3 pool of stride 2, in one kernel or in two.
+#: The first layer with its ReLU and 3 x 3 max-pool of stride 2, in one kernel or in two.
 POOLED = "conv1_pool"
 
-#: Convolutions right after another one's ReLU, whose gradient they take on the way.
+#: Convolutions right after another one's ReLU, whose mask their input gradient applies.
 LINKED = ("conv4", "conv5")
 
-#: Linear layers. name: in features, out features, whether ReLU follows
+#: Linear layers, by name: (in features, out features, whether ReLU follows).
 LINEAR_LAYERS = {"fc1": (6400, 4096, True), "fc2": (4096, 4096, True), "fc3": (4096, 10, False)}
 
-#: Passes of a linear layer with few outputs by kernels of their own: forward, and all gradients.
+#: Passes of the kernels for linear layers with few outputs: forward, and all gradients together.
 NARROW_PASSES = ("narrow_fprop", "narrow_backward")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One pass of one layer at one batch size: what is tuned."""
+    """The unit of tuning: one pass of one layer at one batch size."""
 
     layer: str
     pass_: str
@@ -110,11 +110,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in the table, for half precision."""
+        """Key of the table's entry, for half precision."""
         return self.table_key(torch.bfloat16)
 
     def table_key(self, dtype: torch.dtype) -> str:
-        """Its name in the table; of a linear layer in float32 PyTorch's switch for TF32 is a part."""
+        """Key of the table's entry in ``dtype``. For float32 linear layers it includes PyTorch's switch for TF32."""
         if self.layer in LINEAR_LAYERS:
             return linear_rules.linear_key(self.pass_, *self.product, dtype, matmul_input_precision(dtype))
         c, size, k, r, stride, _ = LAYERS[self.layer]
@@ -135,7 +135,7 @@ class Job:
 
     @property
     def turns(self) -> bool:
-        """Whether the gradient of the weight in TF32 turns the output's in registers: as the rule says, for memory's sake."""
+        """Whether the TF32 weight gradient transposes the output gradient in registers, which saves memory, by the rule."""
         c, _, k, r, *_ = LAYERS[self.layer]
         with tables.untuned():
             sizes = (self.batch, self.size, self.size, c, k, r, r)
@@ -143,27 +143,27 @@ class Job:
 
     @property
     def needs_maxima(self) -> bool:
-        """Whether it is the gradient of a pooled layer's weight."""
+        """Whether the job is the weight gradient of the pooled layer, which needs the pool's maxima."""
         return self.layer == POOLED and self.pass_ == "wgrad"
 
     @property
     def geometry(self) -> Geometry:
-        """Of the convolution."""
+        """Geometry of the convolution."""
         *_, stride, padding = LAYERS[self.layer]
         return Geometry((stride, stride), (padding, padding), (1, 1), 1)
 
     @property
     def positions(self) -> int:
-        """Under one filter row of a strided first layer in TF32."""
+        """Number of positions in one filter row of a strided first layer in TF32."""
         c, size, k, r, *_ = LAYERS[self.layer]
         sizes = (self.batch, c, size, size, k, r, r, self.size, self.size)
         return row_stem.Rows.of(Problem(*sizes, self.geometry, torch.float32, torch.device("meta"), "tf32")).positions
 
     def candidates(self, dtype: torch.dtype = torch.bfloat16) -> list[Candidate]:
-        """All that are worth a measurement."""
+        """All configurations that are measured for the job."""
         if self.layer in LINEAR_LAYERS:
             m, n, k = self.product
-            if self.pass_ in NARROW_PASSES:  # or matrix products, by their own entries
+            if self.pass_ in NARROW_PASSES:  # NARROW=0 runs the matrix products, which have entries of their own
                 return [{"NARROW": 0}, *linear_rules.linear_narrow_candidates(self.pass_, m, n, k, dtype.itemsize)]
             if dtype != torch.float32 or matmul_input_precision(dtype) == "tf32":
                 return linear_rules.linear_candidates(m, n, k, dtype.itemsize)
@@ -188,19 +188,19 @@ class Job:
             found = of.turned_wgrad(c, k, r, r) if self.turns else itertools.chain(of.by_batch_wgrad(c, k, r, r), shares)
         else:
             found = itertools.chain(of.images_wgrad(c, k, r * r), of.stream_k_wgrad(c, k, r, itemsize))
-        # Not with WARP_SPECIALIZE: of many of these Triton 3.6's compiler ends the process, and 3.8 refuses all.
+        # WARP_SPECIALIZE is left out: Triton 3.6's compiler ends the process on many of these, and 3.8 refuses all.
         return list(found)
 
 
-#: Passes without a configuration of their own: no gradient of the images is wanted, and the ten classes' gradient has rows that
-#: no descriptor can describe.
+#: Passes that are not tuned: the images need no gradient, and no tensor descriptor can describe the rows of the ten classes'
+#: gradient.
 _UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), ("fc3", "dgrad"), ("fc3", "wgrad")}
 
 
 def jobs(
     batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS), dtype: torch.dtype = torch.bfloat16
 ) -> list[Job]:
-    """All passes of ``layers`` that a training step runs, the first batch first."""
+    """Jobs for all passes of ``layers`` in a training step, ordered by batch size as given."""
     return [
         Job(layer, pass_, batch)
         for batch in batches
@@ -211,7 +211,7 @@ def jobs(
 
 
 def _is_narrow(layer: str, batch: int, dtype: torch.dtype) -> bool:
-    """Whether kernels for few outputs can run a layer."""
+    """Whether the kernels for few outputs can run a layer."""
     if layer not in LINEAR_LAYERS:
         return False
     features, outputs, _ = LINEAR_LAYERS[layer]
@@ -219,7 +219,7 @@ def _is_narrow(layer: str, batch: int, dtype: torch.dtype) -> bool:
 
 
 def sizes(layer: str, batch: int) -> list[tuple[int, ...]]:
-    """Of the input, weight, bias and output gradient of a layer."""
+    """Shapes of the input, weight, bias and output gradient of a layer."""
     if layer in LINEAR_LAYERS:
         features, outputs, _ = LINEAR_LAYERS[layer]
         return [(batch, features), (outputs, features), (outputs,), (batch, outputs)]
@@ -239,18 +239,18 @@ def _tensors(layer: str, batch: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """A map channels-last, anything else as it is."""
+    """A 4-dimensional tensor in channels-last format; any other tensor itself."""
     return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Maxima:
-    """What a pooled layer's forward pass leaves for its gradient.
+    """The results of a pooled layer's forward pass that its backward pass reads.
 
     Attributes:
-        activation: unpooled, of which the signs matter.
-        index: PyTorch's, of the maxima.
-        position: the same within each window, as our kernels have it.
+        activation: the unpooled activation; the backward pass uses its signs.
+        index: PyTorch's index of each maximum.
+        position: position of each maximum within its window, as our kernels store it.
     """
 
     activation: Tensor
@@ -259,7 +259,7 @@ class Maxima:
 
     @classmethod
     def of(cls, job: Job, tensors: tuple[Tensor, ...]) -> Maxima:
-        """By PyTorch: the same maxima for all whose gradients are compared."""
+        """The maxima that PyTorch computes, so that all compared gradients use the same ones."""
         x, w, b, _ = tensors
         *_, stride, padding = LAYERS[job.layer]
         activation = F.relu(F.conv2d(x, w, b, stride, padding))
@@ -271,13 +271,13 @@ class Maxima:
 
 
 def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """What is timed: the pass as a training step runs it, by the Triton kernels.
+    """The function to time: the job's pass on the Triton kernels, as a training step runs it.
 
-    In TF32 the launch of an input gradient also writes the copies that the weight's gradient reads, that of the first layer's
-    forward pass its cells: there they are a part of the time, and the weight's gradient finds them made.
+    In TF32 the launch of an input gradient also writes the copies that the weight gradient reads, and that of the first layer's
+    forward pass writes its cells. The time of these passes includes that; the weight gradient is given the finished copies.
 
     Args:
-        maxima: of a pooled layer, for the gradient of its weight.
+        maxima: maxima of the pooled layer, for its weight gradient only.
     """
     x, w, b, dz = tensors
     ops = torch.ops.alexnet_triton
@@ -287,7 +287,7 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
         if job.pass_ in ("fprop", "narrow_fprop"):
 
             def forward() -> Tensor:
-                # What is tuned are the products, which few outputs come to only where their own kernels are off.
+                # Few outputs run the products that are tuned here only if their own kernels are off.
                 with tables.override(NARROW=0) if job.pass_ == "fprop" else contextlib.nullcontext():
                     return ops.linear_fprop(x, w, b, None, 0.0, LINEAR_LAYERS[job.layer][2])
 
@@ -308,7 +308,7 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
 
 
 def _pooled_arguments(job: Job) -> tuple[Any, ...]:
-    """Of a pooled layer's operators: the convolution's geometry and output size, the windows'."""
+    """Arguments of the pooled layer's operators: geometry and output size of the convolution, and the pool's windows."""
     stride, padding, dilation, groups = job.geometry
     windows = ([3, 3], [2, 2], [0, 0])
     return (list(stride), list(padding), list(dilation), groups, [job.size] * 2, *windows)
@@ -316,13 +316,13 @@ def _pooled_arguments(job: Job) -> tuple[Any, ...]:
 
 def _pooled_fprop(job: Job, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     x, w, b, _ = tensors
-    flags = (True, True, False, x.dtype == torch.float32)  # channels-last, positions, no cells given; in float32 cells are left
+    flags = (True, True, False, x.dtype == torch.float32)  # channels-last, positions, cells given, cells kept (in float32)
     arguments = (*_pooled_arguments(job), [(job.size - 1) // 2] * 2, *flags)
     return lambda: torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(x, w, b, None, *arguments)[0]
 
 
 def _pooled_wgrad(job: Job, problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
-    """With the gradients of the pool and of the bias."""
+    """The weight gradient, together with the pool's and the bias gradient."""
     x, w, _, dz = tensors
     by_batch = x.dtype == torch.float32
     if by_batch:
@@ -335,7 +335,7 @@ def _pooled_wgrad(job: Job, problem: Problem, tensors: tuple[Tensor, ...], maxim
 
 
 def _reference(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Tensor | tuple[Tensor, ...]:
-    """The same by PyTorch, in the dtype of ``tensors``."""
+    """The result of the job by PyTorch, in the dtype of ``tensors``."""
     x, w, b, dz = tensors
     if job.layer in LINEAR_LAYERS:
         if job.pass_ == "narrow_backward":
@@ -370,16 +370,17 @@ def _error(result: Tensor, exact: Tensor) -> float:
 
 
 def _error_unit(job: Job, dtype: torch.dtype) -> float:
-    """Distance of 1 and the next number of the type that products are formed in.
+    """Distance of 1 and the next number of the type in which operands are multiplied.
 
-    For TF32 twice its own: our tensor cores cut both operands to it, where cuDNN may multiply exactly (of one channel it does).
+    For TF32 twice that distance: tensor cores truncate both operands to TF32, where cuDNN may multiply exactly (as it does for
+    one channel).
     """
     precision = matmul_input_precision(dtype) if job.layer in LINEAR_LAYERS else conv_input_precision(dtype)
     return 2.0**-9 if precision == "tf32" else torch.finfo(dtype).eps
 
 
 def _milliseconds(function: Callable[[], object], milliseconds: int) -> float:
-    """Median time of ``function`` as a CUDA graph, with a cold L2 cache: the host's part is not what is tuned."""
+    """Median time of ``function`` with a cold L2 cache, as a CUDA graph, which excludes the host's time."""
     import triton.testing
 
     function()
@@ -391,13 +392,14 @@ def _milliseconds(function: Callable[[], object], milliseconds: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What came out of a job.
+    """The result of a job.
 
     Attributes:
+        job: the job.
         rule_ms, best_ms, peer_ms: milliseconds of the rule's configuration, of the fastest candidate and of PyTorch.
         best: the fastest candidate.
-        wrong: the candidates that gave wrong results or could not run, and why.
-        times: milliseconds of each right candidate, fastest first; the empty one is the rule's.
+        wrong: a line for each candidate that gave wrong results or could not run, with the reason.
+        times: milliseconds of each correct candidate, fastest first; the empty candidate is the rule's configuration.
     """
 
     job: Job
@@ -411,17 +413,17 @@ class Tuned:
 
 @contextlib.contextmanager
 def _configured(candidate: Candidate) -> Iterator[None]:
-    """Run the block as ``candidate`` says and else by the rules. Two kernels in place of one: as the tables have each."""
+    """Run the block with ``candidate``, and without tables. Unfused kernels, where that is the candidate, use their tables."""
     rules = contextlib.nullcontext() if candidate in ({"FUSED": 0}, {"NARROW": 0}) else tables.untuned()
     with rules, tables.override(**candidate):
         yield
 
 
 def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
-    """Verify and time every candidate of ``job``.
+    """Verify and time every candidate of ``job``, and measure the best three again.
 
-    A candidate's largest error against float32 (of float32: against float64) must be at most twice PyTorch's own in ``dtype``,
-    plus half a unit.
+    A candidate's largest error against float32 (for float32: against float64) must be at most twice PyTorch's own in ``dtype``,
+    plus half a unit of the largest value.
     """
     tensors = _tensors(job.layer, job.batch, dtype)
     maxima = Maxima.of(job, tensors) if job.needs_maxima else None
@@ -437,16 +439,16 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
     for candidate in candidates:
         with _configured(candidate):
             try:
-                for _ in range(2):  # twice: what a race spoils need not be spoiled the first time
+                for _ in range(2):  # twice: a race need not show the first time
                     for result, truth, most in zip(_listed(run()), exact, allowed, strict=True):
                         if not _error(result, truth) <= most:
                             raise AssertionError(f"error {_error(result, truth):.2e}, allowed {most:.2e}")
                 times.append((_milliseconds(run, milliseconds), candidate))
-            except Exception as error:  # whatever a candidate cannot do, another may
+            except Exception as error:  # other candidates may still run
                 _check_alive(candidate, error)
                 wrong.append(f"{candidate}: {type(error).__name__} {str(error).splitlines()[0][:120]}")
     rule_ms = times[0][0]
-    # The best few again, longer: a median over a dozen runs is not sure enough.
+    # Measure the best three again, for longer: a median over a dozen runs is too noisy.
     finalists = sorted(times[1:], key=lambda timed: timed[0])[:3]
     again = []
     for _, candidate in finalists:
@@ -458,10 +460,10 @@ def tune_job(job: Job, dtype: torch.dtype, milliseconds: int = 12) -> Tuned:
 
 
 def _check_alive(candidate: Candidate, error: Exception) -> None:
-    """After an illegal access CUDA refuses this process whatever it asks for: nothing more can be measured.
+    """Check that the GPU still works: after an illegal access CUDA refuses every further call of the process.
 
     Raises:
-        RuntimeError: it does.
+        RuntimeError: the GPU is unusable for this process.
     """
     if not torch.cuda.is_available():
         return
@@ -486,12 +488,12 @@ def _compile_share(share: int, shares: int, work: list[Job], precision: str) -> 
                 run = operation(job, tensors, Maxima.of(job, tensors) if job.needs_maxima else None)
                 with _configured(candidate):
                     run()
-            except Exception:  # it fails again, and is reported, when it is its turn
+            except Exception:  # tune_job runs the candidate again and reports the error
                 continue
 
 
 def compile_all(work: list[Job], precision: str, processes: int | None = None) -> None:
-    """Compile all candidates, with as many processes as there are processors."""
+    """Compile all candidates of ``work`` in ``processes`` processes, by default one per processor."""
     shares = processes or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_compile_share, args=(i, shares, work, precision)) for i in range(shares)]
@@ -511,9 +513,9 @@ def _table_so_far(path: Path) -> dict[str, Any]:
 
 
 def write_table(results: list[Tuned], dtype: torch.dtype, path: Path) -> None:
-    """Write or update a table; other entries of the file stay, those that another process writes meanwhile too.
+    """Write or update a table. Other entries of the file are kept, also those that another process writes meanwhile.
 
-    A reader sees the old file or the new one.
+    The file is replaced atomically: a reader sees the old table or the new one.
 
     Raises:
         ValueError, OSError: as :func:`tune`.
@@ -545,14 +547,14 @@ def tune(work: list[Job], precision: str, path: Path, report: Callable[[Tuned], 
     """Tune every job in one of :data:`PRECISIONS` and write the table to ``path`` after each.
 
     Raises:
-        ValueError: ``path`` is another file than a table; nothing was tuned, and it stays what it is.
-        OSError: the table cannot be written. Where that can be known, nothing was tuned.
+        ValueError: ``path`` is a file, but no table. Nothing was tuned, and the file is not changed.
+        OSError: the table cannot be written. If that is known before tuning, nothing was tuned.
     """
-    # Before minutes of work.
+    # Fail before minutes of work.
     _table_so_far(path)
     check_writable(path)
     torch.backends.cudnn.benchmark = True
-    # Other GPUs than Hopper have no kernels of the first layer with its pool.
+    # Only Hopper GPUs have kernels for the first layer with its pool.
     work = [job for job in work if job.layer != POOLED or 90 <= capability(torch.device("cuda")) < 100]
     compile_all(work, precision)
     dtype, linear_tf32 = PRECISIONS[precision]

@@ -28,15 +28,15 @@ from .tune import tune_command
 
 
 class _Command(TyperCommand):
-    """A command whose help has a part for each ``rich_help_panel`` of its options, in plain text: a pipe has no boxes."""
+    """A command whose help has one section per ``rich_help_panel`` of its options, as plain text without boxes."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, then the options of each panel of PANELS, of others, then those without one."""
+        """Write the arguments, the options of each panel in PANELS, those of other panels, and those without a panel."""
         parts: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", *PANELS)}
         others: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is None:  # it is hidden
+            if record is None:  # a hidden option
                 continue
             if parameter.param_type_name == "argument":
                 parts["Arguments"].append(record)
@@ -69,7 +69,7 @@ def _print_versions(wanted: bool) -> None:
 
 @app.callback()
 def _app(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, not its message alone.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, not only its message.")] = False,
     version: Annotated[
         bool,
         typer.Option(
@@ -99,7 +99,7 @@ for _name, _function in _COMMANDS.items():
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """The command line with ``--resume=`` for a ``--resume`` without a path: Typer knows no value that may be left out."""
+    """``arguments`` with ``--resume=`` for a ``--resume`` without a path: Typer has no options with an optional value."""
     return [
         "--resume=" if argument == "--resume" and after.startswith("-") else argument
         for argument, after in itertools.pairwise([*arguments, "-"])
@@ -110,9 +110,9 @@ def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The name of a file or of a class may have what the terminal cannot write, or not be UTF-8 at all.
+            # A file's or class's name may hold characters that the terminal cannot write, or may not be UTF-8.
             stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(_with_values(sys.argv[1:]), prog_name="alexnet-triton"))
-    except OSError as error:  # of a path on the command line, before a command opens anything: not to be entered, too long, ...
+    except OSError as error:  # Typer's own check of a path: no permission, too long, ...
         raise SystemExit(fail(error).exit_code) from error

@@ -1,4 +1,4 @@
-"""``alexnet-triton check``: a trained network's forward and backward pass on the Triton kernels, beside PyTorch's."""
+"""``alexnet-triton check``: compare a trained network's forward and backward pass on the Triton kernels with PyTorch's."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from ..training.networks import float32_products
 from .network import RunArgument, load_run
 from .options import DeviceOption, console, fail, print_table, runs_on, usable_device
 
-#: That go through the network: the interpreter takes long.
+#: Number of images that go through the network. The interpreter is slow.
 IMAGES = 2
 
-#: What the kernels' error may be: so many times PyTorch's own, and half a unit in the last place of the largest value, the
-#: rounding that storing a result costs. On a GPU more half units: a product is one chain of additions where cuBLAS splits it.
+#: Allowed error of the kernels: so many times PyTorch's own, plus half units in the last place of the largest value. Storing a
+#: result costs half a unit. A GPU is allowed more: the kernels add a product in one chain, which cuBLAS splits.
 _TIMES, _HALF_UNITS = 2.0, {"cpu": 1, "cuda": 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Largest errors of a result against float64, as parts of its largest value there.
+    """Largest errors of a result against float64, relative to its largest value in float64.
 
     Attributes:
-        name: ``"logits"``, or of the parameter whose gradient it is.
-        ours, theirs: of the kernels, and of PyTorch in float32.
-        within: whether the kernels' is as small as it has to be.
+        name: ``"logits"``, or the name of the parameter whose gradient is compared.
+        ours, theirs: error of the kernels, and of PyTorch in float32.
+        within: whether the kernels' error is within the allowed one.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Difference:
 
 
 def results_of(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Logits, and the gradients of the cross-entropy of ``labels`` for each parameter, by name: in eval mode, in float64."""
+    """Logits, and the gradient of the cross-entropy for each parameter, by name: computed in eval mode, returned in float64."""
     net.zero_grad(set_to_none=True)
     logits = net.eval()(images)
     F.cross_entropy(logits, labels).backward()
@@ -60,12 +60,12 @@ def results_of(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tens
 
 
 def differences(net: nn.Module, images: Tensor, labels: Tensor) -> list[Difference]:
-    """What :func:`results_of` the fused ``net`` on the kernels differs by from the same network of PyTorch's layers.
+    """The errors of :func:`results_of` for the fused ``net`` on the kernels and for the same network of PyTorch's layers.
 
     Args:
         net: in float32.
-        images: float32, what ``net`` takes.
-        labels: of ``images``.
+        images: input of ``net``, float32.
+        labels: classes of ``images``.
     """
     plain = unfuse(copy.deepcopy(net))
     with kernels.use_backend("triton"):
@@ -84,13 +84,13 @@ def differences(net: nn.Module, images: Tensor, labels: Tensor) -> list[Differen
 def check_command(run: RunArgument, device: DeviceOption = "auto") -> None:
     """Compare the Triton kernels with PyTorch on a trained network.
 
-    Two images go through it, forward and backward, in float32: by the kernels, by PyTorch, and in float64 by PyTorch. Printed
-    are the largest errors of the logits and of each gradient. Without a GPU the kernels run in Triton's interpreter, which
-    takes a minute for AlexNet. The exit code is 1 where the kernels' error is more than twice PyTorch's.
+    Runs the forward and backward pass on two images in float32 with the kernels and with PyTorch, and in float64 with PyTorch.
+    Prints the largest errors of the logits and of each gradient. Without a GPU the kernels run in Triton's interpreter, which
+    takes a minute for AlexNet. The exit code is 1 if the kernels' error is more than twice PyTorch's.
     """
     where = usable_device(device)
     if where.type == "cpu" and not INTERPRETED:
-        # Triton asks once, when a kernel is defined: another process can still say so.
+        # Triton reads TRITON_INTERPRET once, when a kernel is defined, so only a new process can set it.
         sys.stdout.flush()
         os.execve(
             sys.executable,
@@ -123,4 +123,4 @@ def check_command(run: RunArgument, device: DeviceOption = "auto") -> None:
     wrong = [each.name for each in found if not each.within]
     if wrong:
         raise fail(f"the kernels' error is more than twice PyTorch's: {', '.join(wrong)}")
-    console.print(f"all {len(found)} results are within twice PyTorch's own error, and half a unit in the last place")
+    console.print(f"all {len(found)} results are within twice PyTorch's own error, plus the allowance for rounding")

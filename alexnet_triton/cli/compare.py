@@ -1,4 +1,4 @@
-"""``alexnet-triton compare``: networks trained alike, and a table of what they are and what came of it."""
+"""``alexnet-triton compare``: train networks alike, and print a table of their properties and results."""
 
 from __future__ import annotations
 
@@ -72,34 +72,34 @@ from .options import (
 from .resume import MAY_CHANGE, last_checkpoint, newest, resumed
 from .run import FinishedRun, Run, RunOptions, graph_of_resumed, new_options, new_recipe, report_stop, run_on, run_training
 
-#: In the folder of a comparison, beside a folder for each run.
+#: Files in the folder of a comparison, beside one folder per run.
 COMPARISON, CURVES = "comparison.json", "comparison.png"
 
-#: Of a :class:`Recipe`, what each run has for itself.
+#: Fields of :class:`Recipe` that differ between the runs.
 _OWN = ("model", "lr")
 
-#: What a resumed comparison may have otherwise: nothing that would make its runs differ.
+#: Fields that may be given anew to a resumed comparison: none that would make its runs differ.
 _MAY_CHANGE = MAY_CHANGE - {"lr", "weight_decay"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A column of the table: what the network is, read off its modules, how it was trained, and what was measured.
+    """A column of the table: properties read from the network's modules, how it was trained, and what was measured.
 
     Attributes:
-        convolutional, linear: how many such layers it has.
-        conv_channels: the most that any convolution puts out.
-        activations: names of their modules' classes, each once, in the order of the network.
-        dropout: probabilities of its dropout layers, each once.
+        convolutional, linear: number of convolutions and of linear layers.
+        conv_channels: largest number of output channels of a convolution.
+        activations: class names of the activations, each once, in the order of the network.
+        dropout: probabilities of the dropout layers, each once.
         lr: learning rate.
         weight_decay: factor of the L2 penalty's gradient.
         label_smoothing: of the training loss.
-        augmentation: what was changed in the training images at random; empty: nothing.
-        input: channels, height and width of what it takes.
-        parameters: how many numbers it learns.
-        epochs: how many it was trained for.
+        augmentation: random changes of the training images, in words; empty if there were none.
+        input: channels, height and width of the input.
+        parameters: number of learned parameters.
+        epochs: number of epochs trained.
         loss, train_acc, test_acc: of the last epoch, as in :class:`alexnet_triton.training.metrics.EpochMetrics`.
-        images_per_s: training images a second, over all epochs; evaluation, compilation and capture not counted.
+        images_per_s: training images per second over all epochs, without evaluation, compilation and capture.
     """
 
     convolutional: int
@@ -121,7 +121,7 @@ class Compared:
 
 
 def compared(finished: FinishedRun, recipe: Recipe) -> Compared:
-    """The column of a run, whose network begins with a convolution."""
+    """The column of a finished run. Its network must begin with a convolution."""
     layers = list(finished.net.modules())
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     activations = [type(layer).__name__ for layer in layers if type(layer).__module__ == nn.ReLU.__module__]
@@ -158,7 +158,7 @@ def _regularisation(column: Compared) -> str:
 
 
 def comparison_table(columns: dict[str, Compared], title: str) -> Table:
-    """The table as it is printed: a column for each network."""
+    """The table to print, with one column per network."""
     described: dict[str, Callable[[Compared], str]] = {
         "depth": lambda c: f"{c.convolutional + c.linear} layers: {c.convolutional} convolutional, {c.linear} linear",
         "channels": lambda c: f"at most {c.conv_channels}",
@@ -226,8 +226,8 @@ def compare_command(
         str | None,
         typer.Option(
             metavar="[PATH]",
-            help="Go on with the comparison of a folder, without a path with the newest one in runs/: its finished runs are "
-            "taken as they are, the others trained to their end. All options are its own; these may be given anew: "
+            help="Resume the comparison in this folder, or without a path the newest one in runs/. Finished runs are kept, the "
+            "others are trained to their end. The comparison keeps its options, but for these, which may be given anew: "
             + ", ".join(sorted(_MAY_CHANGE)).replace("_", "-")
             + ".",
             show_default=False,
@@ -235,12 +235,12 @@ def compare_command(
         ),
     ] = None,
 ) -> None:
-    """Train networks one after the other, and print a table of what they are and what they reach.
+    """Train networks one after the other, and print a table of their properties and results.
 
-    Each is trained as `train` does it, with its own default learning rate, into a folder of its name. Beside these folders are
-    comparison.json, the values of the table and the options, and comparison.png, the curves of all.
+    Each network is trained as by `train`, with its own default learning rate, into a folder of its name. Beside these folders
+    are comparison.json with the values of the table and the options, and comparison.png with all training curves.
 
-    Ctrl-C and other signals are what they are for `train`: the comparison can be resumed.
+    Signals such as Ctrl-C act as in `train`. The comparison can be resumed.
     """
     with joined_command() as processes:
         status = _compare(context, resume, out, processes)
@@ -250,13 +250,13 @@ def compare_command(
 
 @dataclasses.dataclass
 class _Comparison:
-    """What ``comparison.json`` holds: written when the first run begins, and after each run.
+    """The content of ``comparison.json``, which is written when the first run begins and after each run.
 
     Attributes:
-        networks: names of those that are compared.
-        options: the fields of :class:`Recipe` that they have in common, and of :class:`RunOptions`.
-        data, place: as in :class:`FinishedRun`; empty before there was a run.
-        models: the columns of the runs that have finished.
+        networks: names of the compared networks.
+        options: the fields of :class:`Recipe` that the runs have in common, and all of :class:`RunOptions`.
+        data, place: as in :class:`FinishedRun`; empty before the first run.
+        models: the columns of the finished runs, by network.
     """
 
     networks: list[str]
@@ -266,16 +266,16 @@ class _Comparison:
     models: dict[str, Compared] = dataclasses.field(default_factory=dict)
 
     def write(self, out: Path) -> None:
-        """Into the folder ``out``.
+        """Write the file into the folder ``out``.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: the file cannot be written.
         """
         write_atomically(out / COMPARISON, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     @property
     def title(self) -> str:
-        """Above the table and the curves."""
+        """Title of the table and of the curves."""
         return f"{self.data}, {self.options['epochs']} epoch(s), {self.place}"
 
 
@@ -300,7 +300,7 @@ def _read_comparison(path: Path) -> tuple[list[Model], Recipe, RunOptions]:
 
 
 def _comparison_to_resume(resume: str, out: Path | None) -> Path:
-    """The folder that ``--resume`` means: its path, or for "" ``out`` or the newest comparison."""
+    """The folder that ``--resume`` names; for "" ``out`` or the folder of the newest comparison."""
     if out is not None and resume and Path(resume).resolve() != out.resolve():
         raise typer.BadParameter(f"a resumed comparison goes on in its own folder, {resume}", param_hint="--out")
     if resume:
@@ -316,9 +316,9 @@ def _comparison_to_resume(resume: str, out: Path | None) -> Path:
 def _what_to_compare(
     context: typer.Context, resume: str | None, out: Path | None, while_comparing: contextlib.ExitStack
 ) -> tuple[list[Model], tuple[Recipe, RunOptions] | None, Path]:
-    """The networks, what to resume by, if anything, and the folder for the results.
+    """The networks; the recipe and options of a resumed comparison, or None for a new one; the folder for the results.
 
-    The folder is entered into ``while_comparing``: no other command can have it as long.
+    The folder's lock is entered into ``while_comparing``: until that closes, no other command can use the folder.
     """
     models: list[Model] | None = context.params["models"]
     try:
@@ -336,7 +336,7 @@ def _what_to_compare(
         out = while_comparing.enter_context(claimed(out or default, console.print, renamed=out is None))
         if (out / COMPARISON).exists():
             raise typer.BadParameter(
-                f"{out} already holds a comparison; choose another folder, or go on with it by --resume {out}",
+                f"{out} already holds a comparison; choose another folder, or resume it by --resume {out}",
                 param_hint="--out",
             )
         for folder in (out, *(out / model for model in networks)):
@@ -348,11 +348,11 @@ def _what_to_compare(
 
 
 def _begun(folder: Path, run: Run, model: Model, while_training: contextlib.ExitStack) -> tuple[Recipe, Checkpoint | None]:
-    """How ``model`` is trained by the options of ``run`` in ``folder``, and its checkpoint if it has one.
+    """The recipe of ``model`` in the comparison of ``run``, and the checkpoint in ``folder`` if there is one.
 
-    The folder is entered into ``while_training``.
+    The folder's lock is entered into ``while_training``.
 
-    A run that was resumed by itself keeps the learning rate and the weight decay that it got then.
+    A run that was once resumed by itself keeps the learning rate and the weight decay that it was given then.
     """
     first = run.recipe
     recipe = dataclasses.replace(first, model=str(model), lr=LEARNING_RATES[run.options.recipe][model])
@@ -374,7 +374,7 @@ def _begun(folder: Path, run: Run, model: Model, while_training: contextlib.Exit
 
 
 def _compare(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
-    """What ``compare`` does, in each of the processes; the exit code."""
+    """Run ``compare`` in each of the processes, and return the exit code."""
     begin = time.perf_counter()
     stops = StopSignals(repeats=processes.launched)
     with stops.hearing_saves(), contextlib.ExitStack() as while_comparing:
@@ -396,7 +396,7 @@ def _compare(context: typer.Context, resume: str | None, out: Path | None, proce
 
 
 def _compare_in(out: Path, comparison: _Comparison, first: Run, stops: StopSignals, begin: float) -> int:
-    """Train what is to be trained of ``comparison`` in ``out``, the first network as ``first`` says; the exit code."""
+    """Train the unfinished networks of ``comparison`` in ``out``, with the options of ``first``; return the exit code."""
     processes = first.where.processes
     histories: dict[str, list[EpochMetrics]] = {}
     columns = comparison.models
@@ -404,11 +404,11 @@ def _compare_in(out: Path, comparison: _Comparison, first: Run, stops: StopSigna
     def on_ready(dataset: Dataset, place: str) -> None:
         comparison.data, comparison.place = dataset.name, place
         if processes.leads and not (out / COMPARISON).exists():
-            comparison.write(out)  # from here on there is something to go on with
+            comparison.write(out)  # from here on the comparison can be resumed
 
     for model in map(Model, comparison.networks):
         try:
-            if processes.any(stops()):  # too late for the run before
+            if processes.any(stops()):  # the signal came too late for the previous run
                 raise Stopped(f"before {model} began")
             with contextlib.ExitStack() as while_training:
                 recipe, checkpoint = processes.from_leader(
@@ -423,10 +423,10 @@ def _compare_in(out: Path, comparison: _Comparison, first: Run, stops: StopSigna
             if isinstance(end, Stopped):
                 return report_stop(end, "compare", out, processes, stops)
             if (out / COMPARISON).exists():
-                console.print(f"go on with: alexnet-triton compare --resume {shlex.quote(str(out))}")
+                console.print(f"resume with: alexnet-triton compare --resume {shlex.quote(str(out))}")
             raise
         columns[model], histories[model] = compared(finished, recipe), finished.history
-        del finished  # else its weights stay on the device while the next network trains
+        del finished  # otherwise its weights stay on the device while the next network trains
         begin = time.perf_counter()
         try:
             if processes.leads:

@@ -48,9 +48,9 @@ def evaluate_command(
     device: DeviceOption = "auto",
     ten_crop: TenCropOption = False,
 ) -> None:
-    """Print accuracy and loss on the test images, of more than ten classes also how often the true one is among five.
+    """Print accuracy and loss on the test images; for more than ten classes also the top-5 accuracy.
 
-    They are those that the run was tested with, unless --data says otherwise.
+    Uses the test images of the run, unless --data names others.
     """
     where = usable_device(device)
     try:

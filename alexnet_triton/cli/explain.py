@@ -1,4 +1,4 @@
-"""``alexnet-triton explain``: which layers of a network run on which operation, and why the others do not."""
+"""``alexnet-triton explain``: the operation that each layer of a network runs on, or why it runs on none."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from ..explain import explain
 
 
 def _import_model(target: str) -> nn.Module:
-    """``package.module:function`` called without arguments; on the meta device where it can, so that no weight is drawn.
+    """The network that ``target``, a ``package.module:function``, returns when it is called without arguments.
 
-    What it prints goes to standard error.
+    The call is made on the meta device, which draws no weights, or on the default device if that fails. Its standard output is
+    redirected to standard error.
     """
     module_name, _, function_name = target.partition(":")
-    sys.path.insert(0, "")  # the user's own modules, as `python -m` finds them
+    sys.path.insert(0, "")  # finds the user's own modules, as `python -m` does
     try:
         with contextlib.redirect_stdout(sys.stderr):
             make = getattr(importlib.import_module(module_name), function_name)
             try:
                 with torch.device("meta"):
                     net = make()
-            # It looks at values, which meta tensors do not have; what that raises is up to what it does with them.
+            # The function reads values, which meta tensors do not have. The type of the error depends on the function.
             except Exception:
                 net = make()
-    except Exception as error:  # of code that is not ours
+    except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise typer.BadParameter(f"cannot make a network by {target!r}: {reason}", param_hint="MODEL") from error
     if not isinstance(net, nn.Module):
@@ -49,9 +50,9 @@ def explain_command(
     ] = "alexnet",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Print what fuse() makes of a network.
+    """Print which operation fuse() runs each layer of a network on.
 
-    A line for each run of layers: the operation that fuse() hands it to, or why its layers are called as they stand.
+    Prints one line per run of layers: its fused operation, or why its layers are called as they stand.
     """
     known = {"alexnet": "alexnet_triton:reference_alexnet", "lenet": "alexnet_triton:reference_lenet"}
     if model not in known and ":" not in model:

@@ -1,4 +1,4 @@
-"""``alexnet-triton export``: a trained network as a file that other programs read."""
+"""``alexnet-triton export``: write a trained network as a file that other programs read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from ..training.files import check_writable, replacing, write
 from .network import RunArgument, load_run
 from .options import console, fail
 
-#: ONNX's version of its operators. It has no convolution of bfloat16, which came with 22.
+#: Version of ONNX's operators. Its convolution does not take bfloat16, which opset 22 added.
 OPSET = 18
 
-#: In a file of ``torch.export``, the metadata as JSON.
+#: Name of the extra file that holds the metadata as JSON, in a file of ``torch.export``.
 METADATA = "alexnet_triton.json"
 
 INPUT, OUTPUT = "images", "logits"
 
 
 class Format(StrEnum):
-    """What a network can be written as; also the end of the file's name."""
+    """The formats of an exported network; each is also the suffix of the file."""
 
     onnx = "onnx"
     safetensors = "safetensors"
@@ -51,19 +51,23 @@ class ExportPrecision(StrEnum):
     bfloat16 = "bfloat16"
 
 
-#: How far the logits of a file may be from the network's, as a part of the largest. Other programs add in another order.
+#: Largest error of a file's logits, as a part of the network's largest logit. Other programs add in another order.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class ExportError(ValueError):
-    """A network that cannot be written as asked, or a file that does not give the network's logits."""
+    """A network cannot be written as asked, or the written file does not give the network's logits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """A format: the packages it needs, the file's bytes of (network, input, metadata), and the logits that a file gives.
+    """How a format is written and read back.
 
-    ``logits`` of (file, network, input) reads the file; of the network it uses the layers alone, where a file has only weights.
+    Attributes:
+        packages: names of the packages that the format needs.
+        content: the file's bytes, from (network, input, metadata).
+        logits: the logits that a file gives, from (file, network, input). A file of weights alone is loaded into the network's
+            layers.
     """
 
     packages: tuple[str, ...]
@@ -74,7 +78,7 @@ class _Kind:
 def _safetensors_content(net: nn.Module, images: Tensor, metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
-    # For whom the metadata says nothing, "format" says that these are PyTorch's tensors.
+    # Readers that ignore the other metadata see from "format" that these are PyTorch's tensors.
     return save({name: weight.contiguous() for name, weight in net.state_dict().items()}, {"format": "pt", **metadata})
 
 
@@ -87,7 +91,7 @@ def _safetensors_logits(path: Path, net: nn.Module, images: Tensor) -> Tensor:
 
 
 def _onnx_content(net: nn.Module, images: Tensor, metadata: dict[str, str]) -> bytes:
-    # The exporter prints how far it is, into what may be a pipe.
+    # The exporter prints its progress, and standard output may be a pipe.
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             net,
@@ -99,7 +103,7 @@ def _onnx_content(net: nn.Module, images: Tensor, metadata: dict[str, str]) -> b
             opset_version=OPSET,
             verbose=False,
         )
-    assert program is not None  # that is for dynamo=False
+    assert program is not None  # None only with dynamo=False
     model = program.model_proto
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
@@ -136,7 +140,7 @@ _KINDS = {
 
 
 def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
-    """What a reader of an exported file has to know, by name: lists and numbers as JSON."""
+    """The metadata of an exported file, by name. Lists and numbers are JSON."""
     side = IMAGE_SIZE[kept.model]
     colours = "grey" if kept.channels == 1 else "red, green and blue"
     if kept.size == patch_side(side):
@@ -162,18 +166,18 @@ def metadata_of(kept: Checkpoint, dtype: torch.dtype) -> dict[str, str]:
 
 @torch.no_grad()
 def export(net: nn.Module, kept: Checkpoint, kind: Format, path: Path, dtype: torch.dtype) -> None:
-    """Write ``net`` to ``path``, which is whole and checked, or as it was.
+    """Write ``net`` to ``path`` and check the file's logits. If anything fails, ``path`` is left as it was.
 
-    The layers are PyTorch's own, on the CPU, in eval mode. An ONNX file and one of ``torch.export`` take ``images``
-    (N, channels, side, side) for any N and give ``logits`` (N, classes), both in ``dtype``.
+    The layers are PyTorch's own, on the CPU, in eval mode. An ONNX file and a ``torch.export`` file take ``images``
+    (N, channels, side, side) for any N and return ``logits`` (N, classes), both in ``dtype``.
 
     Args:
-        net: the network of :func:`.network.load_run` on the CPU; it is changed.
+        net: the network of :func:`.network.load_run` on the CPU; it is changed in place.
         kept: its checkpoint.
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        ExportError: ONNX and bfloat16, a package that is missing, or a file whose logits are not the network's.
+        ExportError: bfloat16 for ONNX, a missing package, or a file whose logits are not the network's.
         WriteError: the file cannot be written.
     """
     how = _KINDS[kind]
@@ -186,7 +190,7 @@ def export(net: nn.Module, kept: Checkpoint, kind: Format, path: Path, dtype: to
     side = IMAGE_SIZE[kept.model]
     images = torch.rand(2, kept.channels, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
     with warnings.catch_warnings(), replacing(path) as partial:
-        warnings.simplefilter("ignore")  # of the exporters' own code
+        warnings.simplefilter("ignore")  # the exporters warn about their own code
         write(partial, how.content(net, images, metadata_of(kept, dtype)))
         found, expected = how.logits(partial, net, images).float(), net(images).float()
         error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
@@ -200,31 +204,31 @@ def export_command(
         Format,
         typer.Option(
             "--format",
-            help="onnx: the network for ONNX Runtime and others. safetensors: its weights, by the names in PyTorch's "
-            "nn.Sequential. pt2: the network for torch.export.load, which needs PyTorch alone.",
+            help="Write this format. onnx: the network, for ONNX Runtime and others. safetensors: the weights alone, under "
+            "their names in PyTorch's nn.Sequential. pt2: the network for torch.export.load, which needs PyTorch alone.",
             rich_help_panel="Output",
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write to this file, whose name ends in the format.",
+            help="Write to this file. Its name must end in the format.",
             show_default="beside the checkpoint",
             rich_help_panel="Output",
         ),
     ] = None,
     dtype: Annotated[
-        ExportPrecision, typer.Option(help="Make weights, input and output of this dtype.", rich_help_panel="Output")
+        ExportPrecision, typer.Option(help="Use this dtype for weights, input and output.", rich_help_panel="Output")
     ] = ExportPrecision.float32,
 ) -> None:
     """Write a trained network for other programs.
 
-    Its layers are PyTorch's own. The file takes its name when it has been read again, and its logits on two random images
-    compared with the network's. Classes, size of the images and their preprocessing stand in its metadata.
+    The exported layers are PyTorch's own. The file is read back, and it gets its name only if its logits on two random images
+    match the network's. Its metadata hold the classes, the size of the images and their preprocessing.
     """
     try:
         net, kept = load_run(run, torch.device("cpu"))
-        assert kept.path is not None  # it was read
+        assert kept.path is not None  # load_run read it from a file
         name = kept.path.stem + ("" if dtype is ExportPrecision.float32 else f"-{dtype}")
         path = out or kept.path.with_name(f"{name}.{kind}")
         if path.suffix != f".{kind}" or path.resolve() == kept.path.resolve():

@@ -1,4 +1,4 @@
-"""What ``evaluate``, ``predict`` and ``export`` have in common: the trained network of a checkpoint or of a run's folder."""
+"""Shared by ``evaluate``, ``predict``, ``export`` and ``check``: the trained network of a checkpoint or run folder."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..training.run_folder import weights_file
 
 RunArgument = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help=f"The folder of a run, of which {BEST} is taken, else {LAST}; or a checkpoint's file."),
+    typer.Argument(metavar="RUN", help=f"A run's folder, from which {BEST} is read, else {LAST}; or a checkpoint file."),
 ]
 
 
 def load_run(run: Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
-    """The network of ``run``, fused, on ``device`` in float32, and what else its checkpoint holds.
+    """The network of ``run``, fused, on ``device`` in float32, and its checkpoint.
 
     Args:
-        run: a checkpoint, or a run's folder: its checkpoint of the best test accuracy, else its newest one. Which of them is
-            taken, a line of standard error says: standard output may be JSON.
+        run: a checkpoint, or a run's folder: its checkpoint of the best test accuracy, else its newest one. For a folder, a
+            line on standard error names the file that is read, because standard output may be JSON.
 
     Raises:
-        CheckpointError: no such file, a folder without one, or not a checkpoint of ``train``.
+        CheckpointError: there is no such file, the folder holds no checkpoint, or the file is no checkpoint of ``train``.
     """
     file = weights_file(run)
     if file != run:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"the network of {file}", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"reading the network from {file}", markup=False)
     return load_checkpoint(file, device)

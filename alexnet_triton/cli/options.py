@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options and what they come down to, the console, errors."""
+"""Shared by the commands: their options, the device that an option names, the console, error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Console(Console):
-    """A console whose terminal may be closed while a run goes on: it says no more then, and the run can save."""
+    """A console that falls silent when its terminal is closed, so that the run can still save."""
 
     def _check_buffer(self) -> None:
         try:
@@ -33,7 +33,7 @@ class _Console(Console):
                 raise
             self.quiet = True
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.file.fileno())  # what waits in a buffer goes there at the end of the process
+            os.dup2(null, self.file.fileno())  # buffered text is flushed there when the process ends
             os.close(null)
 
 
@@ -41,7 +41,7 @@ console = _Console(soft_wrap=True, highlight=False)
 
 
 def print_table(table: Table) -> None:
-    """Print ``table``; in a file or a pipe, which has no width, without breaking a cell into lines."""
+    """Print ``table``. A file or a pipe has no width: no cell is wrapped there."""
     (console if console.is_terminal else Console(width=400, highlight=False, quiet=console.quiet)).print(table)
 
 
@@ -54,7 +54,7 @@ class Model(StrEnum):
 
 
 class PrecisionChoice(StrEnum):
-    """What a network computes in."""
+    """The precision that a network computes in."""
 
     auto = "auto"
     float32 = "float32"
@@ -72,7 +72,7 @@ class BackendChoice(StrEnum):
 
 
 class FreezeChoice(StrEnum):
-    """What keeps its weights."""
+    """Which layers are not trained."""
 
     none = "none"
     features = "features"
@@ -114,20 +114,20 @@ class ClassWeightsChoice(StrEnum):
 def _an_int64(value: T) -> T:
     numbers = value if isinstance(value, list) else [value]
     if wrong := [each for each in numbers if isinstance(each, int) and not -MOST - 1 <= each <= MOST]:
-        raise typer.BadParameter(f"{wrong[0]} is no number of 64 bits")
+        raise typer.BadParameter(f"{wrong[0]} does not fit into 64 bits")
     return value
 
 
 def number(least: float | None, *flags: str, **arguments: Any) -> Any:
-    """An option for a number, or several, of at least ``least`` that torch can take: every one of a command is made by this.
+    """An option for a number, or for several, of at least ``least``.
 
-    A callback refuses what is no int64, so that the help does not give 2^63 - 1 as a bound.
+    A callback checks that integers fit an int64, which torch needs. A ``max`` of 2^63 - 1 would be shown in the help.
     """
     return typer.Option(*flags, min=least, callback=_an_int64, **arguments)
 
 
 def _bounded(name: str, *flags: str, **arguments: Any) -> Any:
-    """An option for a number that is a field of a :class:`Recipe`, which says what it can be."""
+    """An option for a number that is a field of :class:`Recipe`, with the bounds of that field."""
     allowed = allowed_of(Recipe)[name]
     return number(allowed.least, *flags, max=None if allowed.most == MOST else allowed.most, **arguments)
 
@@ -137,7 +137,7 @@ def _shown(value: object) -> str:
 
 
 def _by_recipe(name: str, *flags: str, **arguments: Any) -> Any:
-    """An option, None where it is not given, for a field of a :class:`Recipe` that its ``--recipe`` decides then."""
+    """An option for a field of :class:`Recipe`. If it is not given, it is None, and ``--recipe`` decides the field."""
     usual = _shown(RECIPES[RecipeChoice.d2l][name])
     others = {recipe: _shown(RECIPES[recipe][name]) for recipe in RecipeChoice}
     return _bounded(
@@ -153,16 +153,17 @@ def _shown_learning_rates() -> str:
     return "; ".join(" ".join((*map(str, names), f"{lr:g}")) for names, lr in rates.items())
 
 
-#: The panels of the help, in their order there.
+#: The panels of the help, in the order in which the help shows them.
 PANELS = DATA, RECIPE, AUGMENTATION, HARDWARE, OUTPUT = "Data", "Recipe", "Augmentation", "Hardware", "Output"
 
 DataOption = Annotated[
     str | None,
     typer.Option(
-        help="Read a folder of images: train and test (or val, valid, validation), in each a folder for every class. Or tar "
-        "shards as WebDataset writes them, a folder of such or 'DIR/train-{0000..0127}.tar'. Or a folder that save_to_disk of "
-        "Hugging Face's datasets wrote. Or a folder of Fashion-MNIST's IDX files, or 'sample' for its small sample inside the "
-        "package. By default Fashion-MNIST is looked for in the usual places, else downloaded by torchvision.",
+        help="Read the images from here: a folder that holds train and test (or val, valid, validation) with one folder per "
+        "class in each; tar shards as WebDataset writes them (their folder, or 'DIR/train-{0000..0127}.tar'); a folder written "
+        "by save_to_disk of Hugging Face's datasets; a folder of Fashion-MNIST's IDX files; or 'sample', a small part of "
+        "Fashion-MNIST inside the package. By default Fashion-MNIST is searched in the usual places; if it is not there, "
+        "torchvision downloads it.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -171,8 +172,8 @@ ValidationOption = Annotated[
     float | None,
     _bounded(
         "validation",
-        help="Take this part of each class, such as 0.2, for the test images, where a folder of images has none: it holds "
-        "train alone, or the folders of the classes. Which ones, the seed decides.",
+        help="Use this part of each class, such as 0.2, as test images. This is for a folder of images without test images: it "
+        "holds train alone, or the class folders. --seed decides which images are taken.",
         rich_help_panel=DATA,
     ),
 ]
@@ -180,7 +181,7 @@ SkipDamagedOption = Annotated[
     bool | None,
     typer.Option(
         "--skip-damaged/--no-skip-damaged",
-        help="Leave out the images of a folder that cannot be read, and list them; otherwise the first one is an error.",
+        help="Leave out images of a folder that cannot be read, and list them. Otherwise the first such image is an error.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -189,14 +190,14 @@ LimitOption = Annotated[
     int | None,
     _bounded(
         "limit",
-        help="Use at most N training and N test images: the first ones, of a folder of images evenly spread ones.",
+        help="Use at most N training and N test images: the first ones, or evenly spread ones of a folder of images.",
         rich_help_panel=DATA,
     ),
 ]
 StreamOption = Annotated[
     bool | None,
     typer.Option(
-        help="Read the images while training, a few batches ahead, not all of them before.",
+        help="Read the images while they are used, a few batches ahead, instead of all of them at the start.",
         show_default="--stream where they do not fit the device's memory",
         rich_help_panel=DATA,
     ),
@@ -205,7 +206,8 @@ ShuffleBufferOption = Annotated[
     int,
     number(
         1,
-        help="Of tar shards, which come in another order in each epoch, draw the order of images among so many.",
+        help="Shuffle the images of tar shards in a buffer of this many images. Each epoch also reads the shards in another "
+        "order.",
         rich_help_panel=DATA,
     ),
 ]
@@ -213,43 +215,43 @@ WorkersOption = Annotated[
     int | None,
     number(
         0,
-        help="Decode images in so many processes; 0 decodes in this one.",
-        show_default="one a core",
+        help="Decode images in this many worker processes; 0 decodes in the main process.",
+        show_default="one per core",
         rich_help_panel=DATA,
     ),
 ]
 BackendOption = Annotated[
     BackendChoice,
     typer.Option(
-        help="Compute by Triton kernels (triton) or by PyTorch (torch); auto takes the kernels on CUDA, PyTorch on the CPU.",
+        help="Compute with the Triton kernels (triton) or with PyTorch (torch). auto uses the kernels on CUDA, PyTorch on the "
+        "CPU.",
         rich_help_panel=HARDWARE,
     ),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(help="Compute on this device: cpu, cuda, cuda:1; auto takes a GPU if there is one.", rich_help_panel=HARDWARE),
+    typer.Option(
+        help="Compute on this device, such as cpu, cuda or cuda:1. auto uses a GPU if there is one.", rich_help_panel=HARDWARE
+    ),
 ]
-BatchOption = Annotated[
-    int, _bounded("batch_size", help="Take so many images at a time, in one batch.", rich_help_panel=HARDWARE)
-]
+BatchOption = Annotated[int, _bounded("batch_size", help="Compute this many images in one batch.", rich_help_panel=HARDWARE)]
 RecipeOption = Annotated[
     RecipeChoice,
     typer.Option(
-        help="Take the values of the options that are not given from this recipe: d2l is that of Dive into Deep Learning, "
-        "modern trains with one cycle of the learning rate on normalized and augmented images, paper is AlexNet's own for "
-        "ImageNet.",
+        help="Take every option that is not given from this recipe. d2l is the recipe of Dive into Deep Learning. modern "
+        "trains with a one-cycle learning rate on normalized and augmented images. paper is AlexNet's own for ImageNet.",
         rich_help_panel="Recipe",
     ),
 ]
-EpochsOption = Annotated[int | None, _by_recipe("epochs", help="Train so many epochs in all.")]
+EpochsOption = Annotated[int | None, _by_recipe("epochs", help="Train for this many epochs in total.")]
 TotalBatchOption = Annotated[
-    int | None, _by_recipe("batch_size", help="Take so many images for a step, in all processes together.")
+    int | None, _by_recipe("batch_size", help="Train on this many images per step, over all processes.")
 ]
 LearningRateOption = Annotated[
     float | None,
     _bounded(
         "lr",
-        help="Train with this learning rate, the highest one of a schedule.",
+        help="Train with this learning rate. For a schedule it is the highest one.",
         show_default=_shown_learning_rates(),
         rich_help_panel="Recipe",
     ),
@@ -258,8 +260,8 @@ ScheduleOption = Annotated[
     ScheduleChoice | None,
     _by_recipe(
         "schedule",
-        help="Change the learning rate from step to step: step divides it by ten after each third of the run, cosine takes it "
-        "down to 0, onecycle up from a 25th and down to almost 0.",
+        help="Change the learning rate from step to step. step divides it by ten after each third of the run. cosine lowers it "
+        "to 0. onecycle raises it from 1/25 of --lr to --lr, and lowers it to almost 0.",
     ),
 ]
 WarmupOption = Annotated[
@@ -267,26 +269,24 @@ WarmupOption = Annotated[
     _by_recipe(
         "warmup",
         metavar="EPOCHS",
-        help="Raise the learning rate from almost 0 for so many epochs; of onecycle this is the rise, three tenths of the run "
-        "if it is not given.",
+        help="Raise the learning rate from almost 0 during the first EPOCHS epochs. For onecycle they are the epochs of its "
+        "rise, by default three tenths of the run.",
     ),
 ]
-MomentumOption = Annotated[float | None, _by_recipe("momentum", help="Give SGD this momentum.")]
-NesterovOption = Annotated[
-    bool | None, _by_recipe("nesterov", "--nesterov/--no-nesterov", help="Make the momentum that of Nesterov.")
-]
+MomentumOption = Annotated[float | None, _by_recipe("momentum", help="Train by SGD with this momentum.")]
+NesterovOption = Annotated[bool | None, _by_recipe("nesterov", "--nesterov/--no-nesterov", help="Use Nesterov momentum.")]
 WeightDecayOption = Annotated[
-    float | None, _by_recipe("weight_decay", help="Multiply the L2 penalty's gradient, which is the weights, by this.")
+    float | None, _by_recipe("weight_decay", help="Add this factor times the weights to their gradients (an L2 penalty).")
 ]
 LabelSmoothingOption = Annotated[
     float | None,
-    _by_recipe("label_smoothing", help="Take this part of each training label and spread it over all classes."),
+    _by_recipe("label_smoothing", help="Spread this part of each training label evenly over all classes."),
 ]
 ClassWeightsOption = Annotated[
     ClassWeightsChoice | None,
     _by_recipe(
         "class_weights",
-        help="Weigh the loss of each training image: balanced by the inverse of how many its class has, none all alike.",
+        help="Weight the loss of each training image. balanced: by the inverse of its class's number of images. none: equally.",
     ),
 ]
 NormalizeOption = Annotated[
@@ -294,24 +294,24 @@ NormalizeOption = Annotated[
     _by_recipe(
         "normalize",
         "--normalize/--no-normalize",
-        help="Give the training images' pixels mean 0 and standard deviation 1 in each channel, and change the test images "
-        "alike.",
+        help="Normalize each channel to mean 0 and standard deviation 1 over the training images. Test images are normalized "
+        "by the same numbers.",
     ),
 ]
 SeedOption = Annotated[
     int,
     _bounded(
         "seed",
-        help="Draw the weights, the order of the images, dropout, augmentation and --validation from this seed.",
+        help="Seed the initial weights, the order of the images, dropout, augmentation and --validation with this number.",
         rich_help_panel=RECIPE,
     ),
 ]
 PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(
-        help="Compute in this precision. auto is bfloat16 with float32 masters on a GPU that has it, else float32, whose "
-        "products are exact; tf32 is float32 on tensor cores, convolutions and linear layers alike (by PyTorch's default "
-        "convolutions alone).",
+        help="Compute in this precision. auto is bfloat16 with float32 master weights on a GPU that has bfloat16, else "
+        "float32. float32 multiplies exactly. tf32 is float32 on tensor cores, for convolutions and linear layers (PyTorch's "
+        "default is TF32 for convolutions alone).",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -319,21 +319,23 @@ InitOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="Begin with the weights of this file instead of random ones: a checkpoint or a run's folder, or a state_dict, "
-        "such as torchvision's for --model torchvision, from torch.save or as .safetensors. Layers of other shapes begin anew.",
+        help="Begin with the weights of this file instead of random ones: a checkpoint, a run's folder, or a state_dict from "
+        "torch.save or in .safetensors (such as torchvision's for --model torchvision). Layers of other shapes begin with "
+        "random weights.",
         show_default=False,
         rich_help_panel=RECIPE,
     ),
 ]
 FreezeOption = Annotated[
     FreezeChoice,
-    typer.Option(help="Keep the convolutions as --init brought them (features); new ones are trained.", rich_help_panel=RECIPE),
+    typer.Option(
+        help="Freeze the convolutions that --init loaded (features). Convolutions that it did not load are trained.",
+        rich_help_panel=RECIPE,
+    ),
 ]
 EarlyStopOption = Annotated[
     int | None,
-    _bounded(
-        "early_stop", metavar="N", help="Stop after N epochs without a better test loss than before.", rich_help_panel=RECIPE
-    ),
+    _bounded("early_stop", metavar="N", help="Stop when the test loss has not improved for N epochs.", rich_help_panel=RECIPE),
 ]
 GraphOption = Annotated[
     bool | None,
@@ -345,11 +347,11 @@ AugmentOption = Annotated[
     bool,
     typer.Option(
         "--augment",
-        help=f"Change each training image at random: {EVERYTHING}. Each has an option of its own.",
+        help=f"Change each training image at random: {EVERYTHING}. Each change also has its own option.",
         rich_help_panel=AUGMENTATION,
     ),
 ]
-#: The default of what ``modern`` augments by, too.
+#: Default of the changes that the recipe ``modern`` makes as well.
 _AUGMENTED = "with --augment or --recipe modern"
 FlipOption = Annotated[
     bool | None,
@@ -363,9 +365,9 @@ FlipOption = Annotated[
 CropOption = Annotated[
     CropChoice | None,
     typer.Option(
-        help="Move each image by up to a fourteenth of its side (pad), enlarge a random box of it to its size (resized), or "
-        "read a folder's images with a side of 256 in place of 224 and cut a random patch of 224 x 224, the middle one of a "
-        "test image (patch).",
+        help="Crop each image at random. pad moves the image by up to a fourteenth of its side. resized enlarges a random box "
+        "of it to the full size. patch reads a folder's images with side 256 instead of 224 and cuts out a random 224 x 224 "
+        "patch (of a test image the middle one).",
         show_default=f"none; {_AUGMENTED} pad; paper patch",
         rich_help_panel=AUGMENTATION,
     ),
@@ -374,7 +376,7 @@ ColourOption = Annotated[
     bool | None,
     typer.Option(
         "--colour/--no-colour",
-        help="Change brightness and contrast of images of one channel, the light of those of three.",
+        help="Change brightness and contrast of images with one channel, the illumination of images with three.",
         show_default="with --augment or --recipe paper",
         rich_help_panel=AUGMENTATION,
     ),
@@ -383,8 +385,8 @@ TenCropOption = Annotated[
     bool,
     typer.Option(
         "--ten-crop",
-        help="Average the probabilities over ten patches of each image, which is read larger: at the corners, in the middle, "
-        "and all of them mirrored.",
+        help="Average the probabilities over ten patches of each image: the four corners and the middle, and these mirrored. "
+        "The images are read larger for this.",
         rich_help_panel="Recipe",
     ),
 ]
@@ -393,7 +395,7 @@ CheckpointEveryOption = Annotated[
     number(
         1,
         metavar="STEPS",
-        help="Save after so many steps in the middle of an epoch too, counted from the run's first: so many can a crash cost.",
+        help="Also save every STEPS steps, counted from the run's first step. A crash loses at most this many steps.",
         show_default="after each epoch",
         rich_help_panel=OUTPUT,
     ),
@@ -402,7 +404,7 @@ TensorboardOption = Annotated[
     bool,
     typer.Option(
         "--tensorboard/--no-tensorboard",
-        help="Write each epoch for TensorBoard into the folder tensorboard beside the checkpoints.",
+        help="Write each epoch's metrics for TensorBoard into the folder tensorboard beside the checkpoints.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),
@@ -413,18 +415,18 @@ _debug = False
 
 
 def show_tracebacks(show: bool) -> None:
-    """Whether :func:`fail` raises the error that it is given, for its traceback."""
+    """Set whether :func:`fail` raises the error that it is given, so that its traceback is shown."""
     global _debug
     _debug = show
 
 
 def fail(message: object) -> typer.Exit:
-    """Print ``message`` as one line of standard error; what to raise then, for exit code 1.
+    """Print ``message`` as one line of standard error, and return the exception to raise, which sets exit code 1.
 
-    Of the processes of a run that fail alike, one prints it.
+    Where several processes of a run fail with the same message, one of them prints it.
 
     Raises:
-        BaseException: ``message`` itself, if it is one and :func:`show_tracebacks` was called for it.
+        BaseException: ``message`` itself, if it is an exception and :func:`show_tracebacks` asked for tracebacks.
     """
     if _debug and isinstance(message, BaseException):
         raise message
@@ -437,7 +439,7 @@ def fail(message: object) -> typer.Exit:
 
 @contextlib.contextmanager
 def joined_command() -> Iterator[Processes]:
-    """:func:`.distributed.joined` for a command: one process prints, also what is wrong with an option."""
+    """:func:`.distributed.joined` for a command: only one process prints, errors in options included."""
     with joined() as processes:
         console.quiet = not processes.leads
         try:
@@ -458,7 +460,7 @@ ChannelsOption = Annotated[
     int | None,
     typer.Option(
         callback=_one_or_three,
-        help="Make a folder's images grey (1), or red, green and blue (3).",
+        help="Convert a folder's images to grey (1) or to red, green and blue (3).",
         show_default="3; Fashion-MNIST has 1",
         rich_help_panel=DATA,
     ),
@@ -466,10 +468,10 @@ ChannelsOption = Annotated[
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that ``--device`` names; auto: a GPU if there is one.
+    """The device called ``name``; for ``"auto"`` a GPU if there is one, else the CPU.
 
     Raises:
-        typer.BadParameter: it names none that can be used here.
+        typer.BadParameter: ``name`` is no device that can be used here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -480,7 +482,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def local_device(name: str, processes: Processes) -> torch.device:
-    """:func:`usable_device`; of several processes on GPUs, each has the one of its local rank."""
+    """:func:`usable_device`; of several processes on GPUs, each gets the GPU of its local rank."""
     if processes.size == 1:
         return usable_device(name)
     if ":" in name:
@@ -493,7 +495,7 @@ def local_device(name: str, processes: Processes) -> torch.device:
 
 
 def runs_on(device: torch.device) -> str:
-    """In words, what the operations run on: the backend and the hardware."""
+    """The backend and the hardware that the operations run on, in words."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

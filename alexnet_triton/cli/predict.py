@@ -21,7 +21,7 @@ from .options import BackendChoice, BackendOption, BatchOption, DeviceOption, co
 
 
 def image_files(paths: list[Path]) -> tuple[list[Path], list[DataError]]:
-    """``paths`` with the images of a folder in place of it, and of each folder that cannot be read or has none an error."""
+    """``paths`` with each folder replaced by its images, and an error for each folder that is unreadable or has no images."""
     files: list[Path] = []
     errors: list[DataError] = []
     for path in paths:
@@ -42,12 +42,13 @@ def predict_command(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE", help="Image files of any format that Pillow reads, or folders of them, with the folders in them."
+            metavar="IMAGE",
+            help="Image files of any format that Pillow reads, or folders, which are searched with their subfolders.",
         ),
     ],
     top: Annotated[
         int,
-        typer.Option(min=1, help="Print so many classes for each image, the most probable first.", rich_help_panel="Output"),
+        typer.Option(min=1, help="Print this many classes per image, the most probable first.", rich_help_panel="Output"),
     ] = 5,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: {file: {class: probability}}.", rich_help_panel="Output")
@@ -56,11 +57,11 @@ def predict_command(
     batch_size: BatchOption = 128,
     device: DeviceOption = "auto",
 ) -> None:
-    """Print the most probable classes of images.
+    """Print the most probable classes of images, with their probabilities.
 
-    Each has its probability. The shorter side of an image is made as long as that of the images that the network was trained
-    on, and the middle is cut out. A file or folder that cannot be read is named in one line, the others are still classified,
-    and the exit code is 1.
+    Each image is resized so that its shorter side matches the images that the network was trained on, and the middle is cut
+    out. A file or folder that cannot be read is reported in one line. The other images are still classified, and the exit code
+    is 1.
     """
     where = usable_device(device)
     found: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""What ``--resume`` of `train` and `compare` means: a folder or a file, and the options that are in it."""
+"""``--resume`` of `train` and `compare`: finding the checkpoint, and the recipe and options of the resumed run."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ..training.checkpoint import BEST, LAST, Checkpoint, CheckpointError, posit
 from ..training.recipe import Recipe, allowed_of
 from .run import PARTS, RunOptions, plain, refused_values
 
-#: What a resumed run may have otherwise: where and for how long it runs, and what helps one that diverged.
+#: Fields that may be given anew to a resumed run: where and how long it runs, and what helps a run that diverged.
 MAY_CHANGE = frozenset(
     name for kind in (Recipe, RunOptions) for name, allowed in allowed_of(kind).items() if allowed.may_change
 )
 
 
 def newest(*patterns: str) -> Path | None:
-    """The file in ``runs/`` that was written last, of those that match; None if there is none."""
+    """The most recently written file in ``runs/`` that matches one of ``patterns``; None if no file does."""
     files = (file for pattern in patterns for file in Path("runs").glob(pattern))
     return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint in ``folder``, or where it would be: of a run that a crash ended before it had two, the best."""
+    """Path of the newest checkpoint in ``folder``; the best one if it is the only one, as after an early crash."""
     return folder / (BEST if (folder / BEST).exists() and not (folder / LAST).exists() else LAST)
 
 
 def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
-    """The file that ``--resume`` means: a file, that of a folder, or for "" that of ``out`` or of the newest run."""
+    """The checkpoint file that ``--resume`` names: a file, or that of a folder; for "" that of ``out`` or of the newest run."""
     if resume:
         path = Path(resume)
         path = last_checkpoint(path) if path.is_dir() else path
     elif out is not None:
         path = last_checkpoint(out)
     else:
-        found = newest(*(f"{run}/{name}" for run in ("*", "*/*") for name in (LAST, BEST)))  # a comparison's are one deeper
+        found = newest(*(f"{run}/{name}" for run in ("*", "*/*") for name in (LAST, BEST)))  # compare nests runs once more
         if found is None:
             raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
         path = last_checkpoint(found.parent)
@@ -49,10 +49,10 @@ def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
 
 
 def check_nothing_is_lost(checkpoint: Checkpoint, path: Path) -> None:
-    """That the run in the folder of ``path`` has not come further than ``checkpoint``, which is in that file.
+    """Check that resuming ``checkpoint``, read from ``path``, discards no later progress of the run in that folder.
 
     Raises:
-        CheckpointError: it has, by its last checkpoint.
+        CheckpointError: the folder's last checkpoint is further than ``checkpoint``.
     """
     last = path.with_name(LAST)
     if path.name == LAST or not last.exists():
@@ -60,22 +60,22 @@ def check_nothing_is_lost(checkpoint: Checkpoint, path: Path) -> None:
     try:
         newer = read_checkpoint(last)
         further = position(newer) > position(checkpoint)
-    except CheckpointError:  # there is nothing that could be lost
+    except CheckpointError:  # an unreadable checkpoint cannot be lost
         return
     if further:
         raise CheckpointError(
-            f"{path} has {len(checkpoint.metrics)} whole epoch(s), the run in {last} came further ({len(newer.metrics)}): that "
-            f"would be lost; --resume {path.parent}, or copy {path.name} into a folder of its own, as {LAST}, and resume that"
+            f"{path} has {len(checkpoint.metrics)} whole epoch(s), but {last} is further ({len(newer.metrics)}) and would be "
+            f"lost: give --resume {path.parent}, or copy {path.name} into another folder as {LAST} and resume that folder"
         )
 
 
 def resumed(
     context: typer.Context, recipe: Recipe, options: RunOptions, source: Path, may_change: Set[str] = MAY_CHANGE
 ) -> tuple[Recipe, RunOptions]:
-    """The recipe and the options of a run, which are in the file ``source``, but for what is given on the command line.
+    """The recipe and options of the run saved in the file ``source``, changed by what the command line gives.
 
     Raises:
-        typer.BadParameter: given is another value than the run's of what must stay, or one that cannot be.
+        typer.BadParameter: the command line changes a field that is not in ``may_change``, or gives an invalid value.
     """
     of_recipe: dict[str, Any] = {}
     of_options: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def resumed(
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
-    """The parameters on the command line that are fields of a recipe or of its options, as those hold them."""
+    """The parameters given on the command line that are fields of :class:`Recipe` or :class:`RunOptions`, by name."""
     parts = PARTS if context.params["augment"] else ()
 
     def said(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A run as a command makes it: from its options, with everything printed, drawn and written."""
+"""A training run of a command: its recipe and options from the parameters, its lines, pictures and files."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from .screen import Bar, Screen
 #: The pictures that a run writes.
 CURVES, CONFUSION, MOST_WRONG = "curves.png", "confusion.png", "most_wrong.png"
 
-#: The fields of a recipe that are parts of the augmentation.
+#: The fields of a recipe that belong to the augmentation.
 PARTS = tuple(each.name for each in dataclasses.fields(Augment))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What decides none of a run's numbers. A checkpoint keeps it: a resumed run has it without being told again.
+    """The options of a run that do not change its numbers. A checkpoint keeps them, so a resumed run has them again.
 
-    The fields are the options of ``train``; ``recipe`` is where the fields of the :class:`Recipe` come from that have no option
-    of their own. A checkpoint that lacks one has its default.
+    Each field is an option of ``train``. ``recipe`` names the recipe that gave every field of :class:`Recipe` without an option
+    on the command line. A field that a checkpoint lacks has its default.
 
     Raises:
-        ValueError: a value is of another type or not one that its field can hold.
+        ValueError: a value has another type than its field, or is out of its range.
     """
 
     recipe: str = field("d2l", among=tuple(RECIPES))
@@ -75,7 +75,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a command trains: by which recipe, how, and where that is here."""
+    """A run that a command trains: its recipe, its options, and the device and processes that it runs on."""
 
     recipe: Recipe
     options: RunOptions
@@ -84,7 +84,7 @@ class Run:
 
 @contextlib.contextmanager
 def refused_values() -> Iterator[None]:
-    """A ValueError of the block is that of an option."""
+    """Turn a ValueError of the block into :class:`typer.BadParameter`."""
     try:
         yield
     except ValueError as error:
@@ -92,31 +92,31 @@ def refused_values() -> Iterator[None]:
 
 
 def plain_path(path: str, option: str) -> str:
-    """``path``, the value of ``option``, as it is found from another folder too.
+    """``path``, the value of ``option``, as an absolute path that is valid from any working folder.
 
     Raises:
-        typer.BadParameter: no path can lead there.
+        typer.BadParameter: ``path`` cannot be resolved.
     """
     try:
         return str(Path(path).expanduser().resolve())
-    except (RuntimeError, ValueError) as error:  # links in a circle, no such user's home, a character that no path can have
+    except (RuntimeError, ValueError) as error:  # a circle of links, an unknown user's home, a character that no path can hold
         raise typer.BadParameter(f"{path!r}: {error}", param_hint=option) from error
 
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a command as a checkpoint can keep them.
 
-    Strings are plain ones, data and init have a path that is found from another folder too, a part of the augmentation that is
-    None is as ``augment`` has it, and what is None else is as ``recipe`` has it.
+    Enums become strings. ``data`` and ``init`` become absolute paths. A field of the augmentation that is None takes its value
+    from ``--augment`` if that is given; any other field that is None takes its value from ``recipe``.
 
     Raises:
-        typer.BadParameter: data or init where no path can lead.
+        typer.BadParameter: the path of ``data`` or ``init`` cannot be resolved.
     """
     found = {name: str(value) if isinstance(value, StrEnum) else value for name, value in parameters.items()}
     parts = dataclasses.asdict(EVERYTHING) if found["augment"] else {}
     missing = {name: value for name, value in (RECIPES[found["recipe"]] | parts).items() if found[name] is None}
     if found["momentum"] == 0 and "nesterov" in missing:
-        missing["nesterov"] = False  # which is a kind of momentum
+        missing["nesterov"] = False  # Nesterov needs a momentum
     found |= missing
     for name in ("data", "init"):
         if (path := found.get(name)) is None or (name, path) == ("data", "sample"):
@@ -126,10 +126,10 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
-    """The recipe that the parameters of a command come down to on ``device``.
+    """The recipe that the parameters of a command give on ``device``.
 
     Raises:
-        typer.BadParameter: data where no path can lead, or a value that cannot be.
+        typer.BadParameter: the path of ``data`` or ``init`` cannot be resolved, or a value is invalid.
     """
     found = plain(parameters)
     if found["dtype"] == PrecisionChoice.auto:
@@ -138,24 +138,24 @@ def new_recipe(parameters: Mapping[str, Any], device: torch.device) -> Recipe:
         found["lr"] = LEARNING_RATES[found["recipe"]][found["model"]]
     with refused_values():
         if found["shuffle_buffer"] != BUFFER and not is_shards(parameters["data"]):
-            raise ValueError("--shuffle-buffer is for tar shards: all other images are shuffled over the whole set")
+            raise ValueError("--shuffle-buffer is only for tar shards: other images are shuffled over the whole set")
         found["channels"] = found["channels"] or default_channels(parameters["data"], found["validation"])
         return Recipe(**{name: found[name] for name in allowed_of(Recipe) if name in found})
 
 
 def new_options(parameters: Mapping[str, Any]) -> RunOptions:
-    """The other options that the parameters of a command come down to; whether there is a graph, :func:`run_on` says."""
+    """The run options that the parameters of a command give. :func:`run_on` sets ``graph``, which is False here."""
     found = plain(parameters) | {"graph": False}
     with refused_values():
         return RunOptions(**{each.name: found[each.name] for each in dataclasses.fields(RunOptions)})
 
 
 def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: RunOptions, graph: bool | None) -> Run:
-    """The run of ``recipe`` on ``device``; a ``graph`` of None: one where it can be.
+    """The run of ``recipe`` on ``device``, with a CUDA graph if ``graph`` is true; None means: on CUDA devices.
 
     Raises:
-        typer.BadParameter: a CUDA graph where there is none.
-        typer.Exit: torchvision, if that is the model, or a package that an option needs is missing, which is said.
+        typer.BadParameter: a CUDA graph is asked for where none can be captured.
+        typer.Exit: torchvision (for that model) or tensorboard (for that option) is missing. The message is printed.
     """
     if graph is None:
         graph = device.type == "cuda"
@@ -172,7 +172,7 @@ def run_on(device: torch.device, processes: Processes, recipe: Recipe, options: 
 
 
 def graph_of_resumed(said: bool | None, options: RunOptions) -> bool | None:
-    """``graph`` of a resumed run, for :func:`run_on`: unless it was said, where it can be, or none as the run had none."""
+    """``graph`` of a resumed run, for :func:`run_on`: ``said`` if given, else None, or False if the run had no graph."""
     return None if said is None and options.graph else options.graph
 
 
@@ -192,7 +192,7 @@ def _check_torchvision() -> None:
 
 
 def early_end(history: list[EpochMetrics], recipe: Recipe) -> str:
-    """In words, why a run ended before its last epoch; empty if it did not."""
+    """Why a run ended before its last epoch, in words; empty if it did not."""
     best = best_test_loss(history)
     if len(history) >= recipe.epochs or best is None or not is_finished(history, recipe.epochs, recipe.early_stop):
         return ""
@@ -201,7 +201,7 @@ def early_end(history: list[EpochMetrics], recipe: Recipe) -> str:
 
 
 def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
-    """Whether the folder of a run that has come to its end in ``checkpoint`` has all its files, the metrics up to there.
+    """Whether the folder ``out`` of a finished run has all its files, with the metrics that ``checkpoint`` holds.
 
     Raises:
         CheckpointError: the checkpoint's metrics are damaged.
@@ -213,14 +213,14 @@ def is_complete(out: Path, checkpoint: Checkpoint) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a run comes to, besides its files.
+    """The result of a run, besides its files.
 
     Attributes:
         net: the trained network.
         history: the metrics of all epochs.
         images_per_s: training images a second, over all epochs.
         data: name of the data.
-        place: in words, what it ran on.
+        place: backend, hardware, precision and number of processes, in words.
     """
 
     net: nn.Module
@@ -239,20 +239,20 @@ def run_training(
     restart: str = Screen.restart,
     on_ready: Callable[[Dataset, str], None] | None = None,
 ) -> FinishedRun:
-    """Train as ``run`` says, or go on from ``checkpoint``, with everything printed and written into ``out``.
+    """Train ``run``, from ``checkpoint`` if given; print its progress and write its files into ``out``.
 
-    Of a run that ``checkpoint`` has finished, the files that are missing are written.
+    If the run of ``checkpoint`` is finished, only its missing files are written.
 
     Args:
-        out: a folder that is there, and that this process has for itself.
-        stops: entered while something could be saved.
+        out: an existing folder, which no other process uses.
+        stops: entered when the first step is about to be taken: from then on a run can be saved.
         begin: when the run began, by ``time.perf_counter``.
         restart: as in :class:`alexnet_triton.training.listener.Listener`.
-        on_ready: given the data and what the run is on, called when its first step is about to be taken.
+        on_ready: called with the data and the run's ``place`` when the first step is about to be taken.
 
     Raises:
-        Stopped: ``stops`` said so; all is saved.
-        typer.Exit: it failed, which is said.
+        Stopped: ``stops`` received a signal; the run is saved.
+        typer.Exit: the run failed; the message is printed.
     """
     recipe, where = run.recipe, run.where
     try:
@@ -261,7 +261,7 @@ def run_training(
         weights = read_weights(Path(recipe.init)) if recipe.init is not None and checkpoint is None else None
         dataset = _load(run, checkpoint)
         streams, tests_stream = (isinstance(split, StreamedSplit) for split in (dataset.train, dataset.test))
-        # A run that is resumed does not decide anew what is streamed, unless that differs.
+        # Saved, so that a resumed run does not decide anew. None if only the test images are streamed.
         stream = streams if streams or not tests_stream else None
         where = dataclasses.replace(where, options={**where.options, "stream": stream})
         with kernels.use_backend(run.options.backend), float32_products(recipe.dtype), contextlib.ExitStack() as block:  # type: ignore[arg-type]
@@ -309,7 +309,7 @@ def run_training(
 
 
 def _load(run: Run, checkpoint: Checkpoint | None) -> Dataset:
-    """The data of a run, limited; a folder's images, which each process decodes for itself, on its device."""
+    """The data of a run, at most ``limit`` images of each split. Each process decodes a folder's images by itself."""
     recipe = run.recipe
 
     def load() -> Dataset:
@@ -328,20 +328,20 @@ def _load(run: Run, checkpoint: Checkpoint | None) -> Dataset:
             on_note=functools.partial(console.print, markup=False),
         )
         recipe.check_side(data.train.size)
-        # A checkpoint knows by what; else all training images are read for it.
+        # A checkpoint holds the statistics. Otherwise all training images are read to compute them.
         return data.normalized(None if checkpoint is None else checkpoint.normalization) if recipe.normalize else data
 
     if is_own(recipe.data, recipe.validation):
-        console.print(f"reading the images of {recipe.data}")  # which can take minutes
+        console.print(f"reading the images of {recipe.data}")  # this can take minutes
         return load()
-    return run.where.processes.first_on_each_machine(load)  # of which one may download
+    return run.where.processes.first_on_each_machine(load)  # the first process may download the images
 
 
 def _begin_with(net: nn.Module, weights: Mapping[str, torch.Tensor], recipe: Recipe) -> Kept:
-    """:func:`.initial.take_weights` of a file for ``net``, some of which must fit.
+    """Load a file's weights into ``net`` by :func:`.initial.take_weights`; at least one tensor must fit.
 
     Raises:
-        CheckpointError: none does.
+        CheckpointError: no tensor fits.
     """
     kept = take_weights(net, weights)
     if kept.tensors == 0:
@@ -351,16 +351,16 @@ def _begin_with(net: nn.Module, weights: Mapping[str, torch.Tensor], recipe: Rec
 
 
 def _frozen(net: nn.Module, kept: Kept | None, checkpoint: Checkpoint | None) -> list[str] | None:
-    """Names of the convolutions that --freeze keeps, those that came from a file; None: all."""
+    """Names of the convolutions that ``--freeze`` keeps: those loaded from a file. None means all."""
     if checkpoint is not None:
         return frozen_of(checkpoint)
     return None if kept is None else [name for name in features(net) if name not in kept.new]
 
 
 def _print_frozen(net: nn.Module, kept: Kept | None) -> None:
-    """Say what --freeze may not be expected to do."""
+    """Print what may surprise about ``--freeze``: random weights are frozen, or a new convolution is trained."""
     if kept is None:
-        console.print("the convolutions are frozen at random weights: --freeze is meant for those of an --init")
+        console.print("the convolutions are frozen at random weights: --freeze is meant to be used with --init")
         return
     for name in features(net):
         if name in kept.new:
@@ -368,9 +368,9 @@ def _print_frozen(net: nn.Module, kept: Kept | None) -> None:
 
 
 def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:
-    """What a short measurement says of the time of an epoch, to be printed; empty where it says nothing."""
+    """A line on the time of an epoch, from a short measurement; empty where a measurement would mislead."""
     recipe, where = run.recipe, run.where
-    # A step that is not captured says nothing of one that is, nor one process of several.
+    # The time of an uncaptured step does not predict a captured one, and one process does not predict several.
     if where.graph or where.processes.size > 1 or isinstance(dataset.train, StreamedSplit):
         return ""
     images = len(dataset.train)
@@ -382,7 +382,7 @@ def _expected(run: Run, net: nn.Module, dataset: Dataset) -> str:
 
 
 def _events(run: Run, out: Path, checkpoint: Checkpoint | None) -> EpochEvents | None:
-    """What writes the run's epochs for TensorBoard; None where that was not asked for, or another process does."""
+    """The TensorBoard writer of the run's epochs; None without ``--tensorboard`` and in processes that do not lead."""
     if not run.options.tensorboard or not run.where.processes.leads:
         return None
     before = [] if checkpoint is None else history_of(checkpoint)
@@ -390,8 +390,8 @@ def _events(run: Run, out: Path, checkpoint: Checkpoint | None) -> EpochEvents |
 
 
 def _draw(plot: Callable[[Path], None], path: Path) -> None:
-    """Write a picture beside ``path`` first: what is there is whole, so that a resumed run knows which are missing."""
-    partial = path.with_name(f"partial-{path.name}")  # plotting asks the end of a name for the format
+    """Write a picture beside ``path``, then rename it: an existing file is complete, so a resumed run knows what is missing."""
+    partial = path.with_name(f"partial-{path.name}")  # matplotlib takes the format from the end of the name
     try:
         plot(partial)
         os.replace(partial, path)
@@ -426,10 +426,10 @@ def _print_end(history: list[EpochMetrics], images_per_s: float, setup: float, t
 
 
 def report_stop(stopped: Stopped, command: str, out: Path, processes: Processes, stops: StopSignals) -> int:
-    """Say how ``command`` goes on in ``out``; the exit code."""
-    received = stops.received or signal.SIGTERM  # another process may have got it
+    """Print the command that resumes the run in ``out``, and return the exit code."""
+    received = stops.received or signal.SIGTERM  # another process may have received the signal
     again = f"{command} --resume {shlex.quote(str(out))}"
     if processes.size > 1:
         again += f" in {processes.size} processes"
-    console.print(f"{received.name}: stopped {stopped}; go on with: alexnet-triton {again}")
+    console.print(f"{received.name}: stopped {stopped}; resume with: alexnet-triton {again}")
     return 128 + received

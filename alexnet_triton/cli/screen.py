@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: lines, a progress bar, TensorBoard's events; and its end by a signal."""
+"""The listener of a run on the command line: printed lines, progress bar, TensorBoard events, stop signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .options import console
 
 
 class Bar:
-    """The progress bar of an epoch; nothing where the output is no terminal."""
+    """The progress bar of an epoch. It shows nothing if the output is no terminal."""
 
     def __init__(self, images: int, epochs: int) -> None:
         self.images = images
@@ -34,15 +34,15 @@ class Bar:
 
     @property
     def shown(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether the bar is displayed."""
         return not self.progress.disable
 
     def begin(self, epoch: int) -> None:
-        """Empty, for another epoch."""
+        """Reset the bar for the epoch number ``epoch``."""
         self.progress.reset(self.task, total=self.images, epoch=epoch, loss=0.0, speed=0.0)
 
     def update(self, seen: int, loss: float, images_per_s: float) -> None:
-        """As :meth:`.listener.Listener.batch` is told."""
+        """Show the values that :meth:`.listener.Listener.batch` is given."""
         self.progress.update(self.task, completed=seen, loss=loss, speed=images_per_s)
 
 
@@ -50,15 +50,15 @@ class Screen(Listener):
     """The listener of a run of the command line.
 
     Args:
-        bar: of the run's epochs; to be shown by whoever made it.
-        stops: notes the signals that ask to stop, from the moment on when the run can be saved.
-        events: where each epoch is written for TensorBoard; None: nowhere.
-        block: what ``stops`` and ``events`` are entered into then.
-        on_ready: called then.
+        bar: of the run's epochs; the caller displays it.
+        stops: notes the signals that ask to stop; entered in :meth:`ready`, when the run can first be saved.
+        events: writes each epoch for TensorBoard; None: no events. Entered in :meth:`ready`.
+        block: the stack that ``stops`` and ``events`` are entered into.
+        on_ready: called at the end of :meth:`ready`.
         restart: as in :class:`Listener`.
 
     Attributes:
-        ready_at: when that was, by ``time.perf_counter``.
+        ready_at: time of the call of :meth:`ready`, by ``time.perf_counter``.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class Screen(Listener):
 
     def waited(self, seconds: float, of: float) -> None:
         console.print(
-            f"the steps waited for images for {seconds:.1f} of {of:.1f} s: --workers N decodes in more processes, up to one a "
-            "core; smaller files take less time; --no-stream holds them in memory, where they fit"
+            f"the steps waited {seconds:.1f} of {of:.1f} s for images: decode in more processes by --workers N, up to one per "
+            "core, use smaller image files, or hold the images in memory by --no-stream if they fit"
         )
 
     def epoch_ends(self, metrics: EpochMetrics) -> None:

@@ -17,9 +17,9 @@ from .options import BatchOption, Model, fail, print_table
 
 
 def layer_table(net: nn.Sequential, input_size: tuple[int, ...]) -> list[dict[str, Any]]:
-    """For each layer: index, layer, output shape, parameters, FLOPs of a forward pass (a multiply and an add are two).
+    """One dict per layer: index, layer, output shape, parameters, FLOPs of a forward pass (a multiply and an add count as two).
 
-    FLOPs are counted by PyTorch's ``FlopCounterMode``, which counts the matrix products; nothing is computed.
+    PyTorch's ``FlopCounterMode`` counts the FLOPs of matrix products, on the meta device: nothing is computed.
     """
     rows = []
     x = torch.empty(input_size, device="meta")
@@ -44,7 +44,7 @@ def summary_command(
     batch_size: BatchOption = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Print the layers: output shapes, parameters, FLOPs of a forward pass."""
+    """Print the layers of a network: output shapes, parameters, FLOPs of a forward pass."""
     side, channels = IMAGE_SIZE[model], 1
     if model is Model.torchvision:
         try:
@@ -56,7 +56,7 @@ def summary_command(
         net = reference_alexnet() if model is Model.alexnet else reference_lenet()
     try:
         rows = layer_table(net, (batch_size, channels, side, side))
-    except (RuntimeError, TypeError) as error:  # a tensor that no computer can address
+    except (RuntimeError, TypeError) as error:  # a tensor that is too large to address
         raise typer.BadParameter(f"{batch_size} images are too many", param_hint="--batch-size") from error
     if as_json:
         print(json.dumps(rows))

@@ -81,7 +81,7 @@ from .run import (
 def train_command(
     context: typer.Context,
     model: Annotated[
-        Model, typer.Option(help="Train this network; torchvision is torchvision's AlexNet.", rich_help_panel=RECIPE)
+        Model, typer.Option(help="Train this network. torchvision is torchvision's AlexNet.", rich_help_panel=RECIPE)
     ] = Model.alexnet,
     recipe: RecipeOption = RecipeChoice.d2l,
     backend: BackendOption = BackendChoice.auto,
@@ -125,9 +125,9 @@ def train_command(
         str | None,
         typer.Option(
             metavar="[PATH]",
-            help="Go on with the run of a checkpoint or folder, without a path with the newest one in runs/, to the same bits "
-            "as if it had never stopped. Without a path and with --out, go on with the run in that folder, or begin it where "
-            "there is none yet. All options are the run's own; these may be given anew: "
+            help="Resume the run of this checkpoint or folder; the result is bit-identical to an uninterrupted run. Without a "
+            "path, resume the newest run in runs/; with --out, resume the run in that folder, or begin it if there is none. "
+            "The run keeps its options, but for these, which may be given anew: "
             + ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
             + ".",
             show_default=False,
@@ -138,11 +138,11 @@ def train_command(
 ) -> None:
     """Train on Fashion-MNIST or on your own images.
 
-    Written are metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch), best.pt (the best).
+    Writes metrics.jsonl, curves.png, confusion.png, most_wrong.png, checkpoint.pt (the last epoch) and best.pt (the best).
 
-    Ctrl-C, SIGTERM and SIGHUP (of a terminal that is closed) finish the step, save, say how to resume and end with exit code
-    128 + the signal's number (130, 143, 129); a second Ctrl-C or SIGTERM ends the process at once, unless it is one of
-    torchrun's, which passes the first on more than once. SIGUSR1 finishes the step, saves and goes on.
+    On Ctrl-C, SIGTERM or SIGHUP (a closed terminal) the run finishes its step, saves, prints how to resume and ends with exit
+    code 128 + the signal's number (130, 143, 129). A second Ctrl-C or SIGTERM ends the process at once, except under torchrun,
+    which passes the first signal on more than once. On SIGUSR1 the run finishes its step, saves and continues.
 
     With several GPUs: torchrun --nproc-per-node=N -m alexnet_triton train ...
     """
@@ -155,16 +155,16 @@ def train_command(
 def _what_to_train(
     context: typer.Context, resume: str | None, out: Path | None, while_training: contextlib.ExitStack
 ) -> tuple[tuple[Recipe, RunOptions, Checkpoint] | None, Path]:
-    """What to resume, if anything, and the folder to write into.
+    """The recipe, options and checkpoint of the run to resume, or None for a new run; and the folder to write into.
 
-    The folder is entered into ``while_training``: no other run can have it as long.
+    The folder's lock is entered into ``while_training``: until that closes, no other run can use the folder.
     """
     try:
         if resume == "" and out is not None and not holds_run(out):
-            console.print(f"{out} holds no run yet: one begins there", markup=False)
+            console.print(f"{out} holds no run yet: a new run begins there", markup=False)
         elif resume is not None:
             path = checkpoint_to_resume(resume, out)
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # which the checkpoint's reader tells better
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # read_checkpoint has a better message
                 while_training.enter_context(held(path.parent, console.print))
             checkpoint = read_checkpoint(path)
             check_nothing_is_lost(checkpoint, path)
@@ -178,13 +178,13 @@ def _what_to_train(
         raise fail(error) from error
     if holds_run(out):
         raise typer.BadParameter(
-            f"{out} already holds a run; choose another folder, or go on with it by --resume {out}", param_hint="--out"
+            f"{out} already holds a run; choose another folder, or resume it by --resume {out}", param_hint="--out"
         )
     return None, out
 
 
 def _needs_nothing(out: Path, checkpoint: Checkpoint, recipe: Recipe, processes: Processes) -> bool:
-    """Whether a resumed run has come to its end and has all its files; of one at its end it is said."""
+    """Whether a resumed run is finished and has all its files. Prints a line if it is finished."""
     try:
         history = history_of(checkpoint)
         if not is_finished(history, recipe.epochs, recipe.early_stop):
@@ -199,11 +199,11 @@ def _needs_nothing(out: Path, checkpoint: Checkpoint, recipe: Recipe, processes:
     return complete
 
 
-_MISSING = "not all its files are there: they are written now"
+_MISSING = "but some files are missing: they are written now"
 
 
 def _train(context: typer.Context, resume: str | None, out: Path | None, processes: Processes) -> int:
-    """What ``train`` does, in each of the processes; the exit code."""
+    """Run ``train`` in each of the processes, and return the exit code."""
     begin = time.perf_counter()
     stops = StopSignals(repeats=processes.launched)
     with stops.hearing_saves(), contextlib.ExitStack() as while_training:

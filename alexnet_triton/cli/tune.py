@@ -1,4 +1,4 @@
-"""``alexnet-triton tune``: every kernel configuration measured on this GPU, and the fastest that is right kept."""
+"""``alexnet-triton tune``: measure every kernel configuration on this GPU, and keep the fastest correct ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .options import console, fail
 def tune_command(
     batch: Annotated[
         list[int],
-        typer.Option(min=1, help="Tune for this batch size; the option may be given several times.", rich_help_panel="Recipe"),
+        typer.Option(min=1, help="Tune for this batch size. The option may be given several times.", rich_help_panel="Recipe"),
     ] = [128],  # noqa: B006
     layer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tune this layer, conv1 to fc3; the option may be given several times.",
+            help="Tune this layer, conv1 to fc3. The option may be given several times.",
             show_default="all",
             rich_help_panel="Recipe",
         ),
@@ -31,26 +31,26 @@ def tune_command(
         str,
         typer.Option(
             help="Tune for bfloat16 (float16 shares its entries), float32 or tf32. float32 follows PyTorch's default "
-            "switches: convolutions in TF32, linear layers exact. tf32 has both in TF32.",
+            "switches: convolutions compute in TF32, linear layers exactly. tf32 computes both in TF32.",
             rich_help_panel="Recipe",
         ),
     ] = "bfloat16",
     every: Annotated[
-        bool, typer.Option(help="Show the time of each candidate, not of the best alone.", rich_help_panel="Output")
+        bool, typer.Option(help="Print the time of every candidate, not only of the best.", rich_help_panel="Output")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the table to this file.", show_default="the one that the kernels read", rich_help_panel="Output"
+            help="Write the table to this file.", show_default="the table that the kernels read", rich_help_panel="Output"
         ),
     ] = None,
 ) -> None:
-    """Measure every kernel configuration on this GPU and keep the fastest that is right."""
+    """Measure every kernel configuration on this GPU and keep the fastest that gives correct results."""
     if dtype not in tune.PRECISIONS:
         raise typer.BadParameter(f"must be one of {', '.join(tune.PRECISIONS)}", param_hint="--dtype")
     known = (*tune.LAYERS, *tune.LINEAR_LAYERS)
     if unknown := [name for name in layer or () if name not in known]:
-        raise typer.BadParameter(f"no layer {unknown[0]!r}; there are {', '.join(known)}", param_hint="--layer")
+        raise typer.BadParameter(f"no layer {unknown[0]!r}; the layers are {', '.join(known)}", param_hint="--layer")
     if not torch.cuda.is_available():
         raise fail("tune needs a CUDA GPU")
     path = out or tables.TABLES / f"{tables.gpu_slug(torch.cuda.get_device_name())}.json"

@@ -207,7 +207,7 @@ def test_explain_says_why() -> None:
     on_class(nn.ReLU, "forward")(net)
     notes = [run.note for run in explain(net).runs]
     assert notes[0] == "the Conv2d's weight is a Counted, which computes in its own way"
-    assert explain(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())).runs[0].note == "what all of ReLU compute was replaced"
+    assert explain(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())).runs[0].note == "the function of all ReLU layers was replaced"
     assert "the Conv2d's forward was replaced" in notes
     fused = fuse(Net())
     fused[0]._conv_forward = lambda *_: None

@@ -248,12 +248,12 @@ def test_compiled_as_one_graph() -> None:
         (
             slice(7),
             kernels.Cells(11, 4, 2),
-            r"Conv2d \+ ReLU \+ MaxPool2d, reads images or their Cells\(kernel_size=\(11, 11\), s",
+            r"Conv2d \+ ReLU \+ MaxPool2d, which reads images or their Cells\(kernel_size=\(11, 11\), s",
         ),
-        (slice(7), kernels.Cells(7, 4, 1), r"got their Cells\(kernel_size=7, stride=4, padding=1\)"),
-        (slice(2), CONV1, r"what the network begins with, Conv2d \+ ReLU, reads images, got their Cells"),
-        (slice(1, 2), CONV1, r"ReLU \(a ReLU is only fused into a Conv2d or Linear right before it\), reads images"),
-        (slice(7, 11), CONV1, r"Linear \+ ReLU \+ Dropout, reads images"),
+        (slice(7), kernels.Cells(7, 4, 1), r"got Cells\(kernel_size=7, stride=4, padding=1\)"),
+        (slice(2), CONV1, r"the network begins with Conv2d \+ ReLU, which reads images, got Cells"),
+        (slice(1, 2), CONV1, r"ReLU \(a ReLU is only fused into a Conv2d or Linear right before it\), which reads images"),
+        (slice(7, 11), CONV1, r"Linear \+ ReLU \+ Dropout, which reads images"),
     ],
     ids=["padding", "filter", "no_pool", "relu", "linear"],
 )
@@ -273,7 +273,7 @@ def test_a_hook_that_comes_between_is_no_silent_mistake() -> None:
     net = network(torch.bfloat16)
     _, cells = both(net, torch.bfloat16)
     net[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"Conv2d \(the ReLU carries a hook\), reads images, got their Cells"):
+    with pytest.raises(ValueError, match=r"Conv2d \(the ReLU carries a hook\), which reads images, got Cells"):
         net(cells)
 
 

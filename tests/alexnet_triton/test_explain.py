@@ -122,12 +122,16 @@ REASONS = {
     ),
     "in_place_dropout": (
         [nn.Dropout(inplace=True)],
-        [("0", None, "the Dropout works in place, on a tensor that its caller may hold on to")],
+        [("0", None, "the Dropout works in place on a tensor that the caller may still use")],
     ),
     "in_place_after_dropout": (
         [nn.Linear(2, 2), nn.ReLU(), nn.Dropout(), nn.Hardswish(inplace=True)],
         [
-            ("0-1", "linear", "the Hardswish after the Dropout works in place, on what the fused backward pass needs"),
+            (
+                "0-1",
+                "linear",
+                "the Hardswish after the Dropout works in place on the output that the fused backward pass needs",
+            ),
             ("2", "dropout", ""),
             ("3", None, "no operation for Hardswish"),
         ],
@@ -169,7 +173,7 @@ def test_layers_that_a_forward_calls() -> None:
         ]
     )
     assert lines(OwnForward(nn.Conv2d(3, 3, 1))) == [("0", "conv2d", "")]
-    assert lines(nn.Linear(2, 2)) == [("", None, "a layer by itself: fuse changes the modules that call layers")]
+    assert lines(nn.Linear(2, 2)) == [("", None, "a single layer: fuse changes the modules that call layers")]
     assert lines(nn.Sequential()) == []
     assert lines(nn.ModuleList([nn.Linear(2, 2)])) == [("0", None, "held in a ModuleList")]
 

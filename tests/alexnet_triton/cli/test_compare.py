@@ -1,4 +1,4 @@
-"""``alexnet-triton compare`` in this process: its table and files, its errors, stopping by a signal and resuming."""
+"""``alexnet-triton compare`` in this process: the table, its files, what it refuses, its end by a signal."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ RUN_FILES = {"metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "
 
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # measuring takes as long as a run
+    monkeypatch.setattr("alexnet_triton.cli.run.measure_speed", lambda *_: 1.0)  # which takes as long as the run
 
 
 def cells(output: str) -> dict[str, list[str]]:
-    """The printed table as {label of a row: its other cells}."""
+    """The printed table: label and cells of each row."""
     rows = ([cell.strip() for cell in line.strip("│┃").split("│")] for line in output.splitlines() if line.startswith("│"))
     return {row[0]: row[1:] for row in rows}
 
 
 def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table holds the properties of both networks, read from their modules, and the results of the two runs."""
-    monkeypatch.setattr(console, "_width", 60)  # without a terminal no cell is broken into lines
+    """The starting document's table, from the modules, and beside it what the two runs measured."""
+    monkeypatch.setattr(console, "_width", 60)  # no cell is broken where no terminal is
     result = run_here("compare", *SHORT, "--epochs", "1", "--augment", "--no-flip", "--out", "both", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = tmp_path / "both"
@@ -70,7 +70,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
         "training loss": [f"{m['loss']:.4f}" for m in measured],
         "train accuracy": [f"{m['train_acc']:.4f}" for m in measured],
         "test accuracy": [f"{m['test_acc']:.4f}" for m in measured],
-        "images/s": [f"{m['images_per_s']:,.1f}" for m in measured],  # the mean over one epoch
+        "images/s": [f"{m['images_per_s']:,.1f}" for m in measured],  # one epoch: the mean is its own
     }
     written = json.loads((out / "comparison.json").read_text())
     assert list(written["models"]) == ["lenet", "alexnet"]
@@ -80,7 +80,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
         }
         assert column["images_per_s"] == pytest.approx(expected["images_per_s"])
     assert written["models"]["alexnet"]["parameters"] == 46_764_746
-    # Each network has its own learning rate, which its checkpoint keeps for resuming.
+    # Each by its own learning rate, kept for whoever resumes the run.
     rates = {}
     for model in ("lenet", "alexnet"):
         training_state = read_checkpoint(out / model / "checkpoint.pt").training
@@ -90,7 +90,7 @@ def test_both_networks_are_trained_and_stand_side_by_side(tmp_path: Path, monkey
 
 
 def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
-    """A run of a comparison is bit-identical to one of ``train``, and ``train --resume`` continues it."""
+    """Bit for bit, and it goes on like one."""
     options = (*SHORT, "--seed", "3", "--epochs", "2")
     for arguments in (
         ("compare", "lenet", *options, "--out", "both"),
@@ -111,13 +111,13 @@ def test_a_run_of_a_comparison_is_that_of_train(tmp_path: Path) -> None:
 
 
 def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace AlexNet, the second network of a comparison, by a small one."""
+    """A small network under AlexNet's name: what matters is that it comes second."""
     monkeypatch.setitem(models.IMAGE_SIZE, "alexnet", 28)
     monkeypatch.setattr("alexnet_triton.training.networks.AlexNet", lambda *arguments: fuse(models.reference_lenet(*arguments)))
 
 
 def test_the_second_run_of_a_comparison_is_that_of_train_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first run does not affect the second: not even the random states that dropout and augmentation draw from."""
+    """Nothing of the first one is left in it: not in the random states, of which its dropout and augmentation draw."""
     small_alexnet(monkeypatch)
     monkeypatch.setattr("alexnet_triton.training.networks.AlexNet", lambda *_: small_net(0.5))
     options = (*SHORT, "--seed", "3", "--epochs", "2", "--augment")
@@ -132,7 +132,7 @@ def test_the_second_run_of_a_comparison_is_that_of_train_too(tmp_path: Path, mon
 
 
 def same_results(ours: Path, theirs: Path) -> None:
-    """Assert that two comparisons have equal weights, metrics, table values (without times) and names of files."""
+    """Weights, metrics and the table's values, but for what a clock measured; and all files."""
     columns = []
     for out in (ours, theirs):
         assert {p.name for p in out.iterdir()} == {"lenet", "alexnet", "comparison.json", "comparison.png"}
@@ -146,7 +146,7 @@ def same_results(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("late", [False, True], ids=["while it trains", "when its training is over"])
 def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal that comes too late for one run stops the next run before its first step."""
+    """A signal too late for one run stops the next one, before its first step."""
     small_alexnet(monkeypatch)
     name = "alexnet_triton.cli.run.predict_split" if late else "alexnet_triton.training.loop.evaluate"
     real = predict_split if late else evaluate
@@ -161,7 +161,7 @@ def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monk
     assert stopped.returncode == 128 + signal.SIGTERM
     where = "before alexnet began" if late else "in epoch 1 before its evaluation"
     last = stopped.stdout.splitlines()[-1]
-    assert last == f"SIGTERM: stopped {where}; go on with: alexnet-triton compare --resume both"
+    assert last == f"SIGTERM: stopped {where}; resume with: alexnet-triton compare --resume both"
     assert ("test accuracy" in cells(stopped.stdout)) == late  # the table of the finished runs
     assert re.findall(r"^(\w+) on PyTorch", stopped.stdout, re.MULTILINE) == ["lenet"]  # nothing of the second one was loaded
     assert not (tmp_path / "both" / "alexnet").exists()
@@ -176,7 +176,7 @@ def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monk
 def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error's advice fits ``compare``; on resuming, the first run is not trained again."""
+    """The advice is what compare can do; the first run is not trained again."""
     small_alexnet(monkeypatch)
     options = (*SHORT, "--epochs", "2", "--momentum", "0.5", "--weight-decay", "0.01", "--seed", "7")
     epoch, networks = Trainer.epoch, []
@@ -195,7 +195,7 @@ def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
         "(alexnet-triton train --model alexnet) with a smaller --lr\n"
     )
     assert cells(failed.stdout)["regularisation"] == ["weight decay 0.01"]
-    assert failed.stdout.splitlines()[-1] == "go on with: alexnet-triton compare --resume both"
+    assert failed.stdout.splitlines()[-1] == "resume with: alexnet-triton compare --resume both"
     written = json.loads((tmp_path / "both" / "comparison.json").read_text())
     assert written["networks"] == ["lenet", "alexnet"]
     assert list(written["models"]) == ["lenet"]
@@ -220,7 +220,7 @@ def test_a_comparison_whose_second_run_fails_keeps_the_first_and_can_go_on(
 def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a path, the newest comparison is resumed; more epochs, or a run resumed alone with another rate, are allowed."""
+    """Without a path the newest one; to more epochs too; with a run that was resumed by itself to another learning rate."""
     small_alexnet(monkeypatch)
     folder = tmp_path / "runs" / "compare-1"
     step, steps = Trainer.step, []
@@ -235,7 +235,7 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", signalling)
         first = run_here("compare", *options, "--out", "runs/compare-1", cwd=tmp_path)
-        assert first.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; go on with: ")
+        assert first.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; resume with: ")
         assert json.loads((folder / "comparison.json").read_text())["models"] == {}
         for option, value in (("--batch-size", "4"), ("--crop", "none"), ("--weight-decay", "0.1"), ("--momentum", "0.1")):
             refused = run_here("compare", "--resume", "runs/compare-1", option, value, cwd=tmp_path)
@@ -246,7 +246,7 @@ def test_a_comparison_in_the_middle_of_a_run_goes_on_with_its_own_options(
             assert refused.returncode == 2, refused.stderr
         assert not (tmp_path / "elsewhere").exists()
         second = run_here("compare", "--resume", cwd=tmp_path)
-        assert second.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; go on with: ")
+        assert second.stdout.splitlines()[-1].startswith("SIGTERM: stopped in epoch 1 after step 1 of 2; resume with: ")
         assert list(cells(second.stdout)["parameters"]) == ["61,706"]  # the first run's alone
     alone = run_here("train", "--resume", "runs/compare-1/alexnet", "--lr", "0.125", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
@@ -320,7 +320,7 @@ def metrics(epoch: int, loss: float) -> EpochMetrics:
 
 
 def test_a_column_is_read_off_the_modules() -> None:
-    """A column for a third network, with nested layers, several activations and several dropout rates."""
+    """Of a network that is neither of the two: layers inside of others, several activations and rates of dropout."""
     net = nn.Sequential(
         nn.Sequential(nn.Conv2d(3, 7, 3), nn.Tanh(), nn.Conv2d(7, 5, 3, bias=False), nn.GELU()),
         nn.Dropout(0.1), nn.Flatten(), nn.Linear(5, 2), nn.Tanh(), nn.Dropout(0.3), nn.Dropout(0.1),
@@ -352,7 +352,7 @@ def test_the_picture_shows_every_run(tmp_path: Path) -> None:
 
 
 def test_a_resumed_comparison_refuses_a_run_that_went_further_and_keeps_its_columns(tmp_path: Path) -> None:
-    """A comparison does not show networks side by side that were trained for different numbers of epochs."""
+    """Networks that were trained for different lengths do not stand side by side as equals."""
     out = tmp_path / "both"
     for command in (
         ("compare", "lenet", *SHORT, "--epochs", "1", "--out", "both"),

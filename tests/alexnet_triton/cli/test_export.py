@@ -54,7 +54,7 @@ def test_onnx(run: tuple[Path, nn.Sequential], dtype: str) -> None:
     path = folder / ("best.onnx" if dtype == "float32" else "best-float16.onnx")
     result = run_here("export", str(folder), "--format", "onnx", "--dtype", dtype)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == f"the network of {folder / 'best.pt'}\n"
+    assert result.stderr == f"reading the network from {folder / 'best.pt'}\n"
     assert result.stdout == f"{path}, opset 18: images (N, 3, 28, 28), {dtype}; read back, it gives the network's logits\n"
     model = onnx.load(path)
     assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]

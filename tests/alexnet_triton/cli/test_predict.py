@@ -216,7 +216,7 @@ def test_a_run_is_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
     for taken, name, classes in ((last, "checkpoint.pt", {"a", "b"}), (best, "best.pt", {"c", "d"})):
         taken.rename(run / name)
         result = run_here("predict", str(run), str(tmp_path / "a.png"), "--json", *ON_PYTORCH)
-        assert (result.returncode, result.stderr) == (0, f"the network of {run / name}\n")
+        assert (result.returncode, result.stderr) == (0, f"reading the network from {run / name}\n")
         (found,) = json.loads(result.stdout).values()
         assert found.keys() == classes
 

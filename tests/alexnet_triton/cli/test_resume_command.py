@@ -200,7 +200,7 @@ def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path:
 
     result = command("train", "--resume", "run")
     assert result.exit_code == 0, result.output
-    assert "run: all 2 epochs are done, not all its files are there: they are written now\n" in result.output
+    assert "run: all 2 epochs are done, but some files are missing: they are written now\n" in result.output
     assert "after 2 epoch(s)" in result.output
     assert "an epoch of" not in result.output
     assert {p.name for p in out.iterdir()} == {"metrics.jsonl", "checkpoint.pt", "best.pt", *PICTURES}
@@ -247,8 +247,8 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
         refused = command("train", "--resume", "run/best.pt", *options)
         assert refused.exit_code == 1
         assert refused.output == (
-            "alexnet-triton: run/best.pt has 1 whole epoch(s), the run in run/checkpoint.pt came further (3): that would be "
-            "lost; --resume run, or copy best.pt into a folder of its own, as checkpoint.pt, and resume that\n"
+            "alexnet-triton: run/best.pt has 1 whole epoch(s), but run/checkpoint.pt is further (3) and would be "
+            "lost: give --resume run, or copy best.pt into another folder as checkpoint.pt and resume that folder\n"
         )
         assert {p.name: p.read_bytes() for p in Path("run").iterdir()} == before
     Path("other").mkdir()
@@ -260,7 +260,7 @@ def test_an_older_checkpoint_does_not_cut_a_run_short(tmp_path: Path, monkeypatc
         patch.setattr(Trainer, "step", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), stopped(*a)))
         assert "in epoch 2 after step 1 of 3" in command("train", "--resume", "stopped", "--epochs", "2").output
     refused = command("train", "--resume", "stopped/best.pt", "--epochs", "2")
-    assert "has 1 whole epoch(s), the run in stopped/checkpoint.pt came further (1)" in refused.output
+    assert "has 1 whole epoch(s), but stopped/checkpoint.pt is further (1)" in refused.output
     Path("stopped/checkpoint.pt").write_bytes(b"damaged")
     assert "after 2 epoch(s)" in command("train", "--resume", "stopped/best.pt", "--epochs", "2").output
 

@@ -123,7 +123,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     assert all(line.startswith("epoch ") for line in lines[:-1])
     assert [int(line.split()[1]) for line in lines[:-1]] == list(range(2, len(lines) + 1))
     assert lines[-1].startswith("SIGTERM: stopped in epoch ")
-    assert lines[-1].endswith(f"; go on with: alexnet-triton train --resume {out} in 2 processes")
+    assert lines[-1].endswith(f"; resume with: alexnet-triton train --resume {out} in 2 processes")
     checkpoint = read_checkpoint(out / "checkpoint.pt")
     assert checkpoint.metrics == [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert f"in epoch {len(checkpoint.metrics) + 1} " in lines[-1]
@@ -215,7 +215,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed:
     process = start(*TORCHRUN, "--max-restarts=1", script, tmp_path, "train", *command)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert output.splitlines()[0] == f"{out} holds no run yet: one begins there"
+    assert output.splitlines()[0] == f"{out} holds no run yet: a new run begins there"
     assert f"resumed from {out / 'checkpoint.pt'} after 1 whole epoch(s)" in output
     # The last checkpoint was saved after step 9 + 3 of the run; the second attempt begins there.
     lines = [(tmp_path / f"steps-{rank}").read_text().split("\n")[1:] for rank in (0, 1)]

@@ -391,5 +391,5 @@ def test_a_missing_picture_of_a_run_that_stopped_early_is_drawn(tmp_path: Path) 
     (tmp_path / "run" / "curves.png").unlink()
     result = run_here("train", "--resume", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "not all its files are there" in result.stdout
+    assert "but some files are missing" in result.stdout
     assert (tmp_path / "run" / "curves.png").exists()

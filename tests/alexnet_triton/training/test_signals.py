@@ -224,7 +224,7 @@ def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, 
     assert errors == ""
     last = output.splitlines()[-1]
     assert last.startswith(f"{number.name}: stopped in epoch ")
-    assert last.endswith(f"; go on with: alexnet-triton train --resume '{out}'")
+    assert last.endswith(f"; resume with: alexnet-triton train --resume '{out}'")
     checkpoint = read_checkpoint(out / "checkpoint.pt")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == checkpoint.metrics
