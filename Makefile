@@ -15,12 +15,13 @@ DOCS_VENV ?= .venv-docs
 DIST_VENV ?= .venv-dist
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-lowest test-newest fuzz mutation sanitize ir-python sanitize-ir lint format audit accuracy report \
-	profile host stream kernelbench gpu stale render docs dist test-dist bench clean
+.PHONY: help train test test-all test-slow test-lowest test-newest test-dist fuzz mutation sanitize ir-python sanitize-ir lint \
+	format audit accuracy report profile host stream kernelbench gpu stale render docs dist bench clean
 
 help:
 	@echo "make train   set up .venv, train AlexNet: the full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
-	@echo "make test    set up .venv, run the whole test suite (on the GPU if there is one, else in Triton's interpreter)"
+	@echo "make test    set up .venv, run the tests (on the GPU if there is one, else in Triton's interpreter)"
+	@echo "make test-all  make test, then the cases that it leaves out for their time"
 	@echo "make test-lowest  the suite on the lowest versions of torch, Triton and the others that are supported"
 	@echo "make test-newest  the suite on the newest Triton that is supported, beside a torch that asks for an older one"
 	@echo "make fuzz    5,000 random cases over all operations against float64 (FUZZ_EXAMPLES=n for n, FUZZ_SEED=n repeats a run)"
@@ -56,11 +57,18 @@ train: $(INSTALLED)
 	else $(BIN)/alexnet-triton train --data sample --limit 400 --batch-size 8 --lr 0.03 --epochs 2 --check $(ARGS); fi
 
 # A thread for each of the processes: the threads of small operations only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal --timeout 300
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+	$(call PYTEST,$(VENV)) -m "not slow" $(ARGS)
+
+test-all: test test-slow
+
+test-slow: $(INSTALLED)
+	$(call PYTEST,$(VENV)) -m slow $(ARGS)
 
 test-lowest: $(LOWEST_VENV)/installed
-	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+	$(call PYTEST,$(LOWEST_VENV)) $(ARGS)
 
 $(LOWEST_VENV)/installed: pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST_VENV)
@@ -68,7 +76,7 @@ $(LOWEST_VENV)/installed: pyproject.toml tests/lowest.txt
 	@touch $@
 
 test-newest: $(NEWEST_VENV)/installed
-	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 $(ARGS)
+	$(call PYTEST,$(NEWEST_VENV)) $(ARGS)
 
 # Triton after the rest and by itself: torch names the one version that it is built with.
 $(NEWEST_VENV)/installed: pyproject.toml tests/newest.txt
@@ -98,8 +106,7 @@ ir-python:
 	@test -n "$(IR_PYTHON)"
 
 sanitize-ir: $(IR_VENV)/installed
-	SANITIZE_IR=1 OMP_NUM_THREADS=1 $(IR_VENV)/bin/python -m pytest -q --numprocesses $(WORKERS) --timeout 300 \
-		tests/kernels -m "not slow_under_ttsem" $(ARGS)
+	SANITIZE_IR=1 $(call PYTEST,$(IR_VENV)) tests/kernels -m "not slow_under_ttsem" $(ARGS)
 
 $(IR_VENV)/installed: pyproject.toml
 	$(IR_PYTHON) -m venv $(IR_VENV)
@@ -130,21 +137,7 @@ profile: $(INSTALLED)
 host: $(INSTALLED)
 	$(BIN)/python -m benchmarks.host $(ARGS)
 
-kerneldist: $(INSTALLED)
-	rm -rf build/dist
-	$(BIN)/python -m build --outdir build/dist
-
-# Away from the tree, so that nothing is imported from it.
-test-dist: $(DIST_VENV)/installed
-	cd $$(mktemp -d) && export PATH="$(abspath $(DIST_VENV))/bin:$$PATH" && \
-		alexnet-triton train --data sample --model lenet --out run && TRITON_INTERPRET=1 alexnet-triton check run
-
-$(DIST_VENV)/installed: dist
-	$(PYTHON) -m venv --clear $(DIST_VENV)
-	$(DIST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(echo build/dist/*.whl)[train]"
-	@touch $@
-
-bench: $(INSTALLED)
+kernelbench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernelbench $(ARGS)
 
 stream: $(INSTALLED)

@@ -37,6 +37,7 @@ from kernels.runtime.backend import INTERPRETED
 
 from .guard import guard_memory
 from .interpreter import speed_up
+from .selection import mark_slow_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,6 +54,12 @@ SMALL_TILES = {
     "BLOCK_CHANNELS": 4,
     "SPLIT": 3,
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before ``-m "not slow"`` is applied."""
+    mark_slow_cases(items)
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,7 @@ KERNELS_OF_HALF = {
 }
 
 
+@pytest.mark.thin("bfloat16")
 @own_devices
 @each_precision
 def test_ten_steps_twice_here_and_in_another_process(
@@ -201,6 +202,7 @@ def _operations(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Operatio
     }
 
 
+@pytest.mark.thin
 @each_precision
 @pytest.mark.parametrize("name", _operations(torch.float32))
 @pytest.mark.parametrize("images", [0, 1], ids=["for_few", "for_many"])

@@ -113,6 +113,7 @@ def assert_equal_pixels(name: str, pixels: Tensor) -> None:
     assert torch.equal(pixels, pixels[:, :, :1, :1].expand_as(pixels)), name
 
 
+@pytest.mark.thin
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dtype: torch.dtype, launches: list[str]) -> None:
@@ -136,6 +137,7 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
                 assert_equal_pixels("gradient of input", inner)
 
 
+@pytest.mark.thin
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.dtype) -> None:

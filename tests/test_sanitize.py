@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from .conftest import DEVICE
 from .sanitize import launch_all, missing_kernels
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched() -> None:
     device = torch.device(DEVICE)
     launched = launch_all(device)

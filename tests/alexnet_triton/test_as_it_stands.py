@@ -177,6 +177,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 EVERYWHERE = [name for name in CHANGES if "." in name and "instance" not in name]
 
 
+@pytest.mark.thin
 @own_devices
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before fuse", "after fuse", "after a call"])

@@ -302,6 +302,7 @@ def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
     return _state(trainer)
 
 
+@pytest.mark.thin
 @HALF_DTYPES
 @pytest.mark.parametrize(
     "augment",
@@ -324,6 +325,7 @@ def test_training_computes_the_same_bits(
     assert not any(torch.equal(now, start) for now, start in zip(on_cells, network(dtype).parameters(), strict=False))
 
 
+@pytest.mark.thin
 @HALF_DTYPES
 @pytest.mark.parametrize("images", ["resized", "patches", "ten crops"])
 def test_evaluation_computes_the_same_bits(

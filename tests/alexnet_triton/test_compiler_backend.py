@@ -73,6 +73,7 @@ def test_options() -> None:
         torch.compile(nn.ReLU(), backend=BACKEND, options={"rest": "tvm"})(torch.ones(1, device=DEVICE))
 
 
+@pytest.mark.thin("Functional")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
 @pytest.mark.parametrize("form", ["Functional", "Residual"])
 def test_the_rest_by_inductor(form: str, launches: list[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.thin("ddp")
 @pytest.mark.timeout(270)
 @pytest.mark.parametrize("name", ["ddp_worker.py", "fsdp_worker.py"])
 def test_two_processes_have_what_one_has_of_the_whole_batch(name: str, tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ def test_an_export_is_loaded_by_another_process(net: FusedSequential, tmp_path: 
     subprocess.run([sys.executable, "-c", code, tmp_path / "net.pt2", tmp_path / "expected.pt"], check=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_a_package_of_aot_inductor(net: FusedSequential, tmp_path: Path) -> None:
     with torch.no_grad():

@@ -334,6 +334,7 @@ USES: dict[str, Use] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("form", FORMS)
 def test_form(form: str, use: str) -> None:

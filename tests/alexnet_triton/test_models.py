@@ -116,21 +116,18 @@ def steps() -> tuple[Step, Step, Step]:
     return result
 
 
-@pytest.mark.slow
 def test_logits_and_input_gradient(steps: tuple[Step, Step, Step]) -> None:
     ours, peer, exact = steps
     assert_within_tolerance("logits", ours.logits, peer.logits, exact.logits)
     assert_within_tolerance("input gradient", ours.input_grad, peer.input_grad, exact.input_grad)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"{i}.{n}" for i in (0, 3, 6, 8, 10, 14, 17, 20) for n in ("weight", "bias")])
 def test_parameter_gradients(name: str, steps: tuple[Step, Step, Step]) -> None:
     ours, peer, exact = steps
     assert_within_tolerance(f"gradient of {name}", ours.grads[name], peer.grads[name], exact.grads[name])
 
 
-@pytest.mark.slow
 def test_losses_before_and_after_an_sgd_step(steps: tuple[Step, Step, Step]) -> None:
     ours, peer, exact = steps
     assert ours.loss == pytest.approx(peer.loss, rel=1e-6)

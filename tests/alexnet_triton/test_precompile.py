@@ -68,6 +68,7 @@ def test_another_process_finds_them_on_the_disk(cache: Path, cold: Any) -> None:
     assert warm["first"] == {"found": cold["compiled"], "compiled": 0}
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine(tmp_path: Path) -> None:
     """The first process compiles all kernels before the others begin; no collective operation of a step is called."""
     found = _worker(tmp_path, "processes")["processes"]

@@ -65,6 +65,7 @@ def _gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(net(x).square().sum(), list(net.parameters())))
 
 
+@pytest.mark.thin("alexnet")
 def test_training(pair: Pair) -> None:
     """Gradients with dropout equal those on PyTorch's operations; gradients without dropout equal torchvision's network's."""
     net, fused, x, _ = pair

@@ -309,6 +309,7 @@ SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL))]
 SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "turns"), SMALL_JOBS, ids=lambda v: f"{v.layer}-{v.pass_}" if isinstance(v, tune.Job) else str(v)
 )

@@ -129,6 +129,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 BOTH_FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 
 
+@pytest.mark.thin("resnet18", "convnext_atto")
 @BOTH_FORMATS
 def test_inference(pair: Pair, memory_format: torch.memory_format, launches: list[str]) -> None:
     net, fused = pair.net.eval(), pair.fused.eval()
@@ -144,6 +145,7 @@ def test_inference(pair: Pair, memory_format: torch.memory_format, launches: lis
         assert_same("output", got, wanted)
 
 
+@pytest.mark.thin("resnet10t")
 @BOTH_FORMATS
 @pytest.mark.parametrize("pair", MAPS, ids=id_of, indirect=True)
 def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
@@ -154,6 +156,7 @@ def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
         assert_same("output", fused(x), net(x))
 
 
+@pytest.mark.thin("resnet18")
 def test_training(pair: Pair) -> None:
     """Outputs, gradients of parameters and images, and the buffers of batch normalization."""
     x = images()

@@ -148,6 +148,7 @@ def test_launches_of_the_steps(step: tuple[dict, str], trainer_step: dict) -> No
     assert trainer_step["totals"]["torch_operators"] <= 3  # the labels' gather, two seeds
 
 
+@pytest.mark.slow
 def test_older_gpus_are_given_images(tmp_path: Path) -> None:
     records = run_audit(tmp_path / "a.json", "--mode", "trainer", "--arch", "sm_80", "--batch", "2")[0]["records"]
     (data,) = [r for r in records if r["kernel"] == "_gather_resize_kernel"]
@@ -182,6 +183,7 @@ def test_no_spills_and_tensor_cores_everywhere(step: tuple[dict, str]) -> None:
     assert [r for r in step[0]["records"] if r["has_dot"] and not r["tensor_core_ops"]] == []
 
 
+@pytest.mark.thin("sm_90-bfloat16-N128-train")
 @pytest.mark.parametrize("key", json.loads(COMMITTED.read_text()))
 def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) -> None:
     """If a change makes them worse on purpose, update the file: python -m benchmarks.audit --update.
@@ -220,6 +222,7 @@ def test_flops_of_rows_of_taps() -> None:
     assert flops("_conv2d_taps_kernel", (26 * 26,), a) == (2 * 128 * 26 * 26 * 256 * 2400, 2 * 128 * 256 * rows * columns)
 
 
+@pytest.mark.slow
 def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
     """conv1 to conv5 use TMA loads and tensor cores in TF32, forward and backward, and waste few products."""
     result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")
@@ -249,6 +252,7 @@ def test_the_committed_file_covers_the_targets_and_batches() -> None:
     assert wanted | {case_name("sm_90", "bfloat16", 128, mode) for mode in ("infer", "trainer")} == set(committed)
 
 
+@pytest.mark.slow
 def test_float32(tmp_path: Path) -> None:
     result, _ = run_audit(tmp_path / "a.json", "--batch", "1", "--dtype", "float32", "--mode", "infer")
     assert result["totals"]["spill_bytes"] == 0
@@ -263,6 +267,7 @@ def float32_step(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return run_audit(tmp_path_factory.mktemp("audit") / "a.json", "--dtype", "float32")[0]
 
 
+@pytest.mark.slow
 def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_step: dict) -> None:
     """conv2 to conv5 do so in all passes, and so does conv1, whose filters are small."""
     products = [r for r in float32_step["records"] if r["has_dot"] and r["layer"].startswith("conv")]
@@ -274,6 +279,7 @@ def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_st
     assert float32_step["totals"]["spill_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_bytes_of_a_float32_step(float32_step: dict) -> None:
     """conv1's unpooled output is neither written nor saved; the images' cells are saved instead of the images."""
     totals = float32_step["totals"]

@@ -148,6 +148,7 @@ def test_how_long_a_stage_took_is_expected_of_it(tmp_path: Path) -> None:
     assert outcomes(later) == [("a", "done")] * 2
 
 
+@pytest.mark.slow
 def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path: Path) -> None:
     hangs, a = stage("hangs", seconds=4, sleeps=600), stage("a")
     one = session(tmp_path)
@@ -159,6 +160,7 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path: Path) -> None
     assert one.expected(hangs) == 2 * one.records[0]["seconds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_kill_loses_only_the_stage_that_ran(number: signal.Signals, tmp_path: Path) -> None:
     slow = {"seconds": 100, "sleeps": 600}

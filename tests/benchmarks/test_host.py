@@ -120,6 +120,7 @@ def rows(measured: dict) -> dict[tuple[str, str, str], dict]:
     return _by_key(measured)
 
 
+@pytest.mark.slow
 def test_every_case_has_a_row(measured: dict, rows: dict) -> None:
     assert len(rows) == len(measured["rows"])
     assert set(rows) == {(case.name, case.mode, case.dtype) for case in host_cases()} == set(MOST_RATIO) == set(COUNTS)

@@ -205,6 +205,7 @@ def test_the_rule(dtype: torch.dtype, allowed: float) -> None:
         verify(trial, beyond.to(dtype), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpreter", [False, True])
 def test_the_command_without_a_gpu(interpreter: bool, tmp_path: Path) -> None:
     """It runs the PyTorch reference, or LeNet-5 in the interpreter."""

@@ -55,7 +55,7 @@ def _compile(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def launches(request: pytest.FixtureRequest) -> list[dict]:
     """Every launch of a training step at batch 128 and of the single operations, compiled."""
     return _compile("--arch", request.param, "--dtype", *DTYPES, "--batch", "128")
@@ -127,6 +127,7 @@ def test_copies_past_the_registers_feed_an_a100s_tensor_cores(launches: list[dic
         assert [r for r in large if r["async_copies"] * 16 * 32 * r["num_warps"] != 3 * stage] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
 def test_exact_float32_spills_nothing(arch: str) -> None:
     """Exact products are computed in registers, which leaves few for pointers. The test of the TF32 switch covers sm_90."""
@@ -137,12 +138,14 @@ def test_shared_memory_fits(launches: list[dict]) -> None:
     assert [r for r in launches if r["shared_bytes"] > SHARED_BYTES[r["arch"]]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_a_small_batchs_configurations_compile(arch: str) -> None:
     """``--check`` finds no fault. The docstring of benchmarks/offline.py has the command for every architecture and batch."""
     assert _compile("--check", "--arch", arch, "--batch", "7") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["--tf32", "--no-tf32"])
 def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
     """They fit in its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in both precisions."""
@@ -155,6 +158,7 @@ def test_an_amd_gpu_runs_the_general_kernels(precision: str) -> None:
     assert [r for r in records if r["float_atomics"]] == []
 
 
+@pytest.mark.slow
 def test_convolutions_on_an_amd_gpu_without_tf32_compile() -> None:
     """PyTorch's switch allows TF32 by default. An MI200 has none and multiplies float32 exactly."""
     records = _compile("--arch", "gfx90a", "--dtype", "float32")
@@ -180,6 +184,7 @@ def test_images_and_cells_are_computed_without_fused_products(launches: list[dic
     assert any(r["fused_products"] for r in launches)  # other kernels do fuse
 
 
+@pytest.mark.slow
 def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
     """Nothing spills there either, although int64 offsets need twice the registers."""
     records = _compile("--arch", "sm_90", "--dtype", "bfloat16", "float32", "--wide", "--batch", "128")
@@ -219,6 +224,7 @@ def test_the_int64_check_sees_an_int32_product(launches: list[dict]) -> None:
     assert {r["kernel"] for r in launches if not r["int32_program_products"]} <= without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "exact"])
 @pytest.mark.parametrize("arch", TENSOR_CORE_OPS)
 def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
@@ -236,6 +242,7 @@ def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
     assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
+@pytest.mark.slow
 def test_each_target_of_one_process_gets_code_of_its_own() -> None:
     """Triton caches compiled code by device, so the targets must count as different devices."""
     program = """
@@ -310,6 +317,7 @@ def test_a_first_operand_from_registers_is_read_once_for_both_blocks(dtype: str)
     assert waits <= 5
 
 
+@pytest.mark.slow
 def test_a_first_operand_from_registers_is_refused_before_ptxas_13_3() -> None:
     if ptxas_version(90) >= (13, 3):
         pytest.skip("this Triton's ptxas is new enough")
@@ -347,6 +355,7 @@ def _linear_launches(precision: str, arch: str, *batches: int) -> list[dict]:
     return [r for r in records if r["kernel"].startswith(("_matmul", "_row_major", "_linear_narrow"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str) -> None:
     """fc1 and fc2 do so in all passes; fc3's ten outputs have their own kernels, and only the backward one has products."""
@@ -361,6 +370,7 @@ def test_linear_layers_in_tf32_run_on_tensor_cores_through_descriptors(arch: str
     assert [r for r in described if not r["tma_loads"] or not r["tensor_core_ops"].get(wanted) or r["register_operands"]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TENSOR_CORE_OPS)
 def test_exact_linear_layers_do_not_spill(arch: str) -> None:
     records = _linear_launches("ieee", arch, 1, 2, 7, 128, 1024)

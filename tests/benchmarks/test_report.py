@@ -50,6 +50,7 @@ def rows(content: dict, **wanted: object) -> list[dict]:
     return [r for r in content["rows"] if all(r[key] == value for key, value in wanted.items())]
 
 
+@pytest.mark.slow
 def test_environment_and_ceilings(content: dict) -> None:
     environment = content["environment"]
     assert environment["torch"] == torch.__version__
@@ -147,6 +148,7 @@ def test_a_network_may_round_its_products_to_tf32_and_no_further(bits: int, righ
     assert train["verified"] is right
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="PyTorch's exact products are a CPU's")
 @pytest.mark.parametrize(("bits", "right"), [(13, True), (16, False)], ids=["tf32", "bfloat16"])
 def test_so_may_alexnet(bits: int, right: bool) -> None:

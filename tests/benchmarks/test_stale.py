@@ -92,6 +92,7 @@ def test_of_other_modules_of_rules_every_function_counts() -> None:
     assert changed(rules(3), rules(3), ["a_config"]) == []
 
 
+@pytest.mark.thin("two_blocks")
 @pytest.mark.parametrize(
     ("name", "operations"),
     [
@@ -144,6 +145,7 @@ def test_what_stale_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown, which is not here" in stale.describe(Measured("results/y.json", None, False))
 
 
+@pytest.mark.slow
 def test_everything_in_the_repository_is_named(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["stale"])
     stale.main()

@@ -25,6 +25,7 @@ def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict
     return content
 
 
+@pytest.mark.slow
 def test_every_way_is_timed_with_every_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,6 +35,7 @@ def test_every_way_is_timed_with_every_number_of_workers(
     assert "by arithmetic: 20,000 images/s take" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_listing_and_what_a_gpu_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = _run(tmp_path, monkeypatch, "--memory", "--listing", "--cuda")
     assert found["memory"]["images"] == 64

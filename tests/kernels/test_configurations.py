@@ -278,6 +278,7 @@ def _hold(part: Part, name: str, ours: Tensor, peer: Tensor, exact: Tensor) -> N
     assert_within_tolerance(name, ours, peer, exact)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("like", [p for p in PARTS if p.run is not None], indirect=True, ids=lambda p: p.id)
 def test_a_layer_like_alexnets(like: Part) -> None:
     part = like

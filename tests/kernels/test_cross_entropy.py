@@ -80,6 +80,7 @@ def check_case(shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, smoot
     check(ours, theirs, randn(*shape, dtype=dtype))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

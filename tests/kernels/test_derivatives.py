@@ -325,6 +325,7 @@ def assert_as(use: Callable[..., Sequence[Tensor]], ours: Operation, reference: 
         assert_within_tolerance(f"{use.__name__}, result {i}", got, peer, truth, inherent=inherent)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d in (torch.float32, torch.float64)], ids=dtype_id)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -136,6 +136,7 @@ def test_conv2d(case: Case, activation: str | None, launches: list[str]) -> None
     _check_conv2d("conv2d", case, activation, launches)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @any_case(
     "conv2d_by_descriptors",
@@ -315,6 +316,7 @@ def test_conv2d_relu_max_pool2d(case: Case, output_format: torch.memory_format |
     _check_block("conv2d_relu_max_pool2d", case, output_format, False, launches)
 
 
+@pytest.mark.slow
 @any_case(
     "conv2d_relu_max_pool2d_by_descriptors",
     cases(blocks(strided_first_layers()), (*SINGLE_AND_HALF, torch.float32)),

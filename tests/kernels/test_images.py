@@ -301,6 +301,7 @@ def equal_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return got.dtype == expected.dtype and torch.equal(got.contiguous().view(integers), expected.contiguous().view(integers))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("augmented", ["plain", "augmented", "windows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

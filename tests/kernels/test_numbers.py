@@ -225,6 +225,7 @@ def test_linear_of_many_features(dtype: torch.dtype) -> None:
     assert_within_tolerance("output", kernels.linear(x, w, b), F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
 
 
+@pytest.mark.thin("bfloat16")
 @pytest.mark.slow_under_ttsem
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -237,6 +238,7 @@ def test_gradients_over_many_rows(dtype: torch.dtype) -> None:
     assert_within_tolerance("bias", column_sums, dz.sum(0), dz.double().sum(0))
 
 
+@pytest.mark.thin("bfloat16")
 @pytest.mark.slow_under_ttsem
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

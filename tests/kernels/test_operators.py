@@ -193,6 +193,7 @@ def test_every_operator_has_a_sample() -> None:
     assert operators == {re.split("_of_|_without_", name)[0] for name in SAMPLES}
 
 
+@pytest.mark.slow
 @own_devices
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +203,7 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.thin("False")
 @own_devices
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_network_compiles_as_one_graph_for_any_batch(dynamic: bool) -> None:

@@ -209,6 +209,7 @@ def test_missing_bits_make_the_steps_of_float32_masters(setting: dict[str, Any],
     assert rounded_down > 0
 
 
+@pytest.mark.slow
 def test_thousands_of_steps_are_those_of_float32_masters() -> None:
     master = torch.randn(1000, device=DEVICE) * torch.logspace(-30, 30, 1000, device=DEVICE)
     (param,), (bits,), (ties,) = split([master])

@@ -78,7 +78,6 @@ def test_train_in_bfloat16_on_augmented_images(tmp_path: Path) -> None:
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_train_alexnet(tmp_path: Path) -> None:
     out = tmp_path / "run"
     short = ("--data", "sample", "--limit", "16", "--batch-size", "8", "--epochs", "1", "--device", "cpu")
@@ -226,6 +225,7 @@ WITHOUT_A_HOME = {
 }
 
 
+@pytest.mark.thin("unset-version", "no_folder-train")
 @pytest.mark.parametrize("command", WITHOUT_A_HOME)
 @pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
 def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_safetensors(run: tuple[Path, nn.Sequential], dtype: str) -> None:
     assert all(torch.equal(weights[key], value.to(getattr(torch, dtype))) for key, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pt2_loads_without_this_package(run: tuple[Path, nn.Sequential], dtype: str, tmp_path: Path) -> None:
     folder, net = run

@@ -264,7 +264,6 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     assert [str(error) for error in errors] == [f"{tmp_path / 'secret'}: cannot be read: Permission denied"]
 
 
-@pytest.mark.slow
 def test_alexnet_predicts(tmp_path: Path) -> None:
     """An image of 28 x 28 is resized to 224 x 224 as in training, not when it is decoded."""
     path = checkpoint_of(tmp_path, "alexnet")

@@ -244,6 +244,7 @@ def test_no_such_users_home_is_an_error_of_the_data() -> None:
             call("~nobody-of-this-name/x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "summary --model lenet", "predict /nowhere.pt a.png"])
 def test_a_user_without_home_or_entry(arguments: str, tmp_path: Path) -> None:
     """A container's random user has no $HOME and no line in /etc/passwd."""

@@ -60,6 +60,7 @@ def _can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.thin("ro")
 @pytest.mark.parametrize("room", ["size=64m", "size=4k", "ro"])
 def test_no_shared_memory_is_needed(room: str, tmp_path: Path) -> None:
     """200 MB of images are decoded with 64 MB of /dev/shm, as in containers, with one page, and with a read-only one."""

@@ -307,6 +307,7 @@ def test_a_stop_does_not_wait_for_images(folder: Path, monkeypatch: pytest.Monke
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_waiting_for_images_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[tuple[float, float]] = []
     read = Files.read

@@ -136,6 +136,7 @@ def test_the_command_in_two_processes_prints_once_and_a_signal_saves(tmp_path: P
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data", "option"])
 def test_what_all_processes_find_wrong_is_said_once(kind: str, tmp_path: Path) -> None:
     """Each process decodes the folder of images and checks the options; an error that all find is printed once."""
@@ -207,6 +208,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return state_of(out)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed: list[Any], tmp_path: Path) -> None:
     """torchrun ends the other process and starts both again; the resumed run is bit-identical to an undisturbed one."""
@@ -226,6 +228,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(undisturbed:
     assert state_of(out) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Path) -> None:
     """Two torchrun agents, started as in the documentation except for the addresses; rendezvous decides which one leads."""
@@ -240,6 +243,7 @@ def test_two_machines_train_what_one_trains(undisturbed: list[Any], tmp_path: Pa
     assert state_of(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_four_processes_train_what_one_trains_and_resume_to_the_same_bits(tmp_path: Path) -> None:
     """Sums of more than two gradients depend on their order, which must be the same in the first step after resuming."""

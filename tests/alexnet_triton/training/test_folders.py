@@ -154,6 +154,7 @@ def test_a_file_system_without_locks_is_said_and_other_errors_are_raised(
     assert error.value.filename == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     code = "import time; time.strftime = lambda *_: 'now'; from alexnet_triton.__main__ import main; main()"
     both = [
@@ -174,6 +175,7 @@ def test_two_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_pa
     assert seeds == {1, 2}
 
 
+@pytest.mark.slow
 def test_nobody_else_gets_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:
     """New runs, resumed runs and comparisons are refused even before the first file is written; a kill releases the lock."""
     out = tmp_path / "lenet"

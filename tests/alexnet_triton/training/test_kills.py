@@ -15,6 +15,7 @@ from .test_resume import flat
 from .test_signals import start
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 def test_a_run_that_is_killed_again_and_again_has_the_same_bits(tmp_path: Path) -> None:
     process = start(Path(__file__).with_name("kill_worker.py"), tmp_path, 6)

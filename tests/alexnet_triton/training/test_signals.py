@@ -211,6 +211,7 @@ def test_the_step_that_runs_is_finished_and_saved(graph: bool, tmp_path: Path, m
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.thin("SIGTERM")
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 @EACH
 def test_a_training_process_saves_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ CASES = (
 )
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", DRAW, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_forward_and_gradients(case: Case, dtype: torch.dtype, launches: list[str]) -> None:

@@ -147,6 +147,7 @@ def positions(output: Tensor) -> Tensor:
     return output.grad_fn.saved_tensors[-1]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 @pytest.mark.parametrize("make", [randn, integers])
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
@@ -168,6 +169,7 @@ def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: 
             assert (positions(ours)[:, ::3] == no_gradient(torch.uint8)).all()
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """Sums of small integers are exact in any order, so the gradients must equal the reference's bit for bit."""
@@ -213,6 +215,7 @@ def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int
     assert torch.allclose(bias_1, bias_2, rtol=2 * torch.finfo(dtype).eps, equal_nan=True)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
     """The reference's windows take the pixels that ours took: a tie that is due to rounding is none in float64."""
@@ -274,6 +277,7 @@ def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
         assert torch.equal(mine.isnan(), other.isnan())
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES[2:5], ids=lambda case: case.id)
 def test_without_gradients_no_position_is_written(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
@@ -314,6 +318,7 @@ def test_any_strides_of_the_gradient(layout: str, dtype: torch.dtype, launches: 
     assert POOL_WGRAD[dtype] in launches
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize(
     "wanted", ["input", "weight", "bias", "weight and bias", "input and weight", "input and bias", "input and weight and bias"]

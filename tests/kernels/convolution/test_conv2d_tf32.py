@@ -177,6 +177,7 @@ def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> N
     assert copied == ([wanted == "input weight"] if "input" in wanted else [])
 
 
+@pytest.mark.thin
 @hopper
 @pytest.mark.parametrize("int64", [False, True])
 @pytest.mark.parametrize("images", [1, 0], ids=["images", "box"])
@@ -202,6 +203,7 @@ def test_copies_of_ragged_batches(batch: int, images: int, int64: bool, monkeypa
 FOLDED = [(16, 3, 32, 0), (16, 5, 64, 32), (48, 3, 64, 32), (16, 3, 16, 16), (32, 2, 64, 0), (16, 3, 128, 0)]
 
 
+@pytest.mark.thin
 @hopper
 @pytest.mark.parametrize("padding", [0, 1, (1, 4)], ids=["no_padding", "padding_1", "padding_1x4"])
 @pytest.mark.parametrize("batch", [3, 17])

@@ -68,6 +68,7 @@ def tensors(n: int, dtype: torch.dtype, make: Callable[..., Tensor] = randn) -> 
     return [make(*shape, dtype=dtype) for shape in shapes]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("tf32", [False, True], ids=["exact", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
@@ -97,6 +98,7 @@ def test_forward_and_gradients(case: str, dtype: torch.dtype, tf32: bool, launch
         assert launches.count("_epilogue_backward_kernel") == ("pool" not in case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_of_the_operations_alone(case: str) -> None:
     """The first bias's gradient is an exception: its terms are summed before they are rounded."""

@@ -76,6 +76,7 @@ def dense(size: tuple[int, ...], output_format: torch.memory_format | None) -> t
     return strides[-len(size) :]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("output_format", FORMATS.values(), ids=list(FORMATS))
 @pytest.mark.parametrize(("family", "dtype"), EACH)
@@ -95,6 +96,7 @@ def test_strides_and_bits(
     assert launches[-1] == family.runs
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_values_and_gradients(family: Family, dtype: torch.dtype, activation: str | None) -> None:

@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", list(DRAW), ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
 def test_values(case: str, dtype: torch.dtype, launches: list[str]) -> None:

@@ -59,6 +59,7 @@ def run(case: str, dtype: torch.dtype, output_format: torch.memory_format | None
         )
 
 
+@pytest.mark.thin
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", list(DRAW), ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
