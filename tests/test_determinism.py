@@ -68,7 +68,7 @@ KERNELS_OF_HALF = {
 }
 
 
-@pytest.mark.thin("bfloat16")
+@pytest.mark.slow
 @own_devices
 @each_precision
 def test_ten_steps_twice_here_and_in_another_process(

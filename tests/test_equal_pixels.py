@@ -137,7 +137,7 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
                 assert_equal_pixels("gradient of input", inner)
 
 
-@pytest.mark.thin
+@pytest.mark.thin("general-float32", "images-float16", "stem_pool-bfloat16")
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("family", "dtype"), EACH)
 def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.dtype) -> None:

@@ -88,6 +88,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
     runpy.run_path(str(extract("tutorial.py", "```python", tmp_path)))
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_without_spills(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
     printed = run_compiling("-O", "-c", _COMPILE, str(extract("tutorial.py", "```python", tmp_path)))

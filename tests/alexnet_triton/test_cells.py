@@ -302,7 +302,7 @@ def _trained(dtype: torch.dtype, augment: Augment) -> list[Tensor]:
     return _state(trainer)
 
 
-@pytest.mark.thin
+@pytest.mark.thin("plain-bfloat16", "patch-float16")
 @HALF_DTYPES
 @pytest.mark.parametrize(
     "augment",
@@ -325,7 +325,7 @@ def test_training_computes_the_same_bits(
     assert not any(torch.equal(now, start) for now, start in zip(on_cells, network(dtype).parameters(), strict=False))
 
 
-@pytest.mark.thin
+@pytest.mark.thin("resized-bfloat16")
 @HALF_DTYPES
 @pytest.mark.parametrize("images", ["resized", "patches", "ten crops"])
 def test_evaluation_computes_the_same_bits(

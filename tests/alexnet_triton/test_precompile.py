@@ -43,6 +43,7 @@ def cold(cache: Path) -> Any:
     return _worker(cache, "run")["run"]
 
 
+@pytest.mark.slow
 def test_a_run_compiles_nothing_more(cold: Any) -> None:
     """Steps and evaluations find every kernel in memory; none is even read from the disk cache."""
     assert cold["compiled"] == cold["first"]["compiled"] == cold["first"]["found"] >= 16

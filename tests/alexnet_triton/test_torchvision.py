@@ -48,6 +48,7 @@ def test_what_is_kept_and_what_is_fused(pair: Pair) -> None:
     assert (explanation.fused_layers, explanation.layers) == counts
 
 
+@pytest.mark.thin("alexnet")
 def test_inference(pair: Pair, launches: list[str]) -> None:
     net, fused, x, _ = pair
     net.eval()

@@ -223,6 +223,7 @@ def _recorded(prepare: Callable[..., Callable[[], Tensor]], *arguments: object) 
 PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "job"), PRECISE_JOBS, ids=lambda v: v if isinstance(v, str) else f"{v.layer}-{v.pass_}")
 def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, job: tune.Job, tables: Path) -> None:
     """The first, a middle and the last candidate of each job are written as its entry; a launch has each of the values."""

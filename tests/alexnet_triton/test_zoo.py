@@ -129,7 +129,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 BOTH_FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 
 
-@pytest.mark.thin("resnet18", "convnext_atto")
+@pytest.mark.thin("resnet18")
 @BOTH_FORMATS
 def test_inference(pair: Pair, memory_format: torch.memory_format, launches: list[str]) -> None:
     net, fused = pair.net.eval(), pair.fused.eval()

@@ -183,7 +183,7 @@ def test_no_spills_and_tensor_cores_everywhere(step: tuple[dict, str]) -> None:
     assert [r for r in step[0]["records"] if r["has_dot"] and not r["tensor_core_ops"]] == []
 
 
-@pytest.mark.thin("sm_90-bfloat16-N128-train")
+@pytest.mark.slow
 @pytest.mark.parametrize("key", json.loads(COMMITTED.read_text()))
 def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) -> None:
     """If a change makes them worse on purpose, update the file: python -m benchmarks.audit --update.
@@ -201,6 +201,7 @@ def test_totals_are_not_worse_than_the_committed_ones(key: str, tmp_path: Path) 
     assert without_tensor_cores == ({"fc1", "fc2", "fc3"} if dtype == "float32" else set())
 
 
+@pytest.mark.slow
 def test_weight_gradients_multiply_next_to_nothing_in_vain(tmp_path: Path) -> None:
     """The rules, which apply where nothing was measured, split the work into parts of equal size."""
     result, _ = run_audit(tmp_path / "a.json", "--untuned")

@@ -55,7 +55,7 @@ def _compile(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES])
 def launches(request: pytest.FixtureRequest) -> list[dict]:
     """Every launch of a training step at batch 128 and of the single operations, compiled."""
     return _compile("--arch", request.param, "--dtype", *DTYPES, "--batch", "128")

@@ -59,6 +59,7 @@ def test_environment_and_ceilings(content: dict) -> None:
     assert content["ceilings"] == {"bf16_tflops": 2 * 64**3 / 1e9, "tf32_tflops": 2 * 64**3 / 1e9, "copy_tbps": 2048 / 1e9}
 
 
+@pytest.mark.slow
 def test_every_operation_pass_and_peer_has_a_row(content: dict) -> None:
     conv = {(r["impl"], r["pass"]) for r in rows(content, section="plain", case="conv3")}
     assert conv == {

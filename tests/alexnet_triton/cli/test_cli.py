@@ -78,6 +78,7 @@ def test_train_in_bfloat16_on_augmented_images(tmp_path: Path) -> None:
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_train_alexnet(tmp_path: Path) -> None:
     out = tmp_path / "run"
     short = ("--data", "sample", "--limit", "16", "--batch-size", "8", "--epochs", "1", "--device", "cpu")
@@ -110,6 +111,7 @@ def test_train_on_the_gpu(model: str, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"{model} on Triton kernels on ")
 
 
+@pytest.mark.slow
 def test_default_out_folder(tmp_path: Path) -> None:
     result = run("train", "--model", "lenet", *SHORT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -225,7 +227,7 @@ WITHOUT_A_HOME = {
 }
 
 
-@pytest.mark.thin("unset-version", "no_folder-train")
+@pytest.mark.thin("no_folder-train")
 @pytest.mark.parametrize("command", WITHOUT_A_HOME)
 @pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
 def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def same_results(ours: Path, theirs: Path) -> None:
         assert flat([kept[0].weights, kept[0].metrics]) == flat([kept[1].weights, kept[1].metrics])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["while it trains", "when its training is over"])
 def test_a_signal_ends_it_and_the_run_can_go_on(late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal too late for one run stops the next one, before its first step."""

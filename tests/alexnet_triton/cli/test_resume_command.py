@@ -187,6 +187,7 @@ def killed(*arguments: object) -> None:
         CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["predict_split", "plot_curves", "plot_confusion", "plot_most_wrong"])
 def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"

@@ -128,6 +128,7 @@ def test_a_path_that_leads_nowhere_good_is_one_line(name: str, place: Path) -> N
     assert sorted(place.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
     """In a separate process with ASCII output: names of other characters, and a file name that is not valid UTF-8."""
     file = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")

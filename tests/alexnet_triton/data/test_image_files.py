@@ -284,6 +284,7 @@ def test_memory_that_is_short_is_that_files_error(
     assert (readable, str(only)) == ([], f"{path}: too large to be decoded: it takes more memory than there is")
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_indeed(tmp_path: Path) -> None:
     """In a process with a memory limit, the large file gives one line of error and the small file is read."""
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")

@@ -60,7 +60,7 @@ def _can_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.thin("ro")
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["size=64m", "size=4k", "ro"])
 def test_no_shared_memory_is_needed(room: str, tmp_path: Path) -> None:
     """200 MB of images are decoded with 64 MB of /dev/shm, as in containers, with one page, and with a read-only one."""
@@ -130,6 +130,7 @@ def test_a_process_that_sends_nothing_is_given_up(files: Files, monkeypatch: pyt
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_waited_for(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every chunk takes long (0.7 s), but none takes as long as ``PATIENCE``."""
     monkeypatch.setattr(image_workers, "PATIENCE", 2.0)
@@ -165,6 +166,7 @@ def test_memory_that_there_is_not(files: Files) -> None:
         Decoders(files, 3, 10**7, 70, 0)
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_forked_them(files: Files, tmp_path: Path) -> None:
     """Workers end even if their parent is killed by SIGKILL, which it cannot announce."""
     script = f"""

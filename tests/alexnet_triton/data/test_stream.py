@@ -360,6 +360,7 @@ def test_predictions_are_of_the_images_that_were_there(damaged: Path) -> None:
         evaluate(net, data.test, batch_size=4, image_size=28, device=CPU)
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_stop_a_run_as_one_does(folder: Path, tmp_path: Path) -> None:
     """`timeout` and batch systems send signals to all processes of a group."""
     how = ("--stream", "--model", "lenet", "--epochs", "1000", "--backend", "torch", "--device", "cpu", "--workers", "3")

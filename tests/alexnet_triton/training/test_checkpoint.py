@@ -86,6 +86,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(
     assert events == ["rename", "folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("checkpoint_worker.py")

@@ -133,6 +133,7 @@ def test_weights_of_another_dtype_are_rounded(dtype: torch.dtype) -> None:
     assert take_weights(trained, {"0.weight": torch.ones(6, 1, 5, 5, dtype=torch.int64)}).tensors == 0
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_is_resumed_without_the_file(tmp_path: Path) -> None:
     begin("first", "--epochs", "1", cwd=tmp_path)
     torch.save(weights(tmp_path / "first"), tmp_path / "w.pth")
@@ -248,6 +249,7 @@ def test_frozen_layers_keep_their_bits_and_the_optimizer_knows_nothing_of_them(d
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_new_convolution_is_trained_and_the_others_are_the_files_to_the_bit(dtype: str, tmp_path: Path) -> None:
     """The same holds in half precision and in a resumed run."""
@@ -386,6 +388,7 @@ def test_a_loss_of_another_version_is_no_part_of_its_line() -> None:
     assert Recipe().early_stop is None
 
 
+@pytest.mark.slow
 def test_a_missing_picture_of_a_run_that_stopped_early_is_drawn(tmp_path: Path) -> None:
     begin("run", "--lr", "0", "--early-stop", "1", "--epochs", "9", cwd=tmp_path)
     (tmp_path / "run" / "curves.png").unlink()

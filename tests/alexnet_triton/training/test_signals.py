@@ -259,6 +259,7 @@ def test_a_checkpoint_that_is_asked_for_changes_no_bit(graph: bool, tmp_path: Pa
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("ttsem" in sys.modules, reason="runs no kernel")
 def test_sigusr1_saves_and_says_so_and_a_closed_terminal_loses_nothing(tmp_path: Path) -> None:
     """The process leads a session on its own terminal. Once the terminal is closed, printing is an error."""

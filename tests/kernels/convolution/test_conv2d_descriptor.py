@@ -187,6 +187,7 @@ TF32_CASES = (
 )
 
 
+@pytest.mark.thin("c8-", "c96_two_pixels", "n33")
 @pytest.mark.parametrize("case", TF32_CASES, ids=lambda case: case.id)
 def test_tf32_channels_and_batches(case: Case, launches: list[str]) -> None:
     case.check(torch.float32)

@@ -139,6 +139,7 @@ def test_a_nan_outside_of_every_filter_row_reaches_nothing() -> None:
 # ------------------------------------------------------------------------------------------------- what is wanted
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("wanted", ["weight", "bias", "input", "input, bias", "weight, bias", "input, weight, bias"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 def test_only_what_is_wanted(wanted: str, has_bias: bool, launches: list[str]) -> None:
@@ -334,6 +335,7 @@ def network() -> nn.Module:
     return fuse(net)
 
 
+@pytest.mark.slow
 @own_devices
 @pytest.mark.parametrize("backend", ["aot_eager", BACKEND], ids=["aot_eager", "own"])
 def test_compiled(backend, launches: list[str]) -> None:

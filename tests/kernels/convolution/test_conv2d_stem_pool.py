@@ -215,7 +215,7 @@ def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int
     assert torch.allclose(bias_1, bias_2, rtol=2 * torch.finfo(dtype).eps, equal_nan=True)
 
 
-@pytest.mark.thin
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
     """The reference's windows take the pixels that ours took: a tie that is due to rounding is none in float64."""
@@ -342,6 +342,7 @@ def test_only_the_gradients_that_are_wanted(wanted: str, dtype: torch.dtype, lau
     assert bool({"_conv2d_images_kernel", "_conv2d_box_kernel"} & set(launches)) == ("input" in wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
 def test_offsets_in_int64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
     monkeypatch.setattr(launch, "force_int64", True)
@@ -391,6 +392,7 @@ def test_three_channels_in_tf32_run_as_two_kernels(launches: list[str]) -> None:
     assert "_conv2d_rows_pool_kernel" not in launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     case = CASES[2]

@@ -194,6 +194,7 @@ def test_offsets_in_int64(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(y, F.conv2d(*(t.double() for t in tensors), **family.options).half())
 
 
+@pytest.mark.slow
 @own_devices
 @pytest.mark.parametrize("output_format", [torch.contiguous_format, torch.channels_last, None])
 def test_compiled_code_knows_the_strides(output_format: torch.memory_format | None) -> None:

@@ -40,6 +40,7 @@ def reference(padding):
     return lambda x, w, b: F.relu(F.conv2d(x, w, b, padding=padding))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("input_grad", [True, False], ids=["all", "weight_alone"])
 @pytest.mark.parametrize("case", CASES)
 def test_values(case: str, input_grad: bool, launches: list[str]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import triton
 
 from ...configurations import kernel_names
@@ -15,6 +16,7 @@ from ...configurations import kernel_names
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_every_kernel_on_this_triton() -> None:
     """They compile in a separate process, since the interpreter replaces the compiler at import."""
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SANITIZE_IR")}

@@ -40,6 +40,7 @@ def found() -> dict[str, str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(direct.VERSION < (3, 7), reason="Triton 3.6's launcher gets constants too, by position")
 @pytest.mark.parametrize("scenario", plan_worker.SCENARIOS)
 def test_the_launcher_gets_what_launch_functions_give(scenario: str, found: dict[str, str]) -> None:
