@@ -1,7 +1,7 @@
 """Does the suite notice faults? Plants them in the kernels one by one and runs the tests that should fail.
 
 ``python -m tests.mutation`` copies the tree and checks that the named tests pass. Then it replaces one piece of text at a time
-and runs that fault's tests in Triton's interpreter. It prints a table. The exit code is 1 where a fault survives, where its
+and runs that fault's tests in Triton's interpreter, those cases that ``make test`` runs. It prints a table. The exit code is 1 where a fault survives, where its
 text is no longer in the source, or where the fault breaks the code instead of making it wrong.
 """
 
@@ -527,7 +527,7 @@ def run_tests(tree: Path, tests: tuple[str, ...], stop_at_first: bool = True) ->
     # No bytecode files: their time stamps cannot tell apart two versions written within one second.
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"COLUMNS": "1000"}  # pytest cuts off the reason of a failure at the terminal's width
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rf", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     if stop_at_first:
         command.append("-x")
     result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
