@@ -1,8 +1,8 @@
 """Does the suite notice faults? Plants them in the kernels one by one and runs the tests that should fail.
 
 ``python -m tests.mutation`` copies the tree and checks that the named tests pass. Then it replaces one piece of text at a time
-and runs that fault's tests in Triton's interpreter, those cases that ``make test`` runs. It prints a table. The exit code is 1 where a fault survives, where its
-text is no longer in the source, or where the fault breaks the code instead of making it wrong.
+and runs that fault's tests in Triton's interpreter, in the cases that ``make test`` runs. It prints a table. The exit code is 1
+where a fault survives, where its text is no longer in the source, or where the fault breaks the code, not its results.
 """
 
 from __future__ import annotations
