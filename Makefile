@@ -94,7 +94,7 @@ fuzz: $(INSTALLED)
 mutation: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
 
-# Out-of-bounds accesses, races, reads of what nobody wrote.
+# Out-of-bounds accesses, races, reads of uninitialized memory.
 sanitize: $(INSTALLED)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tests.sanitize $(ARGS); \

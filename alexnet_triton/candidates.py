@@ -131,7 +131,7 @@ def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
 
 
 def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
-    """Configurations of the TF32 weight gradient that transposes (32 images, BLOCK_N filters) of the output gradient."""
+    """Configurations of the TF32 weight gradient that transposes tiles of 32 images x BLOCK_N filters."""
     for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
         columns = cdiv(s * c, block_m)
         stage = (block_m + block_n) * 128

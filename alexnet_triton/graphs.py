@@ -355,7 +355,7 @@ def _longest_run(node: fx.Node, call: Call, order: _Order) -> GraphRun:
 
 
 def _is_only_read_by_layers(node: fx.Node) -> bool:
-    """Whether only layers read ``node`` that return a new tensor."""
+    """Whether every reader of ``node`` is a layer that returns a new tensor."""
     calls = [_call_of(user) for user in node.users]
     return all(call is not None and isinstance(call.layer, (Conv2d, Linear, MaxPool2d)) for call in calls)
 

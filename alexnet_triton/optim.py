@@ -44,7 +44,7 @@ _MASTER_KEYS = ("master", "master_bits", "master_ties")
 
 
 class SGD(Optimizer):
-    """:class:`torch.optim.SGD` in one Triton kernel over all parameters of a group, exact for half precision.
+    """:class:`torch.optim.SGD` by one Triton kernel for many parameters, exact for half precision.
 
     bfloat16 keeps 8 bits of a weight, so rounding loses every update below 1/512 of the weight. For a bfloat16 or float16
     parameter this optimizer therefore keeps a float32 copy, the master: a step updates the master, and sets the parameter to

@@ -30,7 +30,7 @@ def precompile(walk: Callable[[], object], *, tell: Callable[[str], object] | No
 
     Args:
         walk: calls operations on tensors of the dtypes, shapes and strides of the run to come.
-        tell: called with a line when compilation begins and with one when it ends; not called if nothing is compiled.
+        tell: called with a line after the first kernel is compiled and with one when all are, or never if none is compiled.
         threads: number of compiling threads; by default one for each core of this process. Processes are not needed: Triton's
             compiler releases the GIL while it optimises and assembles, and holds it only to read a kernel's Python source.
 

@@ -75,7 +75,7 @@ class Target:
 
 
 #: Numbers of SMs from NVIDIA's architecture papers, limits from the CUDA programming guide's table of compute capabilities,
-#: the H100's ceilings from a large product and a copy measured there (the report's larger product gave 680 TFLOP/s).
+#: the H100's ceilings from the project's design (the report measured 680 TFLOP/s and 3.0 TB/s).
 TARGETS = {
     "sm_80": Target("A100 SXM", 108, 65536, 164 * 1024, 64, 32),
     "sm_90": Target("H100 SXM", 132, 65536, 228 * 1024, 64, 32, tflops=798.0, tbps=3.0),

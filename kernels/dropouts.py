@@ -271,7 +271,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         p: probability of dropping an element, in [0, 1].
         training: False returns ``input`` itself. So does a ``p`` of 0, which draws no seed.
         seed: int, or int64 tensor of one element. By default drawn from torch's generator on ``input``'s device, so that
-            ``torch.manual_seed`` determines it. Without a seed, and where no kernel can run, PyTorch's own dropout runs.
+            ``torch.manual_seed`` determines it. If no seed is given and no kernel can run on ``input``, PyTorch's own dropout
+            runs.
 
     Returns:
         ``input`` / (1 - p) where kept and 0 where dropped, contiguous, in ``input``'s dtype. The kernels round 1 / (1 - p) to

@@ -68,7 +68,8 @@ def _shares_candidates(m: int, n: int, k: int, itemsize: int) -> list[dict[str, 
     """Candidates with equal shares, for one or two programs per SM, with as many stages as shared memory holds.
 
     In the loop over whole tiles, the tile being stored has its own shared memory. A block of K of two 128-byte rows is for a K
-    that fits into one such block. Whole tiles are for at least two tiles per program, cut tiles for at least four steps.
+    that fits into one such block. Whole tiles are for at least two tiles per program, cut tiles for at least four steps per
+    program.
     """
     row = 128 // itemsize
     found = []

@@ -81,7 +81,7 @@ class Epilogue(NamedTuple):
     p: float = 0.0
 
     def bias_relu(self, applied: bool, unused: Tensor) -> dict[str, Any]:
-        """A kernel's arguments for bias and ReLU if ``applied`` by it; ``unused`` is passed in place of a missing bias."""
+        """A kernel's arguments for bias and ReLU, if it applies them; ``unused`` is passed in place of a missing bias."""
         bias = self.bias if applied else None
         return {
             "bias_ptr": unused if bias is None else bias.contiguous(),

@@ -58,7 +58,7 @@ SMALL_TILES = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before ``-m "not slow"`` is applied."""
+    """Mark the cases that ``make test`` leaves out as slow, before pytest applies ``-m "not slow"``."""
     mark_slow_cases(items)
 
 

@@ -44,7 +44,7 @@ DESCRIPTORS = (
 def launch_all(device: torch.device) -> set[str]:
     """Launch every kernel of the package on small ragged tensors on ``device``; return the kernels' names.
 
-    The operations run three times: observed, so that launch functions launch kernels; unobserved, which records plans; by plan.
+    The operations run three times: observed, so that the launch functions run; unobserved, which records plans; by these plans.
     """
     launched: set[str] = set()
     for watched in (True, False, False):

@@ -302,7 +302,7 @@ def _read_comparison(path: Path) -> tuple[list[Model], Recipe, RunOptions]:
 def _comparison_to_resume(resume: str, out: Path | None) -> Path:
     """The folder that ``--resume`` names; for "" ``out`` or the folder of the newest comparison."""
     if out is not None and resume and Path(resume).resolve() != out.resolve():
-        raise typer.BadParameter(f"a resumed comparison goes on in its own folder, {resume}", param_hint="--out")
+        raise typer.BadParameter(f"a comparison is resumed in its own folder, {resume}: leave --out away", param_hint="--out")
     if resume:
         return Path(resume)
     if out is not None:

@@ -190,7 +190,8 @@ LimitOption = Annotated[
     int | None,
     _bounded(
         "limit",
-        help="Use at most N training and N test images: the first ones, or evenly spread ones of a folder of images.",
+        help="Use at most N training and N test images: of Fashion-MNIST the first ones, of your own images "
+        "evenly spread ones.",
         rich_help_panel=DATA,
     ),
 ]
@@ -198,7 +199,7 @@ StreamOption = Annotated[
     bool | None,
     typer.Option(
         help="Read the images while they are used, a few batches ahead, instead of all of them at the start.",
-        show_default="--stream where they do not fit the device's memory",
+        show_default="stream if the images do not fit the device's memory",
         rich_help_panel=DATA,
     ),
 ]
@@ -238,7 +239,8 @@ BatchOption = Annotated[int, _bounded("batch_size", help="Compute this many imag
 RecipeOption = Annotated[
     RecipeChoice,
     typer.Option(
-        help="Take every option that is not given from this recipe. d2l is the recipe of Dive into Deep Learning. modern "
+        help="Take the training options that are not given (epochs, batch size, learning rate, schedule, optimizer, loss, "
+        "normalization, augmentation) from this recipe. d2l is the recipe of Dive into Deep Learning. modern "
         "trains with a one-cycle learning rate on normalized and augmented images. paper is AlexNet's own for ImageNet.",
         rich_help_panel="Recipe",
     ),
@@ -269,8 +271,8 @@ WarmupOption = Annotated[
     _by_recipe(
         "warmup",
         metavar="EPOCHS",
-        help="Raise the learning rate from almost 0 during the first EPOCHS epochs. For onecycle they are the epochs of its "
-        "rise, by default three tenths of the run.",
+        help="Raise the learning rate from almost 0 during the first EPOCHS epochs. With --schedule onecycle the learning "
+        "rate rises during these epochs, by default during three tenths of the run.",
     ),
 ]
 MomentumOption = Annotated[float | None, _by_recipe("momentum", help="Train by SGD with this momentum.")]
@@ -310,8 +312,8 @@ PrecisionOption = Annotated[
     PrecisionChoice,
     typer.Option(
         help="Compute in this precision. auto is bfloat16 with float32 master weights on a GPU that has bfloat16, else "
-        "float32. float32 multiplies exactly. tf32 is float32 on tensor cores, for convolutions and linear layers (PyTorch's "
-        "default is TF32 for convolutions alone).",
+        "float32. float32 multiplies in full float32, without TF32. tf32 uses TF32 tensor cores for convolutions and "
+        "linear layers (PyTorch's default is TF32 for convolutions alone).",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -320,8 +322,8 @@ InitOption = Annotated[
     typer.Option(
         metavar="PATH",
         help="Begin with the weights of this file instead of random ones: a checkpoint, a run's folder, or a state_dict from "
-        "torch.save or in .safetensors (such as torchvision's for --model torchvision). Layers of other shapes begin with "
-        "random weights.",
+        "torch.save or in .safetensors (such as torchvision's for --model torchvision). Layers that the file lacks, or "
+        "has in other shapes, begin with random weights.",
         show_default=False,
         rich_help_panel=RECIPE,
     ),
@@ -329,7 +331,8 @@ InitOption = Annotated[
 FreezeOption = Annotated[
     FreezeChoice,
     typer.Option(
-        help="Freeze the convolutions that --init loaded (features). Convolutions that it did not load are trained.",
+        help="features: do not train the convolutions that --init loaded (without --init: any convolution). none: train all "
+        "layers.",
         rich_help_panel=RECIPE,
     ),
 ]
@@ -347,7 +350,7 @@ AugmentOption = Annotated[
     bool,
     typer.Option(
         "--augment",
-        help=f"Change each training image at random: {EVERYTHING}. Each change also has its own option.",
+        help=f"Change each training image at random: {EVERYTHING}. Each change also has its own option below.",
         rich_help_panel=AUGMENTATION,
     ),
 ]
@@ -358,7 +361,7 @@ FlipOption = Annotated[
     typer.Option(
         "--flip/--no-flip",
         help="Mirror each image with probability 1/2.",
-        show_default=f"{_AUGMENTED} or paper",
+        show_default="with --augment, --recipe modern or --recipe paper",
         rich_help_panel=AUGMENTATION,
     ),
 ]
@@ -366,9 +369,9 @@ CropOption = Annotated[
     CropChoice | None,
     typer.Option(
         help="Crop each image at random. pad moves the image by up to a fourteenth of its side. resized enlarges a random box "
-        "of it to the full size. patch reads a folder's images with side 256 instead of 224 and cuts out a random 224 x 224 "
-        "patch (of a test image the middle one).",
-        show_default=f"none; {_AUGMENTED} pad; paper patch",
+        "of it to the full size. patch reads your own images with side 256 instead of 224 (for LeNet 32 instead of 28) and "
+        "cuts out a random patch of 224 x 224 (28 x 28), of a test image the middle one.",
+        show_default=f"none; pad {_AUGMENTED}; patch with --recipe paper",
         rich_help_panel=AUGMENTATION,
     ),
 ]

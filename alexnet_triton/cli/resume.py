@@ -44,7 +44,7 @@ def checkpoint_to_resume(resume: str, out: Path | None) -> Path:
             raise typer.BadParameter("no folder in runs/ holds a checkpoint; give a path", param_hint="--resume")
         path = last_checkpoint(found.parent)
     if out is not None and os.path.dirname(os.path.realpath(path)) != os.path.realpath(out):  # of links in a circle, too
-        raise typer.BadParameter(f"a resumed run goes on in its own folder, {path.parent}", param_hint="--out")
+        raise typer.BadParameter(f"a run is resumed in its own folder, {path.parent}: leave --out away", param_hint="--out")
     return path
 
 

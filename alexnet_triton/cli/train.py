@@ -126,7 +126,8 @@ def train_command(
         typer.Option(
             metavar="[PATH]",
             help="Resume the run of this checkpoint or folder; the result is bit-identical to an uninterrupted run. Without a "
-            "path, resume the newest run in runs/; with --out, resume the run in that folder, or begin it if there is none. "
+            "path, resume the newest run in runs/. Without a path but with --out, resume the run in that folder, or begin it "
+            "if there is none. "
             "The run keeps its options, but for these, which may be given anew: "
             + ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
             + ".",
@@ -195,7 +196,7 @@ def _needs_nothing(out: Path, checkpoint: Checkpoint, recipe: Recipe, processes:
     early = early_end(history, recipe)
     done = f"{out}: {early or f'all {recipe.epochs} epochs are done'}"
     option = "--early-stop" if early else "--epochs"
-    console.print(f"{done}; --resume {out} {option} N goes on" if complete else f"{done}, {_MISSING}", markup=False)
+    console.print(f"{done}; to train longer: --resume {out} {option} N" if complete else f"{done}, {_MISSING}", markup=False)
     return complete
 
 

@@ -268,7 +268,8 @@ def ten_crops(
 
     Args:
         net, normalization: as for :func:`input_for`.
-        images: uint8, (D, side, side) or (D, 3, side, side), with ``side`` above ``size``. The paper's is :func:`patch_side`.
+        images: uint8, (D, side, side) or (D, 3, side, side), with ``side`` above ``size`` (in the paper
+            ``patch_side(size)``).
         index: (N,) int64 on the device of ``images``.
         size: side of a patch.
         dtype: float32, float16 or bfloat16.

@@ -374,9 +374,9 @@ def find_shards(data: str | Path, buffer: int = BUFFER) -> Parts:
 
     Args:
         data: shards such as ``dir/train-{000000..000127}.tar`` or ``dir/train-*.tar``, or their folder. Shards with a word of
-            :data:`.splits.TESTS` in their names are test images. If ``data`` names none, those in the same folder are. If a
-            folder has shards with ``train`` in their names, only these are training images. The class names are the lines of
-            ``classes.txt`` beside the shards, else the label numbers.
+            :data:`.splits.TESTS` in their names are test images. If ``data`` names no such shards, those beside the named ones
+            are the test images. If ``data`` is a folder with shards that have ``train`` in their names, only these are
+            training images. The class names are the lines of ``classes.txt`` beside the shards, else the label numbers.
         buffer: as for :class:`Shards`.
 
     Raises:

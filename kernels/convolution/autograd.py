@@ -296,7 +296,8 @@ def conv2d_arguments(
     """Check a convolution's arguments; return its geometry and its output size (P, Q) as plain ints.
 
     Raises:
-        ArgumentValueError: an argument that does not fit the others.
+        TypeError: ``groups`` is not an int, or ``stride``, ``padding`` or ``dilation`` is not one or two ints.
+        ArgumentValueError: a value that is too small, or sizes that do not fit each other.
     """
     if len(input_size) != 4:
         raise ArgumentValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(input_size)}")

@@ -173,7 +173,8 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
 
     Raises:
         TypeError: a dtype that the kernels do not run.
-        ValueError: an input that is not (N, C, H, W), that requires a gradient, or that is smaller than a filter.
+        ValueError: an input that is not (N, C, H, W), that requires a gradient, or that is with its padding smaller than a
+            filter.
     """
     check_tensors(input=input)
     if input.dim() != 4:

@@ -1,4 +1,4 @@
-"""The parameters of a convolution and of its gradients as hashable values, which are the keys of the plan cache."""
+"""The parameters of a convolution and of its gradients as hashable values, which are a part of a plan's key."""
 
 from __future__ import annotations
 

@@ -370,7 +370,8 @@ def conv2d_relu_max_pool2d(
         link: the link that :func:`kernels.linked_conv2d` returned beside ``input``, if this call is the only reader of
             ``input``.
         cells: whether ``input`` is the result of :func:`kernels.space_to_depth`, (N, rows, columns, stride * stride * C),
-            which contains the padding. Then ``padding`` must be 0, and ``input`` gets no gradient.
+            which contains the padding. Then ``padding`` must be 0, ``link`` None, and ``input`` must not
+            require a gradient (ValueError).
 
     Returns:
         Pooled values (N, K, P, Q) or (K, P, Q) in ``input``'s dtype, channels-last in memory unless ``output_format`` is NCHW.

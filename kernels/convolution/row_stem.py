@@ -5,7 +5,7 @@ tile is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. T
 are four float32 elements. So a layer of stride 4 does not need the cells of :mod:`kernels.convolution.stem`, and saves writing
 and reading them.
 
-A second kernel also computes the ReLU and a 3 x 3 max-pool of stride 2, as in :mod:`kernels.convolution.stem_pool`, and writes
+A second kernel also computes a 3 x 3 max-pool of stride 2, as in :mod:`kernels.convolution.stem_pool`, and writes
 no unpooled output.
 """
 

@@ -2,8 +2,8 @@
 
 The sum runs over images, which TF32 needs to be contiguous in shared memory. So the kernel reads the images' cells from a copy
 (:mod:`.by_batch`), and transposes the gradient in registers, which is possible for the second operand. A first layer has few
-products, so it is bound by memory. Therefore the kernel computes the pool's gradient too, from the window positions, and never
-writes the unpooled gradient, which is four and a half times as large.
+products, so it is bound by memory. Therefore, behind a pool, the kernel computes the pool's gradient too, from the window
+positions, and never writes the unpooled gradient, which is four and a half times as large.
 """
 
 from __future__ import annotations

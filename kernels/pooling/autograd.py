@@ -394,7 +394,8 @@ def pool_arguments(
     """Check the arguments of a pool over (height, width) = ``size``; return its windows as plain ints.
 
     Raises:
-        ArgumentValueError: padding larger than half a window, or an empty output.
+        TypeError: ``kernel_size``, ``stride``, ``padding`` or ``dilation`` is not one or two ints, or ``ceil_mode`` is no bool.
+        ArgumentValueError: a value that is too small, padding larger than half a window, or an empty output.
     """
     window = pair(f"{prefix}kernel_size", kernel_size, 1)
     no_stride = stride is None or (isinstance(stride, Sequence) and len(stride) == 0)

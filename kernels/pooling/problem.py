@@ -1,4 +1,4 @@
-"""The parameters of a pool and of its gradient as hashable values, which are the keys of the plan cache."""
+"""The parameters of a pool and of its gradient as hashable values, which are a part of a plan's key."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_the_kernels_obey_the_rule(case: str, launches: list[str]) -> None:
 @hopper
 @pytest.mark.parametrize(("wanted", "copies"), [("weight", 1), ("input", 1), ("input weight", 1), ("bias", 0)])
 def test_which_launch_copies(wanted: str, copies: int, launches: list[str]) -> None:
-    """A launch copies the filters for the input gradient, and also the weight gradient's operands if both are computed."""
+    """The input gradient's filters are copied in a launch of their own; the weight gradient's operands too, if it is alone."""
     copied: list[bool] = []
 
     def note(kernel, grid, arguments):
