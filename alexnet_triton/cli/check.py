@@ -85,8 +85,8 @@ def check_command(run: RunArgument, device: DeviceOption = "auto") -> None:
     """Compare the Triton kernels with PyTorch on a trained network.
 
     Runs the forward and backward pass on two images of the shipped sample: in float32 with the kernels and with PyTorch, and in
-    float64 with PyTorch. Prints the largest errors of the logits and of each gradient. Without a GPU the kernels run in Triton's interpreter, which
-    takes a minute for AlexNet. The exit code is 1 if an error of the kernels is more than twice
+    float64 with PyTorch. Prints the largest errors of the logits and of each gradient. Without a GPU the kernels run in
+    Triton's interpreter, which takes a minute for AlexNet. The exit code is 1 if an error of the kernels is more than twice
     PyTorch's plus an allowance for rounding.
     """
     where = usable_device(device)

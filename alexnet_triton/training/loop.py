@@ -79,8 +79,8 @@ def train(
         CheckpointError: ``folder`` holds a run and ``resume`` is None, ``resume`` has another configuration, or a file cannot
             be written.
         DataError: a streamed image cannot be read, or a worker process has died. A single-process run is saved first.
-        FloatingPointError: a loss or a weight is not finite. No checkpoint of that state is written. The message names the step,
-            the last good checkpoint and what to try.
+        FloatingPointError: a loss or a weight is not finite. No checkpoint of that state is written. The message names the
+            step, the last good checkpoint and what to try.
         Stopped: ``listener`` asked to stop; the run has been saved.
     """
     if resume is None and where.processes.leads and holds_run(folder):

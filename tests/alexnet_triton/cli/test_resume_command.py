@@ -64,7 +64,8 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
         (tmp_path / name).rename(tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "checkpoint.pt", (number, number))
     done = command("train", "--resume")
-    assert (done.exit_code, done.output) == (0, "runs/parts: all 2 epochs are done; --resume runs/parts --epochs N goes on\n")
+    assert done.exit_code == 0
+    assert done.output == "runs/parts: all 2 epochs are done; to train longer: --resume runs/parts --epochs N\n"
     assert "runs/whole: all 2 epochs" in command("train", "--resume", "--out", "runs/whole").output
 
     for option, value, message in (
@@ -74,7 +75,7 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
         ("--limit", 5, "has 24, not 5"),
         ("--momentum", 0.9, "has 0.5, not 0.9"),
         ("--crop", "resized", "has pad, not resized"),
-        ("--out", "elsewhere", "a resumed run goes on in its own folder"),
+        ("--out", "elsewhere", "a run is resumed in its own folder"),
     ):
         refused = command("train", "--resume", "runs/parts", "--epochs", "3", option, value)
         assert refused.exit_code == 2, refused.output
@@ -212,7 +213,7 @@ def test_a_run_that_ended_before_its_pictures_is_completed(where: str, tmp_path:
     for name in PICTURES:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     done = command("train", "--resume", "run")
-    assert (done.exit_code, done.output) == (0, "run: all 2 epochs are done; --resume run --epochs N goes on\n")
+    assert (done.exit_code, done.output) == (0, "run: all 2 epochs are done; to train longer: --resume run --epochs N\n")
 
 
 @pytest.fixture

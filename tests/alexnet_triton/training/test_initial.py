@@ -376,7 +376,7 @@ def test_a_run_that_stops_early_is_complete_and_can_be_told_to_go_on(tmp_path: P
     assert flat([weights(tmp_path / name) for name in ("parts", "whole")]) == flat([weights(tmp_path / "whole")] * 2)
     again = run_here("train", "--resume", "parts", cwd=tmp_path)
     assert again.returncode == 0
-    assert again.stdout == f"parts: {early}; --resume parts --early-stop N goes on\n"
+    assert again.stdout == f"parts: {early}; to train longer: --resume parts --early-stop N\n"
     more = run_here("train", "--resume", "parts", "--early-stop", "4", cwd=tmp_path)
     assert "epoch   5 " in more.stdout
     assert "epoch   6 " not in more.stdout
