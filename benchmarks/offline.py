@@ -330,7 +330,7 @@ def single_operations(dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def _timed_compilations() -> Iterator[list[float]]:
-    """Print the seconds of each kernel compiled in the block; yield the seconds in Python, which hold its global lock."""
+    """Print the seconds of each kernel compiled in the block; yield those spent in Python code, which holds its global lock."""
     python: list[float] = []
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:

@@ -230,7 +230,7 @@ def describe(measured: Measured) -> str:
 
 
 def last_commit() -> str | None:
-    """Commit of the newest report in the repository. If the report names none: the last commit before its date."""
+    """Commit of the newest report in the repository. If the report names none: the last one up to its date."""
     dated: list[tuple[str, str | None]] = []
     for path in sorted(RESULTS.rglob("*.json")):
         environment = json.loads(path.read_text()).get("environment", {})

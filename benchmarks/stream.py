@@ -219,7 +219,7 @@ def first_batch(folder: Path, batch: int) -> float:
 
 
 def needs(one_worker: float) -> str:
-    """Estimate of the cores that :data:`WANTED` images/s need if one worker reads ``one_worker`` images/s."""
+    """What :data:`WANTED` images/s need at ``one_worker`` images/s a core: cores, a GPU's share of decoding, GB/s to it."""
     squares = WANTED * 3 * SIZE * SIZE
     return (
         f"by arithmetic: {WANTED:,} images/s take {WANTED / one_worker:.1f} cores like this one; 16 cores read "

@@ -279,7 +279,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: int |
         float32, for float64 inputs too.
 
     Raises:
-        TypeError: a dtype that the kernels do not support.
+        TypeError: ``input`` is not a tensor or has a dtype that the kernels do not support, ``p`` is not a number, or
+            ``training`` is not a bool.
         ValueError: ``p`` is outside [0, 1], or ``seed`` is neither an int64 integer nor an int64 tensor of one element.
     """
     check_tensors(input=input)

@@ -437,10 +437,11 @@ def add_cross_entropy(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """Add a batch's losses and number of correct predictions to running totals; return the logits' gradient. One launch.
+    """Add a batch's losses and number of correct predictions to running totals; return the logits' gradient.
 
-    For a training loop: ``logits.backward(add_cross_entropy(logits, labels, loss_sum, hits, 1 / len(logits)))``. Many rows or
-    classes take two launches. The call does not synchronise with the device and can be captured in a CUDA graph.
+    For a training loop: ``logits.backward(add_cross_entropy(logits, labels, loss_sum, hits, 1 / len(logits)))``. A small batch
+    takes one launch, many rows or classes two. The call does not synchronise with the device and can be captured in a CUDA
+    graph.
 
     Args:
         logits: (N, C), any strides; float32, float16 or bfloat16.

@@ -18,9 +18,9 @@ _PDL = tl.constexpr(PROGRAMMATIC_DEPENDENT_LAUNCH)
 def wait_for_the_kernel_before():
     """On Hopper and later, wait until the previous kernel has ended ("programmatic dependent launch").
 
-    Every kernel calls this before it accesses memory, as a rule through :func:`program_id`. A kernel's start then overlaps the
-    previous kernel's end, once all of that kernel's programs exit. No kernel lets the next one begin earlier: the
-    next kernel's programs would wait on the few free SMs and stay there (``benchmarks/NOTES.md``). After the wait, everything
+    Every kernel calls this before it accesses memory, as a rule through :func:`program_id`. A kernel may then start when all
+    programs of the previous kernel have exited, before that kernel has completed. No kernel lets the next one start earlier:
+    the next one's programs would occupy the few free SMs while they wait (``benchmarks/NOTES.md``). After the wait, everything
     that earlier kernels wrote is visible and none of them still reads memory that this kernel writes, since each of them waited
     for its own predecessor. Without ``launch_pdl`` at the launch the instruction does nothing.
     """

@@ -184,7 +184,7 @@ def _sgd_kernel(
 
 
 def _as_float32(value: float) -> float:
-    """``value`` rounded to float32: compiled kernels receive Python floats in this precision, and the interpreter is to too."""
+    """``value`` rounded to float32, as a compiled kernel receives a Python float; the interpreter would use float64."""
     return ctypes.c_float(value).value
 
 
@@ -192,7 +192,7 @@ class SGDProblem(NamedTuple):
     """A step's arguments besides tensors and numbers. The tensors are params, grads, masters, ties, buffers, learning rate.
 
     Attributes:
-        params: number of params, and of tensors in each other list.
+        params: number of params. Grads, and each other list that is present, have as many.
         masters: whether there are masters.
         ties: whether the masters are int16 lower halves with ties.
         buffers: whether there are momentum buffers.

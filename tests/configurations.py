@@ -48,7 +48,7 @@ def kernel_names() -> set[str]:
 
 @contextlib.contextmanager
 def pretend_gpu(capability: int, *, interpreted: bool) -> Iterator[None]:
-    """In the block, choose kernels and configurations for a GPU of ``capability``, or (``interpreted``) for the interpreter."""
+    """In the block, choose kernels for a GPU of ``capability``, tiles for it or (``interpreted``) for the interpreter."""
     with contextlib.ExitStack() as stack:
         for module in modules():
             if "capability" in vars(module):

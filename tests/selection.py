@@ -25,11 +25,7 @@ def covering(ids: Iterable[str]) -> set[str]:
 
 
 def mark_slow_cases(items: Iterable[pytest.Item]) -> None:
-    """Mark the cases of ``thin`` tests that ``make test`` leaves out as ``slow``.
-
-    Raises:
-        pytest.UsageError: no case's id contains an argument of the mark.
-    """
+    """Mark the cases of ``thin`` tests that ``make test`` leaves out as ``slow``."""
     cases: dict[tuple[pytest.Item | None, str], dict[str, pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("thin"):

@@ -163,7 +163,7 @@ def keep_tables() -> Iterator[None]:
 def tuned(device: torch.device, key: str) -> dict[str, int]:
     """The configuration measured to be fastest on this GPU for ``key`` (operation and shape); empty if none was measured.
 
-    While launches are recorded for a Hopper GPU without such a GPU, the H100's table is used.
+    For CPU tensors whose launches are recorded for a Hopper target, it is the H100's table.
     """
     if INTERPRETED or not _use_tables.value:
         return {}

@@ -310,7 +310,7 @@ def conv2d_arguments(
     k, cg, r, s = weight_size
     if channels != cg * groups:
         raise ArgumentValueError(
-            f"input has {channels} channels, but weight of shape {tuple(weight_size)} with groups={groups} wants "
+            f"input has {channels} channels, but weight of shape {tuple(weight_size)} with groups={groups} expects "
             f"{cg} x {groups} = {cg * groups}"
         )
     if k == 0 or k % groups != 0:

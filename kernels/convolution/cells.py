@@ -66,7 +66,7 @@ class Cells(NamedTuple):
         kernel_size: size of the filters, int or (rows, columns), in pixels.
         stride: stride of the convolution in both directions, in pixels: the side of a cell.
         padding: zeros on each side of the convolution's input, int or (vertical, horizontal). Below and to the right the cells
-            hold only as many of them as the filters reach.
+            end with the last one that a filter reaches.
     """
 
     kernel_size: int | Sequence[int]
@@ -165,7 +165,7 @@ def space_to_depth(input: Tensor, kernel_size: int | Sequence[int], stride: int,
         kernel_size: size of the filters, int or (rows, columns), in pixels.
         stride: stride of the convolution in both directions, in pixels: the side of a cell.
         padding: zeros on each side of the convolution's input, int or (vertical, horizontal). Below and to the right the cells
-            hold only as many of them as the filters reach.
+            end with the last one that a filter reaches.
 
     Returns:
         (N, rows, columns, stride * stride * C), contiguous: element ``(a * stride + b) * C + c`` of cell (i, j) is the pixel

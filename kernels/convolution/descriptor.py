@@ -142,7 +142,7 @@ def _conv2d_images_kernel(
     w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     w2_desc,  # the same with BLOCK_N2 for BLOCK_N
     bias_ptr,  # [K], or unused
-    relu_ptr,  # [N, P, Q, K] contiguous: the ReLU output whose mask y gets; or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: output of a ReLU whose mask is applied to y; or unused
     sums_ptr,  # out: [tiles of PIXELS, PIXELS, K] float32, the sums of y over each tile's images; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     copy_ptrs,  # see copy_by_batch; or None
@@ -272,7 +272,7 @@ def _conv2d_box_kernel(
     x_desc,  # input [N, H, W, C], blocks [NB, TH, TW, BLOCK_K]
     w_desc,  # filters [K, R*S*C], DGRAD [C, R*S*K], FILTERS_BY_SUM [R*S*K, C]; blocks of BLOCK_N (K) and BLOCK_K (C)
     bias_ptr,  # [K], or unused
-    relu_ptr,  # [N, P, Q, K] contiguous: the ReLU output whose mask y gets; or unused
+    relu_ptr,  # [N, P, Q, K] contiguous: output of a ReLU whose mask is applied to y; or unused
     sums_ptr,  # out: [tiles, K] float32, the sums of y over each tile's pixels; or unused
     y_ptr,  # out: [N, P, Q, K] contiguous; without CHANNELS_LAST [N, K, P, Q] contiguous
     copy_ptrs,  # see copy_by_batch; or None

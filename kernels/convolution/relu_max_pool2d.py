@@ -108,7 +108,7 @@ def conv2d_relu_max_pool2d_fprop(
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; the positions are empty if not wanted.
 
     The third result is what the backward pass of a strided first layer reads in place of ``input``: the cells of ``input``,
-    with the batch innermost if ``keeps_cells_by_batch``. It is empty for other layers.
+    with the batch innermost if ``keeps_cells_by_batch``. It is empty where the backward pass reads ``input`` itself.
     ``link``: the link of ``input``, see :class:`.autograd.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)

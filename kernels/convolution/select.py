@@ -1,8 +1,9 @@
-"""Chooses the kernels of a convolution's passes; no other module makes this choice.
+"""Chooses the file of kernels for each pass of a convolution.
 
-Which function computes the weight gradient of conv1 (stride 4, one channel) on an H100? Ask :func:`wgrad_kernels`: in half
-precision it answers ``Kernels.STEM``, so :func:`.stem.wgrad`; in TF32 ``Kernels.ROW_STEM``, so :func:`.row_stem_wgrad.wgrad`.
-The functions under "passes" call the launch functions of the chosen file.
+Which function computes the weight gradient of conv1 (stride 4, one channel) on an H100? Of the convolution alone
+:func:`wgrad_kernels` decides: in half precision ``Kernels.STEM``, so :func:`.stem.wgrad`; in TF32 ``Kernels.ROW_STEM``, so
+:func:`.row_stem_wgrad.wgrad`. With its pool :func:`fuses_pool_wgrad` decides. The functions under "passes" call the launch
+functions of the chosen file.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def dgrad_kernels(problem: Problem) -> Kernels:
 
 
 def wgrad_kernels(problem: Problem) -> Kernels:
-    """The kernels of the weight gradient: general ones for few images, since the others sum a pixel of many images a step."""
+    """The kernels of the weight gradient: general ones for few images. A step of the others sums one pixel of many images."""
     return fprop_kernels(problem) if conv2d_wgrad_by_images(problem.n) else Kernels.GENERAL
 
 

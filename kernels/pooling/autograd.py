@@ -37,8 +37,8 @@ def pool_config(pixels: int, channels: int, channels_last: bool, wide: bool = Fa
     """BLOCK_PIXELS, BLOCK_CHANNELS and num_warps of a kernel over tiles of an image's pixels and channels.
 
     The block of the axis that is contiguous in memory is chosen first. A block of channels divides the channels if it can.
-    A thread has eight elements, 16 bytes of a half type; four elements if offsets of pixels or int64 offsets (``wide``) take
-    the registers; two if both do, in float32 gradients whose channels are not contiguous (``scattered``).
+    A thread has eight elements, 16 bytes of a half type. It has four in NCHW or with int64 offsets (``wide``), whose offsets
+    take registers. It has two with int64 offsets in float32 gradients whose channels are not contiguous (``scattered``).
     """
     if INTERPRETED:
         config = {"BLOCK_PIXELS": tile_size(pixels, 1, 512), "BLOCK_CHANNELS": tile_size(channels, 1, 128), "num_warps": 4}
@@ -461,7 +461,7 @@ def max_pool2d(
         ceil_mode: count the last, partial window too.
         return_indices: return PyTorch's int64 indices (h * W + w in the input's plane) as well.
         output_format: ``torch.contiguous_format`` for results that are NCHW in memory, ``torch.channels_last`` for NHWC, None
-            for ``input``'s own format.
+            for NHWC if ``input`` is channels-last, else NCHW.
 
     Returns:
         (N, C, P, Q) or (C, P, Q) in ``input``'s dtype; with ``return_indices`` a pair of the output and the indices. For the

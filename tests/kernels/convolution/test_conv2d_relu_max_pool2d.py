@@ -48,7 +48,7 @@ CASES = (
 def test_exact_on_integers(case: Case, dtype: torch.dtype) -> None:
     """Sums of small integers are exact in every dtype and ties are frequent, so results must be equal bit for bit.
 
-    Inputs and filters lie in [-1, 1], so sums stay below 256: bfloat16 holds no larger integers exactly.
+    Inputs and filters lie in [-1, 1], so sums stay below 256, up to which bfloat16 holds every integer.
     """
     x = integers(*case.x, dtype=dtype, high=1)
     w = integers(*case.w, dtype=dtype, high=1)

@@ -244,9 +244,8 @@ def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
 def test_nan_and_infinity(dtype: torch.dtype, launches: list[str]) -> None:
     """NaN reaches every window that contains it, and the saved position is that of the window's last NaN, as in PyTorch.
 
-    In TF32 such a pixel also reaches a few neighbouring outputs, fused or not: see test_conv2d_rows.py. So in TF32 only an
-        image
-    with a whole row of NaN is compared with PyTorch.
+    In TF32 such a pixel also reaches a few neighbouring outputs, fused or not: see test_conv2d_rows.py. So in TF32
+    only an image with a whole row of NaN is compared with PyTorch.
     """
     case = Case("", 3, 1, 39, 31, 16)
     x, w, b = case.tensors(randn, dtype)
