@@ -484,7 +484,7 @@ def claim(content: dict[str, Any], run: Run) -> str:
         f"On an {content['environment']['gpu']} a bfloat16 training step of 128 images takes {ours['ms']:.2f} ms "
         f"(**{ours['images_per_s']:,.0f} images/s**),\n"
         f"{peer['ms'] / ours['ms']:.1f} times as fast as the best peer ({_named(peer)}, {peer['ms']:.2f} ms).\n"
-        f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 take {run.seconds:.1f} s "
+        f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 train in {run.seconds:.1f} s "
         f"and classify {run.last['test_acc']:.1%} of the test images correctly."
     )
 

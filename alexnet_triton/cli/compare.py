@@ -235,7 +235,9 @@ def compare_command(
         ),
     ] = None,
 ) -> None:
-    """Train networks one after the other, and print a table of their properties and results.
+    """Train networks one after the other and compare them.
+
+    Prints a table of their properties and results.
 
     Each network is trained as by `train`, with its own default learning rate, into a folder of its name. Beside these folders
     are comparison.json with the values of the table and the options, and comparison.png with all training curves.

@@ -48,9 +48,9 @@ def evaluate_command(
     device: DeviceOption = "auto",
     ten_crop: TenCropOption = False,
 ) -> None:
-    """Print accuracy and loss on the test images; for more than ten classes also the top-5 accuracy.
+    """Print accuracy and loss on the test images.
 
-    Uses the test images of the run, unless --data names others.
+    For more than ten classes also the top-5 accuracy. Uses the test images of the run, unless --data names others.
     """
     where = usable_device(device)
     try:

@@ -162,7 +162,7 @@ DataOption = Annotated[
         help="Read the images from here: a folder that holds train and test (or val, valid, validation) with one folder per "
         "class in each; tar shards as WebDataset writes them (their folder, or 'DIR/train-{0000..0127}.tar'); a folder written "
         "by save_to_disk of Hugging Face's datasets; a folder of Fashion-MNIST's IDX files; or 'sample', a small part of "
-        "Fashion-MNIST inside the package. By default Fashion-MNIST is searched in the usual places; if it is not there, "
+        "Fashion-MNIST inside the package. By default Fashion-MNIST is looked for in the usual places; if it is not there, "
         "torchvision downloads it.",
         show_default=False,
         rich_help_panel=DATA,

@@ -57,7 +57,7 @@ def predict_command(
     batch_size: BatchOption = 128,
     device: DeviceOption = "auto",
 ) -> None:
-    """Print the most probable classes of images, with their probabilities.
+    """Print the most probable classes of images.
 
     Each image is resized so that its shorter side matches the images that the network was trained on, and the middle is cut
     out. A file or folder that cannot be read is reported in one line. The other images are still classified, and the exit code

@@ -44,7 +44,7 @@ def summary_command(
     batch_size: BatchOption = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output")] = False,
 ) -> None:
-    """Print the layers of a network: output shapes, parameters, FLOPs of a forward pass."""
+    """Print a network's layers, output sizes and FLOPs."""
     side, channels = IMAGE_SIZE[model], 1
     if model is Model.torchvision:
         try:

@@ -45,7 +45,10 @@ def tune_command(
         ),
     ] = None,
 ) -> None:
-    """Measure every kernel configuration on this GPU and keep the fastest that gives correct results."""
+    """Find this GPU's fastest kernel configurations.
+
+    Measures every configuration and keeps the fastest that gives correct results.
+    """
     if dtype not in tune.PRECISIONS:
         raise typer.BadParameter(f"must be one of {', '.join(tune.PRECISIONS)}", param_hint="--dtype")
     known = (*tune.LAYERS, *tune.LINEAR_LAYERS)

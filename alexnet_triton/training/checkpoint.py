@@ -138,7 +138,9 @@ def read_file(path: Path, *, of_torch: bool = True) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint, or a truncated one: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint, or a truncated one (of an image and a run, the run comes first): {error}"
+        ) from error
     except pickle.UnpicklingError as error:
         # A few bytes of any other file can look like a pickle.
         what = "not the weights of a network" if of_torch else "not a checkpoint of alexnet-triton train"
