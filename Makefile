@@ -78,10 +78,11 @@ $(LOWEST_VENV)/installed: pyproject.toml tests/lowest.txt
 test-newest: $(NEWEST_VENV)/installed
 	$(call PYTEST,$(NEWEST_VENV)) $(ARGS)
 
-# Triton after the rest and by itself: torch names the one version that it is built with.
-$(NEWEST_VENV)/installed: pyproject.toml tests/newest.txt
+# The packages of $(VENV), and before them Triton by itself: torch names the one version that it is built with.
+$(NEWEST_VENV)/installed: $(INSTALLED) tests/newest.txt
 	$(PYTHON) -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' $$(grep ^torch tests/newest.txt)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(echo $(NEWEST_VENV)/lib/python3*/site-packages)/base.pth
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/newest.txt
 	@touch $@
 
