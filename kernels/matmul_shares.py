@@ -158,11 +158,11 @@ def _matmul_shares_finish_kernel(
     is_cut = first < last
     if not EVERY_TILE:
         is_cut = is_cut & (first == program)
-    m_c = m_e & is_cut
+    m_c = only_if(is_cut, m_e)
     # The first program's share ends inside this tile; the other programs' shares begin inside it.
     acc = tl.load(part_ptr + (programs + (tile if FIRST_BY_TILE else first)) * TILE + o_e, mask=m_c, other=0.0)
     for i in tl.static_range(1, PARTS):  # unrolled, so that all loads are issued before the first addition
-        acc += tl.load(part_ptr + (first + i) * TILE + o_e, mask=m_c & (first + i <= last), other=0.0)
+        acc += tl.load(part_ptr + (first + i) * TILE + o_e, mask=only_if(first + i <= last, m_c), other=0.0)
     acc = bias_relu(acc, bias_ptr, o_n, m_e, HAS_BIAS, RELU)
     p_c = c_ptr + o_m * stride_cm + o_n * stride_cn
     if DROPOUT:

@@ -137,9 +137,9 @@ def test_a_flat_image_gives_a_flat_output_and_flat_gradients(family: Family, dty
                 assert_equal_pixels("gradient of input", inner)
 
 
-@pytest.mark.thin("general-float32", "images-float16", "stem_pool-bfloat16")
+@pytest.mark.thin("general-", "images-", "stem_pool-")
 @pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize(("family", "dtype"), EACH)
+@pytest.mark.parametrize(("family", "dtype"), EACH[::2])
 def test_a_flat_image_ties_in_a_pool_as_in_pytorch(family: Family, dtype: torch.dtype) -> None:
     """The first of equal maxima is taken, and the gradient arrives where float64's does."""
     x, w, b = family.tensors(dtype)

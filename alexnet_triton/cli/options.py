@@ -331,8 +331,8 @@ InitOption = Annotated[
 FreezeOption = Annotated[
     FreezeChoice,
     typer.Option(
-        help="features: do not train the convolutions that --init loaded (without --init: any convolution). none: train all "
-        "layers.",
+        help="With features, do not train the convolutions that --init loaded (without --init: any convolution). With none, "
+        "train all layers.",
         rich_help_panel=RECIPE,
     ),
 ]

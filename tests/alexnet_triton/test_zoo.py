@@ -126,14 +126,10 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(net, fuse(copy.deepcopy(net)))
 
 
-BOTH_FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-
-
 @pytest.mark.thin("resnet18")
-@BOTH_FORMATS
-def test_inference(pair: Pair, memory_format: torch.memory_format, launches: list[str]) -> None:
+def test_inference(pair: Pair, launches: list[str]) -> None:
     net, fused = pair.net.eval(), pair.fused.eval()
-    x = images(memory_format)
+    x = images()
     with torch.no_grad():
         ours = outputs(fused, x)
         launched = len(launches)
@@ -146,12 +142,11 @@ def test_inference(pair: Pair, memory_format: torch.memory_format, launches: lis
 
 
 @pytest.mark.thin("resnet10t")
-@BOTH_FORMATS
 @pytest.mark.parametrize("pair", MAPS, ids=id_of, indirect=True)
-def test_feature_maps(pair: Pair, memory_format: torch.memory_format) -> None:
+def test_feature_maps(pair: Pair) -> None:
     """The feature maps have four pixels: one pixel's strides do not determine its memory format."""
     net, fused = pair.net.eval(), pair.fused.eval()
-    x = images(memory_format, batch=1, side=64)
+    x = images(torch.channels_last, batch=1, side=64)
     with torch.no_grad():
         assert_same("output", fused(x), net(x))
 

@@ -136,7 +136,7 @@ def test_a_finished_run_of_an_older_version_is_complete(tmp_path: Path) -> None:
     save_checkpoint(path, old)
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in old.metrics))
     files = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    assert "all 1 epochs are done; --resume" in run("train", "--resume", "run", cwd=tmp_path)
+    assert "all 1 epochs are done; to train longer: --resume" in run("train", "--resume", "run", cwd=tmp_path)
     assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == files
     run("train", "--resume", "run", "--epochs", "2", cwd=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -110,6 +110,10 @@ EACH = [
     if case.c == 1 or dtype != torch.float32
 ]
 
+#: Each case with one dtype, in turn. The exact tests have all of them.
+BY_CASE = [[p for p in EACH if p.values[0] is case] for case in CASES]
+ONE_EACH = [of_case[i % len(of_case)] for i, of_case in enumerate(BY_CASE)]
+
 
 #: Configuration values for the fused kernel and for separate kernels; both use the weight gradient over images for any batch.
 FUSED, SEPARATE = {"IMAGES_WGRAD": 1}, {"IMAGES_WGRAD": 1, "FUSED": 0}
@@ -148,8 +152,14 @@ def positions(output: Tensor) -> Tensor:
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize(("case", "dtype"), EACH)
-@pytest.mark.parametrize("make", [randn, integers])
+@pytest.mark.parametrize(
+    ("make", "case", "dtype"),
+    [
+        pytest.param(make, *p.values, id=f"{make.__name__}-{p.id}")
+        for make, cases in ((integers, EACH), (randn, ONE_EACH))
+        for p in cases
+    ],
+)
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """They are bit-identical in both memory formats. Integers make ties, and then every third filter is dead."""
     tensors = case.tensors(make, dtype)
@@ -216,7 +226,7 @@ def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "dtype"), EACH)
+@pytest.mark.parametrize(("case", "dtype"), ONE_EACH)
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
     """The reference's windows take the pixels that ours took: a tie that is due to rounding is none in float64."""
     draw = tf32_numbers if dtype == torch.float32 else randn
