@@ -30,7 +30,7 @@ from kernels.runtime.backend import INTERPRETED
 from . import determinism
 from .configurations import precision_of_float32
 from .conftest import DEVICE, SMALL_TILES, own_devices
-from .determinism import DTYPES, PRECISIONS, deterministic, digest, network, trained
+from .determinism import DTYPES, PRECISIONS, TRAINED, deterministic, digest, network, trained
 from .oracle import dtype_id, randn
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ KERNELS_OF_HALF = {
 
 @pytest.mark.slow
 @own_devices
-@each_precision
+@pytest.mark.parametrize(("dtype", "precision"), TRAINED, ids=lambda v: v if isinstance(v, str) else dtype_id(v))
 def test_ten_steps_twice_here_and_in_another_process(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]
 ) -> None:

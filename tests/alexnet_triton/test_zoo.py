@@ -89,6 +89,13 @@ MAPS = tuple(
     if model.library == "timm" and not model.name.startswith("vit")
 )
 
+#: One of each kind: residual blocks, depthwise convolutions, several outputs, no ReLU, concatenation, no convolution but one.
+TRAINED = tuple(
+    model
+    for model in MODELS
+    if model.name in {"resnet18", "mobilenet_v2", "googlenet", "convnext_atto", "densenet121", "vit_tiny_patch16_224"}
+)
+
 
 def images(memory_format: torch.memory_format = torch.contiguous_format, batch: int = 4, side: int = 32) -> Tensor:
     """Random images; by default 4: every network reduces each to one pixel, so batch normalization has four values."""
@@ -152,6 +159,7 @@ def test_feature_maps(pair: Pair) -> None:
 
 
 @pytest.mark.thin("resnet18")
+@pytest.mark.parametrize("pair", TRAINED, ids=id_of, indirect=True)
 def test_training(pair: Pair) -> None:
     """Outputs, gradients of parameters and images, and the buffers of batch normalization."""
     x = images()
