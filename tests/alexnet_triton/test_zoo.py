@@ -89,7 +89,7 @@ MAPS = tuple(
     if model.library == "timm" and not model.name.startswith("vit")
 )
 
-#: One of each kind: residual blocks, depthwise convolutions, several outputs, no ReLU, concatenation, no convolution but one.
+#: One of each kind: residual blocks, depthwise convolutions, several outputs, GELU, concatenation, attention.
 TRAINED = tuple(
     model
     for model in MODELS
