@@ -205,8 +205,9 @@ FOLDED = [(16, 3, 32, 0), (16, 5, 64, 32), (48, 3, 64, 32), (16, 3, 16, 16), (32
 
 @pytest.mark.thin
 @hopper
-@pytest.mark.parametrize("padding", [0, 1, (1, 4)], ids=["no_padding", "padding_1", "padding_1x4"])
-@pytest.mark.parametrize("batch", [3, 17])
+@pytest.mark.parametrize(
+    ("batch", "padding"), [(3, 0), (17, 1), (3, (1, 4))], ids=["3-no_padding", "17-padding_1", "3-padding_1x4"]
+)
 @pytest.mark.parametrize("folded", FOLDED, ids=lambda folded: "C{}-S{}-{}+{}".format(*folded))
 def test_folded_columns(
     folded: tuple[int, int, int, int], batch: int, padding, monkeypatch: pytest.MonkeyPatch, launches: list[str]
