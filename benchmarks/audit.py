@@ -61,7 +61,7 @@ class Target:
         name: of the product.
         multiprocessors: number of SMs.
         registers, shared_bytes, warps, blocks: limits of each SM.
-        tflops, tbps: measured ceilings of half-precision products and of copies; None if not measured.
+        tflops, tbps: ceilings of half-precision products and of copies; None if unknown.
     """
 
     name: str
@@ -180,7 +180,7 @@ def programs_per_multiprocessor(target: Target, registers: int, shared_bytes: in
 
 
 def floor_us(target: Target, dtype: torch.dtype, useful_flops: int, moved_bytes: int) -> float | None:
-    """Lower bound in microseconds by products and bytes; None without measured ceilings.
+    """Lower bound in microseconds by products and bytes; None without ceilings.
 
     The products' ceiling is measured in half precision, so float32 has no floor.
     """

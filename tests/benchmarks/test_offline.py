@@ -228,7 +228,7 @@ def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
     described = [r for r in products if r["tma_loads"]]
     on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # its pool is a separate kernel
     expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel", "_matmul_shares_kernel"}) - on_blackwell
-    assert {r["kernel"] for r in described} == (expected if tf32 and arch != "sm_80" else set())
+    assert {r["kernel"] for r in described} == (expected if tf32 else set())
     assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 
 
