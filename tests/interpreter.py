@@ -55,6 +55,7 @@ _slow_equal, _slow_broadcast = tl.dtype.__eq__, TritonSemantic.broadcast_impl_va
 #: Shape -> attributes of a block type and of its tensors. Cached, so that equal shapes are one object.
 _shapes: dict[tuple[int, ...], dict[str, Any]] = {}
 _names: dict[tuple[tuple[int, ...], str], str] = {}
+_of_scalars: list[Any] = []
 
 
 def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
@@ -75,10 +76,12 @@ def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
 
 
 def _tensor(self: Any, handle: Any, type: Any) -> None:
-    """``tl.tensor.__init__`` that takes shape and number of elements from the block type's cache."""
-    of_tensors = getattr(type, "_of_tensors", None)
-    if of_tensors is None:
+    """``tl.tensor.__init__`` that takes shape and number of elements from a cache, a scalar's too."""
+    of_tensors = getattr(type, "_of_tensors", None) or (None if type.is_block() else _of_scalars)
+    if not of_tensors:
         _slow_tensor(self, handle, type)
+        if not type.is_block():
+            _of_scalars[:] = self.shape, self.numel
         return
     self.handle, self.type, self.dtype = handle, type, type.scalar
     self.shape, self.numel = of_tensors
@@ -96,6 +99,32 @@ def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
     return _slow_broadcast(self, lhs, rhs)
 
 
+_slow_operands = TritonSemantic.binary_op_type_checking_impl
+#: Types that a binary operation does not promote if both operands have them.
+_KEPT = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}
+_numbers: dict[tuple[Any, ...], Any] = {}
+
+
+def _operands(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tuple[Any, Any]:
+    """The operands of a binary operation, promoted and broadcast. A number becomes a tensor once for each type beside it."""
+    if type(lhs) is tl.tensor:
+        if type(rhs) is tl.tensor:
+            kind = lhs.dtype
+            if kind is rhs.dtype and kind.name in _KEPT and lhs.shape is rhs.shape:
+                return lhs, rhs
+        elif type(rhs) is int or (type(rhs) is float and rhs != 0):  # 0.0 and -0.0 are equal
+            key = (lhs.type.name, type(rhs), rhs, *args, *kwargs.items())
+            number = _numbers.get(key)
+            if number is not None:
+                return lhs, number
+            left, number = _slow_operands(self, lhs, rhs, *args, **kwargs)
+            if left is lhs:
+                number.handle.data.flags.writeable = False
+                _numbers[key] = number
+            return left, number
+    return _slow_operands(self, lhs, rhs, *args, **kwargs)
+
+
 _slow_np_dtype = interpreter._get_np_dtype
 _np_dtypes: dict[str, Any] = {}
 
@@ -111,6 +140,7 @@ def _np_dtype(kind: Any) -> Any:
 def speed_up(monkeypatch: Any) -> None:
     """Make the interpreter faster for the rest of the test, with the same results and the same errors."""
     monkeypatch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow)
+    monkeypatch.setattr(TritonSemantic, "binary_op_type_checking_impl", _operands)
     monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", _broadcast)
     monkeypatch.setattr(tl.block_type, "__init__", _block_type)
     monkeypatch.setattr(tl.tensor, "__init__", _tensor)

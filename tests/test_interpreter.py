@@ -34,10 +34,39 @@ def _broadcasting(width: int, other: int, dtype: object) -> torch.Tensor:
     return y
 
 
+@triton.jit
+def _numbers_kernel(x_ptr, y_ptr, BIG: tl.constexpr, DTYPE: tl.constexpr):
+    """The rows of y: sums, products, quotients and comparisons of x and numbers, zeros of both signs among them."""
+    o = tl.arange(0, 8)
+    x = tl.load(x_ptr + o).to(DTYPE)
+    ends = 1 - x
+    if DTYPE.is_floating():
+        ends = x * 0.0 + ends
+        tl.store(y_ptr + 8 + o, x * 0.0)
+        tl.store(y_ptr + 16 + o, x * -0.0)
+        tl.store(y_ptr + 24 + o, x / 3)
+    else:
+        tl.store(y_ptr + 8 + o, x // 3)
+        tl.store(y_ptr + 16 + o, x % 3)
+        tl.store(y_ptr + 24 + o, x / 3)
+    tl.store(y_ptr + o, ends)
+    tl.store(y_ptr + 32 + o, x + BIG)
+    tl.store(y_ptr + 40 + o, x < 3)
+    tl.store(y_ptr + 48 + o, x + 1.5)
+
+
+def _numbers(big: int, dtype: object) -> torch.Tensor:
+    y = torch.empty(7, 8)
+    launch.launch(_numbers_kernel, (1,), x_ptr=torch.arange(8.0), y_ptr=y, BIG=big, DTYPE=dtype)
+    return y
+
+
 def _everything() -> list[torch.Tensor]:
     """Results and gradients of operations that use most of the language, with blocks of one to three dimensions."""
     torch.manual_seed(0)
     results = [_broadcasting(8, 8, dtype) for dtype in (tl.float32, tl.float16, tl.int32, tl.int8)]
+    for dtype in (tl.float32, tl.float16, tl.int32, tl.int8, tl.int64):
+        results += [_numbers(2, dtype), _numbers(2, dtype)]
     for dtype in (torch.float32, torch.bfloat16):
         x, w, b = (randn(*size, dtype=dtype) for size in ((2, 3, 9, 8), (5, 3, 3, 2), (5,)))
         y = kernels.conv2d_relu_max_pool2d(x, w, b, (2, 1), 1, pool_kernel_size=2)
@@ -65,3 +94,15 @@ def test_the_same_errors(width: int, other: int, message: str, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(Exception, match=message):
         _broadcasting(width, other, tl.float32)
+
+
+def test_the_same_errors_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that was valid beside one type, and is now cached, still raises beside another."""
+    for big in (300, 125):
+        _numbers(big, tl.int32)
+    with pytest.raises(Exception, match="overflow"):
+        _numbers(125, tl.int8)
+    for _ in range(2):
+        with pytest.raises(Exception, match="out of range"):
+            _numbers(300, tl.int8)
+        monkeypatch.undo()

@@ -223,19 +223,6 @@ def test_flops_of_rows_of_taps() -> None:
     assert flops("_conv2d_taps_kernel", (26 * 26,), a) == (2 * 128 * 26 * 26 * 256 * 2400, 2 * 128 * 256 * rows * columns)
 
 
-@pytest.mark.slow
-def test_convolutions_of_float32_run_through_descriptors_on_hopper(tmp_path: Path) -> None:
-    """conv1 to conv5 use TMA loads and tensor cores in TF32, forward and backward, and waste few products."""
-    result, _ = run_audit(tmp_path / "a.json", "--arch", "sm_90", "--dtype", "float32", "--batch", "128", "--mode", "train")
-    products = [r for r in result["records"] if r["has_dot"] and r["layer"].startswith("conv")]
-    assert {(r["layer"], r["pass"]) for r in products} == {
-        (f"conv{i}", pass_) for i in range(1, 6) for pass_ in ("fprop", "dgrad", "wgrad") if (i, pass_) != (1, "dgrad")
-    }
-    assert all(r["tma_loads"] and r["tensor_core_ops"] for r in products)
-    assert all(r["useful_flops"] >= 0.95 * r["issued_flops"] for r in products if r["layer"] != "conv1")
-    assert [r for r in result["records"] if r["spill_bytes"]] == []
-
-
 def test_what_counts_as_worse() -> None:
     totals = {"launches": 50, "useful_over_issued": 0.9, "bytes": 100, "saved_bytes_per_image": 10, "spill_bytes": 0}
     assert worse(totals, totals) == []

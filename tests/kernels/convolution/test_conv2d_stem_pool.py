@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -102,17 +102,18 @@ CASES = (
 )
 #: A case whose weight gradient includes the pool's in every dtype.
 PAIRS = next(case for case in CASES if case.why == "pairs_ragged_images")
-#: The TF32 filters of three channels leave no room in shared memory.
-EACH = [
-    pytest.param(case, dtype, id=f"{case.id}-{dtype_id(dtype)}")
-    for case in CASES
-    for dtype in DTYPES
-    if case.c == 1 or dtype != torch.float32
-]
 
-#: Each case with one dtype, in turn. The exact tests have all of them.
-BY_CASE = [[p for p in EACH if p.values[0] is case] for case in CASES]
-ONE_EACH = [of_case[i % len(of_case)] for i, of_case in enumerate(BY_CASE)]
+
+def in_turn(first: int, make: Callable[..., Tensor] | None = None) -> list:
+    """Each case with one dtype, in turn from ``DTYPES[first]`` on, after ``make`` if given."""
+    params = []
+    for i, case in enumerate(CASES, first):
+        # The TF32 filters of three channels leave no room in shared memory.
+        dtypes = DTYPES if case.c == 1 else DTYPES[:2]
+        dtype = dtypes[i % len(dtypes)]
+        id = f"{case.id}-{dtype_id(dtype)}"
+        params.append(pytest.param(make, case, dtype, id=f"{make.__name__}-{id}") if make else pytest.param(case, dtype, id=id))
+    return params
 
 
 #: Configuration values for the fused kernel and for separate kernels; both use the weight gradient over images for any batch.
@@ -152,14 +153,7 @@ def positions(output: Tensor) -> Tensor:
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize(
-    ("make", "case", "dtype"),
-    [
-        pytest.param(make, *p.values, id=f"{make.__name__}-{p.id}")
-        for make, cases in ((integers, EACH), (randn, ONE_EACH))
-        for p in cases
-    ],
-)
+@pytest.mark.parametrize(("make", "case", "dtype"), in_turn(0, randn) + in_turn(1, integers))
 def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """They are bit-identical in both memory formats. Integers make ties, and then every third filter is dead."""
     tensors = case.tensors(make, dtype)
@@ -179,8 +173,7 @@ def test_values_and_positions_are_those_of_two_kernels(make, case: Case, dtype: 
             assert (positions(ours)[:, ::3] == no_gradient(torch.uint8)).all()
 
 
-@pytest.mark.thin
-@pytest.mark.parametrize(("case", "dtype"), EACH)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(2))
 def test_gradients_are_exact_on_integers(case: Case, dtype: torch.dtype, launches: list[str]) -> None:
     """Sums of small integers are exact in any order, so the gradients must equal the reference's bit for bit."""
     x, w, b = case.tensors(lambda *s, **o: integers(*s, high=1, **o), dtype)
@@ -226,7 +219,7 @@ def test_the_gradient_on_the_way_has_the_bits_of_the_pools(row: int, column: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "dtype"), ONE_EACH)
+@pytest.mark.parametrize(("case", "dtype"), in_turn(0))
 def test_gradients_against_float64(case: Case, dtype: torch.dtype) -> None:
     """The reference's windows take the pixels that ours took: a tie that is due to rounding is none in float64."""
     draw = tf32_numbers if dtype == torch.float32 else randn
