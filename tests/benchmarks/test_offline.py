@@ -139,8 +139,8 @@ def test_shared_memory_fits(launches: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_an_amd_gpu_runs_the_general_kernels() -> None:
-    """They fit in its 64 KiB of shared memory, spill nothing and multiply on its matrix cores, float32 in TF32 too."""
-    records = _compile("--arch", "gfx942", "--dtype", "bfloat16", "float32", "--batch", "128", "--tf32")
+    """They fit in its 64 KiB of shared memory, spill nothing and multiply on its matrix cores."""
+    records = _compile("--arch", "gfx942", "--dtype", "bfloat16", "--batch", "128")
     assert {r["kernel"] for r in records} == kernel_names() - DESCRIPTOR_KERNELS - FLOAT32_KERNELS
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"]] == []
     assert [r for r in records if r["shared_bytes"] > SHARED_BYTES["gfx942"]] == []
@@ -149,10 +149,11 @@ def test_an_amd_gpu_runs_the_general_kernels() -> None:
 
 
 @pytest.mark.slow
-def test_convolutions_on_an_amd_gpu_without_tf32_compile() -> None:
-    """PyTorch's switch allows TF32 by default. An MI200 has none and multiplies float32 exactly."""
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+def test_float32_convolutions_of_an_amd_gpu_run_on_its_matrix_cores(arch: str) -> None:
+    """PyTorch's switch allows TF32 by default. An MI200 has none and multiplies float32 exactly; an MI300 has it."""
     program = """
-import dataclasses, json
+import dataclasses, json, sys
 import torch, kernels
 from benchmarks.offline import compile_launches
 
@@ -160,15 +161,16 @@ def step():
     x, w = torch.empty(2, 96, 26, 26, requires_grad=True), torch.empty(256, 96, 5, 5, requires_grad=True)
     kernels.conv2d(x, w, padding=2).sum().backward()
 
-for launched in compile_launches(step, "gfx90a"):
+for launched in compile_launches(step, sys.argv[1]):
     print(json.dumps(dataclasses.asdict(launched)))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", program, arch]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     products = [r for r in map(json.loads, result.stdout.splitlines()) if r["has_dot"]]
     assert {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"} <= {r["kernel"] for r in products}
+    assert [r for r in products if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
     assert [r for r in products if not r["tensor_core_ops"].get("v_mfma")] == []
 
 
