@@ -120,6 +120,8 @@ def _operands(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tup
             left, number = _slow_operands(self, lhs, rhs, *args, **kwargs)
             if left is lhs:
                 number.handle.data.flags.writeable = False
+                if len(_numbers) == 2000:  # a block's number has the block's size
+                    _numbers.clear()
                 _numbers[key] = number
             return left, number
     return _slow_operands(self, lhs, rhs, *args, **kwargs)
