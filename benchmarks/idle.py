@@ -1,8 +1,9 @@
 """A stand-in for a GPU that accepts every launch and runs none: for measuring the host's work before a kernel runs.
 
-Inside :func:`idle_gpu` operations on CPU tensors walk the code path of a GPU. Triton compiles their kernels for that GPU and
-launches them with its own ``CudaLauncher``, tensor descriptors included. Only the functions that Triton gets from ``libcuda``
-are replaced: they do nothing. No kernel reads or writes a tensor, so outputs hold uninitialized memory.
+Inside :func:`idle_gpu` operations on CPU tensors walk the code path of a GPU. Triton compiles their kernels for that GPU, as
+far as its IR for GPUs, and launches them with its own ``CudaLauncher``, tensor descriptors included. Only the functions that
+Triton gets from ``libcuda`` are replaced, which do nothing, and the last steps of its compiler, whose machine code nobody
+would run. No kernel reads or writes a tensor, so outputs hold uninitialized memory.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 import types
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
+from triton.backends.nvidia import compiler
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
@@ -74,7 +78,7 @@ class IdleUtils:
     #: The function's name in Triton 3.6.
     fill_tma_descriptor = fill_tma_descriptor_tiled
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[_Module, int, int, int, int]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple[_Module, int, int, int, int]:
         """Module, function, registers, spills and threads of a kernel; the function's handle is a checksum of its code."""
         return self.module, zlib.crc32(binary), 128, 0, 1024
 
@@ -85,10 +89,10 @@ class IdleUtils:
         """The argument types of a kernel, one byte per argument, as the launcher in C reads them."""
         return bytes(sum(kind.encode()) % 256 for kind in signature)
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
+    def get_device_properties(self, device: str) -> dict[str, int]:
         """An H100's properties, with the shared memory of the device's generation."""
         return {
-            "max_shared_mem": SHARED_BYTES[f"sm_{device}"],
+            "max_shared_mem": SHARED_BYTES[device.removeprefix("idle ")],
             "max_num_regs": 65536,
             "multiprocessor_count": 132,
             "warpSize": 32,
@@ -109,6 +113,10 @@ class IdleDriver(OfflineDriver):
         super().__init__(capability)
         self.utils = UTILS
         self.launcher_cls = nvidia.CudaLauncher
+
+    def get_current_device(self) -> str:
+        # Not the offline driver's device, under which Triton caches kernels that have machine code.
+        return f"idle sm_{self.capability}"
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return str(nvidia.ty_to_cpp(ty))
@@ -141,6 +149,40 @@ def _without_libcuda() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(nvidia, name, value)
+
+
+def _metadata_only(ttgir: Any, metadata: dict[str, Any], *_: object) -> str:
+    """Replaces the step to LLVM IR: sets what the launcher reads, for a kernel without shared memory, and keeps the IR."""
+    sizes = dict.fromkeys(("shared", "tmem_size", "global_scratch_size", "profile_scratch_size"), 0)
+    metadata |= sizes | {"global_scratch_align": 1, "profile_scratch_align": 1}
+    return str(ttgir)
+
+
+def _name_only(ttgir: str, metadata: dict[str, Any], *_: object) -> str:
+    """Replaces the step to PTX: finds the kernel's name."""
+    (metadata["name"],) = re.findall(r"tt\.func public @(\w+)", ttgir)
+    return ttgir
+
+
+def _ir_as_code(ttgir: str, *_: object) -> bytes:
+    """Replaces the step to machine code: the IR's text, which differs wherever kernels differ."""
+    return ttgir.encode()
+
+
+@contextlib.contextmanager
+def _without_machine_code() -> Iterator[None]:
+    """End compilation at Triton's IR for GPUs, which saves more than half of its time."""
+    backend, key = compiler.CUDABackend, compiler.CUDABackend.hash
+    steps: dict[str, Any] = {
+        "make_llir": staticmethod(_metadata_only),
+        "make_ptx": staticmethod(_name_only),
+        "make_cubin": staticmethod(_ir_as_code),
+        "hash": lambda self: key(self) + "-idle",  # Triton's cache on the disk must not mistake them for kernels that run
+    }
+    with contextlib.ExitStack() as stack:
+        for name, step in steps.items():
+            stack.enter_context(mock.patch.object(backend, name, step))
+        yield
 
 
 def _keep_freed_memory() -> None:
@@ -180,7 +222,7 @@ def idle_gpu(capability: int = 90) -> Iterator[IdleUtils]:
     _keep_freed_memory()
     triton.runtime.driver.set_active(IdleDriver(capability))
     try:
-        with _without_libcuda(), launch.launch_without_gpu():
+        with _without_libcuda(), _without_machine_code(), launch.launch_without_gpu():
             yield UTILS
     finally:
         plans.forget()
