@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import triton.runtime.interpreter as interpreter
 from triton.language.semantic import TritonSemantic
 
 _slow_check_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
-_EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_EXACTLY = {"add": (np.add, operator.add), "sub": (np.subtract, operator.sub), "mul": (np.multiply, operator.mul)}
+#: The smallest and the largest value of a type, by its name; for types of up to 32 bits.
+_bounds: dict[str, tuple[int, int]] = {}
 
 
 def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
@@ -19,13 +22,33 @@ def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
     The interpreter computes the result again through all of Triton's semantics, which takes half of the suite's time. Here the
     check is one NumPy operation in 64 bits.
     """
-    kind = lhs.type.scalar
+    kind = lhs.dtype
     if kind.int_bitwidth not in (8, 16, 32) or binary_op.__name__ not in _EXACTLY:
         _slow_check_overflow(self, lhs, rhs, binary_op)
         return
-    exact = _EXACTLY[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64, casting="unsafe")
-    if exact.size and (exact.max() > kind.get_int_max_value() or exact.min() < kind.get_int_min_value()):
+    if kind.name not in _bounds:
+        _bounds[kind.name] = kind.get_int_min_value(), kind.get_int_max_value()
+    least, most = _bounds[kind.name]
+    of_arrays, of_numbers = _EXACTLY[binary_op.__name__]
+    left, right = lhs.handle.data, rhs.handle.data
+    if left.size == right.size == 1:
+        overflows = not least <= of_numbers(left.item(), right.item()) <= most
+    else:
+        exact = of_arrays(left, right, dtype=np.int64, casting="unsafe")
+        overflows = exact.size > 0 and (exact.max() > most or exact.min() < least)
+    if overflows:
         raise AssertionError(f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}")
+
+
+def _patch_attr(obj: Any, name: str, member: Any, builder: object, scope: Any) -> None:
+    """Put a function of ``triton.language`` with the interpreter's semantics into ``obj``, without the check that it has any."""
+    function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+    def of_interpreter(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    scope.set_attr(obj, name, of_interpreter)
 
 
 def _patch_once(monkeypatch: Any) -> None:
@@ -103,6 +126,37 @@ _slow_operands = TritonSemantic.binary_op_type_checking_impl
 #: Types that a binary operation does not promote if both operands have them.
 _KEPT = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp32", "fp64"}
 _numbers: dict[tuple[Any, ...], Any] = {}
+#: Types of two tensors -> type and NumPy shape of each as operands; None where a value changes its element type.
+_broadcasts: dict[tuple[Any, ...], Any] = {}
+
+
+def _handle(data: Any, kind: Any) -> Any:
+    """A ``TensorHandle`` of an array that is known to fit its type."""
+    handle = interpreter.TensorHandle.__new__(interpreter.TensorHandle)
+    handle.data, handle.dtype, handle.attr = data, kind, {}
+    return handle
+
+
+def _broadcast_to(value: Any, kind: Any, shape: tuple[int, ...]) -> Any:
+    if value.type.name == kind.name:
+        return value
+    data = np.empty(shape, value.handle.data.dtype)
+    data[...] = value.handle.data
+    return tl.tensor(_handle(data, value.handle.dtype.scalar), kind)
+
+
+def _tensors(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tuple[Any, Any]:
+    """Two tensors as operands. Triton's own rules give the types, once for each two types."""
+    key = (lhs.type.name, rhs.type.name, *args, *kwargs.items())
+    if key not in _broadcasts:
+        left, right = _slow_operands(self, lhs, rhs, *args, **kwargs)
+        kept = left.dtype == lhs.dtype and right.dtype == rhs.dtype
+        _broadcasts[key] = [(t.type, t.handle.data.shape) for t in (left, right)] if kept else None
+        return left, right
+    known = _broadcasts[key]
+    if known is None:
+        return _slow_operands(self, lhs, rhs, *args, **kwargs)
+    return _broadcast_to(lhs, *known[0]), _broadcast_to(rhs, *known[1])
 
 
 def _operands(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tuple[Any, Any]:
@@ -112,7 +166,8 @@ def _operands(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tup
             kind = lhs.dtype
             if kind is rhs.dtype and kind.name in _KEPT and lhs.shape is rhs.shape:
                 return lhs, rhs
-        elif type(rhs) is int or (type(rhs) is float and rhs != 0):  # 0.0 and -0.0 are equal
+            return _tensors(self, lhs, rhs, *args, **kwargs)
+        if type(rhs) is int or (type(rhs) is float and rhs != 0):  # 0.0 and -0.0 are equal
             key = (lhs.type.name, type(rhs), rhs, *args, *kwargs.items())
             number = _numbers.get(key)
             if number is not None:
@@ -125,6 +180,19 @@ def _operands(self: Any, lhs: Any, rhs: Any, *args: bool, **kwargs: bool) -> tup
                 _numbers[key] = number
             return left, number
     return _slow_operands(self, lhs, rhs, *args, **kwargs)
+
+
+_slow_binary_op = interpreter.InterpreterBuilder.binary_op
+
+
+def _binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+    """The interpreter's binary operation, without checks of a result that is no wider than an operand."""
+    if lhs.data.dtype == np.bool_:
+        return _slow_binary_op(self, lhs, rhs, op)
+    data = op(lhs.data, rhs.data)
+    if data.itemsize > lhs.data.itemsize:
+        return _slow_binary_op(self, lhs, rhs, op)
+    return _handle(data, lhs.dtype.scalar)
 
 
 _slow_np_dtype = interpreter._get_np_dtype
@@ -148,4 +216,6 @@ def speed_up(monkeypatch: Any) -> None:
     monkeypatch.setattr(tl.tensor, "__init__", _tensor)
     monkeypatch.setattr(tl.dtype, "__eq__", _equal)
     monkeypatch.setattr(interpreter, "_get_np_dtype", _np_dtype)
+    monkeypatch.setattr(interpreter, "_patch_attr", _patch_attr)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "binary_op", _binary_op)
     _patch_once(monkeypatch)
