@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from typing import Any
 
@@ -40,15 +42,33 @@ def _check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
         raise AssertionError(f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}")
 
 
-def _patch_attr(obj: Any, name: str, member: Any, builder: object, scope: Any) -> None:
-    """Put a function of ``triton.language`` with the interpreter's semantics into ``obj``, without the check that it has any."""
+def _of_interpreter(member: Any) -> Any:
+    """A function of ``triton.language`` with the interpreter's semantics, without the check that it has any."""
     function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
 
     def of_interpreter(*args: Any, **kwargs: Any) -> Any:
         kwargs["_semantic"] = semantic
         return function(*args, **kwargs)
 
-    scope.set_attr(obj, name, of_interpreter)
+    return of_interpreter
+
+
+@functools.cache
+def _builtins(owner: Any) -> list[tuple[str, Any]]:
+    """The functions of a module or class for which the interpreter has its own, by name."""
+    members = [(name, member) for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
+    return [(name, _of_interpreter(member)) for name, member in members]
+
+
+def _patch_builtin(owner: Any, builder: object, scope: Any) -> None:
+    for name, function in _builtins(owner):
+        scope.set_attr(owner, name, function)
+
+
+@functools.cache
+def _languages(function: Any) -> set[str]:
+    """Names of Triton's language modules among a function's globals."""
+    return {lang.__name__ for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())}
 
 
 def _patch_once(monkeypatch: Any) -> None:
@@ -58,7 +78,7 @@ def _patch_once(monkeypatch: Any) -> None:
     nothing = interpreter._LangPatchScope()
 
     def patch(function: Any) -> Any:
-        languages = {lang.__name__ for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())}
+        languages = _languages(function)
         if languages and languages <= patched:
             return nothing
         patched.update(languages)
@@ -195,6 +215,11 @@ def _binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
     return _handle(data, lhs.dtype.scalar)
 
 
+def _expand_dims(self: Any, arg: Any, axis: int) -> Any:
+    shape = arg.data.shape
+    return _handle(arg.data.reshape(*shape[:axis], 1, *shape[axis:]), arg.dtype.scalar)
+
+
 _slow_np_dtype = interpreter._get_np_dtype
 _np_dtypes: dict[str, Any] = {}
 
@@ -216,6 +241,7 @@ def speed_up(monkeypatch: Any) -> None:
     monkeypatch.setattr(tl.tensor, "__init__", _tensor)
     monkeypatch.setattr(tl.dtype, "__eq__", _equal)
     monkeypatch.setattr(interpreter, "_get_np_dtype", _np_dtype)
-    monkeypatch.setattr(interpreter, "_patch_attr", _patch_attr)
+    monkeypatch.setattr(interpreter, "_patch_builtin", _patch_builtin)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "binary_op", _binary_op)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_expand_dims", _expand_dims)
     _patch_once(monkeypatch)

@@ -43,9 +43,9 @@ def test_a_store_outside_is_an_error() -> None:
 
 
 @triton.jit
-def _arithmetic_kernel(x_ptr, y_ptr, by, OPERATION: tl.constexpr):
-    """y = x + by, x - by or x * by."""
-    o_e = tl.arange(0, 4)
+def _arithmetic_kernel(x_ptr, y_ptr, by, OPERATION: tl.constexpr, SCALAR: tl.constexpr):
+    """y = x + by, x - by or x * by, of four elements or with ``SCALAR`` of the last one."""
+    o_e = 3 if SCALAR else tl.arange(0, 4)
     x = tl.load(x_ptr + o_e)
     if OPERATION == "add":
         y = x + by
@@ -64,15 +64,17 @@ def _arithmetic_kernel(x_ptr, y_ptr, by, OPERATION: tl.constexpr):
         *(("mul", -1, True), ("mul", 2, False), ("mul", -2, False)),
     ],
 )
-def test_an_integer_overflow_is_an_error(operation: str, by: int, fits: bool) -> None:
-    x, y = torch.tensor([1, 2, 3, 2**31 - 5], dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+@pytest.mark.parametrize("scalar", [False, True], ids=["block", "scalar"])
+def test_an_integer_overflow_is_an_error(scalar: bool, operation: str, by: int, fits: bool) -> None:
+    x, y = torch.tensor([1, 2, 3, 2**31 - 5], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
 
     def run() -> None:
-        launch.launch(_arithmetic_kernel, (1,), x_ptr=x, y_ptr=y, by=by, OPERATION=operation)
+        launch.launch(_arithmetic_kernel, (1,), x_ptr=x, y_ptr=y, by=by, OPERATION=operation, SCALAR=scalar)
 
     if not fits:
         with pytest.raises(Exception, match=f"int32 overflow detected for operation {operation}"):
             run()
         return
     run()
-    assert torch.equal(y, {"add": x + by, "sub": x - by, "mul": x * by}[operation])
+    computed = slice(3 if scalar else 0, 4)
+    assert torch.equal(y[computed], {"add": x + by, "sub": x - by, "mul": x * by}[operation][computed])
