@@ -57,7 +57,7 @@ train: $(INSTALLED)
 	else $(BIN)/alexnet-triton train --data sample --limit 400 --batch-size 8 --lr 0.03 --epochs 2 --check $(ARGS); fi
 
 # A thread for each of the processes: the threads of small operations only wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal --timeout 300
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal --timeout 900
 
 test: $(INSTALLED)
 	$(call PYTEST,$(VENV)) -m "not slow" $(ARGS)

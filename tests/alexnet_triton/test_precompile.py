@@ -27,7 +27,7 @@ def _worker(cache: Path, *scenarios: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=840,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

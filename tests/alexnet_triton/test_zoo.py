@@ -136,7 +136,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 @pytest.mark.thin("resnet18")
 def test_inference(pair: Pair, launches: list[str]) -> None:
     net, fused = pair.net.eval(), pair.fused.eval()
-    x = images()
+    x = images(batch=2)
     with torch.no_grad():
         ours = outputs(fused, x)
         launched = len(launches)

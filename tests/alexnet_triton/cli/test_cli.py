@@ -227,9 +227,8 @@ WITHOUT_A_HOME = {
 }
 
 
-@pytest.mark.thin("no_folder-train")
-@pytest.mark.parametrize("command", WITHOUT_A_HOME)
-@pytest.mark.parametrize("home", [None, "/dev/null"], ids=["unset", "no_folder"])
+@pytest.mark.thin("/dev/null")
+@pytest.mark.parametrize(("home", "command"), [*((None, command) for command in WITHOUT_A_HOME), ("/dev/null", "train")])
 def test_without_a_home_and_without_an_entry_for_the_user(home: str | None, command: str, tmp_path: Path) -> None:
     """A container's user id may have no entry. Nothing, such as a folder called ~, is created in the working directory."""
     code = (
