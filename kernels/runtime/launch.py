@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import parsing as parsing  # before the first kernel is compiled
 from .gpu import launches_dependents
 from .switch import Switch
 

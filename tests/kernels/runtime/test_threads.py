@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import multiprocessing
 import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from triton.runtime.jit import JITFunction
 
 import kernels
 from kernels.runtime import launch
@@ -124,3 +128,38 @@ def test_cuda_after_a_fork_is_a_clear_error_and_no_hang(context: str) -> None:
         return
     with pytest.raises(RuntimeError, match="Cannot re-initialize CUDA in forked subprocess"):
         next(iter(loader))
+
+
+class _Garbage:
+    """A cycle whose collection lets another thread run."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_threads_parse_kernels_at_once() -> None:
+    """Python 3.11.7 raises SystemError where threads parse at once; Triton parses when it compiles a kernel."""
+    from kernels.convolution.general import _conv2d_fprop_kernel
+
+    kernel = JITFunction(_conv2d_fprop_kernel.fn)
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    begun, end = threading.Barrier(5), time.monotonic() + 4
+
+    def parse() -> None:
+        begun.wait()
+        while time.monotonic() < end:
+            _Garbage()
+            kernel.parse()
+
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(50)  # collections in the middle of parsing
+        with concurrent.futures.ThreadPoolExecutor(5) as executor:
+            for done in [executor.submit(parse) for _ in range(5)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
