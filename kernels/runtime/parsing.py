@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 from triton.runtime.jit import JITFunction
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer that runs while its thread parses may parse too
 
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 def _one_at_a_time(parse: Callable[[JITFunction], ast.AST]) -> Callable[[JITFunction], ast.AST]:

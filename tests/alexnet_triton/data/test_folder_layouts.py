@@ -247,7 +247,7 @@ def test_no_such_users_home_is_an_error_of_the_data() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["train --help", "predict /nowhere.pt a.png"])
 def test_a_user_without_home_or_entry(arguments: str, tmp_path: Path) -> None:
-    """A container's random user has no $HOME and no line in /etc/passwd. (``test_cli.py`` has the commands that succeed.)"""
+    """A container's random user has no $HOME and no line in /etc/passwd. (``test_cli.py`` has more commands.)"""
     environment = {name: value for name, value in os.environ.items() if name != "HOME"} | {"MPLCONFIGDIR": str(tmp_path)}
     script = """
 import pwd, runpy
