@@ -130,19 +130,6 @@ def by_batch_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
 
 
-def turned_wgrad(c: int, k: int, r: int, s: int) -> Iterator[Candidate]:
-    """Configurations of the TF32 weight gradient that transposes tiles of 32 images x BLOCK_N filters."""
-    for block_m, block_n, warps, stages in itertools.product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4)):
-        columns = cdiv(s * c, block_m)
-        stage = (block_m + block_n) * 128
-        fits = _fits(stage, stages, block_m * block_n, warps, 128) and block_n / warps <= 16
-        if not fits or 6 * s * c < 5 * columns * block_m or block_n >= 2 * k:
-            continue
-        values = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32}
-        for split in _splits(columns * r * cdiv(k, block_n), stage, stages):
-            yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}
-
-
 def stem_fprop(columns: int) -> Iterator[Candidate]:
     """Configurations of the forward pass of a strided first layer in half precision."""
     for (block_m, warps), (n1, n2), (k1, k2), strips, stages in itertools.product(
@@ -215,20 +202,13 @@ def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Ca
             yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
 
 
-def rows_wgrad(n: int, pooled: bool) -> Iterator[Candidate]:
-    """Configurations of that layer's weight gradient in TF32; ``pooled``: with the pool's gradient.
-
-    A block has three filter rows of 64 positions. The pool's gradient loads values and positions of four windows, in one stage
-    fewer.
-    """
+def rows_wgrad(n: int) -> Iterator[Candidate]:
+    """Configurations of that layer's weight gradient in TF32; a block has three filter rows of 64 positions."""
     for (n1, n2), block_k, warps, stages, held in itertools.product(
         ((64, 32), (64, 0), (32, 16)), (32, 64), (4, 8), (2, 3, 4), (1, 2)
     ):
-        threads = 32 * warps
-        shared = (3 * 64 * stages + (n1 + n2) * (5 * stages - 4 if pooled else stages)) * block_k * 4
-        # Compiled for sm_90, more accumulators or a larger tile of the gradient spill.
-        fits = 192 * (n1 + n2) / threads <= (72 if pooled else 96) and (not pooled or block_k * (n1 + n2) / threads <= 16)
-        if fits and shared * held <= SHARED_BYTES - 1024 and block_k <= max(32, n):
+        shared = (3 * 64 + n1 + n2) * stages * block_k * 4
+        if shared * held <= SHARED_BYTES - 1024 and block_k <= max(32, n):
             values = {"BLOCK_M": 64, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
             split = max(1, MULTIPROCESSORS * held // cdiv(96, n1 + n2))
             yield values | {"num_warps": warps, "num_stages": stages, "SPLIT": split}

@@ -122,9 +122,10 @@ class Job:
         if self.pass_ == "dgrad":
             return rules.conv2d_key("conv2d_dgrad", n, size, size, k, c, r, r, dtype)
         if stride == 1:
-            turned = "turned_" if tf32 and self.turns else ""
-            return rules.conv2d_key(f"conv2d_{turned}{self.pass_}", n, p, p, c, k, r, r, dtype)
-        operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + ("pool_" if self.layer == POOLED else "") + self.pass_
+            return rules.conv2d_key(f"conv2d_{self.pass_}", n, p, p, c, k, r, r, dtype)
+        # In TF32 the weight gradient reads the pool's gradient from memory, so it is the same with and without a pool.
+        pool = "pool_" if self.layer == POOLED and not (tf32 and self.pass_ == "wgrad") else ""
+        operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + pool + self.pass_
         if tf32 and self.pass_ == "fprop":
             height, reduced = r, self.positions
         else:
@@ -132,14 +133,6 @@ class Job:
         if self.layer == POOLED and (self.pass_ == "fprop" or not tf32):
             p = (p - 1) // 2
         return rules.conv2d_key(operation, n, p, p, reduced, k, height, 1, dtype)
-
-    @property
-    def turns(self) -> bool:
-        """Whether the TF32 weight gradient transposes the output gradient in registers, which saves memory, by the rule."""
-        c, _, k, r, *_ = LAYERS[self.layer]
-        with tables.untuned():
-            sizes = (self.batch, self.size, self.size, c, k, r, r)
-            return self.pass_ == "wgrad" and rules.conv2d_wgrad_turns(torch.device("meta"), *sizes)
 
     @property
     def needs_maxima(self) -> bool:
@@ -173,7 +166,7 @@ class Job:
         n, windows, itemsize, tf32 = self.batch, (self.size - 1) // 2, dtype.itemsize, dtype == torch.float32
         if stride > 1 and self.pass_ == "wgrad":
             of_half = of.stem_pool_wgrad if self.layer == POOLED else of.stem_wgrad
-            found = of.rows_wgrad(n, self.layer == POOLED) if tf32 else of_half(n)
+            found = of.rows_wgrad(n) if tf32 else of_half(n)
         elif self.layer == POOLED:
             found = of.rows_pool_fprop(n, windows, self.positions, r) if tf32 else of.stem_pool_fprop(windows)
         elif stride > 1:
@@ -184,8 +177,7 @@ class Job:
         elif self.pass_ == "dgrad":
             found = itertools.chain(of.images(n, k, c, itemsize, self.layer in LINKED), of.boxes(n, size, k, c, itemsize))
         elif tf32:
-            shares = of.stream_k_wgrad(c, k, r, itemsize)
-            found = of.turned_wgrad(c, k, r, r) if self.turns else itertools.chain(of.by_batch_wgrad(c, k, r, r), shares)
+            found = itertools.chain(of.by_batch_wgrad(c, k, r, r), of.stream_k_wgrad(c, k, r, itemsize))
         else:
             found = itertools.chain(of.images_wgrad(c, k, r * r), of.stream_k_wgrad(c, k, r, itemsize))
         # WARP_SPECIALIZE is left out: Triton 3.6's compiler ends the process on many of these, and 3.8 refuses all.

@@ -38,12 +38,11 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "conv2d_wgrad": (
         (
-            *("conv2d_images_wgrad_config", "conv2d_by_batch_wgrad_config", "conv2d_wgrad_turns"),
+            *("conv2d_images_wgrad_config", "conv2d_by_batch_wgrad_config"),
             *("conv2d_wgrad_streams", "conv2d_stream_k_wgrad_config"),
         ),
         ("_conv2d_images_wgrad_kernel", "_sum_parts_kernel", "_conv2d_stream_k_wgrad_kernel", "_sum_stream_k_kernel"),
     ),
-    "conv2d_turned_wgrad": (("conv2d_turned_wgrad_config",), ("_conv2d_turned_wgrad_kernel", "_sum_parts_kernel")),
     "conv2d_stem_fprop": (("conv2d_stem_config",), ("_conv2d_stem_kernel", "_space_to_depth_kernel", "_fold_filter_kernel")),
     "conv2d_stem_pool_fprop": (
         ("conv2d_stem_pool_config", "conv2d_stem_pool_fused"),
@@ -56,9 +55,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel",)),
     "conv2d_rows_pool_fprop": (("conv2d_rows_pool_config",), ("_conv2d_rows_pool_kernel",)),
-    **dict.fromkeys(
-        ("conv2d_rows_wgrad", "conv2d_rows_pool_wgrad"), (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",))
-    ),
+    "conv2d_rows_wgrad": (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",)),
     "linear_narrow_fprop": (("linear_narrow_config",), ("_linear_narrow_fprop_kernel",)),
     "linear_narrow_backward": (("linear_narrow_config",), ("_linear_narrow_backward_kernel",)),
     **dict.fromkeys(

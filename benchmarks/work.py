@@ -126,13 +126,6 @@ def _conv2d_images_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int,
     return useful, issued
 
 
-def _conv2d_turned_wgrad(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    useful = 2 * a["N"] * a["P"] * a["Q"] * a["K"] * a["COLUMNS"] * a["R"]
-    rows = sum(max(0, min(a["P"], a["H"] + a["pad_h"] - r) - max(0, a["pad_h"] - r)) for r in range(a["R"]))
-    tile = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["BLOCK_K"] * triton.cdiv(a["N"], a["BLOCK_K"])
-    return useful, grid[0] // a["R"] * rows * a["Q"] * tile
-
-
 def _positions(first: int, together: int, a: dict[str, Any]) -> tuple[list[int], list[int]]:
     positions = range(first, first + together)
     return [rs // a["S"] for rs in positions], [rs % a["S"] for rs in positions]
@@ -214,7 +207,6 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_box_kernel": _conv2d_box,
     "_conv2d_images_wgrad_kernel": _conv2d_images_wgrad,
     "_conv2d_stream_k_wgrad_kernel": _conv2d_images_wgrad,
-    "_conv2d_turned_wgrad_kernel": _conv2d_turned_wgrad,
     "_conv2d_stem_kernel": _conv2d_stem,
     "_conv2d_stem_wgrad_kernel": _conv2d_stem,
     "_conv2d_stem_pool_kernel": _conv2d_stem_pool,

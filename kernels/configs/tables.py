@@ -72,7 +72,7 @@ _ALLOWED: dict[str, Container[int]] = {
     **dict.fromkeys(("BLOCK_N2", "BLOCK_K2"), _BLOCKS | {0}),
     **dict.fromkeys(("NB", "TH", "TW"), _POWERS_OF_2),
     **dict.fromkeys(
-        ("IMAGES", "FUSED", "FOLDED", "TURNED", "TAPS", "STREAM_K", "WARP_SPECIALIZE", "REGISTERS", "CUT", "NARROW"), _FLAG
+        ("IMAGES", "FUSED", "FOLDED", "TAPS", "STREAM_K", "WARP_SPECIALIZE", "REGISTERS", "CUT", "NARROW"), _FLAG
     ),
     **dict.fromkeys(("SPLIT", "COLUMNS", "ROWS", "PIXELS", "POSITIONS"), _COUNT),
     "PROGRAMS": range(2**16),

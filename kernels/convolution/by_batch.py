@@ -2,8 +2,8 @@
 
 A weight gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, but TF32 only
 if the reduction dimension is contiguous. So the output's gradient and the input of a float32 convolution are copied from
-[N, H, W, C] to [H, W, C, N]. The copy is cheapest in a launch that reads the tensor anyway. Instead of a copy, a kernel can
-transpose ("turn") blocks of the product's second operand in registers (:func:`turned`).
+[N, H, W, C] to [H, W, C, N]. The copy is cheapest in a launch that reads the tensor anyway. To transpose blocks in registers
+instead took four times as long on an H100 (``benchmarks/NOTES.md``, "TF32").
 """
 
 from __future__ import annotations
@@ -128,40 +128,6 @@ def _by_batch_kernel(
 ):
     """Only the copies, in a launch of their own: one program writes one tile of the largest copy."""
     copy_by_batch(copy_ptrs, copy_out_ptrs, copy_pixels, copy_channels, N, WIDE, COPY_IMAGES, COPY_CHANNELS)
-
-
-#: A block to be transposed is loaded as [images / 8, others / 16, 4, 8, 4]: four elements a thread; eight images x 16 adjacent
-#: elements a warp. So a warp reads 64 bytes of each image at once, and writes eight images side by side.
-
-
-@triton.jit
-def images_5d(n0, IMAGES: tl.constexpr):
-    """Image indices of a block to be transposed, in its five dimensions."""
-    o_high = tl.arange(0, IMAGES // 8)[:, None, None, None, None]
-    return n0 + o_high * 8 + tl.arange(0, 8)[None, None, None, :, None]
-
-
-@triton.jit
-def others_5d(first, COUNT: tl.constexpr):
-    """Indices of the other dimension of a block to be transposed, in its five dimensions."""
-    o_high = tl.arange(0, COUNT // 16)[None, :, None, None, None]
-    o_middle = tl.arange(0, 4)[None, None, :, None, None]
-    return first + o_high * 16 + o_middle * 4 + tl.arange(0, 4)[None, None, None, None, :]
-
-
-@triton.jit
-def turned(block, IMAGES: tl.constexpr, COUNT: tl.constexpr):
-    """The block of five dimensions, transposed to [COUNT, IMAGES]."""
-    return tl.permute(block, (1, 2, 4, 0, 3)).reshape(COUNT, IMAGES)
-
-
-@triton.jit
-def sum_of_images(block, COUNT: tl.constexpr):
-    """Sums over the images of a block of five dimensions, [COUNT].
-
-    Sum the block before transposing it: Triton 3.6 adds up wrong elements in some of the layouts that a transposed block has.
-    """
-    return tl.sum(tl.sum(block, axis=3), axis=0).reshape(COUNT)
 
 
 # ------------------------------------------------------------------------------------------------- launch functions

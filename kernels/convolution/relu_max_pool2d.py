@@ -41,6 +41,7 @@ from ..runtime.torch_interop import (
     overridable,
     wants_grad,
 )
+from ..sums import ColumnSums
 from . import row_stem, row_stem_wgrad, select, stem_pool, stem_pool_wgrad
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
 from .by_batch import new_cells_by_batch
@@ -181,7 +182,9 @@ def _pooled_wgrad(
     convolution: Problem,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias (empty if not wanted) from the pooled output's gradient; writes no unpooled gradient.
+    """Gradients of weight and bias (empty if not wanted) from the pooled output's gradient.
+
+    In half precision no unpooled gradient is written; in TF32 it is written with the batch innermost.
 
     Args:
         input, cells: the images, or their cells. In TF32 the cells have the batch innermost.
@@ -197,8 +200,11 @@ def _pooled_wgrad(
             cells = select.input_cells(input, convolution)
     d_weight = new_output_like(weight)
     d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-    of_kind = row_stem_wgrad if by_batch else stem_pool_wgrad
-    of_kind.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
+    if by_batch:
+        dz, sums = row_stem_wgrad.pool_gradient_by_batch(grad_output, position, convolution)
+        row_stem_wgrad.wgrad(dz, cells, d_weight, convolution, [] if d_bias is None else [ColumnSums(sums, d_bias)])
+    else:
+        stem_pool_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
     return d_weight, nothing(weight) if d_bias is None else d_bias
 
 

@@ -313,35 +313,6 @@ def conv2d_by_batch_wgrad_config(
     return config
 
 
-#: The largest output gradient, in bytes, that is copied for a weight gradient in TF32. A larger one is transposed in registers:
-#: the tensor cores wait longer, but no memory is needed for a copy, and none is read and written.
-_LARGEST_COPY = 64 * 2**20
-
-
-def conv2d_wgrad_turns(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> bool:
-    """Whether a weight gradient in TF32 transposes the output's gradient in registers instead of copying it."""
-    config = {"TURNED": int(n * p * q * k * 4 > _LARGEST_COPY)}
-    config |= known(config, tuned(device, conv2d_key("conv2d_wgrad", n, p, q, c, k, r, s, torch.float32)))
-    return bool(apply_overrides(config)["TURNED"])
-
-
-def conv2d_turned_wgrad_config(device: torch.device, n: int, p: int, q: int, c: int, k: int, r: int, s: int) -> dict[str, int]:
-    """Tiles of :mod:`.turned_wgrad`: BLOCK_M columns of a filter row x BLOCK_N filters, BLOCK_K images a step."""
-    columns = s * c
-    if INTERPRETED:
-        config = {"BLOCK_M": tile_size(columns, 16, 128), "BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": tile_size(n, 16, 32)}
-        config |= {"num_warps": 8, "num_stages": 1}
-    else:
-        block_m = min((256, 128, 64), key=lambda m: cdiv(columns, m) * m)
-        config = {"BLOCK_M": block_m, "BLOCK_N": tile_size(k, 16, 128), "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-    measured = tuned(device, conv2d_key("conv2d_turned_wgrad", n, p, q, c, k, r, s, torch.float32))
-    config = apply_overrides(config | known(config, measured))
-    programs = cdiv(columns, config["BLOCK_M"]) * r * cdiv(k, config["BLOCK_N"])
-    steps = p * q * cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
-    return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})
-
-
 def _half_step(config: dict[str, int], blocks: Sequence[int]) -> float:
     """Estimated microseconds of one step of a weight gradient in half precision, with columns in ``blocks``.
 
@@ -497,24 +468,19 @@ def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
     return min(range(1, min(q, 16) + 1), key=columns_one_after_another)
 
 
-def conv2d_rows_wgrad_config(
-    device: torch.device, n: int, p: int, q: int, fold: int, k: int, pooled: bool, narrow: bool = False
-) -> dict[str, int]:
+def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold: int, k: int) -> dict[str, int]:
     """Tiles of a TF32 first layer's weight gradient: BLOCK_M positions x (BLOCK_N + BLOCK_N2) filters, BLOCK_K images a step.
 
-    The convolution's output has p x q pixels. ``pooled``: the kernel computes the pool's gradient too. ``narrow``: filters are
-    not contiguous in the pool's output gradient or in its positions, so that offsets take registers.
+    The convolution's output has p x q pixels.
     """
     block_n, block_n2 = two_blocks(k, 64)
-    if narrow and not INTERPRETED:
-        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_stages": 3}
+    config |= {"num_warps": 4 if block_n + block_n2 <= 96 else 8}
     if INTERPRETED:
         config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}
-    operation = "conv2d_rows_pool_wgrad" if pooled else "conv2d_rows_wgrad"
-    measured = {} if narrow else tuned(device, conv2d_key(operation, n, p, q, fold, k, 3, 1, torch.float32))
+    measured = tuned(device, conv2d_key("conv2d_rows_wgrad", n, p, q, fold, k, 3, 1, torch.float32))
     config = apply_overrides(config | known(config, measured))
     programs = cdiv(fold, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
     steps = p * q * cdiv(n, config["BLOCK_K"])
-    wanted = 2 if INTERPRETED else max(1, MULTIPROCESSORS // programs)
+    wanted = 2 if INTERPRETED else max(1, 2 * MULTIPROCESSORS // programs)  # two programs fit into one SM
     return config | apply_overrides({"SPLIT": measured.get("SPLIT", max(1, min(wanted, steps)))})

@@ -19,7 +19,7 @@ from ..pooling.problem import Window
 from ..runtime.backend import HALF, capability, has_tma
 from ..runtime.launch import cdiv, new_output_like, nothing
 from ..sums import ColumnSums, epilogue_backward
-from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, taps, turned_wgrad
+from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, stem, stream_k_wgrad, taps
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
@@ -27,7 +27,6 @@ from .rules import (
     conv2d_rows_pool_fused,
     conv2d_wgrad_by_images,
     conv2d_wgrad_streams,
-    conv2d_wgrad_turns,
 )
 from .stem_rules import conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_fused
 from .taps_rules import conv2d_by_taps
@@ -75,7 +74,8 @@ def reads_cells(problem: Problem) -> bool:
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
     """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` computes convolution, ReLU and pool."""
-    if not _pools_whole_windows(problem, window):
+    # For Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
+    if not _pools_whole_windows(problem, window) or capability(problem.device) >= 100:
         return False
     if _is_row_stem(problem):
         return conv2d_rows_pool_fused(row_stem.Rows.of(problem).positions, problem.k, problem.r)
@@ -83,16 +83,17 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
 
 
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
-    """Whether the weight gradient's kernel also computes the pool's gradient.
+    """Whether :mod:`.row_stem_wgrad` or :mod:`.stem_pool_wgrad` computes the pool's gradient and the weight's.
 
-    In TF32: if the forward pass fuses the pool. In half precision (:mod:`.stem_pool_wgrad`): if blocks of 2 x 2 pixels cover
-    the convolution's output and the number of filters is a multiple of 16, since TMA loads positions in units of 16 bytes.
+    In half precision, and on Hopper alone: if blocks of 2 x 2 pixels cover the convolution's output and the number of filters
+    is a multiple of 16, since TMA loads positions in units of 16 bytes.
     """
     if _is_row_stem(problem):
-        return fuses_pool(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
+        return _pools_whole_windows(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM
     return (
         reads_cells(problem)
         and _pools_whole_windows(problem, window)
+        and capability(problem.device) < 100
         and problem.k % 16 == 0
         and problem.p % 2 == problem.q % 2 == 0
         and conv2d_stem_pool_wgrad_fused(*_stem_sizes(problem, window))
@@ -100,10 +101,7 @@ def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
 
 
 def _pools_whole_windows(problem: Problem, window: Window) -> bool:
-    """Whether the windows are 3 x 3 of stride 2, none of them partial, and the GPU can fuse a pool into a convolution.
-
-    Only Hopper can: for Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
-    """
+    """Whether the windows are 3 x 3 of stride 2, none of them partial."""
     kernel_size, stride, padding, _, (p, q) = window
     return (
         tuple(kernel_size) == (3, 3)
@@ -111,7 +109,6 @@ def _pools_whole_windows(problem: Problem, window: Window) -> bool:
         and max(padding) == 0
         and 2 * p + 1 <= problem.p
         and 2 * q + 1 <= problem.q
-        and capability(problem.device) < 100
     )
 
 
@@ -230,9 +227,8 @@ def wgrad_by_batch(problem: Problem) -> bool:
 
 
 def copies_by_batch(dz: Tensor, input: Tensor, problem: Problem) -> list[Copy]:
-    """Copies with the batch innermost, not written yet: of the input, and of ``dz`` unless the kernel turns ``dz`` itself."""
-    turns = conv2d_wgrad_turns(problem.device, *_sizes(problem))
-    sources = [descriptor.dense_nhwc(input), *([] if turns else [descriptor.dense_nhwc(dz)])]
+    """Copies of the input and of ``dz`` with the batch innermost, not written yet."""
+    sources = [descriptor.dense_nhwc(each) for each in (input, dz)]
     return [Copy(source, new_by_batch(source.shape, source)) for source in sources]
 
 
@@ -269,18 +265,15 @@ def wgrad(
     if kernels == Kernels.ROW_STEM:
         kept = row_stem.cells_copy(row_stem.dense_rows(input), problem)
         kept.make()
-        row_stem_wgrad.wgrad(dz, kept.out, dw, problem, vectors)
+        row_stem_wgrad.wgrad(row_stem_wgrad.gradient_by_batch(dz), kept.out, dw, problem, vectors)
     elif kernels == Kernels.GENERAL:
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):
         if not by_batch:
             by_batch = copies_by_batch(dz, input, problem)
             copy(by_batch)
-        x, *z = [each.out for each in by_batch]
-        if z:
-            _by_descriptors(z[0], x, dw, problem, vectors, by_batch=True)
-        else:
-            turned_wgrad.wgrad(dz, x, dw, problem, vectors)
+        x, z = (each.out for each in by_batch)
+        _by_descriptors(z, x, dw, problem, vectors, by_batch=True)
     else:
         _by_descriptors(dz, input, dw, problem, vectors, by_batch=False)
     return dw

@@ -125,7 +125,7 @@ def configured(case: Case, way: dict[str, int]) -> Iterator[None]:
     """Use the case's configuration in one of the two ways (:data:`FUSED`, :data:`SEPARATE`), inside the block."""
     with tables.override(**case.tiles | way), pytest.MonkeyPatch.context() as patch:
         if way is SEPARATE:
-            patch.setattr(select, "conv2d_rows_pool_fused", lambda *_: False)
+            patch.setattr(select, "_pools_whole_windows", lambda *_: False)
         yield
 
 
@@ -390,7 +390,7 @@ def test_three_channels_in_tf32_run_as_two_kernels(launches: list[str]) -> None:
     for mine, other in zip(*(torch.autograd.grad(y, (w, b), grad) for y in (ours, theirs)), strict=True):
         assert torch.equal(mine, other)
     assert {CONVOLUTION[torch.float32], WGRAD[torch.float32]} <= set(launches)
-    assert {"_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_kernel"} <= set(launches)
+    assert {"_max_pool2d_fprop_kernel", "_max_pool2d_dgrad_by_batch_kernel"} <= set(launches)
     assert "_conv2d_rows_pool_kernel" not in launches
 
 
@@ -451,8 +451,7 @@ def test_configurations_in_tf32_fit(positions: int, k: int, batch: int, monkeypa
         assert 1 <= tiles["COLUMNS"] <= 26
         # The accumulator and two int64 keys.
         assert tiles["BLOCK_M"] * filters * 5 / (32 * tiles["num_warps"]) <= (64 if narrow else 128)
-    for pooled, narrow in ((False, False), (True, False), (True, True)):
-        tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k, pooled, narrow)
-        filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
-        assert tiles["num_stages"] * (3 * tiles["BLOCK_M"] + filters) * tiles["BLOCK_K"] * 4 < tables.SHARED_BYTES
-        assert 3 * tiles["BLOCK_M"] * filters / (32 * tiles["num_warps"]) <= (48 if narrow else 96)
+    tiles = rules.conv2d_rows_wgrad_config(device, batch, 54, 54, 48, k)
+    filters = tiles["BLOCK_N"] + tiles["BLOCK_N2"]
+    assert 2 * tiles["num_stages"] * (3 * tiles["BLOCK_M"] + filters) * tiles["BLOCK_K"] * 4 < tables.SHARED_BYTES
+    assert 3 * tiles["BLOCK_M"] * filters / (32 * tiles["num_warps"]) <= 144
