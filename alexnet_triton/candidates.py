@@ -184,26 +184,8 @@ def rows_fprop(n: int, positions: int) -> Iterator[Candidate]:
             yield values | {"num_warps": warps, "num_stages": stages}
 
 
-def rows_pool_fprop(n: int, columns: int, positions: int, r: int) -> Iterator[Candidate]:
-    """Configurations of a strided first layer and its pool in TF32; ``columns`` counts pool windows.
-
-    Each of r filter rows has ``positions`` positions. Per element a thread keeps a sum and two int64 keys: 5 registers.
-    24 elements fit with eight warps, one block of 64 images and up to two stages (Triton 3.8, compiled for sm_90; 3.6 spills).
-    """
-    block_k = min(positions & -positions, 32)
-    for block_m, (n1, n2), warps, strips, stages in itertools.product(
-        (64, 128), ((64, 32), (64, 0), (32, 16), (32, 0)), (4, 8), (1, 2, 3, 5, 9), (1, 2, 3)
-    ):
-        elements = block_m * (n1 + n2) / (32 * warps)
-        shared = (stages * block_m + n1 + n2) * r * positions * 4
-        most = 24 if warps == 8 and block_m == 64 and stages < 3 else 16
-        if 12 <= elements <= most and shared <= SHARED_BYTES - 2**14 and block_m <= max(64, n):
-            values = {"BLOCK_M": block_m, "BLOCK_N": n1, "BLOCK_N2": n2, "BLOCK_K": block_k}
-            yield values | {"COLUMNS": cdiv(columns, strips), "num_warps": warps, "num_stages": stages}
-
-
 def rows_wgrad(n: int) -> Iterator[Candidate]:
-    """Configurations of that layer's weight gradient in TF32; a block has three filter rows of 64 positions."""
+    """Configurations of a strided first layer's weight gradient in TF32; a block has three filter rows of 64 positions."""
     for (n1, n2), block_k, warps, stages, held in itertools.product(
         ((64, 32), (64, 0), (32, 16)), (32, 64), (4, 8), (2, 3, 4), (1, 2)
     ):

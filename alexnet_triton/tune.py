@@ -123,14 +123,12 @@ class Job:
             return rules.conv2d_key("conv2d_dgrad", n, size, size, k, c, r, r, dtype)
         if stride == 1:
             return rules.conv2d_key(f"conv2d_{self.pass_}", n, p, p, c, k, r, r, dtype)
-        # In TF32 the weight gradient reads the pool's gradient from memory, so it is the same with and without a pool.
-        pool = "pool_" if self.layer == POOLED and not (tf32 and self.pass_ == "wgrad") else ""
-        operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + pool + self.pass_
+        operation = ("conv2d_rows_" if tf32 else "conv2d_stem_") + ("pool_" if self.layer == POOLED else "") + self.pass_
         if tf32 and self.pass_ == "fprop":
             height, reduced = r, self.positions
         else:
             height, reduced = 3, stem.fold(c, r, stride)
-        if self.layer == POOLED and (self.pass_ == "fprop" or not tf32):
+        if self.layer == POOLED:
             p = (p - 1) // 2
         return rules.conv2d_key(operation, n, p, p, reduced, k, height, 1, dtype)
 
@@ -163,12 +161,12 @@ class Job:
             # A forward pass with more than 16 outputs computes the transposed product.
             return linear_rules.fma_candidates(*((n, m, k) if self.pass_ == "fprop" and n > 16 else (m, n, k)))
         c, size, k, r, stride, _ = LAYERS[self.layer]
-        n, windows, itemsize, tf32 = self.batch, (self.size - 1) // 2, dtype.itemsize, dtype == torch.float32
+        n, itemsize, tf32 = self.batch, dtype.itemsize, dtype == torch.float32
         if stride > 1 and self.pass_ == "wgrad":
             of_half = of.stem_pool_wgrad if self.layer == POOLED else of.stem_wgrad
             found = of.rows_wgrad(n) if tf32 else of_half(n)
         elif self.layer == POOLED:
-            found = of.rows_pool_fprop(n, windows, self.positions, r) if tf32 else of.stem_pool_fprop(windows)
+            found = of.stem_pool_fprop((self.size - 1) // 2)
         elif stride > 1:
             found = of.rows_fprop(n, self.positions) if tf32 else of.stem_fprop(self.size)
         elif self.pass_ == "fprop":
@@ -192,13 +190,16 @@ _UNTUNED = {("conv1", "dgrad"), (POOLED, "dgrad"), ("fc3", "dgrad"), ("fc3", "wg
 def jobs(
     batches: tuple[int, ...], layers: tuple[str, ...] = (*LAYERS, *LINEAR_LAYERS), dtype: torch.dtype = torch.bfloat16
 ) -> list[Job]:
-    """Jobs for all passes of ``layers`` in a training step, ordered by batch size as given."""
+    """Jobs for all passes of ``layers`` in a training step, ordered by batch size as given.
+
+    In float32 the first layer with its pool is none: its kernels are those of the convolution and of the pool.
+    """
     return [
         Job(layer, pass_, batch)
         for batch in batches
         for layer in layers
         for pass_ in ("fprop", "dgrad", "wgrad", *(NARROW_PASSES if _is_narrow(layer, batch, dtype) else ()))
-        if (layer, pass_) not in _UNTUNED
+        if (layer, pass_) not in _UNTUNED and not (layer == POOLED and dtype == torch.float32)
     ]
 
 
@@ -287,7 +288,7 @@ def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = Non
         return (lambda: ops.linear_dgrad(dz, w)) if job.pass_ == "dgrad" else (lambda: ops.linear_wgrad(dz, x, w))
     problem = Problem.of(x.shape, w, job.geometry, (job.size, job.size))
     if job.layer == POOLED:
-        return _pooled_fprop(job, tensors) if maxima is None else _pooled_wgrad(job, problem, tensors, maxima)
+        return _pooled_fprop(job, tensors) if maxima is None else _pooled_wgrad(job, input_cells(x, problem), tensors, maxima)
     if job.pass_ == "fprop":
         return lambda: fprop(x, w, b, problem, True)
     by_batch = wgrad_by_batch(problem)
@@ -308,20 +309,15 @@ def _pooled_arguments(job: Job) -> tuple[Any, ...]:
 
 def _pooled_fprop(job: Job, tensors: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     x, w, b, _ = tensors
-    flags = (True, True, False, x.dtype == torch.float32)  # channels-last, positions, cells given, cells kept (in float32)
+    flags = (True, True, False)  # channels-last, positions, cells given
     arguments = (*_pooled_arguments(job), [(job.size - 1) // 2] * 2, *flags)
     return lambda: torch.ops.alexnet_triton.conv2d_relu_max_pool2d_fprop(x, w, b, None, *arguments)[0]
 
 
-def _pooled_wgrad(job: Job, problem: Problem, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
+def _pooled_wgrad(job: Job, cells: Tensor, tensors: tuple[Tensor, ...], maxima: Maxima) -> Callable[[], Tensor]:
     """The weight gradient, together with the pool's and the bias gradient."""
     x, w, _, dz = tensors
-    by_batch = x.dtype == torch.float32
-    if by_batch:
-        kept = row_stem.cells_copy(row_stem.dense_rows(x), problem)
-        kept.make()
-    cells = kept.out if by_batch else input_cells(x, problem)
-    arguments = (list(x.shape), *_pooled_arguments(job), [False, True, True], False, by_batch)
+    arguments = (list(x.shape), *_pooled_arguments(job), [False, True, True], False)
     backward = torch.ops.alexnet_triton.conv2d_relu_max_pool2d_backward
     return lambda: backward(dz, None, cells, w, maxima.position, *arguments)[1]
 

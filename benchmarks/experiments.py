@@ -47,18 +47,6 @@ def variant(layer: str, pass_: str, *configurations: str) -> tuple[str, ...]:
 
 EXPERIMENTS = (
     Experiment(
-        "fc1 input gradient in equal shares",
-        "fc1's input gradient takes at most 26 us in equal shares of steps, the rule's choice, which is timed first.",
-        variant("fc1", "dgrad", "--untuned", "PROGRAMS=0,BLOCK_M=64,BLOCK_N=64,num_warps=4,num_stages=6"),
-        60,
-    ),
-    Experiment(
-        "fc1 weight gradient in equal shares",
-        "fc1's weight gradient takes at most 22 us in equal shares of whole tiles, the rule's choice, which is timed first.",
-        variant("fc1", "wgrad", "--untuned", "PROGRAMS=0,BLOCK_M=128,BLOCK_N=128,num_warps=4,num_stages=2"),
-        60,
-    ),
-    Experiment(
         "conv2 input gradient, first operand from registers",
         "conv2's input gradient takes 175 to 205 us with REGISTERS=1 on Triton 3.9, 218 without; 3.6 to 3.8 refuse it.",
         variant("conv2", "dgrad", "REGISTERS=0", "REGISTERS=1"),
@@ -66,35 +54,9 @@ EXPERIMENTS = (
         may_fail=True,
     ),
     Experiment(
-        "float32 copies by batch",
-        "conv4's input gradient in TF32 takes at most 15% longer with the copies that it writes for the weight gradient than "
-        "without them. The time without them is the `dgrad` of the report's float32 operations.",
-        tune("float32", "conv4"),
-    ),
-    Experiment(
-        "float32 conv2 turned or copied, batch 128",
-        "conv2's weight gradient in TF32 is about as fast turned in registers (TURNED=1) as from a copy (TURNED=0).",
-        ("benchmarks.variant", "--dtype", "float32", "--layer", "conv2", "--pass", "wgrad", "TURNED=0", "TURNED=1"),
-        60,
-    ),
-    Experiment(
-        "float32 conv2 turned or copied, batch 1024",
-        "At batch 1024 the weight gradient is slower turned in registers; if so, a table should say TURNED=0.",
-        (
-            *("benchmarks.variant", "--dtype", "float32", "--layer", "conv2", "--pass", "wgrad"),
-            *("--batch", "1024", "TURNED=0", "TURNED=1"),
-        ),
-        90,
-    ),
-    Experiment(
         "float32 shared memory decides the tile",
         "conv3 forward in TF32 reaches at most 80% of the measured ceiling (tf32_tflops), conv2 forward more than conv3.",
         report("float32", 128, "operations"),
-    ),
-    Experiment(
-        "float32 conv1 with its pool",
-        "conv1 with its pool takes 70 us forward in TF32, its weight gradient with the pool's 80 us.",
-        tune("float32", "conv1_pool"),
     ),
     Experiment("exact fc1", "fc1 forward in exact float32 takes 45 us.", tune("float32", "fc1")),
     Experiment(

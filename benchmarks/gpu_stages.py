@@ -90,6 +90,8 @@ def _tuning() -> Iterator[Stage]:
     for dtype, batch in (("bfloat16", 128), ("bfloat16", 1024), ("bfloat16", 1), ("float32", 128), ("tf32", 128)):
         # float32 convolutions use TF32 under both settings.
         for layer in tuner.LINEAR_LAYERS if dtype == "tf32" else layers:
+            if not tuner.jobs((batch,), (layer,), tuner.PRECISIONS[dtype][0]):
+                continue
             yield Stage(f"tune {dtype} {batch} {layer}", tune(dtype, layer, batch), 100 if batch > 128 else 70)
     for layer in layers:
         # float16 uses bfloat16's entries: its own table shows whether its best entries would differ.

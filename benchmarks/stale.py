@@ -54,7 +54,6 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("_conv2d_stem_pool_wgrad_kernel", "_unfold_filter_kernel"),
     ),
     "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel",)),
-    "conv2d_rows_pool_fprop": (("conv2d_rows_pool_config",), ("_conv2d_rows_pool_kernel",)),
     "conv2d_rows_wgrad": (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",)),
     "linear_narrow_fprop": (("linear_narrow_config",), ("_linear_narrow_fprop_kernel",)),
     "linear_narrow_backward": (("linear_narrow_config",), ("_linear_narrow_backward_kernel",)),

@@ -1,6 +1,6 @@
 """Times one pass of one layer under the given configurations: for experiments with values that no table has yet.
 
-``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 TURNED=0 TURNED=1,num_stages=3`` verifies
+``python -m benchmarks.variant --layer conv2 --pass wgrad --batch 1024 --dtype float32 FOLDED=0 FOLDED=1,num_stages=3`` verifies
 and times the pass as ``alexnet-triton tune`` does: first with the configuration of the tables and rules, then with each given
 configuration overriding its values. With ``--untuned`` the tables are not used, only the rules. It needs a GPU.
 """

@@ -167,14 +167,6 @@ def _conv2d_rows(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return useful, grid[0] // a["P"] * rows * tile
 
 
-def _conv2d_rows_pool(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
-    """As :func:`_conv2d_stem_pool`."""
-    useful = 2 * a["N"] * a["CONV_SIZE"] * a["K"] * a["USEFUL_POSITIONS"]
-    tile = 2 * a["BLOCK_M"] * (a["BLOCK_N"] + a["BLOCK_N2"]) * a["POSITIONS"] * a["R"]
-    strips = triton.cdiv(a["Q"], a["columns"])
-    return useful, grid[0] // strips * 3 * (2 * a["Q"] + strips) * tile
-
-
 def _matmul(grid: tuple[int, ...], a: dict[str, Any]) -> tuple[int, int]:
     return 2 * a["M"] * a["N"] * a["K"], grid[0] * _tile_flops(a, a["K"])  # the parts of a split share the steps of K
 
@@ -212,7 +204,6 @@ _FLOPS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], tuple[int, int]]] 
     "_conv2d_stem_pool_kernel": _conv2d_stem_pool,
     "_conv2d_stem_pool_wgrad_kernel": _conv2d_stem_pool_wgrad,
     "_conv2d_rows_kernel": _conv2d_rows,
-    "_conv2d_rows_pool_kernel": _conv2d_rows_pool,
     "_conv2d_rows_wgrad_kernel": _conv2d_stem,
     "_linear_narrow_fprop_kernel": _linear_narrow_fprop,
     "_linear_narrow_backward_kernel": _linear_narrow_backward,

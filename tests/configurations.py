@@ -208,8 +208,7 @@ class Recorder:
 #: Tiles that follow from a size, so that no chooser returns them.
 FOLLOWING = {
     *(("_space_to_depth_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK"), ("_unfold_filter_kernel", "BLOCK_PARTS")),
-    *(("_conv2d_rows_kernel", "POSITIONS"), ("_conv2d_rows_pool_kernel", "POSITIONS")),
-    *(("_conv2d_turned_wgrad_kernel", "COLUMNS"), ("_sum_stream_k_kernel", "COLUMNS")),
+    *(("_conv2d_rows_kernel", "POSITIONS"), ("_sum_stream_k_kernel", "COLUMNS")),
     *(("_linear_narrow_fprop_kernel", "BLOCK_N"), ("_linear_narrow_backward_kernel", "BLOCK_N")),
 }
 

@@ -37,7 +37,7 @@ TOOLS = {
 #: Parts of the names of kernels that load through tensor descriptors, or that such kernels need: older GPUs run none of them.
 DESCRIPTORS = (
     *("_descriptor_", "_images_", "_box_", "_stem_", "_rows_", "_space_to_depth_", "_fold_", "_unfold_", "_by_batch_"),
-    *("_turned_", "_row_major_", "_shares_", "_stream_k_", "_taps_"),
+    *("_row_major_", "_shares_", "_stream_k_", "_taps_"),
 )
 
 
@@ -71,7 +71,7 @@ def _operations(device: torch.device, dtype: torch.dtype) -> None:
     with tables.override(IMAGES_WGRAD=1):
         backward(kernels.conv2d(image, randn(96, 1, 11, 11), randn(96), 4, 1, activation="relu"))
     for images in (1, 0):
-        with tables.override(IMAGES=images, IMAGES_WGRAD=1, TURNED=images):
+        with tables.override(IMAGES=images, IMAGES_WGRAD=1):
             y, link = kernels.linked_conv2d(randn(5, 64, 5, 6), randn(80, 64, 3, 3), randn(80), padding=1)
             backward(kernels.conv2d(y, randn(48, 80, 3, 3), randn(48), padding=1, activation="relu", link=link))
     for folded in (1, 0):
@@ -129,7 +129,7 @@ def missing_kernels(launched: set[str], device: torch.device) -> set[str]:
     """Kernels of the package that are not in ``launched``, except those that ``device`` cannot run."""
     missing = kernel_names() - launched
     if capability(device) >= 100:  # there conv1 and its pool run as two kernels
-        missing = {k for k in missing if "_stem_pool_" not in k and "_rows_pool_" not in k}
+        missing = {k for k in missing if "_stem_pool_" not in k}
     return missing if has_tma(device) else {k for k in missing if not any(part in k for part in DESCRIPTORS)}
 
 

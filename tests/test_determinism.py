@@ -58,7 +58,8 @@ KERNELS_OF_BOTH = {
 }
 KERNELS_OF_FLOAT32 = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel", "_matmul_kernel"}
 KERNELS_OF_TF32 = {
-    *("_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
+    *("_fold_filter_kernel", "_unfold_filter_kernel", "_conv2d_rows_kernel", "_conv2d_rows_wgrad_kernel"),
+    *("_max_pool2d_dgrad_by_batch_kernel", "_cells_by_batch_kernel"),
     *("_by_batch_kernel", "_conv2d_box_kernel", "_conv2d_images_wgrad_kernel"),
     *("_matmul_descriptor_kernel", "_row_major_kernel"),
 }

@@ -78,9 +78,8 @@ FAMILIES = (
     Family("stem_three_channels", "_conv2d_stem_kernel", 2, 3, 47, 32, 11, stride=4, tiles={"FUSED": 0}),
     Family("stem_pool", "_conv2d_stem_pool_kernel", 3, 1, 47, 96, 11, stride=4, tiles={"FUSED": 1}),
     Family("rows", "_conv2d_rows_kernel", 2, 3, 47, 32, 11, stride=4),
-    Family("rows_pool", "_conv2d_rows_pool_kernel", 3, 1, 47, 96, 11, stride=4),
 )
-POOLED = ("_conv2d_stem_pool_kernel", "_conv2d_rows_pool_kernel")
+POOLED = ("_conv2d_stem_pool_kernel",)
 
 
 def _dtypes(family: Family) -> tuple[torch.dtype, ...]:

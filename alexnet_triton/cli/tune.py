@@ -72,6 +72,8 @@ def tune_command(
                 console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
     work = tune.jobs(tuple(batch), tuple(layer) if layer else known, tune.PRECISIONS[dtype][0])
+    if not work:
+        raise fail(f"{tune.POOLED} has no kernel of its own in {dtype}: tune conv1")
     try:
         results = tune.tune(work, dtype, path, show)
     except (ValueError, OSError) as error:

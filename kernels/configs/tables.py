@@ -71,9 +71,7 @@ _ALLOWED: dict[str, Container[int]] = {
     **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K"), _BLOCKS),
     **dict.fromkeys(("BLOCK_N2", "BLOCK_K2"), _BLOCKS | {0}),
     **dict.fromkeys(("NB", "TH", "TW"), _POWERS_OF_2),
-    **dict.fromkeys(
-        ("IMAGES", "FUSED", "FOLDED", "TAPS", "STREAM_K", "WARP_SPECIALIZE", "REGISTERS", "CUT", "NARROW"), _FLAG
-    ),
+    **dict.fromkeys(("IMAGES", "FUSED", "FOLDED", "TAPS", "STREAM_K", "WARP_SPECIALIZE", "REGISTERS", "CUT", "NARROW"), _FLAG),
     **dict.fromkeys(("SPLIT", "COLUMNS", "ROWS", "PIXELS", "POSITIONS"), _COUNT),
     "PROGRAMS": range(2**16),
     "num_warps": frozenset((1, 2, 4, 8, 16)),

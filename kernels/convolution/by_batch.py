@@ -20,6 +20,8 @@ from ..configs.tables import tile_size
 from ..primitives import program_id
 from ..runtime.backend import INTERPRETED
 from ..runtime.launch import cdiv, launch, needs_int64, new_output
+from .cells import cells_size
+from .problem import Problem
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 
@@ -56,13 +58,12 @@ def copy_by_batch(
 
 
 @triton.jit
-def copy_cells_by_batch(
+def _cells_by_batch_kernel(
     x_ptr,  # [N, H, ROW] contiguous; the first W*C elements of a row are pixels
     out_ptr,  # out: [HS, WS*DEPTH, N rounded up to a multiple of 4]
     N,
     H,
     W,
-    HS,
     pad_h,
     pad_w,
     ROW,
@@ -73,46 +74,21 @@ def copy_cells_by_batch(
     COPY_IMAGES: tl.constexpr,
     COPY_CHANNELS: tl.constexpr,
 ):
-    """Write this program's share of the images' cells (:mod:`.cells`), in the layout that :func:`copy_by_batch` writes."""
+    """One program writes COPY_IMAGES x COPY_CHANNELS of the images' cells (:mod:`.cells`), batch innermost."""
     DEPTH: tl.constexpr = STRIDE * STRIDE * C
     pid = program_id(0, WIDE)
     row = tl.cdiv(N, 4) * 4
     blocks_n = tl.cdiv(row, COPY_IMAGES)
     blocks_e = tl.cdiv(WS * DEPTH, COPY_CHANNELS)
-    for t in range(pid, HS * blocks_n * blocks_e, tl.num_programs(0).to(pid.dtype)):
-        i = t // blocks_e // blocks_n
-        o_n = t // blocks_e % blocks_n * COPY_IMAGES + tl.arange(0, COPY_IMAGES)
-        o_e = t % blocks_e * COPY_CHANNELS + tl.arange(0, COPY_CHANNELS)
-        h = i * STRIDE + o_e % DEPTH // C // STRIDE - pad_h
-        w = o_e // DEPTH * STRIDE + o_e // C % STRIDE - pad_w
-        m_x = (o_n < N)[:, None] & ((o_e < WS * DEPTH) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
-        b_x = tl.load(x_ptr + (o_n * H * ROW)[:, None] + (h * ROW + w * C + o_e % C)[None, :], mask=m_x, other=0.0)
-        p_out = out_ptr + ((i * (WS * DEPTH) + o_e) * row)[None, :] + o_n[:, None]
-        tl.store(p_out, b_x, mask=(o_n < row)[:, None] & (o_e < WS * DEPTH)[None, :])
-
-
-@triton.jit
-def _cells_by_batch_kernel(
-    x_ptr,
-    cells_ptr,
-    N,
-    H,
-    W,
-    HS,
-    pad_h,
-    pad_w,
-    ROW,
-    C: tl.constexpr,
-    STRIDE: tl.constexpr,
-    WS: tl.constexpr,
-    WIDE: tl.constexpr,
-    COPY_IMAGES: tl.constexpr,
-    COPY_CHANNELS: tl.constexpr,
-):
-    """Only the cells, in a launch of their own: one program writes one tile."""
-    copy_cells_by_batch(
-        x_ptr, cells_ptr, N, H, W, HS, pad_h, pad_w, ROW, C, STRIDE, WS, WIDE, COPY_IMAGES, COPY_CHANNELS
-    )  # fmt: skip
+    i = pid // blocks_e // blocks_n
+    o_n = pid // blocks_e % blocks_n * COPY_IMAGES + tl.arange(0, COPY_IMAGES)
+    o_e = pid % blocks_e * COPY_CHANNELS + tl.arange(0, COPY_CHANNELS)
+    h = i * STRIDE + o_e % DEPTH // C // STRIDE - pad_h
+    w = o_e // DEPTH * STRIDE + o_e // C % STRIDE - pad_w
+    m_x = (o_n < N)[:, None] & ((o_e < WS * DEPTH) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
+    b_x = tl.load(x_ptr + (o_n * H * ROW)[:, None] + (h * ROW + w * C + o_e % C)[None, :], mask=m_x, other=0.0)
+    p_out = out_ptr + ((i * (WS * DEPTH) + o_e) * row)[None, :] + o_n[:, None]
+    tl.store(p_out, b_x, mask=(o_n < row)[:, None] & (o_e < WS * DEPTH)[None, :])
 
 
 @triton.jit
@@ -198,42 +174,33 @@ def copy(copies: Sequence[Copy]) -> None:
     launch(_by_batch_kernel, (max(tiles),), N=n, WIDE=wide, num_warps=4, **arguments)
 
 
-class CellsCopy(NamedTuple):
-    """The cells of images with the batch innermost: one copy to be written.
+def cells_by_batch(rows: Tensor, problem: Problem) -> Tensor:
+    """The images' cells, (rows of cells, columns * depth, N rounded up to a multiple of 4), in a launch of their own.
 
-    Attributes:
+    Args:
         rows: the images (N, H, W*C or more), contiguous.
-        size: (rows, columns) of cells.
-        out: (rows of cells, columns * depth, N rounded up to a multiple of 4), uninitialised.
-        images: (C, W) of the images.
-        stride, padding: the convolution's stride and padding, in pixels.
     """
-
-    rows: Tensor
-    size: tuple[int, int]
-    out: Tensor
-    images: tuple[int, int]
-    stride: int
-    padding: tuple[int, int]
-
-    def arguments(self, beside: bool = True) -> dict[str, Any]:
-        """Kernel arguments for :func:`copy_cells_by_batch`; ``beside``: whether the kernel has other work too."""
-        n, h, row = self.rows.shape
-        c, w = self.images
-        values = {"x_ptr": self.rows, "cells_ptr": self.out, "H": h, "W": w, "HS": self.size[0], "ROW": row}
-        values |= {"pad_h": self.padding[0], "pad_w": self.padding[1], "C": c, "STRIDE": self.stride, "WS": self.size[1]}
-        return values | _tile(n, beside)
-
-    def make(self) -> None:
-        """Write the copy in a launch of its own."""
-        arguments = self.arguments(beside=False)
-        n, columns = self.rows.shape[0], self.out.shape[1]
-        tiles = self.size[0] * cdiv(n, arguments["COPY_IMAGES"]) * cdiv(columns, arguments["COPY_CHANNELS"])
-        launch(
-            _cells_by_batch_kernel, (tiles,), N=n, WIDE=needs_int64(self.rows, self.out), num_warps=4, **arguments
-        )  # fmt: skip
-
-
-def new_cells_by_batch(size: Sequence[int], depth: int, n: int, like: Tensor) -> Tensor:
-    """Allocate :attr:`CellsCopy.out`, uninitialised."""
-    return new_output((size[0], size[1] * depth, cdiv(n, 4) * 4), like.dtype, like.device)
+    n, c, h, w, _, r, s, p, q, ((stride, _), (pad_h, pad_w), *_), *_ = problem
+    height, width = cells_size(stride, (p, q), (r, s))
+    columns = width * stride * stride * c
+    out = new_output((height, columns, cdiv(n, 4) * 4), rows.dtype, rows.device)
+    tile = _tile(n, beside=False)
+    launch(
+        _cells_by_batch_kernel,
+        (height * cdiv(n, tile["COPY_IMAGES"]) * cdiv(columns, tile["COPY_CHANNELS"]),),
+        x_ptr=rows,
+        out_ptr=out,
+        N=n,
+        H=h,
+        W=w,
+        pad_h=pad_h,
+        pad_w=pad_w,
+        ROW=rows.shape[2],
+        C=c,
+        STRIDE=stride,
+        WS=width,
+        WIDE=needs_int64(rows, out),
+        num_warps=4,
+        **tile,
+    )
+    return out

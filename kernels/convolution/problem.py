@@ -103,10 +103,7 @@ class ConvolutionGradients(NamedTuple):
 
 
 class PooledConvolution(NamedTuple):
-    """Parameters of the operator of :func:`kernels.conv2d_relu_max_pool2d`: everything but its tensors.
-
-    ``keeps_cells_by_batch``: whether the backward pass will read cells with the batch innermost in place of the images.
-    """
+    """Parameters of the operator of :func:`kernels.conv2d_relu_max_pool2d`: everything but its tensors."""
 
     geometry: Geometry
     conv_size: Sequence[int]
@@ -114,7 +111,6 @@ class PooledConvolution(NamedTuple):
     channels_last: bool
     write_position: bool
     input_is_cells: bool
-    keeps_cells_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """The values in the order of the operator's schema."""
@@ -129,10 +125,7 @@ class PooledConvolution(NamedTuple):
 
 
 class PooledConvolutionGradients(NamedTuple):
-    """Parameters of the pooled convolution's backward operator: as :class:`ConvolutionGradients`, plus sizes and windows.
-
-    ``kept_by_batch``: whether the cells that replace the images have the batch innermost.
-    """
+    """Parameters of the pooled convolution's backward operator: as :class:`ConvolutionGradients`, plus sizes and windows."""
 
     input_size: Sequence[int]
     geometry: Geometry
@@ -140,7 +133,6 @@ class PooledConvolutionGradients(NamedTuple):
     window: Window
     wanted: Sequence[bool]
     linked: bool
-    kept_by_batch: bool = False
 
     def flat(self) -> tuple[Any, ...]:
         """The values in the order of the operator's schema."""

@@ -1,7 +1,7 @@
 """Convolution, bias, ReLU and max-pool as one operation that saves no unpooled activation for its backward pass.
 
 The forward pass runs the convolution kernel (bias and ReLU in its epilogue) and the pool kernel, and frees the unpooled
-output. For a strided first layer one kernel can do both (:mod:`.stem_pool`, :mod:`.row_stem`). The forward pass saves its input
+output. For a strided first layer in half precision one kernel can do both (:mod:`.stem_pool`). The forward pass saves its input
 and a one-byte window position for each output. That is enough for the backward pass: the gradient only reaches the element that
 a window points at, and a special position marks a window whose gradient the ReLU stops.
 """
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -44,7 +43,6 @@ from ..runtime.torch_interop import (
 from ..sums import ColumnSums
 from . import row_stem, row_stem_wgrad, select, stem_pool, stem_pool_wgrad
 from .autograd import check_link, conv2d_arguments, conv2d_reference, gradients, gradients_reference, new_gradients
-from .by_batch import new_cells_by_batch
 from .cells import cells_size, depth_to_space, new_cells
 from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Problem
 
@@ -52,38 +50,18 @@ from .problem import Geometry, PooledConvolution, PooledConvolutionGradients, Pr
 def _run_fprop(
     input: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None, problem: PooledConvolution
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_cells_by_batch = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
     convolution = Problem.of(input.shape, weight, geometry, conv_size)
-    if keeps_cells_by_batch:
-        return _run_keeping_cells(input, weight, bias, convolution, problem)
     keep_cells = not input_is_cells and write_position and link is None and select.reads_cells(convolution)
     made = select.input_cells(input, convolution) if keep_cells else None
     cells = input if input_is_cells else made
     if not select.fuses_pool(convolution, window):
         unpooled = select.fprop(input, weight, bias, convolution, True, cells)
         pooled, position, _ = run_max_pool2d_fprop(unpooled, MaxPool(window, channels_last, True, write_position, False))
-    elif select.reads_cells(convolution):
+    else:
         patches = select.input_cells(input, convolution) if cells is None else cells
         pooled, position = stem_pool.fprop(patches, weight, bias, convolution, window, channels_last, write_position)
-    else:
-        x = row_stem.dense_rows(input)
-        pooled, position = row_stem.pooled_fprop(x, weight, bias, convolution, window, channels_last, write_position)
     return pooled, position, nothing(input) if made is None else made
-
-
-def _run_keeping_cells(
-    input: Tensor, weight: Tensor, bias: Tensor | None, convolution: Problem, problem: PooledConvolution
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`_run_fprop`. The third result is the cells with the batch innermost."""
-    x = row_stem.dense_rows(input)
-    kept = row_stem.cells_copy(x, convolution)
-    if select.fuses_pool(convolution, problem.window):
-        options = (convolution, problem.window, problem.channels_last, problem.write_position, kept)
-        pooled, position = row_stem.pooled_fprop(x, weight, bias, *options)
-    else:  # a precision setting of PyTorch changed since the call was prepared
-        pooled, position, _ = _run_fprop(input, weight, bias, None, problem._replace(keeps_cells_by_batch=False))
-        kept.make()
-    return pooled, position, kept.out
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_fprop", mutates_args=())
@@ -104,12 +82,11 @@ def conv2d_relu_max_pool2d_fprop(
     channels_last: bool,
     write_position: bool,
     input_is_cells: bool,
-    keeps_cells_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; the positions are empty if not wanted.
 
-    The third result is what the backward pass of a strided first layer reads in place of ``input``: the cells of ``input``,
-    with the batch innermost if ``keeps_cells_by_batch``. It is empty where the backward pass reads ``input`` itself.
+    The third result is what the backward pass of a strided first layer reads in place of ``input``: the cells of ``input``. It
+    is empty where the backward pass reads ``input`` itself.
     ``link``: the link of ``input``, see :class:`.autograd.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
@@ -119,7 +96,6 @@ def conv2d_relu_max_pool2d_fprop(
         channels_last,
         write_position,
         input_is_cells,
-        keeps_cells_by_batch,
     )
     return _run_fprop(input, weight, bias, link, problem)
 
@@ -127,7 +103,7 @@ def conv2d_relu_max_pool2d_fprop(
 @conv2d_relu_max_pool2d_fprop.register_fake
 def _(input, weight, bias, link, *flat):
     problem = PooledConvolution.of(*flat)
-    geometry, conv_size, window, channels_last, write_position, input_is_cells, keeps_cells_by_batch = problem
+    geometry, conv_size, window, channels_last, write_position, input_is_cells = problem
     size = (input.shape[0], weight.shape[0], *window.output_size)
     pooled = new_output(size, input.dtype, input.device, channels_last=channels_last)
     position, _ = new_position_and_index(pooled, window.kernel_size, channels_last, write_position, False)
@@ -136,10 +112,6 @@ def _(input, weight, bias, link, *flat):
     if keeps_cells and select.reads_cells(Problem.of(input.shape, weight, geometry, conv_size)):
         step = geometry.stride[0]
         cells = new_cells(input, step, cells_size(step, conv_size, weight.shape[2:]))
-    if keeps_cells_by_batch:
-        step = geometry.stride[0]
-        cells_at = cells_size(step, conv_size, weight.shape[2:])
-        cells = new_cells_by_batch(cells_at, step * step * input.shape[1], input.shape[0], input)
     return pooled, position, cells
 
 
@@ -151,7 +123,7 @@ def _run_backward(
     position: Tensor,
     problem: PooledConvolutionGradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked, kept_by_batch = problem
+    input_size, geometry, conv_size, window, (needs_input, needs_weight, needs_bias), linked = problem
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight, pooled_bias = nothing(weight), None
@@ -162,10 +134,6 @@ def _run_backward(
         if not needs_input:
             return nothing(weight), d_weight, pooled_bias, nothing(weight)
         needs_weight, needs_bias, cells = False, False, None
-    elif kept_by_batch:
-        assert cells is not None
-        of_cells = row_stem.cells_of_copy(cells, input_size[0], geometry.stride[0] ** 2 * input_size[1])
-        input, cells = _images_of(of_cells, input_size, geometry), None
     # One pass writes the gradient before the ReLU (positions carry the ReLU's mask) and sums it to the bias's gradient.
     of_pool = MaxPoolGradient(unpooled_size, window, True, needs_input or needs_weight, needs_bias)
     dz, d_bias, unsummed = pool_backward(grad_output, position, of_pool)
@@ -187,33 +155,21 @@ def _pooled_wgrad(
     In half precision no unpooled gradient is written; in TF32 it is written with the batch innermost.
 
     Args:
-        input, cells: the images, or their cells. In TF32 the cells have the batch innermost.
+        input, cells: the images or, in half precision, their cells.
     """
-    by_batch = not select.reads_cells(convolution)
-    if cells is None:
-        assert input is not None
-        if by_batch:
-            kept = row_stem.cells_copy(row_stem.dense_rows(input), convolution)
-            kept.make()
-            cells = kept.out
-        else:
-            cells = select.input_cells(input, convolution)
     d_weight = new_output_like(weight)
     d_bias = new_output((weight.shape[0],), weight.dtype, weight.device) if needs_bias else None
-    if by_batch:
+    if not select.reads_cells(convolution):
+        assert input is not None
         dz, sums = row_stem_wgrad.pool_gradient_by_batch(grad_output, position, convolution)
-        row_stem_wgrad.wgrad(dz, cells, d_weight, convolution, [] if d_bias is None else [ColumnSums(sums, d_bias)])
+        vectors = [] if d_bias is None else [ColumnSums(sums, d_bias)]
+        row_stem_wgrad.wgrad(dz, row_stem.dense_rows(input), d_weight, convolution, vectors)
     else:
+        if cells is None:
+            assert input is not None
+            cells = select.input_cells(input, convolution)
         stem_pool_wgrad.wgrad(grad_output, cells, d_weight, convolution, position=position, d_bias=d_bias)
     return d_weight, nothing(weight) if d_bias is None else d_bias
-
-
-def _images_of(cells: Tensor, input_size: Sequence[int], geometry: Geometry) -> Tensor:
-    """The images (N, C, H, W) that ``cells`` were made from, with zeros in the pixels that no filter reads."""
-    (step, _), (above, left), *_ = geometry
-    padded = depth_to_space(cells, input_size[1], step)
-    seen = padded[:, :, above : above + input_size[2], left : left + input_size[3]]
-    return F.pad(seen, (0, input_size[3] - seen.shape[3], 0, input_size[2] - seen.shape[2]))
 
 
 @torch.library.custom_op("alexnet_triton::conv2d_relu_max_pool2d_backward", mutates_args=())
@@ -234,15 +190,14 @@ def conv2d_relu_max_pool2d_backward(
     pool_padding: list[int],
     wanted: list[bool],
     linked: bool,
-    kept_by_batch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias, each empty unless ``wanted``, and of the input's link, empty unless ``linked``.
 
-    Pass either ``input`` or its ``cells``. With ``kept_by_batch`` the cells have the batch innermost.
+    Pass either ``input`` or its ``cells``.
     """
     window = Window(kernel_size, pool_stride, pool_padding, (1, 1), grad_output.shape[2:])
     geometry = Geometry(stride, padding, dilation, groups)
-    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked, kept_by_batch)
+    problem = PooledConvolutionGradients(input_size, geometry, conv_size, window, wanted, linked)
     return _run_backward(grad_output, input, cells, weight, position, problem)
 
 
@@ -265,8 +220,6 @@ def _formula(
     geometry, conv_size, window = ctx.problem[:3]
     if input is None:
         assert cells is not None
-        if ctx.problem.keeps_cells_by_batch:
-            cells = row_stem.cells_of_copy(cells, ctx.input_size[0], geometry.stride[0] ** 2 * weight.shape[1])
         input = depth_to_space(cells, weight.shape[1], geometry.stride[0])
         geometry = geometry._replace(padding=(0, 0))  # the cells contain the padding
     unpooled_size = (grad_output.shape[0], weight.shape[0], *conv_size)
@@ -291,7 +244,7 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
         _, position, made = output
         ctx.mark_non_differentiable(*[saved for saved in (position, made) if saved is not None])
         cells = input if problem.input_is_cells else made
-        has_cells = cells is not None and (problem.keeps_cells_by_batch or cells.dim() == 4)
+        has_cells = cells is not None and cells.dim() == 4
         # A double backward differentiates with respect to the images, not to the cells that this pass made of them.
         leads_on = input.requires_grad or torch._C._are_functorch_transforms_active()
         saved = None if has_cells and (problem.input_is_cells or not leads_on) else input
@@ -306,12 +259,10 @@ class Conv2dReLUMaxPool2dFunction(OperatorFunction):
     @differentiable_by(_formula, of=(1, 3), takes_link=True)
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad_output: Tensor, *_: Any):
         input, cells, weight, position = saved[1:]
-        geometry, conv_size, window, _, write_position, _, keeps_cells_by_batch = ctx.problem
+        geometry, conv_size, window, _, write_position, _ = ctx.problem
         check_positions_written(write_position)
         wanted = ctx.needs_input_grad[:3]
-        problem = PooledConvolutionGradients(
-            ctx.input_size, geometry, conv_size, window, wanted, ctx.linked, keeps_cells_by_batch
-        )
+        problem = PooledConvolutionGradients(ctx.input_size, geometry, conv_size, window, wanted, ctx.linked)
         tensors = (grad_output, input if cells is None else None, cells, weight, position)
         dx, dw, d_bias, d_link = _backward_operator(tensors, problem)
         return (
@@ -420,9 +371,7 @@ def conv2d_relu_max_pool2d(
             output_format=output_format,
         )
     needs_grad = wants_grad(input, weight, bias)
-    keeps_cells_by_batch = needs_grad and link is None and not cells
-    keeps_cells_by_batch = keeps_cells_by_batch and _keeps_cells(batched, weight, geometry, conv_size, window)
-    problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells, keeps_cells_by_batch)
+    problem = PooledConvolution(geometry, conv_size, window, channels_last, needs_grad, cells)
     pooled, *_ = apply_function(Conv2dReLUMaxPool2dFunction, (batched, weight, bias, link), problem)
     return pooled.squeeze(0) if input.dim() == 3 else pooled
 
@@ -447,18 +396,7 @@ def prepare_conv2d_relu_max_pool2d(
     bias_size = None if bias is None else bias.shape
     convolution, conv_size = checked(conv2d_arguments, tuple(size), weight.shape, bias_size, *geometry)
     window = checked(pool_arguments, conv_size, kernel_size, pool_stride, pool_padding, 1, ceil_mode, "pool_")
-    keeps_cells_by_batch = (
-        needs_grad and link is None and not cells and _keeps_cells(input, weight, convolution, conv_size, window)
-    )
-    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells, keeps_cells_by_batch)
-
-
-def _keeps_cells(input: Tensor, weight: Tensor, geometry: Geometry, conv_size: Sequence[int], window: Window) -> bool:
-    if weight.dtype is not torch.float32 or not weight.requires_grad:
-        return False
-    if torch.compiler.is_compiling():  # Dynamo cannot read PyTorch's precision settings
-        return False
-    return select.fuses_pool_wgrad(Problem.of(input.shape, weight, geometry, conv_size), window)
+    return PooledConvolution(convolution, conv_size, window, channels_last, needs_grad, cells)
 
 
 def reads_cells(

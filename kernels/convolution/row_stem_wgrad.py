@@ -21,7 +21,7 @@ from ..primitives import dot, only_if, program_id
 from ..runtime.backend import INTERPRETED
 from ..runtime.launch import cdiv, launch, needs_int64, new_output, strides
 from ..sums import ColumnSums
-from .by_batch import Copy, copy, new_by_batch, rows_by_batch
+from .by_batch import Copy, cells_by_batch, copy, new_by_batch, rows_by_batch
 from .descriptor import dense_nhwc
 from .problem import Problem
 from .rules import conv2d_rows_wgrad_config
@@ -228,13 +228,14 @@ def pool_gradient_by_batch(dy: Tensor, position: Tensor, problem: Problem) -> tu
     return z, sums
 
 
-def wgrad(z: Tensor, cells: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums] = ()) -> None:
+def wgrad(z: Tensor, rows: Tensor, dw: Tensor, problem: Problem, vectors: Sequence[ColumnSums] = ()) -> None:
     """Write the weight gradient to ``dw`` (K, C, R, S), any dense strides, and add up the pending sums ``vectors``.
 
     Args:
         z: :func:`gradient_by_batch` or :func:`pool_gradient_by_batch`.
-        cells: the input's cells with the batch innermost (:attr:`.by_batch.CellsCopy.out`).
+        rows: :func:`.row_stem.dense_rows` of the input.
     """
+    cells = cells_by_batch(rows, problem)
     n, c, _, _, k, r, s, p, q, ((stride, _), *_), _, device, precision = problem
     folded = fold(c, s, stride)
     config = conv2d_rows_wgrad_config(device, n, p, q, folded, k)

@@ -429,33 +429,6 @@ def conv2d_rows_config(device: torch.device, n: int, p: int, q: int, positions: 
     return config | {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
 
 
-def conv2d_rows_pool_fused(positions: int, k: int, r: int) -> bool:
-    """Whether a TF32 first layer and its 3 x 3 pool run as one kernel: if two stages of rows and the filters fit an SM."""
-    return (2 * 64 + sum(two_blocks(k, 64))) * r * positions * 4 <= SHARED_BYTES * 4 // 5
-
-
-def conv2d_rows_pool_config(
-    device: torch.device, n: int, p: int, q: int, positions: int, k: int, r: int, narrow: bool = False
-) -> dict[str, int]:
-    """Tiles of a TF32 first layer with its pool: BLOCK_M images x a row of COLUMNS windows x (BLOCK_N + BLOCK_N2) filters.
-
-    There are p x q windows. ``narrow``: offsets take registers, because they are int64, or because positions are written and
-    filters are not contiguous.
-    """
-    block_n, block_n2 = two_blocks(k, 64)
-    if narrow and not INTERPRETED:
-        block_n, block_n2 = (32, 16) if k % 48 == 0 else (32, 0)
-    config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if INTERPRETED:
-        config |= {"BLOCK_M": tile_size(n, 16, 64), "num_stages": 1}
-    measured = {} if narrow else tuned(device, conv2d_key("conv2d_rows_pool_fprop", n, p, q, positions, k, r, 1, torch.float32))
-    config = apply_overrides(config | known(config, measured))
-    config |= {"BLOCK_K": largest_divisor(positions, config["BLOCK_K"])}
-    programs = p * cdiv(n, config["BLOCK_M"]) * cdiv(k, config["BLOCK_N"] + config["BLOCK_N2"])
-    strips = strips_of(q, programs, 1)
-    return config | apply_overrides({"COLUMNS": measured.get("COLUMNS", cdiv(q, strips))})
-
-
 def strips_of(q: int, programs: int, programs_per_multiprocessor: int) -> int:
     """Number of strips for ``q`` columns of windows, chosen so that the busiest SM computes the fewest columns.
 

@@ -24,7 +24,6 @@ from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
 from .rules import (
-    conv2d_rows_pool_fused,
     conv2d_wgrad_by_images,
     conv2d_wgrad_streams,
 )
@@ -73,13 +72,14 @@ def reads_cells(problem: Problem) -> bool:
 
 
 def fuses_pool(problem: Problem, window: Window) -> bool:
-    """Whether one kernel of :mod:`.stem_pool` or :mod:`.row_stem` computes convolution, ReLU and pool."""
-    # For Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
-    if not _pools_whole_windows(problem, window) or capability(problem.device) >= 100:
-        return False
-    if _is_row_stem(problem):
-        return conv2d_rows_pool_fused(row_stem.Rows.of(problem).positions, problem.k, problem.r)
-    return reads_cells(problem) and conv2d_stem_pool_fused(*_stem_sizes(problem, window))
+    """Whether one kernel of :mod:`.stem_pool` computes convolution, ReLU and pool."""
+    return (
+        reads_cells(problem)
+        and _pools_whole_windows(problem, window)
+        # For Blackwell, Triton 3.8 pipelines such a loop with a stage for each product, then generates empty code.
+        and capability(problem.device) < 100
+        and conv2d_stem_pool_fused(*_stem_sizes(problem, window))
+    )
 
 
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
@@ -263,9 +263,8 @@ def wgrad(
         return dw
     assert input is not None
     if kernels == Kernels.ROW_STEM:
-        kept = row_stem.cells_copy(row_stem.dense_rows(input), problem)
-        kept.make()
-        row_stem_wgrad.wgrad(row_stem_wgrad.gradient_by_batch(dz), kept.out, dw, problem, vectors)
+        z = row_stem_wgrad.gradient_by_batch(dz)
+        row_stem_wgrad.wgrad(z, row_stem.dense_rows(input), dw, problem, vectors)
     elif kernels == Kernels.GENERAL:
         general.wgrad(dz, input, dw, problem, vectors)
     elif wgrad_by_batch(problem):

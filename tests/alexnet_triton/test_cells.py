@@ -371,7 +371,7 @@ def test_float32_lenet_and_pytorchs_operations_are_given_images(launches: list[s
 
 
 #: Kernels of convolutions in TF32: the first layer reads images, the others read through tensor descriptors.
-TF32_KERNELS = {"_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel", "_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
+TF32_KERNELS = {"_conv2d_rows_kernel", "_conv2d_rows_wgrad_kernel", "_conv2d_images_kernel", "_conv2d_images_wgrad_kernel"}
 GENERAL_KERNELS = {"_conv2d_fprop_kernel", "_conv2d_dgrad_kernel", "_conv2d_wgrad_kernel"}
 
 

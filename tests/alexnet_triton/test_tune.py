@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -220,7 +219,7 @@ def _recorded(prepare: Callable[..., Callable[[], Tensor]], *arguments: object) 
     return found
 
 
-PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,))]
+PRECISE_JOBS = [(precision, job) for precision in ("float32", "tf32") for job in tune.jobs((128,), dtype=torch.float32)]
 
 
 @pytest.mark.slow
@@ -260,7 +259,7 @@ from benchmarks.offline import SHARED_BYTES, compile_launches
 from tests.alexnet_triton.test_tune import _empty
 
 dtype = getattr(torch, sys.argv[1])
-for job in tune.jobs((128,), tuple(sys.argv[2:])):
+for job in tune.jobs((128,), tuple(sys.argv[2:]), dtype):
     candidates = job.candidates(dtype)
     for candidate in candidates[:: len(candidates) // 2]:
         def step():
@@ -281,11 +280,10 @@ def _compile_candidates(dtype: str, layers: tuple[str, ...]) -> None:
         [sys.executable, "-c", _COMPILE, dtype, *layers], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == len(tune.jobs((128,), layers))
+    assert len(result.stdout.splitlines()) == len(tune.jobs((128,), layers, getattr(torch, dtype)))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8), reason="conv1 with its pool spills")
 def test_candidates_of_float32_compile_without_spills() -> None:
     """A few candidates of each convolution; all of them have been compiled once."""
     _compile_candidates("float32", tuple(tune.LAYERS))
@@ -300,41 +298,30 @@ def test_candidates_of_the_first_layer_with_its_pool_compile_without_spills() ->
 #: Small layers in place of AlexNet's: channels, image size, filters, filter size, stride, padding.
 SMALL = {
     "conv1": (1, 27, 96, 11, 4, 1),
-    tune.POOLED: (1, 27, 96, 11, 4, 1),
     "conv2": (96, 4, 64, 3, 1, 1),
     "conv4": (32, 4, 96, 3, 1, 1),
 }
 
 
-SMALL_JOBS = [(job, False) for job in tune.jobs((64,), tuple(SMALL))]
-SMALL_JOBS += [(tune.Job("conv2", "wgrad", 64), True)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("job", "turns"), SMALL_JOBS, ids=lambda v: f"{v.layer}-{v.pass_}" if isinstance(v, tune.Job) else str(v)
-)
-def test_values_of_float32_candidates(job: tune.Job, turns: bool, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("job", tune.jobs((64,), tuple(SMALL), torch.float32), ids=lambda job: f"{job.layer}-{job.pass_}")
+def test_values_of_float32_candidates(job: tune.Job, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first and the last candidate of each convolution pass equal PyTorch's results bit for bit, on integers."""
-    if turns:
-        monkeypatch.setattr(rules, "_LARGEST_COPY", 0)
     for layer, sizes in SMALL.items():
         monkeypatch.setitem(tune.LAYERS, layer, sizes)
     candidates = job.candidates(torch.float32)
     generator = torch.Generator().manual_seed(0)
     shapes = tune.sizes(job.layer, job.batch)
     tensors = tuple(tune.channels_last(torch.randint(-2, 3, s, generator=generator).float().to(DEVICE)) for s in shapes)
-    maxima = tune.Maxima.of(job, tensors) if job.needs_maxima else None
-    exact = tune._reference(job, tensors, maxima)
+    exact = tune._reference(job, tensors)
     assert exact.count_nonzero() > 0.1 * exact.numel()
     with tune.float32_switches(linear_tf32=False):
         for candidate in (candidates[0], candidates[-1]):
             launches.clear()
-            run = tune.operation(job, tensors, maxima)
+            run = tune.operation(job, tensors)
             with tune._configured(candidate):
                 assert torch.equal(run(), exact), candidate
-            kernels = ("_turned_wgrad_",) if turns else ("_rows_", "_images_", "_box_")
-            assert any(kernel in name for name in launches for kernel in kernels)
+            assert any(kernel in name for name in launches for kernel in ("_rows_", "_images_", "_box_"))
 
 
 BATCHES = range(1, 61)

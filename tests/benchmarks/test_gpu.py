@@ -351,8 +351,8 @@ def test_data_in_no_place_leaves_training_out(tmp_path: Path) -> None:
 
 
 def test_variants_are_configurations() -> None:
-    assert variant.configuration("TURNED=0,num_stages=3") == {"TURNED": 0, "num_stages": 3}
-    for wrong in ("TURNED", "TURNED=x", "A=1,"):
+    assert variant.configuration("TAPS=0,num_stages=3") == {"TAPS": 0, "num_stages": 3}
+    for wrong in ("TAPS", "TAPS=x", "A=1,"):
         with pytest.raises(variant.argparse.ArgumentTypeError, match="is not NAME=NUMBER"):
             variant.configuration(wrong)
     assert variant.Overridden("conv2", "wgrad", 128).candidates() == [{}]
@@ -365,16 +365,16 @@ def test_variants_keep_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def tune_job(job: tune.Job, dtype: torch.dtype) -> tune.Tuned:
         for candidate in job.candidates(dtype):
             with tune._configured(candidate):
-                seen.append((tables._use_tables.value, tables.apply_overrides({"TURNED": 1, "SPLIT": 2})))
+                seen.append((tables._use_tables.value, tables.apply_overrides({"TAPS": 1, "SPLIT": 2})))
         return tune.Tuned(job, 1.0, 1.0, 1.0, {}, [], [])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "tune_job", tune_job)
-    monkeypatch.setattr("sys.argv", ["variant", "--layer", "conv2", "--pass", "wgrad", "TURNED=0"])
+    monkeypatch.setattr("sys.argv", ["variant", "--layer", "conv2", "--pass", "wgrad", "TAPS=0"])
     with pytest.raises(SystemExit, match="0"):
         variant.main()
-    assert seen == [(True, {"TURNED": 1, "SPLIT": 2}), (True, {"TURNED": 0, "SPLIT": 2})]
-    assert "{'TURNED': 0}: 1000.0 us" in capsys.readouterr().out
+    assert seen == [(True, {"TAPS": 1, "SPLIT": 2}), (True, {"TAPS": 0, "SPLIT": 2})]
+    assert "{'TAPS': 0}: 1000.0 us" in capsys.readouterr().out
     with tables.untuned():
         assert not tables._use_tables.value
 

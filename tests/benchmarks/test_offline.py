@@ -16,7 +16,6 @@ import triton.language as tl
 
 import kernels
 from benchmarks.offline import SHARED_BYTES
-from kernels.convolution.by_batch import images_5d, others_5d, turned
 from kernels.convolution.descriptor import ptxas_version
 
 ROOT = Path(__file__).parents[2]
@@ -32,13 +31,12 @@ HALFS_PRODUCTS = {
     *("_conv2d_stem_pool_wgrad_kernel", "_conv2d_taps_kernel", "_matmul_descriptor_kernel", "_matmul_shares_kernel"),
 }
 TF32_PRODUCTS = {
-    *("_conv2d_rows_kernel", "_conv2d_rows_pool_kernel", "_conv2d_rows_wgrad_kernel"),
-    "_conv2d_turned_wgrad_kernel",
+    *("_conv2d_rows_kernel", "_conv2d_rows_wgrad_kernel"),
 }
 DESCRIPTOR_PRODUCTS = BOTHS_PRODUCTS | HALFS_PRODUCTS | TF32_PRODUCTS
 #: With the kernels that prepare their operands or sum their parts.
 HALFS_KERNELS = HALFS_PRODUCTS | {"_space_to_depth_kernel", "_sum_stream_k_kernel", "_matmul_shares_finish_kernel"}
-TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel"}
+TF32_KERNELS = TF32_PRODUCTS | {"_by_batch_kernel", "_cells_by_batch_kernel", "_max_pool2d_dgrad_by_batch_kernel"}
 DESCRIPTOR_KERNELS = HALFS_KERNELS | TF32_KERNELS | BOTHS_PRODUCTS | {"_fold_filter_kernel", "_unfold_filter_kernel"}
 #: The kernel for operands of exact float32 linear layers.
 FLOAT32_KERNELS = {"_row_major_kernel"}
@@ -201,18 +199,20 @@ def test_offsets_of_large_tensors_are_in_int64_from_the_program_id_on() -> None:
 
 
 @triton.jit
-def _reduce_turned_kernel(x_ptr, out_ptr, steps):
+def _reduce_transposed_kernel(x_ptr, out_ptr, steps):
+    """The sum of a block of five dimensions that was permuted and reshaped, [32, 16] to [16, 32]."""
+    rows = tl.arange(0, 4)[:, None, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :, None]
+    columns = tl.arange(0, 4)[None, None, :, None, None] * 4 + tl.arange(0, 4)[None, None, None, None, :]
     total = tl.zeros((4, 1, 4, 8, 4), dtype=tl.float32)
-    offsets = images_5d(0, 32) * 16 + others_5d(0, 16)
     for step in range(steps):
-        total += tl.load(x_ptr + step * 512 + offsets)
-    tl.store(out_ptr + tl.arange(0, 16), tl.sum(turned(total, 32, 16), axis=1))
+        total += tl.load(x_ptr + step * 512 + rows * 16 + columns)
+    tl.store(out_ptr + tl.arange(0, 16), tl.sum(tl.permute(total, (1, 2, 4, 0, 3)).reshape(16, 32), axis=1))
 
 
 def test_the_check_of_reductions_sees_one() -> None:
     code = (
         "import torch\nfrom benchmarks.offline import compile_launch, offline_target\n"
-        "from tests.benchmarks.test_offline import _reduce_turned_kernel as kernel\n"
+        "from tests.benchmarks.test_offline import _reduce_transposed_kernel as kernel\n"
         "with offline_target(90):\n"
         "    arguments = {'x_ptr': torch.empty(512), 'out_ptr': torch.empty(16), 'steps': 3}\n"
         "    print(compile_launch(kernel, (1,), arguments).linear_reductions)"
@@ -242,8 +242,7 @@ def test_the_tf32_switch_reaches_the_code(arch: str, tf32: bool) -> None:
     assert [r for r in records if r["stack_bytes"] or r["local_bytes"] or r["shared_bytes"] > SHARED_BYTES[arch]] == []
     assert [r for r in records if r["float_atomics"]] == []
     described = [r for r in products if r["tma_loads"]]
-    on_blackwell = {"_conv2d_rows_pool_kernel"} if arch == "sm_100" else set()  # its pool is a separate kernel
-    expected = (BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel", "_matmul_shares_kernel"}) - on_blackwell
+    expected = BOTHS_PRODUCTS | TF32_PRODUCTS | {"_matmul_descriptor_kernel", "_matmul_shares_kernel"}
     assert {r["kernel"] for r in described} == (expected if tf32 else set())
     assert [r for r in described if r["register_operands"] or not r["tensor_core_ops"].get(TENSOR_CORE_OPS[arch])] == []
 

@@ -106,7 +106,6 @@ IMAGES = {
     "conv2d_stem_wgrad": "BLOCK_K",
     "conv2d_stem_pool_wgrad": "BLOCK_K",
     "conv2d_rows_config": "BLOCK_M",
-    "conv2d_rows_pool_config": "BLOCK_M",
     "conv2d_rows_wgrad_config": "BLOCK_K",
     "conv2d_box_config": "NB",
     "conv2d_taps_config": "BLOCK_M",

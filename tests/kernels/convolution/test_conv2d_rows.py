@@ -5,7 +5,6 @@ TF32 rounds no products or sums of small integers, so results equal those of PyT
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -21,14 +20,14 @@ from kernels.convolution.relu_max_pool2d import conv2d_relu_max_pool2d_reference
 from kernels.convolution.row_stem import Rows
 
 from ...conftest import BACKEND, DEVICE, own_devices
-from ...oracle import check, integers, tf32_numbers
+from ...oracle import TF32_EPS, check, integers, tf32_numbers
 from .conftest import hopper
 
 pytestmark = [hopper, pytest.mark.usefixtures("tf32")]
 
 GEOMETRY = {"stride": 4, "padding": 1}
 BLOCK = {**GEOMETRY, "pool_kernel_size": 3, "pool_stride": 2}
-FUSED = "_conv2d_rows_pool_kernel"
+ROWS = "_conv2d_rows_kernel"
 
 
 def tensors(n: int = 3, h: int = 31, w: int = 35, k: int = 16) -> list[Tensor]:
@@ -57,6 +56,12 @@ def gradients(y: Tensor, leaves: list[Tensor], **options) -> tuple[Tensor, ...]:
 def assert_all_equal(ours, theirs) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine, other)
+
+
+def assert_close(mine: Tensor, other: Tensor) -> None:
+    """Derivatives of gradients are no small integers; both sides are PyTorch's operations, which round to TF32 on a GPU."""
+    tolerance = 1e-4 if DEVICE == "cpu" else 4 * TF32_EPS
+    torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------------- without the pool
@@ -106,7 +111,7 @@ def test_any_layout(layout: str, launches: list[str]) -> None:
     x, w, b = tensors(w=32)
     x, w = LAYOUTS[layout](x), LAYOUTS[layout](w.detach()).requires_grad_()
     ours, theirs = block(x, w, b), reference(x, w, b)
-    assert FUSED in launches
+    assert ROWS in launches
     assert torch.equal(ours, theirs)
     assert_all_equal(gradients(ours, [w, b]), gradients(theirs, [w, b]))
 
@@ -149,7 +154,7 @@ def test_only_what_is_wanted(wanted: str, has_bias: bool, launches: list[str]) -
     if not leaves:
         pytest.skip("there is no bias")
     ours, theirs = (run(x, w, named["bias"]) for run in (block, reference))
-    assert FUSED in launches
+    assert ROWS in launches
     launches.clear()
     assert torch.equal(ours, theirs)
     assert_all_equal(gradients(ours, leaves), gradients(theirs, leaves))
@@ -162,38 +167,18 @@ def saved_storages(y: Tensor) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
 
 
-@pytest.mark.parametrize("images_want_a_gradient", [False, True])
-def test_what_is_saved(images_want_a_gradient: bool) -> None:
-    """Cells with the batch innermost replace the images; the images are saved too where they require a gradient."""
+def test_the_images_are_saved_and_no_copy_of_them() -> None:
     x, w, b = tensors(w=32)
-    x.requires_grad_(images_want_a_gradient)
     y = block(x, w, b)
-    assert (x.untyped_storage().data_ptr() in saved_storages(y)) == images_want_a_gradient
-    assert [t.shape for t in y.grad_fn.saved_tensors if t is not None and t.dim() == 3] == [(8, 8 * 16, 4)]
-
-
-def test_a_frozen_weight_saves_no_cells(launches: list[str]) -> None:
-    x, w, b = tensors()
-    y = block(x, w.detach(), b)
-    assert FUSED in launches
+    assert x.untyped_storage().data_ptr() in saved_storages(y)
     assert not [t for t in y.grad_fn.saved_tensors if t is not None and t.dim() == 3]
 
 
-def test_images_are_freed_and_their_memory_may_change() -> None:
-    """The backward pass does not read images that require no gradient."""
+@pytest.mark.parametrize("images_want_a_gradient", [False, True])
+def test_images_that_change_are_an_error(images_want_a_gradient: bool) -> None:
+    """PyTorch saves them, too."""
     x, w, b = tensors()
-    ours, theirs = block(x, w, b), reference(x, w, b)
-    expected = gradients(theirs, [w, b])
-    x.fill_(torch.nan)
-    del x
-    gc.collect()
-    assert_all_equal(gradients(ours, [w, b]), expected)
-
-
-def test_images_that_want_a_gradient_and_change_are_an_error() -> None:
-    """PyTorch saves such images, too."""
-    x, w, b = tensors()
-    images = x.requires_grad_() * 1
+    images = x.requires_grad_(images_want_a_gradient) * 1
     for run in (block, reference):
         y = run(images, w, b)
         with torch.no_grad():
@@ -244,13 +229,13 @@ def test_saved_on_the_host() -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["tf32_then_exact", "exact_then_tf32"])
 @pytest.mark.parametrize("wanted", ["weight", "all"])
 def test_the_switch_changes_between_forward_and_backward(before: bool, wanted: str, launches: list[str]) -> None:
-    """Each way reads what the other one saved; in the first case the images are taken out of the saved cells."""
+    """Each way reads what the other one saved."""
     x, w, b = tensors(h=33, w=36)  # the last rows and columns are in no cell
     leaves = [w, b] if wanted == "weight" else [x.requires_grad_(), w, b]
     expected = gradients(reference(x, w, b), leaves)
     torch.backends.cudnn.allow_tf32 = before
     y = block(x, w, b)
-    assert (FUSED in launches) == before
+    assert (ROWS in launches) == before
     launches.clear()
     torch.backends.cudnn.allow_tf32 = not before
     assert_all_equal(gradients(y, leaves), expected)
@@ -274,10 +259,10 @@ def test_autocast_off_inside_of_autocast(launches: list[str]) -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         with torch.autocast(DEVICE, enabled=False):
             ours = block(x, w, b)
-        assert FUSED in launches
+        assert ROWS in launches
         launches.clear()
         assert block(x, w, b).dtype == torch.bfloat16
-        assert FUSED not in launches
+        assert ROWS not in launches
     theirs = reference(x, w, b)
     assert torch.equal(ours, theirs)
     assert_all_equal(gradients(ours, [w, b]), gradients(theirs, [w, b]))
@@ -289,7 +274,7 @@ def test_autocast_off_inside_of_autocast(launches: list[str]) -> None:
 @own_devices
 @pytest.mark.parametrize("images_want_a_gradient", [False, True])
 def test_gradient_penalty(images_want_a_gradient: bool, launches: list[str]) -> None:
-    """PyTorch's operations compute the squared norm of the gradients, also of the images', from cells or images."""
+    """PyTorch's operations compute the squared norm of the gradients, also of the images'."""
     results = []
     x, w, b = tensors()
     x.requires_grad_(images_want_a_gradient)
@@ -299,9 +284,9 @@ def test_gradient_penalty(images_want_a_gradient: bool, launches: list[str]) -> 
         grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         penalty = sum(grad.square().sum() for grad in grads) * 2.0**-20
         results.append(torch.autograd.grad(penalty, leaves))
-    assert FUSED in launches
+    assert ROWS in launches
     for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+        assert_close(mine, other)
 
 
 @own_devices
@@ -321,7 +306,7 @@ def test_func_grad_of_grad(images_want_a_gradient: bool) -> None:
 
         results.append(torch.func.grad(of_gradients, argnums)(x, w.detach()))
     for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+        assert_close(mine, other)
 
 
 def network() -> nn.Module:
@@ -339,7 +324,7 @@ def network() -> nn.Module:
 @own_devices
 @pytest.mark.parametrize("backend", ["aot_eager", BACKEND], ids=["aot_eager", "own"])
 def test_compiled(backend, launches: list[str]) -> None:
-    """Dynamo cannot read PyTorch's switches, so compiled code saves the images and computes its gradients from them."""
+    """Dynamo cannot read PyTorch's switches."""
     torch._dynamo.reset()
     net, (x, *_) = network(), tensors()
     compiled = torch.compile(net, fullgraph=True, backend=backend)
@@ -348,7 +333,7 @@ def test_compiled(backend, launches: list[str]) -> None:
         launches.clear()
         y = module(x)
         results.append([y, *torch.autograd.grad(y, list(net.parameters()), ones(y))])
-        assert {FUSED, "_conv2d_rows_wgrad_kernel", "_conv2d_images_wgrad_kernel"} <= set(launches)
+        assert {ROWS, "_conv2d_rows_wgrad_kernel", "_conv2d_images_wgrad_kernel"} <= set(launches)
     assert_all_equal(*results)
 
 
@@ -359,4 +344,4 @@ def test_exported(launches: list[str]) -> None:
     program = torch.export.export(net, (x,))
     launches.clear()
     assert torch.equal(program.module()(x), expected)
-    assert FUSED in launches
+    assert ROWS in launches
