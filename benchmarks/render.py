@@ -8,6 +8,7 @@ docs/performance.md, and the README's picture, from the committed audit and the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -28,8 +29,9 @@ README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs/performance.md"
 PICTURE = ROOT / "docs/pictures/images-per-second.svg"
 
-#: Sources of the README's picture and numbers: the report, the eager and captured steps of ``benchmarks.host``, which are
-#: newer, and a training run.
+#: Sources of the README's picture and numbers: the newest report, which has batch 128; the report of all batches; the eager
+#: and captured steps of ``benchmarks.host``, which are newer than that one; and a training run.
+NEWEST_REPORT = RESULTS / "h100-80gb-hbm3-2026-11-27.json"
 FIRST_REPORT = RESULTS / "h100-80gb-hbm3.json"
 FIRST_HOST = RESULTS / "host/h100-80gb-hbm3.json"
 FIRST_RUN = RESULTS / "fashion-mnist-h100-seed0.jsonl"
@@ -333,8 +335,8 @@ _DATED = re.compile(r"-\d{4}-\d{2}-\d{2}")
 def performance(text: str, results: Iterable[Path]) -> str:
     """docs/performance.md with its tables rebuilt.
 
-    The tables are the audit, the whole networks of each undated report in ``results``, each GPU's tuned passes, the stored
-    eager steps, KernelBench's networks and the training runs.
+    The tables are the audit, the whole networks of the newest report and of each undated one in ``results``, each GPU's tuned
+    passes, the stored eager steps, KernelBench's networks and the training runs.
 
     Raises:
         ValueError: a report's times are fake.
@@ -342,11 +344,11 @@ def performance(text: str, results: Iterable[Path]) -> str:
     committed = json.loads(COMMITTED.read_text())
     text = replace_between(text, "audit", audit_markdown({key: committed[key] for key in SHOWN_AUDIT}))
     tables = []
-    for path in results:
+    for path in sorted(results, key=lambda path: path != NEWEST_REPORT):
         content = json.loads(path.read_text())
         if is_fake(content):
             raise ValueError(f"{path}: its times are fake and must not be shown on a page")
-        if _DATED.search(path.stem):
+        if _DATED.search(path.stem) and path != NEWEST_REPORT:
             continue
         tables.append(f"{_title(content)}, {commit_text(content['environment'])} (`{path.name}`):\n\n{step_table(content)}")
     nothing = "No GPU has measured it yet: `make report` on one writes `benchmarks/results/`, `make render` this table."
@@ -434,10 +436,10 @@ _PEERS = {
 }
 
 
-def _steps(content: dict[str, Any], mode: str) -> dict[int, list[Row]]:
-    """The report's bfloat16 rows of whole steps, by batch."""
+def _steps(content: dict[str, Any], mode: str, dtype: str = "bfloat16") -> dict[int, list[Row]]:
+    """The report's rows of whole steps in ``dtype``, by batch."""
     groups = _groups(row for row in content["rows"] if row["section"] == "step")
-    return {key[3]: rows for key, rows in sorted(groups.items()) if key[2] == "bfloat16" and key[4] == mode}
+    return {key[3]: rows for key, rows in sorted(groups.items()) if key[2] == dtype and key[4] == mode}
 
 
 def _graph_and_eager(rows: Iterable[Row], impl: str) -> tuple[float, float]:
@@ -445,17 +447,15 @@ def _graph_and_eager(rows: Iterable[Row], impl: str) -> tuple[float, float]:
     return rates[f"{impl}_graph"], rates[impl]
 
 
-def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]], path: Path) -> None:
-    """Plot images/s of a step of 128 images, ours and each peer's, as a CUDA graph and without one.
-
-    Ours is drawn twice: as timed by ``benchmarks.host`` with plans, and as timed by the report before there were plans.
-    """
+def plot_peers(content: dict[str, Any], path: Path) -> None:
+    """Plot images/s of a step of 128 images, ours and each peer's, as a CUDA graph and without one, in bfloat16 and float32."""
+    panels = [(mode, dtype) for dtype in ("bfloat16", "float32") for mode in ("train", "infer")]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "alexnet-triton"}):
-        figure = Figure(figsize=(9, 7), layout="constrained")
-        for axis, mode, title in zip(figure.subplots(2, 1), ("train", "infer"), ("training step", "inference"), strict=True):
-            with_plans = tuple(128e3 / steps[mode, 128, graph][0] for graph in (True, False))
-            rows = _steps(content, mode)[128]
-            bars = {"alexnet-triton": with_plans, "alexnet-triton, before plans": _graph_and_eager(rows, OURS)}
+        figure = Figure(figsize=(12, 7), layout="constrained")
+        for axis, (mode, dtype) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            title = {"train": "training step", "infer": "inference"}[mode]
+            rows = _steps(content, mode, dtype)[128]
+            bars = {"alexnet-triton": _graph_and_eager(rows, OURS)}
             bars |= {name: _graph_and_eager(rows, impl) for impl, name in _PEERS.items()}
             for which, (label, ours, peer) in enumerate(
                 (("CUDA graph", "tab:green", "dimgray"), ("without a graph", "lightgreen", "silver"))
@@ -464,10 +464,10 @@ def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple
                 places = [place + 0.4 * which for place in range(len(bars))]
                 drawn = axis.barh(places, [rates[which] for rates in bars.values()], 0.4, color=colours, label=label)
                 axis.bar_label(drawn, [f"{rates[which]:,.0f}" for rates in bars.values()], padding=3, fontsize=8)
-            axis.set(title=f"{title}, batch 128, bfloat16", xlabel="images/s")
+            axis.set(title=f"{title}, batch 128, {dtype}" + " (TF32)" * (dtype == "float32"), xlabel="images/s")
             axis.set_yticks([place + 0.2 for place in range(len(bars))], list(bars))
             axis.invert_yaxis()
-            axis.margins(x=0.1)
+            axis.margins(x=0.15)
             axis.legend(loc="lower right")
         figure.suptitle(_title(content))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -475,15 +475,20 @@ def plot_peers(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple
 
 
 def claim(content: dict[str, Any], run: Run) -> str:
-    """The README's two sentences of numbers: the captured training step beside the best peer, and a training run."""
-    rows = _steps(content, "train")[128]
-    ours, peer = best(rows, ours=True), best(rows, ours=False)
-    assert ours is not None
-    assert peer is not None
+    """The README's sentences of numbers: training steps beside the best peer, and a training run."""
+
+    def step(dtype: str) -> tuple[Row, str]:
+        rows = _steps(content, "train", dtype)[128]
+        ours, peer = best(rows, ours=True), best(rows, ours=False)
+        assert ours is not None
+        assert peer is not None
+        return ours, f"{peer['ms'] / ours['ms']:.1f} times as fast as the best peer ({_named(peer)}, {peer['ms']:.2f} ms)"
+
+    (half, half_text), (single, single_text) = step("bfloat16"), step("float32")
     return (
-        f"On an {content['environment']['gpu']} a bfloat16 training step of 128 images takes {ours['ms']:.2f} ms "
-        f"(**{ours['images_per_s']:,.0f} images/s**),\n"
-        f"{peer['ms'] / ours['ms']:.1f} times as fast as the best peer ({_named(peer)}, {peer['ms']:.2f} ms).\n"
+        f"On an {content['environment']['gpu']} a bfloat16 training step of 128 images takes {half['ms']:.2f} ms "
+        f"(**{half['images_per_s']:,.0f} images/s**),\n{half_text}.\n"
+        f"In float32 with TF32 it takes {single['ms']:.2f} ms, {single_text}.\n"
         f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 train in {run.seconds:.1f} s "
         f"and classify {run.last['test_acc']:.1%} of the test images correctly."
     )
@@ -494,26 +499,34 @@ def _named(row: Row) -> str:
     return _PEERS[name.removesuffix("_graph")] + " in a CUDA graph" * name.endswith("_graph")
 
 
-def speed_table(content: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
-    """The README's table: images/s as a graph beside the best peer, and eagerly beside eager PyTorch."""
+def speed_table(
+    content: dict[str, Any], newest: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]
+) -> str:
+    """The README's table: images/s as a graph beside the best peer, and eagerly beside eager PyTorch.
+
+    Batch 128 is of ``newest``; of the other batches the graphs are of ``content``, the eager steps of ``steps``.
+    """
     lines = []
-    for mode in ("train", "infer"):
-        for batch, rows in _steps(content, mode).items():
+    for dtype, mode in itertools.product(("bfloat16", "float32"), ("train", "infer")):
+        others = _steps(content, mode, dtype) if dtype == "bfloat16" else {}
+        for batch, rows in sorted((others | {128: _steps(newest, mode, dtype)[128]}).items()):
             ours, peer = best((r for r in rows if r["impl"] == f"{OURS}_graph"), ours=True), best(rows, ours=False)
             assert ours is not None
             assert peer is not None
-            eager = steps[mode, batch, False]
+            times = {row["impl"]: row["ms"] for row in rows}
+            eager = (times[OURS], times["eager_channels_last"]) if batch == 128 else steps[mode, batch, False]
             rates = (f"{ours['images_per_s']:,.0f}", f"{peer['images_per_s']:,.0f}", _ratio(peer, ours))
-            lines.append((mode, batch, *rates, *(f"{batch * 1e3 / time:,.0f}" for time in eager), f"{eager[1] / eager[0]:.2f}"))
+            rates += tuple(f"{batch * 1e3 / time:,.0f}" for time in eager)
+            lines.append((f"{mode}, {dtype}", batch, *rates, f"{eager[1] / eager[0]:.2f}"))
     header = ("step", "batch", "ours, graph", "best peer", "ratio", "ours, eager", "PyTorch, eager", "ratio")
     return markdown_table(header, lines)
 
 
 def readme(text: str) -> str:
     """The README with its claim and its table rebuilt."""
-    content, steps = json.loads(FIRST_REPORT.read_text()), host_steps(json.loads(FIRST_HOST.read_text()))
-    text = replace_between(text, "claim", claim(content, training_run(FIRST_RUN)))
-    return replace_between(text, "speed", speed_table(content, steps))
+    first, newest, host = (json.loads(path.read_text()) for path in (FIRST_REPORT, NEWEST_REPORT, FIRST_HOST))
+    text = replace_between(text, "claim", claim(newest, training_run(FIRST_RUN)))
+    return replace_between(text, "speed", speed_table(first, newest, host_steps(host)))
 
 
 def stored_results() -> list[Path]:
@@ -535,7 +548,7 @@ def main() -> None:
     if arguments.pages:
         README.write_text(readme(README.read_text()))
         PERFORMANCE.write_text(performance(PERFORMANCE.read_text(), paths))
-        plot_peers(json.loads(FIRST_REPORT.read_text()), host_steps(json.loads(FIRST_HOST.read_text())), PICTURE)
+        plot_peers(json.loads(NEWEST_REPORT.read_text()), PICTURE)
         print(README, PERFORMANCE, PICTURE, sep="\n")
 
 
