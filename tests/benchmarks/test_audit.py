@@ -269,19 +269,17 @@ def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_st
 
 @pytest.mark.slow
 def test_bytes_of_a_float32_step(float32_step: dict) -> None:
-    """conv1's unpooled output is neither written nor saved; the images' cells are saved instead of the images."""
+    """Copies with the batch innermost are read and written, and conv1's unpooled output and gradient: faster on an H100."""
     totals = float32_step["totals"]
-    assert totals["bytes"] <= 0.62 * totals["nn_sequential"]["bytes"]
+    assert totals["bytes"] <= 0.75 * totals["nn_sequential"]["bytes"]
     assert totals["saved_bytes_per_image"] <= 1.25e6
     records = float32_step["records"]
-    (fprop,) = [r for r in records if r["kernel"] == "_conv2d_rows_pool_kernel"]
-    images, cells, pooled = (128 * size for size in (224 * 224, 56 * 56 * 16, 26 * 26 * 96))
-    # The images are read once, for the product and for the copy to cells, which have 4 bytes a number.
-    assert fprop["min_bytes"] == 4 * (images + cells + 96 * 11 * 16 + 96) + 5 * pooled
+    unpooled, pooled = (4 * 128 * size * size * 96 for size in (54, 26))
+    (gradient,) = [r for r in records if r["kernel"] == "_max_pool2d_dgrad_by_batch_kernel"]
+    # Window positions have one byte, numbers four; each program writes its sums.
+    assert 0 < gradient["min_bytes"] - (unpooled + 5 * pooled // 4) <= 4 * 27 * 27 * 2 * 96
     (wgrad,) = [r for r in records if r["kernel"] == "_conv2d_rows_wgrad_kernel"]
-    unpooled = 4 * 128 * 54 * 54 * 96
-    assert wgrad["min_bytes"] < unpooled
-    assert not [r for r in records if r["kernel"] == "_cells_by_batch_kernel"]
+    assert unpooled < wgrad["min_bytes"] < 1.4 * unpooled
 
 
 def test_issued_flops_against_a_walk_over_the_programs() -> None:
