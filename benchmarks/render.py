@@ -517,8 +517,8 @@ def speed_table(
             times = {row["impl"]: row["ms"] for row in rows}
             eager = (times[OURS], times["eager_channels_last"]) if batch == 128 else steps[mode, batch, False]
             rates = (f"{ours['images_per_s']:,.0f}", f"{peer['images_per_s']:,.0f}", _ratio(peer, ours))
-            rates += tuple(f"{batch * 1e3 / time:,.0f}" for time in eager)
-            lines.append((f"{mode}, {dtype}", batch, *rates, f"{eager[1] / eager[0]:.2f}"))
+            eagerly = (f"{batch * 1e3 / time:,.0f}" for time in eager)
+            lines.append((f"{mode}, {dtype}", batch, *rates, *eagerly, f"{eager[1] / eager[0]:.2f}"))
     header = ("step", "batch", "ours, graph", "best peer", "ratio", "ours, eager", "PyTorch, eager", "ratio")
     return markdown_table(header, lines)
 
