@@ -76,6 +76,8 @@ LAYERS = {
 
 #: The first layer with its ReLU and 3 x 3 max-pool of stride 2, in one kernel or in two.
 POOLED = "conv1_pool"
+#: Said to who asks for that layer in float32.
+NO_POOLED_JOB = f"{POOLED} has no kernels of its own in float32: its convolution's are those of conv1"
 
 #: Convolutions right after another one's ReLU, whose mask their input gradient applies.
 LINKED = ("conv4", "conv5")
@@ -192,7 +194,7 @@ def jobs(
 ) -> list[Job]:
     """Jobs for all passes of ``layers`` in a training step, ordered by batch size as given.
 
-    In float32 the first layer with its pool is none: its kernels are those of the convolution and of the pool.
+    In float32 the first layer with its pool has no job: its kernels are those of the convolution and of the pool.
     """
     return [
         Job(layer, pass_, batch)
@@ -266,8 +268,8 @@ class Maxima:
 def operation(job: Job, tensors: tuple[Tensor, ...], maxima: Maxima | None = None) -> Callable[[], Tensor | tuple[Tensor, ...]]:
     """The function to time: the job's pass on the Triton kernels, as a training step runs it.
 
-    In TF32 the launch of an input gradient also writes the copies that the weight gradient reads, and that of the first layer's
-    forward pass writes its cells. The time of these passes includes that; the weight gradient is given the finished copies.
+    In TF32 the launch of an input gradient also writes the copies that the weight gradient reads, and its time includes that.
+    The weight gradient is given the finished copies; conv1's makes its own.
 
     Args:
         maxima: maxima of the pooled layer, for its weight gradient only.

@@ -53,22 +53,7 @@ EXPERIMENTS = (
         60,
         may_fail=True,
     ),
-    Experiment(
-        "float32 shared memory decides the tile",
-        "conv3 forward in TF32 reaches at most 80% of the measured ceiling (tf32_tflops), conv2 forward more than conv3.",
-        report("float32", 128, "operations"),
-    ),
     Experiment("exact fc1", "fc1 forward in exact float32 takes 45 us.", tune("float32", "fc1")),
-    Experiment(
-        "float32 step",
-        "A training step at batch 128, TF32 allowed for all, takes at most 3.5 ms as a graph, 1.5 times the best peer's speed.",
-        report("float32", 128, "steps"),
-    ),
-    Experiment(
-        "bfloat16 step",
-        "A training step in bfloat16 at batch 128 takes at most 1.42 ms as a graph and is 2.4 times as fast as the best peer.",
-        report("bfloat16", 128, "steps"),
-    ),
     Experiment(
         "package of AOTInductor",
         "PyTorch's loader of the package still ends in a segmentation fault (_load_aoti), as on 2026-11-26.",

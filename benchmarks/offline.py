@@ -285,7 +285,7 @@ def single_operations(dtype: torch.dtype) -> None:
         block(pixels, first, first_bias).sum().backward()
         with torch.no_grad():
             block(pixels, first, first_bias)
-    # At batch 256 the weight gradients of conv2 and conv4 in equal shares, as a table may ask for.
+    # At batch 256 the weight gradients of conv2 and conv4, in half precision in equal shares, as a table may ask for.
     for batch, channels, count, size, r in ((256, 96, 256, 26, 5), (256, 384, 384, 12, 3)):
         maps = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
         filters = torch.empty(count, channels, r, r, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()

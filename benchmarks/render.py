@@ -328,7 +328,8 @@ SHOWN_AUDIT = (
 )
 
 
-#: A GPU's report is named after the GPU. Reports of other days have a date after the name; the page's text links to them.
+#: A GPU's report is named after the GPU. Reports of other days have a date after the name. The page shows the newest one, and
+#: its text links to the others.
 _DATED = re.compile(r"-\d{4}-\d{2}-\d{2}")
 
 
@@ -500,16 +501,15 @@ def _named(row: Row) -> str:
     return _PEERS[name.removesuffix("_graph")] + " in a CUDA graph" * name.endswith("_graph")
 
 
-def speed_table(
-    content: dict[str, Any], newest: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]
-) -> str:
+def speed_table(first: dict[str, Any], newest: dict[str, Any], steps: dict[tuple[str, int, bool], tuple[float, float]]) -> str:
     """The README's table: images/s as a graph beside the best peer, and eagerly beside eager PyTorch.
 
-    Batch 128 is of ``newest``; of the other batches the graphs are of ``content``, the eager steps of ``steps``.
+    Batch 128 is of ``newest``; of the other batches the graphs are of ``first``, the eager steps of ``steps``. In float32 only
+    batch 128 was measured.
     """
     lines = []
     for dtype, mode in itertools.product(("bfloat16", "float32"), ("train", "infer")):
-        others = _steps(content, mode, dtype) if dtype == "bfloat16" else {}
+        others = _steps(first, mode, dtype) if dtype == "bfloat16" else {}
         for batch, rows in sorted((others | {128: _steps(newest, mode, dtype)[128]}).items()):
             ours, peer = best((r for r in rows if r["impl"] == f"{OURS}_graph"), ours=True), best(rows, ours=False)
             assert ours is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import importlib.util
 import json
 import platform
@@ -243,6 +244,7 @@ def _peak_mb(function: Callable[[], object], device: torch.device) -> float | No
     function()
     if device.type != "cuda":
         return None
+    gc.collect()  # networks of the verification that are part of reference cycles
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     function()

@@ -34,7 +34,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "conv2d_dgrad": (
         ("conv2d_tile", "conv2d_images_config", "conv2d_box_config"),
-        ("_conv2d_images_kernel", "_conv2d_box_kernel", "_cells_by_batch_kernel", "_by_batch_kernel"),
+        ("_conv2d_images_kernel", "_conv2d_box_kernel", "_by_batch_kernel"),
     ),
     "conv2d_wgrad": (
         (
@@ -53,8 +53,11 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("conv2d_stem_pool_wgrad_config", "conv2d_stem_pool_wgrad_fused"),
         ("_conv2d_stem_pool_wgrad_kernel", "_unfold_filter_kernel"),
     ),
-    "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel",)),
-    "conv2d_rows_wgrad": (("conv2d_rows_wgrad_config",), ("_conv2d_rows_wgrad_kernel",)),
+    "conv2d_rows_fprop": (("conv2d_rows_config",), ("_conv2d_rows_kernel", "_fold_filter_kernel")),
+    "conv2d_rows_wgrad": (
+        ("conv2d_rows_wgrad_config",),
+        ("_conv2d_rows_wgrad_kernel", "_by_batch_kernel", "_cells_by_batch_kernel", "_unfold_filter_kernel"),
+    ),
     "linear_narrow_fprop": (("linear_narrow_config",), ("_linear_narrow_fprop_kernel",)),
     "linear_narrow_backward": (("linear_narrow_config",), ("_linear_narrow_backward_kernel",)),
     **dict.fromkeys(

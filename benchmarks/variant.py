@@ -51,6 +51,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("variant: there is no CUDA GPU here")
     dtype, linear_tf32 = tune.PRECISIONS[arguments.dtype]
+    if not tune.jobs((arguments.batch,), (arguments.layer,), dtype):
+        parser.error(tune.NO_POOLED_JOB)
     job = Overridden(arguments.layer, arguments.pass_, arguments.batch)
     refused = []
     for given in ({}, *arguments.configuration):

@@ -54,6 +54,9 @@ def tune_command(
     known = (*tune.LAYERS, *tune.LINEAR_LAYERS)
     if unknown := [name for name in layer or () if name not in known]:
         raise typer.BadParameter(f"no layer {unknown[0]!r}; the layers are {', '.join(known)}", param_hint="--layer")
+    precision = tune.PRECISIONS[dtype][0]
+    if any(not tune.jobs((1,), (name,), precision) for name in layer or ()):
+        raise typer.BadParameter(tune.NO_POOLED_JOB, param_hint="--layer")
     if not torch.cuda.is_available():
         raise fail("tune needs a CUDA GPU")
     path = out or tables.TABLES / f"{tables.gpu_slug(torch.cuda.get_device_name())}.json"
@@ -71,9 +74,7 @@ def tune_command(
             for ms, candidate in result.times:
                 console.print(f"  {1e3 * ms:7.1f} us {candidate or 'the rule'}", markup=False)
 
-    work = tune.jobs(tuple(batch), tuple(layer) if layer else known, tune.PRECISIONS[dtype][0])
-    if not work:
-        raise fail(f"{tune.POOLED} has no kernel of its own in {dtype}: tune conv1")
+    work = tune.jobs(tuple(batch), tuple(layer) if layer else known, precision)
     try:
         results = tune.tune(work, dtype, path, show)
     except (ValueError, OSError) as error:

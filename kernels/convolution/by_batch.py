@@ -3,7 +3,7 @@
 A weight gradient is a sum over images. Hopper's tensor cores read half types from shared memory in either order, but TF32 only
 if the reduction dimension is contiguous. So the output's gradient and the input of a float32 convolution are copied from
 [N, H, W, C] to [H, W, C, N]. The copy is cheapest in a launch that reads the tensor anyway. To transpose blocks in registers
-instead took four times as long on an H100 (``benchmarks/NOTES.md``, "TF32").
+instead took four to six times as long on an H100 (``benchmarks/NOTES.md``, "2026-11-27").
 """
 
 from __future__ import annotations
@@ -125,11 +125,6 @@ def new_by_batch(nhwc: Sequence[int], like: Tensor) -> Tensor:
     """Allocate (H, W, C, N rounded up to a multiple of 4), uninitialised: TMA needs rows of whole 16 bytes."""
     n, h, w, c = nhwc
     return new_output((h, w, c, cdiv(n, 4) * 4), like.dtype, like.device)
-
-
-def images_of(by_batch: Tensor, n: int) -> Tensor:
-    """The ``n`` images (N, C, H, W) that :func:`new_by_batch` holds, as a view."""
-    return by_batch[..., :n].permute(3, 2, 0, 1)
 
 
 def rows_by_batch(by_batch: Tensor, n: int, block: Sequence[int]) -> TensorDescriptor:

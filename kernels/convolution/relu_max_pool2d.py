@@ -85,8 +85,8 @@ def conv2d_relu_max_pool2d_fprop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled values and window positions, each (N, K, P, Q), NHWC or NCHW; the positions are empty if not wanted.
 
-    The third result is what the backward pass of a strided first layer reads in place of ``input``: the cells of ``input``. It
-    is empty where the backward pass reads ``input`` itself.
+    The third result is what the backward pass of a strided first layer in half precision reads in place of ``input``: the cells
+    of ``input``. It is empty where the backward pass reads ``input`` itself.
     ``link``: the link of ``input``, see :class:`.autograd.Conv2dFunction`.
     """
     window = (kernel_size, pool_stride, pool_padding, pool_size)
@@ -127,7 +127,8 @@ def _run_backward(
     convolution = Problem.of(input_size, weight, geometry, conv_size)
     unpooled_size = (input_size[0], weight.shape[0], *conv_size)
     d_weight, pooled_bias = nothing(weight), None
-    # In half precision the input gradient reads the unpooled gradient, so the weight gradient reads it too.
+    # In half precision the input gradient reads the unpooled gradient, so the weight gradient reads it too. In TF32 the two
+    # read it in different orders, and the pool writes each of them: a copy of one would read that one once more.
     apart = needs_input and select.reads_cells(convolution)
     if needs_weight and not apart and select.fuses_pool_wgrad(convolution, window):
         d_weight, pooled_bias = _pooled_wgrad(grad_output, input, cells, weight, position, convolution, needs_bias)
@@ -229,7 +230,10 @@ def _formula(
 
 @over(_fprop_operator)
 class Conv2dReLUMaxPool2dFunction(OperatorFunction):
-    """Convolution (+bias), ReLU, max-pool. Saves the input (a strided first layer: its cells), weight, positions and link."""
+    """Convolution (+bias), ReLU, max-pool. Saves weight, positions, link and the input.
+
+    A strided first layer in half precision saves the input's cells instead of the input.
+    """
 
     takes_link = True
     internal = (1, 2)

@@ -2,11 +2,10 @@
 
 The pixels under one filter row are S * C contiguous elements of an image row, [N, H, W*C]. The kernels reduce over them, and a
 tile is one pixel of many images, as in :mod:`kernels.convolution.descriptor`. TMA blocks begin at multiples of 16 bytes, which
-are four float32 elements. So a layer of stride 4 does not need the cells of :mod:`kernels.convolution.stem`, and saves writing
-and reading them.
+are four float32 elements. So the forward pass of a layer of stride 4 needs no cells, unlike :mod:`kernels.convolution.stem`.
 
-A pool after it is a kernel of its own: one kernel for both took 342 us on an H100 where the two take 196
-(``benchmarks/NOTES.md``, "TF32").
+A pool after it is a kernel of its own: in inference one kernel for both took 342 us on an H100, the two take 199
+(``benchmarks/NOTES.md``, "2026-11-27").
 """
 
 from __future__ import annotations

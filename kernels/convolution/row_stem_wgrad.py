@@ -201,6 +201,8 @@ def pool_gradient_by_batch(dy: Tensor, position: Tensor, problem: Problem) -> tu
     """
     n, _, _, _, k, _, _, p, q, *_ = problem
     z = new_by_batch((n, p, q, k), dy)
+    # 32 filters are 128 bytes of a window's gradient, 64 images 256 bytes of a row of z. Four windows of such a tile take 70
+    # registers of a thread of eight warps (compiled for sm_90), so three programs fit on an SM.
     images, filters = (tile_size(n, 16, 64), tile_size(k, 16, 128)) if INTERPRETED else (64 if n > 32 else 32, 32)
     parts = cdiv(p, 2) * cdiv(q, 2) * cdiv(z.shape[3], images)
     sums = new_output((parts, k), torch.float32, dy.device)

@@ -449,7 +449,7 @@ def conv2d_rows_wgrad_config(device: torch.device, n: int, p: int, q: int, fold:
     block_n, block_n2 = two_blocks(k, 64)
     config = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_N2": block_n2, "BLOCK_K": 32, "num_stages": 3}
     # Compiled for Blackwell by Triton 3.8, four warps spill.
-    config |= {"num_warps": 4 if block_n + block_n2 <= 96 and capability(device) < 100 else 8}
+    config |= {"num_warps": 4 if capability(device) < 100 else 8}
     if INTERPRETED:
         config |= {"BLOCK_K": tile_size(n, 16, 32), "num_stages": 1}
     measured = tuned(device, conv2d_key("conv2d_rows_wgrad", n, p, q, fold, k, 3, 1, torch.float32))

@@ -85,8 +85,9 @@ def fuses_pool(problem: Problem, window: Window) -> bool:
 def fuses_pool_wgrad(problem: Problem, window: Window) -> bool:
     """Whether :mod:`.row_stem_wgrad` or :mod:`.stem_pool_wgrad` computes the pool's gradient and the weight's.
 
-    In half precision, and on Hopper alone: if blocks of 2 x 2 pixels cover the convolution's output and the number of filters
-    is a multiple of 16, since TMA loads positions in units of 16 bytes.
+    In TF32: for whole windows, and for batches whose weight gradient :mod:`.row_stem_wgrad` computes. In half precision: on
+    Hopper alone, if blocks of 2 x 2 pixels cover the convolution's output and the number of filters is a multiple of 16, since
+    TMA loads positions in units of 16 bytes.
     """
     if _is_row_stem(problem):
         return _pools_whole_windows(problem, window) and wgrad_kernels(problem) == Kernels.ROW_STEM

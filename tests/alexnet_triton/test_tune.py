@@ -232,7 +232,7 @@ def test_what_tuning_of_float32_writes_is_what_a_launch_reads(precision: str, jo
             _write(tables, {job.table_key(dtype): candidate})
             configs.tables.forget_tables()
             found = _recorded(tune.operation, job, *_empty(job, dtype))
-            wanted = {"columns" if name == "COLUMNS" else name: value for name, value in candidate.items()}
+            wanted = dict(candidate)
             boxes = wanted.pop("IMAGES", None) == 0
             programs, cut = wanted.pop("PROGRAMS", 0), wanted.pop("CUT", 0)
             streams, taps = wanted.pop("STREAM_K", 0), wanted.pop("TAPS", 0)
@@ -392,6 +392,13 @@ def test_the_command_needs_a_gpu() -> None:
     assert result.exit_code == 1
     assert "tune needs a CUDA GPU" in result.output
     assert "no layer 'conv9'" in CliRunner().invoke(app, ["tune", "--layer", "conv9"]).output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32"])
+def test_the_first_layer_with_its_pool_is_refused_in_float32(dtype: str) -> None:
+    result = CliRunner().invoke(app, ["tune", "--layer", "fc1", "--layer", tune.POOLED, "--dtype", dtype])
+    assert result.exit_code == 2
+    assert "conv1_pool has no kernels of its own in float32" in " ".join(result.output.replace("│", "").split())
 
 
 @pytest.mark.parametrize("pass_", ["fprop", "wgrad"])

@@ -269,7 +269,7 @@ def test_float32_convolutions_run_on_tensor_cores_through_descriptors(float32_st
 
 @pytest.mark.slow
 def test_bytes_of_a_float32_step(float32_step: dict) -> None:
-    """Copies with the batch innermost are read and written, and conv1's unpooled output and gradient: faster on an H100."""
+    """Copies with the batch innermost, and conv1's unpooled output and gradient, are written and read."""
     totals = float32_step["totals"]
     assert totals["bytes"] <= 0.75 * totals["nn_sequential"]["bytes"]
     assert totals["saved_bytes_per_image"] <= 1.25e6

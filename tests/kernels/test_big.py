@@ -33,6 +33,7 @@ from kernels.runtime.launch import cdiv
 from kernels.sgd import sgd_step
 from kernels.sums import epilogue_backward, sum_parts
 
+from ..configurations import precision_of_float32
 from ..conftest import DEVICE, UNDER_TTSEM, own_devices
 from ..oracle import integers
 
@@ -64,6 +65,7 @@ MODULES = [
     importlib.import_module(f"kernels.{name}")
     for name in (
         *("convolution.cells", "convolution.general", "convolution.descriptor", "convolution.stem", "convolution.stem_pool"),
+        *("convolution.row_stem", "convolution.row_stem_wgrad", "convolution.by_batch"),
         *("dropouts", "images", "matmul", "matmul_descriptor", "pooling.autograd", "pooling.kernels", "sums", "sgd"),
         *("linear_narrow", "loss_kernels"),
     )
@@ -96,12 +98,14 @@ class Far:
     run: Callable[..., Tensor]
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype = torch.float32
+    tf32: bool = False  # with the weight gradient's kernel for many images
 
     def results(self, tensors: dict[str, Tensor], grad: Tensor) -> list[Tensor]:
         """The output and all gradients for the output gradient ``grad``."""
         leaves = [t.detach().requires_grad_() for t in tensors.values()]
-        output = self.run(*leaves)
-        return [output, *torch.autograd.grad(output, leaves, grad)]
+        with precision_of_float32("tf32" if self.tf32 else "ieee"), tables.override(**{"IMAGES_WGRAD": 1} if self.tf32 else {}):
+            output = self.run(*leaves)
+            return [output, *torch.autograd.grad(output, leaves, grad)]
 
 
 X, W, B = (3, 4, 5, 6), (6, 2, 3, 2), (6,)
@@ -130,6 +134,11 @@ FAR = {
         lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, 4, 1, pool_kernel_size=3, pool_stride=2),
         {"input": (3, 1, 23, 31), "weight": (16, 1, 11, 11), "bias": (16,)},
         torch.float16,
+    ),
+    "conv2d_rows_pool": Far(
+        lambda x, w, b: kernels.conv2d_relu_max_pool2d(x, w, b, 4, 1, pool_kernel_size=3, pool_stride=2),
+        {"input": (3, 1, 23, 27), "weight": (16, 1, 11, 11), "bias": (16,)},
+        tf32=True,
     ),
     "max_pool2d": Far(lambda x: kernels.max_pool2d(x, 3, 2, 1), {"input": (3, 4, 5, 6)}),
     "max_pool2d_large": Far(lambda x: kernels.max_pool2d(x, 5, 1, 2), {"input": (3, 4, 5, 6)}),
