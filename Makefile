@@ -20,7 +20,7 @@ DIST_VENV ?= .venv-dist
 
 help:
 	@echo "make train        trains AlexNet: full Fashion-MNIST on a CUDA GPU, else a short run on the shipped sample and a check of the kernels"
-	@echo "make test         runs the tests, on a CUDA GPU or in Triton's interpreter (eight minutes on two cores)"
+	@echo "make test         runs the tests, on a CUDA GPU or in Triton's interpreter (8 to 16 minutes on two cores)"
 	@echo "make test-all     runs make test, then the cases that it leaves out for their time"
 	@echo "make test-lowest  runs all tests on the lowest versions of torch, Triton and the other packages that are supported"
 	@echo "make test-newest  runs all tests on the newest Triton, beside a torch that asks for an older one"
