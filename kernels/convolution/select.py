@@ -23,10 +23,7 @@ from . import descriptor, descriptor_wgrad, general, row_stem, row_stem_wgrad, s
 from .by_batch import Copy, copy, new_by_batch
 from .cells import cells_of
 from .problem import Problem
-from .rules import (
-    conv2d_wgrad_by_images,
-    conv2d_wgrad_streams,
-)
+from .rules import conv2d_wgrad_by_images, conv2d_wgrad_streams
 from .stem_rules import conv2d_stem_pool_fused, conv2d_stem_pool_wgrad_fused
 from .taps_rules import conv2d_by_taps
 

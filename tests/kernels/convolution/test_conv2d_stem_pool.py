@@ -38,7 +38,7 @@ FPROP = {torch.float16: OF_HALF, torch.bfloat16: OF_HALF, torch.float32: OF_TF32
 CONVOLUTION = {d: "_conv2d_rows_kernel" if d == torch.float32 else "_conv2d_stem_kernel" for d in DTYPES}
 WGRAD = {d: "_conv2d_rows_wgrad_kernel" if d == torch.float32 else "_conv2d_stem_wgrad_kernel" for d in DTYPES}
 #: The kernel of the pool's gradient, in half precision that of the weight's too.
-POOL_WGRAD = dict.fromkeys(DTYPES[:2], "_conv2d_stem_pool_wgrad_kernel") | {torch.float32: "_max_pool2d_dgrad_by_batch_kernel"}
+POOL_WGRAD = dict.fromkeys(HALF, "_conv2d_stem_pool_wgrad_kernel") | {torch.float32: "_max_pool2d_dgrad_by_batch_kernel"}
 
 
 @dataclasses.dataclass(frozen=True)
