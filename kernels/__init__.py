@@ -16,9 +16,12 @@ from .losses import cross_entropy
 from .matrix_product import linear, linear_relu_dropout
 from .pooling.autograd import max_pool2d
 from .runtime.backend import use_backend
+from .runtime.compile_cache import tag_compiled_graphs as _tag_compiled_graphs
 
 #: Distinguishes this package from Hugging Face's on PyPI, which is also imported as ``kernels``.
 DISTRIBUTION = "alexnet-triton"
+
+_tag_compiled_graphs()
 
 __all__ = [
     "Augmentation",

@@ -1,0 +1,33 @@
+"""Makes PyTorch's cache of compiled graphs depend on this package's source code.
+
+TorchInductor keeps compiled graphs on disk, for later processes. Its key contains an operator's name. It contains neither the
+operator's signature nor the shapes and strides that its fake implementation promised, and the compiled graph relies on all of
+them. After an upgrade of this package it would run, and fail or read a result in the wrong order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch.compiler import config
+
+from .gpu import INTERPRETED
+
+
+def source_tag(package: Path) -> str:
+    """A tag for the Python files of the folder ``package``, of their names and contents, and for the use of the interpreter."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(source)}\n".encode())
+        digest.update(source)
+    # The interpreter runs Hopper's kernels on any GPU; other kernels keep other tensors for the backward pass.
+    return f"alexnet_triton-{digest.hexdigest()[:16]}" + "-interpreted" * INTERPRETED
+
+
+def tag_compiled_graphs() -> None:
+    """Add this package's tag to ``torch.compiler.config.cache_key_tag``, beside a tag that the user has set."""
+    tag = source_tag(Path(__file__).parents[1])
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()

@@ -1,0 +1,93 @@
+"""PyTorch's cache of compiled graphs: a graph that was compiled with other operators than today's is not used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels.runtime.compile_cache import source_tag, tag_compiled_graphs
+
+PACKAGE = Path(kernels.__file__).parent
+
+#: An operator whose signature and strides differ between two versions of the package.
+OLD = """
+import torch
+@torch.library.custom_op("alexnet_triton::copied", mutates_args=())
+def copied(x: torch.Tensor, unused: bool = False) -> torch.Tensor:
+    return x.clone()
+@copied.register_fake
+def _(x, unused=False):
+    return torch.empty_like(x)
+"""
+NEW = """
+import torch
+@torch.library.custom_op("alexnet_triton::copied", mutates_args=())
+def copied(x: torch.Tensor) -> torch.Tensor:
+    return x.t().contiguous().t()
+@copied.register_fake
+def _(x):
+    return torch.empty_like(x.t(), memory_format=torch.contiguous_format).t()
+"""
+PROGRAM = """
+import json, torch
+import kernels
+from torch._dynamo.utils import counters
+def double(x):
+    return 2 * kernels.copied(x)
+x = torch.arange(6.0).view(2, 3)
+assert torch.equal(torch.compile(double, fullgraph=True)(x), 2 * x)
+found = counters["inductor"]["fxgraph_cache_hit"] > 0
+print(json.dumps({"found": found, "tag": torch.compiler.config.cache_key_tag}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler")
+def test_another_version_of_the_operators_compiles_again(tmp_path: Path) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / "__init__.py").read_text()
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["TORCH_COMPILE_CACHE_KEY_TAG"] = "mine"
+
+    def run(operator: str) -> dict[str, str | bool]:
+        (copy / "__init__.py").write_text(source + operator)
+        program = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{PROGRAM}"]
+        done = subprocess.run(program, capture_output=True, text=True, check=False, cwd="/", env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, str | bool] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    old, again, new = run(OLD), run(OLD), run(NEW)
+    assert (old["found"], again["found"], new["found"]) == (False, True, False)
+    assert old["tag"] == again["tag"] != new["tag"]
+    assert str(new["tag"]).startswith("mine alexnet_triton-")
+
+
+def test_the_tag_is_of_all_python_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.py").write_text("a")
+    tags = [source_tag(tmp_path)]
+    for path, text in (("folder/b.py", "b"), ("folder/b.py", "c"), ("a.py", ""), ("folder/b.py", "ac")):
+        (tmp_path / path).write_text(text)
+        tags.append(source_tag(tmp_path))
+    (tmp_path / "folder" / "b.py").rename(tmp_path / "b.py")
+    tags.append(source_tag(tmp_path))
+    assert len(set(tags)) == len(tags)
+    (tmp_path / "notes.txt").write_text("not code")
+    assert source_tag(tmp_path) == tags[-1]
+
+
+def test_the_tag_is_added_once() -> None:
+    assert source_tag(PACKAGE) in torch.compiler.config.cache_key_tag
+    before = torch.compiler.config.cache_key_tag
+    tag_compiled_graphs()
+    assert torch.compiler.config.cache_key_tag == before
