@@ -304,7 +304,8 @@ def run_training(
     images_per_s = len(history) * len(dataset.train) / sum(m.seconds for m in history)
     if early := early_end(history, recipe):
         console.print(early)
-    _print_end(history, images_per_s, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
+    speed = f"{images_per_s:.1f} images/s" + ", all sessions" * (checkpoint is not None)
+    _print_end(history, speed, screen.ready_at - setup_begin, time.perf_counter() - begin, out)
     return FinishedRun(net, history, images_per_s, dataset.name, place)
 
 
@@ -413,11 +414,11 @@ def _print_begin(run: Run, dataset: Dataset, place: str, expected: str) -> None:
     )
 
 
-def _print_end(history: list[EpochMetrics], images_per_s: float, setup: float, total: float, out: Path) -> None:
+def _print_end(history: list[EpochMetrics], speed: str, setup: float, total: float, out: Path) -> None:
     last = history[-1]
     console.print(f"test accuracy {last.test_acc:.4f}, training loss {last.loss:.4f} after {last.epoch} epoch(s)")
     console.print(
-        f"training {sum(m.seconds for m in history):.1f} s ({images_per_s:.1f} images/s), "
+        f"training {sum(m.seconds for m in history):.1f} s ({speed}), "
         f"setup {setup:.1f} s (weights, compilation, warm-up, capture), "
         f"{total:.1f} s from start to end"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -228,4 +229,5 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             return report_stop(stopped, "train", out, processes, stops)
     if context.params["check"] and processes.size == 1:
         check_command(out, options.device)
+    console.print(f"classify images with: alexnet-triton predict {shlex.quote(str(out))} IMAGE", markup=False)
     return 0

@@ -92,11 +92,13 @@ def channels_last(net: nn.Module, fused: nn.Module, x: Tensor) -> None:
 
 
 def _safely(net: nn.Module, x: Tensor) -> Any:
-    """The output, or 1.0 if the call fails because a view of a channels-last tensor is impossible (0.0 for other errors)."""
+    """The output, or 1.0 if the call fails because a view of a channels-last tensor is impossible."""
     try:
         return net(x)
     except RuntimeError as error:
-        return [x.new_tensor(float("view size is not compatible" in str(error)))]
+        if "view size is not compatible" not in str(error):
+            raise
+        return [x.new_tensor(1.0)]
 
 
 def copies_and_pickles(net: nn.Module, fused: nn.Module, x: Tensor) -> None:

@@ -50,6 +50,7 @@ def test_train_evaluate_lenet(tmp_path: Path) -> None:
     assert "an epoch of 48 images" in first
     assert result.stdout.count("test acc ") == 2
     assert str(out / "curves.png") in result.stdout
+    assert result.stdout.splitlines()[-1] == f"classify images with: alexnet-triton predict {out} IMAGE"
     assert {p.name for p in out.iterdir()} == {
         *("metrics.jsonl", "curves.png", "confusion.png", "most_wrong.png", "checkpoint.pt", "best.pt")
     }

@@ -47,6 +47,7 @@ def test_a_run_goes_on_with_its_own_options(tmp_path: Path) -> None:
     resumed = command("train", "--resume", "parts", "--epochs", "2")
     assert resumed.exit_code == 0, resumed.output
     assert "resumed from parts/checkpoint.pt after 1 whole epoch(s)" in resumed.output
+    assert " images/s, all sessions), setup " in resumed.output
     expected, found = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     assert all(torch.equal(expected.weights[key], weight) for key, weight in found.weights.items())
     assert expected.training is not None
