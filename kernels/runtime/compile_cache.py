@@ -29,5 +29,13 @@ def source_tag(package: Path) -> str:
 def tag_compiled_graphs() -> None:
     """Add this package's tag to ``torch.compiler.config.cache_key_tag``, beside a tag that the user has set."""
     tag = source_tag(Path(__file__).parents[1])
-    if tag not in config.cache_key_tag:
-        config.cache_key_tag = f"{config.cache_key_tag} {tag}".strip()
+    # In torch 2.14 an assigned value is of the assigning thread alone, and autograd compiles in threads of its own. The
+    # value that the environment gave is of all threads.
+    if (entry := getattr(config, "_config", {}).get("cache_key_tag")) is not None:
+        entry.env_value_default = _with(entry.env_value_default, tag)
+    config.cache_key_tag = _with(config.cache_key_tag, tag)
+
+
+def _with(tags: object, tag: str) -> str:
+    before = tags if isinstance(tags, str) else ""
+    return before if tag in before else f"{before} {tag}".strip()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,19 @@ def _(x):
     return torch.empty_like(x.t(), memory_format=torch.contiguous_format).t()
 """
 PROGRAM = """
-import json, torch
+import json, threading, torch
 import kernels
 from torch._dynamo.utils import counters
 def double(x):
     return 2 * kernels.copied(x)
-x = torch.arange(6.0).view(2, 3)
-assert torch.equal(torch.compile(double, fullgraph=True)(x), 2 * x)
-found = counters["inductor"]["fxgraph_cache_hit"] > 0
-print(json.dumps({"found": found, "tag": torch.compiler.config.cache_key_tag}))
+def work():
+    x = torch.arange(6.0).view(2, 3)
+    assert torch.equal(torch.compile(double, fullgraph=True)(x), 2 * x)
+    found = counters["inductor"]["fxgraph_cache_hit"] > 0
+    print(json.dumps({"found": found, "tag": torch.compiler.config.cache_key_tag}))
+thread = threading.Thread(target=work)  # as autograd compiles a backward pass on a GPU
+thread.start()
+thread.join()
 """
 
 
@@ -86,8 +91,12 @@ def test_the_tag_is_of_all_python_files(tmp_path: Path) -> None:
     assert source_tag(tmp_path) == tags[-1]
 
 
-def test_the_tag_is_added_once() -> None:
-    assert source_tag(PACKAGE) in torch.compiler.config.cache_key_tag
+def test_the_tag_is_added_once_and_for_all_threads() -> None:
     before = torch.compiler.config.cache_key_tag
+    assert source_tag(PACKAGE) in before
     tag_compiled_graphs()
-    assert torch.compiler.config.cache_key_tag == before
+    tags = [torch.compiler.config.cache_key_tag]
+    thread = threading.Thread(target=lambda: tags.append(torch.compiler.config.cache_key_tag))
+    thread.start()
+    thread.join()
+    assert tags == [before, before]
