@@ -19,6 +19,8 @@ def source_tag(package: Path) -> str:
     """A tag for the Python files of the folder ``package``, of their names and contents, and for the use of the interpreter."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
+        if not path.is_file():  # an editor's lock is a link to nothing
+            continue
         source = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(source)}\n".encode())
         digest.update(source)
@@ -30,12 +32,14 @@ def tag_compiled_graphs() -> None:
     """Add this package's tag to ``torch.compiler.config.cache_key_tag``, beside a tag that the user has set."""
     tag = source_tag(Path(__file__).parents[1])
     # In torch 2.14 an assigned value is of the assigning thread alone, and autograd compiles in threads of its own. The
-    # value that the environment gave is of all threads.
-    if (entry := getattr(config, "_config", {}).get("cache_key_tag")) is not None:
+    # value that the environment gave is of all threads; PyTorch has no public way to set it.
+    entry = getattr(config, "_config", {}).get("cache_key_tag")
+    if entry is not None and hasattr(entry, "env_value_default"):
         entry.env_value_default = _with(entry.env_value_default, tag)
     config.cache_key_tag = _with(config.cache_key_tag, tag)
 
 
 def _with(tags: object, tag: str) -> str:
-    before = tags if isinstance(tags, str) else ""
-    return before if tag in before else f"{before} {tag}".strip()
+    """``tags`` and ``tag``. PyTorch reads 0 and 1 in the environment as bools; an unset value is an object of its own."""
+    before = str(tags) if isinstance(tags, str | int) else ""
+    return before if tag in before.split() else f"{before} {tag}".strip()

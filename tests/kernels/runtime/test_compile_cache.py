@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.runtime import compile_cache
 from kernels.runtime.compile_cache import source_tag, tag_compiled_graphs
 
 PACKAGE = Path(kernels.__file__).parent
@@ -88,6 +89,7 @@ def test_the_tag_is_of_all_python_files(tmp_path: Path) -> None:
     tags.append(source_tag(tmp_path))
     assert len(set(tags)) == len(tags)
     (tmp_path / "notes.txt").write_text("not code")
+    (tmp_path / ".#a.py").symlink_to("nowhere")  # as an editor's lock
     assert source_tag(tmp_path) == tags[-1]
 
 
@@ -100,3 +102,14 @@ def test_the_tag_is_added_once_and_for_all_threads() -> None:
     thread.start()
     thread.join()
     assert tags == [before, before]
+
+
+def test_the_users_own_tags_stay() -> None:
+    tag = source_tag(PACKAGE)
+    for users in ("mine", "0", f"{tag}-interpreted", "mine too"):
+        with torch.compiler.config.patch(cache_key_tag=users):
+            tag_compiled_graphs()
+            assert torch.compiler.config.cache_key_tag == f"{users} {tag}"
+    read = {str(value): compile_cache._with(value, tag) for value in (False, True, "0", "", object())}
+    assert read["False"] != read["True"] != read[""] == tag
+    assert list(read.values())[-1] == tag
