@@ -491,7 +491,7 @@ def claim(content: dict[str, Any], run: Run) -> str:
         f"On an {content['environment']['gpu']} a bfloat16 training step of 128 images takes {half['ms']:.2f} ms "
         f"(**{half['images_per_s']:,.0f} images/s**),\n{half_text}.\n"
         f"In float32 with TF32 it takes {single['ms']:.2f} ms, {single_text}.\n"
-        f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 train in {run.seconds:.1f} s "
+        f"{run.epochs} epochs of Fashion-MNIST at 224 x 224 take {run.seconds:.1f} s of training steps "
         f"and classify {run.last['test_acc']:.1%} of the test images correctly."
     )
 

@@ -79,7 +79,7 @@ COMPARISON, CURVES = "comparison.json", "comparison.png"
 _OWN = ("model", "lr")
 
 #: Fields that may be given anew to a resumed comparison: none that would make its runs differ.
-_MAY_CHANGE = MAY_CHANGE - {"lr", "weight_decay"}
+_MAY_CHANGE = MAY_CHANGE - {"lr", "weight_decay", "early_stop"}
 
 
 @dataclasses.dataclass(frozen=True)
