@@ -227,7 +227,7 @@ def _train(context: typer.Context, resume: str | None, out: Path | None, process
             run_training(run, out, stops, begin, checkpoint)
         except Stopped as stopped:
             return report_stop(stopped, "train", out, processes, stops)
+    console.print(f"classify images with: alexnet-triton predict {shlex.quote(str(out))} IMAGE", markup=False)
     if context.params["check"] and processes.size == 1:
         check_command(out, options.device)
-    console.print(f"classify images with: alexnet-triton predict {shlex.quote(str(out))} IMAGE", markup=False)
     return 0
