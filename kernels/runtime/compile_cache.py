@@ -2,7 +2,7 @@
 
 TorchInductor keeps compiled graphs on disk, for later processes. Its key contains an operator's name. It contains neither the
 operator's signature nor the shapes and strides that its fake implementation promised, and the compiled graph relies on all of
-them. After an upgrade of this package it would run, and fail or read a result in the wrong order.
+them. After an upgrade of this package such a graph would still run, and fail or read an operator's result in the wrong order.
 """
 
 from __future__ import annotations
